@@ -1,0 +1,150 @@
+"""The two trees of a model, and the one place that knows their names on disk.
+
+Base and adapter are pytrees whose every leaf is a tensor: what a model lacks (a bias, an untied
+head) is an absent key, never None, so torch.utils._pytree and torch.func take them as they are.
+"""
+
+from typing import Any, NamedTuple, NotRequired, TypedDict
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.llama.config import LlamaConfig
+
+# Every linear layer of a decoder layer -> the module that holds it in Hugging Face's naming.
+PROJECTIONS = {
+    "q_proj": "self_attn",
+    "k_proj": "self_attn",
+    "v_proj": "self_attn",
+    "o_proj": "self_attn",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+
+
+class Linear(TypedDict):
+    """One frozen linear layer, in torch's [out, in] layout."""
+
+    weight: Float[Tensor, "d_out d_in"]
+    bias: NotRequired[Float[Tensor, "d_out"]]
+
+
+class LoRA(NamedTuple):
+    """One adapted projection: delta_W = scaling * b @ a. The scaling lives in the spec."""
+
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+
+
+# One decoder layer: "input_layernorm", "post_attention_layernorm", with qk_norm also "q_norm" and
+# "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear.
+LayerParams = dict[str, Any]
+
+# Projection name -> LoRA. A projection that is absent carries no adapter.
+LayerAdapter = dict[str, LoRA]
+
+
+class Base(TypedDict):
+    """The frozen model. A tied model has no "lm_head": its head is "embed_tokens"."""
+
+    embed_tokens: Float[Tensor, "v d"]
+    layers: tuple[LayerParams, ...]
+    norm: Float[Tensor, "d"]
+    lm_head: NotRequired[Float[Tensor, "v d"]]
+
+
+class Adapter(TypedDict):
+    """What LoRA trains: one dict per decoder layer, empty where nothing is adapted."""
+
+    layers: tuple[LayerAdapter, ...]
+
+
+def projection_path(layer: int, name: str) -> str:
+    """Hugging Face's module name of a projection: "model.layers.3.self_attn.q_proj"."""
+    return f"model.layers.{layer}.{PROJECTIONS[name]}.{name}"
+
+
+def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
+    """(d_out, d_in) of a projection."""
+    d, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    return {
+        "q_proj": (q, d),
+        "k_proj": (kv, d),
+        "v_proj": (kv, d),
+        "o_proj": (d, q),
+        "gate_proj": (f, d),
+        "up_proj": (f, d),
+        "down_proj": (d, f),
+    }[name]
+
+
+def projection_bias(config: LlamaConfig, name: str) -> bool:
+    """Whether a projection has a bias."""
+    if name == "o_proj":
+        return config.attention_output_bias
+    return config.attention_bias if PROJECTIONS[name] == "self_attn" else config.mlp_bias
+
+
+def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tuple[str, tuple]]:
+    """Path in the layer's tree -> (name on disk, shape), for every tensor of one decoder layer."""
+    prefix = f"model.layers.{layer}."
+    norms = {n: (config.hidden_size,) for n in ("input_layernorm", "post_attention_layernorm")}
+    tensors = {(n,): (f"{prefix}{n}.weight", shape) for n, shape in norms.items()}
+    if config.qk_norm:
+        for n in ("q_norm", "k_norm"):
+            tensors[n,] = (f"{prefix}self_attn.{n}.weight", (config.head_dim,))
+    for n in PROJECTIONS:
+        path, shape = projection_path(layer, n), projection_shape(config, n)
+        tensors[n, "weight"] = (f"{path}.weight", shape)
+        if projection_bias(config, n):
+            tensors[n, "bias"] = (f"{path}.bias", shape[:1])
+    return tensors
+
+
+def base_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Name on disk -> shape, for every tensor of the model; a tied head is not among them."""
+    matrix = (config.vocab_size, config.hidden_size)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": matrix}
+    for layer in range(config.num_hidden_layers):
+        shapes |= dict(layer_tensors(config, layer).values())
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = matrix
+    return shapes
+
+
+def base_from_tensors(config: LlamaConfig, tensors: dict[str, Tensor]) -> Base:
+    """The tree, from tensors under their names on disk. No tensor is copied."""
+    base = Base(
+        embed_tokens=tensors["model.embed_tokens.weight"],
+        layers=tuple(_layer(config, i, tensors) for i in range(config.num_hidden_layers)),
+        norm=tensors["model.norm.weight"],
+    )
+    if not config.tie_word_embeddings:
+        base["lm_head"] = tensors["lm_head.weight"]
+    return base
+
+
+def _layer(config: LlamaConfig, layer: int, tensors: dict[str, Tensor]) -> LayerParams:
+    params: LayerParams = {}
+    for path, (name, _) in layer_tensors(config, layer).items():
+        if len(path) == 1:
+            params[path[0]] = tensors[name]
+        else:
+            params.setdefault(path[0], {})[path[1]] = tensors[name]
+    return params
+
+
+def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Tensor]:
+    """The inverse of `base_from_tensors`: name on disk -> tensor, views of the tree's leaves."""
+    tensors = {"model.embed_tokens.weight": base["embed_tokens"], "model.norm.weight": base["norm"]}
+    for i, params in enumerate(base["layers"]):
+        for path, (name, _) in layer_tensors(config, i).items():
+            leaf = params[path[0]]
+            tensors[name] = leaf if len(path) == 1 else leaf[path[1]]
+    if "lm_head" in base:
+        tensors["lm_head.weight"] = base["lm_head"]
+    return tensors

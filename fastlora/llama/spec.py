@@ -1,0 +1,52 @@
+"""Everything about a model that is not a tensor: frozen, hashable, passed whole."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fastlora.llama.config import LlamaConfig
+
+Recompute = Literal["none", "selective", "full", "offload"] | float
+Compile = Literal["auto"] | bool
+Kernels = Literal["auto", "torch", "triton"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """One projection that carries LoRA, with its patterns already resolved."""
+
+    name: str  # "q_proj"
+    r: int
+    lora_alpha: float
+    scaling: float  # lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraConfig:
+    """LoRA settings as the user gave them (PEFT's names), and `targets`: what they resolved to."""
+
+    r: int
+    lora_alpha: float
+    lora_dropout: float
+    target_modules: tuple[str, ...] | str
+    exclude_modules: tuple[str, ...] | str | None
+    layers_to_transform: tuple[int, ...] | None
+    layers_pattern: tuple[str, ...] | None
+    use_rslora: bool
+    rank_pattern: tuple[tuple[str, int], ...]  # in the order given: the first match wins
+    alpha_pattern: tuple[tuple[str, float], ...]
+    init_lora_weights: bool | str
+    targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in PROJECTIONS order
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spec:
+    """How to run a model: its shape, its adapter's shape, and the choices that touch no tensor."""
+
+    config: LlamaConfig
+    name_or_path: str  # what load() was given; the adapter's base_model_name_or_path
+    max_seq_length: int
+    lora: LoraConfig | None = None
+    recompute: Recompute = "selective"
+    compile: Compile = "auto"
+    kernels: Kernels = "auto"
+    deterministic: bool = False
