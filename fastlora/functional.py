@@ -1,0 +1,129 @@
+"""Pure functions of (adapter, base, spec, ...): what torch.func and torch.compile transform.
+
+The adapter comes first, so that the first argument is the one to differentiate. Inside a
+torch.func transform every op runs its plain reference; outside, compiled regions, fused ops and
+recomputation as `spec` says. The values are the same.
+"""
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.llama.compiled import compiled, compiles
+from fastlora.llama.decoder import head, hidden_states
+from fastlora.llama.params import Adapter, Base
+from fastlora.llama.positions import segment_starts
+from fastlora.llama.spec import Spec
+from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.linear_cross_entropy import (
+    IGNORE,
+    chunk_logprobs,
+    chunk_value_and_grad,
+    linear_logprobs,
+)
+
+Seed = int | Int[Tensor, ""] | None
+Batch = Mapping[str, Tensor]
+
+
+def forward(
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    *,
+    attention_mask: Int[Tensor, "b t"] | None = None,
+    position_ids: Int[Tensor, "#b t"] | None = None,
+    segment_ids: Int[Tensor, "b t"] | None = None,
+    seed: Seed = None,
+) -> Float[Tensor, "b t v"]:
+    """Logits, in the base's dtype.
+
+    Args:
+        adapter: what LoRA trains; None is the base model.
+        base: frozen weights.
+        spec: how to run them.
+        input_ids: int64 in [0, v).
+        attention_mask: 1 = real token; padding left or right.
+        position_ids: default: restart with each segment, count real tokens, else 0, 1, 2, ...
+        segment_ids: packed documents; attention is causal within a run of equal ids.
+        seed: of the LoRA dropout masks; None is no dropout.
+    """
+    hidden = hidden_states(
+        adapter,
+        base,
+        spec,
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        seed=seed,
+    )
+    return F.linear(hidden, head(base))
+
+
+def token_logprobs(
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    labels: Int[Tensor, "b t"],
+    *,
+    attention_mask: Int[Tensor, "b t"] | None = None,
+    position_ids: Int[Tensor, "#b t"] | None = None,
+    segment_ids: Int[Tensor, "b t"] | None = None,
+    seed: Seed = None,
+) -> Float[Tensor, "b t"]:
+    """Log-probability of labels[:, i] given the tokens before i; at least float32.
+
+    0 at i = 0 and where the label is -100. The logits are never whole (ops/linear_cross_entropy.py).
+    """
+    hidden = hidden_states(
+        adapter,
+        base,
+        spec,
+        input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        segment_ids=segment_ids,
+        seed=seed,
+    )
+    # Shift the labels, not the states: [b, t, d] stays contiguous, the last row is ignored.
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    regions = (chunk_logprobs, chunk_value_and_grad)
+    if compiles(spec.compile, hidden.device) and not transforms_active():
+        regions = tuple(compiled(region, grad=False) for region in regions)
+    logp = linear_logprobs(hidden.flatten(0, 1), head(base), following.flatten(), *regions)
+    return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
+
+
+def loss_sum(
+    adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    """(sum of -log p over the trained tokens, their number): what gradient accumulation adds up."""
+    labels = trained_labels(batch)
+    optional = {k: batch.get(k) for k in ("attention_mask", "position_ids", "segment_ids")}
+    logp = token_logprobs(adapter, base, spec, batch["input_ids"], labels, seed=seed, **optional)
+    return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
+
+
+def loss(
+    adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
+) -> Float[Tensor, ""]:
+    """Mean of -log p(label) over labels != -100, as Hugging Face's causal language models have it.
+
+    With `segment_ids`, the first token of a document is no target: nothing before it is its own.
+    A batch without a single target has loss 0.
+    """
+    total, count = loss_sum(adapter, base, spec, batch, seed=seed)
+    return total / count.clamp(min=1)
+
+
+def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:
+    """The batch's labels, with the first token of every packed document ignored."""
+    if batch.get("segment_ids") is None:
+        return batch["labels"]
+    return torch.where(segment_starts(batch["segment_ids"]), IGNORE, batch["labels"])

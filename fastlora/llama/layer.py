@@ -1,0 +1,148 @@
+"""One decoder layer, as pure functions: RMSNorm, attention, RMSNorm, SwiGLU, LoRA everywhere."""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastlora.llama.params import PROJECTIONS, LayerAdapter, LayerParams
+from fastlora.llama.spec import Spec
+from fastlora.ops.attention import attention
+from fastlora.ops.dropout import dropout, fold
+from fastlora.ops.lora_linear import down_projections, lora_linear
+from fastlora.ops.rms_norm import rms_norm
+from fastlora.ops.rope import apply_rope
+
+_SALT = {name: salt for salt, name in enumerate(PROJECTIONS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """What one layer needs to know. Layers with equal specs share one compiled graph."""
+
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope: bool
+    scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
+    lora_dropout: float
+    deterministic: bool
+
+
+def layer_spec(spec: Spec, layer: int) -> LayerSpec:
+    """The part of `spec` that layer number `layer` depends on."""
+    config, lora = spec.config, spec.lora
+    return LayerSpec(
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        rms_norm_eps=config.rms_norm_eps,
+        rope=bool(config.no_rope_layers[layer]),
+        scalings=tuple((t.name, t.scaling) for t in lora.targets[layer]) if lora else (),
+        lora_dropout=lora.lora_dropout if lora else 0.0,
+        deterministic=spec.deterministic,
+    )
+
+
+def project(
+    x: Float[Tensor, "b t d_in"],
+    names: tuple[str, ...],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> list[Float[Tensor, "b t d_out"]]:
+    """The projections `names` of one x, each with its low-rank term where the adapter has one."""
+    adapted = [name for name in names if name in adapter]
+    low = dict(zip(adapted, _low(x, adapted, adapter, spec, key), strict=True))
+    scalings, out = dict(spec.scalings), []
+    for name in names:
+        weight, bias = params[name]["weight"], params[name].get("bias")
+        if name in low:
+            y = lora_linear(x, low[name], weight, bias, adapter[name].b, scalings[name])
+        else:
+            y = F.linear(x, weight, bias)
+        out.append(y)
+    return out
+
+
+def _low(
+    x: Float[Tensor, "b t d_in"],
+    names: list[str],
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[Float[Tensor, "b t r"], ...]:
+    """x times each A'. With dropout every projection draws its own mask, so none share a product."""
+    matrices = [adapter[name].a for name in names]
+    if key is None or not names:
+        return down_projections(x, matrices) if names else ()
+    masked = [dropout(x, spec.lora_dropout, fold(key, _SALT[name])) for name in names]
+    return tuple(F.linear(m, a) for m, a in zip(masked, matrices, strict=True))
+
+
+def queries_keys_values(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b kv t hd"], Float[Tensor, "b kv t hd"]]:
+    """Normed, projected, split into heads and rotated: what attention and a KV cache take."""
+    b, t, _ = x.shape
+    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
+    qkv = project(normed, ("q_proj", "k_proj", "v_proj"), params, adapter, spec, key)
+    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
+    if "q_norm" in params:
+        q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if spec.rope:
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    return q, k, v
+
+
+def attention_output(
+    x: Float[Tensor, "b t d"],
+    heads: Float[Tensor, "b h t hd"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """x plus the output projection of the attended heads."""
+    joined = heads.transpose(1, 2).flatten(2)
+    return x + project(joined, ("o_proj",), params, adapter, spec, key)[0]
+
+
+def attention_block(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+    mask: Bool[Tensor, "#b 1 t t"] | None,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """x + attention(norm(x))."""
+    q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
+    heads = attention(q, k, v, mask, deterministic=spec.deterministic)
+    return attention_output(x, heads, params, adapter, spec, key)
+
+
+def mlp_block(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """x + SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up)."""
+    normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
+    gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
+    return x + project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]

@@ -1,0 +1,133 @@
+"""What the backward pass computes again, decided operation by operation.
+
+A layer runs at one of five levels, from most memory to least. Elements kept per token (d hidden,
+q and kv the widths of the query and key projections, f the MLP's):
+
+    none       everything autograd (or Inductor's min-cut partitioner) wants
+    selective  x, q, k, v, attention, o, gate, up       again: norms, RoPE, SwiGLU, casts
+    mlp        x, q, k, v, attention, o                 again: + gate and up products
+    attention  x, attention                             again: + q, k, v and o products
+    full       x                                        again: + attention itself
+
+Freeing one element of any projection costs the same arithmetic (2 * d_in operations), attention
+costs more, so this order is the cheapest first. A policy name is one level for all layers; a
+number is a budget, met by moving layers down one level at a time, the first layers first: the
+backward pass reaches them last, when most memory is free again.
+
+Built on torch's selective activation checkpointing, which works the same eager and inside
+torch.compile (there the partitioner then drops what no backward node reads).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
+
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.layer import LayerSpec, attention_block, mlp_block
+from fastlora.llama.params import LayerAdapter, LayerParams
+from fastlora.llama.spec import Recompute
+from fastlora.ops import lora_linear as _  # registers the op that _PRODUCTS names
+from fastlora.ops.dispatch import transforms_active
+
+LEVELS = ("none", "selective", "mlp", "attention", "full")
+
+
+aten = torch.ops.aten
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten.bmm.default,  # SDPA's math backend and the reference: products and softmax
+    aten._softmax.default,
+    aten._safe_softmax.default,
+}
+_PRODUCTS = {torch.ops.fastlora.lora_linear.default, aten.mm.default, aten.addmm.default}
+_KEPT = {"selective": _ATTENTION | _PRODUCTS, "attention": _ATTENTION, "full": set()}
+
+
+def _recomputed(fn: Callable[[Tensor], Tensor], x: Tensor, level: str) -> Tensor:
+    """fn(x), keeping for the backward pass only x and what the level's ops produced."""
+    kept = _KEPT[level]
+
+    def policy(_, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.MUST_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    # No op here reads a random state (ops/dropout.py), so none needs preserving.
+    out = checkpoint(fn, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def decoder_layer(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+    mask: Bool[Tensor, "#b 1 t t"] | None,
+    key: Int[Tensor, ""] | None,
+    spec: LayerSpec,
+    level: str,
+) -> Float[Tensor, "b t d"]:
+    """One decoder layer at a recompute level. Levels change memory and time, never a bit (eager)."""
+
+    def attend(x: Tensor) -> Tensor:
+        return attention_block(x, params, adapter, cos, sin, mask, spec, key)
+
+    def mlp(x: Tensor) -> Tensor:
+        return mlp_block(x, params, adapter, spec, key)
+
+    # torch.func refuses saved-tensor hooks, and keeps what it needs by itself.
+    if level == "none" or not torch.is_grad_enabled() or transforms_active():
+        return mlp(attend(x))
+    if level == "mlp":
+        return _recomputed(mlp, _recomputed(attend, x, "selective"), "full")
+    return _recomputed(lambda x: mlp(attend(x)), x, level)
+
+
+def kept_elements(config: LlamaConfig, level: str) -> int:
+    """Elements one layer keeps per token at a level, in activations of the compute dtype."""
+    d, f = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    attention = d + q + 2 * kv + q + d
+    return {
+        "none": attention
+        + 2 * d
+        + q
+        + kv
+        + 3 * f,  # + both norms, rotated q and k, silu(gate) * up
+        "selective": attention + 2 * f,
+        "mlp": attention,
+        "attention": d + q,
+        "full": d,
+    }[level]
+
+
+def layer_levels(config: LlamaConfig, recompute: Recompute) -> tuple[str, ...]:
+    """The level of every layer.
+
+    A number p in [0, 1] allows p times what all layers keep at "none"; what even "full" cannot
+    meet gets "full". Depends on shapes only, so the same call always recomputes the same things.
+    """
+    n = config.num_hidden_layers
+    if isinstance(recompute, str):
+        return ("full" if recompute == "offload" else recompute,) * n
+    budget = recompute * n * kept_elements(config, "none")
+    for rich, lean in zip(LEVELS, LEVELS[1:], strict=False):
+        more, less = kept_elements(config, rich), kept_elements(config, lean)
+        if n * less <= budget:
+            lean_layers = max(0, math.ceil((n * more - budget) / (more - less)))
+            return (lean,) * lean_layers + (rich,) * (n - lean_layers)
+    return ("full",) * n
