@@ -5,7 +5,7 @@ torch.func transform every op runs its plain reference; outside, compiled region
 recomputation as `spec` says. The values are the same.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +93,9 @@ def token_logprobs(
     )
     # Shift the labels, not the states: [b, t, d] stays contiguous, the last row is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    regions = (chunk_logprobs, chunk_value_and_grad)
+    regions: tuple[Callable, ...] = (chunk_logprobs, chunk_value_and_grad)
     if compiles(spec.compile, hidden.device) and not transforms_active():
-        regions = tuple(compiled(region, grad=False) for region in regions)
+        regions = tuple(lambda *args, fn=fn: compiled(fn, args) for fn in regions)
     logp = linear_logprobs(hidden.flatten(0, 1), head(base), following.flatten(), *regions)
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
 

@@ -16,6 +16,7 @@ from fastlora.llama.params import Adapter, Base
 from fastlora.llama.positions import rope_tables
 from fastlora.llama.spec import Spec
 from fastlora.ops.attention import attention
+from fastlora.ops.cast import cast
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -71,7 +72,7 @@ def prefill(
     config, t = spec.config, input_ids.shape[1]
     x = F.embedding(input_ids, base["embed_tokens"])
     at = where(config, input_ids, x.dtype, attention_mask, None, None)
-    adapters = layer_adapters(adapter, config, x.dtype)
+    adapters = layer_adapters(adapter, config)
     for i, params in enumerate(base["layers"]):
         static = layer_spec(spec, i)
         q, k, v = queries_keys_values(x, params, adapters[i], at.cos, at.sin, static, None)
@@ -95,13 +96,13 @@ def decode(
     """Logits after one more token, the s-th: `real` says which of the s cached ones are no padding."""
     config, s = spec.config, real.shape[1]
     x = F.embedding(token, base["embed_tokens"])
-    cos, sin = rope_tables(config, position_ids, x.dtype)
+    cos, sin = rope_tables(config, position_ids, position_ids + 1, x.dtype)
     near = torch.arange(s, device=real.device) > s - 1 - (config.sliding_window or s)
     masks = {
         "full_attention": real[:, None, None],
         "sliding_attention": (real & near)[:, None, None],
     }
-    adapters = layer_adapters(adapter, config, x.dtype)
+    adapters = layer_adapters(adapter, config)
     for i, params in enumerate(base["layers"]):
         static = layer_spec(spec, i)
         q, k, v = queries_keys_values(x, params, adapters[i], cos, sin, static, None)
@@ -199,6 +200,8 @@ def generate(
     stops = torch.tensor(eos_token_id, dtype=torch.int64, device=input_ids.device)
     pad = spec.config.pad_token_id
     fill = pad if pad is not None else (eos_token_id[0] if eos_token_id else 0)
+    if adapter is not None:  # once, not at every token
+        adapter = cast(adapter, base["embed_tokens"].dtype)
     cache = new_cache(base, spec, b, t + max_new_tokens)
     logits = prefill(adapter, base, spec, input_ids, attention_mask, cache)
     seen = _seen(input_ids, real, spec) if sampling.repetition_penalty != 1.0 else None

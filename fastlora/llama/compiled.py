@@ -1,11 +1,12 @@
 """torch.compile with a cache of our own shape: one graph per static spec, shared by all layers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlora.llama.spec import Compile
 
@@ -20,15 +21,41 @@ def compiles(compile: Compile, device: torch.device) -> bool:
     return device.type == "cuda" if compile == "auto" else compile
 
 
-@cache
-def compiled(fn: Callable[..., Any], *static: Any, grad: bool) -> Callable[..., Any]:
-    """torch.compile(fullgraph=True) of `fn` with `static` as its last arguments.
+def compiled(fn: Callable[..., Any], args: tuple[Any, ...], *static: Any) -> Any:
+    """fn(*args, *static), through torch.compile(fullgraph=True).
 
-    dynamo hangs its graphs, and its limit of 8 of them, on the code object. So each (fn, static,
-    grad mode) gets a code object of its own: a process may hold any number of models, and only new
-    shapes count toward the limit. Those go static first, then dynamic.
+    dynamo hangs its graphs, and its limit of 8 of them, on the code object. So every combination of
+    facts other than shape (static arguments, grad mode, which optional arguments are there, dtype,
+    device, requires_grad, a batch of one) gets a code object of its own: a process may hold any
+    number of models and mix any batches, and one code object sees at most a static graph, then
+    dynamic ones.
     """
+    return _region(fn, static, torch.is_grad_enabled(), tuple(_facts(x) for x in args))(*args)
 
+
+def _facts(x: Any) -> tuple | None:
+    """What a graph specialises on in one argument, shapes apart; of a tree, in its first leaf."""
+    first = next((leaf for leaf in _leaves(x) if isinstance(leaf, Tensor)), None)
+    if first is None:
+        return None
+    return first.dtype, first.device, first.requires_grad, first.dim() > 1 and first.shape[0] == 1
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """Leaves of nested dicts and tuples; torch's tree_leaves builds the whole list first."""
+    if isinstance(x, dict):
+        x = tuple(x.values())
+    if isinstance(x, tuple):
+        for item in x:
+            yield from _leaves(item)
+    else:
+        yield x
+
+
+@cache
+def _region(
+    fn: Callable[..., Any], static: tuple[Any, ...], grad: bool, facts: tuple
+) -> Callable[..., Any]:
     def region(*args):
         return fn(*args, *static)
 

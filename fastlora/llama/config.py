@@ -56,9 +56,7 @@ class LlamaConfig:
     rope_parameters: RopeParameters
     tie_word_embeddings: bool
     attention_bias: bool  # q_proj, k_proj, v_proj have a bias
-    attention_output_bias: (
-        bool  # o_proj has one (Llama's attention_bias sets both, Qwen2's neither)
-    )
+    attention_output_bias: bool  # o_proj has one (Llama: as the others; Qwen2: never)
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over head_dim on q and k before RoPE (Qwen3)
     layer_types: tuple[LayerType, ...]  # one entry per layer
@@ -67,7 +65,7 @@ class LlamaConfig:
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]  # config.json and generation_config.json together
     pad_token_id: int | None
-    dtype: str  # "float32", "bfloat16" or "float16": the checkpoint's own
+    dtype: str  # of the weights: "float32", "bfloat16", "float16" or "float64"
     raw_json: str = field(repr=False)  # config.json as it was read, for the export of merged models
 
     @classmethod

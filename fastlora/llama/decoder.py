@@ -1,5 +1,7 @@
 """The whole decoder: embedding, layers, final norm. The head is its caller's business."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +15,12 @@ from fastlora.llama.config import LlamaConfig
 from fastlora.llama.layer import layer_spec
 from fastlora.llama.offload import HostStash
 from fastlora.llama.params import Adapter, Base, LayerAdapter
-from fastlora.llama.positions import attention_mask_2d, positions, rope_tables
+from fastlora.llama.positions import (
+    attention_mask_2d,
+    positions,
+    rope_tables,
+    sequence_lengths,
+)
 from fastlora.llama.recompute import decoder_layer, layer_levels
 from fastlora.llama.spec import Spec
 from fastlora.ops.cast import cast
@@ -47,16 +54,13 @@ def where(
         kind: attention_mask_2d(t, windows[kind], attention_mask, segment_ids, device)
         for kind in sorted(set(config.layer_types))
     }
-    return Where(*rope_tables(config, position_ids, dtype), masks)
+    lengths = sequence_lengths(position_ids, segment_ids)
+    return Where(*rope_tables(config, position_ids, lengths, dtype), masks)
 
 
-def layer_adapters(
-    adapter: Adapter | None, config: LlamaConfig, dtype: torch.dtype
-) -> tuple[LayerAdapter, ...]:
-    """One dict per layer, in the dtype that multiplies; all empty for the base model."""
-    if adapter is None:
-        return ({},) * config.num_hidden_layers
-    return cast(adapter["layers"], dtype)
+def layer_adapters(adapter: Adapter | None, config: LlamaConfig) -> tuple[LayerAdapter, ...]:
+    """One dict per layer; all empty for the base model."""
+    return ({},) * config.num_hidden_layers if adapter is None else adapter["layers"]
 
 
 def hidden_states(
@@ -74,30 +78,28 @@ def hidden_states(
     config = spec.config
     x = F.embedding(input_ids, base["embed_tokens"])
     at = where(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
-    adapters = layer_adapters(adapter, config, x.dtype)
+    adapters = layer_adapters(adapter, config)
     key = dropout_key(spec, seed, x.device)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
-    if use_compiled and torch.is_grad_enabled() and requires_grad(adapter):
-        # Else the first layer alone would see an input without gradient, and compile by itself:
-        # twice the compile time, to save one of 16 layers' input gradients of q, k and v.
-        x.requires_grad_()
     offload = spec.recompute == "offload" and x.is_cuda and not torch.compiler.is_compiling()
     stash = HostStash() if offload and torch.is_grad_enabled() and not transforms_active() else None
     for i, level in enumerate(layer_levels(config, spec.recompute)):
-        static = (layer_spec(spec, i), level)
-        args = (base["layers"][i], adapters[i], at.cos, at.sin, at.masks[config.layer_types[i]])
-        run = (
-            compiled(decoder_layer, *static, grad=torch.is_grad_enabled()) if use_compiled else None
-        )
+        if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
+            # Else the first adapted layer alone would see an input without gradient, and compile by
+            # itself: twice the compile time, to save one layer its input gradients of q, k and v.
+            x.requires_grad_(requires_grad(adapters[i]))
+        # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
+        lora, mask = cast(adapters[i], x.dtype), at.masks[config.layer_types[i]]
         layer_key = None if key is None else fold(key, i)
+        rest = (base["layers"][i], lora, at.cos, at.sin, mask, layer_key)
+        run = partial(_run, decoder_layer, rest, (layer_spec(spec, i), level), use_compiled)
+        x = run(x) if stash is None else stash.run(run, x)
+    return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
 
-        def layer(x, args=args, layer_key=layer_key, static=static, run=run):
-            if run is not None:
-                return run(x, *args, layer_key)
-            return decoder_layer(x, *args, layer_key, *static)
 
-        x = layer(x) if stash is None else stash.run(layer, x)
-    return rms_norm(x, base["norm"], config.rms_norm_eps)
+def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor) -> Tensor:
+    """fn(x, *rest, *static), compiled or not."""
+    return compiled(fn, (x, *rest), *static) if use_compiled else fn(x, *rest, *static)
 
 
 def requires_grad(tree: Any) -> bool:

@@ -54,20 +54,40 @@ def attention_mask_2d(
     return allowed[:, None]
 
 
+def sequence_lengths(
+    position_ids: Int[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None
+) -> Int[Tensor, "b #t"]:
+    """Length of the sequence each token belongs to: of its row, or of its document in a packed row."""
+    if segment_ids is None:
+        return position_ids.amax(-1, keepdim=True) + 1
+    t = segment_ids.shape[1]
+    index = torch.arange(t, device=segment_ids.device)
+    ends = torch.cat((segment_starts(segment_ids)[:, 1:], torch.ones_like(segment_ids[:, :1]) > 0), 1)
+    last = torch.where(ends, index, t - 1).flip(-1).cummin(-1).values.flip(-1)
+    return position_ids.expand_as(segment_ids).gather(1, last) + 1
+
+
 def rope_tables(
-    config: LlamaConfig, position_ids: Int[Tensor, "b t"], dtype: torch.dtype
+    config: LlamaConfig,
+    position_ids: Int[Tensor, "b t"],
+    lengths: Int[Tensor, "b #t"],
+    dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"]]:
-    """cos and sin of every position's angles, computed in float32 (float64 for float64), in `dtype`."""
+    """cos and sin of every position's angles, computed in float32 (float64 for float64), in `dtype`.
+
+    `lengths` matters to dynamic RoPE alone. It is each sequence's own, so that a row's logits depend
+    on no neighbour; transformers takes the longest of the batch.
+    """
     wide = torch.promote_types(dtype, torch.float32)
-    frequencies, attention_factor = rope_frequencies(config, position_ids, wide)
+    frequencies, attention_factor = rope_frequencies(config, lengths, wide)
     angles = position_ids.to(wide)[..., None] * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
 
 
 def rope_frequencies(
-    config: LlamaConfig, position_ids: Int[Tensor, "b t"], dtype: torch.dtype
-) -> tuple[Float[Tensor, "half"], float]:
+    config: LlamaConfig, lengths: Int[Tensor, "b #t"], dtype: torch.dtype
+) -> tuple[Float[Tensor, "*bt half"], float]:
     """Angle per position of each pair, and the factor on cos and sin, as transformers 5 has them.
 
     Sources: linear and dynamic, reddit's kaiokendev and emozilla, in the form of
@@ -75,12 +95,12 @@ def rope_frequencies(
     yarn, Peng et al. 2023, arXiv:2309.00071.
     """
     rope, hd = config.rope_parameters, config.head_dim
-    exponents = torch.arange(0, hd, 2, device=position_ids.device).to(dtype) / hd
+    exponents = torch.arange(0, hd, 2, device=lengths.device).to(dtype) / hd
     plain = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "linear":
         return plain / rope.factor, 1.0
     if rope.rope_type == "dynamic":
-        return _dynamic(config, position_ids, exponents), 1.0
+        return _dynamic(config, lengths, exponents), 1.0
     if rope.rope_type == "llama3":
         return _llama3(rope, plain), 1.0
     if rope.rope_type == "yarn":
@@ -88,10 +108,10 @@ def rope_frequencies(
     return plain, 1.0
 
 
-def _dynamic(config: LlamaConfig, position_ids: Tensor, exponents: Tensor) -> Tensor:
-    """theta grows with the longest position, once it passes what the model was trained for."""
+def _dynamic(config: LlamaConfig, lengths: Tensor, exponents: Tensor) -> Tensor:
+    """theta grows with the sequence, once it is longer than what the model was trained for."""
     rope, hd, trained = config.rope_parameters, config.head_dim, config.max_position_embeddings
-    length = (position_ids.max() + 1).clamp(min=trained).to(exponents.dtype)
+    length = lengths.clamp(min=trained).to(exponents.dtype)[..., None]
     growth = rope.factor * length / trained - (rope.factor - 1)
     theta = rope.rope_theta * growth ** (hd / (hd - 2))
     return 1.0 / theta**exponents

@@ -48,8 +48,8 @@ def chunk_value_and_grad(
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
     """One chunk's log-probabilities, and the derivative of each by its own row of h, in h.dtype."""
     logp, logsoftmax = chunk_logprobs(h, weight, labels)
-    columns = torch.arange(weight.shape[0], device=h.device)
-    onehot = (columns == labels[:, None]).to(logsoftmax.dtype)
+    columns = torch.arange(weight.shape[0], dtype=torch.int32, device=h.device)
+    onehot = (columns == labels[:, None].int()).to(logsoftmax.dtype)
     dlogits = torch.where((labels == IGNORE)[:, None], 0.0, onehot - logsoftmax.exp())
     return logp, dlogits.to(h.dtype) @ weight
 

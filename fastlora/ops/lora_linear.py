@@ -34,8 +34,9 @@ def lora_linear_reference(
 # products and a sum, the policy would keep both summands (torch's selective checkpoint chooses by
 # op, not by name). `low` is an input and not computed inside: the backward pass needs it, and would
 # otherwise run down_proj's whole base product again for it (6 ms of a 1B step with "full"; H200,
-# torch 2.11, 8,192 tokens). The sum is in place: cuBLAS adds in fp32 and rounds once, and no second
-# [n, d_out] tensor exists.
+# torch 2.11, 8,192 tokens). The low-rank term is written first and the base product adds to it in
+# its own epilogue: the sum is in fp32 and rounded once, no second [n, d_out] tensor exists, and the
+# small term's pass over the output is a write where the other order reads and writes.
 # Defined through torch.library.define rather than custom_op, whose wrapper costs the host more.
 
 torch.library.define(
@@ -46,8 +47,11 @@ torch.library.define(
 
 @torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd")
 def _forward(x, low, weight, bias, b, scaling):
-    y = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
-    return y.addmm_(low, b.t(), alpha=scaling)
+    if bias is None:  # beta = 0: the first argument is not read
+        y = torch.addmm(low.new_empty(1), low, b.t(), beta=0, alpha=scaling)
+    else:
+        y = torch.addmm(bias, low, b.t(), alpha=scaling)
+    return y.addmm_(x, weight.t())
 
 
 @torch.library.register_fake("fastlora::lora_linear")

@@ -1,0 +1,24 @@
+"""LoRA fine-tuning of Llama-family models as a functional PyTorch library."""
+
+from fastlora import functional
+from fastlora.adapter import lora
+from fastlora.checks import CheckpointError
+from fastlora.export import load_adapter, merge
+from fastlora.gradients import value_and_grad
+from fastlora.loading import load
+from fastlora.model import Model
+from fastlora.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Model",
+    "Tokenizer",
+    "functional",
+    "load",
+    "load_adapter",
+    "lora",
+    "merge",
+    "value_and_grad",
+]

@@ -1,0 +1,508 @@
+"""lora(): which projections carry an adapter, at which rank and scale, and its first weights.
+
+Matching is PEFT's, rule for rule (peft 0.21.2, tuners_utils.py:2337-2412 and utils/other.py:1524),
+over the module names that transformers gives these models. It is settled here once: `lora` and the
+reader of PEFT folders (export.py) both end in `resolve_targets`, and nothing later sees a pattern.
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
+
+import torch
+
+from fastlora.checks import raise_problems
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.params import (
+    PROJECTIONS,
+    Adapter,
+    Base,
+    LoRA,
+    projection_path,
+    projection_shape,
+)
+from fastlora.llama.spec import LoraConfig, Recompute, Spec, Target
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+RECOMPUTE = ("none", "selective", "full", "offload")
+_CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
+_LATER_INITS = r"orthogonal|pissa|pissa_niter_\d+|olora|eva|corda|lora_ga|loftq|mica"
+PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
+_TEMPORARY = "_fastlora_temporary_saved_buffers"
+
+# PEFT adapts these too; here they come with the version that trains embeddings.
+_LATER_MODULES = ("model.embed_tokens", "lm_head")
+
+
+@runtime_checkable
+class Adaptable(Protocol):
+    """What `lora` and `load_adapter` need of a model: a frozen dataclass with these fields."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def spec(self) -> Spec: ...
+
+    @property
+    def base(self) -> Base: ...
+
+    @property
+    def adapter(self) -> Adapter | None: ...
+
+
+ModelT = TypeVar("ModelT", bound=Adaptable)
+
+
+def lora(
+    model: ModelT,
+    r: int = 16,
+    target_modules: Collection[str] | str | None = tuple(PROJECTIONS),
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    bias: str = "none",
+    layers_to_transform: Collection[int] | int | None = None,
+    layers_pattern: Collection[str] | str | None = None,
+    use_gradient_checkpointing: bool | str | None = None,
+    random_state: int = 3407,
+    max_seq_length: int | None = None,
+    use_rslora: bool = False,
+    modules_to_save: Collection[str] | None = None,
+    init_lora_weights: bool | str = True,
+    loftq_config: Any = None,
+    temporary_location: str = _TEMPORARY,
+    qat_scheme: Any = None,
+    target_parameters: Collection[str] | None = None,
+    ensure_weight_tying: bool = False,
+    *,
+    recompute: Recompute = "selective",
+    use_dora: bool = False,
+    lora_bias: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    exclude_modules: Collection[str] | str | None = None,
+    finetune_last_n_layers: int | None = None,
+    trainable_token_indices: Any = None,
+    adapter_dtype: str | torch.dtype = "float32",
+) -> ModelT:
+    """The model with a fresh adapter; the given one is unchanged and shares its base.
+
+    y = W x + scaling * B A dropout(x), scaling = lora_alpha / r (Hu et al. 2021, arXiv:2106.09685),
+    or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023, arXiv:2312.03732).
+    Names and meaning are PEFT's, save that what PEFT would ignore in silence, or with a warning, is
+    an error here: a name or pattern that matches no module of this model, a layer it lacks.
+
+    Args:
+        model: without an adapter; its base may be on any device, the adapter follows it.
+        r: rank of every adapted projection that no `rank_pattern` matches.
+        target_modules: a collection of module names or their dotted ends ("q_proj",
+            "mlp.down_proj", "model.layers.0.self_attn.q_proj"); or a regular expression for the
+            whole module name; or "all-linear". None is PEFT's own default, q_proj and v_proj.
+        lora_alpha: numerator of the scaling.
+        lora_dropout: probability in [0, 1) of dropping an input of A, where a seed is given.
+        bias: only "none" so far.
+        layers_to_transform: indices of the only layers to adapt; empty is all of them. Does not
+            filter a module listed by its full name, as in PEFT.
+        layers_pattern: names of the module list that the indices count ("layers").
+        use_gradient_checkpointing: old name of `recompute`: False is "none", True is "full",
+            "unsloth" is "selective".
+        random_state: seeds a private generator, drawn on the CPU: same weights on every device.
+        max_seq_length: tokens; lowers the model's own.
+        use_rslora: divide by sqrt(r) in place of r.
+        modules_to_save: not in this version.
+        init_lora_weights: True: A uniform in ±1/sqrt(d_in), B zero. "gaussian": A normal with
+            standard deviation 1/r, B zero. False: B uniform in ±1/sqrt(r) as well, for tests.
+        loftq_config: not in this version.
+        temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
+        qat_scheme: not in this version.
+        target_parameters: not in this version.
+        ensure_weight_tying: not in this version.
+        recompute: what the backward pass computes again; "none", "selective", "full", "offload",
+            or the share in [0, 1] of the activation memory of "none" to keep.
+        use_dora: not in this version.
+        lora_bias: not in this version.
+        rank_pattern: regular expression for the end of a module name -> its rank; the first match
+            in the order given wins.
+        alpha_pattern: the same for lora_alpha, looked up on its own.
+        exclude_modules: modules never to adapt, given as `target_modules` is.
+        finetune_last_n_layers: short for the last n indices of `layers_to_transform`.
+        trainable_token_indices: not in this version.
+        adapter_dtype: of A and B; float32 over a bfloat16 base is the usual mixed precision.
+
+    Raises:
+        ValueError: listing every argument that cannot be.
+        NotImplementedError: listing every argument of a later version that is not at its default.
+    """
+    later_init = re.fullmatch(_LATER_INITS, str(init_lora_weights))
+    _refuse_later(
+        dict(
+            bias=bias if bias != "none" else None,
+            modules_to_save=modules_to_save,
+            init_lora_weights=init_lora_weights if later_init else None,
+            loftq_config=loftq_config,
+            temporary_location=temporary_location if temporary_location != _TEMPORARY else None,
+            qat_scheme=qat_scheme,
+            target_parameters=target_parameters,
+            ensure_weight_tying=ensure_weight_tying,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
+            trainable_token_indices=trainable_token_indices,
+        )
+    )
+    config = model.spec.config
+    layers, layer_problems = _layers(layers_to_transform, finetune_last_n_layers, config)
+    policy, policy_problems = _recompute(recompute, use_gradient_checkpointing)
+    settings = LoraConfig(
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        target_modules=names_or_regex(PEFT_TARGETS if target_modules is None else target_modules),
+        exclude_modules=names_or_regex(exclude_modules) if exclude_modules else None,
+        layers_to_transform=layers,
+        layers_pattern=as_tuple(layers_pattern),
+        use_rslora=use_rslora,
+        rank_pattern=tuple((rank_pattern or {}).items()),
+        alpha_pattern=tuple((alpha_pattern or {}).items()),
+        init_lora_weights=init_lora_weights,
+        targets=(),
+    )
+    problems = layer_problems + policy_problems + _init_problems(settings, random_state)
+    problems += _model_problems(model, max_seq_length, adapter_dtype)
+    settings = resolve_targets(settings, config, "fastlora.lora cannot do this:", problems)
+    spec = replace(
+        model.spec,
+        lora=settings,
+        recompute=policy,
+        max_seq_length=max_seq_length or model.spec.max_seq_length,
+    )
+    dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]
+    adapter = init_adapter(spec, model.base["norm"].device, dtype, random_state)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=adapter))
+
+
+def init_adapter(
+    spec: Spec, device: torch.device, dtype: torch.dtype, random_state: int
+) -> Adapter:
+    """Fresh weights for every target of `spec.lora`, drawn in float32 on the CPU, layer by layer.
+
+    B is zero, so the model starts equal to its base, unless `init_lora_weights` is False. The
+    bounds are kaiming_uniform_'s with a = sqrt(5): 1 / sqrt(fan_in) (peft 0.21.2, layer.py:332).
+    """
+    assert spec.lora is not None, spec
+    init = spec.lora.init_lora_weights
+    generator = torch.Generator().manual_seed(random_state)
+
+    def uniform(rows: int, columns: int) -> torch.Tensor:
+        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+
+    def fresh(target: Target) -> LoRA:
+        d_out, d_in = projection_shape(spec.config, target.name)
+        if init == "gaussian":
+            a = torch.randn(target.r, d_in, generator=generator) / target.r
+        else:
+            a = uniform(target.r, d_in)
+        b = torch.zeros(d_out, target.r) if init else uniform(d_out, target.r)
+        return LoRA(a.to(device, dtype), b.to(device, dtype))
+
+    return Adapter(layers=tuple({t.name: fresh(t) for t in ts} for ts in spec.lora.targets))
+
+
+# ── which modules match ───────────────────────────────────────────────────────────────────
+
+
+def resolve_targets(
+    settings: LoraConfig,
+    config: LlamaConfig,
+    heading: str,
+    problems: Iterable[str] = (),
+    *,
+    error: type[ValueError] = ValueError,
+    strict: bool = True,
+) -> LoraConfig:
+    """The settings with `targets` filled in: PEFT's modules, ranks and scalings.
+
+    Args:
+        settings: as given; the `targets` in it are not read.
+        config: the model's shape.
+        heading: first line of the error.
+        problems: what the caller found already, to be raised together with what is found here.
+        error: what to raise.
+        strict: also refuse what PEFT would ignore, with or without a warning.
+
+    Raises:
+        ValueError: (or `error`) if a value cannot be, a matched module is no linear layer, or none
+            matches.
+        NotImplementedError: if embed_tokens or lm_head matches.
+    """
+    problems = [*problems, *_setting_problems(settings)]
+    bad_patterns = _regex_problems(settings)
+    matched = [] if bad_patterns else [m for m in module_names(config) if _is_target(m, settings)]
+    projections = {m for m in matched if m.rpartition(".")[2] in PROJECTIONS}
+    problems += [
+        f"target_modules matches {m}, which is no linear layer; expected among {list(PROJECTIONS)}."
+        for m in matched
+        if m not in projections and m not in _LATER_MODULES
+    ]
+    problems += bad_patterns or _match_problems(settings, config, matched, strict)
+    raise_problems(error, heading, problems)
+    if later := [m for m in matched if m in _LATER_MODULES]:
+        raise NotImplementedError(
+            f"{heading}\n  target_modules matches {' and '.join(later)}: adapters on embeddings and"
+            f" on the head arrive in a later version; for now target {list(PROJECTIONS)}."
+        )
+    layers = range(config.num_hidden_layers)
+    targets = tuple(
+        tuple(
+            _target(settings, name, path)
+            for name in PROJECTIONS
+            if (path := projection_path(layer, name)) in projections
+        )
+        for layer in layers
+    )
+    return replace(settings, targets=targets)
+
+
+def _target(settings: LoraConfig, name: str, path: str) -> Target:
+    r = _first_match(settings.rank_pattern, path, settings.r)
+    alpha = _first_match(settings.alpha_pattern, path, settings.lora_alpha)
+    scaling = alpha / (math.sqrt(r) if settings.use_rslora else r)
+    return Target(name=name, r=r, lora_alpha=alpha, scaling=scaling)
+
+
+def _first_match(patterns: tuple[tuple[str, Any], ...], path: str, default: Any) -> Any:
+    return next((v for key, v in patterns if re.match(_pattern_regex(key), path)), default)
+
+
+def _is_target(module: str, settings: LoraConfig) -> bool:
+    targets = settings.target_modules
+    if settings.exclude_modules and _names(settings.exclude_modules, module):
+        return False
+    if targets == "all-linear":
+        return module.rpartition(".")[2] in PROJECTIONS
+    if isinstance(targets, tuple) and module in targets:
+        return True  # before the layers are asked: PEFT does not filter a full name by its layer
+    return _names(targets, module) and _in_layers(module, settings)
+
+
+def _names(rule: tuple[str, ...] | str, module: str) -> bool:
+    """A string is a regular expression for the whole name, a tuple holds names or dotted ends."""
+    if isinstance(rule, str):
+        return re.fullmatch(rule, module) is not None
+    return any(f".{module}".endswith(f".{end}") for end in rule)
+
+
+def _in_layers(module: str, settings: LoraConfig) -> bool:
+    """Whether the first number after a `layers_pattern` is among `layers_to_transform`."""
+    if not settings.layers_to_transform:
+        return True
+    patterns = settings.layers_pattern or (r"[^.]*",)
+    found = (re.match(_layer_regex(p), module) for p in patterns)
+    first = next((m for m in found if m), None)
+    return first is not None and int(first["idx"]) in settings.layers_to_transform
+
+
+def _pattern_regex(key: str) -> str:
+    return rf"(.*\.)?({key})$"
+
+
+def _layer_regex(pattern: str) -> str:
+    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+
+
+def module_names(config: LlamaConfig) -> list[str]:
+    """Every module that transformers' model of this shape has: what patterns are matched with."""
+    attention = ["q_norm", "k_norm"] if config.qk_norm else []
+    inner = ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
+    inner += [f"self_attn.{n}" for n in attention]
+    names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
+    for layer in range(config.num_hidden_layers):
+        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in inner)]
+        names += [projection_path(layer, n) for n in PROJECTIONS]
+    return [*names, "lm_head"]
+
+
+# ── what cannot be ────────────────────────────────────────────────────────────────────────
+
+
+def as_tuple(value: Collection[Any] | str | int | None) -> tuple[Any, ...] | None:
+    """A collection as a tuple, a set in sorted order, and one name or number as a tuple of one."""
+    if value is None:
+        return None
+    if isinstance(value, str | int):
+        return (value,)
+    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+
+
+def names_or_regex(value: Collection[str] | str) -> tuple[str, ...] | str:
+    """A collection as a tuple; a string as it is, with "all-linear" in lower case."""
+    if isinstance(value, str):
+        return value.lower() if value.lower() == "all-linear" else value
+    return as_tuple(value) or ()
+
+
+def _refuse_later(given: Mapping[str, Any]) -> None:
+    """Raise for every argument of a later version that asks for something; falsy is its default."""
+    if asked := [f"{name}={value!r}" for name, value in given.items() if value]:
+        raise NotImplementedError(
+            f"fastlora.lora does not know these arguments yet: {', '.join(asked)}. They arrive in a"
+            " later version; leave them at their defaults."
+        )
+
+
+def _layers(
+    layers: Collection[int] | int | None, last_n: int | None, config: LlamaConfig
+) -> tuple[tuple[int, ...] | None, list[str]]:
+    if last_n is None:
+        return as_tuple(layers), []
+    n, problems = config.num_hidden_layers, []
+    if layers is not None:
+        problems.append("finetune_last_n_layers and layers_to_transform say the same; give one.")
+    if not 1 <= last_n <= n:
+        problems.append(
+            f"finetune_last_n_layers={last_n}: expected 1 to {n}, the layers there are."
+        )
+    return tuple(range(max(n - last_n, 0), n)), problems
+
+
+def _recompute(policy: Recompute, checkpointing: bool | str | None) -> tuple[Recompute, list[str]]:
+    if checkpointing is not None:
+        if checkpointing not in _CHECKPOINTING:
+            given = f"use_gradient_checkpointing={checkpointing!r}"
+            return policy, [f"{given}: expected True, False or 'unsloth'; or use recompute."]
+        if policy != "selective":
+            given = f"recompute={policy!r}, use_gradient_checkpointing={checkpointing!r}"
+            return policy, [f"{given}: two names of one setting; give recompute only."]
+        return _CHECKPOINTING[checkpointing], []
+    is_share = isinstance(policy, int | float) and not isinstance(policy, bool)
+    if policy in RECOMPUTE or (is_share and 0 <= policy <= 1):
+        return policy, []
+    return policy, [f"recompute={policy!r}: expected one of {RECOMPUTE} or a number in [0, 1]."]
+
+
+def _init_problems(s: LoraConfig, random_state: int) -> list[str]:
+    problems = []
+    if s.init_lora_weights not in (True, False, "gaussian"):
+        known = "True, False or 'gaussian'"
+        problems.append(f"init_lora_weights={s.init_lora_weights!r}: expected {known}.")
+    if s.lora_dropout == 1:
+        problems.append("lora_dropout=1 drops every input; expected a probability in [0, 1).")
+    if zero := [k for k, v in (("lora_alpha", s.lora_alpha), *s.alpha_pattern) if v == 0]:
+        problems.append(f"{zero} are 0, a scaling of 0: such an adapter does nothing.")
+    # What torch.Generator takes.
+    if type(random_state) is not int or not 0 <= random_state < 2**64:
+        problems.append(f"random_state={random_state}: expected an integer in [0, 2**64).")
+    return problems
+
+
+def _model_problems(
+    model: Adaptable, max_seq_length: int | None, adapter_dtype: str | torch.dtype
+) -> list[str]:
+    problems, longest = [], model.spec.max_seq_length
+    if model.adapter is not None or model.spec.lora is not None:
+        problems.append(
+            "the model carries an adapter already; call fastlora.merge(model) first to keep it, or"
+            " start from the model that fastlora.load returned."
+        )
+    if max_seq_length is not None and not 1 <= max_seq_length <= longest:
+        problems.append(
+            f"max_seq_length={max_seq_length}: it can only be lowered here, to 1 to {longest}; a"
+            " longer one is asked of fastlora.load."
+        )
+    if str(adapter_dtype).removeprefix("torch.") not in DTYPES:
+        problems.append(f"adapter_dtype={adapter_dtype}: expected one of {list(DTYPES)}.")
+    return problems
+
+
+def _setting_problems(s: LoraConfig) -> list[str]:
+    """Values that no model could take, by PEFT's rules."""
+    ranks = {"r": s.r} | {f"rank_pattern[{k!r}]": v for k, v in s.rank_pattern}
+    alphas = {"lora_alpha": s.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in s.alpha_pattern}
+    problems = [
+        f"{name}={v!r}: a rank is an integer of at least 1."
+        for name, v in ranks.items()
+        if type(v) is not int or v < 1
+    ]
+    problems += [
+        f"{name}={v!r}: expected a finite number."
+        for name, v in alphas.items()
+        if type(v) not in (int, float) or not math.isfinite(v)
+    ]
+    if type(s.lora_dropout) not in (int, float) or not 0 <= s.lora_dropout <= 1:
+        problems.append(f"lora_dropout={s.lora_dropout}: expected a probability in [0, 1).")
+    if isinstance(s.target_modules, str) and (s.layers_to_transform or s.layers_pattern):
+        problems.append(
+            "layers_to_transform, layers_pattern and finetune_last_n_layers only filter a list, but"
+            f" target_modules is the string {s.target_modules!r}; list the projections instead."
+        )
+    if s.layers_pattern and s.layers_to_transform is None:
+        problems.append(f"layers_pattern={s.layers_pattern} needs layers_to_transform beside it.")
+    return problems
+
+
+def _regex_problems(s: LoraConfig) -> list[str]:
+    patterns = [("rank_pattern", k, _pattern_regex(k)) for k, _ in s.rank_pattern]
+    patterns += [("alpha_pattern", k, _pattern_regex(k)) for k, _ in s.alpha_pattern]
+    patterns += [("layers_pattern", p, _layer_regex(p)) for p in s.layers_pattern or ()]
+    for field in ("target_modules", "exclude_modules"):
+        if isinstance(rule := getattr(s, field), str):
+            patterns.append((field, rule, rule))
+    return [f"{f}: {p!r} is no regular expression: {e}." for f, p, x in patterns if (e := _bad(x))]
+
+
+def _bad(regex: str) -> str:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        return str(error)
+    return ""
+
+
+def _match_problems(
+    s: LoraConfig, config: LlamaConfig, matched: list[str], strict: bool
+) -> list[str]:
+    problems = _without_effect(s, config, matched) if strict else []
+    if not matched and not problems:
+        left = f" after exclude_modules={s.exclude_modules!r}" if s.exclude_modules else ""
+        only = f" in layers {s.layers_to_transform}" if s.layers_to_transform else ""
+        how = "" if isinstance(s.target_modules, tuple) else ", a regex for the whole module name,"
+        problems.append(
+            f"target_modules={s.target_modules!r}{how} matches no module of this model{left}{only};"
+            f" its linear layers are {list(PROJECTIONS)}."
+        )
+    return problems
+
+
+def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> list[str]:
+    """What PEFT ignores: names, layers and patterns that match nothing in this model."""
+    modules, n = module_names(config), config.num_hidden_layers
+
+    def idle(rule: tuple[str, ...] | str | None) -> list[str]:
+        entries = rule if isinstance(rule, tuple) else [rule] if rule else []
+        is_regex = isinstance(rule, str)
+        return [e for e in entries if not any(_names(e if is_regex else (e,), m) for m in modules)]
+
+    nothing = "matches no module of this model"
+    linear = list(PROJECTIONS)
+    problems = []
+    if isinstance(s.target_modules, tuple):
+        unknown = idle(s.target_modules)
+        problems += [f"target_modules: {e!r} {nothing}; expected among {linear}." for e in unknown]
+    problems += [
+        f"exclude_modules: {e!r} {nothing}; leave it out." for e in idle(s.exclude_modules)
+    ]
+    beyond = [i for i in s.layers_to_transform or () if i not in range(n)]
+    problems += [f"layers_to_transform: {i} is no layer; expected 0 to {n - 1}." for i in beyond]
+    for p in s.layers_pattern or ():
+        if not any(re.match(_layer_regex(p), m) for m in modules):
+            problems.append(f"layers_pattern: {p!r} {nothing}; this model's is 'layers'.")
+    for field in ("rank_pattern", "alpha_pattern"):
+        for key, _ in getattr(s, field):
+            if matched and not any(re.match(_pattern_regex(key), m) for m in matched):
+                problems.append(f"{field}: {key!r} matches no module that carries an adapter.")
+    return problems

@@ -1,0 +1,504 @@
+"""Checkpoint files: found on disk or on the Hub, checked before use, written whole or not at all.
+
+The only file that reads or writes safetensors. Everything is checked from headers and JSON alone,
+in milliseconds, before the first tensor is read.
+"""
+
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from glob import escape
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's, or requests' in old hubs)
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastlora.checks import CheckpointError, raise_problems
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+# What is fetched of a Hub repository: never a pickle, never weights of another framework.
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    INDEX,
+    WEIGHTS,
+)
+# Fetched last: a folder without one of these does not load, so that an interrupted download is
+# never taken for a whole folder (a tokenizer that did not arrive would be "no tokenizer").
+_SEALS = ("config.json", "adapter_config.json")
+
+# ── 1. finding a folder ───────────────────────────────────────────────────────────────────
+
+
+def resolve(
+    name: str | os.PathLike[str],
+    *,
+    files: Sequence[str] = CHECKPOINT_FILES,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint or adapter: `name` itself if it is one, else the Hub's, cached.
+
+    Args:
+        name: a local folder or a Hub id ("owner/model").
+        files: names or patterns of what to fetch; of an index, its shards come with it.
+        token: Hub token; None uses the one that `hf auth login` stored.
+        revision: branch, tag or commit; None is "main". Ignored for a local folder.
+        cache_dir: None is huggingface_hub's own cache.
+        local_files_only: use the cache and ask nothing of the network.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or not in the cache while offline.
+        PermissionError: the repository is gated, or the token may not read it.
+        ConnectionError: the download broke off; another call resumes it.
+    """
+    if (folder := Path(name)).is_dir():
+        return folder
+    name = os.fspath(name)
+    if folder.exists():
+        raise FileNotFoundError(f"{name!r} is a file; expected the folder that holds it.")
+    if name.startswith((".", "~", "/")) or "\\" in name or not 1 <= name.count("/") + 1 <= 2:
+        raise FileNotFoundError(f"no such folder: {name!r} (working directory {Path.cwd()}).")
+    with _hub_errors(name):
+        return _download(
+            name,
+            files,
+            token=token,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
+
+
+def _download(name: str, files: Sequence[str], revision: str | None, **hub: Any) -> Path:
+    first = [f for f in files if f not in _SEALS]
+    folder = Path(snapshot_download(name, allow_patterns=first, revision=revision, **hub))
+    hub["revision"] = folder.name  # the commit: a push in between must not mix two versions
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        shards = sorted(set(read_index(folder / INDEX).values()))
+        snapshot_download(name, allow_patterns=[escape(s) for s in shards], **hub)
+    if seals := [f for f in files if f in _SEALS]:
+        snapshot_download(name, allow_patterns=seals, **hub)
+        if not any((folder / f).is_file() for f in seals):
+            raise FileNotFoundError(f"the Hub repository {name!r} has no {' or '.join(seals)}.")
+    return folder
+
+
+@contextmanager
+def _hub_errors(name: str):
+    """Turns huggingface_hub's errors into Python's own, with the id and the cure."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then pass "
+            "token=... or run `hf auth login`."
+        ) from error
+    except RevisionNotFoundError as error:
+        raise FileNotFoundError(f"{name!r} has no such revision: {_first_line(error)}") from error
+    except RepositoryNotFoundError as error:
+        raise FileNotFoundError(
+            f"there is no folder {name!r} here, and no repository of that name on the Hub; check "
+            "the spelling, or pass token=... if it is private."
+        ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"there is no folder {name!r} here, and that is no Hub id: {_first_line(error)}"
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name!r} is not whole in the cache, and the Hub was not asked or not reached; load "
+            f"it once with a connection and local_files_only=False. {_first_line(error)}"
+        ) from error
+    except (HfHubHTTPError, HTTPError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        kind = PermissionError if status in (401, 403) else ConnectionError
+        raise kind(
+            f"fetching {name!r} from the Hub failed: {_first_line(error)}. What has arrived is "
+            "kept; try again, with a token=... that may read it if it is private."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+# ── 2. JSON ───────────────────────────────────────────────────────────────────────────────
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, a name given twice, nested too deep, or no object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {_first_line(error)}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"given twice: {sorted(n for n in value if names.count(n) > 1)[:5]}")
+    return value
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor key -> file name, beside the index.
+
+    Raises:
+        CheckpointError: no weight_map, or a file name that leads out of the folder or is not a
+            safetensors file's.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; expected tensor names and their files.")
+    problems = [
+        f"{key}: {file!r}; expected the name of a .safetensors file in this folder"
+        for key, file in weight_map.items()
+        if not _is_inside(file)
+    ]
+    raise_problems(CheckpointError, f"{path} names files that fastlora does not read:", problems)
+    return weight_map
+
+
+def _is_inside(file: Any) -> bool:
+    if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
+        return False
+    path = PurePosixPath(file.replace("\\", "/"))
+    return not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+
+
+# ── 3. safetensors files ──────────────────────────────────────────────────────────────────
+
+
+class Entry(NamedTuple):
+    """One tensor of a safetensors file, as its header describes it."""
+
+    path: Path
+    key: str  # as the file spells it
+    dtype: str  # safetensors' name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Key -> what the header says of it; no tensor is read.
+
+    Raises:
+        CheckpointError: truncated, overlapping or uncovered bytes, a header that is no header, or
+            a key given twice.
+    """
+    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+        slices = {key: file.get_slice(key) for key in file.keys()}
+        header = {k: Entry(path, k, s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+    # safetensors 0.8 checks all else, but of a key given twice it takes the last in silence.
+    with path.open("rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        try:
+            json.loads(raw.read(size), object_pairs_hook=_unique)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: in its header, {error}.") from error
+    return header
+
+
+@contextmanager
+def _safetensors_errors(path: Path):
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}. Copy or download it again."
+        ) from error
+
+
+def read_entries(
+    entries: Mapping[str, Entry],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Name -> tensor, read one at a time straight onto the device.
+
+    On the CPU, and without a change of dtype, the tensors are views of the mapped file (private:
+    what is written to them does not reach it), so that a base already on disk is not copied.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in dict.fromkeys(entry.path for entry in entries.values()):
+        with (
+            _safetensors_errors(path),
+            safe_open(path, framework="pt", device=str(device)) as file,
+        ):
+            for name, entry in entries.items():
+                if entry.path == path:
+                    tensors[name] = file.get_tensor(entry.key).to(dtype=dtype)
+    return {name: tensors[name] for name in entries}
+
+
+def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of one file, checked as in `read_header`, placed as in `read_entries`."""
+    return read_entries(read_header(path), device=device)
+
+
+# ── 4. a checkpoint's tensors ─────────────────────────────────────────────────────────────
+
+# What a weight may be stored as.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def scan(folder: Path) -> dict[str, Entry]:
+    """Name -> entry for every tensor of a folder, one file or shards, from their headers.
+
+    Names are those of `params.base_tensors`: a base model's keys get their "model." prefix. Old
+    Llamas' rotary_emb.inv_freq is left out: it is computed from the config.
+
+    Raises:
+        FileNotFoundError: no weights, or a shard that the index names is not there.
+        CheckpointError: a broken file, or shards and index that disagree.
+    """
+    entries: dict[str, Entry] = {}
+    problems: list[str] = []
+    for path, listed in _weight_files(folder).items():
+        try:
+            found = {k: e for k, e in read_header(path).items() if not _is_stale(k)}
+        except CheckpointError as error:
+            problems.append(str(error))
+            continue
+        if listed is not None:
+            problems += [
+                f"{k}: not in {path.name}, where {INDEX} has it" for k in listed - found.keys()
+            ]
+            problems += [
+                f"{k}: in {path.name}, where {INDEX} has not" for k in found.keys() - listed
+            ]
+        for key, entry in found.items():
+            name = key if key.startswith("model.") or key == HEAD else f"model.{key}"
+            if name in entries:
+                problems.append(
+                    f"{name}: stored twice, in {entries[name].path.name} and {path.name}"
+                )
+            entries[name] = entry
+    raise_problems(CheckpointError, f"{folder} cannot be read:", sorted(problems))
+    return entries
+
+
+def _is_stale(key: str) -> bool:
+    return key.endswith("rotary_emb.inv_freq")
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """Files -> the keys an index puts there, or None; one file goes before an index, as in HF."""
+    if (path := folder / WEIGHTS).is_file():
+        return {path: None}
+    if not (folder / INDEX).is_file():
+        pickles = sorted(p.name for p in folder.glob("*.bin"))
+        raise FileNotFoundError(
+            f"{folder} has neither {WEIGHTS} nor {INDEX}"
+            + (f"; {pickles} are pickles, which can run code: convert them." if pickles else ".")
+        )
+    files: dict[Path, set[str] | None] = {}
+    keys = read_index(folder / INDEX)
+    for file in sorted(set(keys.values())):
+        files[folder / file] = {k for k, f in keys.items() if f == file and not _is_stale(k)}
+    if missing := [path.name for path in files if not path.is_file()]:
+        raise FileNotFoundError(
+            f"{folder} lacks {', '.join(missing)}, which {INDEX} names; copy or download again."
+        )
+    return files
+
+
+def settle_head(entries: dict[str, Entry], tied: bool) -> tuple[dict[str, Entry], bool]:
+    """The entries of a model whose config says `tied`, and whether its head really is.
+
+    As in transformers 5 (modeling_utils.py:2571): a stored head that equals the embedding, or that
+    stands alone, is the tied matrix; one that differs from it is a head of its own.
+    """
+    if not tied or HEAD not in entries:
+        return entries, tied
+    rest = {name: entry for name, entry in entries.items() if name != HEAD}
+    if EMBEDDING not in entries:
+        return rest | {EMBEDDING: entries[HEAD]}, True
+    return (rest, True) if _same(entries[EMBEDDING], entries[HEAD]) else (entries, False)
+
+
+def _same(a: Entry, b: Entry) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    tensors = read_entries({"a": a, "b": b}).values()  # mapped: compared without a copy
+    return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in tensors))
+
+
+def check_entries(
+    folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Compare names, shapes and dtypes with the model's; report every difference at once.
+
+    Raises:
+        CheckpointError: on any difference. Nothing missing is ever initialised.
+    """
+    at = lambda name: f"{entries[name].key} in {entries[name].path.name}"
+    problems = [f"missing     {n} {shape}" for n, shape in expected.items() if n not in entries]
+    problems += [f"unexpected  {at(n)} {e.shape}" for n, e in entries.items() if n not in expected]
+    problems += [
+        f"shape       {at(n)}: file has {e.shape}, model needs {expected[n]}"
+        for n, e in entries.items()
+        if n in expected and e.shape != expected[n]
+    ]
+    problems += [
+        f"dtype       {at(n)}: file has {e.dtype}, expected one of {', '.join(DTYPES)}"
+        for n, e in entries.items()
+        if n in expected and e.dtype not in DTYPES
+    ]
+    cure = "If the weights are right, check that config.json comes from the same folder."
+    raise_problems(CheckpointError, f"{folder} does not fit this model:", problems, cure)
+
+
+def read_tensors(
+    folder: Path,
+    entries: Mapping[str, Entry],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of `scan(folder)`, all of them checked against `expected` before any is read.
+
+    Beyond the mapped file, host memory grows by what is converted to `dtype`, one tensor at a time.
+    """
+    check_entries(folder, entries, expected)
+    return read_entries(entries, device=device, dtype=dtype)
+
+
+# ── 5. writing ────────────────────────────────────────────────────────────────────────────
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Replace `path` by what `write` puts into a file, whole or not at all.
+
+    The bytes go to a temporary name in the same folder, reach the disk, and are then renamed. If
+    `write` raises, or the process dies, the old file stays as it was.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename survive a power cut: it lives in the folder, which is synced by itself."""
+    if os.name == "nt":  # Windows opens no folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON, atomically; names stay in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors to a safetensors file, atomically.
+
+    One tensor at a time is brought to the host, so that memory grows by no more than the largest.
+    Views, aliases and non-contiguous tensors are written out as values of their own.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: key -> tensor, on any device; dtypes F64 to BF16, integers, bool.
+        metadata: of the header; None is {"format": "pt"}, which transformers and PEFT expect.
+
+    Raises:
+        ValueError: a dtype that safetensors has no name for.
+    """
+    # Widest dtype first, so that every tensor starts at a multiple of its own size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    header = _header(ordered, {"format": "pt"} if metadata is None else metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for _, tensor in ordered:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+    atomic_write(path, write)
+
+
+def _header(ordered: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{key} is {tensor.dtype}; expected one of {list(_NAMES)}.")
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[key] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)  # the first tensor starts at a multiple of 8 bytes

@@ -1,0 +1,592 @@
+"""Adapters out to PEFT folders and back in, and merged models out to Hugging Face folders.
+
+What is written is read by PEFT and transformers without a warning; what is read is any PEFT LoRA
+folder whose adapter is a sum scaling * B A over projections. Everything else is refused by name.
+"""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import HfApi
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.adapter import DTYPES, PEFT_TARGETS, ModelT, as_tuple, names_or_regex, resolve_targets
+from fastlora.checkpoint import (
+    INDEX,
+    WEIGHTS,
+    read_json,
+    read_safetensors,
+    resolve,
+    write_json,
+    write_safetensors,
+    write_text,
+)
+from fastlora.checks import CheckpointError, raise_problems
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.params import (
+    PROJECTIONS,
+    Adapter,
+    Base,
+    LoRA,
+    base_from_tensors,
+    projection_path,
+    projection_shape,
+    tensors_from_base,
+)
+from fastlora.llama.spec import LoraConfig, Spec, Target
+from fastlora.tokenizer import Tokenizer
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+SHARD_BYTES = 5_000_000_000  # transformers' own limit
+
+# adapter_config.json, what is read of it: field -> PEFT's default where it is absent, types, types
+# of what a list or dict holds.
+_NULL = type(None)
+_FIELDS: dict[str, tuple[Any, tuple[type, ...], tuple[type, ...]]] = {
+    "peft_type": (None, (str,), ()),
+    "task_type": (None, (str, _NULL), ()),
+    "r": (8, (int,), ()),
+    "lora_alpha": (8, (int, float), ()),
+    "lora_dropout": (0.0, (int, float), ()),
+    "target_modules": (None, (list, str, _NULL), (str,)),
+    "exclude_modules": (None, (list, str, _NULL), (str,)),
+    "layers_to_transform": (None, (list, int, _NULL), (int,)),
+    "layers_pattern": (None, (list, str, _NULL), (str,)),
+    "use_rslora": (False, (bool,), ()),
+    "rank_pattern": ({}, (dict,), (int,)),
+    "alpha_pattern": ({}, (dict,), (int, float)),
+    "init_lora_weights": (True, (bool, str), ()),
+}
+# Fields that change nothing in y = W x + scaling * B A x over frozen linear layers. The *_config
+# ones only say how A and B were first filled; PEFT itself undoes fan_in_fan_out on a Linear.
+_NEUTRAL = {
+    *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
+    *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "qalora_group_size"),
+    *("megatron_core", "runtime_config", "fan_in_fan_out", "ensure_weight_tying"),
+}
+# Ways of filling A and B that leave the base alone. pissa, olora, loftq, corda, lora_ga and kasa
+# subtract from the base's weights, and the adapter is only right over what they left.
+_KIND_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# The forward of these PEFT classes is the causal language model's.
+_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
+
+
+# ── adapter out ───────────────────────────────────────────────────────────────────────────
+
+
+def save_adapter(spec: Spec, adapter: Adapter | None, folder: str | os.PathLike[str]) -> None:
+    """Write a PEFT folder: the weights, README.md and adapter_config.json, in this order.
+
+    Tensors keep their dtype. A README.md that is there stays: it may be the user's own.
+
+    Raises:
+        ValueError: before any file is written, if there is no adapter, it does not fit the spec or
+            holds NaN or infinity, or the folder is a file or the base model's own.
+        PermissionError: if the folder cannot be written to.
+    """
+    lora, adapter = _present(spec, adapter)
+    tensors = peft_state_dict(adapter)
+    problems = _tensor_problems(tensors, lora, spec.config)
+    raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
+    path = _writable(folder, spec)
+    path.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path / WEIGHTS_FILE, tensors)
+    if not (path / "README.md").exists():
+        write_text(path / "README.md", _readme(spec, lora))
+    write_json(path / CONFIG_FILE, peft_config(spec, lora))
+
+
+def push_to_hub(
+    spec: Spec,
+    adapter: Adapter | None,
+    repo_id: str,
+    *,
+    token: str | None = None,
+    private: bool | None = None,
+) -> str:
+    """Upload the PEFT folder to the Hub, creating the repository if need be; gives its URL.
+
+    Args:
+        spec: of the model.
+        adapter: to upload.
+        repo_id: "user/name".
+        token: None is the one huggingface_hub is logged in with.
+        private: for a repository that is created here; None is the account's default.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(spec, adapter, folder)
+        api = HfApi(token=token)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="LoRA adapter")
+    return str(url)
+
+
+def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's tensor names -> the adapter's own leaves. A renaming: nothing is copied."""
+    return {
+        _key(layer, name, side): tensor
+        for layer, loras in enumerate(adapter["layers"])
+        for name, lora in loras.items()
+        for side, tensor in (("A", lora.a), ("B", lora.b))
+    }
+
+
+def _key(layer: int, name: str, side: str) -> str:
+    return f"base_model.model.{projection_path(layer, name)}.lora_{side}.weight"
+
+
+def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
+    """adapter_config.json: what the adapter is, not how the user's patterns were spelled.
+
+    PEFT writes its JSON with sorted keys but reads patterns in file order, so overlapping patterns
+    change their meaning on the way (peft 0.21.2: ranks that no longer load, scalings off in
+    silence). The resolved targets are written instead, and their patterns never overlap.
+    `init_lora_weights` is true, because A and B count from the base as it is.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": spec.name_or_path,
+        "revision": None,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": lora.lora_alpha,
+        "lora_dropout": lora.lora_dropout,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": lora.use_rslora,
+        "use_dora": False,
+        "target_modules": _target_names(lora),
+        "modules_to_save": None,
+        "rank_pattern": _patterns(lora, lambda t: t.r, lora.r),
+        "alpha_pattern": _patterns(lora, lambda t: t.lora_alpha, lora.lora_alpha),
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
+
+
+def _by_name(lora: LoraConfig) -> dict[str, dict[int, Target]]:
+    """Projection name -> layer -> target, without the names that carry no adapter."""
+    named = {
+        name: {i: t for i, ts in enumerate(lora.targets) for t in ts if t.name == name}
+        for name in PROJECTIONS
+    }
+    return {name: layers for name, layers in named.items() if layers}
+
+
+def _target_names(lora: LoraConfig) -> list[str]:
+    """A bare name where every layer carries the projection, else one full name per layer."""
+    names = []
+    for name, layers in _by_name(lora).items():
+        everywhere = len(layers) == len(lora.targets)
+        names += [name] if everywhere else [projection_path(i, name) for i in layers]
+    return names
+
+
+def _patterns(lora: LoraConfig, value: Callable[[Target], Any], default: Any) -> dict[str, Any]:
+    """Pattern -> value, for what differs from the default; no two match the same module.
+
+    Full names without "model.", as old PEFT wants a dot before the pattern (peft issue 2194).
+    """
+    patterns = {}
+    for name, layers in _by_name(lora).items():
+        values = {i: value(t) for i, t in layers.items()}
+        if len(set(values.values())) == 1:
+            values = {name: next(iter(values.values()))}
+        else:
+            full = {i: projection_path(i, name).removeprefix("model.") for i in values}
+            values = {re.escape(full[i]): v for i, v in values.items()}
+        patterns |= {key: v for key, v in values.items() if v != default}
+    return patterns
+
+
+def _readme(spec: Spec, lora: LoraConfig) -> str:
+    name = spec.name_or_path
+    # The Hub refuses a card whose base_model is not an id of its own, such as a local path.
+    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    base = [f"base_model: {name}"] if is_id else []
+    tags = [f"- base_model:adapter:{name}"] if is_id else []
+    front = [*base, "library_name: peft", "pipeline_tag: text-generation", "tags:", *tags, "- lora"]
+    names = ", ".join(_by_name(lora))
+    return "\n".join(
+        [
+            *("---", *front, "---", ""),
+            f"# LoRA adapter for {name}",
+            "",
+            f"Rank {lora.r}, alpha {lora.lora_alpha:g}, on {names}. Trained with fastlora; read by",
+            '`fastlora.load_adapter` and by `peft.PeftModel.from_pretrained(base, "this folder")`.',
+            "",
+        ]
+    )
+
+
+# ── adapter in ────────────────────────────────────────────────────────────────────────────
+
+
+def load_adapter(
+    model: ModelT,
+    folder_or_id: str | os.PathLike[str],
+    *,
+    token: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> ModelT:
+    """The model's base with the adapter of a PEFT folder, in place of any it carried.
+
+    Tensors become float32 (float64 over a float64 base), as PEFT casts them; the device is the
+    base's. Keys of a compiled model ("_orig_mod.") and keys with PEFT's adapter name (".default.")
+    are read as what they stand for.
+
+    Raises:
+        FileNotFoundError: if the folder, its config or its weights are not there.
+        CheckpointError: naming file and key of everything in it that is wrong, or that this version
+            cannot represent. Nothing is ever unpickled: an adapter_model.bin is refused.
+    """
+    folder = resolve(
+        folder_or_id,
+        files=(CONFIG_FILE, WEIGHTS_FILE),
+        token=token,
+        revision=revision,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    config = model.spec.config
+    raw = read_json(_file(folder, CONFIG_FILE))
+    lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
+    path = _file(folder, WEIGHTS_FILE)
+    tensors, problems = _canonical(read_safetensors(path))
+    problems += _tensor_problems(tensors, lora, config)
+    cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
+    raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
+    norm = model.base["norm"]
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+
+    def pair(layer: int, name: str) -> LoRA:
+        a, b = (tensors[_key(layer, name, side)] for side in "AB")
+        # Copies: what was read is a view of the file.
+        return LoRA(a.to(norm.device, dtype, copy=True), b.to(norm.device, dtype, copy=True))
+
+    layers = tuple({t.name: pair(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
+    spec = replace(model.spec, lora=lora)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=Adapter(layers=layers)))
+
+
+def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) -> LoraConfig:
+    """adapter_config.json's dict as settings, resolved for a model; patterns in the file's order.
+
+    Args:
+        raw: the file's content. A field that fastlora does not know is no matter while it is null,
+            false or empty.
+        config: the base model's shape.
+        where: the file's name, for the message.
+
+    Raises:
+        CheckpointError: listing every field that is wrong or not represented.
+    """
+    problems = _field_problems(raw) + _refusals(raw, config)
+    raise_problems(CheckpointError, f"{where} is no LoRA that fastlora can represent:", problems)
+    value = {field: raw.get(field, default) for field, (default, _, _) in _FIELDS.items()}
+    targets, exclude = value["target_modules"], value["exclude_modules"]
+    settings = LoraConfig(
+        r=value["r"],
+        lora_alpha=value["lora_alpha"],
+        lora_dropout=value["lora_dropout"],
+        target_modules=PEFT_TARGETS if targets is None else names_or_regex(targets),
+        exclude_modules=names_or_regex(exclude) if exclude else None,
+        layers_to_transform=as_tuple(value["layers_to_transform"]),
+        layers_pattern=as_tuple(value["layers_pattern"]),
+        use_rslora=value["use_rslora"],
+        rank_pattern=tuple(value["rank_pattern"].items()),
+        alpha_pattern=tuple(value["alpha_pattern"].items()),
+        init_lora_weights=value["init_lora_weights"],
+        targets=(),
+    )
+    heading = f"{where} does not fit this model:"
+    return resolve_targets(settings, config, heading, error=CheckpointError, strict=False)
+
+
+def _field_problems(raw: Mapping[str, Any]) -> list[str]:
+    problems = []
+    for field, (_, types, elements) in _FIELDS.items():
+        if field not in raw:
+            continue
+        value = raw[field]
+        inner = value.values() if isinstance(value, dict) else value
+        inner = inner if isinstance(value, list | dict) else ()
+        if type(value) not in types or any(type(e) not in elements for e in inner):
+            expected = " or ".join("null" if t is _NULL else t.__name__ for t in types)
+            of = f" of {' or '.join(t.__name__ for t in elements)}" if elements else ""
+            problems.append(f"{field}={value!r}: expected {expected}{of}.")
+    return problems
+
+
+def _refusals(raw: Mapping[str, Any], config: LlamaConfig) -> list[str]:
+    problems = []
+    if (kind := raw.get("peft_type")) != "LORA":
+        given = f"peft_type={kind!r}" if "peft_type" in raw else "peft_type is missing"
+        problems.append(f"{given}: only 'LORA' adapters are read.")
+    if (task := raw.get("task_type")) not in _TASKS:
+        problems.append(f"task_type={task!r}: expected 'CAUSAL_LM'.")
+    if (init := raw.get("init_lora_weights", True)) not in _KIND_INITS:
+        problems.append(
+            f"init_lora_weights={init!r}: such an adapter counts from changed base weights, or is"
+            " unknown; convert it with PEFT's save_pretrained("
+            "path_initial_model_for_weight_conversion=...)."
+        )
+    if raw.get("target_modules") is None and config.model_type == "smollm3":
+        problems.append("target_modules=None: PEFT has no default for 'smollm3'; name them.")
+    for field in sorted(raw.keys() - _FIELDS.keys() - _NEUTRAL):
+        if raw[field] not in (None, False, {}, [], "", "none"):
+            problems.append(f"{field}={raw[field]!r}: not in this version of fastlora.")
+    return problems
+
+
+def _file(folder: Path, name: str) -> Path:
+    """A file of the folder; where it is not there, the error says what is."""
+    if (path := folder / name).is_file():
+        return path
+    if name == WEIGHTS_FILE and (pickled := folder / "adapter_model.bin").is_file():
+        raise CheckpointError(
+            f"{pickled} is a pickle, which can run code when it is read, so fastlora does not;"
+            " convert it once where you trust it: peft_model.save_pretrained(folder) writes"
+            f" {WEIGHTS_FILE}."
+        )
+    inside = sorted(p.parent.name for p in folder.glob(f"*/{name}"))
+    cure = f"load one of its sub-folders: {inside}." if inside else "is it a PEFT adapter's?"
+    raise FileNotFoundError(f"{folder} has no {name}; {cure}")
+
+
+def _canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors under PEFT's plain names, without compile's and the adapter's name in between."""
+    renamed, problems = {}, []
+    for key, tensor in tensors.items():
+        plain = key.replace("_orig_mod.", "")
+        plain = re.sub(r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight", plain)
+        if plain in renamed:
+            problems.append(f"twice       {key}, also there as {plain}")
+        renamed[plain] = tensor
+    return renamed, problems
+
+
+def _tensor_problems(
+    tensors: Mapping[str, Tensor], lora: LoraConfig, config: LlamaConfig
+) -> list[str]:
+    """Every difference between the tensors and what the settings call for."""
+    expected = {
+        _key(layer, t.name, side): (t.r, d_in) if side == "A" else (d_out, t.r)
+        for layer, targets in enumerate(lora.targets)
+        for t in targets
+        for d_out, d_in in [projection_shape(config, t.name)]
+        for side in "AB"
+    }
+    both = [k for k in expected if k in tensors]
+    numeric = [k for k in both if tensors[k].dtype in DTYPES.values()]
+    problems = [f"missing     {k} {s}" for k, s in expected.items() if k not in tensors]
+    problems += [f"unexpected  {k}{_hint(k)}" for k in sorted(tensors.keys() - expected.keys())]
+    problems += [
+        f"shape       {k}: file has {tuple(tensors[k].shape)}, the config says {expected[k]}"
+        for k in both
+        if tuple(tensors[k].shape) != expected[k]
+    ]
+    problems += [
+        f"dtype       {k}: {tensors[k].dtype}, expected one of {list(DTYPES)}"
+        for k in both
+        if k not in numeric
+    ]
+    broken = [k for k in numeric if not tensors[k].isfinite().all()]
+    return problems + [f"NaN or inf  {k}" for k in broken]
+
+
+def _hint(key: str) -> str:
+    if not key.startswith("base_model.model."):
+        return ": PEFT's keys begin with 'base_model.model.'"
+    if not re.search(r"\.lora_[AB]\.weight$", key):
+        return ": not in this version of fastlora"
+    return ": its module is not among target_modules"
+
+
+# ── merge ─────────────────────────────────────────────────────────────────────────────────
+
+
+def merge(model: ModelT) -> ModelT:
+    """The model with its adapter folded into a new base, and none left: W + scaling * B A.
+
+    Summed in float32 (float64 where base or adapter is), rounded once to the base's dtype. Only the
+    touched matrices are new; the rest of the base is shared with the given model, which keeps its
+    own, exact one: in 16 bit a merge cannot be undone by subtraction.
+
+    Raises:
+        ValueError: if there is no adapter, or naming the weights that would become NaN or infinite.
+    """
+    _, adapter = _present(model.spec, model.adapter)
+    config = model.spec.config
+    folded = _folded(model.spec, model.base, adapter)
+    _check_finite(folded)
+    tensors = tensors_from_base(config, model.base)
+    base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
+    spec = replace(model.spec, lora=None)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=None))
+
+
+def merged_weight(
+    weight: Float[Tensor, "d_out d_in"], lora: LoRA, scaling: float
+) -> Float[Tensor, "d_out d_in"]:
+    """weight + scaling * b @ a, in at least float32, rounded once to its dtype. No gradient."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, lora.a.dtype), torch.float32)
+    a, b = lora.a.detach().to(weight.device, wide), lora.b.detach().to(weight.device, wide)
+    return torch.addmm(weight.to(wide), b, a, alpha=scaling).to(weight.dtype)
+
+
+def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
+    """Name on disk -> its merged weight when called, for every adapted projection.
+
+    Functions, so that one merged matrix exists at a time until somebody keeps them.
+    """
+    assert spec.lora is not None, spec
+    return {
+        f"{projection_path(i, t.name)}.weight": partial(
+            merged_weight,
+            base["layers"][i][t.name]["weight"],
+            adapter["layers"][i][t.name],
+            t.scaling,
+        )
+        for i, targets in enumerate(spec.lora.targets)
+        for t in targets
+    }
+
+
+def _check_finite(folded: Mapping[str, Callable[[], Tensor]]) -> None:
+    broken = [name for name, fold in folded.items() if not fold().isfinite().all()]
+    cure = "The adapter is broken (a diverged run?), or its dtype is too narrow for the sum."
+    raise_problems(ValueError, "Merging would put NaN or infinity into:", broken, cure)
+
+
+# ── merged model out ──────────────────────────────────────────────────────────────────────
+
+
+def save_merged(
+    spec: Spec,
+    base: Base,
+    adapter: Adapter | None,
+    folder: str | os.PathLike[str],
+    tokenizer: Tokenizer | None = None,
+    save_method: str = "merged_16bit",
+) -> None:
+    """Write a folder that transformers and fastlora load, with the adapter folded in.
+
+    "merged_16bit" writes model.safetensors (shards with an index above 5 GB), config.json,
+    generation_config.json and the tokenizer's files. A bfloat16 or float16 base keeps its dtype, a
+    wider one is rounded to bfloat16, once, after the merge. One shard at a time is in memory.
+    Without an adapter (after `merge`) the base is written. "lora" writes the PEFT folder and the
+    tokenizer's files.
+
+    Raises:
+        ValueError: before any file is written, if a merged weight would be NaN or infinite, the
+            folder is a file or the one the base was loaded from, or holds other model files that a
+            reader might take for this model's.
+        PermissionError: if the folder cannot be written to.
+        NotImplementedError: for "merged_4bit".
+    """
+    if save_method == "merged_4bit":
+        raise NotImplementedError(
+            "save_method='merged_4bit' arrives in a later version; use 'merged_16bit' or 'lora'."
+        )
+    if save_method not in ("merged_16bit", "lora"):
+        raise ValueError(f"save_method={save_method!r}: expected 'merged_16bit' or 'lora'.")
+    if save_method == "lora":
+        save_adapter(spec, adapter, folder)
+    else:
+        _save_merged_16bit(spec, base, adapter, _writable(folder, spec))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _save_merged_16bit(spec: Spec, base: Base, adapter: Adapter | None, folder: Path) -> None:
+    folded = {} if adapter is None else _folded(spec, base, _present(spec, adapter)[1])
+    tensors = tensors_from_base(spec.config, base)
+    own = base["norm"].dtype
+    dtype = own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
+    shards = _shards({name: t.numel() * dtype.itemsize for name, t in tensors.items()})
+    _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
+    _check_finite(folded)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, names in shards.items():
+        whole = {n: folded[n]() if n in folded else tensors[n] for n in names}
+        whole = {n: t.detach().to("cpu", dtype).contiguous() for n, t in whole.items()}
+        write_safetensors(folder / file, whole)
+    if len(shards) > 1:
+        total = sum(t.numel() for t in tensors.values())
+        sizes = {"total_size": total * dtype.itemsize, "total_parameters": total}
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        write_json(folder / INDEX, {"metadata": sizes, "weight_map": weight_map})
+    config = replace(spec.config, dtype=str(dtype).removeprefix("torch."))
+    write_json(folder / "generation_config.json", _generation_config(config))
+    # Last: a folder without it is no model, so a killed run leaves none that is half there.
+    write_json(folder / "config.json", config.to_hf())
+
+
+def _shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """File name -> the tensors in it, in order, at most SHARD_BYTES of data each."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > SHARD_BYTES:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {WEIGHTS: groups[0]}
+    n = len(groups)
+    return {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _generation_config(config: LlamaConfig) -> dict[str, Any]:
+    eos = config.eos_token_id
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+    }
+    return {name: value for name, value in ids.items() if value not in (None, [])}
+
+
+# ── where to write ────────────────────────────────────────────────────────────────────────
+
+
+def _present(spec: Spec, adapter: Adapter | None) -> tuple[LoraConfig, Adapter]:
+    if spec.lora is None or adapter is None:
+        raise ValueError("the model has no adapter; fastlora.lora or load_adapter gives it one.")
+    return spec.lora, adapter
+
+
+def _writable(folder: str | os.PathLike[str], spec: Spec) -> Path:
+    """The folder as a path, once it is clear that it may be written to."""
+    path = Path(folder)
+    if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
+        raise ValueError(f"{path} is the folder the base was loaded from; choose another.")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{path} cannot be a folder: {nearest} is a file; choose another name.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path} cannot be written: {nearest} is not writable for this user.")
+    return path
+
+
+def _check_no_other_model(folder: Path, ours: set[str]) -> None:
+    """Refuse a folder with weights that readers would prefer, or lay over, the ones written."""
+    kinds = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", CONFIG_FILE)
+    others = sorted({p.name for kind in kinds for p in folder.glob(kind)} - ours)
+    cure = "Choose an empty folder, or delete these files first."
+    raise_problems(ValueError, f"{folder} holds files of another model:", others, cure)

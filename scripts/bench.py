@@ -1,0 +1,175 @@
+"""Step time, tokens/s, peak memory and first-step time of a training step, beside its peers.
+
+    python scripts/bench.py --shape 1b                          # every recompute policy, and the peers
+    python scripts/bench.py --shape 8b --recompute none full --peers hf --out results.jsonl
+
+One setting, one process. Every step: the same random tokens, labels = tokens, forward, backward,
+fused AdamW on r = 16 adapters of all seven projections. Median of --steps after --warm; spread is
+the slowest step less the fastest. The peer is transformers + PEFT, with the same work, plain ("hf"),
+with gradient checkpointing ("hf-gc") and compiled ("hf-compile"). Ours keeps adapters in fp32, the
+peers in bf16.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from random_checkpoint import SHAPES, write_checkpoint
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import fastlora
+from fastlora import functional as FL
+
+POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Step = Callable[[torch.Tensor], torch.Tensor]
+
+
+def ours(folder: Path, setting: str, rank: int) -> Step:
+    model, _ = fastlora.load(str(folder))
+    recompute = float(setting) if setting[0].isdigit() else setting
+    model = fastlora.lora(model, r=rank, lora_alpha=rank, recompute=recompute)
+    leaves, structure = tree_flatten(model.adapter)
+    params = [leaf.clone() for leaf in leaves]
+    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
+    value_and_grad = fastlora.value_and_grad(FL.loss)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        batch = {"input_ids": ids, "labels": ids}
+        adapter = tree_unflatten(params, structure)
+        value, grads = value_and_grad(adapter, model.base, model.spec, batch)
+        for param, grad in zip(params, tree_leaves(grads), strict=True):
+            param.grad = grad
+        optimizer.step()
+        return value
+
+    return step
+
+
+def peer(folder: Path, setting: str, rank: int) -> Step:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  only where a peer runs
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
+    )
+    model.config.use_cache = False
+    if setting == "hf-gc":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    params = [p for p in model.parameters() if p.requires_grad]
+    run = torch.compile(model) if setting == "hf-compile" else model
+    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        loss = run(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def measure(args: argparse.Namespace) -> dict:
+    """One setting, in this process."""
+    make = peer if args.one.startswith("hf") else ours
+    start = time.perf_counter()
+    step = make(args.folder, args.one, args.rank)
+    torch.cuda.synchronize()
+    load = time.perf_counter() - start
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 128256, (args.batch, args.seq), generator=generator).cuda()
+    times, losses = [], []
+    for i in range(1 + args.warm + args.steps):
+        if i == 1 + args.warm:
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        losses.append(step(ids))
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    timed = times[1 + args.warm :]
+    median = statistics.median(timed)
+    return {
+        "setting": args.one,
+        "ms": round(median * 1e3, 1),
+        "spread_ms": round((max(timed) - min(timed)) * 1e3, 1),
+        "tokens_s": round(args.batch * args.seq / median),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "first_s": round(times[0], 1),
+        "load_s": round(load, 1),
+        "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],
+    }
+
+
+def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict:
+    command = [sys.executable, __file__, "--one", setting, "--folder", str(folder)]
+    for name in ("batch", "seq", "rank", "steps", "warm"):
+        command += [f"--{name}", str(getattr(args, name))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    if not lines:
+        return {"setting": setting, "error": done.stderr.strip().splitlines()[-1:]}
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def report(rows: list[dict], args: argparse.Namespace) -> None:
+    versions = f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
+    print(f"\n{args.shape}, batch {args.batch} x {args.seq}, r = {args.rank}, bf16; {versions}")
+    print(f"{'setting':<12}{'ms':>8}{'±':>6}{'tokens/s':>10}{'GiB':>8}{'first s':>9}{'vs hf':>8}")
+    reference = next((r["ms"] for r in rows if r["setting"] == "hf" and "ms" in r), None)
+    for r in rows:
+        if "error" in r:
+            print(f"{r['setting']:<12}{r['error']}")
+            continue
+        ratio = f"{reference / r['ms']:.2f}x" if reference else ""
+        print(
+            f"{r['setting']:<12}{r['ms']:>8}{r['spread_ms']:>6}{r['tokens_s']:>10}"
+            f"{r['peak_gib']:>8}{r['first_s']:>9}{ratio:>8}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
+    parser.add_argument("--recompute", nargs="*", default=POLICIES)
+    parser.add_argument("--peers", nargs="*", default=["hf", "hf-gc"])
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=2048)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warm", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="append one JSON line per setting")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print("RESULT " + json.dumps(measure(args)))
+        return
+    if not torch.cuda.is_available():
+        raise SystemExit("bench.py measures on a CUDA GPU; there is none here.")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        if not args.folder:
+            write_checkpoint(args.shape, folder)
+        rows = []
+        for setting in [*args.recompute, *args.peers]:
+            rows.append({"shape": args.shape} | in_own_process(setting, folder, args))
+            print(rows[-1], flush=True)
+            if args.out:
+                with args.out.open("a") as file:
+                    file.write(json.dumps(rows[-1]) + "\n")
+    report(rows, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Random weights in a real model's shape, as a sharded Hugging Face folder: what benchmarks load.
+
+    python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.checkpoint import INDEX, write_json, write_safetensors
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.params import base_tensors
+
+_COMMON = dict(
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    vocab_size=128256,
+    num_key_value_heads=8,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    hidden_act="silu",
+    bos_token_id=0,
+    eos_token_id=1,
+    torch_dtype="bfloat16",
+)
+
+
+def _shape(d: int, f: int, layers: int, heads: int, hd: int, tied: bool, factor: float):
+    rope = dict(
+        rope_type="llama3",
+        factor=factor,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    )
+    return _COMMON | dict(
+        hidden_size=d,
+        intermediate_size=f,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        head_dim=hd,
+        tie_word_embeddings=tied,
+        rope_scaling=rope,
+    )
+
+
+# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B
+SHAPES: dict[str, dict[str, Any]] = {
+    "1b": _shape(2048, 8192, 16, 32, 64, True, 32.0),
+    "3b": _shape(3072, 8192, 28, 24, 128, True, 32.0),
+    "8b": _shape(4096, 14336, 32, 32, 128, False, 8.0),
+}
+
+
+def write_checkpoint(shape: str, folder: Path) -> None:
+    """bf16 N(0, 0.02²) matrices and unit norms, a shard per layer: one layer in memory at a time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = SHAPES[shape]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    shapes = base_tensors(LlamaConfig.from_hf(raw))
+    layer = lambda name: (re.search(r"layers\.\d+", name) or ["rest"])[0]
+    weight_map = {name: f"model-{layer(name)}.safetensors" for name in shapes}
+
+    def tensor(size: tuple[int, ...]) -> torch.Tensor:
+        if len(size) == 1:
+            return torch.ones(size, dtype=torch.bfloat16)
+        new = torch.empty(size, dtype=torch.bfloat16, device=device)
+        return new.normal_(0.0, 0.02, generator=generator).cpu()
+
+    for file in sorted(set(weight_map.values())):
+        mine = {n: tensor(size) for n, size in shapes.items() if weight_map[n] == file}
+        write_safetensors(folder / file, mine)
+    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
+    (folder / "config.json").write_text(json.dumps(raw, indent=2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args()
+    write_checkpoint(args.shape, args.folder)
+
+
+if __name__ == "__main__":
+    main()

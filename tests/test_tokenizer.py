@@ -1,0 +1,586 @@
+"""fastlora.tokenizer against transformers' AutoTokenizer, on folders in the style of real ones."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import jinja2
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+from transformers import AutoTokenizer
+
+from fastlora.checks import CheckpointError
+from fastlora.tokenizer import Tokenizer
+
+CORPUS = [
+    "The rank of a matrix is the number of independent rows. Don't you think so? 12 + 34 = 46!",
+    "def add(a, b):\n    return a + b\n\n\nprint(add(1, 22), 'straße', \"naïve café\")  # 日本語",
+    "Ein Satz, noch ein Satz: we're here, they've gone; 3.14159 ~ pi. 🙂 {json: [1, 2, 3]}",
+] * 4
+
+# ── templates in the style of the families' own ──
+
+LLAMA3 = """{{- bos_token }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+    {{- message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
+{%- endif %}
+"""
+CHATML = """{% if messages[0]['role'] != 'system' %}
+{{- '<|im_start|>system\\nBe brief.<|im_end|>\\n' }}
+{%- endif %}
+{% for message in messages %}
+    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}
+{%- endfor %}
+{% if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' -}}
+{% endif %}
+"""
+CHATML_MARKED = """{% for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\\n' }}
+{%- if message['role'] == 'assistant' %}
+{%- generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}
+{%- else %}{{ message['content'] + '<|im_end|>' }}{% endif %}
+{{- '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+MISTRAL = """{{ bos_token }}{% for message in messages %}
+{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}
+{{ raise_exception('Roles must alternate user/assistant') }}
+{% endif %}
+{% if message['role'] == 'user' %}
+{{ '[INST] ' + message['content'] + ' [/INST]' }}
+{% else %}
+{{ ' ' + message['content'] + eos_token }}
+{% endif %}
+{% endfor %}"""
+# Qwen3's habit: the last reply is rendered with (empty) thinking, earlier ones without.
+THINKING = """{% set ns = namespace(last=-1) %}{% for m in messages %}
+{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{% for m in messages %}
+{{ '<|im_start|>' + m.role + '\\n' }}
+{%- if m.role == 'assistant' and loop.index0 > ns.last %}
+{{- '<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' }}
+{%- endif %}
+{{- m.content.split('</think>')[-1].lstrip('\\n') + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+ODDS_AND_ENDS = """{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}
+{{ m | tojson(indent=1) }} {{ dict(a='<ü>') | tojson }} {{ strftime_now('%Y') | length }}
+    {% if m.tool_calls is defined %}called{% endif %}
+{% endfor %}{{ tools is none }}{{ unk_token }}"""
+
+CHATS = [
+    [{"role": "user", "content": "What is a rank?"}],
+    [
+        {"role": "user", "content": "  What is 12 + 34?\n"},
+        {"role": "assistant", "content": "46, I'd say.", "tool_calls": None},
+        {"role": "user", "content": "Sure? <s> ünïcödé 🙂"},
+        {"role": "assistant", "content": "Yes.\n\nQuite."},
+    ],
+    [
+        {"role": "system", "content": "Talk like <|im_end|> a tokenizer."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "<think>hm</think>\n\nHi", "reasoning": "as usual"},
+    ],
+]
+
+# ── folders ──
+
+
+def write_json(path: Path, value) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+
+
+def write_folder(
+    folder: Path, raw: dict, tokenizer_config: dict | None, config: dict | None
+) -> Path:
+    write_json(folder / "tokenizer.json", raw)
+    if tokenizer_config is not None:
+        write_json(folder / "tokenizer_config.json", tokenizer_config)
+    if config is not None:
+        write_json(folder / "config.json", config)
+    return folder
+
+
+def added(content: str, id: int, special: bool = True, **flags) -> dict:
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False} | flags
+    return {"id": id, "content": content, "special": special, **flags}
+
+
+def without_id(token: dict) -> dict:
+    return {key: value for key, value in token.items() if key != "id"}
+
+
+def byte_level(*specials: str, plain: tuple[str, ...] = (), words: str | None = None) -> dict:
+    """A trained byte-level BPE; `specials` and `plain` are added behind the vocabulary."""
+    backend = Backend(models.BPE())
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words is None)
+    split = [pre_tokenizers.Split(Regex(words), "isolated")] if words else []
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*split, level])
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    raw = json.loads(backend.to_str())
+    n = len(raw["model"]["vocab"])
+    raw["added_tokens"] = [added(t, n + i, t in specials) for i, t in enumerate(specials + plain)]
+    return raw
+
+
+def bos_in_front(token: str, id: int) -> dict:
+    template = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, id)]
+    )
+    return json.loads(template.__getstate__())
+
+
+def sentencepiece_like(modern: bool) -> dict:
+    """Llama-2's layout: <unk> <s> </s>, 256 byte tokens, pieces with "▁"."""
+    backend = Backend(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
+    backend.train_from_iterator(
+        [text.encode("ascii", "ignore").decode() for text in CORPUS],
+        trainers.BpeTrainer(vocab_size=480, special_tokens=tokens, show_progress=False),
+    )
+    raw = json.loads(backend.to_str())
+    raw["added_tokens"] = [added(t, i) for i, t in enumerate(tokens[:3])]
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    space = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    raw["normalizer"] = None if modern else json.loads(normalizers.Sequence(steps).__getstate__())
+    raw["pre_tokenizer"] = json.loads(space.__getstate__()) if modern else None
+    text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw["decoder"] = json.loads(decoders.Sequence([*text, decoders.Strip(" ", 1)]).__getstate__())
+    raw["post_processor"] = bos_in_front("<s>", 1)
+    return raw
+
+
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def llama3(folder: Path, template: str | None = LLAMA3, **more) -> Path:
+    specials = ("<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>")
+    raw = byte_level(*specials, "<|eot_id|>", "<|pad|>", words=LLAMA3_WORDS)
+    raw["model"]["ignore_merges"] = True
+    ids = {token["content"]: token["id"] for token in raw["added_tokens"]}
+    level = json.loads(processors.ByteLevel(trim_offsets=True).__getstate__())
+    front = bos_in_front("<|begin_of_text|>", ids["<|begin_of_text|>"])
+    raw["post_processor"] = {"type": "Sequence", "processors": [level, front]}
+    tokenizer_config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|eot_id|>",
+        "added_tokens_decoder": {str(t["id"]): without_id(t) for t in raw["added_tokens"]},
+        "clean_up_tokenization_spaces": True,
+        **({"chat_template": template} if template else {}),
+        **more,
+    }
+    eos = ids["<|end_of_text|>"]
+    write_folder(folder, raw, tokenizer_config, {"model_type": "llama", "eos_token_id": eos})
+    write_json(folder / "generation_config.json", {"eos_token_id": [eos, ids["<|eot_id|>"]]})
+    return folder
+
+
+def qwen(folder: Path, template: str | None = CHATML, model_type: str = "qwen3", **more) -> Path:
+    specials = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    raw = byte_level(*specials, plain=("<tool_call>", "<think>"), words=r"\p{N}|\s*\p{L}+|\s+")
+    tokenizer_config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
+        "added_tokens_decoder": {str(t["id"]): without_id(t) for t in raw["added_tokens"]},
+        **({"chat_template": template} if template else {}),
+        **more,
+    }
+    return write_folder(folder, raw, tokenizer_config, {"model_type": model_type})
+
+
+def llama2(folder: Path, modern: bool = False, config: dict | None = None, **more) -> Path:
+    tokenizer_config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "legacy": False,
+        "add_bos_token": True,
+        "add_eos_token": True,  # tokenizer.json has the last word, as in transformers
+        "bos_token": {"__type": "AddedToken", **without_id(added("<s>", 1))},
+        "eos_token": "</s>",
+        "chat_template": MISTRAL,
+        "model_max_length": 7,
+        **more,
+    }
+    config = {"model_type": "llama"} if config is None else config
+    return write_folder(folder, sentencepiece_like(modern), tokenizer_config, config)
+
+
+def smollm2(folder: Path) -> Path:
+    raw = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    digits = {"type": "Digits", "individual_digits": True}
+    raw["pre_tokenizer"]["pretokenizers"].insert(0, digits)
+    tokenizer_config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": "<|im_start|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": [
+            {"name": "default", "template": CHATML},
+            {"name": "marked", "template": CHATML_MARKED},
+        ],
+    }
+    return write_folder(folder, raw, tokenizer_config, {"model_type": "llama"})
+
+
+def scattered(folder: Path, **more) -> Path:
+    """An old layout: no added_tokens_decoder, tokens in three files and absent from the first."""
+    raw = byte_level("<s>", "</s>")
+    tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast", **more}
+    folder = write_folder(folder, raw, tokenizer_config, None)
+    n = len(raw["model"]["vocab"])
+    write_json(
+        folder / "special_tokens_map.json",
+        {
+            "bos_token": without_id(added("<s>", n)),
+            "eos_token": "</s>",
+            "pad_token": without_id(added("<pad>", 0, rstrip=True)),
+            "additional_special_tokens": ["<|extra|>", "the"],
+        },
+    )
+    write_json(folder / "added_tokens.json", {"<pad>": n + 2, "matrix": n + 3})
+    write_json(folder / "config.json", {"model_type": "llama", "eos_token_id": 5})
+    return folder
+
+
+def newcomers(folder: Path) -> Path:
+    """Special tokens that tokenizer_config.json names and tokenizer.json lacks."""
+    folder = write_folder(
+        folder,
+        byte_level("<s>"),
+        {
+            "tokenizer_class": "SomethingUnheardOf",
+            "bos_token": "<s>",
+            "eos_token": "<eos>",
+            "image_token": "<image>",
+            "extra_special_tokens": ["<one>", "<two>"],
+            "added_tokens_decoder": {"700": without_id(added(" rank", 700, special=False))},
+        },
+        {"model_type": "llama"},
+    )
+    (folder / "chat_template.jinja").write_text(ODDS_AND_ENDS + "{{ image_token }}")
+    return folder
+
+
+def word_level(folder: Path) -> Path:
+    backend = Backend(models.WordLevel(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.train_from_iterator(
+        CORPUS, trainers.WordLevelTrainer(special_tokens=["[UNK]"], show_progress=False)
+    )
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    more = {"clean_up_tokenization_spaces": True, "chat_template": ODDS_AND_ENDS}
+    return write_folder(folder, json.loads(backend.to_str()), config | more, None)
+
+
+FOLDERS = {
+    "llama3": llama3,
+    "llama3, called LlamaTokenizer": lambda f: llama3(f, tokenizer_class="LlamaTokenizerFast"),
+    "llama3, splitting special tokens": lambda f: llama3(f, split_special_tokens=True),
+    "qwen2": lambda f: qwen(f, model_type="qwen2", tokenizer_class="LlamaTokenizerFast"),
+    "qwen3": qwen,
+    "qwen3, thinking": lambda f: qwen(f, THINKING),
+    "qwen3, more special": lambda f: qwen(f, additional_special_tokens=["<tool_call>", "<think>"]),
+    "qwen3, class unnamed": lambda f: qwen(f, CHATML_MARKED, tokenizer_class=None),
+    "qwen3, as it is": lambda f: qwen(f, tokenizer_class="PreTrainedTokenizerFast"),
+    "llama2": llama2,
+    "llama2, legacy": lambda f: llama2(f, modern=True, legacy=True),
+    "llama2, no prefix": lambda f: llama2(f, add_prefix_space=False),
+    "llama2, defaults": lambda f: llama2(f, bos_token="<s>", unk_token="<unk>", pad_token="<pad>"),
+    "llama2, modern": lambda f: llama2(f, modern=True, tokenizer_class="PreTrainedTokenizerFast"),
+    "mistral": lambda f: llama2(f, config={"model_type": "mistral"}),
+    "smollm2": smollm2,
+    "scattered": scattered,
+    "scattered, told twice": lambda f: scattered(f, additional_special_tokens=["<one>"]),
+    "newcomers": newcomers,
+    "word level": word_level,
+}
+TEXTS = [
+    "",
+    " ",
+    "The rank of a matrix.",
+    "  two  spaces , and a tab\t! n't 's ",
+    "\n\n\nx\r\n y",
+    "naïve café, e\u0301 é, 日本語, 🙂, \u200b, \x00",
+    "<s>the</s> <|im_start|>matrix<|im_end|> <|eot_id|>x <pad>  y<|extra|>",
+    "<image><one> <two><eos> rank rank<think></think> <tool_call>",
+    "1234567 + 89 = don't they've WE'LL",
+    "▁▁ already ▁",
+]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Folder name -> (fastlora's tokenizer, transformers' tokenizer), of the same folder."""
+    made = {name: make(tmp_path_factory.mktemp("tokenizer")) for name, make in FOLDERS.items()}
+    return {
+        n: (Tokenizer.from_folder(f), AutoTokenizer.from_pretrained(f)) for n, f in made.items()
+    }
+
+
+def assert_same_text(ours: Tokenizer, theirs, text: str) -> None:
+    for special in (True, False):
+        ids = theirs.encode(text, add_special_tokens=special)
+        assert ours.encode(text, add_special_tokens=special) == ids
+        for skip in (True, False):
+            expected = theirs.decode(ids, skip_special_tokens=skip)
+            assert ours.decode(ids, skip_special_tokens=skip) == expected
+
+
+def assert_same_chat(ours: Tokenizer, theirs, chat: list[dict], name: str | None = None) -> None:
+    for prompt in (False, True):
+        options = {"add_generation_prompt": prompt, "chat_template": name}
+        try:
+            text = theirs.apply_chat_template(chat, tokenize=False, **options)
+        except jinja2.TemplateError:
+            with pytest.raises(ValueError, match="does not render these messages"):
+                ours.render_chat(chat, **options)
+            continue
+        assert ours.render_chat(chat, **options) == text
+        assert ours.apply_chat_template(chat, tokenize=False, **options) == text
+        ids = theirs.apply_chat_template(chat, return_dict=False, **options)
+        assert ours.apply_chat_template(chat, **options) == ids
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_ids_and_texts_equal_transformers(pairs, name):
+    for text in TEXTS + CORPUS[:3]:
+        assert_same_text(*pairs[name], text)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_tokens_and_sizes_equal_transformers(pairs, name):
+    ours, theirs = pairs[name]
+    assert (len(ours), ours.vocab_size) == (len(theirs), theirs.vocab_size)
+    assert (ours.bos_token, ours.eos_token) == (theirs.bos_token, theirs.eos_token)
+    assert ours.bos_token_id == theirs.bos_token_id
+    assert dict(ours.special_tokens) == theirs.special_tokens_map
+    assert ours.backend.get_vocab() == theirs.get_vocab()
+    if theirs.eos_token_id is not None:
+        assert ours.eos_token_ids[0] == theirs.eos_token_id
+    if theirs.pad_token_id is not None:
+        assert ours.pad_token_id == theirs.pad_token_id
+
+
+pieces = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(["<s>", "</s>", "<|im_start|>", "<|eot_id|>", "<pad>", " ", "\n", "the", "'s"]),
+)
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(text=st.lists(pieces, max_size=6).map("".join))
+def test_ids_of_any_text_equal_transformers(pairs, text):
+    for ours, theirs in pairs.values():
+        assert_same_text(ours, theirs, text)
+
+
+@pytest.mark.parametrize("name", [n for n in FOLDERS if "scattered" not in n])
+def test_rendered_chats_equal_transformers(pairs, name):
+    for chat in CHATS:
+        assert_same_chat(*pairs[name], chat)
+
+
+def test_a_template_is_chosen_by_name(pairs):
+    ours, theirs = pairs["smollm2"]
+    for chat in CHATS:
+        assert_same_chat(ours, theirs, chat, "marked")
+    with pytest.raises(ValueError, match=r"'rag'.*\['default', 'marked'\]"):
+        ours.render_chat(CHATS[0], chat_template="rag")
+
+
+def test_jinja_files_overrule_the_template_in_the_config(tmp_path):
+    folder = qwen(tmp_path)
+    (folder / "chat_template.jinja").write_bytes(MISTRAL.replace("\n", "\r\n").encode())
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "marked.jinja").write_text(CHATML_MARKED)
+    ours, theirs = Tokenizer.from_folder(folder), AutoTokenizer.from_pretrained(folder)
+    assert set(ours.chat_templates) == {"default", "marked"}
+    assert_same_chat(ours, theirs, CHATS[0])
+    assert_same_chat(ours, theirs, CHATS[1], "marked")
+
+
+def test_generation_blocks_give_the_spans_of_the_replies(pairs):
+    ours, _ = pairs["smollm2"]
+    text, spans = ours.render_replies(CHATS[1], chat_template="marked")
+    assert text == ours.render_chat(CHATS[1], chat_template="marked")
+    assert [text[a:b] for a, b in spans] == ["46, I'd say.<|im_end|>", "Yes.\n\nQuite.<|im_end|>"]
+    assert ours.render_replies(CHATS[1]) is None
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_offsets_cover_the_text_without_a_gap(pairs, name):
+    ours, _ = pairs[name]
+    for text in CORPUS[:3]:
+        ids, spans = ours.encode_with_offsets(text)
+        assert ids == ours.encode(text, add_special_tokens=False)
+        starts, ends = zip(*spans, strict=True)
+        assert starts[0] == 0 and ends[-1] == len(text) and list(ends) == sorted(ends)
+        assert all(start <= end for start, end in zip(starts[1:], ends, strict=False))
+
+
+def test_end_of_text_ids_come_from_three_files(pairs):
+    ours, _ = pairs["llama3"]
+    ends = [ours.backend.token_to_id(token) for token in ("<|eot_id|>", "<|end_of_text|>")]
+    assert ours.eos_token_ids == tuple(ends)
+    assert ours.pad_token_id == ends[0]
+    assert pairs["word level"][0].eos_token_ids == ()
+    nothing = dataclasses.replace(ours, special_tokens={}, eos_token_ids=())
+    assert (nothing.bos_token_id, nothing.pad_token_id) == (None, 0)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_saved_folder_is_the_same_tokenizer(pairs, name, tmp_path):
+    ours, theirs = pairs[name]
+    (tmp_path / "additional_chat_templates").mkdir()
+    stale = [tmp_path / "chat_template.jinja", tmp_path / "additional_chat_templates" / "a.jinja"]
+    for path in stale:
+        path.write_text("stale")
+    ours.save_pretrained(tmp_path)  # and no config.json beside it, as in an adapter's folder
+    again, reloaded = Tokenizer.from_folder(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert reloaded.get_vocab() == theirs.get_vocab()
+    for text in TEXTS:
+        assert again.encode(text) == reloaded.encode(text) == theirs.encode(text)
+        ids = theirs.encode(text)
+        assert again.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert reloaded.decode(ids) == theirs.decode(ids)
+    for chat in CHATS if ours.chat_templates else []:
+        assert_same_chat(again, theirs, chat)
+        assert_same_chat(again, reloaded, chat)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in left if ".tmp" in path.name or path.read_text() == "stale"]
+
+
+def test_a_failed_write_leaves_the_old_file(pairs, tmp_path, monkeypatch):
+    ours, _ = pairs["qwen3"]
+    (tmp_path / "tokenizer.json").write_text("old")
+
+    def no_space(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        ours.save_pretrained(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert (tmp_path / "tokenizer.json").read_text() == "old"
+
+
+def test_a_folder_without_tokenizer_json_has_no_tokenizer(tmp_path):
+    assert Tokenizer.from_folder(tmp_path) is None
+
+
+def test_an_adapter_folder_takes_its_model_configuration_from_elsewhere(tmp_path):
+    base = qwen(tmp_path / "base", model_type="qwen2", tokenizer_class="PreTrainedTokenizerFast")
+    write_json(base / "generation_config.json", {"eos_token_id": [7, 8]})
+    adapter = qwen(tmp_path / "adapter", tokenizer_class="PreTrainedTokenizerFast")
+    (adapter / "config.json").unlink()
+    ours, theirs = Tokenizer.from_folder(adapter, config_folder=base), Tokenizer.from_folder(base)
+    assert ours.eos_token_ids == theirs.eos_token_ids
+    assert ours.eos_token_ids[1:] == (7, 8)
+    assert all(ours.encode(text) == theirs.encode(text) for text in TEXTS)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}",
+        "{% set ns = namespace(__class__=1) %}",
+        "{{ dict.__base__.__subclasses__() }}",
+        "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+        "{{ 'x'.format_map({'x': 1}).__class__() }}",
+        "{% for i in range(10 ** 9) %}x{% endfor %}",
+    ],
+)
+def test_a_template_that_tries_something_unsafe_is_refused(tmp_path, attack):
+    ours = Tokenizer.from_folder(qwen(tmp_path, template=attack))
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json \(default\)"):
+        ours.render_chat(CHATS[0])
+
+
+def test_messages_are_left_as_they_were(pairs):
+    chat = [dict(message) for message in CHATS[2]]
+    pairs["qwen3, thinking"][0].render_chat(chat)
+    assert chat == CHATS[2]
+
+
+@pytest.mark.parametrize(
+    ("messages", "why"),
+    [
+        ([], "at least one message"),
+        ("What?", "list of dicts"),
+        (["What?"], "list of dicts"),
+        ([{"role": "user", "content": object()}], "JSON values only"),
+    ],
+)
+def test_messages_that_cannot_be_are_refused(pairs, messages, why):
+    check = Tokenizer.render_chat
+    check = getattr(check, "__wrapped__", check)  # below the type checker of the test run
+    with pytest.raises(ValueError, match=why):
+        check(pairs["qwen3"][0], messages)
+
+
+def test_a_missing_template_names_the_cure(pairs):
+    with pytest.raises(ValueError, match=r"no chat template.*chat_template\.jinja"):
+        pairs["scattered"][0].render_chat(CHATS[0])
+
+
+def test_all_unreadable_files_are_named_at_once(tmp_path):
+    folder = qwen(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": ')
+    (folder / "generation_config.json").write_text("[1]")
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError) as error:
+        Tokenizer.from_folder(folder)
+    for name in ("tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        assert f"{name}: " in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "why"),
+    [
+        ("tokenizer.json", {"model": {"type": "BPE"}}, "tokenizers library"),
+        ("tokenizer.json", {}, "tokenizers library"),
+        ("tokenizer_config.json", {"eos_token": {"text": "x"}}, "eos_token: {'text': 'x'}"),
+        ("tokenizer_config.json", {"extra_special_tokens": [3]}, "extra_special_tokens: 3"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"a": {}}}, "whole numbers"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1": {}}}, "added_tokens_decoder, 1"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "a"}]}, "name and template"),
+        ("tokenizer_config.json", {"chat_template": 7}, "name and template"),
+        ("generation_config.json", {"eos_token_id": "</s>"}, "eos_token_id is '</s>'"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name(tmp_path, file, content, why):
+    folder = qwen(tmp_path)
+    write_json(folder / file, content)
+    with pytest.raises(CheckpointError) as error:
+        Tokenizer.from_folder(folder)
+    assert why in str(error.value) and str(folder) in str(error.value)
