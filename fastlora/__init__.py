@@ -8,11 +8,13 @@ from fastlora.gradients import value_and_grad
 from fastlora.loading import load
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
+from fastlora.training import History, train
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "History",
     "Model",
     "Tokenizer",
     "functional",
@@ -20,5 +22,6 @@ __all__ = [
     "load_adapter",
     "lora",
     "merge",
+    "train",
     "value_and_grad",
 ]

@@ -79,7 +79,7 @@ def token_logprobs(
 ) -> Float[Tensor, "b t"]:
     """Log-probability of labels[:, i] given the tokens before i; at least float32.
 
-    0 at i = 0 and where the label is -100. The logits are never whole (ops/linear_cross_entropy.py).
+    0 at i = 0 and where the label is -100. The logits are never whole.
     """
     hidden = hidden_states(
         adapter,

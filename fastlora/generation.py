@@ -53,7 +53,7 @@ class Cache(NamedTuple):
 
 
 def new_cache(base: Base, spec: Spec, b: int, length: int) -> Cache:
-    """Room for `length` positions, in the base's dtype: 2 * b * layers * kv * length * hd elements."""
+    """Room for `length` positions: 2 * b * layers * kv * length * hd elements, in base dtype."""
     config, like = spec.config, base["embed_tokens"]
     shape = (b, config.num_key_value_heads, length, config.head_dim)
     new = lambda: tuple(like.new_empty(shape) for _ in range(config.num_hidden_layers))
@@ -93,7 +93,7 @@ def decode(
     real: Bool[Tensor, "b s"],
     cache: Cache,
 ) -> Float[Tensor, "b v"]:
-    """Logits after one more token, the s-th: `real` says which of the s cached ones are no padding."""
+    """Logits after one more token, the s-th; `real` is False where a cached one is padding."""
     config, s = spec.config, real.shape[1]
     x = F.embedding(token, base["embed_tokens"])
     cos, sin = rope_tables(config, position_ids, position_ids + 1, x.dtype)
@@ -122,7 +122,7 @@ def _last_logits(x: Float[Tensor, "b t d"], base: Base, spec: Spec) -> Float[Ten
 def penalised(
     scores: Float[Tensor, "b v"], seen: Bool[Tensor, "b v"], penalty: float
 ) -> Float[Tensor, "b v"]:
-    """Scores of tokens already seen, made less likely (Keskar et al. 2019, arXiv:1909.05858, 4.1)."""
+    """Tokens already seen, made less likely (Keskar et al. 2019, arXiv:1909.05858, 4.1)."""
     lowered = torch.where(scores < 0, scores * penalty, scores / penalty)
     return torch.where(seen, lowered, scores)
 
@@ -201,7 +201,8 @@ def generate(
     pad = spec.config.pad_token_id
     fill = pad if pad is not None else (eos_token_id[0] if eos_token_id else 0)
     if adapter is not None:  # once, not at every token
-        adapter = cast(adapter, base["embed_tokens"].dtype)
+        dtype = base["embed_tokens"].dtype
+        adapter = {"layers": tuple(cast(layer, dtype) for layer in adapter["layers"])}
     cache = new_cache(base, spec, b, t + max_new_tokens)
     logits = prefill(adapter, base, spec, input_ids, attention_mask, cache)
     seen = _seen(input_ids, real, spec) if sampling.repetition_penalty != 1.0 else None

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fastlora.checks import raise_problems
+
 
 def value_and_grad(fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]]:
     """Differentiate `fn`, which returns a scalar, by its first argument, a tree of tensors.
@@ -42,10 +44,12 @@ def value_and_grad(fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any
 def _check_leaves(leaves: list[Any]) -> None:
     if not leaves:
         raise ValueError("value_and_grad got a first argument without tensors; nothing to do.")
-    for i, leaf in enumerate(leaves):
-        if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
-            kind = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
-            raise ValueError(
-                f"leaf {i} of value_and_grad's first argument is {kind}; every leaf must be a "
-                "floating-point tensor. Pass anything else as a later argument."
-            )
+    kinds = [x.dtype if isinstance(x, Tensor) else type(x).__name__ for x in leaves]
+    floating = [isinstance(x, Tensor) and x.is_floating_point() for x in leaves]
+    problems = [f"leaf {i} is {kinds[i]}" for i, fine in enumerate(floating) if not fine]
+    raise_problems(
+        ValueError,
+        "every leaf of value_and_grad's first argument must be a floating-point tensor:",
+        problems,
+        "Pass anything else as a later argument.",
+    )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fastlora import export, functional, generation
 from fastlora.checks import raise_problems
@@ -26,7 +26,7 @@ KEEP: Any = object()  # "as it was", for settings whose None, False and "auto" a
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Model:
-    """A base, perhaps an adapter, and how to run them. Only leaves of `adapter` are ever trained."""
+    """A base, perhaps an adapter, and how to run them. Only `adapter`'s leaves are ever trained."""
 
     spec: Spec
     base: Base
@@ -35,7 +35,7 @@ class Model:
     # ── another Model ─────────────────────────────────────────────────────────────────────
 
     def with_adapter(self, adapter: Adapter | None) -> "Model":
-        """The same model with another adapter's tensors, shaped as `spec.lora` says; None: the base.
+        """The same model with another adapter's tensors of the same shapes; None: the base.
 
         Raises:
             ValueError: if the tree, a shape or a dtype kind differs from the present adapter's.

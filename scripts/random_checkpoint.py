@@ -1,6 +1,6 @@
 """Random weights in a real model's shape, as a sharded Hugging Face folder: what benchmarks load.
 
-    python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b
+python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b
 """
 
 import argparse
@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_checkpoint(shape: str, folder: Path) -> None:
-    """bf16 N(0, 0.02²) matrices and unit norms, a shard per layer: one layer in memory at a time."""
+    """bf16 N(0, 0.02²) matrices and unit norms; a shard per layer, one layer in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = SHAPES[shape]
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +81,7 @@ def write_checkpoint(shape: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()

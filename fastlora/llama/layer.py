@@ -75,7 +75,7 @@ def _low(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> tuple[Float[Tensor, "b t r"], ...]:
-    """x times each A'. With dropout every projection draws its own mask, so none share a product."""
+    """x times each A'. With dropout each projection draws its own mask; none share a product."""
     matrices = [adapter[name].a for name in names]
     if key is None or not names:
         return down_projections(x, matrices) if names else ()

@@ -91,8 +91,9 @@ def projection_bias(config: LlamaConfig, name: str) -> bool:
 def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tuple[str, tuple]]:
     """Path in the layer's tree -> (name on disk, shape), for every tensor of one decoder layer."""
     prefix = f"model.layers.{layer}."
-    norms = {n: (config.hidden_size,) for n in ("input_layernorm", "post_attention_layernorm")}
-    tensors = {(n,): (f"{prefix}{n}.weight", shape) for n, shape in norms.items()}
+    tensors: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
+    for n in ("input_layernorm", "post_attention_layernorm"):
+        tensors[n,] = (f"{prefix}{n}.weight", (config.hidden_size,))
     if config.qk_norm:
         for n in ("q_norm", "k_norm"):
             tensors[n,] = (f"{prefix}self_attn.{n}.weight", (config.head_dim,))

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -14,7 +15,7 @@ def positions(
     attention_mask: Int[Tensor, "b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Int[Tensor, "#b t"]:
-    """Position ids where the user gave none: they restart with each segment and count real tokens."""
+    """Where the user gave none: positions restart with each segment and count real tokens."""
     index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if segment_ids is not None:
         starts = segment_starts(segment_ids)
@@ -57,12 +58,12 @@ def attention_mask_2d(
 def sequence_lengths(
     position_ids: Int[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None
 ) -> Int[Tensor, "b #t"]:
-    """Length of the sequence each token belongs to: of its row, or of its document in a packed row."""
+    """Length of each token's sequence: of its row, or of its document in a packed row."""
     if segment_ids is None:
         return position_ids.amax(-1, keepdim=True) + 1
     t = segment_ids.shape[1]
     index = torch.arange(t, device=segment_ids.device)
-    ends = torch.cat((segment_starts(segment_ids)[:, 1:], torch.ones_like(segment_ids[:, :1]) > 0), 1)
+    ends = F.pad(segment_starts(segment_ids)[:, 1:], (0, 1), value=True)
     last = torch.where(ends, index, t - 1).flip(-1).cummin(-1).values.flip(-1)
     return position_ids.expand_as(segment_ids).gather(1, last) + 1
 
@@ -73,10 +74,10 @@ def rope_tables(
     lengths: Int[Tensor, "b #t"],
     dtype: torch.dtype,
 ) -> tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"]]:
-    """cos and sin of every position's angles, computed in float32 (float64 for float64), in `dtype`.
+    """cos and sin of every position's angles in `dtype`, computed in float32 or wider.
 
-    `lengths` matters to dynamic RoPE alone. It is each sequence's own, so that a row's logits depend
-    on no neighbour; transformers takes the longest of the batch.
+    `lengths` matters to dynamic RoPE alone. It is each sequence's own, so that no row's logits
+    depend on a neighbour; transformers takes the longest of the batch.
     """
     wide = torch.promote_types(dtype, torch.float32)
     frequencies, attention_factor = rope_frequencies(config, lengths, wide)

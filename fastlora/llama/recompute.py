@@ -21,6 +21,7 @@ torch.compile (there the partitioner then drops what no backward node reads).
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,7 +36,6 @@ from fastlora.llama.config import LlamaConfig
 from fastlora.llama.layer import LayerSpec, attention_block, mlp_block
 from fastlora.llama.params import LayerAdapter, LayerParams
 from fastlora.llama.spec import Recompute
-from fastlora.ops import lora_linear as _  # registers the op that _PRODUCTS names
 from fastlora.ops.dispatch import transforms_active
 
 LEVELS = ("none", "selective", "mlp", "attention", "full")
@@ -80,7 +80,7 @@ def decoder_layer(
     spec: LayerSpec,
     level: str,
 ) -> Float[Tensor, "b t d"]:
-    """One decoder layer at a recompute level. Levels change memory and time, never a bit (eager)."""
+    """One decoder layer at a level. Levels change memory and time; eager, never a bit."""
 
     def attend(x: Tensor) -> Tensor:
         return attention_block(x, params, adapter, cos, sin, mask, spec, key)
@@ -125,7 +125,7 @@ def layer_levels(config: LlamaConfig, recompute: Recompute) -> tuple[str, ...]:
     if isinstance(recompute, str):
         return ("full" if recompute == "offload" else recompute,) * n
     budget = recompute * n * kept_elements(config, "none")
-    for rich, lean in zip(LEVELS, LEVELS[1:], strict=False):
+    for rich, lean in pairwise(LEVELS):
         more, less = kept_elements(config, rich), kept_elements(config, lean)
         if n * less <= budget:
             lean_layers = max(0, math.ceil((n * more - budget) / (more - less)))

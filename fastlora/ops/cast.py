@@ -1,16 +1,18 @@
-"""A tree of small tensors in another dtype, in one launch each way.
+"""A layer's small tensors in another dtype, in one launch each way.
 
 Adapters are kept in float32 and multiply in the base's dtype. Cast one by one, the 224 matrices of
 a 1B model are some 450 kernels of 2 µs a step.
 """
 
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastlora.ops.dispatch import transforms_active
+
+LayerTensors = dict[str, Any]  # projection name -> NamedTuple of tensors
 
 
 class _Cast(torch.autograd.Function):
@@ -28,18 +30,21 @@ class _Cast(torch.autograd.Function):
 
 def _copied(sources: Any, dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
     copies = [torch.empty_like(x, dtype=d) for x, d in zip(sources, dtypes, strict=True)]
-    torch._foreach_copy_(copies, list(sources))
+    torch._foreach_copy_(copies, list(sources))  # pyright: ignore[reportPrivateImportUsage]
     return tuple(copies)
 
 
-def cast(tree: Any, dtype: torch.dtype) -> Any:
-    """The tree with every leaf in `dtype`; the tree itself where all are already.
+def cast(adapter: LayerTensors, dtype: torch.dtype) -> LayerTensors:
+    """One layer's adapter with every tensor in `dtype`; itself where all are already.
 
-    Gradients come back in each leaf's own dtype.
+    Gradients come back in each tensor's own dtype. Walked by hand: torch's tree_flatten of 16 such
+    layers cost the host 2 ms of a step.
     """
-    leaves, structure = tree_flatten(tree)
+    leaves = [x for record in adapter.values() for x in record]
     if all(x.dtype == dtype for x in leaves):
-        return tree
+        return adapter
     if transforms_active() or torch.compiler.is_compiling():
-        return tree_map(lambda x: x.to(dtype), tree)
-    return tree_unflatten(list(_Cast.apply(dtype, *leaves)), structure)  # pyright: ignore
+        copies = iter([x.to(dtype) for x in leaves])
+    else:
+        copies = iter(_Cast.apply(dtype, *leaves))  # pyright: ignore[reportArgumentType]
+    return {name: type(record)(*islice(copies, len(record))) for name, record in adapter.items()}

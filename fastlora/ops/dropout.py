@@ -42,7 +42,7 @@ def keep_mask(
 def dropout(
     x: Float[Tensor, "b t d"], p: float, key: Int[Tensor, ""] | None
 ) -> Float[Tensor, "b t d"]:
-    """Zero a share p of x and scale the rest by 1 / (1 - p); x itself where key is None or p is 0."""
+    """Zero a share p of x, scale the rest by 1 / (1 - p); x itself where key is None or p is 0."""
     if key is None or p == 0.0:
         return x
     b, t, d = x.shape

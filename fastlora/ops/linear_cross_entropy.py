@@ -1,10 +1,10 @@
 """Log-probability of each row's label under softmax(h W'), the logits never whole.
 
-The idea of forming the gradient beside the loss, chunk by chunk, while the logits are there, is
-Liger-Kernel's fused linear cross-entropy (linkedin/Liger-Kernel, Hsu et al. 2024, arXiv:2410.10989).
-Here it is kept per row, so that any function of the log-probabilities differentiates through it:
+Forming the gradient beside the loss, chunk by chunk, while the logits are there, is the idea of
+Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). Here it is kept per
+row, so that any function of the log-probabilities differentiates through it:
 
-    logp_i = z_i[label_i] - lse(z_i),  z_i = W h_i       d logp_i / d h_i = W' (onehot_i - softmax z_i)
+    logp_i = z_i[label_i] - lse(z_i),  z_i = W h_i,  d logp_i / d h_i = W' (onehot_i - softmax z_i)
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ _CHUNK_ELEMENTS = 2**26  # of logits; 256 MiB in float32. At v = 128,256: 512 ro
 
 
 def rows_per_chunk(vocab_size: int) -> int:
-    """A power of two that keeps one chunk of logits at 2**26 elements or less; shapes alone decide."""
+    """A power of two that keeps a chunk of logits at 2**26 elements or less; only shapes decide."""
     return 1 << max(0, (_CHUNK_ELEMENTS // vocab_size).bit_length() - 1)
 
 
 def chunk_logprobs(
     h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """(log-probabilities in at least float32, 0 where ignored; log-softmax) of one chunk of rows."""
+    """(log-probabilities in at least float32, 0 where ignored; log-softmax) of a chunk of rows."""
     logits = h @ weight.t()
     logsoftmax = logits.to(torch.promote_types(h.dtype, torch.float32)).log_softmax(-1)
     index = labels.clamp(min=0)[:, None]
@@ -37,7 +37,7 @@ def chunk_logprobs(
 def linear_logprobs_reference(
     h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
 ) -> Float[Tensor, "n"]:
-    """The specification: differentiable in h and weight any number of times; autograd keeps logits."""
+    """The specification: differentiable in h and weight any number of times; keeps the logits."""
     rows = rows_per_chunk(weight.shape[0])
     chunks = zip(h.split(rows), labels.split(rows), strict=True)
     return torch.cat([chunk_logprobs(x, weight, y)[0] for x, y in chunks])

@@ -1,0 +1,55 @@
+"""Let a model reply, token by token.
+
+python scripts/generate.py --model runs/adapter "# shutil
+def copytree(src, dst):"
+python scripts/generate.py --plain --temperature 0.8 "def binary_search("
+"""
+
+import argparse
+
+import torch
+
+import fastlora
+
+
+def main() -> None:
+    given = arguments()
+    dtype = "auto" if torch.cuda.is_available() else "float32"  # bfloat16 is slow on most CPUs
+    model, tokenizer = fastlora.load(given.model, dtype=dtype)
+    if tokenizer is None:
+        raise SystemExit(f"{given.model} has no tokenizer.json; generating text needs one.")
+    messages = [{"role": "user", "content": given.prompt}]
+    if given.system:
+        messages.insert(0, {"role": "system", "content": given.system})
+    if given.plain:
+        print(given.prompt, end="")
+    model.generate_text(
+        tokenizer,
+        given.prompt if given.plain else messages,
+        max_new_tokens=given.max_new_tokens,
+        temperature=given.temperature,
+        top_p=given.top_p,
+        seed=given.seed,
+        stream=lambda piece: print(piece, end="", flush=True),
+    )
+    print()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("prompt")
+    add("--model", default="demo", help='"demo", a model or adapter folder, or a Hub id')
+    add("--system", help="system message")
+    add("--plain", action="store_true", help="continue the prompt as it is, without chat template")
+    add("--max-new-tokens", type=int, default=128)
+    add("--temperature", type=float, default=0.0, help="0 is greedy")
+    add("--top-p", type=float)
+    add("--seed", type=int, help="of the sampling")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
