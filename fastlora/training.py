@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -40,7 +40,7 @@ from fastlora.data import (
     read_rows,
 )
 from fastlora.export import WEIGHTS_FILE, peft_state_dict
-from fastlora.functional import Batch, loss_sum
+from fastlora.functional import Batch, Seed, loss_sum
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import Adapter, projection_path
 from fastlora.model import Model
@@ -242,6 +242,8 @@ def train(
     problems = _setting_problems(settings) + _model_problems(model, tokenizer)
     problems += _companion_problems(settings, eval_data, folder, resume)
     problems += _folder_problems(folder, model.spec.name_or_path)
+    if log is not None and not callable(log):
+        problems.append(f"log={log!r}: expected None or a function of one dict")
     raise_problems(ValueError, "fastlora.train cannot do this:", problems, shown=20)
     _refuse_later(optimizer)
     run = _prepare(model, tokenizer, settings, data, eval_data)
@@ -375,7 +377,11 @@ def _step(run: _Run, learner: _Learner, step: int, micro_batches: Sequence[Batch
     """Gradient, clipping and update number `step`; one read from the device, at the end."""
     s, (model, optimizer) = run.settings, learner
     tokens = sum(map(count_trained_tokens, micro_batches))
-    loss, gradient = _loss_and_gradient(model, micro_batches, tokens, s.seed, step)
+    # All at once, while the device is idle: a copy to it waits for the work already queued there.
+    placed = [_on(model, batch) for batch in micro_batches]
+    loss, gradient = _loss_and_gradient(
+        model, placed, tokens, _mask_seeds(model, s.seed, step, len(placed))
+    )
     norm = get_total_norm(gradient)
     if s.max_grad_norm:
         scale = (s.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
@@ -398,15 +404,12 @@ def _step(run: _Run, learner: _Learner, step: int, micro_batches: Sequence[Batch
 
 
 def _loss_and_gradient(
-    model: Model, micro_batches: Sequence[Batch], tokens: int, seed: int, step: int
+    model: Model, micro_batches: Sequence[Batch], tokens: int, mask_seeds: Sequence[Seed]
 ) -> tuple[Float[Tensor, ""], list[Tensor]]:
     """Of the mean over all micro-batches' `tokens`; summed in at least float32, leaf by leaf."""
     losses, gradient = [], []
-    for i, batch in enumerate(micro_batches):
-        mask_seed = dropout_seed(seed, step, i) if _drops(model) else None
-        share, grads = value_and_grad(_share)(
-            model.adapter, model, _on(model, batch), tokens, mask_seed
-        )
+    for batch, seed in zip(micro_batches, mask_seeds, strict=True):
+        share, grads = value_and_grad(_share)(model.adapter, model, batch, tokens, seed)
         wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in _named(grads).values()]
         gradient = [a + b for a, b in zip(gradient, wide, strict=True)] if gradient else wide
         losses.append(share)
@@ -414,14 +417,18 @@ def _loss_and_gradient(
 
 
 def _share(
-    adapter: Adapter, model: Model, batch: Batch, tokens: int, seed: int | None
+    adapter: Adapter, model: Model, batch: Batch, tokens: int, seed: Seed
 ) -> Float[Tensor, ""]:
     """A micro-batch's part of the step's loss; the parts add up to the mean over `tokens`."""
     return loss_sum(adapter, model.base, model.spec, batch, seed=seed)[0] / tokens
 
 
-def _drops(model: Model) -> bool:
-    return model.spec.lora is not None and model.spec.lora.lora_dropout > 0
+def _mask_seeds(model: Model, seed: int, step: int, micro_batches: int) -> Sequence[Seed]:
+    """One 0-d tensor for each micro-batch, on the model's device; None where nothing is dropped."""
+    if model.spec.lora is None or model.spec.lora.lora_dropout == 0:
+        return [None] * micro_batches
+    seeds = [dropout_seed(seed, step, i) for i in range(micro_batches)]
+    return torch.tensor(seeds, device=model.base["norm"].device).unbind()
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -540,7 +547,7 @@ def _check_same_run(folder: Path, saved: Mapping[str, Any], present: Mapping[str
 def _hash_sequences(sequences: Sequences) -> str:
     digest = hashlib.sha256()
     for sequence in sequences:
-        for column in astuple(sequence):
+        for column in (getattr(sequence, field.name) for field in fields(sequence)):
             digest.update(len(column).to_bytes(8, "little") + column.tobytes())
     return digest.hexdigest()[:16]
 
@@ -667,6 +674,8 @@ def _companion_problems(
         problems.append(f"save_every={settings.save_every!r} without output_dir")
     if resume is True and folder is None:
         problems.append("resume=True without output_dir; name it, or the checkpoint in resume=...")
+    if not isinstance(resume, bool | str | os.PathLike):
+        problems.append(f"resume={resume!r}: expected True, False or the path of a checkpoint")
     return problems
 
 

@@ -58,7 +58,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_checkpoint(shape: str, folder: Path) -> None:
-    """bf16 N(0, 0.02²) matrices and unit norms; a shard per layer, one layer in memory at a time."""
+    """bf16 N(0, 0.02²) matrices, unit norms; a shard per layer, one layer in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
     raw = SHAPES[shape]
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,159 @@
+"""Parity, gradients and policies on a CUDA GPU, compiled, in bf16 and fp32: one row per law.
+
+    bash scripts/gpu_check.sh
+
+bf16 rows hold our error against the fp32 result of the same weights, over what transformers (or
+PEFT) itself errs: at most 1.5. fp32 rows hold differences relative to the largest entry.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from models import make_checkpoint  # tests/models.py
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+import fastlora
+from fastlora import functional as FL
+from fastlora.model import Model
+
+Row = tuple[str, float, float]  # law, value, limit
+SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=704, max_position_embeddings=1024)
+FAMILIES = {
+    "llama3.2": {},
+    "mistral": {"head_dim": 64, "sliding_window": 100},
+    "qwen2": {},
+    "qwen3": {"head_dim": 64},
+}
+POLICIES = {
+    "llama3.2": ["none", "selective", 0.4, "full", "offload"],
+    "mistral": ["selective"],
+}
+
+
+def relative(a: Any, b: Any) -> float:
+    """Largest difference of two trees' leaves, each over the largest entry of its counterpart."""
+    pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
+    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs)
+
+
+def tokens(model: Model, b: int, t: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(3, model.spec.config.vocab_size, (b, t), generator=generator).cuda()
+
+
+def adapted(folder: Path, dtype: str, **how: Any) -> Model:
+    """The checkpoint with a random LoRA on every projection: a zero B would prove nothing."""
+    model, _ = fastlora.load(str(folder), dtype=dtype, device="cuda")
+    model = fastlora.lora(model, r=8, lora_alpha=16, init_lora_weights=False)
+    return model.with_spec(**how)
+
+
+def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
+    """Logits in bf16, against transformers' in bf16, both against transformers' in fp32."""
+    ours, _ = fastlora.load(str(folder), dtype="bfloat16", device="cuda")
+    ids = tokens(ours, 2, 300)
+    mask = torch.ones_like(ids)
+    mask[0, :90] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    for case, given in (("plain", {}), ("left-padded", {"attention_mask": mask})):
+        extra = given | ({"position_ids": positions} if given else {})
+        real = mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)
+        with torch.no_grad():
+            exact = theirs.float()(ids, **extra).logits[real]
+            their = theirs.bfloat16()(ids, **extra).logits[real]
+        mine = ours(ids, **given)[real]
+        yield f"{family} bf16 logits, {case}", relative(mine, exact) / relative(their, exact), 1.5
+
+
+def gradients(folder: Path, policies: list[Any]) -> Iterator[Row]:
+    """Every policy, compiled, against plain eager autograd; packed and plain; fp32 and bf16."""
+    value_and_grad = fastlora.value_and_grad(FL.loss)
+    for dtype, limit in (("float32", 1e-5), ("bfloat16", 1.5)):
+        exact = adapted(folder, "float32", compile=False, recompute="none")
+        eager = adapted(folder, dtype, compile=False, recompute="none")
+        ids = tokens(exact, 2, 256)
+        segments = (torch.arange(256, device="cuda") // 100).expand_as(ids)
+        for case, extra in (("plain", {}), ("packed", {"segment_ids": segments})):
+            batch = {"input_ids": ids, "labels": ids} | extra
+            run: Callable[[Model], Any] = lambda m, batch=batch: value_and_grad(
+                m.adapter, m.base, m.spec, batch
+            )[1]
+            wanted, plain = run(exact), relative(run(eager), run(exact))
+            for policy in policies:
+                model = adapted(folder, dtype, compile=True, recompute=policy)
+                error = relative(run(model), wanted)
+                error = error if dtype == "float32" else error / plain
+                yield f"{folder.name} gradient {dtype}, {policy}, {case}", error, limit
+
+
+def against_peft(folder: Path) -> Iterator[Row]:
+    """bf16 gradients of adapter matrices: ours and PEFT's error against fp32 PEFT."""
+    from peft import PeftModel  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415
+
+    model = adapted(folder, "bfloat16")
+    ids = tokens(model, 2, 256)
+    with tempfile.TemporaryDirectory() as name:
+        model.save_pretrained(name)
+        grads = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda()
+            peft = PeftModel.from_pretrained(base, name, is_trainable=True)
+            peft(input_ids=ids, labels=ids).loss.backward()
+            grads[dtype] = {n: p.grad for n, p in peft.named_parameters() if p.grad is not None}
+    batch = {"input_ids": ids, "labels": ids}
+    _, mine = fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, batch)
+    exact, theirs = grads[torch.float32], grads[torch.bfloat16]
+    q, a = "base_model.model.model.layers.{}.{}.lora_{}.default.weight", mine["layers"]
+    worst = 0.0
+    for layer, name, side in ((0, "q_proj", "A"), (1, "v_proj", "B"), (0, "down_proj", "A")):
+        block = "mlp" if name == "down_proj" else "self_attn"
+        key = q.format(layer, f"{block}.{name}", side)
+        leaf = getattr(a[layer][name], side.lower())
+        worst = max(worst, relative(leaf, exact[key]) / relative(theirs[key], exact[key]))
+    yield "bf16 gradients against PEFT's", worst, 1.5
+
+
+def bits(folder: Path) -> Iterator[Row]:
+    """deterministic=True: the same bits twice."""
+    model = adapted(folder, "bfloat16", deterministic=True)
+    ids = tokens(model, 4, 512)
+    batch = {"input_ids": ids, "labels": ids}
+    run = lambda: fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, batch)
+    first, second = run(), run()
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    yield "deterministic=True: leaves that differ", float(sum(not x.equal(y) for x, y in pairs)), 0
+
+
+def generation(folder: Path, theirs: Any) -> Iterator[Row]:
+    model, _ = fastlora.load(str(folder), dtype="float32", device="cuda")
+    ids = tokens(model, 2, 40)
+    mine = model.generate(ids, max_new_tokens=40, eos_token_id=())
+    their = theirs.float().generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    yield "greedy ids that differ from transformers'", float((mine != their).sum()), 0
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        raise SystemExit("gpu_check.py needs a CUDA GPU; there is none here.")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        for family, changes in FAMILIES.items():
+            folder = Path(name) / family
+            theirs = make_checkpoint(family, folder, torch.bfloat16, config=SIZES | changes).cuda()
+            rows += parity(family, folder, theirs)
+            if family == "llama3.2":
+                rows += [*against_peft(folder), *bits(folder), *generation(folder, theirs)]
+            rows += gradients(folder, POLICIES.get(family, []))
+    print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    for law, value, limit in rows:
+        print(f"{law:<55} {value:10.2e}  <= {limit:8.1e}  {'ok' if value <= limit else 'WRONG'}")
+    raise SystemExit(any(not value <= limit for _, value, limit in rows))
+
+
+if __name__ == "__main__":
+    main()

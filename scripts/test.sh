@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Everything CI asks: lint, types, tests with shape checks, tests under torch.compile.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+environment test scripts/requirements-test.txt
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+ruff check fastlora tests scripts
+ruff format --check fastlora tests scripts
+pyright
+hook="--jaxtyping-packages=fastlora,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+python -m pytest -n 2 -m "not compile" "$hook" "$@"
+python -m pytest -n 2 -m compile "$@"

@@ -1,0 +1,162 @@
+"""Compiled regions: how many graphs there are, and that nothing but a new shape makes another."""
+
+import itertools
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapted, read_pair, relative_error, token_ids
+from torch import fx
+from torch.utils._pytree import tree_map
+
+from fastlora import functional as FL
+from fastlora import value_and_grad
+from fastlora.llama.compiled import compiles
+from fastlora.model import Model
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def graphs(region_backend) -> list[fx.GraphModule]:
+    """Every graph that dynamo makes of fastlora's regions from here on, run eagerly."""
+    made: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, _: Any) -> Any:
+        made.append(module)
+        return module.forward
+
+    region_backend(keep)
+    return made
+
+
+def batch_of(b: int, t: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    ids = token_ids(b, t, vocab_size=96)
+    return {"input_ids": ids, "labels": ids, **more}
+
+
+def step(model: Model, batch: dict[str, torch.Tensor], seed: int | None = None) -> torch.Tensor:
+    return value_and_grad(FL.loss)(model.adapter, model.base, model.spec, batch, seed=seed)[0]
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """deep(n): n layers of llama2 with LoRA, compiled."""
+
+    @cache
+    def base(n: int) -> Model:
+        return read_pair("llama2", tmp_path_factory.mktemp("deep"), num_hidden_layers=n).model
+
+    def of(n: int, **settings: Any) -> Model:
+        settings = {"r": 4, "lora_dropout": 0.1} | settings
+        return adapted(base(n), **settings).with_spec(compile=True)
+
+    return of
+
+
+def test_auto_compiles_on_cuda_only():
+    assert compiles("auto", CUDA) and not compiles("auto", CPU)
+    for device in (CPU, CUDA):
+        assert compiles(True, device) and not compiles(False, device)
+
+
+@pytest.mark.compile
+def test_depth_makes_no_graphs(deep, graphs):
+    counts = []
+    for n in (2, 4):
+        before = len(graphs)
+        step(deep(n), batch_of(2, 8))
+        counts.append(len(graphs) - before)
+    # decoder layer, final norm, loss chunk; four layers need nothing that two did not make.
+    assert counts == [3, 0]
+
+
+@pytest.mark.compile
+def test_layers_that_differ_get_graphs_of_their_own(deep, graphs):
+    step(deep(4, layers_to_transform=[1, 3]), batch_of(2, 8))
+    # adapted layers, plain ones before the first gradient, plain ones after, norm, loss chunk
+    assert len(graphs) == 5
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("vary", ["length", "batch", "both"])
+def test_new_shapes_recompile_at_most_once(vary, deep, graphs):
+    model = deep(2)
+    shape = {
+        "length": lambda k: (2, 8 + 3 * k),
+        "batch": lambda k: (2 + k, 8),
+        "both": lambda k: (2 + k, 8 + 3 * k),
+    }[vary]
+    counts = []
+    for k in range(6):
+        batch = batch_of(*shape(k))
+        value = step(model, batch)
+        torch.testing.assert_close(value, step(model.with_spec(compile=False), batch))
+        counts.append(len(graphs))
+    regions = counts[0]
+    assert counts[1] <= 2 * regions and counts[-1] == counts[1]
+
+
+@pytest.mark.compile
+def test_no_mix_of_batches_reaches_dynamos_limit(deep, graphs):
+    """Dropout on and off, packed and padded or not, batches of 1, 2 and 3: one process, one model."""
+    model = deep(2)
+    for b, t, masked, packed, seed in itertools.product(
+        (2, 3, 1), (8, 9, 11), (False, True), (False, True), (None, 1)
+    ):
+        batch = batch_of(b, t)
+        if masked:
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if packed:
+            batch["segment_ids"] = (torch.arange(t) > 5).long().expand(b, t)
+        step(model, batch, seed)
+        model.loss(batch)
+    made = len(graphs)
+    step(model, batch_of(3, 11), 1)
+    assert len(graphs) == made
+
+
+@pytest.mark.compile
+def test_many_models_share_a_process(deep, graphs):
+    for r in range(1, 6):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = deep(2, r=r, target_modules=["q_proj", "up_proj"][: 1 + r % 2])
+            base = tree_map(lambda x, d=dtype: x.to(d), model.base)
+            value, _ = value_and_grad(FL.loss)(model.adapter, base, model.spec, batch_of(2, 8 + r))
+            assert value.isfinite()
+
+
+@pytest.mark.compile
+def test_inference_is_compiled_without_a_backward(deep, graphs):
+    model, ids = deep(2), token_ids(2, 8, vocab_size=96)
+    torch.testing.assert_close(model(ids), model.with_spec(compile=False)(ids))
+    assert graphs and not model(ids).requires_grad
+
+
+@pytest.mark.compile
+def test_a_users_compile_sees_plain_functions(deep, graphs, fresh_dynamo):
+    """Inside somebody else's torch.compile the regions stay out of the way: one graph for all."""
+    model, batch = deep(2), batch_of(2, 8)
+    outer: list[Any] = []
+
+    def keep(module: Any, _: Any) -> Any:
+        outer.append(module)
+        return module.forward
+
+    loss = torch.compile(
+        lambda adapter: FL.loss(adapter, model.base, model.spec, batch), fullgraph=True, backend=keep
+    )
+    torch.testing.assert_close(loss(model.adapter), step(model.with_spec(compile=False), batch))
+    assert len(outer) == 1 and not graphs
+
+
+@pytest.mark.compile
+def test_torch_func_over_a_compiled_spec_takes_the_reference(deep, graphs):
+    model, batch = deep(2), batch_of(2, 8)
+    grads = torch.func.grad(FL.loss)(model.adapter, model.base, model.spec, batch)
+    assert not graphs
+    expected = value_and_grad(FL.loss)(
+        model.adapter, model.base, model.with_spec(compile=False).spec, batch
+    )[1]
+    assert relative_error(grads, expected) <= 1e-4

@@ -1,0 +1,82 @@
+"""The decoder's plumbing: what it keeps in memory, and which graph it builds."""
+
+import pytest
+import torch
+from conftest import adapted, token_ids
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastlora import functional as FL
+from fastlora.llama.decoder import dropout_key, head, hidden_states, requires_grad, where
+
+
+def test_masks_are_built_once_per_layer_type(pair):
+    config = pair("qwen2_window").model.spec.config
+    at = where(config, token_ids(2, 9, vocab_size=96), torch.float32, None, None, None)
+    assert at.masks["full_attention"] is None
+    assert at.masks["sliding_attention"].shape == (1, 1, 9, 9)
+    assert set(at.masks) == set(config.layer_types)
+
+
+def test_a_tied_head_is_the_embedding_itself(pair):
+    base = pair("llama3.2").model.base
+    assert head(base) is base["embed_tokens"]
+    untied = pair("llama2").model.base
+    assert head(untied) is untied["lm_head"]
+
+
+def test_hidden_states_times_the_head_are_the_logits(tiny):
+    ids = token_ids(2, 7)
+    hidden = hidden_states(tiny.adapter, tiny.base, tiny.spec, ids)
+    torch.testing.assert_close(hidden @ head(tiny.base).t(), tiny(ids), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])
+def test_layers_below_the_first_adapter_keep_nothing(compile, pair, region_backend):
+    """finetune_last_n_layers: no gradient flows lower, so no activation is saved there."""
+    region_backend("aot_eager")
+
+    def saved(layers: list[int]) -> int:
+        model = adapted(pair("smollm3").model, r=4, layers_to_transform=layers)
+        model = model.with_spec(compile=compile, recompute="none").for_training()
+        found: set[tuple[int, int]] = set()
+        weights = {x.data_ptr() for x in tree_leaves((model.base, model.adapter))}
+
+        def pack(x: torch.Tensor) -> torch.Tensor:
+            if x.data_ptr() not in weights:
+                found.add((x.data_ptr(), x.numel()))
+            return x
+
+        ids = token_ids(2, 9, vocab_size=96)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            held = hidden_states(model.adapter, model.base, model.spec, ids)
+        assert held.requires_grad
+        return sum(numel for _, numel in found)
+
+    assert saved([3]) <= saved([0, 1, 2, 3]) / 3
+
+
+def test_no_seed_or_no_dropout_is_no_key(tiny, pair):
+    cpu = torch.device("cpu")
+    assert dropout_key(tiny.spec, None, cpu) is None
+    assert dropout_key(pair("llama2").model.spec, 3, cpu) is None
+    assert dropout_key(adapted(pair("llama2").model, r=2).spec, 3, cpu) is None
+    assert dropout_key(tiny.spec, 3, cpu).dtype == torch.int64
+
+
+def test_requires_grad_finds_any_leaf():
+    x = torch.ones(1)
+    assert not requires_grad(None) and not requires_grad({"a": (x,)})
+    assert requires_grad({"a": (x, x.clone().requires_grad_())})
+
+
+def test_base_training_differentiates_the_base(tiny):
+    """scripts/make_demo.py trains the base: then every op runs as its reference."""
+    ids = token_ids(2, 7)
+    batch = {"input_ids": ids, "labels": ids}
+    base = tree_map(lambda x: x.detach().requires_grad_(), tiny.base)
+    loss = FL.loss(tiny.adapter, base, tiny.spec, batch)
+    grads = torch.autograd.grad(loss, tree_leaves(base))
+    expected = torch.func.grad(lambda b: FL.loss(tiny.adapter, b, tiny.spec, batch))(tiny.base)
+    for g, e in zip(grads, tree_leaves(expected), strict=True):
+        assert g.any()
+        torch.testing.assert_close(g, e, rtol=1e-9, atol=1e-12)

@@ -1,0 +1,94 @@
+"""One decoder layer against transformers' and PEFT's arithmetic, term by term in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import adapted, token_ids
+from torch.utils._pytree import tree_map
+
+from fastlora import functional as FL
+from fastlora.llama.layer import layer_spec, mlp_block, project
+from fastlora.llama.params import PROJECTIONS
+from fastlora.ops.dropout import dropout, fold
+
+EVERY = tuple(PROJECTIONS)
+
+
+@pytest.fixture
+def model(pair):
+    return adapted(pair("llama_bias").model, r=4, lora_alpha=6, lora_dropout=0.3)
+
+
+def inputs(width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(2, 5, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("key", [None, 11])
+def test_a_projection_is_base_plus_scaled_low_rank(name, key, model):
+    """y = x W' + bias + (alpha / r) dropout(x) A' B', dropout drawn with the projection's own key."""
+    params, adapter = model.base["layers"][0], model.adapter["layers"][0]
+    x = inputs(params[name]["weight"].shape[1])
+    key = None if key is None else torch.tensor(key)
+    (y,) = project(x, (name,), params, adapter, layer_spec(model.spec, 0), key)
+    masked = x if key is None else dropout(x, 0.3, fold(key, EVERY.index(name)))
+    low = masked @ adapter[name].a.t() @ adapter[name].b.t()
+    expected = x @ params[name]["weight"].t() + params[name]["bias"] + 6 / 4 * low
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_projections_together_are_each_alone(model):
+    params, adapter = model.base["layers"][0], model.adapter["layers"][0]
+    x, spec = inputs(32), layer_spec(model.spec, 0)
+    for key in (None, torch.tensor(5)):
+        names = ("q_proj", "k_proj", "v_proj")
+        together = project(x, names, params, adapter, spec, key)
+        for name, y in zip(names, together, strict=True):
+            (alone,) = project(x, (name,), params, adapter, spec, key)
+            torch.testing.assert_close(y, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_an_absent_projection_is_the_base_alone(model):
+    params, adapter = model.base["layers"][0], dict(model.adapter["layers"][0])
+    del adapter["k_proj"]
+    x, spec = inputs(32), layer_spec(model.spec, 0)
+    q, k = project(x, ("q_proj", "k_proj"), params, adapter, spec, None)
+    assert torch.equal(k, F.linear(x, params["k_proj"]["weight"], params["k_proj"]["bias"]))
+    assert not torch.allclose(q, F.linear(x, params["q_proj"]["weight"], params["q_proj"]["bias"]))
+
+
+def test_the_mlp_block_is_swiglu(model):
+    params = model.base["layers"][0]
+    x = inputs(32)
+    normed = F.rms_norm(
+        x, (32,), params["post_attention_layernorm"], model.spec.config.rms_norm_eps
+    )
+    linear = lambda x, name: F.linear(x, params[name]["weight"], params[name]["bias"])
+    expected = x + linear(F.silu(linear(normed, "gate_proj")) * linear(normed, "up_proj"), "down_proj")
+    ours = mlp_block(x, params, {}, layer_spec(model.spec, 0), None)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_projection_and_layer_draws_its_own_mask(tiny):
+    """Dropout of one B = 1, A = 1 adapter at a time: no two places lose the same inputs."""
+    ids = token_ids(1, 6)
+    plain = tiny.with_adapter(None)(ids)
+    zero = tree_map(torch.zeros_like, tiny.adapter)
+    drops = set()
+    for layer in range(2):
+        for name in EVERY:
+            layers = [dict(x) for x in zero["layers"]]
+            layers[layer][name] = tiny.adapter["layers"][layer][name]
+            adapter = {"layers": tuple(layers)}
+            moved = FL.forward(adapter, tiny.base, tiny.spec, ids, seed=1) - plain
+            again = FL.forward(adapter, tiny.base, tiny.spec, ids, seed=2) - plain
+            assert moved.any() and not torch.equal(moved, again), (layer, name)
+            drops.add(moved.sum().item())
+    assert len(drops) == 2 * len(EVERY)
+
+
+def test_layers_with_equal_settings_share_a_spec(pair):
+    smollm3 = pair("smollm3").model.spec  # every fourth layer has no RoPE
+    specs = [layer_spec(smollm3, i) for i in range(4)]
+    assert specs[0] == specs[1] == specs[2] != specs[3]
+    assert hash(specs[0]) == hash(specs[2])

@@ -1,0 +1,235 @@
+"""What each recompute level runs again, read off the backward graph, and the dial between levels."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from conftest import adapted, token_ids
+from torch import Tensor, fx
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch._dynamo.backends.common import aot_autograd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from fastlora.llama.decoder import where
+from fastlora.llama.layer import layer_spec
+from fastlora.llama.recompute import LEVELS, decoder_layer, kept_elements, layer_levels
+from fastlora.model import Model
+from fastlora.ops.lora_linear import down_projections
+
+# (columns in, columns out) of llama_head_dim's projections: all kinds differ.
+NAMES = {
+    (32, 48): "q",
+    (32, 24): "k or v",
+    (48, 32): "o",
+    (32, 56): "gate or up",
+    (56, 32): "down",
+}
+ATTENTION = ("scaled_dot_product", "bmm", "softmax")
+
+
+class Layer:
+    """One decoder layer of a model, to run and differentiate at any level."""
+
+    def __init__(self, model: Model, t: int = 10, masked: bool = False) -> None:
+        config, dtype = model.spec.config, model.base["norm"].dtype
+        ids = token_ids(2, t, vocab_size=config.vocab_size)
+        segments = (torch.arange(t) > 5).long().expand(2, t) if masked else None
+        at = where(config, ids, dtype, None, None, segments)
+        self.x = torch.nn.functional.embedding(ids, model.base["embed_tokens"])
+        self.adapter = {
+            name: type(lora)(*(m.detach().requires_grad_() for m in lora))
+            for name, lora in model.adapter["layers"][0].items()
+        }
+        self.args = (at.cos, at.sin, at.masks["full_attention"], torch.tensor(3))
+        self.params, self.spec = model.base["layers"][0], layer_spec(model.spec, 0)
+
+    def run(self, level: str, layer: Any = decoder_layer) -> Tensor:
+        x = self.x.detach().requires_grad_()
+        return layer(x, self.params, self.adapter, *self.args, self.spec, level).square().sum()
+
+    def backward(self, value: Tensor) -> None:
+        torch.autograd.grad(value, tree_leaves(self.adapter))
+
+
+@pytest.fixture
+def layer(pair) -> Layer:
+    return Layer(adapted(pair("llama_head_dim").model, r=4, lora_dropout=0.1))
+
+
+def graphs(layer: Layer, level: str) -> tuple[fx.Graph, fx.Graph]:
+    """What AOT autograd compiles for the forward and the backward pass, cut as Inductor cuts."""
+    kept = []
+
+    def keep(module: fx.GraphModule, _: Any) -> Any:
+        kept.append(module.graph)
+        return make_boxed_func(module.forward)
+
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
+    layer.backward(layer.run(level, torch.compile(decoder_layer, fullgraph=True, backend=backend)))
+    forward, backward = kept
+    return forward, backward
+
+
+def again(graph: fx.Graph) -> Counter[str]:
+    """The projections whose base product stands in a backward graph: all of them run again."""
+    op = torch.ops.fastlora.lora_linear.default
+    nodes = [node for node in graph.nodes if node.target is op]
+    width = lambda node: node.meta["val"].shape[-1]
+    return Counter(NAMES[width(node.args[0]), width(node)] for node in nodes)
+
+
+def count(graph: fx.Graph, *kinds: str) -> int:
+    """Ops whose name holds one of `kinds`, backward ops apart."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    # Attention run again is wrapped, with its op as an argument: run_with_rng_state(_, op, ...).
+    names = [" ".join(str(x) for x in (n.target, *n.args) if not isinstance(x, fx.Node)) for n in calls]
+    return sum(any(k in n for k in kinds) and "backward" not in n for n in names)
+
+
+def saved_elements(graph: fx.Graph) -> int:
+    """Floating-point elements that a forward graph hands to the backward one, arguments apart."""
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    values = [n.meta["val"] for n in output.args[0][1:] if n.op != "placeholder"]
+    return sum(v.numel() for v in values if isinstance(v, Tensor) and v.is_floating_point())
+
+
+QKVO = {"q": 1, "k or v": 2, "o": 1}
+AGAIN: dict[str, dict[str, int]] = {
+    "none": {},
+    "selective": {},
+    "mlp": {"gate or up": 2},
+    "attention": QKVO | {"gate or up": 2},
+    "full": QKVO | {"gate or up": 2},
+}
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_backward_graph_holds_exactly_the_levels_products(level, layer, fresh_dynamo):
+    _, graph = graphs(layer, level)
+    assert again(graph) == AGAIN[level]  # and never down
+    assert count(graph, *ATTENTION) == (level == "full")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("level", LEVELS[1:])
+def test_the_forward_graph_keeps_what_the_level_says(level, layer, pair, fresh_dynamo):
+    """kept_elements, x apart (an argument here), and per token at most the seven low-rank terms of
+    r = 4 and one log-sum-exp for each of 4 heads."""
+    config = pair("llama_head_dim").model.spec.config
+    forward, _ = graphs(layer, level)
+    per_token = saved_elements(forward) / layer.x[..., 0].numel()
+    more = per_token - (kept_elements(config, level) - config.hidden_size)
+    assert 0 <= more < 7 * 4 + 4 + 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("level", ["selective", "mlp", "attention", "full"])
+def test_unadapted_projections_are_recomputed_like_the_others(level, pair, fresh_dynamo):
+    """With q_proj alone adapted the others are plain products; down is still never run again."""
+    layer = Layer(adapted(pair("llama_head_dim").model, r=4, target_modules=["q_proj"]))
+    products = ("aten.mm", "aten.addmm")
+    more = count(graphs(layer, level)[1], *products)
+    torch._dynamo.reset()
+    more -= count(graphs(layer, "none")[1], *products)
+    # q itself is an op of its own; its low product, x A', is a plain one.
+    low = 1 if level in ("attention", "full") else 0
+    plain = sum(AGAIN[level].values()) - AGAIN[level].get("q", 0)
+    assert more == plain + low
+
+
+# ── eager: the same laws, counted while it runs ───────────────────────────────────────────
+
+
+class Calls(TorchDispatchMode):
+    """Counts base products and attentions by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        name = str(func)
+        if func is torch.ops.fastlora.lora_linear.default:
+            self.seen[NAMES[args[0].shape[-1], out.shape[-1]]] += 1
+        elif any(k in name for k in ATTENTION) and "backward" not in name:
+            self.seen["attention"] += 1
+        return out
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_eager_backward_runs_the_levels_products_again(level, layer):
+    value, calls = layer.run(level), Calls()
+    with calls:
+        layer.backward(value)
+    expected = Counter(AGAIN[level]) + Counter(attention=int(level == "full"))
+    assert calls.seen - Counter(down=1) == expected  # eager's replay ends with down's own call
+
+
+# ── how much is kept ──────────────────────────────────────────────────────────────────────
+
+
+CONFIGS = ["llama1", "llama2", "llama_head_dim", "tinyllama", "mistral", "qwen3", "smollm3"]
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_level_keeps_less_than_the_one_before(family, pair):
+    config = pair(family).model.spec.config
+    sizes = [kept_elements(config, level) for level in LEVELS]
+    assert sizes == sorted(set(sizes), reverse=True) and sizes[-1] == config.hidden_size
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_the_dial_is_monotone_and_within_its_budget(family, pair):
+    config = pair(family).model.spec.config
+    n, whole = config.num_hidden_layers, kept_elements(config, "none")
+    keeps = lambda levels: sum(kept_elements(config, level) for level in levels)
+    before = 0
+    for step in range(101):
+        budget = step / 100
+        levels = layer_levels(config, budget)
+        assert len(levels) == n
+        if keeps(("full",) * n) <= budget * n * whole:
+            assert keeps(levels) <= budget * n * whole * (1 + 1e-12)
+        else:
+            assert levels == ("full",) * n
+        assert keeps(levels) >= before
+        before = keeps(levels)
+        # Leaner layers first, and neighbours on the ladder only.
+        places = [LEVELS.index(level) for level in levels]
+        assert places == sorted(places, reverse=True) and places[0] - places[-1] <= 1
+    assert layer_levels(config, 1.0) == ("none",) * n and layer_levels(config, 0.0) == ("full",) * n
+
+
+def test_a_budget_is_used_up_to_one_step(pair):
+    """No layer could be a level richer within the budget."""
+    config = pair("smollm3").model.spec.config
+    n, whole = config.num_hidden_layers, kept_elements(config, "none")
+    for step in range(100):
+        budget = step / 100 * n * whole
+        levels = list(layer_levels(config, step / 100))
+        lean = levels.count(levels[0])
+        richer = LEVELS[LEVELS.index(levels[0]) - 1] if levels[0] != "none" else "none"
+        levels[lean - 1] = richer
+        keeps = sum(kept_elements(config, level) for level in levels)
+        assert keeps > budget or richer == levels[0]
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "offload"])
+def test_a_name_is_one_level_for_all_layers(policy, pair):
+    config = pair("smollm3").model.spec.config
+    assert layer_levels(config, policy) == ("full" if policy == "offload" else policy,) * 4
+
+
+def test_down_projections_are_one_product(layer):
+    """q, k and v read x once for their low-rank halves; the split is a view."""
+    matrices = [layer.adapter[name].a for name in ("q_proj", "k_proj", "v_proj")]
+    parts = down_projections(layer.x, matrices)
+    assert len({p.untyped_storage().data_ptr() for p in parts}) == 1
+    for part, a in zip(parts, matrices, strict=True):
+        torch.testing.assert_close(part, layer.x @ a.t())

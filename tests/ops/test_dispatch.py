@@ -1,0 +1,41 @@
+"""When an op runs as its reference."""
+
+import pytest
+import torch
+
+from fastlora.ops.dispatch import plain, transforms_active
+
+X = torch.ones(2)
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(f)(X),
+    "vjp": lambda f: torch.func.vjp(f, X),
+    "jvp": lambda f: torch.func.jvp(f, (X,), (X,)),
+    "vmap": lambda f: torch.vmap(f)(X[None]),
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_every_transform_is_seen_and_only_inside(name):
+    seen = []
+
+    def probe(x):
+        seen.append(transforms_active())
+        return x.sum()
+
+    assert not transforms_active()
+    TRANSFORMS[name](probe)
+    assert seen == [True] and not transforms_active()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("name", ["grad", "vmap"])
+def test_dynamo_sees_the_transforms_it_traces(name, fresh_dynamo):
+    probe = lambda x: (x * (3.0 if transforms_active() else 2.0)).sum()
+    run = torch.compile(lambda: TRANSFORMS[name](probe), fullgraph=True, backend="eager")
+    assert run().flatten()[0].item() == {"grad": 3.0, "vmap": 6.0}[name]
+
+
+def test_a_frozen_argument_that_asks_for_a_gradient_needs_the_reference():
+    assert not plain(X, None)
+    assert plain(None, X.clone().requires_grad_())

@@ -1,0 +1,128 @@
+"""dropout: what the hash must look like statistically, and that it replays exactly."""
+
+import math
+
+import pytest
+import torch
+
+from fastlora.ops.dropout import dropout, fold, hash32, keep_mask
+
+CPU = torch.device("cpu")
+N, D = 512, 512
+TAIL = 5.0  # standard deviations: all the tests here together fail a right hash once in 10,000 times
+
+
+def mask(seed: int, p: float = 0.5, n: int = N, d: int = D) -> torch.Tensor:
+    return keep_mask(torch.tensor(seed), n, d, p, CPU)
+
+
+def z_score(hits: torch.Tensor, p: float) -> float:
+    """How many standard deviations a count of independent draws is from its mean."""
+    n = hits.numel()
+    return abs(hits.double().sum().item() - n * p) / math.sqrt(n * p * (1 - p))
+
+
+@pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
+@pytest.mark.parametrize("seed", [0, 1, -1, 3407, 2**40, 2**63 - 1])
+def test_the_share_dropped_is_p(seed, p):
+    assert z_score(~mask(seed, p), p) < TAIL
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_rows_and_columns_drop_alike(dim):
+    """Chi-square of the counts per row and per column."""
+    counts = (~mask(7, 0.2)).sum(dim).double()
+    n = N if dim == 0 else D
+    chi = ((counts - 0.2 * n) ** 2 / (0.2 * 0.8 * n)).sum().item()
+    assert abs(chi - len(counts)) < TAIL * math.sqrt(2 * len(counts))
+
+
+NEIGHBOURS = {
+    "the next column": lambda m: (m[:, 1:], m[:, :-1]),
+    "the next row": lambda m: (m[1:], m[:-1]),
+    "the diagonal": lambda m: (m[1:, 1:], m[:-1, :-1]),
+    "256 columns on": lambda m: (m[:, 256:], m[:, :256]),
+    "256 rows on": lambda m: (m[256:], m[:256]),
+    "the transpose": lambda m: (m[:256, 256:], m.t()[:256, 256:]),
+}
+
+
+@pytest.mark.parametrize("place", NEIGHBOURS)
+def test_an_element_says_nothing_of(place):
+    a, b = NEIGHBOURS[place](mask(11))
+    assert z_score(a == b, 0.5) < TAIL
+
+
+@pytest.mark.parametrize("other", [1, 2, 2**31, 2**32, 2**40, -1])
+def test_seeds_are_independent(other):
+    key = lambda seed: fold(torch.tensor(seed), 0)
+    a, b = (keep_mask(key(s), N, D, 0.5, CPU) for s in (0, other))
+    assert z_score(a == b, 0.5) < TAIL
+
+
+def test_layers_and_projections_are_independent():
+    keys = [fold(fold(torch.tensor(5), layer), salt) for layer in range(4) for salt in range(7)]
+    assert len({int(k) for k in keys}) == 28
+    masks = [keep_mask(k, 64, 64, 0.5, CPU) for k in keys]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert z_score(a == b, 0.5) < TAIL
+
+
+def test_the_hash_is_32_bits_without_collisions_and_avalanches():
+    x = torch.arange(2**16)
+    h = hash32(x)
+    assert h.min() >= 0 and h.max() < 2**32 and len(h.unique()) == 2**16  # a bijection of words
+    for bit in range(32):  # one bit in: half of the bits out
+        changed = h ^ hash32(x ^ (1 << bit))
+        flips = sum(((changed >> k) & 1).double().mean().item() for k in range(32)) / 32
+        assert abs(flips - 0.5) < 0.01
+
+
+def test_kept_values_are_scaled_and_others_zero():
+    x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
+    y = dropout(x, 0.25, torch.tensor(3))
+    keep = mask(3, 0.25, 10, 64).view(2, 5, 64)
+    assert torch.equal(y, torch.where(keep, x / 0.75, 0.0))
+    assert not keep.all() and keep.any()
+
+
+def test_no_key_or_no_p_is_the_identity():
+    x = torch.randn(1, 2, 3)
+    assert dropout(x, 0.5, None) is x and dropout(x, 0.0, torch.tensor(1)) is x
+
+
+def test_the_same_key_replays():
+    x = torch.randn(2, 5, 64)
+    assert torch.equal(dropout(x, 0.25, torch.tensor(3)), dropout(x, 0.25, torch.tensor(3)))
+
+
+def test_the_gradient_sees_the_same_mask():
+    x = torch.randn(2, 5, 64, requires_grad=True)
+    y = dropout(x, 0.25, torch.tensor(3))
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(dx != 0, y != 0)
+    assert torch.equal(dx, torch.func.grad(lambda x: dropout(x, 0.25, torch.tensor(3)).sum())(x.detach()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_mask_does_not_depend_on_the_dtype(dtype):
+    x = torch.ones(1, 4, 64)
+    a, b = (dropout(t, 0.25, torch.tensor(3)) for t in (x, x.to(dtype)))
+    assert b.dtype == dtype and torch.equal(a != 0, b != 0)
+
+
+def test_vmap_over_keys_is_a_loop():
+    x, keys = torch.ones(2, 3, 16), torch.tensor([1, 2, 2**40])
+    batched = torch.vmap(lambda key: dropout(x, 0.3, fold(key, 2)))(keys)
+    assert torch.equal(batched, torch.stack([dropout(x, 0.3, fold(key, 2)) for key in keys]))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_mask_is_the_eager_one(backend, fresh_dynamo):
+    x = torch.ones(2, 3, 32)
+    run = torch.compile(lambda x, key: dropout(x, 0.3, fold(key, 5)), fullgraph=True, backend=backend)
+    for seed in (0, -1, 2**40 + 17):
+        key = torch.tensor(seed)
+        assert torch.equal(run(x, key), dropout(x, 0.3, fold(key, 5)))

@@ -1,0 +1,141 @@
+"""lora_linear against its reference: value, both derivatives, torch.func, compiled."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.ops.lora_linear import down_projections, lora_linear, lora_linear_reference
+
+# (leading dimensions, d_in, d_out, r)
+SHAPES = [((2, 5), 12, 20, 4), ((7,), 33, 9, 1), ((1, 1), 1, 1, 1), ((2, 3, 4), 8, 8, 16)]
+SCALING = 1.5
+
+
+def drawn(shape, dtype=torch.float32, bias=True) -> list[Tensor | None]:
+    """x, low, weight, bias, b and the incoming gradient."""
+    lead, d_in, d_out, r = shape
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64).to(dtype)
+    b = new(d_out) if bias else None
+    return [new(*lead, d_in), new(*lead, r), new(d_out, d_in), b, new(d_out, r), new(*lead, d_out)]
+
+
+def value_and_grads(fn, x, low, weight, bias, b, dy) -> list[Tensor]:
+    """y and the gradients of what LoRA trains through: x, low, b."""
+    x, low, b = (t.detach().requires_grad_() for t in (x, low, b))
+    y = fn(x, low, weight, bias, b, SCALING)
+    return [y.detach(), *torch.autograd.grad(y, (x, low, b), dy)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_it_errs_no_more_than_the_reference(shape, dtype, bias):
+    args = drawn(shape, dtype, bias)
+    exact = value_and_grads(lora_linear_reference, *(None if t is None else t.double() for t in args))
+    plain, fused = (value_and_grads(f, *args) for f in (lora_linear_reference, lora_linear))
+    for f, p, e in zip(fused, plain, exact, strict=True):
+        error = lambda t, e=e: (t.double() - e).norm().item()
+        assert f.dtype == dtype and f.shape == p.shape
+        assert error(f) <= 1.2 * error(p) + 4 * torch.finfo(dtype).eps * e.norm().item()
+
+
+def test_the_reference_is_a_linear_layer_with_another_weight():
+    x, _, weight, bias, b, _ = drawn(SHAPES[0], torch.float64)
+    a = torch.randn(4, 12, dtype=torch.float64)
+    merged = F.linear(x, weight + SCALING * b @ a, bias)
+    ours = lora_linear(x, *down_projections(x, [a]), weight, bias, b, SCALING)
+    torch.testing.assert_close(ours, merged)
+
+
+def test_derivatives_of_both_orders_equal_finite_differences():
+    x, low, weight, bias, b, _ = drawn(((2, 3), 4, 5, 2), torch.float64)
+    fn = lambda x, low, b: lora_linear(x, low, weight, bias, b, SCALING)
+    leaves = [t.requires_grad_() for t in (x, low, b)]
+    assert torch.autograd.gradcheck(fn, leaves)
+    assert torch.autograd.gradgradcheck(fn, leaves)
+
+
+def test_a_weight_that_asks_for_a_gradient_gets_one():
+    x, low, weight, bias, b, dy = drawn(SHAPES[0], torch.float64)
+    for leaf in (weight, bias):
+        leaf.requires_grad_()
+        y = lora_linear(x, low, weight, bias, b, SCALING)
+        (g,) = torch.autograd.grad(y, leaf, dy)
+        assert g.any()
+        leaf.requires_grad_(False)
+
+
+@pytest.mark.parametrize("needed", ["x", "low", "b"])
+def test_one_needed_gradient_alone_is_right(needed):
+    x, low, weight, bias, b, dy = drawn(SHAPES[0])
+    given = {"x": x, "low": low, "b": b}
+    leaf = given[needed] = given[needed].requires_grad_()
+    y = lora_linear(given["x"], given["low"], weight, bias, given["b"], SCALING)
+    expected = value_and_grads(lora_linear_reference, x, low, weight, bias, b, dy)
+    (g,) = torch.autograd.grad(y, leaf, dy)
+    torch.testing.assert_close(g, expected[1 + list(given).index(needed)])
+
+
+def test_inputs_are_not_written_to():
+    args = drawn(SHAPES[0])
+    before = [t.clone() for t in args]
+    value_and_grads(lora_linear, *args)
+    assert all(torch.equal(t, c) for t, c in zip(args, before, strict=True))
+
+
+def test_rows_that_are_not_contiguous_are_the_same_rows():
+    x, low, weight, bias, b, _ = drawn(SHAPES[0])
+    turned = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)
+    strided = lora_linear(turned(x), turned(low), weight, bias, b, SCALING)
+    torch.testing.assert_close(strided, lora_linear(x, low, weight, bias, b, SCALING))
+
+
+def test_torch_func_takes_the_reference():
+    x, low, weight, bias, b, dy = drawn(SHAPES[0])
+    loss = lambda x, low, b: (lora_linear(x, low, weight, bias, b, SCALING) * dy).sum()
+    grads = torch.func.grad(loss, argnums=(0, 1, 2))(x, low, b)
+    expected = value_and_grads(lora_linear_reference, x, low, weight, bias, b, dy)[1:]
+    torch.testing.assert_close(list(grads), expected)
+    tangent = torch.func.jvp(lambda b: lora_linear(x, low, weight, bias, b, SCALING), (b,), (b,))[1]
+    torch.testing.assert_close(tangent, SCALING * low @ b.t())
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_compiled_gradient_equals_eager(bias, fresh_dynamo):
+    args = drawn(SHAPES[0], bias=bias)
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_grads(compiled, *args), value_and_grads(lora_linear, *args))
+
+
+@pytest.mark.compile
+def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
+    """torch.compile(torch.func.grad(f)) drops the backward of an autograd.Function (torch 2.13)."""
+    x, low, weight, bias, b, dy = drawn(SHAPES[0])
+    loss = lambda low: (lora_linear(x, low, weight, bias, b, SCALING) * dy).sum()
+    compiled = torch.compile(lambda low: torch.func.grad(loss)(low), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(low), SCALING * dy @ b)
+
+
+def test_the_operator_is_well_formed():
+    x, low, weight, bias, b, _ = drawn(((6,), 12, 20, 4))
+    for given in (bias, None):
+        torch.library.opcheck(
+            torch.ops.fastlora.lora_linear.default,
+            (x, low, weight, given, b, SCALING),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+@pytest.mark.parametrize("ranks", [[3], [2, 5], [1, 1, 4]])
+def test_down_projections_are_each_alone(ranks):
+    x = torch.randn(2, 3, 10, dtype=torch.float64)
+    matrices = [torch.randn(r, 10, dtype=torch.float64, requires_grad=True) for r in ranks]
+    together, alone = down_projections(x, matrices), [F.linear(x, a) for a in matrices]
+    grads = [
+        torch.autograd.grad(sum(y.square().sum() for y in ys), matrices) for ys in (together, alone)
+    ]
+    torch.testing.assert_close(list(together), alone)
+    torch.testing.assert_close(*grads)

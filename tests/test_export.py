@@ -1,0 +1,819 @@
+"""PEFT folders out and in, merging, Hugging Face folders out. Oracles: PEFT and transformers.
+
+B is random and large, and every comparison first asserts that the adapter moves the logits by at
+least 1000 tolerances, so that a scaling that is 1 % off cannot pass. scripts/compare_peft.py prints
+what these cases measure.
+"""
+
+import copy
+import dataclasses
+import functools
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import tokenizers
+import torch
+from models import FAMILIES, make_checkpoint
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves, tree_map
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from fastlora import export, functional
+from fastlora.adapter import lora
+from fastlora.checks import CheckpointError
+from fastlora.export import load_adapter, merge, push_to_hub, save_adapter, save_merged
+from fastlora.gradients import value_and_grad
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.params import base_from_tensors, projection_path, tensors_from_base
+from fastlora.llama.spec import Spec
+from fastlora.model import Model
+from fastlora.tokenizer import Tokenizer
+
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# Arguments that mean the same to fastlora.lora and to peft.LoraConfig, over two layers.
+CASES = {
+    "two names": dict(r=4, target_modules=["q_proj", "v_proj"]),
+    "seven names": dict(r=4, target_modules=SEVEN),
+    "all-linear": dict(r=3, lora_alpha=5, target_modules="all-linear"),
+    "regex": dict(r=4, target_modules=r".*\.[01]\.(mlp\.down|self_attn\.v)_proj"),
+    "exclude a list": dict(r=4, target_modules=SEVEN, exclude_modules=["0.mlp.up_proj", "k_proj"]),
+    "exclude a regex": dict(r=4, target_modules=SEVEN, exclude_modules=r".*\.1\.mlp.*"),
+    "one layer": dict(r=4, target_modules=SEVEN, layers_to_transform=[1]),
+    "layers_pattern": dict(
+        r=4, target_modules=["v_proj", "up_proj"], layers_to_transform=0, layers_pattern="layers"
+    ),
+    "full name and layers": dict(
+        r=4, target_modules=["model.layers.0.mlp.up_proj", "v_proj"], layers_to_transform=[1]
+    ),
+    "dropout": dict(r=4, lora_alpha=8, target_modules=["v_proj", "o_proj"], lora_dropout=0.3),
+    "rslora": dict(r=8, lora_alpha=4, target_modules=SEVEN, use_rslora=True),
+    "rank_pattern": dict(r=4, target_modules=SEVEN, rank_pattern={r".*\.mlp\.\w+": 2, "q_proj": 6}),
+    "alpha_pattern": dict(r=4, target_modules=SEVEN, alpha_pattern={"^model.layers.1.*": 24}),
+    "both patterns, rslora": dict(
+        r=4,
+        target_modules=SEVEN,
+        rank_pattern={r"layers\.0\.mlp\.down_proj": 2, "v_proj": 7},
+        alpha_pattern={"down_proj": 3, "1.self_attn.o_proj": 6},
+        use_rslora=True,
+    ),
+    "gaussian": dict(r=4, target_modules=["o_proj", "down_proj"], init_lora_weights="gaussian"),
+    "rank above the width": dict(r=70, target_modules=["v_proj", "down_proj"]),
+}
+FORWARD = "llama2"  # the family of the cases; the others are run with "seven names"
+IDS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(7))
+
+# ── both sides of a comparison ────────────────────────────────────────────────────────────
+
+
+@functools.cache
+def session_folder():
+    """Not tmp_path_factory: scripts/compare_peft.py calls what follows without pytest."""
+    return tempfile.TemporaryDirectory(prefix="fastlora-")
+
+
+@functools.cache
+def checkpoint(family, dtype=torch.float32):
+    """A folder of the family's, kept for the session, and transformers' reading of it."""
+    folder = Path(session_folder().name) / f"{family}-{dtype}"
+    return folder, make_checkpoint(family, folder, dtype)
+
+
+def hugging_face(family, dtype=torch.float32):
+    return copy.deepcopy(checkpoint(family, dtype)[1])
+
+
+def fast(family, dtype=torch.float32):
+    folder, hf = checkpoint(family, dtype)
+    config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    spec = Spec(config=config, name_or_path=str(folder), max_seq_length=128, compile=False)
+    return Model(spec=spec, base=base_from_tensors(config, dict(hf.state_dict())))
+
+
+def randomised(model, seed=1, std=0.15):
+    """The model with normal A and B."""
+    gen = torch.Generator().manual_seed(seed)
+    noise = lambda t: std * torch.randn(t.shape, generator=gen).to(t.dtype)
+    return model.with_adapter(tree_map(noise, model.adapter))
+
+
+def peft_saved(family, folder, dtype=torch.float32, **settings):
+    """A folder that PEFT wrote for a random adapter."""
+    model = get_peft_model(
+        hugging_face(family, dtype), PeftConfig(**settings, task_type="CAUSAL_LM")
+    )
+    gen = torch.Generator().manual_seed(2)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            p.data = 0.15 * torch.randn(p.shape, generator=gen).to(p.dtype)
+    model.save_pretrained(folder)
+
+
+def peft_read(family, folder, dtype=torch.float32, **kwargs):
+    """PEFT's reading of a folder over the untouched base, every warning an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Not of PEFT's making: torch's own deprecations.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(hugging_face(family, dtype), folder, **kwargs).eval()
+
+
+@torch.no_grad()
+def hf_logits(model):
+    return model(input_ids=IDS).logits
+
+
+@torch.no_grad()
+def logits(model):
+    return functional.forward(model.adapter, model.base, model.spec, IDS)
+
+
+def difference(found, expected, base):
+    """max|Δ| over max(1, absmax), once the adapter is seen to matter: T32 is 1e-5 of this."""
+    scale = max(1.0, expected.abs().max().item())
+    effect = (expected - base).abs().max().item() / scale
+    assert effect >= 1e-2, f"the adapter moves the logits by only {effect:.1e}"
+    return (found.float() - expected.float()).abs().max().item() / scale
+
+
+def import_difference(family, folder, **settings):
+    """fastlora's logits with an adapter that PEFT saved, against PEFT's."""
+    peft_saved(family, folder, **settings)
+    model = load_adapter(fast(family), folder)
+    base = hf_logits(checkpoint(family)[1])
+    return difference(logits(model), hf_logits(peft_read(family, folder)), base)
+
+
+def export_difference(family, folder, **settings):
+    """PEFT's logits with an adapter that fastlora saved, against fastlora's."""
+    model = randomised(lora(fast(family), **settings))
+    save_adapter(model.spec, model.adapter, folder)
+    base = logits(fast(family))
+    return difference(hf_logits(peft_read(family, folder)), logits(model), base)
+
+
+def step_difference(family, folder, **settings):
+    """Tensors after one SGD step of rate 0.1 on both sides from the same exported adapter."""
+    # Smaller than elsewhere: at 0.15 the gradients of the four-layer families reach 8, and fp32
+    # itself errs by 1e-4 there, on both sides alike (against fp64, over 12 seeds).
+    model = randomised(lora(fast(family), **settings | {"lora_dropout": 0.0}), std=0.06)
+    save_adapter(model.spec, model.adapter, folder)
+    batch = {"input_ids": IDS, "labels": IDS}
+    _, grads = value_and_grad(functional.loss)(model.adapter, model.base, model.spec, batch)
+    stepped = tree_map(lambda p, g: p - 0.1 * g, model.adapter, grads)
+
+    trainable = peft_read(family, folder, is_trainable=True)
+    trainable(input_ids=IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        for p in trainable.parameters():
+            if p.requires_grad:
+                p -= 0.1 * p.grad
+    expected = get_peft_model_state_dict(trainable)
+    start, found = export.peft_state_dict(model.adapter), export.peft_state_dict(stepped)
+    assert found.keys() == expected.keys()
+    step = max((v - start[k]).abs().max().item() for k, v in expected.items())
+    assert step >= 1e-3, f"a step of {step:.1e} shows nothing"
+    return max((found[k] - v).abs().max().item() for k, v in expected.items()) / max(1, step)
+
+
+# ── PEFT's folders in ─────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_adapters_of_peft_load_with_its_logits(case, tmp_path):
+    assert import_difference(FORWARD, tmp_path, **CASES[case]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapters_of_peft_load_for_every_family(family, tmp_path):
+    assert import_difference(family, tmp_path, **CASES["seven names"]) <= 1e-5
+
+
+@pytest.mark.parametrize("init", [False, "orthogonal", "eva"])
+def test_starts_that_leave_the_base_alone_load(init, tmp_path):
+    peft_saved(FORWARD, tmp_path, r=4, target_modules=SEVEN)
+    edit(tmp_path, init_lora_weights=init)
+    plain = dataclasses.replace(load_adapter(fast(FORWARD), tmp_path))
+    assert plain.spec.lora.init_lora_weights == init
+    expected = hf_logits(PeftModel.from_pretrained(hugging_face(FORWARD), tmp_path).eval())
+    assert difference(logits(plain), expected, logits(fast(FORWARD))) <= 1e-5
+
+
+def test_overlapping_patterns_mean_what_peft_reads_in_the_file(tmp_path):
+    # PEFT writes sorted keys: after the reload the narrow pattern comes second and never matches.
+    patterns = {r"layers\.1\.self_attn\.q_proj": 60, "layers.1.self_attn..*": 2}
+    assert (
+        import_difference(FORWARD, tmp_path, r=4, target_modules=SEVEN, alpha_pattern=patterns)
+        <= 1e-5
+    )
+
+
+def test_overlapping_ranks_that_peft_cannot_reload_are_refused_by_name(tmp_path):
+    patterns = {"q_proj": 2, r"layers\.1\.self_attn\.q_proj": 6}
+    first_wins = {r"layers\.1\.self_attn\.q_proj": 6, "q_proj": 2}
+    peft_saved(FORWARD, tmp_path, r=4, target_modules=["q_proj"], rank_pattern=first_wins)
+    edit(tmp_path, rank_pattern=patterns)
+    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj\.lora_A"):
+        load_adapter(fast(FORWARD), tmp_path)
+
+
+def test_three_fields_are_a_config(tmp_path):
+    peft_saved(FORWARD, tmp_path, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    whole = logits(load_adapter(fast(FORWARD), tmp_path))
+    for config in (
+        {"peft_type": "LORA", "r": 4, "target_modules": ["v_proj", "q_proj"]},
+        {"peft_type": "LORA", "r": 4, "target_modules": None, "lora_alpha": 8.0},
+        {"peft_type": "LORA", "r": 4, "base_model_name_or_path": "no/such/model"},
+        {"peft_type": "LORA", "r": 4, "a_field_of_tomorrow": None, "another": {}, "third": False},
+    ):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        assert torch.equal(logits(load_adapter(fast(FORWARD), tmp_path)), whole)
+
+
+def test_what_peft_ignores_in_a_file_is_no_error(tmp_path):
+    peft_saved(FORWARD, tmp_path, r=4, target_modules=["q_proj", "v_proj"])
+    plain = load_adapter(fast(FORWARD), tmp_path)
+    edit(
+        tmp_path,
+        target_modules=["q_proj", "v_proj", "query_key_value"],
+        exclude_modules=["wq"],
+        layers_to_transform=[0, 1, 2],
+        rank_pattern={"wq": 8},
+        fan_in_fan_out=True,
+    )
+    found = load_adapter(fast(FORWARD), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = hf_logits(PeftModel.from_pretrained(hugging_face(FORWARD), tmp_path).eval())
+    assert torch.equal(logits(found), logits(plain))
+    assert difference(logits(found), expected, logits(fast(FORWARD))) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_files_of_other_widths_load_as_float32(dtype, tmp_path):
+    peft_saved(FORWARD, tmp_path, r=4, target_modules=SEVEN)
+    rewrite(tmp_path, lambda tensors: {k: t.to(dtype) for k, t in tensors.items()})
+    model = load_adapter(fast(FORWARD), tmp_path)
+    assert {t.dtype for t in tree_leaves(model.adapter)} == {torch.float32}
+    expected = hf_logits(peft_read(FORWARD, tmp_path))
+    assert difference(logits(model), expected, logits(fast(FORWARD))) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."),
+        lambda k: f"_orig_mod.{k}",
+        lambda k: k.replace(".weight", ".default.weight"),
+    ],
+)
+def test_keys_of_a_compiled_or_named_adapter_load(rename, tmp_path):
+    peft_saved(FORWARD, tmp_path, r=4, target_modules=SEVEN)
+    plain = tree_leaves(load_adapter(fast(FORWARD), tmp_path).adapter)
+    rewrite(tmp_path, lambda tensors: {rename(k): t for k, t in tensors.items()})
+    renamed = tree_leaves(load_adapter(fast(FORWARD), tmp_path).adapter)
+    assert all(torch.equal(x, y) for x, y in zip(plain, renamed, strict=True))
+
+
+def test_loading_replaces_the_adapter_and_leaves_the_model_as_it_was(tmp_path):
+    first, second = (randomised(lora(fast(FORWARD), r=r), seed=r) for r in (2, 4))
+    save_adapter(second.spec, second.adapter, tmp_path)
+    before = logits(first)
+    swapped = load_adapter(first, tmp_path)
+    assert torch.equal(logits(swapped), logits(second))
+    assert torch.equal(logits(first), before)
+
+
+# ── what cannot be read is refused by name ────────────────────────────────────────────────
+
+
+def edit(folder, **fields):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rewrite(folder, change):
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+REFUSED_FIELDS = {
+    "use_dora": True,
+    "bias": "all",
+    "lora_bias": True,
+    "modules_to_save": ["lm_head"],
+    "trainable_token_indices": [1, 2],
+    "target_parameters": ["mlp.experts.gate_up_proj"],
+    "alora_invocation_tokens": [1, 2],
+    "arrow_config": {"top_k": 1},
+    "kasa_config": {"beta": 1},
+    "monteclora_config": {"n": 1},
+    "velora_config": {"n": 1},
+    "use_bdlora": {"n": 1},
+    "use_qalora": True,
+    "layer_replication": [[0, 1], [0, 1]],
+    "megatron_config": {"n": 1},
+    "a_field_of_tomorrow": "on",
+    "peft_type": "LOHA",
+    "task_type": "SEQ_CLS",
+    "init_lora_weights": "pissa",
+    "r": "4",
+    "lora_alpha": None,
+    "target_modules": [1],
+    "rank_pattern": ["q_proj"],
+    "layers_to_transform": "0",
+    "use_rslora": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    peft_saved(FORWARD, folder, r=4, target_modules=["q_proj", "v_proj"])
+    return folder
+
+
+@pytest.fixture
+def broken(saved, tmp_path):
+    """A copy of a good adapter, to be broken."""
+    for file in saved.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@pytest.mark.parametrize("field", REFUSED_FIELDS)
+def test_a_config_field_without_a_meaning_here_is_refused_by_name(field, broken):
+    edit(broken, **{field: REFUSED_FIELDS[field]})
+    with pytest.raises(CheckpointError, match=rf"adapter_config\.json[^§]*{field}="):
+        load_adapter(fast(FORWARD), broken)
+
+
+@pytest.mark.parametrize(
+    "init", ["pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "nonsense"]
+)
+def test_starts_that_change_the_base_are_refused(init, broken):
+    edit(broken, init_lora_weights=init)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights='{init}'"):
+        load_adapter(fast(FORWARD), broken)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(target_modules=["wq"]), "'wq'"),
+        (dict(target_modules=["norm"]), "no linear layer"),
+        (dict(target_modules="("), "no regular expression"),
+        (dict(r=0), "r=0"),
+        (dict(rank_pattern={"q_proj": 2.5}), "rank_pattern"),
+        (dict(target_modules=".*q_proj", layers_to_transform=[0]), "only filter a list"),
+    ],
+)
+def test_settings_that_fit_no_model_are_refused(fields, message, broken):
+    edit(broken, **fields)
+    with pytest.raises(CheckpointError) as refused:
+        load_adapter(fast(FORWARD), broken)
+    assert message in str(refused.value)
+
+
+def test_an_adapter_on_the_head_is_refused(broken):
+    edit(broken, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(NotImplementedError, match="lm_head"):
+        load_adapter(fast(FORWARD), broken)
+
+
+def test_all_wrong_fields_are_listed_at_once(broken):
+    edit(broken, use_dora=True, bias="all", r="x", peft_type="IA3")
+    with pytest.raises(CheckpointError) as refused:
+        load_adapter(fast(FORWARD), broken)
+    for part in ("use_dora", "bias", "r='x'", "IA3"):
+        assert part in str(refused.value)
+
+
+KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+def without_prefix(tensors):
+    return {k.removeprefix("base_model.model."): t for k, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda ts: {k: t for k, t in ts.items() if k != KEY}, f"missing     {KEY}"),
+        (lambda ts: ts | {KEY.replace("v_proj", "k_proj"): ts[KEY].clone()}, "target_modules"),
+        (lambda ts: ts | {"base_model.model.lm_head.weight": ts[KEY].clone()}, "lm_head.weight"),
+        (lambda ts: ts | {KEY: ts[KEY][:-1].clone()}, f"shape       {KEY}"),
+        (lambda ts: ts | {KEY: ts[KEY] * float("nan")}, f"NaN or inf  {KEY}"),
+        (lambda ts: ts | {KEY: ts[KEY].to(torch.int32)}, f"dtype       {KEY}"),
+        (lambda ts: ts | {f"_orig_mod.{KEY}": ts[KEY].clone()}, "twice"),
+        (without_prefix, "PEFT's keys begin with 'base_model.model.'"),
+    ],
+)
+def test_wrong_tensors_are_refused_by_key(change, message, broken):
+    rewrite(broken, change)
+    model = fast(FORWARD)
+    with pytest.raises(CheckpointError) as refused:
+        load_adapter(model, broken)
+    assert message in str(refused.value)
+    assert "adapter_model.safetensors" in str(refused.value)
+    assert model.adapter is None
+
+
+def test_a_rank_that_differs_from_the_file_is_refused(broken):
+    edit(broken, r=8)
+    with pytest.raises(CheckpointError, match=r"file has \(4, 32\), the config says \(8, 32\)"):
+        load_adapter(fast(FORWARD), broken)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, -1])
+def test_a_cut_file_is_refused(kept, broken):
+    path = broken / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+        load_adapter(fast(FORWARD), broken)
+
+
+def test_a_broken_config_is_refused(broken):
+    (broken / "adapter_config.json").write_text('{"r": 4,')
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json"):
+        load_adapter(fast(FORWARD), broken)
+
+
+@pytest.mark.parametrize("file", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_missing_file_is_named(file, broken):
+    (broken / file).unlink()
+    with pytest.raises(FileNotFoundError, match=file):
+        load_adapter(fast(FORWARD), broken)
+
+
+def test_a_pickle_is_never_read(broken):
+    (broken / "adapter_model.safetensors").rename(broken / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="pickle"):
+        load_adapter(fast(FORWARD), broken)
+
+
+def test_an_adapter_in_a_sub_folder_is_pointed_at(saved, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_bytes(
+        (saved / "adapter_config.json").read_bytes()
+    )
+    with pytest.raises(FileNotFoundError, match=r"\['other'\]"):
+        load_adapter(fast(FORWARD), tmp_path)
+
+
+def test_smollm3_has_no_default_targets(broken):
+    edit(broken, target_modules=None)
+    with pytest.raises(CheckpointError, match="smollm3"):
+        load_adapter(fast("smollm3"), broken)
+
+
+# ── PEFT folders out ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_reads_what_is_saved_with_the_same_logits(case, tmp_path):
+    assert export_difference(FORWARD, tmp_path, **CASES[case]) <= 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_what_is_saved_for_every_family(family, tmp_path):
+    assert export_difference(family, tmp_path, **CASES["seven names"]) <= 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_saved_keys_shapes_and_dtypes_are_those_of_peft(case, tmp_path):
+    model = lora(fast(FORWARD), **CASES[case])
+    save_adapter(model.spec, model.adapter, tmp_path)
+    native = get_peft_model(hugging_face(FORWARD), PeftConfig(**CASES[case], task_type="CAUSAL_LM"))
+    expected = {k: (t.shape, t.dtype) for k, t in get_peft_model_state_dict(native).items()}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert {k: (t.shape, t.dtype) for k, t in tensors.items()} == expected
+
+
+def test_patterns_keep_their_meaning_whatever_their_order(tmp_path):
+    # The first match wins here; PEFT's own folder of this adapter cannot be read back.
+    patterns = {"q_proj": 2, r"layers\.1\.self_attn\.q_proj": 6}
+    alphas = {"v_proj": 40, r"layers\.1\.self_attn\.v_proj": 1}
+    settings = dict(r=4, target_modules=SEVEN, rank_pattern=patterns, alpha_pattern=alphas)
+    assert export_difference(FORWARD, tmp_path, **settings) <= 1e-5
+
+
+@pytest.mark.parametrize("order", [sorted, lambda keys: sorted(keys, reverse=True)])
+def test_saved_patterns_may_be_written_again_in_any_order(order, tmp_path):
+    # PEFT sorts the keys of what it read when it saves it.
+    patterns = {r"layers\.1\.self_attn\.q_proj": 6, "q_proj": 2, "0.mlp.*": 5, r"\w+_proj": 3}
+    model = lora(fast(FORWARD), r=4, rank_pattern=patterns, alpha_pattern=patterns)
+    save_adapter(model.spec, model.adapter, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    for field in ("rank_pattern", "alpha_pattern"):
+        edit(tmp_path, **{field: {k: config[field][k] for k in order(config[field])}})
+    assert load_adapter(fast(FORWARD), tmp_path).spec.lora.targets == model.spec.lora.targets
+
+
+@pytest.mark.parametrize("case", ["seven names", "both patterns, rslora", "one layer"])
+def test_a_step_of_training_goes_on_in_peft_as_here(case, tmp_path):
+    assert step_difference(FORWARD, tmp_path, **CASES[case]) <= 1e-6
+
+
+def test_transformers_own_loader_reads_it_too(tmp_path):
+    model = randomised(lora(fast(FORWARD), r=4))
+    save_adapter(model.spec, model.adapter, tmp_path)
+    hf = hugging_face(FORWARD)
+    hf.load_adapter(str(tmp_path))
+    assert difference(hf_logits(hf), logits(model), logits(fast(FORWARD))) <= 1e-5
+
+
+def test_bfloat16_errs_no_more_than_peft(tmp_path):
+    half = randomised(lora(fast(FORWARD, torch.bfloat16), r=4), std=0.1)
+    assert {t.dtype for t in tree_leaves(half.adapter)} == {torch.float32}
+    save_adapter(half.spec, half.adapter, tmp_path)
+    wide = dataclasses.replace(half, base=tree_map(lambda t: t.float(), half.base))
+    exact, base = logits(wide), logits(dataclasses.replace(wide, adapter=None))
+    assert (exact - base).abs().max() > 0.1
+    error = lambda found: (found.float() - exact).square().mean().sqrt().item()
+    theirs = error(hf_logits(peft_read(FORWARD, tmp_path, torch.bfloat16)))
+    assert 0 < error(logits(half)) <= 1.5 * theirs
+
+
+def test_round_trips_are_exact(tmp_path):
+    peft_saved(FORWARD, tmp_path / "theirs", **CASES["both patterns, rslora"])
+    first = load_adapter(fast(FORWARD), tmp_path / "theirs")
+    save_adapter(first.spec, first.adapter, tmp_path / "ours")
+    again = load_adapter(fast(FORWARD), tmp_path / "ours")
+    assert again.spec.lora.targets == first.spec.lora.targets
+    leaves = zip(tree_leaves(first.adapter), tree_leaves(again.adapter), strict=True)
+    assert all(torch.equal(x, y) for x, y in leaves)
+    theirs, ours = (hf_logits(peft_read(FORWARD, tmp_path / n)) for n in ("theirs", "ours"))
+    assert torch.equal(theirs, ours)
+
+
+def test_the_folder_has_pefts_form(tmp_path):
+    model = lora(fast(FORWARD), r=4, rank_pattern={"q_proj": 2})
+    save_adapter(model.spec, model.adapter, tmp_path)
+    files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert {f.name for f in tmp_path.iterdir()} == files
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == model.spec.name_or_path
+    assert (config["target_modules"], config["rank_pattern"]) == (SEVEN, {"q_proj": 2})
+    assert config.keys() <= set(PeftConfig().to_dict())
+
+
+def test_a_card_names_the_base_only_where_the_hub_would_take_the_name(tmp_path):
+    for name, named in (("meta-llama/Llama-3.2-1B", True), ("/data/base", False)):
+        model = lora(fast(FORWARD), r=4)
+        spec = dataclasses.replace(model.spec, name_or_path=name)
+        save_adapter(spec, model.adapter, tmp_path / str(named))
+        card = (tmp_path / str(named) / "README.md").read_text()
+        assert ("base_model:" in card.split("---")[1]) is named
+        assert "library_name: peft" in card
+
+
+def test_a_readme_that_is_there_stays(tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    model = lora(fast(FORWARD), r=4)
+    save_adapter(model.spec, model.adapter, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_a_write_that_fails_leaves_the_old_files(call, tmp_path, monkeypatch):
+    old, new = (randomised(lora(fast(FORWARD), r=4), seed=s) for s in (1, 2))
+    save_adapter(old.spec, old.adapter, tmp_path)
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, full_disk)
+        with pytest.raises(OSError, match="No space"):
+            save_adapter(new.spec, new.adapter, tmp_path)
+    assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
+
+
+def test_a_broken_adapter_is_not_saved(tmp_path):
+    model = lora(fast(FORWARD), r=4)
+    nan = tree_map(lambda t: t * float("nan"), model.adapter)
+    other = lora(fast(FORWARD), r=5).adapter
+    for adapter, message in ((nan, "NaN"), (other, "shape"), (None, "no adapter")):
+        with pytest.raises(ValueError, match=message):
+            save_adapter(model.spec, adapter, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path):
+    model = lora(fast(FORWARD), r=4)
+    (tmp_path / "file").write_text("x")
+    base = Path(model.spec.name_or_path)
+    for folder in (tmp_path / "file", tmp_path / "file" / "below", base):
+        with pytest.raises(ValueError, match=folder.name):
+            save_adapter(model.spec, model.adapter, folder)
+    assert not (base / "adapter_config.json").exists()
+
+
+def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
+    model = lora(fast(FORWARD), r=4)
+    # Not chmod: root, who runs most containers, may write all the same.
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
+    with pytest.raises(PermissionError, match="not writable"):
+        save_adapter(model.spec, model.adapter, tmp_path / "new")
+
+
+def test_push_uploads_the_peft_folder(monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            seen["repo"] = (repo_id, private, exist_ok)
+            return f"https://huggingface.co/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen["files"] = sorted(os.listdir(folder_path))
+
+    monkeypatch.setattr(export, "HfApi", Api)
+    model = lora(fast(FORWARD), r=4)
+    url = push_to_hub(model.spec, model.adapter, "me/it", token="secret", private=True)
+    assert url == "https://huggingface.co/me/it"
+    assert seen["token"] == "secret" and seen["repo"] == ("me/it", True, True)
+    assert seen["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+
+
+# ── merge ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", ["seven names", "both patterns, rslora", "one layer"])
+def test_merging_equals_applying(case):
+    model = randomised(lora(fast(FORWARD), **CASES[case]))
+    merged = merge(model)
+    assert merged.adapter is None and merged.spec.lora is None
+    assert difference(logits(merged), logits(model), logits(fast(FORWARD))) <= 1e-5
+
+
+def test_merging_equals_pefts_merge(tmp_path):
+    model = randomised(lora(fast(FORWARD), r=4))
+    save_adapter(model.spec, model.adapter, tmp_path)
+    theirs = peft_read(FORWARD, tmp_path).merge_and_unload().state_dict()
+    ours = tensors_from_base(model.spec.config, merge(model).base)
+    assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) <= 1e-6
+
+
+def test_merging_copies_only_what_it_touches():
+    model = randomised(lora(fast(FORWARD), r=4, target_modules=["v_proj"], layers_to_transform=1))
+    before = tensors_from_base(model.spec.config, model.base)
+    kept = {k: t.clone() for k, t in before.items()}
+    after = tensors_from_base(model.spec.config, merge(model).base)
+    new = {k for k in before if after[k].data_ptr() != before[k].data_ptr()}
+    assert new == {f"{projection_path(1, 'v_proj')}.weight"}
+    assert all(torch.equal(before[k], kept[k]) for k in before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_merging_rounds_once(dtype):
+    model = fast(FORWARD)
+    model = dataclasses.replace(model, base=tree_map(lambda t: t.to(dtype), model.base))
+    model = randomised(lora(model, r=4, target_modules=["up_proj"]))
+    name = "up_proj"
+    a, b = (t.double() for t in model.adapter["layers"][0][name])
+    weight = model.base["layers"][0][name]["weight"]
+    exact = weight.double() + model.spec.lora.targets[0][0].scaling * (b @ a)
+    merged = merge(model).base["layers"][0][name]["weight"]
+    assert merged.dtype == dtype
+    # Half a unit in the last place, and fp32's own error where the sum is fp32.
+    allowed = exact.abs() * (torch.finfo(dtype).eps / 2 + 1e-6 * (dtype != torch.float64)) + 1e-7
+    assert ((merged.double() - exact).abs() <= allowed).all()
+
+
+def test_a_merge_that_would_overflow_is_refused_by_name():
+    model = fast(FORWARD)
+    model = dataclasses.replace(model, base=tree_map(lambda t: t.half(), model.base))
+    model = lora(model, r=4, target_modules=["up_proj", "v_proj"])
+    huge = tree_map(lambda t: torch.full_like(t, 1e3), model.adapter)
+    with pytest.raises(ValueError, match="Merging would put NaN or infinity") as refused:
+        merge(model.with_adapter(huge))
+    assert str(refused.value).count("v_proj.weight") == 2
+
+
+def test_merging_nothing_is_refused():
+    with pytest.raises(ValueError, match="no adapter"):
+        merge(fast(FORWARD))
+
+
+# ── Hugging Face folders out ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_folders_load_in_transformers(family, tmp_path):
+    model = randomised(lora(fast(family, torch.bfloat16), r=4))
+    save_merged(model.spec, model.base, model.adapter, tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
+    assert hf.dtype == torch.bfloat16
+    merged = merge(model)
+    state = hf.state_dict()
+    for name, tensor in tensors_from_base(merged.spec.config, merged.base).items():
+        assert torch.equal(state[name], tensor), name
+    found, expected = hf_logits(hf).float(), logits(merged).float()
+    base = logits(fast(family, torch.bfloat16)).float()
+    assert difference(found, expected, base) <= 1e-2
+    assert (expected - base).abs().max() > 0.1
+
+
+def test_a_float32_base_is_rounded_to_bfloat16_after_the_merge(tmp_path):
+    model = randomised(lora(fast(FORWARD), r=4))
+    save_merged(model.spec, model.base, model.adapter, tmp_path)
+    merged = tensors_from_base(model.spec.config, merge(model).base)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == merged.keys()
+    assert all(torch.equal(found[k], t.to(torch.bfloat16)) for k, t in merged.items())
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_shards_hold_what_one_file_holds(tmp_path, monkeypatch):
+    model = randomised(lora(fast(FORWARD, torch.bfloat16), r=4))
+    save_merged(model.spec, model.base, model.adapter, tmp_path / "one")
+    monkeypatch.setattr(export, "SHARD_BYTES", 10_000)
+    save_merged(model.spec, model.base, model.adapter, tmp_path / "many")
+    shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert all(s.stat().st_size < 12_000 for s in shards)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {s.name for s in shards}
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path / "many", dtype="auto")
+    assert all(torch.equal(hf.state_dict()[k], t) for k, t in whole.items())
+
+
+def test_stop_ids_go_into_the_generation_config(tmp_path):
+    model = fast(FORWARD)
+    config = dataclasses.replace(model.spec.config, eos_token_id=(2, 5))
+    spec = dataclasses.replace(model.spec, config=config)
+    save_merged(spec, model.base, None, tmp_path)
+    hf = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert hf.generation_config.eos_token_id == [2, 5]
+    assert hf.generation_config.bos_token_id == 1
+
+
+def test_the_lora_method_writes_the_peft_folder(tmp_path):
+    model = lora(fast(FORWARD), r=4)
+    save_merged(model.spec, model.base, model.adapter, tmp_path, save_method="lora")
+    assert (tmp_path / "adapter_config.json").is_file()
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["merged_16bit", "lora"])
+def test_the_tokenizer_goes_along(method, tmp_path):
+    words = {"<unk>": 0, "a": 1, "rank": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "in")
+    model = lora(fast(FORWARD), r=4)
+    tokenizer = Tokenizer.from_folder(tmp_path / "in", config_folder=Path(model.spec.name_or_path))
+    save_merged(model.spec, model.base, model.adapter, tmp_path / "out", tokenizer, method)
+    read = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    assert read("a rank of")["input_ids"] == [1, 2, 0]
+
+
+def test_four_bit_is_refused_for_now_and_nonsense_forever(tmp_path):
+    model = fast(FORWARD)
+    with pytest.raises(NotImplementedError, match="merged_4bit"):
+        save_merged(model.spec, model.base, None, tmp_path, save_method="merged_4bit")
+    with pytest.raises(ValueError, match="merged_8bit"):
+        save_merged(model.spec, model.base, None, tmp_path, save_method="merged_8bit")
+
+
+def test_a_merged_model_never_lands_on_another(tmp_path):
+    model = randomised(lora(fast(FORWARD), r=4))
+    base = Path(model.spec.name_or_path)
+    before = {f.name: f.read_bytes() for f in base.iterdir()}
+    with pytest.raises(ValueError, match="loaded from"):
+        save_merged(model.spec, model.base, model.adapter, base)
+    assert {f.name: f.read_bytes() for f in base.iterdir()} == before
+    save_adapter(model.spec, model.adapter, tmp_path)
+    # transformers would lay the adapter over the weights that hold it already.
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        save_merged(model.spec, model.base, model.adapter, tmp_path)
+
+
+def test_a_broken_merge_writes_nothing(tmp_path):
+    model = lora(fast(FORWARD), r=4)
+    nan = tree_map(lambda t: t * float("nan"), model.adapter)
+    with pytest.raises(ValueError, match="NaN"):
+        save_merged(model.spec, model.base, nan, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_this_is_the_peft_the_rules_were_read_from():
+    assert tuple(int(x) for x in peft.__version__.split(".")[:2]) >= (0, 21)
