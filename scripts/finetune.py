@@ -104,7 +104,7 @@ def arguments() -> argparse.Namespace:
     add("--output", type=Path, default=Path("runs/adapter"), help="PEFT folder to write")
     add("--max-seq-length", type=int)
     add("--r", type=int, default=16)
-    add("--epochs", type=int, default=2)
+    add("--epochs", type=float, default=2)
     add("--max-steps", type=int)
     add("--batch-size", type=int, default=4, help="packed sequences a step")
     add("--learning-rate", type=float, help="default: 2e-4 * 2048 / hidden_size")

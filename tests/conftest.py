@@ -58,7 +58,7 @@ def pair(tmp_path_factory) -> Callable[..., Pair]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Model:
-    """Two layers in float64, rank 2 everywhere, dropout 0.2, B not zero: small enough for Hessians."""
+    """Two layers in float64, rank 2, dropout 0.2, B not zero: small enough for Hessians."""
     sizes = dict(vocab_size=24, hidden_size=16, intermediate_size=20, num_attention_heads=2)
     sizes |= dict(num_key_value_heads=1)
     folder = tmp_path_factory.mktemp("tiny")

@@ -287,7 +287,7 @@ def one_row(fn: Callable) -> Callable:
     return lambda a, m, row: fn(a, m, {name: x[None] for name, x in row.items()})
 
 
-# Every transform is a function of (adapter, model, a direction), so that it can also be compiled whole.
+# A transform is a function of (adapter, model, a direction), so that it also compiles whole.
 TRANSFORMS: dict[str, Callable[[Any, Model, Any], Any]] = {
     "grad": lambda a, m, d: grad(loss)(a, m, BATCH),
     "grad with dropout": lambda a, m, d: grad(loss)(a, m, BATCH, 7),
@@ -335,7 +335,7 @@ def columns(fn: Callable[[Tensor], Any], leaf: Tensor) -> Tensor:
     return torch.stack(slopes, dim=-1).view(*slopes[0].shape, *leaf.shape)
 
 
-# The same values from plain autograd and finite differences, one example, adapter or seed at a time.
+# The same from plain autograd and finite differences, one example, adapter or seed at a time.
 EXPECTED: dict[str, Callable[[Any, Model, Any], Any]] = {
     "grad": lambda a, m, d: plain_grad(lambda a: loss(a, m, BATCH), a),
     "grad with dropout": lambda a, m, d: plain_grad(lambda a: loss(a, m, BATCH, 7), a),

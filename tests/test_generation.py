@@ -51,21 +51,26 @@ def alone(model: Model, ids: Tensor, mask: Tensor, **how: Any) -> list[Tensor]:
 # ── greedy ────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("t", [1, 9])
+def greedy_difference(one: Pair) -> float:
+    """Share of greedy ids that differ from transformers', over single prompts and a padded batch.
+
+    With dynamic RoPE transformers' rows depend on the batch's longest, so there rows run alone.
+    """
+    how: dict[str, Any] = dict(max_new_tokens=NEW, eos_token_id=())
+    batches = [(prompt(1, t), None) for t in (1, 9)]
+    if one.model.spec.config.rope_parameters.rope_type != "dynamic":
+        batches.append((prompt(3, 12), left_padding(12, 7, 3)))
+    same = [
+        one.model.generate(ids, attention_mask=mask, **how)
+        == theirs(one, ids, mask, eos_token_id=[])
+        for ids, mask in batches
+    ]
+    return 1 - torch.cat([x[:, -NEW:].flatten() for x in same]).double().mean().item()
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_ids_equal_transformers(family, t, pair):
-    one, ids = pair(family), prompt(1, t)
-    expected = theirs(one, ids, eos_token_id=[])
-    assert torch.equal(one.model.generate(ids, max_new_tokens=NEW, eos_token_id=()), expected)
-
-
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "dynamic"])
-def test_greedy_ids_of_a_left_padded_batch_equal_transformers(family, pair):
-    """Dynamic RoPE apart: there transformers' rows depend on the batch's longest."""
-    one, ids, mask = pair(family), prompt(3, 12), left_padding(12, 7, 3)
-    expected = theirs(one, ids, mask, eos_token_id=[])
-    ours = one.model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=())
-    assert torch.equal(ours, expected)
+def test_greedy_ids_equal_transformers(family, pair):
+    assert greedy_difference(pair(family)) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)

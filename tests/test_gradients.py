@@ -1,10 +1,10 @@
-"""value_and_grad: torch.func.grad_and_value's answer, at every recompute policy, compiled or not."""
+"""value_and_grad: torch.func.grad_and_value's answer at every recompute policy, compiled or not."""
 
 from typing import Any
 
 import pytest
 import torch
-from conftest import adapted, randomised, relative_error, same_bits, token_ids
+from conftest import adapted, relative_error, same_bits, token_ids
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 

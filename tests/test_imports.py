@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "fastlora"
 
 # The building, ground floor first. A file imports only from floors below its own.
 FLOORS = [
-    {"checks", "tokenizer"},
-    {"ops"},
+    {"checks"},
+    {"tokenizer", "ops"},
     {"llama"},
     {"gradients", "checkpoint"},
     {"functional", "adapter", "data"},
@@ -56,12 +56,16 @@ def test_imports_point_downward():
 
 
 def test_an_upward_import_would_be_seen(tmp_path):
-    (tmp_path / "gradients.py").write_text("from fastlora import checks\nfrom fastlora.export import x\n")
+    (tmp_path / "gradients.py").write_text(
+        "from fastlora import checks\nfrom fastlora.export import x\n"
+    )
     assert upward(tmp_path) == ["gradients.py:2 gradients -> export"]
 
 
 def test_every_room_has_a_floor_and_every_floor_its_rooms():
-    rooms = {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()}
+    rooms = {
+        p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()
+    }
     assert rooms - {"__pycache__", "demo", "py.typed"} == set(FLOOR)
 
 
@@ -76,7 +80,16 @@ def run(code: str) -> str:
     ).stdout
 
 
-HEAVY = ("triton", "bitsandbytes", "transformers", "peft", "jax", "accelerate", "pandas", "datasets")
+HEAVY = (
+    "triton",
+    "bitsandbytes",
+    "transformers",
+    "peft",
+    "jax",
+    "accelerate",
+    "pandas",
+    "datasets",
+)
 
 
 def test_heavy_packages_are_not_imported():
@@ -92,14 +105,15 @@ def test_heavy_packages_are_not_imported():
 
 
 def test_importing_fastlora_takes_at_most_300_ms_beyond_torch():
-    """The shortest of several runs: what others do on this machine only adds."""
-    timed = "import torch, time; t = time.perf_counter(); import fastlora; print(time.perf_counter() - t)"
-    best = 10.0
-    for _ in range(8):
+    """Processor time, the least of several runs: what others do on this machine only adds."""
+    clock = "time.process_time()"
+    timed = f"import torch, time; t = {clock}; import fastlora; print({clock} - t)"
+    best = float("inf")
+    for _ in range(6):
         best = min(best, float(run(timed)))
         if best <= 0.3:
-            break
-    assert best <= 0.3, f"{best:.2f} s"
+            return
+    raise AssertionError(f"{best:.2f} s")
 
 
 def test_importing_fastlora_prints_nothing():

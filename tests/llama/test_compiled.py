@@ -100,7 +100,7 @@ def test_new_shapes_recompile_at_most_once(vary, deep, graphs):
 
 @pytest.mark.compile
 def test_no_mix_of_batches_reaches_dynamos_limit(deep, graphs):
-    """Dropout on and off, packed and padded or not, batches of 1, 2 and 3: one process, one model."""
+    """Dropout on and off, packed and padded or not, batches of 1, 2 and 3 in one process."""
     model = deep(2)
     for b, t, masked, packed, seed in itertools.product(
         (2, 3, 1), (8, 9, 11), (False, True), (False, True), (None, 1)
@@ -145,7 +145,9 @@ def test_a_users_compile_sees_plain_functions(deep, graphs, fresh_dynamo):
         return module.forward
 
     loss = torch.compile(
-        lambda adapter: FL.loss(adapter, model.base, model.spec, batch), fullgraph=True, backend=keep
+        lambda adapter: FL.loss(adapter, model.base, model.spec, batch),
+        fullgraph=True,
+        backend=keep,
     )
     torch.testing.assert_close(loss(model.adapter), step(model.with_spec(compile=False), batch))
     assert len(outer) == 1 and not graphs

@@ -26,7 +26,7 @@ def inputs(width: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("key", [None, 11])
 def test_a_projection_is_base_plus_scaled_low_rank(name, key, model):
-    """y = x W' + bias + (alpha / r) dropout(x) A' B', dropout drawn with the projection's own key."""
+    """y = x W' + bias + (alpha / r) dropout(x) A' B', with the projection's own mask."""
     params, adapter = model.base["layers"][0], model.adapter["layers"][0]
     x = inputs(params[name]["weight"].shape[1])
     key = None if key is None else torch.tensor(key)
@@ -64,7 +64,9 @@ def test_the_mlp_block_is_swiglu(model):
         x, (32,), params["post_attention_layernorm"], model.spec.config.rms_norm_eps
     )
     linear = lambda x, name: F.linear(x, params[name]["weight"], params[name]["bias"])
-    expected = x + linear(F.silu(linear(normed, "gate_proj")) * linear(normed, "up_proj"), "down_proj")
+    expected = x + linear(
+        F.silu(linear(normed, "gate_proj")) * linear(normed, "up_proj"), "down_proj"
+    )
     ours = mlp_block(x, params, {}, layer_spec(model.spec, 0), None)
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 

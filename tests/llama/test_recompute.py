@@ -1,4 +1,4 @@
-"""What each recompute level runs again, read off the backward graph, and the dial between levels."""
+"""What each recompute level runs again, read off the backward graph; the dial between levels."""
 
 from collections import Counter
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import adapted, token_ids
-from torch import Tensor, fx
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -86,7 +86,9 @@ def count(graph: fx.Graph, *kinds: str) -> int:
     """Ops whose name holds one of `kinds`, backward ops apart."""
     calls = [node for node in graph.nodes if node.op == "call_function"]
     # Attention run again is wrapped, with its op as an argument: run_with_rng_state(_, op, ...).
-    names = [" ".join(str(x) for x in (n.target, *n.args) if not isinstance(x, fx.Node)) for n in calls]
+    names = [
+        " ".join(str(x) for x in (n.target, *n.args) if not isinstance(x, fx.Node)) for n in calls
+    ]
     return sum(any(k in n for k in kinds) and "backward" not in n for n in names)
 
 

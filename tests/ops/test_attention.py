@@ -1,4 +1,4 @@
-"""attention: SDPA's kernels against the written-out reference, and both against a loop in float64."""
+"""attention: SDPA's kernels against the written-out reference, that against a loop in float64."""
 
 import math
 
@@ -104,4 +104,6 @@ def test_the_compiled_gradient_equals_eager(masked, fresh_dynamo):
 
 def test_deterministic_is_the_same_value():
     q, k, v, _ = drawn(SHAPES[0])
-    torch.testing.assert_close(attention(q, k, v, None, deterministic=True), attention(q, k, v, None))
+    torch.testing.assert_close(
+        attention(q, k, v, None, deterministic=True), attention(q, k, v, None)
+    )

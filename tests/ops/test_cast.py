@@ -50,7 +50,9 @@ def test_mixed_dtypes_go_back_each_to_its_own():
 def test_an_unused_tensor_gets_zeros():
     layer = tree_map(lambda x: x.clone().requires_grad_(), LAYER)
     value = cast(layer, torch.float64)["q_proj"].a.sum()
-    a, *rest = torch.autograd.grad(value, tree_leaves(layer), allow_unused=True, materialize_grads=True)
+    a, *rest = torch.autograd.grad(
+        value, tree_leaves(layer), allow_unused=True, materialize_grads=True
+    )
     assert a.all() and not any(g.any() for g in rest)
 
 
@@ -63,7 +65,9 @@ def test_it_differentiates_twice():
 
 
 def test_torch_func_gives_the_same():
-    fn = lambda layer: sum(x.double().square().sum() for x in tree_leaves(cast(layer, torch.bfloat16)))
+    fn = lambda layer: sum(
+        x.double().square().sum() for x in tree_leaves(cast(layer, torch.bfloat16))
+    )
     leaves = tree_map(lambda x: x.clone().requires_grad_(), LAYER)
     expected = torch.autograd.grad(fn(leaves), tree_leaves(leaves))
     for g, e in zip(tree_leaves(torch.func.grad(fn)(LAYER)), expected, strict=True):

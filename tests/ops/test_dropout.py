@@ -9,7 +9,9 @@ from fastlora.ops.dropout import dropout, fold, hash32, keep_mask
 
 CPU = torch.device("cpu")
 N, D = 512, 512
-TAIL = 5.0  # standard deviations: all the tests here together fail a right hash once in 10,000 times
+TAIL = (
+    5.0  # standard deviations: all the tests here together fail a right hash once in 10,000 times
+)
 
 
 def mask(seed: int, p: float = 0.5, n: int = N, d: int = D) -> torch.Tensor:
@@ -102,7 +104,9 @@ def test_the_gradient_sees_the_same_mask():
     y = dropout(x, 0.25, torch.tensor(3))
     (dx,) = torch.autograd.grad(y.sum(), x)
     assert torch.equal(dx != 0, y != 0)
-    assert torch.equal(dx, torch.func.grad(lambda x: dropout(x, 0.25, torch.tensor(3)).sum())(x.detach()))
+    assert torch.equal(
+        dx, torch.func.grad(lambda x: dropout(x, 0.25, torch.tensor(3)).sum())(x.detach())
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
@@ -122,7 +126,9 @@ def test_vmap_over_keys_is_a_loop():
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_mask_is_the_eager_one(backend, fresh_dynamo):
     x = torch.ones(2, 3, 32)
-    run = torch.compile(lambda x, key: dropout(x, 0.3, fold(key, 5)), fullgraph=True, backend=backend)
+    run = torch.compile(
+        lambda x, key: dropout(x, 0.3, fold(key, 5)), fullgraph=True, backend=backend
+    )
     for seed in (0, -1, 2**40 + 17):
         key = torch.tensor(seed)
         assert torch.equal(run(x, key), dropout(x, 0.3, fold(key, 5)))

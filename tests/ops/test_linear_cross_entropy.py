@@ -70,7 +70,9 @@ def test_chunking_changes_no_bit_of_float64(shape, monkeypatch):
     monkeypatch.setattr(linear_cross_entropy, "_CHUNK_ELEMENTS", 64)
     torch.testing.assert_close(value_and_dh(linear_logprobs, *args), whole, rtol=1e-13, atol=1e-14)
     again = value_and_dh(linear_logprobs, *args)
-    assert all(torch.equal(a, b) for a, b in zip(again, value_and_dh(linear_logprobs, *args), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again, value_and_dh(linear_logprobs, *args), strict=True)
+    )
 
 
 class Largest(TorchDispatchMode):
@@ -80,7 +82,15 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **kwargs or {})
-        self.numel = max(self.numel, *(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, Tensor)), 0)
+        self.numel = max(
+            self.numel,
+            *(
+                x.numel()
+                for x in (out if isinstance(out, tuple) else (out,))
+                if isinstance(x, Tensor)
+            ),
+            0,
+        )
         return out
 
 
@@ -101,7 +111,9 @@ def test_the_chunk_depends_on_the_vocabulary_alone(vocab_size):
 
 def test_gradients_equal_finite_differences(chunks):
     h, weight, labels, _ = drawn((5, 3, 7), torch.float64)
-    assert torch.autograd.gradcheck(lambda h: linear_logprobs(h, weight, labels), (h.requires_grad_(),))
+    assert torch.autograd.gradcheck(
+        lambda h: linear_logprobs(h, weight, labels), (h.requires_grad_(),)
+    )
     fn = lambda h, w: linear_logprobs_reference(h, w, labels)
     leaves = (h, weight.requires_grad_())
     assert torch.autograd.gradcheck(fn, leaves) and torch.autograd.gradgradcheck(fn, leaves)
@@ -109,7 +121,7 @@ def test_gradients_equal_finite_differences(chunks):
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["constant", "tracked"])
 def test_a_second_derivative_is_refused_not_wrong(tracked):
-    """h = x w: the part of the second order that flows through w alone would look like an answer."""
+    """The part that flows past the op, through h = (x w)**2, would look like an answer."""
     h, weight, labels, dy = drawn(SHAPES[0], torch.float64)
     w = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     dy.requires_grad_(tracked)

@@ -33,7 +33,9 @@ def value_and_grads(fn, x, low, weight, bias, b, dy) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_errs_no_more_than_the_reference(shape, dtype, bias):
     args = drawn(shape, dtype, bias)
-    exact = value_and_grads(lora_linear_reference, *(None if t is None else t.double() for t in args))
+    exact = value_and_grads(
+        lora_linear_reference, *(None if t is None else t.double() for t in args)
+    )
     plain, fused = (value_and_grads(f, *args) for f in (lora_linear_reference, lora_linear))
     for f, p, e in zip(fused, plain, exact, strict=True):
         error = lambda t, e=e: (t.double() - e).norm().item()
@@ -107,7 +109,9 @@ def test_torch_func_takes_the_reference():
 def test_the_compiled_gradient_equals_eager(bias, fresh_dynamo):
     args = drawn(SHAPES[0], bias=bias)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(value_and_grads(compiled, *args), value_and_grads(lora_linear, *args))
+    torch.testing.assert_close(
+        value_and_grads(compiled, *args), value_and_grads(lora_linear, *args)
+    )
 
 
 @pytest.mark.compile
@@ -115,7 +119,9 @@ def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
     """torch.compile(torch.func.grad(f)) drops the backward of an autograd.Function (torch 2.13)."""
     x, low, weight, bias, b, dy = drawn(SHAPES[0])
     loss = lambda low: (lora_linear(x, low, weight, bias, b, SCALING) * dy).sum()
-    compiled = torch.compile(lambda low: torch.func.grad(loss)(low), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda low: torch.func.grad(loss)(low), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(compiled(low), SCALING * dy @ b)
 
 

@@ -12,7 +12,9 @@ SHAPES = [(2, 3, 64), (5, 100), (1, 1), (2, 1, 4, 12)]
 
 def drawn(shape, dtype=torch.float32):
     gen = torch.Generator().manual_seed(0)
-    x, weight, dy = (torch.randn(s, generator=gen, dtype=torch.float64) for s in (shape, shape[-1:], shape))
+    x, weight, dy = (
+        torch.randn(s, generator=gen, dtype=torch.float64) for s in (shape, shape[-1:], shape)
+    )
     return x.to(dtype), (1 + 0.1 * weight).to(dtype), dy.to(dtype)
 
 
@@ -32,7 +34,9 @@ def theirs(x, weight, eps):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_it_is_transformers_bit_for_bit(shape, dtype):
     for ours, expected in zip(
-        value_and_dx(rms_norm, *drawn(shape, dtype)), value_and_dx(theirs, *drawn(shape, dtype)), strict=True
+        value_and_dx(rms_norm, *drawn(shape, dtype)),
+        value_and_dx(theirs, *drawn(shape, dtype)),
+        strict=True,
     ):
         assert ours.dtype == dtype and torch.equal(ours, expected)
 
@@ -40,7 +44,9 @@ def test_it_is_transformers_bit_for_bit(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_is_near_float64(shape):
     for ours, exact in zip(
-        value_and_dx(rms_norm, *drawn(shape)), value_and_dx(rms_norm, *drawn(shape, torch.float64)), strict=True
+        value_and_dx(rms_norm, *drawn(shape)),
+        value_and_dx(rms_norm, *drawn(shape, torch.float64)),
+        strict=True,
     ):
         assert exact.dtype == torch.float64
         torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5)

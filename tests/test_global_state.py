@@ -1,0 +1,168 @@
+"""fastlora changes nothing that another library in the process could see."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# One process per verb. `state()` reads all that is watched; the steps before the verb are free to
+# import and compile, the verb itself is not free to leave a trace.
+SCRIPT = """
+import os, random, sys, tempfile, warnings
+import numpy as np
+import torch, torch._dynamo, torch._functorch.config, torch._inductor.config
+from torch.utils._pytree import tree_leaves
+
+def contents(config):
+    return {k: repr(v) for k, v in config.get_config_copy().items()}
+
+def state():
+    random_states = (torch.get_rng_state().tolist(), repr(np.random.get_state()), random.getstate())
+    return {
+        "dtype": torch.get_default_dtype(),
+        "device": torch.get_default_device(),
+        "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "warn only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "anomaly": torch.is_anomaly_enabled(),
+        "autocast": [torch.is_autocast_enabled(d) for d in ("cpu", "cuda")],
+        "matmul": torch.get_float32_matmul_precision(),
+        "tf32": (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
+        "sdp": (
+            torch.backends.cuda.flash_sdp_enabled(),
+            torch.backends.cuda.math_sdp_enabled(),
+            torch.backends.cuda.mem_efficient_sdp_enabled(),
+            torch.backends.cuda.cudnn_sdp_enabled(),
+        ),
+        "random": random_states,
+        "environ": dict(os.environ),
+        "warnings": list(warnings.filters),
+        "showwarning": warnings.showwarning,
+        "dynamo": contents(torch._dynamo.config),
+        "functorch": contents(torch._functorch.config),
+        "inductor": contents(torch._inductor.config),
+        "hooks": (sys.excepthook, sys.displayhook),
+        "cwd": os.getcwd(),
+        "recursion": sys.getrecursionlimit(),
+        "patched": (torch.nn.Linear.forward, torch.compile, torch.Tensor.__getattribute__),
+    }
+
+def unchanged(verb):
+    before = state()
+    result = verb()
+    after = state()
+    changed = {k: (before[k], after[k]) for k in before if before[k] != after[k]}
+    assert not changed, str(changed)[:2000]
+    return result
+
+def read():
+    import fastlora
+    return fastlora.load("demo", device="cpu")
+
+def adapt():
+    import fastlora
+    model, tokenizer = read()
+    return fastlora.lora(model, r=2, lora_dropout=0.1, recompute="full"), tokenizer
+
+def batch(tokenizer):
+    ids = torch.tensor([tokenizer.encode("def add(a, b): return a + b")])
+    return {"input_ids": ids, "labels": ids}
+
+def differentiate(compile=False):
+    import fastlora
+    model, tokenizer = adapt()
+    model = model.with_spec(compile=compile)
+    fn = fastlora.value_and_grad(fastlora.functional.loss)
+    return fn(model.adapter, model.base, model.spec, batch(tokenizer), seed=1)
+
+def importing():
+    import fastlora
+
+def loading():
+    read()
+
+def adapting():
+    adapt()
+
+def gradients():
+    differentiate()
+
+def compiling():
+    torch._dynamo.reset()
+    differentiate(compile=True)
+
+def training():
+    import fastlora
+    model, tokenizer = adapt()
+    rows = [{"text": "def add(a, b): return a + b"}] * 4
+    with tempfile.TemporaryDirectory() as folder:
+        how = dict(max_steps=2, batch_size=2, save_every=1, progress=False)
+        fastlora.train(model, tokenizer, rows, output_dir=folder, **how)
+
+def generating():
+    model, tokenizer = read()
+    model.generate_text(tokenizer, "def", max_new_tokens=4, temperature=1.0, seed=1)
+    model.generate_text(tokenizer, "def", max_new_tokens=4, temperature=1.0)
+
+def saving():
+    import fastlora
+    model, tokenizer = adapt()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder + "/adapter")
+        model.save_pretrained_merged(folder + "/merged", tokenizer)
+        fastlora.load_adapter(read()[0], folder + "/adapter")
+    fastlora.merge(model)
+
+def refusing():
+    import fastlora
+    try:
+        fastlora.load("/nowhere/at/all", local_files_only=True)
+    except (ValueError, OSError):
+        pass
+
+torch.manual_seed(1), np.random.seed(2), random.seed(3)
+"""
+
+VERBS = [
+    "importing",
+    "loading",
+    "adapting",
+    "gradients",
+    "training",
+    "generating",
+    "saving",
+    "refusing",
+]
+
+
+@pytest.mark.parametrize("verb", [*VERBS, pytest.param("compiling", marks=pytest.mark.compile)])
+def test_global_state_is_the_same_before_and_after(verb):
+    done = subprocess.run(
+        [sys.executable, "-c", f"{SCRIPT}\nunchanged({verb})"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert not done.returncode, done.stderr[-3000:]
+
+
+def test_the_watch_sees_a_change():
+    for change in (
+        "torch.manual_seed(9)",
+        "os.environ.update(X='1')",
+        "warnings.simplefilter('ignore')",
+        "setattr(torch._dynamo.config, 'recompile_limit', 99)",
+    ):
+        code = f"{SCRIPT}\nunchanged(lambda: {change})"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
+        )
+        assert "AssertionError" in done.stderr, change
