@@ -1,4 +1,4 @@
-"""Checkpoint files: found on disk or on the Hub, checked before use, written whole or not at all.
+"""Checkpoint files: checked before use, written whole or not at all.
 
 The only file that reads or writes safetensors. Everything is checked from headers and JSON alone,
 in milliseconds, before the first tensor is read.
@@ -7,23 +7,12 @@ in milliseconds, before the first tensor is read.
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
-from glob import escape
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    HTTPError,  # pyright: ignore[reportPrivateImportUsage] (httpx's, or requests' in old hubs)
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -34,123 +23,13 @@ INDEX = "model.safetensors.index.json"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
-# What is fetched of a Hub repository: never a pickle, never weights of another framework.
-CHECKPOINT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "additional_chat_templates/*.jinja",
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    INDEX,
-    WEIGHTS,
-)
-# Fetched last: a folder without one of these does not load, so that an interrupted download is
-# never taken for a whole folder (a tokenizer that did not arrive would be "no tokenizer").
-_SEALS = ("config.json", "adapter_config.json")
 
-# ── 1. finding a folder ───────────────────────────────────────────────────────────────────
-
-
-def resolve(
-    name: str | os.PathLike[str],
-    *,
-    files: Sequence[str] = CHECKPOINT_FILES,
-    token: str | bool | None = None,
-    revision: str | None = None,
-    cache_dir: str | os.PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder of a checkpoint or adapter: `name` itself if it is one, else the Hub's, cached.
-
-    Args:
-        name: a local folder or a Hub id ("owner/model").
-        files: names or patterns of what to fetch; of an index, its shards come with it.
-        token: Hub token; None uses the one that `hf auth login` stored.
-        revision: branch, tag or commit; None is "main". Ignored for a local folder.
-        cache_dir: None is huggingface_hub's own cache.
-        local_files_only: use the cache and ask nothing of the network.
-
-    Raises:
-        FileNotFoundError: no such folder or repository, or not in the cache while offline.
-        PermissionError: the repository is gated, or the token may not read it.
-        ConnectionError: the download broke off; another call resumes it.
-    """
-    if (folder := Path(name)).is_dir():
-        return folder
-    name = os.fspath(name)
-    if folder.exists():
-        raise FileNotFoundError(f"{name!r} is a file; expected the folder that holds it.")
-    if name.startswith((".", "~", "/")) or "\\" in name or not 1 <= name.count("/") + 1 <= 2:
-        raise FileNotFoundError(f"no such folder: {name!r} (working directory {Path.cwd()}).")
-    with _hub_errors(name):
-        return _download(
-            name,
-            files,
-            token=token,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-
-
-def _download(name: str, files: Sequence[str], revision: str | None, **hub: Any) -> Path:
-    first = [f for f in files if f not in _SEALS]
-    folder = Path(snapshot_download(name, allow_patterns=first, revision=revision, **hub))
-    hub["revision"] = folder.name  # the commit: a push in between must not mix two versions
-    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        shards = sorted(set(read_index(folder / INDEX).values()))
-        snapshot_download(name, allow_patterns=[escape(s) for s in shards], **hub)
-    if seals := [f for f in files if f in _SEALS]:
-        snapshot_download(name, allow_patterns=seals, **hub)
-        if not any((folder / f).is_file() for f in seals):
-            raise FileNotFoundError(f"the Hub repository {name!r} has no {' or '.join(seals)}.")
-    return folder
-
-
-@contextmanager
-def _hub_errors(name: str):
-    """Turns huggingface_hub's errors into Python's own, with the id and the cure."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise PermissionError(
-            f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then pass "
-            "token=... or run `hf auth login`."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name!r} has no such revision: {_first_line(error)}") from error
-    except RepositoryNotFoundError as error:
-        raise FileNotFoundError(
-            f"there is no folder {name!r} here, and no repository of that name on the Hub; check "
-            "the spelling, or pass token=... if it is private."
-        ) from error
-    except HFValidationError as error:
-        raise FileNotFoundError(
-            f"there is no folder {name!r} here, and that is no Hub id: {_first_line(error)}"
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"{name!r} is not whole in the cache, and the Hub was not asked or not reached; load "
-            f"it once with a connection and local_files_only=False. {_first_line(error)}"
-        ) from error
-    except (HfHubHTTPError, HTTPError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        kind = PermissionError if status in (401, 403) else ConnectionError
-        raise kind(
-            f"fetching {name!r} from the Hub failed: {_first_line(error)}. What has arrived is "
-            "kept; try again, with a token=... that may read it if it is private."
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of a library's error, what fits into one of ours."""
     return str(error).strip().split("\n")[0]
 
 
-# ── 2. JSON ───────────────────────────────────────────────────────────────────────────────
+# ── 1. JSON ───────────────────────────────────────────────────────────────────────────────
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,7 +41,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {_first_line(error)}.") from error
+        raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
     return value
@@ -202,7 +81,7 @@ def _is_inside(file: Any) -> bool:
     return not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
-# ── 3. safetensors files ──────────────────────────────────────────────────────────────────
+# ── 2. safetensors files ──────────────────────────────────────────────────────────────────
 
 
 class Entry(NamedTuple):
@@ -272,7 +151,7 @@ def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> dict[
     return read_entries(read_header(path), device=device)
 
 
-# ── 4. a checkpoint's tensors ─────────────────────────────────────────────────────────────
+# ── 3. a checkpoint's tensors ─────────────────────────────────────────────────────────────
 
 # What a weight may be stored as.
 DTYPES = {
@@ -406,7 +285,7 @@ def read_tensors(
     return read_entries(entries, device=device, dtype=dtype)
 
 
-# ── 5. writing ────────────────────────────────────────────────────────────────────────────
+# ── 4. writing ────────────────────────────────────────────────────────────────────────────
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:

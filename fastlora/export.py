@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import HfApi
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,12 +23,12 @@ from fastlora.checkpoint import (
     WEIGHTS,
     read_json,
     read_safetensors,
-    resolve,
     write_json,
     write_safetensors,
     write_text,
 )
 from fastlora.checks import CheckpointError, raise_problems
+from fastlora.hub import resolve, upload
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     PROJECTIONS,
@@ -123,10 +122,7 @@ def push_to_hub(
     """
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(spec, adapter, folder)
-        api = HfApi(token=token)
-        url = api.create_repo(repo_id, private=private, exist_ok=True)
-        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="LoRA adapter")
-    return str(url)
+        return upload(Path(folder), repo_id, token=token, private=private)
 
 
 def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:

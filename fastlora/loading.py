@@ -12,12 +12,12 @@ from fastlora.checkpoint import (
     EMBEDDING,
     read_json,
     read_tensors,
-    resolve,
     scan,
     settle_head,
 )
 from fastlora.checks import CheckpointError, raise_problems
 from fastlora.export import load_adapter
+from fastlora.hub import resolve
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import Base, base_from_tensors, base_tensors
 from fastlora.llama.spec import Spec

@@ -325,7 +325,8 @@ def _check_inputs(model: Model, inputs: dict[str, Tensor | None]) -> None:
         )
     if (device := model.base["embed_tokens"].device) != ids.device:
         problems.append(f"input_ids is on {ids.device}, the model on {device}; move one of them")
-    problems += _range_problems("input_ids", ids, model.spec.config.vocab_size)
+    else:
+        problems += _range_problems(model, inputs)
     raise_problems(ValueError, "the model cannot run this input:", problems)
 
 
@@ -333,18 +334,26 @@ def _shared_positions(name: str, x: Tensor, ids: Tensor) -> bool:
     return name == "position_ids" and x.shape == (1, ids.shape[1])
 
 
-def _range_problems(
-    name: str, ids: Tensor, vocab_size: int, ignored: int | None = None
-) -> list[str]:
+def _range_problems(model: Model, inputs: dict[str, Tensor | None]) -> list[str]:
+    """Values that cannot be. Looks at them, so on CUDA it waits for the device."""
     if transforms_active() or torch.compiler.is_compiling():
         return []  # values are not to be looked at there
-    outside = (ids < 0) | (ids >= vocab_size)
-    if ignored is not None:
-        outside &= ids != ignored
-    if not outside.any():
-        return []
-    wrong = sorted(set(ids[outside].tolist()))[:5]
-    return [f"{name} holds {wrong}, outside the vocabulary [0, {vocab_size})"]
+    v = model.spec.config.vocab_size
+    rules: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+        "input_ids": (lambda x: (x < 0) | (x >= v), f"ids of the vocabulary [0, {v})"),
+        "labels": (
+            lambda x: ((x < 0) | (x >= v)) & (x != IGNORE),
+            f"ids of the vocabulary [0, {v}), or {IGNORE}",
+        ),
+        "attention_mask": (lambda x: (x != 0) & (x != 1), "0 and 1"),
+        "position_ids": (lambda x: x < 0, "0 or more"),
+    }
+    problems = []
+    for name, (is_wrong, expected) in rules.items():
+        if (x := inputs.get(name)) is not None and bool((wrong := is_wrong(x)).any()):
+            values = sorted(set(x[wrong].tolist()))[:5]
+            problems.append(f"{name} holds {values}; expected {expected}")
+    return problems
 
 
 def _check_batch(model: Model, batch: Batch) -> None:
@@ -354,8 +363,6 @@ def _check_batch(model: Model, batch: Batch) -> None:
     problems += [f"unknown entry {name!r}" for name in sorted(set(batch) - known)]
     raise_problems(ValueError, f"a batch is a dict of {sorted(known)}:", problems)
     _check_inputs(model, {k: batch.get(k) for k in ("input_ids", "labels", *optional)})
-    labels = _range_problems("labels", batch["labels"], model.spec.config.vocab_size, IGNORE)
-    raise_problems(ValueError, "the model cannot learn from this batch:", labels)
 
 
 def _check_generation(

@@ -49,6 +49,7 @@ from fastlora.tokenizer import Tokenizer
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 SCHEDULERS = ("cosine", "linear", "constant")
 _LATER_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
+_LARGEST_MASK_GIB = 8
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state of one parameter
 
 Record = dict[str, Any]  # one step of the history: what `log` is called with
@@ -242,6 +243,7 @@ def train(
     problems = _setting_problems(settings) + _model_problems(model, tokenizer)
     problems += _companion_problems(settings, eval_data, folder, resume)
     problems += _folder_problems(folder, model.spec.name_or_path)
+    problems += _mask_problems(settings, model.spec.max_seq_length)
     if log is not None and not callable(log):
         problems.append(f"log={log!r}: expected None or a function of one dict")
     raise_problems(ValueError, "fastlora.train cannot do this:", problems, shown=20)
@@ -677,6 +679,20 @@ def _companion_problems(
     if not isinstance(resume, bool | str | os.PathLike):
         problems.append(f"resume={resume!r}: expected True, False or the path of a checkpoint")
     return problems
+
+
+def _mask_problems(settings: Settings, length: int) -> list[str]:
+    """A context of 131,072 tokens, never lowered, would ask for a mask of 16 GiB a sequence."""
+    if settings.packing is not True or not _is_whole(settings.batch_size, 1):
+        return []
+    gib = settings.batch_size * length**2 / 2**30
+    if gib <= _LARGEST_MASK_GIB:
+        return []
+    return [
+        f"packing to max_seq_length={length} at batch_size={settings.batch_size} needs an attention"
+        f" mask of {gib:.0f} GiB; pass fastlora.load a max_seq_length that your rows fill, such as"
+        " 2048, or packing=False"
+    ]
 
 
 def _folder_problems(folder: Path | None, base: str) -> list[str]:

@@ -59,10 +59,19 @@ def pair(tmp_path_factory) -> Callable[..., Pair]:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Model:
     """Two layers in float64, rank 2, dropout 0.2, B not zero: small enough for Hessians."""
-    sizes = dict(vocab_size=24, hidden_size=16, intermediate_size=20, num_attention_heads=2)
-    sizes |= dict(num_key_value_heads=1)
-    folder = tmp_path_factory.mktemp("tiny")
-    make_checkpoint("llama2", folder, config=sizes)
+    return read_tiny(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2)
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory) -> Model:
+    """`tiny` with one layer: half of what dynamo traces."""
+    return read_tiny(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)
+
+
+def read_tiny(folder: Path, **config: Any) -> Model:
+    sizes = dict(vocab_size=24, hidden_size=16, intermediate_size=20)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)
+    make_checkpoint("llama2", folder, config=sizes | heads | config)
     model, _ = fastlora.load(folder, dtype="float64", device="cpu")
     return adapted(model, r=2, lora_dropout=0.2)
 

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import pytest
 import tokenizers
@@ -644,7 +645,7 @@ def test_push_uploads_the_peft_folder(monkeypatch):
         def upload_folder(self, repo_id, folder_path, commit_message):
             seen["files"] = sorted(os.listdir(folder_path))
 
-    monkeypatch.setattr(export, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = lora(fast(FORWARD), r=4)
     url = push_to_hub(model.spec, model.adapter, "me/it", token="secret", private=True)
     assert url == "https://huggingface.co/me/it"

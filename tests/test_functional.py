@@ -386,10 +386,10 @@ def test_a_transform_gives_the_plain_value(name, tiny):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_compiled_transform_gives_the_same(name, tiny, fresh_dynamo):
+def test_a_compiled_transform_gives_the_same(name, shallow, fresh_dynamo):
     """fullgraph: a graph break would run the transform eagerly, and prove nothing."""
-    run = lambda a, d: TRANSFORMS[name](a, tiny, d)
-    arguments = tiny.adapter, randomised(tiny.adapter, 9)
+    run = lambda a, d: TRANSFORMS[name](a, shallow, d)
+    arguments = shallow.adapter, randomised(shallow.adapter, 9)
     expected = run(*arguments)
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert relative_error(compiled(*arguments), expected) <= 1e-10

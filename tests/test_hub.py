@@ -12,13 +12,14 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import snapshot_download
 from models import make_checkpoint
 
 from fastlora import checkpoint
-from fastlora.checkpoint import resolve
+from fastlora.hub import resolve
 from fastlora.loading import read_base
 
 COMMIT = "c0ffee" + "0" * 34
@@ -125,7 +126,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
     thread.start()
     # huggingface_hub reads HF_ENDPOINT once, at import; its functions also take it as an argument.
     download = partial(snapshot_download, endpoint=server.url)
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     yield server
     server.shutdown()
     thread.join()
@@ -249,7 +250,7 @@ def test_an_empty_cache_without_a_network_says_so(hub, tmp_path):
 
 def test_an_unreachable_hub_says_so(hub, tmp_path, monkeypatch):
     download = partial(snapshot_download, endpoint="http://127.0.0.1:9")  # discard: nobody listens
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"someone/tiny.*not reached"):
         resolve("someone/tiny", cache_dir=tmp_path)
 

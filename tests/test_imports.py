@@ -14,7 +14,7 @@ FLOORS = [
     {"tokenizer", "ops"},
     {"llama"},
     {"gradients", "checkpoint"},
-    {"functional", "adapter", "data"},
+    {"functional", "adapter", "data", "hub"},
     {"generation", "export"},
     {"model"},
     {"loading", "training"},

@@ -49,7 +49,8 @@ def attention_mask_2d(
     if window is not None:
         allowed = allowed & (i[:, None] - i < window)
     if segment_ids is not None:
-        allowed = allowed & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        runs = segment_starts(segment_ids).cumsum(-1)  # an id that comes again is another document
+        allowed = allowed & (runs[:, :, None] == runs[:, None, :])
     if attention_mask is not None:
         allowed = allowed & (attention_mask[:, None, :].bool() | (i[:, None] == i))
     return allowed[:, None]

@@ -71,8 +71,12 @@ class _LinearLogprobs(torch.autograd.Function):
         return logp
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # `unit` is a constant: a second order would lie
     def backward(ctx, dlogp):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph=True, but `unit` is a constant and would lie
+            raise RuntimeError(
+                "the fused cross-entropy has no second derivative; differentiate "
+                "fastlora.functional with torch.func, which runs the plain one."
+            )
         (unit,) = ctx.saved_tensors
         return (dlogp[:, None] * unit).to(unit.dtype), None, None, None, None
 
