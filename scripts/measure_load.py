@@ -8,7 +8,6 @@ from /proc.
 """
 
 import argparse
-import json
 import re
 import tempfile
 import threading
@@ -16,28 +15,10 @@ import time
 from pathlib import Path
 
 import torch
+from random_checkpoint import write_checkpoint
 from torch.utils._pytree import tree_leaves
 
-from fastlora.checkpoint import INDEX, write_json, write_safetensors
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import base_tensors
 from fastlora.loading import read_base
-
-LLAMA_3_2_1B = dict(
-    model_type="llama",
-    vocab_size=128256,
-    hidden_size=2048,
-    intermediate_size=8192,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    head_dim=64,
-    max_position_embeddings=131072,
-    rms_norm_eps=1e-5,
-    rope_theta=500000.0,
-    tie_word_embeddings=True,
-    torch_dtype="bfloat16",
-)
 
 
 def main() -> None:
@@ -50,24 +31,8 @@ def main() -> None:
         measure(args.folder, args.dtype, args.device)
         return
     with tempfile.TemporaryDirectory() as name:
-        write_checkpoint(Path(name))
+        write_checkpoint("1b", Path(name))
         measure(Path(name), args.dtype, args.device)
-
-
-def write_checkpoint(folder: Path) -> None:
-    """Random weights, a shard per layer: one layer in memory at a time."""
-    shapes = base_tensors(LlamaConfig.from_hf(LLAMA_3_2_1B))
-    generator = torch.Generator().manual_seed(0)
-    layer = lambda name: (re.search(r"layers\.\d+", name) or ["rest"])[0]
-    weight_map = {name: f"model-{layer(name)}.safetensors" for name in shapes}
-    for file in sorted(set(weight_map.values())):
-        mine = {n: shape for n, shape in shapes.items() if weight_map[n] == file}
-        write_safetensors(
-            folder / file,
-            {n: torch.randn(s, generator=generator, dtype=torch.bfloat16) for n, s in mine.items()},
-        )
-    write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
-    (folder / "config.json").write_text(json.dumps(LLAMA_3_2_1B))
 
 
 def measure(folder: Path, dtype: str, device: str) -> None:
