@@ -19,6 +19,7 @@ from fastlora.llama.params import (
     PROJECTIONS,
     Adapter,
     Base,
+    BiasedLoRA,
     LoRA,
     projection_path,
     projection_shape,
@@ -33,7 +34,7 @@ DTYPES = {
 }
 RECOMPUTE = ("none", "selective", "full", "offload")
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
-_LATER_INITS = r"orthogonal|pissa|pissa_niter_\d+|olora|eva|corda|lora_ga|loftq|mica"
+_LATER_INITS = r"pissa|pissa_niter_\d+|olora|eva|corda|lora_ga|loftq|mica"
 PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
 _TEMPORARY = "_fastlora_temporary_saved_buffers"
 
@@ -117,7 +118,8 @@ def lora(
         use_rslora: divide by sqrt(r) in place of r.
         modules_to_save: not in this version.
         init_lora_weights: True: A uniform in ±1/sqrt(d_in), B zero. "gaussian": A normal with
-            standard deviation 1/r, B zero. False: B uniform in ±1/sqrt(r) as well, for tests.
+            standard deviation 1/r, B zero. "orthogonal": B A = 0 with neither zero, r even.
+            False: B uniform in ±1/sqrt(r) as well, for tests.
         loftq_config: not in this version.
         temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
         qat_scheme: not in this version.
@@ -126,7 +128,7 @@ def lora(
         recompute: what the backward pass computes again; "none", "selective", "full", "offload",
             or the share in [0, 1] of the activation memory of "none" to keep.
         use_dora: not in this version.
-        lora_bias: not in this version.
+        lora_bias: B gets a bias, scaled with it; needs init_lora_weights True or False.
         rank_pattern: regular expression for the end of a module name -> its rank; the first match
             in the order given wins.
         alpha_pattern: the same for lora_alpha, looked up on its own.
@@ -151,7 +153,6 @@ def lora(
             target_parameters=target_parameters,
             ensure_weight_tying=ensure_weight_tying,
             use_dora=use_dora,
-            lora_bias=lora_bias,
             trainable_token_indices=trainable_token_indices,
         )
     )
@@ -170,6 +171,7 @@ def lora(
         rank_pattern=tuple((rank_pattern or {}).items()),
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         init_lora_weights=init_lora_weights,
+        lora_bias=lora_bias,
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
@@ -195,22 +197,48 @@ def init_adapter(
     bounds are kaiming_uniform_'s with a = sqrt(5): 1 / sqrt(fan_in) (peft 0.21.2, layer.py:332).
     """
     assert spec.lora is not None, spec
-    init = spec.lora.init_lora_weights
+    init, lora_bias = spec.lora.init_lora_weights, spec.lora.lora_bias
     generator = torch.Generator().manual_seed(random_state)
 
-    def uniform(rows: int, columns: int) -> torch.Tensor:
-        return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
-
-    def fresh(target: Target) -> LoRA:
+    def fresh(target: Target) -> LoRA | BiasedLoRA:
         d_out, d_in = projection_shape(spec.config, target.name)
-        if init == "gaussian":
-            a = torch.randn(target.r, d_in, generator=generator) / target.r
-        else:
-            a = uniform(target.r, d_in)
-        b = torch.zeros(d_out, target.r) if init else uniform(d_out, target.r)
-        return LoRA(a.to(device, dtype), b.to(device, dtype))
+        record = LoRA(*_first_weights(init, target.r, d_in, d_out, generator))
+        if lora_bias:
+            bias = torch.zeros(d_out) if init else _uniform((d_out,), target.r, generator)
+            record = BiasedLoRA(*record, bias)
+        return type(record)(*(x.to(device, dtype) for x in record))
 
     return Adapter(layers=tuple({t.name: fresh(t) for t in ts} for ts in spec.lora.targets))
+
+
+def _first_weights(
+    init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if init == "orthogonal":
+        return orthogonal_pair(r, d_in, d_out, generator)
+    if init == "gaussian":
+        a = torch.randn(r, d_in, generator=generator) / r
+    else:
+        a = _uniform((r, d_in), d_in, generator)
+    return a, torch.zeros(d_out, r) if init else _uniform((d_out, r), r, generator)
+
+
+def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
+    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+
+
+def orthogonal_pair(
+    r: int, d_in: int, d_out: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) with B A = 0 and neither zero: they span orthogonal halves of the rank's space.
+
+    The recipe of peft 0.21.2 (layer.py:603): rows of one random orthogonal [r, r] matrix, the even
+    ones for A, the odd ones for B, times normal matrices, over 10.
+    """
+    q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
+    a = (torch.randn(d_in, r // 2, generator=generator) @ q[0::2]).T / 10
+    b = torch.randn(d_out, r // 2, generator=generator) @ q[1::2] / 10
+    return a.contiguous(), b
 
 
 # ── which modules match ───────────────────────────────────────────────────────────────────
@@ -387,9 +415,18 @@ def _recompute(policy: Recompute, checkpointing: bool | str | None) -> tuple[Rec
 
 def _init_problems(s: LoraConfig, random_state: int) -> list[str]:
     problems = []
-    if s.init_lora_weights not in (True, False, "gaussian"):
-        known = "True, False or 'gaussian'"
+    if s.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
+        known = "True, False, 'gaussian' or 'orthogonal'"
         problems.append(f"init_lora_weights={s.init_lora_weights!r}: expected {known}.")
+    ranks = [r for r in (s.r, *(v for _, v in s.rank_pattern)) if isinstance(r, int)]
+    if s.init_lora_weights == "orthogonal" and (odd := [r for r in ranks if r % 2]):
+        problems.append(f"init_lora_weights='orthogonal' needs even ranks, but there are {odd}.")
+    if type(s.lora_bias) is not bool:
+        problems.append(f"lora_bias={s.lora_bias!r}: expected True or False.")
+    elif s.lora_bias and not isinstance(s.init_lora_weights, bool):
+        problems.append(
+            f"lora_bias=True needs init_lora_weights True or False, not {s.init_lora_weights!r}."
+        )
     if s.lora_dropout == 1:
         problems.append("lora_dropout=1 drops every input; expected a probability in [0, 1).")
     if zero := [k for k, v in (("lora_alpha", s.lora_alpha), *s.alpha_pattern) if v == 0]:

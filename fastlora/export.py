@@ -34,8 +34,10 @@ from fastlora.llama.params import (
     PROJECTIONS,
     Adapter,
     Base,
+    BiasedLoRA,
     LoRA,
     base_from_tensors,
+    projection_bias,
     projection_path,
     projection_shape,
     tensors_from_base,
@@ -63,6 +65,7 @@ _FIELDS: dict[str, tuple[Any, tuple[type, ...], tuple[type, ...]]] = {
     "rank_pattern": ({}, (dict,), (int,)),
     "alpha_pattern": ({}, (dict,), (int, float)),
     "init_lora_weights": (True, (bool, str), ()),
+    "lora_bias": (False, (bool,), ()),
 }
 # Fields that change nothing in y = W x + scaling * B A x over frozen linear layers. The *_config
 # ones only say how A and B were first filled; PEFT itself undoes fan_in_fan_out on a Linear.
@@ -128,15 +131,23 @@ def push_to_hub(
 def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
     """PEFT's tensor names -> the adapter's own leaves. A renaming: nothing is copied."""
     return {
-        _key(layer, name, side): tensor
+        _key(layer, name, field): tensor
         for layer, loras in enumerate(adapter["layers"])
         for name, lora in loras.items()
-        for side, tensor in (("A", lora.a), ("B", lora.b))
+        for field, tensor in lora._asdict().items()
     }
 
 
-def _key(layer: int, name: str, side: str) -> str:
-    return f"base_model.model.{projection_path(layer, name)}.lora_{side}.weight"
+# Field of a LoRA record -> end of its key.
+_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias"}
+
+
+def _key(layer: int, name: str, field: str) -> str:
+    return f"base_model.model.{projection_path(layer, name)}.{_LEAVES[field]}"
+
+
+def _record(lora: LoraConfig) -> type[LoRA] | type[BiasedLoRA]:
+    return BiasedLoRA if lora.lora_bias else LoRA
 
 
 def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
@@ -167,6 +178,8 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         "alpha_pattern": _patterns(lora, lambda t: t.lora_alpha, lora.lora_alpha),
         "layers_to_transform": None,
         "layers_pattern": None,
+        # Only where it is used: to older PEFT every unknown field is a warning.
+        **({"lora_bias": True} if lora.lora_bias else {}),
     }
 
 
@@ -267,12 +280,14 @@ def load_adapter(
     norm = model.base["norm"]
     dtype = torch.promote_types(norm.dtype, torch.float32)
 
-    def pair(layer: int, name: str) -> LoRA:
-        a, b = (tensors[_key(layer, name, side)] for side in "AB")
-        # Copies: what was read is a view of the file.
-        return LoRA(a.to(norm.device, dtype, copy=True), b.to(norm.device, dtype, copy=True))
+    record = _record(lora)
 
-    layers = tuple({t.name: pair(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
+    def read(layer: int, name: str) -> LoRA | BiasedLoRA:
+        leaves = (tensors[_key(layer, name, field)] for field in record._fields)
+        # Copies: what was read is a view of the file.
+        return record(*(x.to(norm.device, dtype, copy=True) for x in leaves))
+
+    layers = tuple({t.name: read(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
     spec = replace(model.spec, lora=lora)
     return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=Adapter(layers=layers)))
 
@@ -305,6 +320,7 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) ->
         rank_pattern=tuple(value["rank_pattern"].items()),
         alpha_pattern=tuple(value["alpha_pattern"].items()),
         init_lora_weights=value["init_lora_weights"],
+        lora_bias=value["lora_bias"],
         targets=(),
     )
     heading = f"{where} does not fit this model:"
@@ -367,7 +383,7 @@ def _canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     renamed, problems = {}, []
     for key, tensor in tensors.items():
         plain = key.replace("_orig_mod.", "")
-        plain = re.sub(r"\.lora_([AB])\.default\.weight$", r".lora_\1.weight", plain)
+        plain = re.sub(r"\.lora_([AB])\.default\.(weight|bias)$", r".lora_\1.\2", plain)
         if plain in renamed:
             problems.append(f"twice       {key}, also there as {plain}")
         renamed[plain] = tensor
@@ -379,11 +395,12 @@ def _tensor_problems(
 ) -> list[str]:
     """Every difference between the tensors and what the settings call for."""
     expected = {
-        _key(layer, t.name, side): (t.r, d_in) if side == "A" else (d_out, t.r)
+        _key(layer, t.name, field): shape
         for layer, targets in enumerate(lora.targets)
         for t in targets
         for d_out, d_in in [projection_shape(config, t.name)]
-        for side in "AB"
+        for field, shape in {"a": (t.r, d_in), "b": (d_out, t.r), "bias": (d_out,)}.items()
+        if field in _record(lora)._fields
     }
     both = [k for k in expected if k in tensors]
     numeric = [k for k in both if tensors[k].dtype in DTYPES.values()]
@@ -406,7 +423,7 @@ def _tensor_problems(
 def _hint(key: str) -> str:
     if not key.startswith("base_model.model."):
         return ": PEFT's keys begin with 'base_model.model.'"
-    if not re.search(r"\.lora_[AB]\.weight$", key):
+    if not re.search(r"\.lora_(A\.weight|B\.(weight|bias))$", key):
         return ": not in this version of fastlora"
     return ": its module is not among target_modules"
 
@@ -435,7 +452,7 @@ def merge(model: ModelT) -> ModelT:
 
 
 def merged_weight(
-    weight: Float[Tensor, "d_out d_in"], lora: LoRA, scaling: float
+    weight: Float[Tensor, "d_out d_in"], lora: LoRA | BiasedLoRA, scaling: float
 ) -> Float[Tensor, "d_out d_in"]:
     """weight + scaling * b @ a, in at least float32, rounded once to its dtype. No gradient."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora.a.dtype), torch.float32)
@@ -449,16 +466,35 @@ def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], 
     Functions, so that one merged matrix exists at a time until somebody keeps them.
     """
     assert spec.lora is not None, spec
-    return {
-        f"{projection_path(i, t.name)}.weight": partial(
-            merged_weight,
-            base["layers"][i][t.name]["weight"],
-            adapter["layers"][i][t.name],
-            t.scaling,
-        )
-        for i, targets in enumerate(spec.lora.targets)
-        for t in targets
-    }
+    _check_biases(spec)
+    folded: dict[str, Callable[[], Tensor]] = {}
+    for i, targets in enumerate(spec.lora.targets):
+        for t in targets:
+            linear, lora = base["layers"][i][t.name], adapter["layers"][i][t.name]
+            path = projection_path(i, t.name)
+            folded[f"{path}.weight"] = partial(merged_weight, linear["weight"], lora, t.scaling)
+            if isinstance(lora, BiasedLoRA):
+                folded[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
+    return folded
+
+
+def merged_bias(
+    bias: Float[Tensor, "d_out"], of_lora: Float[Tensor, "d_out"], scaling: float
+) -> Float[Tensor, "d_out"]:
+    """bias + scaling * of_lora, in at least float32, rounded once to its dtype. No gradient."""
+    wide = torch.promote_types(torch.promote_types(bias.dtype, of_lora.dtype), torch.float32)
+    return (bias.to(wide) + scaling * of_lora.detach().to(bias.device, wide)).to(bias.dtype)
+
+
+def _check_biases(spec: Spec) -> None:
+    lora = spec.lora
+    if lora is None or not lora.lora_bias:
+        return
+    without = [name for name in _by_name(lora) if not projection_bias(spec.config, name)]
+    cure = "Save the adapter itself: save_pretrained."
+    raise_problems(
+        ValueError, "lora_bias cannot be merged where the base has no bias:", without, cure
+    )
 
 
 def _check_finite(folded: Mapping[str, Callable[[], Tensor]]) -> None:

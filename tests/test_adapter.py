@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jaxtyping import TypeCheckError
 from models import FAMILIES
 from peft import LoraConfig as PeftConfig
-from peft import LoraModel
+from peft import LoraModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastlora.adapter import lora, module_names
@@ -173,6 +173,26 @@ def test_gaussian_start_has_deviation_one_over_rank():
     assert a.abs().max() > 3 / 64  # a uniform of this deviation ends at 1.73 / 64
 
 
+def test_orthogonal_start_is_pefts_and_leaves_the_model_as_it_is():
+    a, b = spread("orthogonal")
+    assert (b @ a).abs().max() < 1e-6 < a.abs().max() < 1
+    # Elements are sums of r/2 products of a normal and an element of an orthogonal [r, r] matrix.
+    layer = torch.nn.Linear(512, 512, bias=False)
+    config = PeftConfig(r=64, target_modules=["0"], init_lora_weights="orthogonal")
+    with torch.random.fork_rng():
+        theirs = get_peft_model(torch.nn.Sequential(layer), config).base_model.model[0]
+    assert a.std() == pytest.approx(theirs.lora_A["default"].weight.std().item(), rel=0.03)
+    assert b.std() == pytest.approx(theirs.lora_B["default"].weight.std().item(), rel=0.03)
+
+
+def test_lora_bias_starts_at_zero_or_as_b_does():
+    first = lambda init: lora(small(), lora_bias=True, init_lora_weights=init).adapter["layers"][0]
+    assert not first(True)["up_proj"].bias.any()
+    record = first(False)["up_proj"]
+    assert record.bias.shape == record.b.shape[:1]
+    assert 0 < record.bias.abs().max() <= 1 / math.sqrt(record.b.shape[1])
+
+
 def test_random_start_moves_the_model_at_once():
     a, b = spread(False)
     assert a.abs().max() <= 1 / math.sqrt(a.shape[1])
@@ -281,6 +301,8 @@ IMPOSSIBLE = {
     "max_seq_length=0": dict(max_seq_length=0),
     "random_state=-1": dict(random_state=-1),
     "adapter_dtype=int8": dict(adapter_dtype="int8"),
+    "needs even ranks": dict(r=4, rank_pattern={"q_proj": 3}, init_lora_weights="orthogonal"),
+    "lora_bias=True": dict(lora_bias=True, init_lora_weights="gaussian"),
 }
 
 LATER = {
@@ -293,7 +315,6 @@ LATER = {
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "ensure_weight_tying": True,
     "use_dora": True,
-    "lora_bias": True,
     "trainable_token_indices": [1, 2],
 }
 

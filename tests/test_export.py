@@ -67,6 +67,11 @@ CASES = {
         use_rslora=True,
     ),
     "gaussian": dict(r=4, target_modules=["o_proj", "down_proj"], init_lora_weights="gaussian"),
+    "lora_bias": dict(r=4, lora_alpha=8, target_modules=SEVEN, lora_bias=True),
+    "lora_bias, one layer": dict(
+        r=4, target_modules=["v_proj", "down_proj"], lora_bias=True, layers_to_transform=[1]
+    ),
+    "orthogonal": dict(r=4, target_modules=SEVEN, init_lora_weights="orthogonal"),
     "rank above the width": dict(r=70, target_modules=["v_proj", "down_proj"]),
 }
 FORWARD = "llama2"  # the family of the cases; the others are run with "seven names"
@@ -125,6 +130,8 @@ def peft_read(family, folder, dtype=torch.float32, **kwargs):
         # Not of PEFT's making: torch's own deprecations.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
+        # Said of every lora_bias over a base without biases, PEFT's own adapters included.
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")
         return PeftModel.from_pretrained(hugging_face(family, dtype), folder, **kwargs).eval()
 
 
@@ -310,7 +317,6 @@ def rewrite(folder, change):
 REFUSED_FIELDS = {
     "use_dora": True,
     "bias": "all",
-    "lora_bias": True,
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
     "target_parameters": ["mlp.experts.gate_up_proj"],
@@ -670,6 +676,16 @@ def test_merging_equals_pefts_merge(tmp_path):
     theirs = peft_read(FORWARD, tmp_path).merge_and_unload().state_dict()
     ours = tensors_from_base(model.spec.config, merge(model).base)
     assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) <= 1e-6
+
+
+def test_merging_lora_bias_needs_a_bias_in_the_base():
+    settings = dict(r=4, lora_alpha=8, lora_bias=True)
+    model = randomised(lora(fast("llama_bias"), **settings))
+    found, expected = logits(merge(model)), logits(model)
+    assert difference(found, expected, logits(fast("llama_bias"))) <= 1e-5
+    with pytest.raises(ValueError, match="lora_bias cannot be merged") as refused:
+        merge(lora(fast("qwen2"), **settings))
+    assert "o_proj" in str(refused.value) and "q_proj" not in str(refused.value)
 
 
 def test_merging_copies_only_what_it_touches():

@@ -453,6 +453,8 @@ def _rope_parameters(settings: _Fields, max_positions: int | None) -> RopeParame
     read = {name: rope.read(name, _ROPE_PLAIN[name]) for name in _ROPE_FIELDS[rope_type]}
     theta = rope.read("rope_theta", "a positive number")
     _check_rope_order(read, problems)
+    if rope_type == "yarn" and theta == 1:
+        problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
     if problems:
         return None
     return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.llama.params import PROJECTIONS, LayerAdapter, LayerParams
+from fastlora.llama.params import PROJECTIONS, BiasedLoRA, LayerAdapter, LayerParams
 from fastlora.llama.spec import Spec
 from fastlora.ops.attention import attention
 from fastlora.ops.dropout import dropout, fold
@@ -60,11 +60,12 @@ def project(
     scalings, out = dict(spec.scalings), []
     for name in names:
         weight, bias = params[name]["weight"], params[name].get("bias")
-        if name in low:
-            y = lora_linear(x, low[name], weight, bias, adapter[name].b, scalings[name])
-        else:
-            y = F.linear(x, weight, bias)
-        out.append(y)
+        if name not in low:
+            out.append(F.linear(x, weight, bias))
+            continue
+        lora, scaling = adapter[name], scalings[name]
+        y = lora_linear(x, low[name], weight, bias, lora.b, scaling)
+        out.append(y + scaling * lora.bias if isinstance(lora, BiasedLoRA) else y)
     return out
 
 

@@ -37,12 +37,20 @@ class LoRA(NamedTuple):
     b: Float[Tensor, "d_out r"]
 
 
+class BiasedLoRA(NamedTuple):
+    """A LoRA whose up projection has a bias (PEFT's lora_bias): y += scaling * (b a x + bias)."""
+
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+    bias: Float[Tensor, "d_out"]
+
+
 # One decoder layer: "input_layernorm", "post_attention_layernorm", with qk_norm also "q_norm" and
 # "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear.
 LayerParams = dict[str, Any]
 
 # Projection name -> LoRA. A projection that is absent carries no adapter.
-LayerAdapter = dict[str, LoRA]
+LayerAdapter = dict[str, LoRA | BiasedLoRA]
 
 
 class Base(TypedDict):

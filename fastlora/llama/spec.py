@@ -35,6 +35,7 @@ class LoraConfig:
     rank_pattern: tuple[tuple[str, int], ...]  # in the order given: the first match wins
     alpha_pattern: tuple[tuple[str, float], ...]
     init_lora_weights: bool | str
+    lora_bias: bool = False  # B has a bias
     targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in PROJECTIONS order
 
 
