@@ -3,6 +3,7 @@
 from fastlora import functional
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
+from fastlora.combine import combine, disable
 from fastlora.export import load_adapter, merge
 from fastlora.gradients import value_and_grad
 from fastlora.loading import load
@@ -17,6 +18,8 @@ __all__ = [
     "History",
     "Model",
     "Tokenizer",
+    "combine",
+    "disable",
     "functional",
     "load",
     "load_adapter",

@@ -6,11 +6,12 @@ reader of PEFT folders (export.py) both end in `resolve_targets`, and nothing la
 """
 
 import math
-import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
+from time import perf_counter
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
+import regex
 import torch
 
 from fastlora.checks import raise_problems
@@ -18,13 +19,16 @@ from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     PROJECTIONS,
     Adapter,
+    AdapterRecord,
     Base,
     BiasedLoRA,
+    DoRA,
     LoRA,
     projection_path,
     projection_shape,
 )
 from fastlora.llama.spec import LoraConfig, Recompute, Spec, Target
+from fastlora.ops.dora import row_norms
 
 DTYPES = {
     "float32": torch.float32,
@@ -36,6 +40,10 @@ RECOMPUTE = ("none", "selective", "full", "offload")
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
 _LATER_INITS = r"pissa|pissa_niter_\d+|olora|eva|corda|lora_ga|loftq|mica"
 PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
+# To match all patterns with all names, before they are used: patterns of a file are anybody's, and
+# `re`, which has no time limit, takes 2**40 steps for "([a-z.]+)+!" on a name of 40 characters.
+# The regex library has one.
+_SECONDS = 0.5
 _TEMPORARY = "_fastlora_temporary_saved_buffers"
 
 # PEFT adapts these too; here they come with the version that trains embeddings.
@@ -127,7 +135,8 @@ def lora(
         ensure_weight_tying: not in this version.
         recompute: what the backward pass computes again; "none", "selective", "full", "offload",
             or the share in [0, 1] of the activation memory of "none" to keep.
-        use_dora: not in this version.
+        use_dora: train the length of each row of W + scaling * B A as well (Liu et al. 2024,
+            arXiv:2402.09353).
         lora_bias: B gets a bias, scaled with it; needs init_lora_weights True or False.
         rank_pattern: regular expression for the end of a module name -> its rank; the first match
             in the order given wins.
@@ -141,7 +150,7 @@ def lora(
         ValueError: listing every argument that cannot be.
         NotImplementedError: listing every argument of a later version that is not at its default.
     """
-    later_init = re.fullmatch(_LATER_INITS, str(init_lora_weights))
+    later_init = regex.fullmatch(_LATER_INITS, str(init_lora_weights))
     _refuse_later(
         dict(
             bias=bias if bias != "none" else None,
@@ -152,7 +161,6 @@ def lora(
             qat_scheme=qat_scheme,
             target_parameters=target_parameters,
             ensure_weight_tying=ensure_weight_tying,
-            use_dora=use_dora,
             trainable_token_indices=trainable_token_indices,
         )
     )
@@ -172,9 +180,11 @@ def lora(
         alpha_pattern=tuple((alpha_pattern or {}).items()),
         init_lora_weights=init_lora_weights,
         lora_bias=lora_bias,
+        use_dora=use_dora,
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
+    problems += _variant_problems(settings)
     problems += _model_problems(model, max_seq_length, adapter_dtype)
     settings = resolve_targets(settings, config, "fastlora.lora cannot do this:", problems)
     spec = replace(
@@ -184,31 +194,37 @@ def lora(
         max_seq_length=max_seq_length or model.spec.max_seq_length,
     )
     dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]
-    adapter = init_adapter(spec, model.base["norm"].device, dtype, random_state)
+    adapter = init_adapter(spec, model.base, dtype, random_state)
     return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=adapter))
 
 
-def init_adapter(
-    spec: Spec, device: torch.device, dtype: torch.dtype, random_state: int
-) -> Adapter:
+def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) -> Adapter:
     """Fresh weights for every target of `spec.lora`, drawn in float32 on the CPU, layer by layer.
 
-    B is zero, so the model starts equal to its base, unless `init_lora_weights` is False. The
+    B is zero, so the model starts equal to its base, unless `init_lora_weights` is False. A DoRA
+    magnitude is the norm of what it scales, at least float32, so it changes nothing at first. The
     bounds are kaiming_uniform_'s with a = sqrt(5): 1 / sqrt(fan_in) (peft 0.21.2, layer.py:332).
     """
     assert spec.lora is not None, spec
-    init, lora_bias = spec.lora.init_lora_weights, spec.lora.lora_bias
-    generator = torch.Generator().manual_seed(random_state)
+    config, init = spec.lora, spec.lora.init_lora_weights
+    generator, device = torch.Generator().manual_seed(random_state), base["norm"].device
 
-    def fresh(target: Target) -> LoRA | BiasedLoRA:
+    def fresh(layer: int, target: Target) -> AdapterRecord:
         d_out, d_in = projection_shape(spec.config, target.name)
-        record = LoRA(*_first_weights(init, target.r, d_in, d_out, generator))
-        if lora_bias:
+        a, b = _first_weights(init, target.r, d_in, d_out, generator)
+        a, b = a.to(device, dtype), b.to(device, dtype)
+        if config.lora_bias:
             bias = torch.zeros(d_out) if init else _uniform((d_out,), target.r, generator)
-            record = BiasedLoRA(*record, bias)
-        return type(record)(*(x.to(device, dtype) for x in record))
+            return BiasedLoRA(a, b, bias.to(device, dtype))
+        if config.use_dora:
+            weight = base["layers"][layer][target.name]["weight"]
+            wide = torch.promote_types(dtype, torch.float32)
+            return DoRA(a, b, row_norms(weight, a, b, target.scaling).to(wide))
+        return LoRA(a, b)
 
-    return Adapter(layers=tuple({t.name: fresh(t) for t in ts} for ts in spec.lora.targets))
+    return Adapter(
+        layers=tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
+    )
 
 
 def _first_weights(
@@ -269,7 +285,7 @@ def resolve_targets(
         NotImplementedError: if embed_tokens or lm_head matches.
     """
     problems = [*problems, *_setting_problems(settings)]
-    bad_patterns = _regex_problems(settings)
+    bad_patterns = _regex_problems(settings, config)
     matched = [] if bad_patterns else [m for m in module_names(config) if _is_target(m, settings)]
     projections = {m for m in matched if m.rpartition(".")[2] in PROJECTIONS}
     problems += [
@@ -304,7 +320,7 @@ def _target(settings: LoraConfig, name: str, path: str) -> Target:
 
 
 def _first_match(patterns: tuple[tuple[str, Any], ...], path: str, default: Any) -> Any:
-    return next((v for key, v in patterns if re.match(_pattern_regex(key), path)), default)
+    return next((v for key, v in patterns if regex.match(_pattern_regex(key), path)), default)
 
 
 def _is_target(module: str, settings: LoraConfig) -> bool:
@@ -321,7 +337,7 @@ def _is_target(module: str, settings: LoraConfig) -> bool:
 def _names(rule: tuple[str, ...] | str, module: str) -> bool:
     """A string is a regular expression for the whole name, a tuple holds names or dotted ends."""
     if isinstance(rule, str):
-        return re.fullmatch(rule, module) is not None
+        return regex.fullmatch(rule, module) is not None
     return any(f".{module}".endswith(f".{end}") for end in rule)
 
 
@@ -330,7 +346,7 @@ def _in_layers(module: str, settings: LoraConfig) -> bool:
     if not settings.layers_to_transform:
         return True
     patterns = settings.layers_pattern or (r"[^.]*",)
-    found = (re.match(_layer_regex(p), module) for p in patterns)
+    found = (regex.match(_layer_regex(p), module) for p in patterns)
     first = next((m for m in found if m), None)
     return first is not None and int(first["idx"]) in settings.layers_to_transform
 
@@ -418,15 +434,6 @@ def _init_problems(s: LoraConfig, random_state: int) -> list[str]:
     if s.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
         known = "True, False, 'gaussian' or 'orthogonal'"
         problems.append(f"init_lora_weights={s.init_lora_weights!r}: expected {known}.")
-    ranks = [r for r in (s.r, *(v for _, v in s.rank_pattern)) if isinstance(r, int)]
-    if s.init_lora_weights == "orthogonal" and (odd := [r for r in ranks if r % 2]):
-        problems.append(f"init_lora_weights='orthogonal' needs even ranks, but there are {odd}.")
-    if type(s.lora_bias) is not bool:
-        problems.append(f"lora_bias={s.lora_bias!r}: expected True or False.")
-    elif s.lora_bias and not isinstance(s.init_lora_weights, bool):
-        problems.append(
-            f"lora_bias=True needs init_lora_weights True or False, not {s.init_lora_weights!r}."
-        )
     if s.lora_dropout == 1:
         problems.append("lora_dropout=1 drops every input; expected a probability in [0, 1).")
     if zero := [k for k, v in (("lora_alpha", s.lora_alpha), *s.alpha_pattern) if v == 0]:
@@ -434,6 +441,25 @@ def _init_problems(s: LoraConfig, random_state: int) -> list[str]:
     # What torch.Generator takes.
     if type(random_state) is not int or not 0 <= random_state < 2**64:
         problems.append(f"random_state={random_state}: expected an integer in [0, 2**64).")
+    return problems
+
+
+def _variant_problems(s: LoraConfig) -> list[str]:
+    """Variants, and what they exclude."""
+    problems = []
+    ranks = [r for r in (s.r, *(v for _, v in s.rank_pattern)) if isinstance(r, int)]
+    if s.init_lora_weights == "orthogonal" and (odd := [r for r in ranks if r % 2]):
+        problems.append(f"init_lora_weights='orthogonal' needs even ranks, but there are {odd}.")
+    if type(s.lora_bias) is not bool:
+        problems.append(f"lora_bias={s.lora_bias!r}: expected True or False.")
+    if type(s.use_dora) is not bool:
+        problems.append(f"use_dora={s.use_dora!r}: expected True or False.")
+    if s.lora_bias is True and s.use_dora is True:
+        problems.append("lora_bias=True and use_dora=True exclude each other; choose one.")
+    if s.lora_bias is True and not isinstance(s.init_lora_weights, bool):
+        problems.append(
+            f"lora_bias=True needs init_lora_weights True or False, not {s.init_lora_weights!r}."
+        )
     return problems
 
 
@@ -482,21 +508,35 @@ def _setting_problems(s: LoraConfig) -> list[str]:
     return problems
 
 
-def _regex_problems(s: LoraConfig) -> list[str]:
+def _regex_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
+    """Patterns that are none, or that could not be matched with this model's names in time."""
+    if wrong := [p for p in s.layers_pattern or () if regex.search(r"[|(){}?#]", p)]:
+        return [f"layers_pattern={wrong!r:.200}: expected names of module lists."]
     patterns = [("rank_pattern", k, _pattern_regex(k)) for k, _ in s.rank_pattern]
     patterns += [("alpha_pattern", k, _pattern_regex(k)) for k, _ in s.alpha_pattern]
     patterns += [("layers_pattern", p, _layer_regex(p)) for p in s.layers_pattern or ()]
     for field in ("target_modules", "exclude_modules"):
         if isinstance(rule := getattr(s, field), str):
             patterns.append((field, rule, rule))
-    return [f"{f}: {p!r} is no regular expression: {e}." for f, p, x in patterns if (e := _bad(x))]
+    names, end = module_names(config), perf_counter() + _SECONDS
+    problems = []
+    for field, pattern, x in patterns:
+        # A full name, of which there may be 882 (Llama 3.1 405B), repeats nothing.
+        repeats = regex.search(r"[*+?{(]", pattern) is not None
+        if why := _refusal(x, names if repeats else (), end):
+            problems.append(f"{field}: {pattern!r:.200} {why}.")
+    return problems
 
 
-def _bad(regex: str) -> str:
+def _refusal(pattern: str, names: Iterable[str], end: float) -> str:
     try:
-        re.compile(regex)
-    except re.error as error:
-        return str(error)
+        compiled = regex.compile(pattern)
+        for name in names:
+            compiled.fullmatch(name, timeout=max(end - perf_counter(), 1e-3))
+    except TimeoutError:
+        return "takes too long to match; list names instead"
+    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        return f"is no regular expression: {error}"
     return ""
 
 
@@ -536,10 +576,10 @@ def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> l
     beyond = [i for i in s.layers_to_transform or () if i not in range(n)]
     problems += [f"layers_to_transform: {i} is no layer; expected 0 to {n - 1}." for i in beyond]
     for p in s.layers_pattern or ():
-        if not any(re.match(_layer_regex(p), m) for m in modules):
+        if not any(regex.match(_layer_regex(p), m) for m in modules):
             problems.append(f"layers_pattern: {p!r} {nothing}; this model's is 'layers'.")
     for field in ("rank_pattern", "alpha_pattern"):
         for key, _ in getattr(s, field):
-            if matched and not any(re.match(_pattern_regex(key), m) for m in matched):
+            if matched and not any(regex.match(_pattern_regex(key), m) for m in matched):
                 problems.append(f"{field}: {key!r} matches no module that carries an adapter.")
     return problems

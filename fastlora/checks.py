@@ -14,7 +14,7 @@ def raise_problems(
     """
     if not problems:
         return
-    lines = [f"  {p}" for p in problems[:shown]]
+    lines = [f"  {p:.1000}" for p in problems[:shown]]  # a file may hold names of a megabyte
     if (more := len(problems) - shown) > 0:
         lines.append(f"  … and {more} more")
     raise error("\n".join([heading, *lines, *([cure] if cure else [])]))

@@ -17,7 +17,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.adapter import DTYPES, PEFT_TARGETS, ModelT, as_tuple, names_or_regex, resolve_targets
+from fastlora.adapter import (
+    DTYPES,
+    PEFT_TARGETS,
+    ModelT,
+    as_tuple,
+    names_or_regex,
+    resolve_targets,
+)
 from fastlora.checkpoint import (
     INDEX,
     WEIGHTS,
@@ -33,8 +40,10 @@ from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     PROJECTIONS,
     Adapter,
+    AdapterRecord,
     Base,
     BiasedLoRA,
+    DoRA,
     LoRA,
     base_from_tensors,
     projection_bias,
@@ -66,6 +75,7 @@ _FIELDS: dict[str, tuple[Any, tuple[type, ...], tuple[type, ...]]] = {
     "alpha_pattern": ({}, (dict,), (int, float)),
     "init_lora_weights": (True, (bool, str), ()),
     "lora_bias": (False, (bool,), ()),
+    "use_dora": (False, (bool,), ()),
 }
 # Fields that change nothing in y = W x + scaling * B A x over frozen linear layers. The *_config
 # ones only say how A and B were first filled; PEFT itself undoes fan_in_fan_out on a Linear.
@@ -139,15 +149,20 @@ def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
 
 
 # Field of a LoRA record -> end of its key.
-_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight", "bias": "lora_B.bias"}
+_LEAVES = {
+    "a": "lora_A.weight",
+    "b": "lora_B.weight",
+    "bias": "lora_B.bias",
+    "magnitude": "lora_magnitude_vector",
+}
 
 
 def _key(layer: int, name: str, field: str) -> str:
     return f"base_model.model.{projection_path(layer, name)}.{_LEAVES[field]}"
 
 
-def _record(lora: LoraConfig) -> type[LoRA] | type[BiasedLoRA]:
-    return BiasedLoRA if lora.lora_bias else LoRA
+def _record(lora: LoraConfig) -> type[AdapterRecord]:
+    return BiasedLoRA if lora.lora_bias else DoRA if lora.use_dora else LoRA
 
 
 def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
@@ -171,7 +186,7 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": lora.use_rslora,
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "target_modules": _target_names(lora),
         "modules_to_save": None,
         "rank_pattern": _patterns(lora, lambda t: t.r, lora.r),
@@ -282,7 +297,7 @@ def load_adapter(
 
     record = _record(lora)
 
-    def read(layer: int, name: str) -> LoRA | BiasedLoRA:
+    def read(layer: int, name: str) -> AdapterRecord:
         leaves = (tensors[_key(layer, name, field)] for field in record._fields)
         # Copies: what was read is a view of the file.
         return record(*(x.to(norm.device, dtype, copy=True) for x in leaves))
@@ -321,6 +336,7 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) ->
         alpha_pattern=tuple(value["alpha_pattern"].items()),
         init_lora_weights=value["init_lora_weights"],
         lora_bias=value["lora_bias"],
+        use_dora=value["use_dora"],
         targets=(),
     )
     heading = f"{where} does not fit this model:"
@@ -338,28 +354,42 @@ def _field_problems(raw: Mapping[str, Any]) -> list[str]:
         if type(value) not in types or any(type(e) not in elements for e in inner):
             expected = " or ".join("null" if t is _NULL else t.__name__ for t in types)
             of = f" of {' or '.join(t.__name__ for t in elements)}" if elements else ""
-            problems.append(f"{field}={value!r}: expected {expected}{of}.")
+            problems.append(f"{field}={value!r:.200}: expected {expected}{of}.")
+        elif any(type(e) is int and abs(e) >= 2**31 for e in (value, *inner)):
+            problems.append(f"{field}={value!r:.200}: expected less than 2**31.")
+        elif (size := _text_size(value)) > _MOST_TEXT:
+            problems.append(f"{field}: {size:,} characters; expected at most {_MOST_TEXT:,}.")
     return problems
+
+
+# All 882 projections of Llama 3.1 405B by their full names are 35,000 characters.
+_MOST_TEXT = 100_000
+
+
+def _text_size(value: Any) -> int:
+    if isinstance(value, list | dict):
+        return sum(1 + (len(e) if isinstance(e, str) else 0) for e in value)
+    return len(value) if isinstance(value, str) else 0
 
 
 def _refusals(raw: Mapping[str, Any], config: LlamaConfig) -> list[str]:
     problems = []
     if (kind := raw.get("peft_type")) != "LORA":
-        given = f"peft_type={kind!r}" if "peft_type" in raw else "peft_type is missing"
+        given = f"peft_type={kind!r:.200}" if "peft_type" in raw else "peft_type is missing"
         problems.append(f"{given}: only 'LORA' adapters are read.")
     if (task := raw.get("task_type")) not in _TASKS:
-        problems.append(f"task_type={task!r}: expected 'CAUSAL_LM'.")
+        problems.append(f"task_type={task!r:.200}: expected 'CAUSAL_LM'.")
     if (init := raw.get("init_lora_weights", True)) not in _KIND_INITS:
         problems.append(
-            f"init_lora_weights={init!r}: such an adapter counts from changed base weights, or is"
-            " unknown; convert it with PEFT's save_pretrained("
+            f"init_lora_weights={init!r:.200}: such an adapter counts from changed base weights, or"
+            " is unknown; convert it with PEFT's save_pretrained("
             "path_initial_model_for_weight_conversion=...)."
         )
     if raw.get("target_modules") is None and config.model_type == "smollm3":
         problems.append("target_modules=None: PEFT has no default for 'smollm3'; name them.")
     for field in sorted(raw.keys() - _FIELDS.keys() - _NEUTRAL):
         if raw[field] not in (None, False, {}, [], "", "none"):
-            problems.append(f"{field}={raw[field]!r}: not in this version of fastlora.")
+            problems.append(f"{field}={raw[field]!r:.200}: not in this version of fastlora.")
     return problems
 
 
@@ -383,7 +413,7 @@ def _canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     renamed, problems = {}, []
     for key, tensor in tensors.items():
         plain = key.replace("_orig_mod.", "")
-        plain = re.sub(r"\.lora_([AB])\.default\.(weight|bias)$", r".lora_\1.\2", plain)
+        plain = re.sub(r"\.lora_(\w+)\.default\b", r".lora_\1", plain)
         if plain in renamed:
             problems.append(f"twice       {key}, also there as {plain}")
         renamed[plain] = tensor
@@ -399,8 +429,8 @@ def _tensor_problems(
         for layer, targets in enumerate(lora.targets)
         for t in targets
         for d_out, d_in in [projection_shape(config, t.name)]
-        for field, shape in {"a": (t.r, d_in), "b": (d_out, t.r), "bias": (d_out,)}.items()
-        if field in _record(lora)._fields
+        for field in _record(lora)._fields
+        for shape in [{"a": (t.r, d_in), "b": (d_out, t.r)}.get(field, (d_out,))]
     }
     both = [k for k in expected if k in tensors]
     numeric = [k for k in both if tensors[k].dtype in DTYPES.values()]
@@ -423,7 +453,7 @@ def _tensor_problems(
 def _hint(key: str) -> str:
     if not key.startswith("base_model.model."):
         return ": PEFT's keys begin with 'base_model.model.'"
-    if not re.search(r"\.lora_(A\.weight|B\.(weight|bias))$", key):
+    if not key.endswith(tuple(_LEAVES.values())):
         return ": not in this version of fastlora"
     return ": its module is not among target_modules"
 
@@ -452,12 +482,16 @@ def merge(model: ModelT) -> ModelT:
 
 
 def merged_weight(
-    weight: Float[Tensor, "d_out d_in"], lora: LoRA | BiasedLoRA, scaling: float
+    weight: Float[Tensor, "d_out d_in"], lora: AdapterRecord, scaling: float
 ) -> Float[Tensor, "d_out d_in"]:
-    """weight + scaling * b @ a, in at least float32, rounded once to its dtype. No gradient."""
+    """weight + scaling * b @ a, its rows at DoRA's lengths, in at least float32, rounded once."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, lora.a.dtype), torch.float32)
     a, b = lora.a.detach().to(weight.device, wide), lora.b.detach().to(weight.device, wide)
-    return torch.addmm(weight.to(wide), b, a, alpha=scaling).to(weight.dtype)
+    merged = torch.addmm(weight.to(wide), b, a, alpha=scaling)
+    if isinstance(lora, DoRA):
+        length = lora.magnitude.detach().to(weight.device, wide)
+        merged = merged * (length / merged.norm(dim=-1)).unsqueeze(-1)
+    return merged.to(weight.dtype)
 
 
 def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:

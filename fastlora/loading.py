@@ -162,7 +162,18 @@ def _base_of(adapter_folder: Path) -> tuple[str, str | None]:
             f"{path} does not say what its base is: base_model_name_or_path is {name!r}, revision "
             f"{revision!r}. Load the base, then fastlora.load_adapter(model, folder)."
         )
+    if not _is_name(name):
+        raise CheckpointError(
+            f"{path}: base_model_name_or_path is {name!r:.200}, which is no name of a folder or a "
+            "repository. Load the base, then fastlora.load_adapter(model, folder)."
+        )
     return name, revision
+
+
+def _is_name(name: str) -> bool:
+    """Whether the system can be asked for it: it raises for text that is none, and long names."""
+    path = name.encode(errors="replace")
+    return path.decode() == name and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255
 
 
 def _tokenizer(folder: Path, adapter_folder: Path | None) -> Tokenizer | None:

@@ -246,6 +246,15 @@ def _clean_up(text: str) -> str:
 _MARKS = ("\ue0f0generation\ue0f1", "\ue0f1generation\ue0f0")
 
 
+# What a template can raise: in it, or, of Python's compiler, by its nesting.
+_TEMPLATE_ERRORS = (
+    *(jinja2.TemplateError, LookupError, ArithmeticError, TypeError, ValueError, AttributeError),
+    *(RecursionError, MemoryError, SyntaxError),
+)
+# A product or power beyond these is refused: 'a' * 10**9 would take a gigabyte in one step.
+_LONGEST, _LARGEST = 1_000_000, 2**64
+
+
 def _render(
     template: ChatTemplate,
     messages: Sequence[Any],
@@ -266,7 +275,7 @@ def _render(
         raise ValueError(
             f"{template.source} tries something unsafe: {error}. Do not use this template."
         ) from error
-    except (jinja2.TemplateError, LookupError, ArithmeticError, TypeError, ValueError) as error:
+    except _TEMPLATE_ERRORS as error:
         raise ValueError(f"{template.source} does not render these messages: {error}") from error
 
 
@@ -296,7 +305,7 @@ def _plain_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 @lru_cache(maxsize=32)  # a template costs some 10 ms to compile, and training renders every row
 def _compile(text: str, marks: tuple[str, str]) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.extend(generation_marks=marks)
@@ -308,6 +317,22 @@ def _compile(text: str, marks: tuple[str, str]) -> jinja2.Template:
         "dict": lambda *args, **items: dict(*args, **items),  # without dict's unbound methods
     }
     return environment.from_string(text)
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, which bounds range(), with bounds on products and powers besides."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and (abs(left) > _LARGEST or abs(right) > 64):
+            raise SecurityError(f"a power as large as {left!r:.20} ** {right!r:.20}")
+        sizes = [len(x) if isinstance(x, str | list | tuple) else abs(x) for x in (left, right)]
+        if any(isinstance(x, str | list | tuple) for x in (left, right)) and (
+            sizes[0] * sizes[1] > _LONGEST
+        ):
+            raise SecurityError(f"a text or list of {sizes[0]} * {sizes[1]} items")
+        return super().call_binop(context, operator, left, right)
 
 
 class _Generation(Extension):
@@ -386,6 +411,12 @@ def _load(folder: Path, config_folder: Path) -> Tokenizer:
     }
     parsed = _parse(folder, {**files, **configs})
     settings = parsed.get("tokenizer_config.json", {})
+    wrong = [
+        f"{name}: tokenizer_class is {given!r:.200}, expected a name"
+        for name in ("tokenizer_config.json", "config.json")
+        if not isinstance(given := parsed.get(name, {}).get("tokenizer_class"), str | None)
+    ]
+    raise_problems(CheckpointError, f"{folder} names no tokenizer:", wrong)
     byte_level = b'"ByteLevel"' in files["tokenizer.json"]
     class_name = _tokenizer_class(settings, parsed.get("config.json", {}), byte_level)
     try:
@@ -423,14 +454,22 @@ def _tokenizer_files(folder: Path) -> list[Path]:
     return [path for name in names if (path := folder / name).is_file()] + more
 
 
+_MOST_BYTES = 128 * 2**20  # of one file; Gemma 3's tokenizer.json has 33 MB
+
+
 def _parse(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
     """JSON files -> dicts, after every file has shown that it can be read."""
     parsed, problems = {}, []
     for name, data in files.items():
+        if len(data) > _MOST_BYTES:
+            problems.append(f"{name}: {len(data):,} bytes; expected at most {_MOST_BYTES:,}")
+            continue
         try:
             parsed[name] = json.loads(data) if name.endswith(".json") else data.decode()
-        except ValueError as error:  # JSON's and UTF-8's errors both are
-            problems.append(f"{name}: {error}")
+            if b"\\u" in data:  # half a surrogate pair is JSON and no text
+                json.dumps(parsed[name], ensure_ascii=False).encode()
+        except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
+            problems.append(f"{name}: {error!s:.200}")
             continue
         if name.endswith(".json") and not isinstance(parsed[name], dict):
             problems.append(f"{name}: holds a {type(parsed[name]).__name__}, expected an object")
@@ -544,19 +583,27 @@ def _special_tokens(
     }
     if isinstance(extra, dict):
         named, extra = {**named, **extra}, []
+    if not isinstance(extra, list):
+        problems.append(f"extra_special_tokens: {extra!r:.200}")
+        extra = []
     named = {k: _token(v, k, problems, special=True) for k, v in named.items() if v is not None}
     extra = [_token(v, "extra_special_tokens", problems, special=True) for v in extra]
     special = {t.content for t in (*named.values(), *extra)}
     declared = _declared_tokens(parsed, complete, special, problems)
     raise_problems(
         CheckpointError,
-        f"{folder} names special tokens that are neither text nor an added token:",
+        f"{folder}: {_named_in(parsed)}: special tokens that are neither text nor an added token:",
         problems,
         "Expected a string or an object with a string under content.",
     )
     by_content = {token.content: token for token in declared.values()}
     named = {name: by_content.get(token.content, token) for name, token in named.items()}
     return _SpecialTokens(named, extra, declared)
+
+
+def _named_in(parsed: Mapping[str, Any]) -> str:
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    return ", ".join(name for name in names if name in parsed)
 
 
 def _special_tokens_map(settings: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, Any]:
@@ -577,10 +624,12 @@ def _declared_tokens(
     else:
         contents = parsed.get("added_tokens.json", {})
         flags = {t: {"normalized": t not in special, "special": t in special} for t in contents}
-        entries = {i: {"content": t, **flags[t]} for t, i in contents.items()}
-        entries |= {t["id"]: t for t in parsed["tokenizer.json"].get("added_tokens", [])}
-        where = "added_tokens.json"
-    if not isinstance(entries, dict) or not all(str(i).isdigit() for i in entries):
+        pairs = [(str(i), {"content": t, **flags[t]}) for t, i in contents.items()]
+        added = parsed["tokenizer.json"].get("added_tokens") or []
+        pairs += [(str(t["id"]), t) for t in added if isinstance(t, dict) and "id" in t]
+        entries, where = dict(pairs), "added_tokens.json"
+    is_id = re.compile("[0-9]{1,10}").fullmatch
+    if not isinstance(entries, dict) or not all(is_id(i) for i in entries):
         problems.append(f"{where}: ids must be whole numbers; got {entries!r:.200}")
         return {}
     return {int(i): _token(token, f"{where}, {i}", problems) for i, token in entries.items()}
@@ -591,10 +640,14 @@ def _token(value: Any, where: str, problems: list[str], special: bool = False) -
     if isinstance(value, str):
         return AddedToken(value, special=special)
     if not (isinstance(value, dict) and isinstance(value.get("content"), str)):
-        problems.append(f"{where}: {value!r}")
+        problems.append(f"{where}: {value!r:.200}")
         return AddedToken("", special=special)
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    token = AddedToken(**{k: value[k] for k in flags if k in value})
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    flags = {k: value[k] for k in names if k in value}
+    if wrong := [k for k, v in flags.items() if type(v) is not bool]:
+        problems.append(f"{where}: {', '.join(wrong)} must be true or false; got {value!r:.200}")
+        return AddedToken("", special=special)
+    token = AddedToken(value["content"], **flags)
     token.special = token.special or special
     return token
 
@@ -628,7 +681,7 @@ def _eos_token_ids(
         listed = given if isinstance(given, list) else [] if given is None else [given]
         if not all(type(i) is int for i in listed):
             problems.append(
-                f"{name}: eos_token_id is {given!r}, expected an integer or a list of them"
+                f"{name}: eos_token_id is {given!r:.200}, expected an integer or a list of them"
             )
         ids += listed
     raise_problems(CheckpointError, f"{folder} names end-of-text ids that are none:", problems)

@@ -303,6 +303,7 @@ IMPOSSIBLE = {
     "adapter_dtype=int8": dict(adapter_dtype="int8"),
     "needs even ranks": dict(r=4, rank_pattern={"q_proj": 3}, init_lora_weights="orthogonal"),
     "lora_bias=True": dict(lora_bias=True, init_lora_weights="gaussian"),
+    "exclude each other": dict(lora_bias=True, use_dora=True),
 }
 
 LATER = {
@@ -314,7 +315,6 @@ LATER = {
     "qat_scheme": "int4",
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "ensure_weight_tying": True,
-    "use_dora": True,
     "trainable_token_indices": [1, 2],
 }
 

@@ -71,6 +71,10 @@ CASES = {
     "lora_bias, one layer": dict(
         r=4, target_modules=["v_proj", "down_proj"], lora_bias=True, layers_to_transform=[1]
     ),
+    "DoRA": dict(r=4, lora_alpha=8, target_modules=SEVEN, use_dora=True),
+    "DoRA, rslora, patterns": dict(
+        r=4, target_modules=SEVEN, use_dora=True, use_rslora=True, rank_pattern={"q_proj": 6}
+    ),
     "orthogonal": dict(r=4, target_modules=SEVEN, init_lora_weights="orthogonal"),
     "rank above the width": dict(r=70, target_modules=["v_proj", "down_proj"]),
 }
@@ -315,7 +319,6 @@ def rewrite(folder, change):
 
 
 REFUSED_FIELDS = {
-    "use_dora": True,
     "bias": "all",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
@@ -398,10 +401,10 @@ def test_an_adapter_on_the_head_is_refused(broken):
 
 
 def test_all_wrong_fields_are_listed_at_once(broken):
-    edit(broken, use_dora=True, bias="all", r="x", peft_type="IA3")
+    edit(broken, use_qalora=True, bias="all", r="x", peft_type="IA3")
     with pytest.raises(CheckpointError) as refused:
         load_adapter(fast(FORWARD), broken)
-    for part in ("use_dora", "bias", "r='x'", "IA3"):
+    for part in ("use_qalora", "bias", "r='x'", "IA3"):
         assert part in str(refused.value)
 
 
@@ -539,8 +542,9 @@ def test_transformers_own_loader_reads_it_too(tmp_path):
     assert difference(hf_logits(hf), logits(model), logits(fast(FORWARD))) <= 1e-5
 
 
-def test_bfloat16_errs_no_more_than_peft(tmp_path):
-    half = randomised(lora(fast(FORWARD, torch.bfloat16), r=4), std=0.1)
+@pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"lora_bias": True}])
+def test_bfloat16_errs_no_more_than_peft(variant, tmp_path):
+    half = randomised(lora(fast(FORWARD, torch.bfloat16), r=4, **variant), std=0.1)
     assert {t.dtype for t in tree_leaves(half.adapter)} == {torch.float32}
     save_adapter(half.spec, half.adapter, tmp_path)
     wide = dataclasses.replace(half, base=tree_map(lambda t: t.float(), half.base))
@@ -686,6 +690,12 @@ def test_merging_lora_bias_needs_a_bias_in_the_base():
     with pytest.raises(ValueError, match="lora_bias cannot be merged") as refused:
         merge(lora(fast("qwen2"), **settings))
     assert "o_proj" in str(refused.value) and "q_proj" not in str(refused.value)
+
+
+@pytest.mark.parametrize("family", [FORWARD, "llama_bias"])
+def test_merging_dora_equals_applying_it(family):
+    model = randomised(lora(fast(family), r=4, use_dora=True))
+    assert difference(logits(merge(model)), logits(model), logits(fast(family))) <= 1e-5
 
 
 def test_merging_copies_only_what_it_touches():

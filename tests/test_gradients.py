@@ -65,6 +65,31 @@ def test_recompute_policies_give_the_same_bits(family, segments, trained):
         assert same_bits(actual, expected), policy
 
 
+VARIANTS = ["lora_bias", "use_dora"]
+
+
+@pytest.fixture
+def variant(pair):
+    """variant(argument): llama_bias with that kind of adapter everywhere, dropout 0.1."""
+    base = pair("llama_bias").model
+    return lambda argument: adapted(base, r=4, lora_dropout=0.1, **{argument: True})
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+@pytest.mark.parametrize("argument", VARIANTS)
+def test_variants_give_what_torch_func_gives_at_every_policy(argument, seed, variant):
+    model, batch = variant(argument), batch_of()
+    ours = value_and_grads(model.with_spec(recompute="none"), seed)
+    grads, value = torch.func.grad_and_value(FL.loss)(
+        model.adapter, model.base, model.spec, batch, seed=seed
+    )
+    torch.testing.assert_close(ours[0], value)
+    assert all(g.any() for g in tree_leaves(ours[1]))
+    assert relative_error(ours[1], grads) <= 1e-4
+    for policy in POLICIES:
+        assert same_bits(value_and_grads(model.with_spec(recompute=policy), seed), ours), policy
+
+
 def test_any_function_of_logits_and_logprobs_is_differentiated(trained):
     """Not only the loss: a preference loss, say, weighs the log-probabilities."""
     model, batch = trained("llama2"), batch_of()
@@ -224,6 +249,16 @@ def test_inductor_gives_the_eager_gradient(pair, fresh_dynamo):
     again = value_and_grads(model.with_spec(compile=True))
     torch.testing.assert_close(again[0], value)
     assert relative_error(again[1], grads) <= 1e-5
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("argument", VARIANTS)
+def test_compiled_regions_give_the_eager_gradient_of_variants(argument, variant, region_backend):
+    region_backend("aot_eager")
+    model = variant(argument)
+    expected = value_and_grads(model)
+    again = value_and_grads(model.with_spec(compile=True))
+    assert relative_error(again, expected) <= 1e-5
 
 
 @pytest.mark.compile

@@ -15,7 +15,7 @@ FLOORS = [
     {"llama"},
     {"gradients", "checkpoint"},
     {"functional", "adapter", "data", "hub"},
-    {"generation", "export"},
+    {"generation", "export", "combine"},
     {"model"},
     {"loading", "training"},
     {"__init__"},

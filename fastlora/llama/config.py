@@ -98,7 +98,7 @@ class LlamaConfig:
         read |= _attention_heads(settings, read)
         read |= _layers(settings, read["num_hidden_layers"])
         read |= _token_ids(raw, generation or {}, defaults, settings.problems)
-        read["rope_parameters"] = _rope_parameters(settings, read["max_position_embeddings"])
+        read["rope_parameters"] = _rope_parameters(settings, read)
         read["dtype"] = settings.dtype()
         cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
         raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
@@ -427,12 +427,12 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 }
 
 
-def _rope_parameters(settings: _Fields, max_positions: int | None) -> RopeParameters | None:
+def _rope_parameters(settings: _Fields, model: dict[str, Any]) -> RopeParameters | None:
     """Old and new spelling, resolved as transformers 5.23 does (modeling_rope_utils.py:775-866).
 
     An old `rope_scaling` wins over `rope_parameters` whole; its theta is then the top level's.
     """
-    raw, problems = settings.raw, settings.problems
+    raw, problems, max_positions = settings.raw, settings.problems, model["max_position_embeddings"]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     if not isinstance(given, dict):
         problems.append(f"rope_parameters is {_show(given)}; expected an object")
@@ -455,6 +455,8 @@ def _rope_parameters(settings: _Fields, max_positions: int | None) -> RopeParame
     _check_rope_order(read, problems)
     if rope_type == "yarn" and theta == 1:
         problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
+    if rope_type == "dynamic" and model["head_dim"] == 2:
+        problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
     if problems:
         return None
     return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)

@@ -6,9 +6,18 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.llama.params import PROJECTIONS, BiasedLoRA, LayerAdapter, LayerParams
+from fastlora.llama.params import (
+    PROJECTIONS,
+    AdapterRecord,
+    BiasedLoRA,
+    DoRA,
+    LayerAdapter,
+    LayerParams,
+    Linear,
+)
 from fastlora.llama.spec import Spec
 from fastlora.ops.attention import attention
+from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.lora_linear import down_projections, lora_linear
 from fastlora.ops.rms_norm import rms_norm
@@ -56,32 +65,74 @@ def project(
 ) -> list[Float[Tensor, "b t d_out"]]:
     """The projections `names` of one x, each with its low-rank term where the adapter has one."""
     adapted = [name for name in names if name in adapter]
-    low = dict(zip(adapted, _low(x, adapted, adapter, spec, key), strict=True))
+    inputs = _dropped(x, adapted, spec, key)
+    low = dict(zip(adapted, _low(x, inputs, adapted, adapter), strict=True))
     scalings, out = dict(spec.scalings), []
     for name in names:
-        weight, bias = params[name]["weight"], params[name].get("bias")
-        if name not in low:
-            out.append(F.linear(x, weight, bias))
-            continue
-        lora, scaling = adapter[name], scalings[name]
-        y = lora_linear(x, low[name], weight, bias, lora.b, scaling)
-        out.append(y + scaling * lora.bias if isinstance(lora, BiasedLoRA) else y)
+        linear = params[name]
+        if name in low:
+            lora, scaling = adapter[name], scalings[name]
+            out.append(_adapted(x, inputs.get(name), low[name], linear, lora, scaling))
+        else:
+            out.append(F.linear(x, linear["weight"], linear.get("bias")))
     return out
+
+
+def _dropped(
+    x: Float[Tensor, "b t d_in"], names: list[str], spec: LayerSpec, key: Int[Tensor, ""] | None
+) -> dict[str, Float[Tensor, "b t d_in"]]:
+    """x under each projection's own mask; empty where nothing is dropped."""
+    if key is None:
+        return {}
+    return {name: dropout(x, spec.lora_dropout, fold(key, _SALT[name])) for name in names}
 
 
 def _low(
     x: Float[Tensor, "b t d_in"],
+    dropped: dict[str, Float[Tensor, "b t d_in"]],
     names: list[str],
     adapter: LayerAdapter,
-    spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
-) -> tuple[Float[Tensor, "b t r"], ...]:
-    """x times each A'. With dropout each projection draws its own mask; none share a product."""
+) -> tuple[Float[Tensor, "b t _"], ...]:
+    """x times each A'. With dropout every projection has an input of its own; none share."""
     matrices = [adapter[name].a for name in names]
-    if key is None or not names:
+    if not dropped:
         return down_projections(x, matrices) if names else ()
-    masked = [dropout(x, spec.lora_dropout, fold(key, _SALT[name])) for name in names]
-    return tuple(F.linear(m, a) for m, a in zip(masked, matrices, strict=True))
+    return tuple(F.linear(dropped[n], a) for n, a in zip(names, matrices, strict=True))
+
+
+def _adapted(
+    x: Float[Tensor, "b t d_in"],
+    dropped: Float[Tensor, "b t d_in"] | None,
+    low: Float[Tensor, "b t r"],
+    linear: Linear,
+    lora: AdapterRecord,
+    scaling: float,
+) -> Float[Tensor, "b t d_out"]:
+    """One projection with its low-rank term, in x.dtype; vectors enter in their own, wider one."""
+    weight, bias = linear["weight"], linear.get("bias")
+    if isinstance(lora, DoRA):
+        return _dora(x, dropped, low, linear, lora, scaling)
+    y = lora_linear(x, low, weight, bias, lora.b, scaling)
+    return (y + scaling * lora.bias).to(x.dtype) if isinstance(lora, BiasedLoRA) else y
+
+
+def _dora(
+    x: Float[Tensor, "b t d_in"],
+    dropped: Float[Tensor, "b t d_in"] | None,
+    low: Float[Tensor, "b t r"],
+    linear: Linear,
+    lora: DoRA,
+    scaling: float,
+) -> Float[Tensor, "b t d_out"]:
+    """m / n times the adapted product; what a dropout mask hides keeps the base's length."""
+    weight, bias = linear["weight"], linear.get("bias")
+    gain = lora.magnitude / row_norms(weight, lora.a, lora.b, scaling)
+    if dropped is None:
+        y = gain * lora_linear(x, low, weight, None, lora.b, scaling)
+        return (y if bias is None else y + bias).to(x.dtype)
+    base = F.linear(x, weight, bias)
+    masked, update = F.linear(dropped, weight), scaling * F.linear(low, lora.b)
+    return (base + (gain - 1) * masked + gain * update).to(x.dtype)
 
 
 def queries_keys_values(

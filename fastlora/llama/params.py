@@ -45,12 +45,23 @@ class BiasedLoRA(NamedTuple):
     bias: Float[Tensor, "d_out"]
 
 
+class DoRA(NamedTuple):
+    """A LoRA with a trained length for each row of the sum (ops/dora.py)."""
+
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+    magnitude: Float[Tensor, "d_out"]
+
+
+# How one projection is adapted. The vectors stay float32 where the matrices are cast to multiply.
+AdapterRecord = LoRA | BiasedLoRA | DoRA
+
 # One decoder layer: "input_layernorm", "post_attention_layernorm", with qk_norm also "q_norm" and
 # "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear.
 LayerParams = dict[str, Any]
 
-# Projection name -> LoRA. A projection that is absent carries no adapter.
-LayerAdapter = dict[str, LoRA | BiasedLoRA]
+# Projection name -> record, all of one kind. A projection that is absent carries no adapter.
+LayerAdapter = dict[str, AdapterRecord]
 
 
 class Base(TypedDict):

@@ -36,6 +36,7 @@ class LoraConfig:
     alpha_pattern: tuple[tuple[str, float], ...]
     init_lora_weights: bool | str
     lora_bias: bool = False  # B has a bias
+    use_dora: bool = False
     targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in PROJECTIONS order
 
 

@@ -37,6 +37,34 @@ def test_a_projection_is_base_plus_scaled_low_rank(name, key, model):
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("key", [None, 11])
+def test_a_dora_projection_is_pefts_formula(name, key, pair):
+    """peft 0.21.2, variants.py:230: base + (m/n - 1) W x' + m/n s B A x', x' = dropout(x)."""
+    model = adapted(pair("llama_bias").model, r=4, lora_alpha=6, lora_dropout=0.3, use_dora=True)
+    params, lora = model.base["layers"][0], model.adapter["layers"][0][name]
+    weight, x = params[name]["weight"], inputs(params[name]["weight"].shape[1])
+    key = None if key is None else torch.tensor(key)
+    spec = layer_spec(model.spec, 0)
+    (y,) = project(x, (name,), params, model.adapter["layers"][0], spec, key)
+    masked = x if key is None else dropout(x, 0.3, fold(key, EVERY.index(name)))
+    update = 6 / 4 * lora.b @ lora.a
+    gain = lora.magnitude / (weight + update).norm(dim=1)
+    base = F.linear(x, weight, params[name]["bias"])
+    expected = base + (gain - 1) * (masked @ weight.t()) + gain * (masked @ update.t())
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lora_bias_is_scaled_with_its_matrix(pair):
+    model = adapted(pair("llama_bias").model, r=4, lora_alpha=6, lora_bias=True)
+    params, lora = model.base["layers"][0], model.adapter["layers"][0]["up_proj"]
+    x, spec = inputs(32), layer_spec(model.spec, 0)
+    (y,) = project(x, ("up_proj",), params, model.adapter["layers"][0], spec, None)
+    base = F.linear(x, params["up_proj"]["weight"], params["up_proj"]["bias"])
+    expected = base + 6 / 4 * (x @ lora.a.t() @ lora.b.t() + lora.bias)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_projections_together_are_each_alone(model):
     params, adapter = model.base["layers"][0], model.adapter["layers"][0]
     x, spec = inputs(32), layer_spec(model.spec, 0)

@@ -1,0 +1,620 @@
+"""Hostile folders, whole: they load right or are refused by file, in a moment, and change nothing.
+
+Broken files one by one are in test_checkpoint.py, test_config.py, test_export.py; here they pass
+through `fastlora.load` and `fastlora.load_adapter`.
+"""
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import struct
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import make_checkpoint
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as Backend
+from tokenizers.models import WordLevel
+from torch.utils._pytree import tree_leaves
+
+import fastlora
+from fastlora.adapter import module_names
+from fastlora.checks import CheckpointError
+from fastlora.model import Model
+from fastlora.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SECONDS = 1.0
+MEMORY = 300 * 2**20  # bytes by which a refusal may grow the process: a 32 MB JSON, parsed
+HUGE = 10**400  # an integer that JSON may hold and no float can
+REFUSALS = (CheckpointError, FileNotFoundError, NotImplementedError)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A good model with a tokenizer."""
+    folder = tmp_path_factory.mktemp("base")
+    make_checkpoint("llama2", folder)
+    words = WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>")
+    Backend(words).save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Model:
+    return fastlora.load(folder, device="cpu")[0]
+
+
+@pytest.fixture(scope="module")
+def adapter(model, tmp_path_factory) -> Path:
+    """A good adapter of that model: 14 kB in 8 tensors."""
+    folder = tmp_path_factory.mktemp("adapter")
+    fastlora.lora(model, r=2, target_modules=["q_proj", "v_proj"]).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken_model(folder, tmp_path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+@pytest.fixture
+def broken_adapter(adapter, tmp_path) -> Path:
+    return Path(shutil.copytree(adapter, tmp_path / "adapter"))
+
+
+@contextmanager
+def bounded():
+    """Within SECONDS, and without MEMORY bytes more than the process ever had (Linux: kB)."""
+    start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.perf_counter() - start < SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MEMORY
+
+
+def refused(call, *named: str) -> str:
+    """The message of a refusal, which names all of `named`; anything else fails."""
+    with bounded(), pytest.raises(REFUSALS) as error:
+        call()
+    text = str(error.value)
+    assert all(name in text for name in named), text
+    assert len(text) < 5000, f"{len(text)} characters"
+    return text
+
+
+def loads_or_refuses(call) -> None:
+    """The law."""
+    with bounded():
+        try:
+            call()
+        except REFUSALS as error:
+            assert str(error)
+
+
+def load(folder: Path) -> tuple[Model, Tokenizer | None]:
+    return fastlora.load(folder, device="cpu", local_files_only=True)
+
+
+def runs(folder: Path) -> None:
+    """Load, and give finite or not finite logits of a model that was accepted."""
+    model, _ = load(folder)
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, model.spec.config.vocab_size)
+
+
+def edit(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rewrite(path: Path, change) -> None:
+    save_file(change(load_file(path)), path)
+
+
+def header_file(path: Path, header: bytes, data: bytes = b"", size: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if size is None else size) + header + data)
+
+
+# ── JSON, whatever file it is in ──────────────────────────────────────────────────────────
+
+BAD_JSON = {
+    "10,000 deep": b'{"a":' * 10_000 + b"1" + b"}" * 10_000,
+    "100,000 lists": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "cut off": b'{"a": ',
+    "no UTF-8": b'{"a": "\xff"}',
+    "NUL": b'{"a": "\0"}',
+    "5,000 digits": b'{"a": ' + b"1" * 5000 + b"}",
+    "a list": b"[1]",
+}
+READ_OF_MODEL = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", READ_OF_MODEL)
+@pytest.mark.parametrize("bad", BAD_JSON)
+def test_bad_json_in_a_model_is_refused_by_name(broken_model, name, bad):
+    (broken_model / name).write_bytes(BAD_JSON[bad])
+    refused(lambda: load(broken_model), name)
+
+
+@pytest.mark.parametrize("bad", [*BAD_JSON, "a name twice"])
+def test_bad_json_in_an_adapter_is_refused_by_name(broken_adapter, model, bad):
+    (broken_adapter / CONFIG).write_bytes(BAD_JSON.get(bad, b'{"r": 1, "r": 2}'))
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), CONFIG)
+
+
+@pytest.mark.parametrize("name", ["config.json", CONFIG, INDEX])
+def test_50_megabytes_of_json_are_refused_unread(broken_model, broken_adapter, model, name):
+    folder = broken_adapter if name == CONFIG else broken_model
+    (broken_model / BASE_WEIGHTS).unlink()
+    (folder / name).write_bytes(b'{"a": "' + b"x" * 50_000_000 + b'"}')
+    call = {CONFIG: lambda: fastlora.load_adapter(model, folder)}.get(name, lambda: load(folder))
+    assert "50,000,009 bytes" in refused(call, name)
+
+
+def test_a_name_given_20_000_times_over_is_refused_in_a_moment(broken_adapter, model):
+    pairs = b",".join(b'"k%d":1' % (i // 2) for i in range(20_000))
+    (broken_adapter / CONFIG).write_bytes(b"{" + pairs + b"}")
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), CONFIG, "given twice")
+
+
+# ── adapter_config.json ───────────────────────────────────────────────────────────────────
+
+BAD_FIELDS = [
+    dict(peft_type="lora"),
+    dict(peft_type=["LORA"]),
+    dict(task_type={}),
+    dict(r=-4),
+    dict(r=True),
+    dict(r=10**9),
+    dict(r=HUGE, lora_alpha=1.5),
+    dict(r=HUGE, use_rslora=True),
+    dict(rank_pattern={"q_proj": HUGE}),
+    dict(lora_alpha=HUGE),
+    dict(lora_alpha=float("nan")),
+    dict(lora_alpha=float("inf")),
+    dict(alpha_pattern={"q_proj": HUGE}),
+    dict(alpha_pattern={"q_proj": float("nan")}),
+    dict(lora_dropout=2.0),
+    dict(lora_dropout=HUGE),
+    dict(lora_dropout=float("nan")),
+    dict(target_modules=5),
+    dict(target_modules={"q_proj": 1}),
+    dict(target_modules=[1, 2]),
+    dict(target_modules=[]),
+    dict(target_modules=""),
+    dict(target_modules=["q_proj\0"]),
+    dict(target_modules="\ud800"),
+    dict(target_modules=["x" * 10**6]),
+    dict(target_modules=["q_proj"] * 10**5),
+    dict(target_modules="(" * 5000 + ")" * 5000),
+    dict(target_modules="a{99999999999999999999}"),
+    dict(exclude_modules="(" * 5000),
+    dict(layers_to_transform=[HUGE]),
+    dict(layers_to_transform=list(range(10**6))),
+    dict(layers_pattern="model|x", layers_to_transform=[0]),
+    dict(layers_pattern="(?#", layers_to_transform=[0]),
+    dict(init_lora_weights={"a": 1}),
+    dict(a_field_of_tomorrow="x" * 10**6),
+    {f"field_{i}": 1 for i in range(10**4)},
+]
+
+
+@pytest.mark.parametrize("fields", BAD_FIELDS, ids=lambda fields: f"{fields!r:.40}")
+def test_a_bad_field_is_refused_by_name(broken_adapter, model, fields):
+    edit(broken_adapter / CONFIG, **fields)
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), CONFIG, next(iter(fields)))
+
+
+def test_a_literal_beyond_floats_is_infinity(broken_adapter, model):
+    text = (broken_adapter / CONFIG).read_text()
+    (broken_adapter / CONFIG).write_text(re.sub(r'"lora_alpha": \d+', '"lora_alpha": 1e400', text))
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), "lora_alpha=inf")
+
+
+BAD_NAMES = ["\ud800", "a\0b", "x" * 5000, "/" + "x" * 300, "a/" * 3000, "", ".", "~", "../..", 5]
+
+
+@pytest.mark.parametrize("name", BAD_NAMES, ids=lambda name: f"{name!r:.20}")
+def test_a_bad_name_of_the_base_is_refused(broken_adapter, name):
+    edit(broken_adapter / CONFIG, base_model_name_or_path=name)
+    refused(lambda: load(broken_adapter))
+
+
+# ── patterns ──────────────────────────────────────────────────────────────────────────────
+
+CATASTROPHES = [
+    "(a+)+$",
+    r"([\w.]+)+!",
+    "(.|.)*!",
+    "(?:a|ab|.)*!",
+    "(?:.*)*!",
+    ".*" * 9 + "!",
+    ".?" * 40 + "!",
+    "(?i)" + "".join(rf"(?:{c}\B|{c.upper()}\B|.\B)?" for c in "modelayrs" * 3) + "!",
+    r"(?=(.|.)*!)q_proj",
+    r"(.)(\1|.)*!",
+]
+# Unsloth's, PEFT's documentation's and the Hub's.
+EVERYDAY = [
+    r".*\.layers\.\d+\.self_attn\.(q|k|v|o)_proj",
+    r"^(?!.*vision).*(?:q_proj|v_proj)$",
+    r"(.*\.)?(model\.)?layers\.(0|1)\.(self_attn|mlp)\.(?:[a-z]+_)?proj|.*q_proj",
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj|fc1|fc2|o_proj|gate_proj|up_proj|down_proj).*?)|"
+    r"(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\."
+    r"(?:(?:k_proj|v_proj|q_proj|o_proj)))",
+]
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+@pytest.mark.parametrize("regex", CATASTROPHES, ids=lambda regex: regex[:20])
+def test_a_pattern_that_re_takes_for_ever_with_is_matched_or_refused_at_once(
+    broken_adapter, model, regex, field
+):
+    edit(broken_adapter / CONFIG, **{field: {regex: 2} if field == "rank_pattern" else regex})
+    start = time.perf_counter()
+    loads_or_refuses(lambda: fastlora.load_adapter(model, broken_adapter))
+    assert time.perf_counter() - start < 1
+
+
+def test_a_pattern_that_takes_too_long_is_refused_by_name(broken_adapter, model, monkeypatch):
+    monkeypatch.setattr("fastlora.adapter._SECONDS", 0.2)
+    edit(broken_adapter / CONFIG, target_modules=r"(.*?)*(.*?)*(?(1)Z|Y)")
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), "target_modules", "too long")
+
+
+@pytest.mark.parametrize("regex", EVERYDAY, ids=lambda regex: regex[:20])
+def test_everyday_patterns_are_read(broken_adapter, model, regex):
+    edit(broken_adapter / CONFIG, target_modules=regex)
+    try:
+        fastlora.load_adapter(model, broken_adapter)
+    except CheckpointError as error:  # it targets more than the file has
+        assert "missing" in str(error)
+
+
+def test_a_thousand_full_names_are_read(broken_adapter, model):
+    names = [m for m in module_names(model.spec.config) if m.endswith(("q_proj", "v_proj"))]
+    names += [f"model.layers.{i}.self_attn.q_proj" for i in range(100, 1100)]
+    edit(broken_adapter / CONFIG, rank_pattern={re.escape(n): 2 for n in names})
+    fastlora.load_adapter(model, broken_adapter)
+
+
+# ── adapter_model.safetensors ─────────────────────────────────────────────────────────────
+
+KEY = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+
+
+def test_every_length_of_a_cut_file_is_refused(broken_adapter, model):
+    path = broken_adapter / WEIGHTS
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    for length in [*range(start + 9), *range(start + 9, len(data), 97), len(data) - 1]:
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=re.escape(WEIGHTS)):
+            fastlora.load_adapter(model, broken_adapter)
+
+
+ONE = b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+BAD_FILES = {
+    "garbage": lambda p: p.write_bytes(os.urandom(64)),
+    "a pickle": lambda p: p.write_bytes(pickle.dumps({"a": 1})),
+    "length 2^60": lambda p: header_file(p, b"{}", size=2**60),
+    "shape 2^40": lambda p: header_file(p, b"{%s}" % ONE.replace(b"[1]", b"[%d]" % 2**40), b"0000"),
+    "twice": lambda p: header_file(p, b"{%s,%s}" % (ONE, ONE), b"0000"),
+    "overlapping": lambda p: header_file(p, b"{%s,%s}" % (ONE, ONE.replace(b"a", b"b")), b"0000"),
+    "a surrogate": lambda p: header_file(p, b"{%s}" % ONE.replace(b'"a"', rb'"\ud800"'), b"0000"),
+    "four bits": lambda p: header_file(
+        p, b'{"a":{"dtype":"F4","shape":[8],"data_offsets":[0,4]}}', b"0000"
+    ),
+    "a gigabyte's header": lambda p: (header_file(p, b"{", size=10**9), os.truncate(p, 2 * 10**9)),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FILES)
+def test_a_bad_file_is_refused_by_name(broken_adapter, model, bad):
+    path = broken_adapter / WEIGHTS
+    path.unlink()  # never written through: `adapter` may be mapped
+    BAD_FILES[bad](path)
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), WEIGHTS)
+
+
+BAD_TENSORS = {
+    "int8": lambda x: x.to(torch.int8),
+    "fp8": lambda x: x.to(torch.float8_e4m3fn),
+    "complex": lambda x: x.to(torch.complex64),
+    "inf": lambda x: x + float("inf"),
+    "nan in one place": lambda x: torch.where(torch.arange(x.shape[1]) == 1, float("nan"), x),
+    "transposed": lambda x: x.T.contiguous(),
+    "no rows": lambda x: x[:0].clone(),
+    "no dimension": lambda x: x.sum(),
+    "three dimensions": lambda x: x[None].clone(),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TENSORS)
+def test_a_bad_tensor_is_refused_by_key(broken_adapter, model, bad):
+    rewrite(broken_adapter / WEIGHTS, lambda ts: ts | {KEY: BAD_TENSORS[bad](ts[KEY])})
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), WEIGHTS, KEY)
+
+
+def test_of_thousands_of_unexpected_keys_ten_are_shown(broken_adapter, model):
+    more = {f"base_model.model.x{i}.lora_A.weight": torch.zeros(1) for i in range(3000)}
+    rewrite(broken_adapter / WEIGHTS, lambda ts: ts | more)
+    text = refused(lambda: fastlora.load_adapter(model, broken_adapter), WEIGHTS, "2990 more")
+    assert len(text.splitlines()) == 13
+
+
+@pytest.mark.parametrize("rename", [("model.model.", "_orig_mod.model.model."), (".weight", "!")])
+def test_a_compiled_models_and_a_named_adapters_keys_mean_the_same(broken_adapter, model, rename):
+    old, new = rename[0], rename[1].replace("!", ".default.weight")
+    good = fastlora.load_adapter(model, broken_adapter)
+    rewrite(broken_adapter / WEIGHTS, lambda ts: {k.replace(old, new): t for k, t in ts.items()})
+    again = fastlora.load_adapter(model, broken_adapter)
+    pairs = zip(tree_leaves(good.adapter), tree_leaves(again.adapter), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_pickle_beside_the_weights_is_not_opened(broken_adapter, broken_model, model, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    for path in (broken_adapter / "adapter_model.bin", broken_model / "pytorch_model.bin"):
+        path.write_bytes(pickle.dumps(Bomb()))
+    fastlora.load_adapter(model, broken_adapter)
+    load(broken_model)
+    for path in (broken_adapter / WEIGHTS, broken_model / BASE_WEIGHTS):
+        path.write_bytes(pickle.dumps(Bomb()))
+    refused(lambda: fastlora.load_adapter(model, broken_adapter), WEIGHTS)
+    refused(lambda: load(broken_model), BASE_WEIGHTS)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_refusal_leaves_the_model_as_it_was(broken_adapter, adapter, model):
+    carrying = fastlora.load_adapter(model, adapter)
+    leaves = tree_leaves((carrying.base, carrying.adapter))
+    before, spec, held = [x.clone() for x in leaves], carrying.spec, carrying.adapter
+    for change in (lambda x: x * float("nan"), lambda x: x[:0].clone(), lambda x: x.to(torch.int8)):
+        rewrite(broken_adapter / WEIGHTS, lambda ts, to=change: ts | {KEY: to(ts[KEY].float())})
+        refused(lambda: fastlora.load_adapter(carrying, broken_adapter), KEY)
+        shutil.copy(adapter / WEIGHTS, broken_adapter / WEIGHTS)
+    after = tree_leaves((carrying.base, carrying.adapter))
+    assert carrying.spec is spec and carrying.adapter is held
+    assert all(a is b for a, b in zip(leaves, after, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+# ── model folders ─────────────────────────────────────────────────────────────────────────
+
+BAD_SETTINGS = [
+    dict(num_hidden_layers=10**9),
+    dict(num_hidden_layers=HUGE),
+    dict(hidden_size=2**40),
+    dict(vocab_size=2**31 - 1),
+    dict(head_dim=-2),
+    dict(rms_norm_eps=float("nan")),
+    dict(rope_scaling={"rope_theta": HUGE}),
+    dict(rope_scaling={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1.0}),
+    dict(rope_scaling={"rope_type": []}),
+    dict(rope_scaling={"rope_type": "dynamic", "factor": 2.0}, head_dim=2),
+    dict(tokenizer_class=[1]),
+    dict(eos_token_id=["x"] * 10**5),
+    dict(model_type="\ud800"),
+]
+
+
+@pytest.mark.parametrize("fields", BAD_SETTINGS, ids=lambda fields: f"{fields!r:.40}")
+def test_a_bad_setting_is_refused(broken_model, fields):
+    edit(broken_model / "config.json", **fields)
+    refused(lambda: load(broken_model), str(broken_model.name))
+
+
+BAD_WORDS = [
+    dict(tokenizer_class=7),
+    dict(eos_token="\ud800"),
+    dict(eos_token={"content": "x", "lstrip": 3}),
+    dict(extra_special_tokens=True),
+    dict(additional_special_tokens=["\ud800"]),
+    dict(added_tokens_decoder={"²": "x"}),
+    dict(added_tokens_decoder={"9" * 5000: "x"}),
+    dict(added_tokens_decoder={"1": {"content": "x", "special": "y"}}),
+    dict(chat_template="\ud800"),
+]
+
+
+@pytest.mark.parametrize("fields", BAD_WORDS, ids=lambda fields: f"{fields!r:.40}")
+def test_a_bad_tokenizer_setting_is_refused(broken_model, fields):
+    edit(broken_model / "tokenizer_config.json", **fields)
+    refused(lambda: load(broken_model), "tokenizer_config.json")
+
+
+def test_ids_of_added_tokens_are_numbers(broken_model):
+    (broken_model / "added_tokens.json").write_text('{"a": []}')
+    refused(lambda: load(broken_model), "added_tokens.json")
+
+
+def in_shards(folder: Path, file: str, key: str = "a", count: int = 1) -> None:
+    (folder / BASE_WEIGHTS).rename(folder / "1.safetensors")
+    weight_map = {f"{key}{i}": file.replace("#", str(i)) for i in range(count)}
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["../1.safetensors", "/1.safetensors", "a/../../1.safetensors", "x" * 5000 + ".safetensors"],
+    ids=lambda file: file[:20],
+)
+def test_an_index_that_leads_elsewhere_is_refused(broken_model, file):
+    in_shards(broken_model, file)
+    with bounded(), pytest.raises(CheckpointError, match=INDEX):
+        load(broken_model)
+
+
+@pytest.mark.parametrize(
+    "file", ["\ud800.safetensors", "#.safetensors", "1.safetensors/.safetensors", ".safetensors"]
+)
+def test_shards_that_cannot_be_are_missing(broken_model, file):
+    in_shards(broken_model, file, count=10_000)
+    with bounded(), pytest.raises(FileNotFoundError) as error:
+        load(broken_model)
+    assert INDEX in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_links_are_followed_wherever_they_lead(broken_model, tmp_path):
+    """huggingface_hub's cache is made of links that leave the folder: ../../blobs/…"""
+    blob = tmp_path / "blob"
+    (broken_model / BASE_WEIGHTS).rename(blob)
+    (broken_model / BASE_WEIGHTS).symlink_to(blob)
+    runs(broken_model)
+
+
+@pytest.mark.parametrize("kind", ["loop", "dangling", "folder", "fifo", "device"])
+@pytest.mark.parametrize("name", [BASE_WEIGHTS, "config.json"])
+def test_what_is_no_file_is_no_file(broken_model, name, kind):
+    path = broken_model / name
+    path.unlink()
+    make = {
+        "loop": lambda: path.symlink_to(path.name),
+        "dangling": lambda: path.symlink_to("/nonexistent"),
+        "folder": path.mkdir,
+        "fifo": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+    }
+    make[kind]()
+    refused(lambda: load(broken_model), name)
+
+
+# ── chat templates ────────────────────────────────────────────────────────────────────────
+
+BOMBS = [
+    "{% for i in range(10**9) %}x{% endfor %}",
+    "{{ 'a' * 10**9 }}",
+    "{{ 10**9 * 'a' }}",
+    "{{ [0] * 10**9 }}",
+    "{{ messages * 10**9 }}",
+    "{{ 10 ** (10**10) }}",
+    "{{ (10**60) ** 60 }}",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+    "{% for i in [1] %}" * 40 + "{% endfor %}" * 40,
+    "{{ ''.__class__.__mro__ }}",
+    "{{ messages.append(1) }}",
+    "{{ undefined.attribute }}",
+    "{% include '/etc/passwd' %}",
+]
+
+
+@pytest.mark.parametrize("template", BOMBS, ids=lambda template: template[:30])
+def test_a_template_that_explodes_is_refused(broken_model, template):
+    """Loading renders nothing. Loops in loops are not bounded: nor are they in transformers."""
+    (broken_model / "chat_template.jinja").write_text(template)
+    tokenizer = load(broken_model)[1]
+    assert tokenizer is not None
+    with bounded(), pytest.raises(ValueError, match="chat_template"):
+        tokenizer.render_chat([{"role": "user", "content": "x"}])
+
+
+def test_sums_and_products_of_everyday_templates_work(broken_model):
+    (broken_model / "chat_template.jinja").write_text("{{ '-' * 20 }}{{ 2 * 3 ** 2 }}")
+    tokenizer = load(broken_model)[1]
+    assert tokenizer is not None
+    assert tokenizer.render_chat([{"role": "user"}]) == "-" * 20 + "18"
+
+
+# ── anything ──────────────────────────────────────────────────────────────────────────────
+
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+NUMBERS = st.sampled_from([0, -1, 1, 2**31, 2**40, HUGE, -HUGE, 1e308, float("nan"), float("inf")])
+TEXTS = st.text(max_size=5) | st.sampled_from(["\ud800", "\0", "q_proj", ".*", "(", "F32", "yarn"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | NUMBERS | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def test_any_field_of_an_adapters_config(adapter, broken_adapter, model):
+    raw = json.loads((adapter / CONFIG).read_text())
+    more = ("exclude_modules", "use_dora", "alora_invocation_tokens", "lora_bias")
+
+    @FUZZ
+    @given(st.dictionaries(st.sampled_from([*raw, *more]) | TEXTS, JSON, min_size=1, max_size=2))
+    def check(changed):
+        (broken_adapter / CONFIG).write_text(json.dumps(raw | changed))
+        loads_or_refuses(lambda: fastlora.load_adapter(model, broken_adapter))
+        loads_or_refuses(lambda: load(broken_adapter)) if "r" in changed else None
+
+    check()
+
+
+@pytest.mark.parametrize("name", READ_OF_MODEL)
+def test_any_field_of_a_models_json(folder, broken_model, name):
+    raw = json.loads((folder / name).read_text())
+    known = {
+        "tokenizer_config.json": ["bos_token", "added_tokens_decoder", "extra_special_tokens"],
+        "config.json": ["rope_scaling", "layer_types", "sliding_window", "tokenizer_class"],
+        "generation_config.json": ["eos_token_id", "pad_token_id"],
+        "tokenizer.json": [],
+    }
+    keys = st.sampled_from([*raw, *known[name]])
+
+    @settings(FUZZ, max_examples=80)
+    @given(st.dictionaries(keys, JSON, min_size=1, max_size=2))
+    def check(changed):
+        (broken_model / name).write_text(json.dumps(raw | changed))
+        loads_or_refuses(lambda: runs(broken_model))
+
+    check()
+
+
+def mutated(header: dict):
+    """A header with one field of one tensor replaced, a tensor dropped, renamed or doubled."""
+    tensors = st.sampled_from(sorted(header))
+    field = st.sampled_from(["dtype", "shape", "data_offsets", "more"])
+    value = JSON | st.lists(st.integers(-1, 2**63) | st.integers(0, 300), max_size=3)
+    dtype = st.sampled_from(["F32", "F16", "F64", "BF16", "I8", "F8_E4M3", "F4", "BOOL", "U64"])
+    set_field = lambda key, f, v: {**header, key: {**header[key], f: v}}
+    drop = lambda key: {k: v for k, v in header.items() if k != key}
+    return (
+        st.builds(set_field, tensors, field, value)
+        | st.builds(lambda key, d: set_field(key, "dtype", d), tensors, dtype)
+        | tensors.map(drop)
+        | st.builds(lambda key, name: {**drop(key), name: header[key]}, tensors, TEXTS)
+        | st.builds(lambda key, name: {**header, name: header[key]}, tensors, TEXTS)
+        | st.builds(lambda key, v: {**header, key: v}, tensors, JSON)
+    )
+
+
+def test_any_header(adapter, broken_adapter, model):
+    data = (adapter / WEIGHTS).read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = {k: v for k, v in json.loads(data[8:start]).items() if k != "__metadata__"}
+
+    @FUZZ
+    @given(mutated(header))
+    def structured(changed):
+        header_file(broken_adapter / WEIGHTS, json.dumps(changed).encode(), data[start:])
+        loads_or_refuses(lambda: fastlora.load_adapter(model, broken_adapter))
+
+    @FUZZ
+    @given(st.binary(max_size=12), st.integers(0, start + 8), st.booleans())
+    def raw(junk, at, insert):
+        rest = data[at if insert else at + len(junk) :]
+        (broken_adapter / WEIGHTS).write_bytes(data[:at] + junk + rest)
+        loads_or_refuses(lambda: fastlora.load_adapter(model, broken_adapter))
+
+    structured()
+    raw()
