@@ -27,7 +27,7 @@ from fastlora.llama.params import (
     projection_path,
     projection_shape,
 )
-from fastlora.llama.spec import LoraConfig, Recompute, Spec, Target
+from fastlora.llama.spec import POLICIES, LoraConfig, Recompute, Spec, Target, is_recompute
 from fastlora.ops.dora import row_norms
 
 DTYPES = {
@@ -36,7 +36,6 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-RECOMPUTE = ("none", "selective", "full", "offload")
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
 _LATER_INITS = r"pissa|pissa_niter_\d+|olora|eva|corda|lora_ga|loftq|mica"
 PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
@@ -423,10 +422,9 @@ def _recompute(policy: Recompute, checkpointing: bool | str | None) -> tuple[Rec
             given = f"recompute={policy!r}, use_gradient_checkpointing={checkpointing!r}"
             return policy, [f"{given}: two names of one setting; give recompute only."]
         return _CHECKPOINTING[checkpointing], []
-    is_share = isinstance(policy, int | float) and not isinstance(policy, bool)
-    if policy in RECOMPUTE or (is_share and 0 <= policy <= 1):
+    if is_recompute(policy):
         return policy, []
-    return policy, [f"recompute={policy!r}: expected one of {RECOMPUTE} or a number in [0, 1]."]
+    return policy, [f"recompute={policy!r}: expected one of {POLICIES} or a number in [0, 1]."]
 
 
 def _init_problems(s: LoraConfig, random_state: int) -> list[str]:

@@ -19,9 +19,9 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from fastlora.checks import CheckpointError, raise_problems
+from fastlora.ops.linear_cross_entropy import IGNORE as IGNORED
 from fastlora.tokenizer import Span, Tokenizer
 
-IGNORED = -100  # Hugging Face's label for "not trained"
 TrainOn = Literal["responses", "all"]
 Row = Mapping[str, Any]
 

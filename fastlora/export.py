@@ -639,15 +639,21 @@ def _present(spec: Spec, adapter: Adapter | None) -> tuple[LoraConfig, Adapter]:
 
 def _writable(folder: str | os.PathLike[str], spec: Spec) -> Path:
     """The folder as a path, once it is clear that it may be written to."""
-    path = Path(folder)
+    if error := folder_error(Path(folder), spec):
+        raise error
+    return Path(folder)
+
+
+def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
+    """Why nothing of this model may or can be written to a folder; nothing is touched."""
     if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
-        raise ValueError(f"{path} is the folder the base was loaded from; choose another.")
+        return ValueError(f"{path} is the folder the base was loaded from; choose another.")
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
-        raise ValueError(f"{path} cannot be a folder: {nearest} is a file; choose another name.")
+        return ValueError(f"{path} cannot be a folder: {nearest} is a file; choose another name.")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{path} cannot be written: {nearest} is not writable for this user.")
-    return path
+        return PermissionError(f"{path} cannot be written: {nearest} is not writable for you.")
+    return None
 
 
 def _check_no_other_model(folder: Path, ours: set[str]) -> None:

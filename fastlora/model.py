@@ -13,10 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fastlora import export, functional, generation
 from fastlora.checks import raise_problems
+from fastlora.combine import disable
 from fastlora.functional import Batch, Seed
 from fastlora.llama.decoder import requires_grad
 from fastlora.llama.params import Adapter, Base
-from fastlora.llama.spec import Compile, Kernels, Recompute, Spec
+from fastlora.llama.spec import Compile, Kernels, Recompute, Spec, is_recompute
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.linear_cross_entropy import IGNORE
 from fastlora.tokenizer import Tokenizer
@@ -41,9 +42,7 @@ class Model:
             ValueError: if the tree, a shape or a dtype kind differs from the present adapter's.
         """
         if adapter is None:
-            return dataclasses.replace(
-                self, spec=dataclasses.replace(self.spec, lora=None), adapter=None
-            )
+            return disable(self)
         _check_adapter(self.adapter, adapter)
         return dataclasses.replace(self, adapter=adapter)
 
@@ -233,7 +232,7 @@ class Model:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the adapter as a PEFT folder. See `export.save_adapter`."""
-        export.save_adapter(self.spec, _present(self.adapter), Path(folder))
+        export.save_adapter(self.spec, self.adapter, Path(folder))
 
     def save_pretrained_merged(
         self,
@@ -248,16 +247,10 @@ class Model:
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
         """Upload the adapter's PEFT folder to the Hub."""
-        export.push_to_hub(self.spec, _present(self.adapter), repo_id, token=token, private=private)
+        export.push_to_hub(self.spec, self.adapter, repo_id, token=token, private=private)
 
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────
-
-
-def _present(adapter: Adapter | None) -> Adapter:
-    if adapter is None:
-        raise ValueError("this model has no adapter to save; call fastlora.lora(model) first.")
-    return adapter
 
 
 def _spec_problems(changed: dict[str, Any]) -> list[str]:
@@ -276,15 +269,6 @@ def _spec_problems(changed: dict[str, Any]) -> list[str]:
         for name, value in changed.items()
         if not rules[name][0](value)
     ]
-
-
-def is_recompute(value: Any) -> bool:
-    """Whether a value names a recompute policy or is a budget."""
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, (int, float)):
-        return 0 <= value <= 1
-    return value in ("none", "selective", "full", "offload")
 
 
 def _check_adapter(old: Adapter | None, new: Adapter) -> None:

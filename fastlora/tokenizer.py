@@ -23,6 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from fastlora.atomic import atomic_write
 from fastlora.checks import CheckpointError, raise_problems
 
 Messages = Sequence[Mapping[str, Any]]
@@ -174,7 +175,8 @@ class Tokenizer:
         """
         folder = Path(folder)
         for name, data in self.files.items():
-            _write(folder / name, data)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(folder / name, lambda file, data=data: file.write(data))
         for path in _tokenizer_files(folder):
             if path.relative_to(folder).as_posix() not in self.files:
                 path.unlink()
@@ -720,16 +722,3 @@ def _cleans_up(backend: Backend, settings: Mapping[str, Any]) -> bool:
     wanted = settings.get("clean_up_tokenization_spaces")
     is_bpe = isinstance(backend.model, models.BPE)
     return bool(wanted and (not is_bpe or settings.get(forced)))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

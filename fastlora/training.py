@@ -39,7 +39,7 @@ from fastlora.data import (
     pack,
     read_rows,
 )
-from fastlora.export import WEIGHTS_FILE, peft_state_dict
+from fastlora.export import WEIGHTS_FILE, folder_error, peft_state_dict
 from fastlora.functional import Batch, Seed, loss_sum
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import Adapter, projection_path
@@ -242,7 +242,8 @@ def train(
     folder = None if output_dir is None else Path(output_dir)
     problems = _setting_problems(settings) + _model_problems(model, tokenizer)
     problems += _companion_problems(settings, eval_data, folder, resume)
-    problems += _folder_problems(folder, model.spec.name_or_path)
+    if folder is not None and (error := folder_error(folder, model.spec)):
+        problems.append(f"output_dir: {error}")  # found out before training and not after it
     problems += _mask_problems(settings, model.spec.max_seq_length)
     if log is not None and not callable(log):
         problems.append(f"log={log!r}: expected None or a function of one dict")
@@ -693,20 +694,6 @@ def _mask_problems(settings: Settings, length: int) -> list[str]:
         f" mask of {gib:.0f} GiB; pass fastlora.load a max_seq_length that your rows fill, such as"
         " 2048, or packing=False"
     ]
-
-
-def _folder_problems(folder: Path | None, base: str) -> list[str]:
-    """Why nothing could be saved to `output_dir`; found out before training and not after it."""
-    if folder is None:
-        return []
-    if (folder / "config.json").is_file() and folder.resolve() == Path(base).resolve():
-        return [f"output_dir={str(folder)!r} is the folder the base was loaded from"]
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        return [f"output_dir={str(folder)!r}: {nearest} is a file; expected a folder"]
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        return [f"output_dir={str(folder)!r}: {nearest} is not writable for this user"]
-    return []
 
 
 def _refuse_later(optimizer: str) -> None:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "fastlora"
 
 # The building, ground floor first. A file imports only from floors below its own.
 FLOORS = [
-    {"checks"},
+    {"checks", "atomic"},
     {"tokenizer", "ops"},
     {"llama"},
     {"gradients", "checkpoint"},

@@ -543,13 +543,12 @@ def test_a_process_that_is_killed_resumes(folder, base, tokenizer, tmp_path):
     script = textwrap.dedent(f"""
         import os, signal, json, fastlora
         from pathlib import Path
-        from fastlora import checkpoint
         replace = os.replace
         def dying(source, target):
             if target.parent.name == "checkpoint-4" and target.name == "optimizer.safetensors":
                 os.kill(os.getpid(), signal.SIGKILL)
             replace(source, target)
-        checkpoint.os.replace = dying
+        os.replace = dying
         model, _ = fastlora.load({str(folder)!r}, max_seq_length=64, device="cpu")
         model = fastlora.lora(model, r=2)
         tokenizer = fastlora.Tokenizer.from_folder(Path({str(DEMO)!r}))

@@ -1,11 +1,12 @@
 """Everything about a model that is not a tensor: frozen, hashable, passed whole."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from fastlora.llama.config import LlamaConfig
 
 Recompute = Literal["none", "selective", "full", "offload"] | float
+POLICIES = ("none", "selective", "full", "offload")
 Compile = Literal["auto"] | bool
 Kernels = Literal["auto", "torch", "triton"]
 
@@ -52,3 +53,10 @@ class Spec:
     compile: Compile = "auto"
     kernels: Kernels = "auto"
     deterministic: bool = False
+
+
+def is_recompute(value: Any) -> bool:
+    """Whether a value names a recompute policy or is a budget in [0, 1]."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return 0 <= value <= 1
+    return value in POLICIES
