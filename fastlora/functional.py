@@ -17,11 +17,12 @@ from fastlora.llama.decoder import head, hidden_states
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.positions import segment_starts
 from fastlora.llama.spec import Spec
-from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.linear_cross_entropy import (
     IGNORE,
     chunk_logprobs,
     chunk_value_and_grad,
+    chunk_value_and_grad_kernel,
     linear_logprobs,
 )
 
@@ -80,7 +81,11 @@ def token_logprobs(
     """Log-probability of labels[:, i] given the tokens before i; at least float32.
 
     0 at i = 0 and where the label is -100. The logits are never whole.
+
+    Raises:
+        ValueError: spec.kernels is "triton" where no Triton kernel can run.
     """
+    kernel = use_kernel(input_ids, spec.kernels)
     hidden = hidden_states(
         adapter,
         base,
@@ -96,6 +101,8 @@ def token_logprobs(
     regions: tuple[Callable, ...] = (chunk_logprobs, chunk_value_and_grad)
     if compiles(spec.compile, hidden.device) and not transforms_active():
         regions = tuple(lambda *args, fn=fn: compiled(fn, args) for fn in regions)
+    if kernel:
+        regions = (regions[0], chunk_value_and_grad_kernel)
     logp = linear_logprobs(hidden.flatten(0, 1), head(base), following.flatten(), *regions)
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
 

@@ -18,7 +18,7 @@ from fastlora.functional import Batch, Seed
 from fastlora.llama.decoder import requires_grad
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.spec import Compile, Kernels, Recompute, Spec, is_recompute
-from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.linear_cross_entropy import IGNORE
 from fastlora.tokenizer import Tokenizer
 
@@ -59,7 +59,8 @@ class Model:
         Args:
             recompute: "none", "selective", "full", "offload" or a number in [0, 1].
             compile: "auto" (on CUDA), True or False.
-            kernels: "auto" or "torch"; "triton" is refused while this version has no Triton kernel.
+            kernels: "auto" (Triton kernels on CUDA), "torch" (none), or "triton": they must run, on
+                the CPU too, where TRITON_INTERPRET=1 is set.
             deterministic: True also chooses attention kernels that give the same bits every run.
 
         Raises:
@@ -69,7 +70,8 @@ class Model:
             recompute=recompute, compile=compile, kernels=kernels, deterministic=deterministic
         )
         changed = {name: value for name, value in given.items() if value is not KEEP}
-        raise_problems(ValueError, "with_spec cannot do this:", _spec_problems(changed))
+        problems = _spec_problems(changed, self.base["norm"].device)
+        raise_problems(ValueError, "with_spec cannot do this:", problems)
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changed))
 
     def to(self, device: torch.device | str) -> "Model":
@@ -253,22 +255,20 @@ class Model:
 # ── checks ────────────────────────────────────────────────────────────────────────────────
 
 
-def _spec_problems(changed: dict[str, Any]) -> list[str]:
+def _spec_problems(changed: dict[str, Any], device: torch.device) -> list[str]:
     """What is wrong with new values of recompute, compile, kernels and deterministic."""
+    impossible = kernel_problem(device) if changed.get("kernels") == "triton" else None
     rules: dict[str, tuple[Callable[[Any], bool], str]] = {
         "recompute": (is_recompute, '"none", "selective", "full", "offload" or a number in [0, 1]'),
         "compile": (lambda x: x == "auto" or isinstance(x, bool), '"auto", True or False'),
-        "kernels": (
-            lambda x: x in ("auto", "torch"),
-            '"auto" or "torch"; this version has no Triton kernel yet',
-        ),
+        "kernels": (lambda x: x in ("auto", "torch", "triton"), '"auto", "torch" or "triton"'),
         "deterministic": (lambda x: isinstance(x, bool), "True or False"),
     }
     return [
         f"{name} must be {rules[name][1]}, got {value!r}"
         for name, value in changed.items()
         if not rules[name][0](value)
-    ]
+    ] + ([impossible] if impossible else [])
 
 
 def _check_adapter(old: Adapter | None, new: Adapter) -> None:

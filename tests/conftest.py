@@ -1,6 +1,7 @@
 """What several test files share: tiny checkpoints, read once here and once by transformers."""
 
 import copy
+import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,10 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+
+# Triton's interpreter, for the kernels' tests; transformers imports triton, which reads this then.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from models import make_checkpoint
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map

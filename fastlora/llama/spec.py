@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastlora.llama.config import LlamaConfig
+from fastlora.ops.dispatch import Kernels
 
 Recompute = Literal["none", "selective", "full", "offload"] | float
 POLICIES = ("none", "selective", "full", "offload")
 Compile = Literal["auto"] | bool
-Kernels = Literal["auto", "torch", "triton"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

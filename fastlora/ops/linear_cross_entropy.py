@@ -54,6 +54,16 @@ def chunk_value_and_grad(
     return logp, dlogits.to(h.dtype) @ weight
 
 
+def chunk_value_and_grad_kernel(
+    h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
+    """chunk_value_and_grad with softmax and its gradient in one Triton kernel, between products."""
+    from fastlora.ops.softmax_kernel import logprobs_and_dlogits_  # noqa: PLC0415  imports triton
+
+    logp, dlogits = logprobs_and_dlogits_(h @ weight.t(), labels, IGNORE)
+    return logp, dlogits @ weight
+
+
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, labels, value, value_and_grad):
@@ -99,7 +109,7 @@ def linear_logprobs(
         weight: the head.
         labels: in [0, v), or -100.
         value: chunk_logprobs or its compiled form.
-        value_and_grad: chunk_value_and_grad or its compiled form.
+        value_and_grad: chunk_value_and_grad, its compiled form, or chunk_value_and_grad_kernel.
     """
     if plain(weight):
         return linear_logprobs_reference(h, weight, labels)

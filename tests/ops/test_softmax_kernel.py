@@ -1,0 +1,96 @@
+"""The cross-entropy's Triton kernel: it may err, but no more than plain torch does.
+
+Without a GPU it runs in Triton's interpreter, in fp32, fp16 and fp64; bf16 needs a GPU.
+"""
+
+import pytest
+import torch
+from conftest import adapted
+
+from fastlora.ops.dispatch import use_kernel
+from fastlora.ops.linear_cross_entropy import (
+    chunk_value_and_grad,
+    chunk_value_and_grad_kernel,
+    linear_logprobs,
+)
+
+pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.float64, *([torch.bfloat16] if CUDA else [])]
+# (rows, hidden, vocabulary): less than a block, one block, several and a part
+SHAPES = [(5, 7, 33), (1, 1, 1), (3, 4, 16384), (4, 8, 40001)]
+
+
+def drawn(shape, dtype):
+    n, d, v = shape
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
+    labels = torch.randint(v, (n,), generator=gen)
+    labels[1::3] = -100
+    labels[-1] = v - 1
+    return new(n, d), new(v, d), labels.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernel_errs_no_more_than_plain_torch(shape, dtype):
+    h, weight, labels = drawn(shape, dtype)
+    exact = chunk_value_and_grad(h.double(), weight.double(), labels)
+    plain = chunk_value_and_grad(h, weight, labels)
+    fused = chunk_value_and_grad_kernel(h, weight, labels)
+    for f, p, e in zip(fused, plain, exact, strict=True):
+        error = lambda t, e=e: (t.double() - e).norm().item()
+        assert f.dtype == p.dtype and f.shape == p.shape
+        assert error(f) <= error(p) + 4 * torch.finfo(p.dtype).eps * e.norm().item()
+    ignored = labels == -100
+    assert not fused[0][ignored].any() and not fused[1][ignored].any()
+
+
+def test_huge_logits_stay_finite():
+    h, weight, labels = drawn((5, 7, 33), torch.float32)
+    logp, dh = chunk_value_and_grad_kernel(1e4 * h, 1e2 * weight, labels)
+    assert logp.isfinite().all() and dh.isfinite().all()
+
+
+def test_it_serves_any_function_of_the_log_probabilities():
+    h, weight, labels = drawn((9, 7, 33), torch.float64)
+    run = lambda *regions: torch.autograd.grad(
+        linear_logprobs(h.requires_grad_(), weight, labels, *regions).square().sum(), h
+    )[0]
+    torch.testing.assert_close(run(lambda *a: None, chunk_value_and_grad_kernel), run())
+
+
+def test_auto_is_the_gpus_and_triton_asks_for_the_interpreter(monkeypatch):
+    x = torch.ones(2, device=DEVICE)
+    assert use_kernel(x, "auto") == CUDA
+    assert use_kernel(x, "triton") and not use_kernel(x, "torch")
+    assert not torch.func.vmap(lambda x: x * use_kernel(x, "triton"))(x).any()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"CUDA(.|\n)*TRITON_INTERPRET=1"):
+        use_kernel(torch.ones(2), "triton")
+
+
+def test_the_kernel_is_what_a_model_runs(pair, monkeypatch):
+    """with_spec(kernels="triton"): another path, the same loss and gradients."""
+    import fastlora
+    from fastlora import functional as FL
+    from fastlora.ops import softmax_kernel
+
+    model = adapted(pair("llama2").model, r=4).to(DEVICE)
+    ids = torch.arange(12, device=DEVICE).view(2, 6)
+    calls = []
+    kernel = softmax_kernel.logprobs_and_dlogits_
+    counted = lambda *a: calls.append(1) or kernel(*a)
+    monkeypatch.setattr(softmax_kernel, "logprobs_and_dlogits_", counted)
+
+    def run(kernels):
+        spec = model.with_spec(kernels=kernels).spec
+        batch = {"input_ids": ids, "labels": ids}
+        return fastlora.value_and_grad(FL.loss)(model.adapter, model.base, spec, batch)
+
+    wanted = run("torch")
+    assert not calls
+    torch.testing.assert_close(run("triton"), wanted)
+    assert calls
