@@ -7,7 +7,8 @@ One setting, one process. Every step: the same random tokens, labels = tokens, f
 fused AdamW on r = 16 adapters of all seven projections. Steps run back to back, as in training; a
 CUDA event after each gives its time. Median of --steps after --warm; spread is the slowest step
 less the fastest. The peer is transformers + PEFT, with the same work, plain ("hf"), with gradient
-checkpointing ("hf-gc") and compiled ("hf-compile"). Ours keeps adapters in fp32, the peers in bf16.
+checkpointing ("hf-gc") and compiled ("hf-compile"); "probe" is bench_results/probe.py, the same
+step written as plainly as torch.compile allows. Ours keeps adapters in fp32, the others in bf16.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_results.probe import probe_step
 from random_checkpoint import SHAPES, write_checkpoint
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -35,10 +37,12 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
-def ours(folder: Path, setting: str, rank: int) -> Step:
-    model, _ = fastlora.load(str(folder))
-    recompute: Any = float(setting) if setting[0].isdigit() else setting
-    model = fastlora.lora(model, r=rank, lora_alpha=rank, recompute=recompute)
+def ours(args: argparse.Namespace) -> Step:
+    model, _ = fastlora.load(str(args.folder))
+    recompute: Any = float(args.one) if args.one[0].isdigit() else args.one
+    more = {name: True for name in ("use_dora", "lora_bias") if getattr(args, name)}
+    model = fastlora.lora(model, r=args.rank, lora_alpha=args.rank, recompute=recompute, **more)
+    model = model.with_spec(kernels=args.kernels)
     leaves, structure = tree_flatten(model.adapter)
     params = [leaf.clone() for leaf in leaves]
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
@@ -56,21 +60,27 @@ def ours(folder: Path, setting: str, rank: int) -> Step:
     return step
 
 
-def peer(folder: Path, setting: str, rank: int) -> Step:
+def probe(args: argparse.Namespace) -> Step:
+    return probe_step(SHAPES[args.shape], args.rank, "cuda")
+
+
+def peer(args: argparse.Namespace) -> Step:
     from peft import LoraConfig, get_peft_model  # noqa: PLC0415  only where a peer runs
     from transformers import AutoModelForCausalLM  # noqa: PLC0415
 
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
+        args.folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
     )
     model.config.use_cache = False
-    if setting == "hf-gc":
+    if args.one == "hf-gc":
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
     model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
     params = [p for p in model.parameters() if p.requires_grad]
-    run = torch.compile(model) if setting == "hf-compile" else model
+    run = torch.compile(model) if args.one == "hf-compile" else model
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
 
     def step(ids: torch.Tensor) -> torch.Tensor:
@@ -85,9 +95,9 @@ def peer(folder: Path, setting: str, rank: int) -> Step:
 
 def measure(args: argparse.Namespace) -> dict:
     """One setting, in this process."""
-    make = peer if args.one.startswith("hf") else ours
+    make = probe if args.one == "probe" else peer if args.one.startswith("hf") else ours
     start = time.perf_counter()
-    step = make(args.folder, args.one, args.rank)
+    step = make(args)
     torch.cuda.synchronize()
     load = time.perf_counter() - start
     generator = torch.Generator().manual_seed(0)
@@ -121,15 +131,26 @@ def measure(args: argparse.Namespace) -> dict:
 
 def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--one", setting, "--folder", str(folder)]
-    for name in ("batch", "seq", "rank", "steps", "warm"):
+    for name in ("shape", "batch", "seq", "rank", "steps", "warm", "kernels"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += [f"--{n.replace('_', '-')}" for n in ("use_dora", "lora_bias") if getattr(args, n)]
     with tempfile.TemporaryDirectory() as cold:  # a compile cache of its own: first steps are cold
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cold}
+        if args.cache:
+            env["TORCHINDUCTOR_CACHE_DIR"] = str(args.cache)
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     if not lines:
         return {"setting": setting, "error": done.stderr.strip().splitlines()[-1:]}
     return json.loads(lines[0].removeprefix("RESULT "))
+
+
+def how(args: argparse.Namespace) -> dict:
+    """What a line of results must say beside the setting."""
+    device = torch.cuda.get_device_name()
+    options = {n: True for n in ("use_dora", "lora_bias") if getattr(args, n)}
+    versions = {"torch": torch.__version__, "device": device}
+    return {"shape": args.shape, "kernels": args.kernels} | options | versions
 
 
 def report(rows: list[dict], args: argparse.Namespace) -> None:
@@ -153,12 +174,16 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
     parser.add_argument("--recompute", nargs="*", default=POLICIES)
-    parser.add_argument("--peers", nargs="*", default=["hf", "hf-gc"])
+    parser.add_argument("--peers", nargs="*", default=["probe", "hf", "hf-gc"])
+    parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
+    parser.add_argument("--use-dora", action="store_true")
+    parser.add_argument("--lora-bias", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=3)
+    parser.add_argument("--cache", type=Path, help="compile cache; first steps are then not cold")
     parser.add_argument("--out", type=Path, help="append one JSON line per setting")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -173,7 +198,7 @@ def main() -> None:
             write_checkpoint(args.shape, folder)
         rows = []
         for setting in [*args.recompute, *args.peers]:
-            rows.append({"shape": args.shape} | in_own_process(setting, folder, args))
+            rows.append(how(args) | in_own_process(setting, folder, args))
             print(rows[-1], flush=True)
             if args.out:
                 with args.out.open("a") as file:

@@ -48,6 +48,16 @@ def test_kernel_errs_no_more_than_plain_torch(shape, dtype):
     assert not fused[0][ignored].any() and not fused[1][ignored].any()
 
 
+@pytest.mark.parametrize("flip", [False, True], ids=["last", "first"])
+def test_the_largest_logit_may_come_in_any_block(flip):
+    weight = torch.linspace(-20, 20, 40001, device=DEVICE)[:, None]
+    weight = weight.flip(0) if flip else weight
+    h, labels = torch.ones(2, 1, device=DEVICE), torch.tensor([0, 40000], device=DEVICE)
+    logp, dh = chunk_value_and_grad_kernel(h, weight, labels)
+    wanted = chunk_value_and_grad(h, weight, labels)
+    torch.testing.assert_close((logp, dh), wanted)
+
+
 def test_huge_logits_stay_finite():
     h, weight, labels = drawn((5, 7, 33), torch.float32)
     logp, dh = chunk_value_and_grad_kernel(1e4 * h, 1e2 * weight, labels)
