@@ -59,6 +59,8 @@ def adapted(folder: Path, dtype: str, **how: Any) -> Model:
 def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
     """Logits in bf16, against transformers' in bf16, both against transformers' in fp32."""
     ours, _ = fastlora.load(str(folder), dtype="bfloat16", device="cuda")
+    # Read again: .float() of `theirs` and back would round the rotary tables too.
+    wide = type(theirs).from_pretrained(folder, dtype=torch.float32).cuda()
     ids = tokens(ours, 2, 300)
     mask = torch.ones_like(ids)
     mask[0, :90] = 0
@@ -67,8 +69,8 @@ def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
         extra = given | ({"position_ids": positions} if given else {})
         real = mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)
         with torch.no_grad():
-            exact = theirs.float()(ids, **extra).logits[real]
-            their = theirs.bfloat16()(ids, **extra).logits[real]
+            exact = wide(ids, **extra).logits[real]
+            their = theirs(ids, **extra).logits[real]
         mine = ours(ids, **given)[real]
         yield f"{family} bf16 logits, {case}", relative(mine, exact) / relative(their, exact), 1.5
 
@@ -137,7 +139,8 @@ def generation(folder: Path, theirs: Any) -> Iterator[Row]:
     model, _ = fastlora.load(str(folder), dtype="float32", device="cuda")
     ids = tokens(model, 2, 40)
     mine = model.generate(ids, max_new_tokens=40, eos_token_id=())
-    their = theirs.float().generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=-1)
+    wide = type(theirs).from_pretrained(folder, dtype=torch.float32).cuda()
+    their = wide.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=-1)
     yield "greedy ids that differ from transformers'", float((mine != their).sum()), 0
 
 

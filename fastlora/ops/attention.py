@@ -62,4 +62,7 @@ def attention(
         # costs cuDNN 5 % (2.00 against 1.90 ms, forward and backward, 1B shapes, 4 x 2048, H200).
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    # A plain bool: where head counts are symbolic (a second model of another shape), dynamo hands
+    # SDPA `groups > 1`, and bool() of it, as a SymBool, which it refuses (torch 2.11 and 2.13).
+    enable_gqa = True if groups > 1 else False
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)
