@@ -40,7 +40,7 @@ Step = Callable[[torch.Tensor], torch.Tensor]
 def ours(args: argparse.Namespace) -> Step:
     model, _ = fastlora.load(str(args.folder))
     recompute: Any = float(args.one) if args.one[0].isdigit() else args.one
-    more = {name: True for name in ("use_dora", "lora_bias") if getattr(args, name)}
+    more: dict[str, Any] = {name: True for name in ("use_dora", "lora_bias") if getattr(args, name)}
     model = fastlora.lora(model, r=args.rank, lora_alpha=args.rank, recompute=recompute, **more)
     model = model.with_spec(kernels=args.kernels)
     leaves, structure = tree_flatten(model.adapter)
