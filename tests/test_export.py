@@ -322,7 +322,6 @@ REFUSED_FIELDS = {
     "bias": "all",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 1},

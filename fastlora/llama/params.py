@@ -21,7 +21,7 @@ PROJECTIONS = {
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
-# What a sparse layer has in place of the MLP's: the router, and all experts' matrices in one tensor.
+# What a sparse layer has in place of the MLP's: the router, and all experts' matrices together.
 ROUTER = "gate"
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 # All that may carry an adapter -> the module that holds it.
@@ -74,7 +74,8 @@ AdapterRecord = LoRA | BiasedLoRA | DoRA | ExpertLoRA
 # gate's rows first, "down_proj": [e, d, f]}.
 LayerParams = dict[str, Any]
 
-# Name in TARGETS -> record: ExpertLoRA for EXPERTS, for the others all of one kind. A projection that is absent carries no adapter.
+# Name in TARGETS -> record: ExpertLoRA for EXPERTS, for the others all of one kind. A name that is
+# absent carries no adapter.
 LayerAdapter = dict[str, AdapterRecord]
 
 
