@@ -287,22 +287,6 @@ def check_entries(
     raise_problems(CheckpointError, f"{folder} does not fit this model:", problems, cure)
 
 
-def read_tensors(
-    folder: Path,
-    entries: Mapping[str, Entry],
-    expected: Mapping[str, tuple[int, ...]],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of `scan(folder)`, all of them checked against `expected` before any is read.
-
-    Beyond the mapped file, host memory grows by what is converted to `dtype`, one tensor at a time.
-    """
-    check_entries(folder, entries, expected)
-    return read_entries(entries, device=device, dtype=dtype)
-
-
 # ── 4. writing ────────────────────────────────────────────────────────────────────────────
 
 

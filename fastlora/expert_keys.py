@@ -223,18 +223,20 @@ def adapter_path(layer: int, name: str, adapted: Collection[str]) -> str:
     return f"{module}.base_layer" if inner else module
 
 
-def packed(field: str, tensor: Float[Tensor, "e _ _"]) -> Float[Tensor, "_ _"]:
-    """An ExpertLoRA's a or b as PEFT's matrix."""
-    if field == "a":
-        return tensor.flatten(0, 1)
-    return tensor.permute(1, 2, 0).flatten(1)
+def packed(key: str, leaf: Float[Tensor, "e _ _"]) -> Float[Tensor, "_ _"]:
+    """An ExpertLoRA's a or b as PEFT's matrix, which of the two the key says."""
+    return leaf.flatten(0, 1) if _is_a(key) else leaf.permute(1, 2, 0).flatten(1)
 
 
-def unpacked(field: str, matrix: Float[Tensor, "_ _"], experts: int) -> Float[Tensor, "e _ _"]:
-    """PEFT's matrix as an ExpertLoRA's a or b."""
-    if field == "a":
+def unpacked(key: str, matrix: Float[Tensor, "_ _"], experts: int) -> Float[Tensor, "e _ _"]:
+    """PEFT's matrix as an ExpertLoRA's a or b: a view."""
+    if _is_a(key):
         return matrix.view(experts, -1, matrix.shape[1])
     return matrix.view(matrix.shape[0], -1, experts).permute(2, 0, 1)
+
+
+def _is_a(key: str) -> bool:
+    return key.endswith("lora_A.weight")
 
 
 def packed_shape(field: str, r: int, shape: tuple[int, int], experts: int) -> tuple[int, int]:
@@ -269,8 +271,8 @@ def fuse_adapter(
             if not wrong:
                 path = _PREFIX + adapter_path(layer, target.name, adapted)
                 a, b = _stacked(tensors, expected, config.num_local_experts)
-                fused[f"{path}.lora_A.weight"] = packed("a", a)
-                fused[f"{path}.lora_B.weight"] = packed("b", b)
+                for key, leaf in ((f"{path}.lora_A.weight", a), (f"{path}.lora_B.weight", b)):
+                    fused[key] = packed(key, leaf)
     return fused, problems + [f"unexpected  {k}" for k in sorted(spelled - used)]
 
 

@@ -157,9 +157,17 @@ def push_to_hub(
 
 
 def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's tensor names -> the adapter's own leaves. A renaming: only experts' B are copied."""
+    """PEFT's tensor names -> its tensors: the adapter's own leaves, experts' packed into matrices."""
     return {
-        _key(layer, name, field, loras): packed(field, tensor) if name in EXPERTS else tensor
+        key: packed(key, leaf) if leaf.dim() == 3 else leaf
+        for key, leaf in named_leaves(adapter).items()
+    }
+
+
+def named_leaves(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's tensor names -> the adapter's own leaves, in its own shapes."""
+    return {
+        _key(layer, name, field, loras): tensor
         for layer, loras in enumerate(adapter["layers"])
         for name, lora in loras.items()
         for field, tensor in lora._asdict().items()
@@ -347,9 +355,9 @@ def load_adapter(
 
     def read(layer: int, name: str) -> AdapterRecord:
         record, adapted = _record(lora, name), [t.name for t in lora.targets[layer]]
-        leaves = {f: tensors[_key(layer, name, f, adapted)] for f in record._fields}
+        leaves = {k: tensors[k] for f in record._fields for k in [_key(layer, name, f, adapted)]}
         if name in EXPERTS:
-            leaves = {f: unpacked(f, x, config.num_local_experts) for f, x in leaves.items()}
+            leaves = {k: unpacked(k, x, config.num_local_experts) for k, x in leaves.items()}
         # Copies: what was read is a view of the file.
         whole = (x.to(norm.device, dtype, copy=True).contiguous() for x in leaves.values())
         return record(*whole)

@@ -293,6 +293,10 @@ def test_dtype_has_two_names(fields, expected):
         (dict(model_type="mixtral", num_experts_per_tok=9), "num_experts_per_tok is 9; .*most"),
         (dict(model_type="mixtral", num_local_experts=-1), "num_local_experts is -1"),
         (dict(model_type="qwen3_moe", num_experts=10**9), "num_experts is 1000000000"),
+        (
+            dict(model_type="mixtral", num_experts=9999, num_hidden_layers=999),
+            "9,989,001; expected",
+        ),
         (dict(model_type="qwen3_moe", mlp_only_layers=[None]), "mlp_only_layers is"),
         (dict(model_type="qwen3_moe", decoder_sparse_step=0), "decoder_sparse_step is 0"),
         (dict(model_type="qwen3_moe", moe_intermediate_size=0), "moe_intermediate_size is 0"),

@@ -387,6 +387,11 @@ def _experts(settings: _Fields, n: int | None) -> dict[str, Any]:
         settings.problems.append(f"mlp_only_layers is {_show(dense)}; expected layer numbers")
         dense = []
     sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(n))
+    if (total := (experts or 0) * sum(sparse)) > _MOST_EXPERTS:
+        settings.problems.append(
+            f"{experts} experts in each of {sum(sparse)} layers are {total:,}; expected at most"
+            f" {_MOST_EXPERTS:,}"
+        )
     return dict(
         num_local_experts=experts,
         num_experts_per_tok=per_token,
@@ -396,13 +401,16 @@ def _experts(settings: _Fields, n: int | None) -> dict[str, Any]:
     )
 
 
+# They size lists of names. DeepSeek-V3 has 14,848.
+_MOST_EXPERTS = 100_000
+
+
 def _expert_count(settings: _Fields) -> int | None:
     """Both spellings; transformers' alias of a class's own field wins over that."""
     names = {"mixtral": ("num_experts", "num_local_experts")}
     names["qwen3_moe"] = ("num_local_experts", "num_experts")
     for name in names.get(settings.raw["model_type"], ()):
         if name in settings.raw:
-            # It sizes lists of names, as the number of layers does.
             return settings.read(name, "an integer from 0 to 10000")
     return 0
 
