@@ -157,7 +157,7 @@ def push_to_hub(
 
 
 def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's tensor names -> its tensors: the adapter's own leaves, experts' packed into matrices."""
+    """PEFT's tensor names -> its tensors: the adapter's own leaves, experts' as matrices."""
     return {
         key: packed(key, leaf) if leaf.dim() == 3 else leaf
         for key, leaf in named_leaves(adapter).items()

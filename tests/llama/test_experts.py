@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import adapted, relative_error, same_bits, token_ids
+from test_recompute import Layer, graphs, saved_elements
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -217,6 +218,32 @@ def test_policies_run_the_grouped_products_again_that_they_should(policy, again,
         torch.autograd.grad(value, tree_leaves(adapter))
     assert calls.seen["gate_up"] == again
     assert calls.seen["topk"] == 0  # at no level is an expert chosen twice
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("level", LEVELS)
+def test_the_graphs_keep_and_run_again_what_the_level_says(level, trained, pair, fresh_dynamo):
+    """kept_elements, x apart, and per token at most: eleven low-rank terms of r = 4 (two of them of
+    k = 2 copies), a log-sum-exp for each of 4 heads, and logits, softmax and weights of 4 experts.
+    """
+    config = pair("qwen3_moe").model.spec.config
+    layer = Layer(trained("qwen3_moe"))
+    forward, backward = graphs(layer, level)
+    views = [n for n in forward.nodes if n.op == "call_function" and "transpose" in str(n.target)]
+    views = [n for n in views if n.meta["val"].dim() == 3]  # of experts' weights: no memory
+    kept = saved_elements(forward) - sum(n.meta["val"].numel() for n in views if saved(forward, n))
+    more = kept / layer.x[..., 0].numel() - (kept_elements(config, level) - config.hidden_size)
+    assert level == "none" or 0 <= more < (7 + 2 * 2) * 4 + 4 + 3 * 4
+    run = Counter(node.target for node in backward.nodes)
+    grouped = run[torch.ops.fastlora.grouped_linear.default]
+    # dx and two halves of the low-rank path for each of the two; again: low, gate_up, down's low.
+    assert grouped == 6 + (3 if level in ("mlp", "attention", "full") else 0)
+    assert run[torch.ops.aten.topk.default] == 0
+
+
+def saved(graph: Any, node: Any) -> bool:
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    return node in output.args[0]
 
 
 @pytest.mark.parametrize("family", MIXTURES)
