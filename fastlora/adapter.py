@@ -121,7 +121,8 @@ def lora(
         lora_dropout: probability in [0, 1) of dropping an input of A, where a seed is given.
         bias: only "none" so far.
         layers_to_transform: indices of the only layers to adapt; empty is all of them. Does not
-            filter a module listed by its full name, as in PEFT.
+            filter a module listed by its full name, as in PEFT, and is refused beside
+            `target_parameters`, which it would not filter either.
         layers_pattern: names of the module list that the indices count ("layers").
         use_gradient_checkpointing: old name of `recompute`: False is "none", True is "full",
             "unsloth" is "selective".
@@ -622,6 +623,28 @@ def _match_problems(
     return problems
 
 
+def _beside_parameters(s: LoraConfig, config: LlamaConfig) -> list[str]:
+    """Filters that PEFT applies to modules only, where parameters are adapted as well."""
+    parameters = matched_parameters(s, config)
+    if not parameters:
+        return []
+    cure = "; name the parameters you want in full, 'model.layers.0.mlp.experts.down_proj', ..."
+    problems = []
+    if s.layers_to_transform:
+        problems.append(
+            f"layers_to_transform={s.layers_to_transform} does not filter target_parameters, which"
+            f" match {parameters[0]}, ...{cure}"
+        )
+    exclude = s.exclude_modules or ()
+    homes = {p: p.rpartition(".")[0] for p in parameters}
+    problems += [
+        f"exclude_modules={exclude!r} does not keep target_parameters from {p}{cure}"
+        for p in parameters
+        if exclude and (_names(exclude, p) or _names(exclude, homes[p]))
+    ]
+    return problems
+
+
 def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> list[str]:
     """What PEFT ignores: names, layers and patterns that match nothing in this model."""
     modules, n = module_names(config), config.num_hidden_layers
@@ -645,6 +668,7 @@ def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> l
     problems += [
         f"exclude_modules: {e!r} {nothing}; leave it out." for e in idle(s.exclude_modules)
     ]
+    problems += _beside_parameters(s, config)
     beyond = [i for i in s.layers_to_transform or () if i not in range(n)]
     problems += [f"layers_to_transform: {i} is no layer; expected 0 to {n - 1}." for i in beyond]
     for p in s.layers_pattern or ():

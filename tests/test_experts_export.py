@@ -232,6 +232,9 @@ def test_the_tree_and_the_count_are_pefts():
         (dict(target_modules=["experts"]), "no linear layer"),
         (dict(target_modules=None), "matches no module"),
         (dict(lora_dropout=0.1), "lora_dropout=0.1 does not go with"),
+        (dict(layers_to_transform=[1]), "does not filter target_parameters"),
+        (dict(finetune_last_n_layers=1), "does not filter target_parameters"),
+        (dict(exclude_modules=["mlp.experts"]), "exclude_modules=.* does not keep"),
     ],
     ids=str,
 )
