@@ -378,7 +378,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-FIELDS = sorted({*transformers_says(raw_config()), *SIZES, "rope_scaling", "quantization_config"})
+MORE = ("rope_scaling", "quantization_config", "num_experts", "mlp_only_layers")
+FIELDS = sorted({*transformers_says(raw_config()), *SIZES, *MORE, "decoder_sparse_step"})
 ROPE_FIELDS = ["rope_type", "type", "rope_theta", *LLAMA3, "beta_fast", "mscale", "truncate"]
 
 

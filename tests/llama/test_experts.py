@@ -115,6 +115,19 @@ def test_every_policy_gives_torch_funcs_gradient_and_nones_bits(family, segments
         assert same_bits(again, ours), policy
 
 
+def test_attention_beside_experts_is_trained_with_dropout(pair):
+    """Dropout is refused with parameters only; the masks come back at every policy."""
+    names = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    model = adapted(pair("mixtral").model, r=4, lora_dropout=0.2, target_modules=names)
+    args = model.adapter, model.base, model.spec, batch_of()
+    _, ours = value_and_grad(FL.loss)(*args, seed=5)
+    assert relative_error(ours, torch.func.grad(FL.loss)(*args, seed=5)) <= 1e-4
+    for policy in POLICIES:
+        spec = model.with_spec(recompute=policy).spec
+        again = value_and_grad(FL.loss)(model.adapter, model.base, spec, batch_of(), seed=5)
+        assert same_bits(again[1], ours), policy
+
+
 def test_gradients_equal_finite_differences(trained):
     """fp64, along random directions of the whole adapter, each leaf of it too."""
     model = trained("qwen3_moe")
