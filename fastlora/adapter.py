@@ -15,7 +15,7 @@ import regex
 import torch
 
 from fastlora.checks import raise_problems
-from fastlora.expert_keys import is_mixture, matched_parameters, translate_targets
+from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     EXPERTS,
@@ -586,7 +586,7 @@ def _regex_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
             patterns.append((field, rule, rule))
     names, end = module_names(config), perf_counter() + _SECONDS
     if is_mixture(config) or s.target_parameters:
-        names += base_tensors(config)
+        names += [*base_tensors(config), *former_names(config)]
     problems = []
     for field, pattern, x in patterns:
         # A full name, of which there may be 882 (Llama 3.1 405B), repeats nothing.

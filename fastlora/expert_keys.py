@@ -101,12 +101,21 @@ def _target_names(
         return tuple(attention) if names_none else rule
     parameters = list(base_tensors(config))
     ends = [m.rpartition(".")[2] for m in (*modules, *parameters) if matches(m)]
-    homes = {p.rpartition(".")[::2] for p in parameters}
-    ends += [
-        o for o, n in new.items() if any(leaf == n and matches(f"{m}.{o}") for m, leaf in homes)
-    ]
+    ends += [m.rpartition(".")[2] for m in former_names(config) if matches(m)]
     known = {m.rpartition(".")[2] for m in modules} | set(new)
     return tuple(e for e in dict.fromkeys(ends) if e in known)
+
+
+def former_names(config: LlamaConfig) -> list[str]:
+    """What a regex may call experts' matrices: as PEFT asks it, without an expert's number."""
+    if not is_mixture(config):
+        return []
+    homes = [
+        projection_path(layer, EXPERTS[0]).rpartition(".")[0]
+        for layer, sparse in enumerate(config.sparse_layers)
+        if sparse
+    ]
+    return [f"{home}.{name}" for home in homes for name in _SPELLINGS[config.model_type][1]]
 
 
 def matched_parameters(settings: LoraConfig, config: LlamaConfig) -> list[str]:

@@ -243,6 +243,13 @@ def test_what_peft_refuses_is_refused(settings, words):
         lora(fast("qwen3_moe"), **{"target_modules": SEVEN} | settings)
 
 
+@pytest.mark.parametrize("name", ["gate_proj", "gate_up_proj"])
+def test_a_regex_that_is_slow_on_experts_names_only_is_refused(name):
+    pattern = rf"(?=.*experts\.{name}$)([a-z0-9._]+)+!"
+    with pytest.raises(ValueError, match="takes too long to match"):
+        lora(fast("qwen3_moe"), target_modules=pattern)
+
+
 def test_adapters_of_experts_are_not_combined():
     model = randomised(lora(fast("mixtral"), r=4, target_parameters=BOTH))
     with pytest.raises(ValueError, match="target_parameters"):
