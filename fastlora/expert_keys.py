@@ -57,6 +57,8 @@ def translate_targets(
     _, (gate, up, down) = _SPELLINGS[config.model_type]
     new = {"gate": "gate.weight", gate: _FUSED, up: _FUSED, down: "down_proj"}
     targets = _target_names(settings.target_modules, config, new, modules, matches)
+    if not targets and isinstance(settings.target_modules, str):
+        return settings, []  # for the error that the pattern matches nothing
     old = {t: next((o for o in new if f".{t}".endswith(f".{o}")), None) for t in targets}
     present = [o for o in (gate, up) if o in old.values()]
     if len(present) == 1:

@@ -245,7 +245,7 @@ def test_what_peft_refuses_is_refused(settings, words):
 
 @pytest.mark.parametrize("name", ["gate_proj", "gate_up_proj"])
 def test_a_regex_that_is_slow_on_experts_names_only_is_refused(name):
-    pattern = rf"(?=.*experts\.{name}$)([a-z0-9._]+)+!"
+    pattern = rf"(?=.*experts\.{name}$)(.|.|.)+(.|.|.)+(.|.|.)+X|y"
     with pytest.raises(ValueError, match="takes too long to match"):
         lora(fast("qwen3_moe"), target_modules=pattern)
 
