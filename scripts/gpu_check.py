@@ -87,6 +87,8 @@ def adapted(folder: Path, dtype: str, **how: Any) -> Model:
 def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
     """Logits in bf16, against transformers' in bf16, both against transformers' in fp32."""
     ours, _ = fastlora.load(str(folder), dtype="bfloat16", device="cuda")
+    # Read again: .float() of `theirs` and back would round the rotary tables too.
+    wide = type(theirs).from_pretrained(folder, dtype=torch.float32).cuda()
     ids = tokens(ours, 2, 300)
     mask = torch.ones_like(ids)
     mask[0, :90] = 0
@@ -95,8 +97,8 @@ def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
         extra = given | ({"position_ids": positions} if given else {})
         real = mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)
         with torch.no_grad():
-            exact = theirs.float()(ids, **extra).logits[real]
-            their = theirs.bfloat16()(ids, **extra).logits[real]
+            exact = wide(ids, **extra).logits[real]
+            their = theirs(ids, **extra).logits[real]
         mine = ours(ids, **given)[real]
         error = median_token if family in MIXTURES else relative
         yield f"{family} bf16 logits, {case}", error(mine, exact) / error(their, exact), 1.5
