@@ -15,15 +15,20 @@ import regex
 import torch
 
 from fastlora.checks import raise_problems
+from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
+    EXPERTS,
     PROJECTIONS,
     Adapter,
     AdapterRecord,
     Base,
     BiasedLoRA,
     DoRA,
+    ExpertLoRA,
     LoRA,
+    base_tensors,
+    layer_targets,
     projection_path,
     projection_shape,
 )
@@ -116,7 +121,8 @@ def lora(
         lora_dropout: probability in [0, 1) of dropping an input of A, where a seed is given.
         bias: only "none" so far.
         layers_to_transform: indices of the only layers to adapt; empty is all of them. Does not
-            filter a module listed by its full name, as in PEFT.
+            filter a module listed by its full name, as in PEFT, and is refused beside
+            `target_parameters`, which it would not filter either.
         layers_pattern: names of the module list that the indices count ("layers").
         use_gradient_checkpointing: old name of `recompute`: False is "none", True is "full",
             "unsloth" is "selective".
@@ -130,7 +136,13 @@ def lora(
         loftq_config: not in this version.
         temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
         qat_scheme: not in this version.
-        target_parameters: not in this version.
+        target_parameters: names, or their dotted ends, of parameters to adapt: "down_proj" or
+            "mlp.experts.down_proj" of a mixture's experts, each of which gets its own A and B, and
+            "mlp.gate.weight" of its router; never a regex. Not with dropout, DoRA or lora_bias. On
+            a mixture of experts, `target_modules` naming the experts' matrices as transformers 4
+            did (gate_proj, up_proj, down_proj; w1, w3, w2), or the router ("gate"), means these
+            parameters, for gate and up together at twice the rank and alpha; "all-linear" means all
+            of them, and the default seven names leave Mixtral's experts, named otherwise, alone.
         ensure_weight_tying: not in this version.
         recompute: what the backward pass computes again; "none", "selective", "full", "offload",
             or the share in [0, 1] of the activation memory of "none" to keep.
@@ -158,7 +170,6 @@ def lora(
             loftq_config=loftq_config,
             temporary_location=temporary_location if temporary_location != _TEMPORARY else None,
             qat_scheme=qat_scheme,
-            target_parameters=target_parameters,
             ensure_weight_tying=ensure_weight_tying,
             trainable_token_indices=trainable_token_indices,
         )
@@ -170,7 +181,9 @@ def lora(
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
-        target_modules=names_or_regex(PEFT_TARGETS if target_modules is None else target_modules),
+        target_modules=names_or_regex(
+            peft_targets(config) if target_modules is None else target_modules
+        ),
         exclude_modules=names_or_regex(exclude_modules) if exclude_modules else None,
         layers_to_transform=layers,
         layers_pattern=as_tuple(layers_pattern),
@@ -180,10 +193,13 @@ def lora(
         init_lora_weights=init_lora_weights,
         lora_bias=lora_bias,
         use_dora=use_dora,
+        target_parameters=as_tuple(target_parameters) or (),
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
     problems += _variant_problems(settings)
+    if isinstance(target_parameters, str):
+        problems.append(f"target_parameters={target_parameters!r}: expected a list of names.")
     problems += _model_problems(model, max_seq_length, adapter_dtype)
     settings = resolve_targets(settings, config, "fastlora.lora cannot do this:", problems)
     spec = replace(
@@ -210,6 +226,10 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
 
     def fresh(layer: int, target: Target) -> AdapterRecord:
         d_out, d_in = projection_shape(spec.config, target.name)
+        if target.name in EXPERTS:
+            n = spec.config.num_local_experts
+            pairs = [_first_weights(init, target.r, d_in, d_out, generator, n) for _ in range(n)]
+            return ExpertLoRA(*(torch.stack(m).to(device, dtype) for m in zip(*pairs, strict=True)))
         a, b = _first_weights(init, target.r, d_in, d_out, generator)
         a, b = a.to(device, dtype), b.to(device, dtype)
         if config.lora_bias:
@@ -227,15 +247,16 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
 
 
 def _first_weights(
-    init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator
+    init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator, experts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B); PEFT's B of several experts is one matrix, whose fan-in is all their ranks."""
     if init == "orthogonal":
         return orthogonal_pair(r, d_in, d_out, generator)
     if init == "gaussian":
         a = torch.randn(r, d_in, generator=generator) / r
     else:
         a = _uniform((r, d_in), d_in, generator)
-    return a, torch.zeros(d_out, r) if init else _uniform((d_out, r), r, generator)
+    return a, torch.zeros(d_out, r) if init else _uniform((d_out, r), r * experts, generator)
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
@@ -284,31 +305,74 @@ def resolve_targets(
         NotImplementedError: if embed_tokens or lm_head matches.
     """
     problems = [*problems, *_setting_problems(settings)]
-    bad_patterns = _regex_problems(settings, config)
-    matched = [] if bad_patterns else [m for m in module_names(config) if _is_target(m, settings)]
-    projections = {m for m in matched if m.rpartition(".")[2] in PROJECTIONS}
+    given, bad_patterns = settings, _regex_problems(settings, config)
+    modules, matched, parameters = module_names(config), [], []
+    if not bad_patterns:
+        is_target = lambda name: _is_target(name, given)
+        settings, untranslated = translate_targets(given, config, modules, is_target)
+        problems += untranslated
+        matched = [m for m in modules if _is_target(m, settings)]
+        parameters = matched_parameters(settings, config)
+    found, parameter_problems = _adapted(settings, config, matched, parameters)
     problems += [
         f"target_modules matches {m}, which is no linear layer; expected among {list(PROJECTIONS)}."
         for m in matched
-        if m not in projections and m not in _LATER_MODULES
+        if m.rpartition(".")[2] not in PROJECTIONS and m not in _LATER_MODULES
     ]
-    problems += bad_patterns or _match_problems(settings, config, matched, strict)
+    problems += parameter_problems
+    problems += bad_patterns or _match_problems(settings, config, [*matched, *parameters], strict)
     raise_problems(error, heading, problems)
     if later := [m for m in matched if m in _LATER_MODULES]:
         raise NotImplementedError(
             f"{heading}\n  target_modules matches {' and '.join(later)}: adapters on embeddings and"
             f" on the head arrive in a later version; for now target {list(PROJECTIONS)}."
         )
-    layers = range(config.num_hidden_layers)
     targets = tuple(
         tuple(
-            _target(settings, name, path)
-            for name in PROJECTIONS
-            if (path := projection_path(layer, name)) in projections
+            _target(settings, name, found[path])
+            for name in layer_targets(config, layer)
+            if (path := projection_path(layer, name)) in found
         )
-        for layer in layers
+        for layer in range(config.num_hidden_layers)
     )
-    return replace(settings, targets=targets)
+    return replace(given, targets=targets)
+
+
+def _adapted(
+    s: LoraConfig, config: LlamaConfig, modules: list[str], parameters: list[str]
+) -> tuple[dict[str, str], list[str]]:
+    """(projection_path -> the name that patterns are matched with, problems)."""
+    found = {m: m for m in modules if m.rpartition(".")[2] in PROJECTIONS}
+    paths = {
+        p if n in EXPERTS else f"{p}.weight": p
+        for layer in range(config.num_hidden_layers)
+        for n in layer_targets(config, layer)
+        for p in [projection_path(layer, n)]
+    }
+    problems = [
+        f"target_parameters matches {p}, which is neither a projection's weight nor experts'; embed"
+        "ding and head are targets of target_modules."
+        for p in parameters
+        if p not in paths
+    ]
+    problems += [
+        f"target_parameters matches {p}, whose module target_modules matches too; leave it to one."
+        for p in parameters
+        if paths.get(p) in found
+    ]
+    wrong = {"lora_dropout": s.lora_dropout, "use_dora": s.use_dora, "lora_bias": s.lora_bias}
+    problems += [
+        f"{name}={value!r} does not go with target_parameters ({parameters[0]}, ...): a parameter"
+        " has no input of its own; leave it at its default, or leave the parameters out."
+        for name, value in wrong.items()
+        if parameters and value
+    ]
+    return found | {paths[p]: p for p in parameters if p in paths}, problems
+
+
+def peft_targets(config: LlamaConfig) -> tuple[str, ...]:
+    """What PEFT adapts where it is told nothing; of a mixture of experts, nothing."""
+    return () if is_mixture(config) else PEFT_TARGETS
 
 
 def _target(settings: LoraConfig, name: str, path: str) -> Target:
@@ -361,12 +425,16 @@ def _layer_regex(pattern: str) -> str:
 def module_names(config: LlamaConfig) -> list[str]:
     """Every module that transformers' model of this shape has: what patterns are matched with."""
     attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    inner = ["self_attn", "mlp", "mlp.act_fn", "input_layernorm", "post_attention_layernorm"]
+    inner = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
     inner += [f"self_attn.{n}" for n in attention]
+    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
     names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
     for layer in range(config.num_hidden_layers):
-        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in inner)]
-        names += [projection_path(layer, n) for n in PROJECTIONS]
+        own = [*inner, *mlps[config.sparse_layers[layer]]]
+        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in own)]
+        names += [
+            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
+        ]
     return [*names, "lm_head"]
 
 
@@ -517,6 +585,8 @@ def _regex_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
         if isinstance(rule := getattr(s, field), str):
             patterns.append((field, rule, rule))
     names, end = module_names(config), perf_counter() + _SECONDS
+    if is_mixture(config) or s.target_parameters:
+        names += [*base_tensors(config), *former_names(config)]
     problems = []
     for field, pattern, x in patterns:
         # A full name, of which there may be 882 (Llama 3.1 405B), repeats nothing.
@@ -553,6 +623,28 @@ def _match_problems(
     return problems
 
 
+def _beside_parameters(s: LoraConfig, config: LlamaConfig) -> list[str]:
+    """Filters that PEFT applies to modules only, where parameters are adapted as well."""
+    parameters = matched_parameters(s, config)
+    if not parameters:
+        return []
+    cure = "; name the parameters you want in full, 'model.layers.0.mlp.experts.down_proj', ..."
+    problems = []
+    if s.layers_to_transform:
+        problems.append(
+            f"layers_to_transform={s.layers_to_transform} does not filter target_parameters, which"
+            f" match {parameters[0]}, ...{cure}"
+        )
+    exclude = s.exclude_modules or ()
+    homes = {p: p.rpartition(".")[0] for p in parameters}
+    problems += [
+        f"exclude_modules={exclude!r} does not keep target_parameters from {p}{cure}"
+        for p in parameters
+        if exclude and (_names(exclude, p) or _names(exclude, homes[p]))
+    ]
+    return problems
+
+
 def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> list[str]:
     """What PEFT ignores: names, layers and patterns that match nothing in this model."""
     modules, n = module_names(config), config.num_hidden_layers
@@ -569,8 +661,14 @@ def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> l
         unknown = idle(s.target_modules)
         problems += [f"target_modules: {e!r} {nothing}; expected among {linear}." for e in unknown]
     problems += [
+        f"target_parameters: {e!r} matches no parameter of this model."
+        for e in s.target_parameters
+        if not matched_parameters(replace(s, target_parameters=(e,)), config)
+    ]
+    problems += [
         f"exclude_modules: {e!r} {nothing}; leave it out." for e in idle(s.exclude_modules)
     ]
+    problems += _beside_parameters(s, config)
     beyond = [i for i in s.layers_to_transform or () if i not in range(n)]
     problems += [f"layers_to_transform: {i} is no layer; expected 0 to {n - 1}." for i in beyond]
     for p in s.layers_pattern or ():

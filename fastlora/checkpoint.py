@@ -6,7 +6,7 @@ in milliseconds, before the first tensor is read.
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -131,18 +131,17 @@ def _safetensors_errors(path: Path):
         ) from error
 
 
-def read_entries(
+def entry_tensors(
     entries: Mapping[str, Entry],
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """Name -> tensor, read one at a time straight onto the device.
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) file by file, read one at a time straight onto the device.
 
     On the CPU, and without a change of dtype, the tensors are views of the mapped file (private:
     what is written to them does not reach it), so that a base already on disk is not copied.
     """
-    tensors: dict[str, Tensor] = {}
     for path in dict.fromkeys(entry.path for entry in entries.values()):
         with (
             _safetensors_errors(path),
@@ -150,7 +149,17 @@ def read_entries(
         ):
             for name, entry in entries.items():
                 if entry.path == path:
-                    tensors[name] = file.get_tensor(entry.key).to(dtype=dtype)
+                    yield name, file.get_tensor(entry.key).to(dtype=dtype)
+
+
+def read_entries(
+    entries: Mapping[str, Entry],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Name -> tensor, as `entry_tensors` reads them, in the order of `entries`."""
+    tensors = dict(entry_tensors(entries, device=device, dtype=dtype))
     return {name: tensors[name] for name in entries}
 
 
@@ -276,22 +285,6 @@ def check_entries(
     ]
     cure = "If the weights are right, check that config.json comes from the same folder."
     raise_problems(CheckpointError, f"{folder} does not fit this model:", problems, cure)
-
-
-def read_tensors(
-    folder: Path,
-    entries: Mapping[str, Entry],
-    expected: Mapping[str, tuple[int, ...]],
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of `scan(folder)`, all of them checked against `expected` before any is read.
-
-    Beyond the mapped file, host memory grows by what is converted to `dtype`, one tensor at a time.
-    """
-    check_entries(folder, entries, expected)
-    return read_entries(entries, device=device, dtype=dtype)
 
 
 # ── 4. writing ────────────────────────────────────────────────────────────────────────────

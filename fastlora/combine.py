@@ -330,6 +330,16 @@ def _model_problems(models: Sequence[Adaptable], method: str) -> list[str]:
             problems.append(f"models[{i}] has no adapter: give it one with lora or load_adapter.")
         else:
             problems += [f"models[{i}]: {problem}" for problem in _adapter_problems(model.adapter)]
+    # PEFT's add_weighted_adapter refuses them as well (model.py:719).
+    problems += [
+        f"models[{i}] adapts {names}, target_parameters of a mixture of experts: merge it into the"
+        " base instead, fastlora.merge(model)."
+        for i, model in enumerate(models)
+        if model.spec.lora is not None
+        and (
+            names := sorted({t.name for ts in model.spec.lora.targets for t in ts} - {*PROJECTIONS})
+        )
+    ]
     others = [i for i, model in enumerate(models) if not _share_base(models[0], model)]
     problems += [
         f"models[{i}] has another base than models[0]: load one base, and give it each adapter with"

@@ -4,12 +4,15 @@ What is written is read by PEFT and transformers without a warning; what is read
 folder whose adapter is a sum scaling * B A over projections. Everything else is refused by name.
 """
 
+import math
 import os
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,10 +22,10 @@ from torch import Tensor
 
 from fastlora.adapter import (
     DTYPES,
-    PEFT_TARGETS,
     ModelT,
     as_tuple,
     names_or_regex,
+    peft_targets,
     resolve_targets,
 )
 from fastlora.checkpoint import (
@@ -35,17 +38,31 @@ from fastlora.checkpoint import (
     write_text,
 )
 from fastlora.checks import CheckpointError, raise_problems
+from fastlora.expert_keys import (
+    adapter_path,
+    fuse_adapter,
+    is_mixture,
+    packed,
+    packed_shape,
+    pieces,
+    unpacked,
+)
 from fastlora.hub import resolve, upload
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
+    EXPERTS,
     PROJECTIONS,
+    ROUTER,
+    TARGETS,
     Adapter,
     AdapterRecord,
     Base,
     BiasedLoRA,
     DoRA,
+    ExpertLoRA,
     LoRA,
     base_from_tensors,
+    layer_targets,
     projection_bias,
     projection_path,
     projection_shape,
@@ -67,6 +84,7 @@ _FIELDS: dict[str, tuple[Any, tuple[type, ...], tuple[type, ...]]] = {
     "lora_alpha": (8, (int, float), ()),
     "lora_dropout": (0.0, (int, float), ()),
     "target_modules": (None, (list, str, _NULL), (str,)),
+    "target_parameters": (None, (list, _NULL), (str,)),
     "exclude_modules": (None, (list, str, _NULL), (str,)),
     "layers_to_transform": (None, (list, int, _NULL), (int,)),
     "layers_pattern": (None, (list, str, _NULL), (str,)),
@@ -139,9 +157,17 @@ def push_to_hub(
 
 
 def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's tensor names -> the adapter's own leaves. A renaming: nothing is copied."""
+    """PEFT's tensor names -> its tensors: the adapter's own leaves, experts' as matrices."""
     return {
-        _key(layer, name, field): tensor
+        key: packed(key, leaf) if leaf.dim() == 3 else leaf
+        for key, leaf in named_leaves(adapter).items()
+    }
+
+
+def named_leaves(adapter: Adapter) -> dict[str, Tensor]:
+    """PEFT's tensor names -> the adapter's own leaves, in its own shapes."""
+    return {
+        _key(layer, name, field, loras): tensor
         for layer, loras in enumerate(adapter["layers"])
         for name, lora in loras.items()
         for field, tensor in lora._asdict().items()
@@ -157,11 +183,13 @@ _LEAVES = {
 }
 
 
-def _key(layer: int, name: str, field: str) -> str:
-    return f"base_model.model.{projection_path(layer, name)}.{_LEAVES[field]}"
+def _key(layer: int, name: str, field: str, adapted: Collection[str]) -> str:
+    return f"base_model.model.{adapter_path(layer, name, adapted)}.{_LEAVES[field]}"
 
 
-def _record(lora: LoraConfig) -> type[AdapterRecord]:
+def _record(lora: LoraConfig, name: str) -> type[AdapterRecord]:
+    if name in EXPERTS:
+        return ExpertLoRA
     return BiasedLoRA if lora.lora_bias else DoRA if lora.use_dora else LoRA
 
 
@@ -173,6 +201,7 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     silence). The resolved targets are written instead, and their patterns never overlap.
     `init_lora_weights` is true, because A and B count from the base as it is.
     """
+    parameters = _target_names(spec.config, lora, parameters=True)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -187,14 +216,15 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         "init_lora_weights": True,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
-        "target_modules": _target_names(lora),
+        "target_modules": _target_names(spec.config, lora, parameters=False),
         "modules_to_save": None,
-        "rank_pattern": _patterns(lora, lambda t: t.r, lora.r),
-        "alpha_pattern": _patterns(lora, lambda t: t.lora_alpha, lora.lora_alpha),
+        "rank_pattern": _patterns(spec.config, lora, lambda t: t.r, lora.r),
+        "alpha_pattern": _patterns(spec.config, lora, lambda t: t.lora_alpha, lora.lora_alpha),
         "layers_to_transform": None,
         "layers_pattern": None,
         # Only where it is used: to older PEFT every unknown field is a warning.
         **({"lora_bias": True} if lora.lora_bias else {}),
+        **({"target_parameters": parameters} if parameters else {}),
     }
 
 
@@ -202,32 +232,59 @@ def _by_name(lora: LoraConfig) -> dict[str, dict[int, Target]]:
     """Projection name -> layer -> target, without the names that carry no adapter."""
     named = {
         name: {i: t for i, ts in enumerate(lora.targets) for t in ts if t.name == name}
-        for name in PROJECTIONS
+        for name in TARGETS
     }
     return {name: layers for name, layers in named.items() if layers}
 
 
-def _target_names(lora: LoraConfig) -> list[str]:
-    """A bare name where every layer carries the projection, else one full name per layer."""
+def _parameter(config: LlamaConfig, name: str) -> str | None:
+    """The end of the parameter that PEFT must be told to adapt; None for what it takes as a module.
+
+    In a mixture of experts it takes the dense MLP's names for experts'.
+    """
+    if name in EXPERTS:
+        return name
+    of_mlp = name == ROUTER or (is_mixture(config) and PROJECTIONS[name] == "mlp")
+    return f"{name}.weight" if of_mlp else None
+
+
+def _target_names(config: LlamaConfig, lora: LoraConfig, *, parameters: bool) -> list[str]:
+    """A bare name where every layer that has the target carries it, else one full name per layer.
+
+    Those of modules, or with `parameters` those of parameters.
+    """
+    having = Counter(n for i in range(len(lora.targets)) for n in layer_targets(config, i))
     names = []
     for name, layers in _by_name(lora).items():
-        everywhere = len(layers) == len(lora.targets)
-        names += [name] if everywhere else [projection_path(i, name) for i in layers]
+        parameter = _parameter(config, name)
+        if (parameter is not None) != parameters:
+            continue
+        short = parameter or name
+        everywhere = len(layers) == having[name]
+        full = [_full_name(i, name, short) for i in layers]
+        names += [short] if everywhere else full
     return names
 
 
-def _patterns(lora: LoraConfig, value: Callable[[Target], Any], default: Any) -> dict[str, Any]:
+def _full_name(layer: int, name: str, short: str) -> str:
+    return projection_path(layer, name).removesuffix(name) + short
+
+
+def _patterns(
+    config: LlamaConfig, lora: LoraConfig, value: Callable[[Target], Any], default: Any
+) -> dict[str, Any]:
     """Pattern -> value, for what differs from the default; no two match the same module.
 
     Full names without "model.", as old PEFT wants a dot before the pattern (peft issue 2194).
     """
     patterns = {}
     for name, layers in _by_name(lora).items():
+        short = _parameter(config, name) or name
         values = {i: value(t) for i, t in layers.items()}
         if len(set(values.values())) == 1:
-            values = {name: next(iter(values.values()))}
+            values = {re.escape(short): next(iter(values.values()))}
         else:
-            full = {i: projection_path(i, name).removeprefix("model.") for i in values}
+            full = {i: _full_name(i, name, short).removeprefix("model.") for i in values}
             values = {re.escape(full[i]): v for i, v in values.items()}
         patterns |= {key: v for key, v in values.items() if v != default}
     return patterns
@@ -289,18 +346,21 @@ def load_adapter(
     lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
     path = _file(folder, WEIGHTS_FILE)
     tensors, problems = _canonical(read_safetensors(path))
-    problems += _tensor_problems(tensors, lora, config)
+    tensors, of_experts = fuse_adapter(tensors, lora, config)
+    problems += of_experts or _tensor_problems(tensors, lora, config)
     cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
     raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
     norm = model.base["norm"]
     dtype = torch.promote_types(norm.dtype, torch.float32)
 
-    record = _record(lora)
-
     def read(layer: int, name: str) -> AdapterRecord:
-        leaves = (tensors[_key(layer, name, field)] for field in record._fields)
+        record, adapted = _record(lora, name), [t.name for t in lora.targets[layer]]
+        leaves = {k: tensors[k] for f in record._fields for k in [_key(layer, name, f, adapted)]}
+        if name in EXPERTS:
+            leaves = {k: unpacked(k, x, config.num_local_experts) for k, x in leaves.items()}
         # Copies: what was read is a view of the file.
-        return record(*(x.to(norm.device, dtype, copy=True) for x in leaves))
+        whole = (x.to(norm.device, dtype, copy=True).contiguous() for x in leaves.values())
+        return record(*whole)
 
     layers = tuple({t.name: read(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
     spec = replace(model.spec, lora=lora)
@@ -327,7 +387,7 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) ->
         r=value["r"],
         lora_alpha=value["lora_alpha"],
         lora_dropout=value["lora_dropout"],
-        target_modules=PEFT_TARGETS if targets is None else names_or_regex(targets),
+        target_modules=peft_targets(config) if targets is None else names_or_regex(targets),
         exclude_modules=names_or_regex(exclude) if exclude else None,
         layers_to_transform=as_tuple(value["layers_to_transform"]),
         layers_pattern=as_tuple(value["layers_pattern"]),
@@ -337,6 +397,7 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) ->
         init_lora_weights=value["init_lora_weights"],
         lora_bias=value["lora_bias"],
         use_dora=value["use_dora"],
+        target_parameters=as_tuple(value["target_parameters"]) or (),
         targets=(),
     )
     heading = f"{where} does not fit this model:"
@@ -425,12 +486,10 @@ def _tensor_problems(
 ) -> list[str]:
     """Every difference between the tensors and what the settings call for."""
     expected = {
-        _key(layer, t.name, field): shape
+        _key(layer, t.name, field, [t.name for t in targets]): _shape(config, t, field)
         for layer, targets in enumerate(lora.targets)
         for t in targets
-        for d_out, d_in in [projection_shape(config, t.name)]
-        for field in _record(lora)._fields
-        for shape in [{"a": (t.r, d_in), "b": (d_out, t.r)}.get(field, (d_out,))]
+        for field in _record(lora, t.name)._fields
     }
     both = [k for k in expected if k in tensors]
     numeric = [k for k in both if tensors[k].dtype in DTYPES.values()]
@@ -448,6 +507,13 @@ def _tensor_problems(
     ]
     broken = [k for k in numeric if not tensors[k].isfinite().all()]
     return problems + [f"NaN or inf  {k}" for k in broken]
+
+
+def _shape(config: LlamaConfig, target: Target, field: str) -> tuple[int, ...]:
+    d_out, d_in = shape = projection_shape(config, target.name)
+    if target.name in EXPERTS:
+        return packed_shape(field, target.r, shape, config.num_local_experts)
+    return {"a": (target.r, d_in), "b": (d_out, target.r)}.get(field, (d_out,))
 
 
 def _hint(key: str) -> str:
@@ -494,6 +560,16 @@ def merged_weight(
     return merged.to(weight.dtype)
 
 
+def merged_experts(
+    weight: Float[Tensor, "e d_out d_in"], lora: ExpertLoRA, scaling: float
+) -> Float[Tensor, "e d_out d_in"]:
+    """`merged_weight` of every expert, one after the other."""
+    merged = torch.empty_like(weight)
+    for matrix, base, a, b in zip(merged, weight, *lora, strict=True):
+        matrix.copy_(merged_weight(base, LoRA(a, b), scaling))
+    return merged
+
+
 def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
     """Name on disk -> its merged weight when called, for every adapted projection.
 
@@ -504,8 +580,12 @@ def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], 
     folded: dict[str, Callable[[], Tensor]] = {}
     for i, targets in enumerate(spec.lora.targets):
         for t in targets:
-            linear, lora = base["layers"][i][t.name], adapter["layers"][i][t.name]
-            path = projection_path(i, t.name)
+            lora, path = adapter["layers"][i][t.name], projection_path(i, t.name)
+            if isinstance(lora, ExpertLoRA):
+                weight = base["layers"][i]["experts"][t.name.removeprefix("experts.")]
+                folded[path] = partial(merged_experts, weight, lora, t.scaling)
+                continue
+            linear = base["layers"][i][t.name]
             folded[f"{path}.weight"] = partial(merged_weight, linear["weight"], lora, t.scaling)
             if isinstance(lora, BiasedLoRA):
                 folded[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
@@ -582,20 +662,26 @@ def _save_merged_16bit(spec: Spec, base: Base, adapter: Adapter | None, folder: 
     tensors = tensors_from_base(spec.config, base)
     own = base["norm"].dtype
     dtype = own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
-    shards = _shards({name: t.numel() * dtype.itemsize for name, t in tensors.items()})
+    stored = pieces(spec.config)
+    sizes = {name: math.prod(piece.shape) for name, piece in stored.items()}
+    shards = _shards({name: size * dtype.itemsize for name, size in sizes.items()})
     _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
     _check_finite(folded)
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in shards.items():
-        whole = {n: folded[n]() if n in folded else tensors[n] for n in names}
-        whole = {n: t.detach().to("cpu", dtype).contiguous() for n, t in whole.items()}
+        whole: dict[str, Tensor] = {}
+        # The experts of a tensor are neighbours: merged once, stored one by one.
+        for name, group in groupby(names, key=lambda n: stored[n].name):
+            tensor = folded[name]() if name in folded else tensors[name]
+            tensor = tensor.detach().to("cpu", dtype)
+            whole |= {n: tensor[stored[n].index].contiguous() for n in group}
         write_safetensors(folder / file, whole)
     if len(shards) > 1:
-        total = sum(t.numel() for t in tensors.values())
-        sizes = {"total_size": total * dtype.itemsize, "total_parameters": total}
+        total = sum(sizes.values())
+        metadata = {"total_size": total * dtype.itemsize, "total_parameters": total}
         weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(folder / INDEX, {"metadata": sizes, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
     config = replace(spec.config, dtype=str(dtype).removeprefix("torch."))
     write_json(folder / "generation_config.json", _generation_config(config))
     # Last: a folder without it is no model, so a killed run leaves none that is half there.

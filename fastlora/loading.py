@@ -11,15 +11,15 @@ from fastlora.checkpoint import (
     DTYPES,
     EMBEDDING,
     read_json,
-    read_tensors,
     scan,
     settle_head,
 )
 from fastlora.checks import CheckpointError, raise_problems
+from fastlora.expert_keys import read_model
 from fastlora.export import load_adapter
 from fastlora.hub import resolve
 from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import Base, base_from_tensors, base_tensors
+from fastlora.llama.params import Base, base_from_tensors
 from fastlora.llama.spec import Spec
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
@@ -121,7 +121,7 @@ def read_base(
         dtype = getattr(torch, config.dtype)
     elif dtype is None and EMBEDDING in entries:  # an unknown dtype is refused below
         dtype = DTYPES.get(entries[EMBEDDING].dtype)
-    tensors = read_tensors(folder, entries, base_tensors(config), device=device, dtype=dtype)
+    tensors = read_model(folder, entries, config, device=device, dtype=dtype)
     loaded = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
     return replace(config, dtype=loaded), base_from_tensors(config, tensors)
 

@@ -39,7 +39,8 @@ from fastlora.data import (
     pack,
     read_rows,
 )
-from fastlora.export import WEIGHTS_FILE, folder_error, peft_state_dict
+from fastlora.expert_keys import unpacked
+from fastlora.export import WEIGHTS_FILE, folder_error, named_leaves, peft_state_dict
 from fastlora.functional import Batch, Seed, loss_sum
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import Adapter, projection_path
@@ -283,7 +284,7 @@ def _prepare(model: Model, tokenizer: Any, settings: Settings, data: Any, eval_d
 
 
 def _learner(model: Model, weight_decay: float) -> _Learner:
-    """AdamW over clones of the adapter's leaves, in the order of `peft_state_dict`."""
+    """AdamW over clones of the adapter's leaves, in the order of `named_leaves`."""
     own = model.with_adapter(tree_map(lambda x: x.detach().clone(), model.adapter))
     leaves = _named(own.adapter).values()
     fused = all(leaf.is_cuda for leaf in leaves)
@@ -293,7 +294,7 @@ def _learner(model: Model, weight_decay: float) -> _Learner:
 
 def _named(adapter: Adapter | None) -> dict[str, Tensor]:
     assert adapter is not None
-    return peft_state_dict(adapter)
+    return named_leaves(adapter)
 
 
 def _fit(
@@ -478,12 +479,14 @@ def _restore(
     if len(records) > steps:
         raise ValueError(f"{folder} is of step {len(records)}, but the run ends at step {steps}.")
     leaves = _named(learner.model.adapter)
-    adapter = _read_as(folder / WEIGHTS_FILE, leaves)
+    assert learner.model.adapter is not None
+    adapter = _read_as(folder / WEIGHTS_FILE, peft_state_dict(learner.model.adapter))
     likes = {"step": torch.zeros(())}
     expected = {f"{n}.{m}": likes.get(m, leaf) for n, leaf in leaves.items() for m in _MOMENTS}
     moments = _read_as(folder / OPTIMIZER_FILE, expected)
     for name, leaf in leaves.items():
-        leaf.copy_(adapter[name])
+        saved = adapter[name]
+        leaf.copy_(unpacked(name, saved, leaf.shape[0]) if leaf.dim() == 3 else saved)
     # Clones: what was read is a view of the file.
     states = [{m: moments[f"{name}.{m}"].clone() for m in _MOMENTS} for name in leaves]
     groups = learner.optimizer.state_dict()["param_groups"]

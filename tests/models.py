@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every dense family, written by transformers itself.
+"""Tiny random checkpoints of every family, written by transformers itself.
 
 What the tests load and compare against. `FAMILIES` maps a name to transformers' config arguments
 (plus "model_type"); `make_checkpoint` writes the folder and gives transformers' own reading of it.
@@ -36,6 +36,8 @@ def _rope(rope_type: str, theta: float = 10000.0, **rest: Any) -> dict[str, Any]
 _LLAMA3 = dict(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
 )
+
+_QWEN3_MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
 # Windows (5) and dynamic's context (16) are short, so that 24 tokens pass both.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -97,6 +99,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qwen3", head_dim=16, tie_word_embeddings=True, pad_token_id=0, **_rope("default", 1e6)
     ),
     "smollm3": _family("smollm3", num_hidden_layers=4, **_rope("default", 2e6)),
+    "mixtral": _family("mixtral", sliding_window=5, num_local_experts=4, **_rope("default", 1e6)),
+    "qwen3_moe": _family("qwen3_moe", head_dim=16, **_QWEN3_MOE, **_rope("default", 1e6)),
+    "qwen3_moe_mixed": _family(
+        "qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1], **_QWEN3_MOE, norm_topk_prob=True
+    ),
 }
 
 

@@ -313,7 +313,6 @@ LATER = {
     "loftq_config": {"loftq_bits": 4},
     "temporary_location": "elsewhere",
     "qat_scheme": "int4",
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "ensure_weight_tying": True,
     "trainable_token_indices": [1, 2],
 }

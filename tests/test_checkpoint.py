@@ -29,7 +29,6 @@ from fastlora.checkpoint import (
     read_index,
     read_json,
     read_safetensors,
-    read_tensors,
     scan,
     settle_head,
     write_json,
@@ -217,7 +216,7 @@ def test_every_difference_is_listed_at_once(tmp_path):
     write_safetensors(tmp_path / WEIGHTS, stored)
     expected = {"model.misshapen": (3, 2), "model.whole_numbers": (2,), "model.absent": (5,)}
     with pytest.raises(CheckpointError) as refused:
-        read_tensors(tmp_path, scan(tmp_path), expected, device="cpu")
+        check_entries(tmp_path, scan(tmp_path), expected)
     lines = str(refused.value).split("\n")
     assert "  missing     model.absent (5,)" in lines
     assert f"  unexpected  model.extra in {WEIGHTS} (1,)" in lines

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from fastlora.llama.config import LlamaConfig
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe")
 SIZES = dict(
     vocab_size=96,
     hidden_size=512,
@@ -37,11 +37,11 @@ def transformers_says(raw: dict) -> dict:
     window = getattr(c, "sliding_window", None)
     if family == "llama":
         types = ("full_attention",) * n
-    elif family == "mistral":
+    elif family in ("mistral", "mixtral", "qwen3_moe"):
         types = ("full_attention" if window is None else "sliding_attention",) * n
     else:
         types = tuple(c.layer_types)
-    bias = family == "qwen2" or (family != "mistral" and c.attention_bias)
+    bias = family == "qwen2" or (family not in ("mistral", "mixtral") and c.attention_bias)
     eos = c.eos_token_id
     return dict(
         num_key_value_heads=c.num_key_value_heads,
@@ -52,14 +52,33 @@ def transformers_says(raw: dict) -> dict:
         attention_bias=bias,
         attention_output_bias=bias and family != "qwen2",
         mlp_bias=family in ("llama", "smollm3") and c.mlp_bias,
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         layer_types=types,
         sliding_window=window if "sliding_attention" in types else None,
         no_rope_layers=tuple(c.no_rope_layers[:n]) if family == "smollm3" else (1,) * n,
         bos_token_id=c.bos_token_id,
         eos_token_id=() if eos is None else (eos,),
         pad_token_id=c.pad_token_id,
+        **experts(c),
         rope_parameters={k: v for k, v in c.rope_parameters.items() if k != "type"},
+    )
+
+
+def experts(c) -> dict:
+    """What the model classes of transformers read of a mixture; zeros for dense families."""
+    n = c.num_hidden_layers
+    if not hasattr(c, "num_experts_per_tok") or not c.num_experts:
+        sizes = dict(num_local_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
+        return sizes | dict(norm_topk_prob=False, sparse_layers=(False,) * n)
+    mixtral = c.model_type == "mixtral"
+    dense = [] if mixtral else c.mlp_only_layers
+    step = 1 if mixtral else c.decoder_sparse_step
+    return dict(
+        num_local_experts=c.num_experts,
+        num_experts_per_tok=c.num_experts_per_tok,
+        moe_intermediate_size=c.intermediate_size if mixtral else c.moe_intermediate_size,
+        norm_topk_prob=mixtral or c.norm_topk_prob,
+        sparse_layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n)),
     )
 
 
@@ -113,6 +132,29 @@ def test_fields_read_as_in_transformers(model_type, changed):
 @pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim"])
 def test_null_reads_as_in_transformers(name):
     assert_reads_as_transformers(raw_config("llama", **{name: None}))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(num_experts=6, num_experts_per_tok=3),
+        dict(num_local_experts=6, num_experts_per_tok=3),
+        dict(num_local_experts=6, num_experts=5, num_experts_per_tok=3),
+        dict(norm_topk_prob=True, moe_intermediate_size=40),
+        dict(mlp_only_layers=[0, 4]),
+        dict(mlp_only_layers=[1], decoder_sparse_step=2),
+        dict(decoder_sparse_step=7),
+        dict(output_router_logits=True, router_jitter_noise=0.1),
+    ],
+    ids=str,
+)
+def test_mixtures_read_as_in_transformers(model_type, changed):
+    assert_reads_as_transformers(raw_config(model_type, **changed))
+
+
+def test_no_experts_are_a_dense_model():
+    assert_reads_as_transformers(raw_config("qwen3_moe", num_experts=0))
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])
@@ -248,8 +290,16 @@ def test_dtype_has_two_names(fields, expected):
     ("changed", "words"),
     [
         (dict(model_type="gpt2"), "'gpt2'"),
-        (dict(model_type="mixtral"), "mixtral.*not supported yet"),
-        (dict(model_type="qwen3_moe"), "qwen3_moe.*not supported yet"),
+        (dict(model_type="mixtral", num_experts_per_tok=9), "num_experts_per_tok is 9; .*most"),
+        (dict(model_type="mixtral", num_local_experts=-1), "num_local_experts is -1"),
+        (dict(model_type="qwen3_moe", num_experts=10**9), "num_experts is 1000000000"),
+        (
+            dict(model_type="mixtral", num_experts=9999, num_hidden_layers=999),
+            "9,989,001; expected",
+        ),
+        (dict(model_type="qwen3_moe", mlp_only_layers=[None]), "mlp_only_layers is"),
+        (dict(model_type="qwen3_moe", decoder_sparse_step=0), "decoder_sparse_step is 0"),
+        (dict(model_type="qwen3_moe", moe_intermediate_size=0), "moe_intermediate_size is 0"),
         (dict(model_type=["llama"]), r"\['llama'\]"),
         (dict(model_type=None), "None"),
         (dict(hidden_act="gelu"), "'gelu'"),
@@ -328,7 +378,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner),
     max_leaves=5,
 )
-FIELDS = sorted({*transformers_says(raw_config()), *SIZES, "rope_scaling", "quantization_config"})
+MORE = ("rope_scaling", "quantization_config", "num_experts", "mlp_only_layers")
+FIELDS = sorted({*transformers_says(raw_config()), *SIZES, *MORE, "decoder_sparse_step"})
 ROPE_FIELDS = ["rope_type", "type", "rope_theta", *LLAMA3, "beta_fast", "mscale", "truncate"]
 
 

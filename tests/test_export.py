@@ -136,6 +136,10 @@ def peft_read(family, folder, dtype=torch.float32, **kwargs):
         warnings.simplefilter("ignore", FutureWarning)
         # Said of every lora_bias over a base without biases, PEFT's own adapters included.
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")
+        # Said of every pattern for a parameter, PEFT's own adapters included, though it is used.
+        warnings.filterwarnings(
+            "ignore", r"The following \w+_pattern keys did not match any .*: \[[^,]*(gate|experts)"
+        )
         return PeftModel.from_pretrained(hugging_face(family, dtype), folder, **kwargs).eval()
 
 
@@ -322,7 +326,6 @@ REFUSED_FIELDS = {
     "bias": "all",
     "modules_to_save": ["lm_head"],
     "trainable_token_indices": [1, 2],
-    "target_parameters": ["mlp.experts.gate_up_proj"],
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 1},
     "kasa_config": {"beta": 1},
@@ -754,7 +757,10 @@ def test_merged_folders_load_in_transformers(family, tmp_path):
         assert torch.equal(state[name], tensor), name
     found, expected = hf_logits(hf).float(), logits(merged).float()
     base = logits(fast(family, torch.bfloat16)).float()
-    assert difference(found, expected, base) <= 1e-2
+    # bf16 noise; the weights above are equal to the bit.
+    assert difference(found, expected, base) <= (
+        2e-2 if any(merged.spec.config.sparse_layers) else 1e-2
+    )
     assert (expected - base).abs().max() > 0.1
 
 

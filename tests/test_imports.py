@@ -14,6 +14,7 @@ FLOORS = [
     {"tokenizer", "ops"},
     {"llama"},
     {"gradients", "checkpoint"},
+    {"expert_keys"},
     {"functional", "adapter", "data", "hub"},
     {"generation", "export", "combine"},
     {"model"},

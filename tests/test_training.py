@@ -770,3 +770,29 @@ def test_long_text_is_split_when_packed_and_refused_when_not(model, tokenizer):
     assert len(pack(encode_rows(rows, tokenizer, max_seq_length=64, split_text=True), 64)) > 1
     with pytest.raises(ValueError, match="more than max_seq_length"):
         train(model, tokenizer, rows, packing=False, **QUIET)
+
+
+# ── mixtures of experts ──
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> Model:
+    """LoRA on experts, router and attention, B not zero."""
+    folder = tmp_path_factory.mktemp("mixture")
+    make_checkpoint("qwen3_moe_mixed", folder, config=dict(vocab_size=4096))
+    model, _ = fastlora.load(folder, max_seq_length=64, device="cpu")
+    return adapted(model, r=2, target_modules="all-linear")
+
+
+def test_every_leaf_of_a_mixture_is_trained(mixture, tokenizer):
+    trained, history = train(mixture, tokenizer, ROWS, max_steps=6, learning_rate=1e-2, **QUIET)
+    assert history.losses[-1] < history.losses[0]
+    leaves = zip(tree_leaves(trained.adapter), tree_leaves(mixture.adapter), strict=True)
+    assert all(not torch.equal(x, y) for x, y in leaves)
+
+
+def test_a_resumed_mixture_is_the_same_run(mixture, tokenizer, tmp_path):
+    how: dict[str, Any] = dict(max_steps=4, batch_size=2, learning_rate=1e-2, **QUIET)
+    whole, _ = train(mixture, tokenizer, ROWS, output_dir=tmp_path, save_every=2, **how)
+    resumed, _ = train(mixture, tokenizer, ROWS, resume=tmp_path / "checkpoint-2", **how)
+    assert same_bits(resumed.adapter, whole.adapter)

@@ -62,6 +62,11 @@ class LlamaConfig:
     layer_types: tuple[LayerType, ...]  # one entry per layer
     sliding_window: int | None  # positions a sliding layer sees, itself included
     no_rope_layers: tuple[int, ...]  # one entry per layer, 1 = has RoPE (SmolLM3's spelling)
+    sparse_layers: tuple[bool, ...]  # one entry per layer: a mixture of experts, or one dense MLP
+    num_local_experts: int  # of a sparse layer; 0 where no layer is sparse
+    num_experts_per_tok: int
+    norm_topk_prob: bool  # the chosen experts' weights are made to sum to 1
+    moe_intermediate_size: int  # of one expert
     bos_token_id: int | None
     eos_token_id: tuple[int, ...]  # config.json and generation_config.json together
     pad_token_id: int | None
@@ -97,6 +102,7 @@ class LlamaConfig:
         read = {name: settings.read(name, expected) for name, expected in _PLAIN.items()}
         read |= _attention_heads(settings, read)
         read |= _layers(settings, read["num_hidden_layers"])
+        read |= _experts(settings, read["num_hidden_layers"])
         read |= _token_ids(raw, generation or {}, defaults, settings.problems)
         read["rope_parameters"] = _rope_parameters(settings, read)
         read["dtype"] = settings.dtype()
@@ -136,6 +142,7 @@ _DEFAULTS: dict[str, Any] = dict(
 )
 _NO_WINDOW = dict(use_sliding_window=False, sliding_window=None, layer_types=None)
 _ALL_ROPE = dict(no_rope_layers=None, no_rope_layer_interval=None)
+_ALL_SPARSE: dict[str, Any] = dict(mlp_only_layers=None, decoder_sparse_step=1)
 
 # model_type -> (what an absent field means, what holds whatever the file says).
 _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -154,6 +161,35 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         _ALL_ROPE | dict(attention_bias=True, mlp_bias=False),
     ),
     "qwen3": (dict(num_key_value_heads=32, head_dim=128), _ALL_ROPE | dict(mlp_bias=False)),
+    # Both have one window for all layers, or none.
+    "mixtral": (
+        dict(
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            rms_norm_eps=1e-5,
+            rope_theta=1e6,
+            sliding_window=None,
+            bos_token_id=1,
+            eos_token_id=2,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+        ),
+        _ALL_ROPE
+        | _ALL_SPARSE
+        | dict(attention_bias=False, mlp_bias=False, use_sliding_window=True, max_window_layers=0)
+        | dict(layer_types=None, norm_topk_prob=True),
+    ),
+    "qwen3_moe": (
+        dict(
+            num_key_value_heads=4,
+            num_experts=128,
+            num_experts_per_tok=8,
+            norm_topk_prob=False,
+            moe_intermediate_size=768,
+            **_ALL_SPARSE,
+        ),
+        _ALL_ROPE | dict(mlp_bias=False, max_window_layers=0, layer_types=None),
+    ),
     "smollm3": (
         dict(
             num_key_value_heads=4,
@@ -167,15 +203,10 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         dict(max_window_layers=0),
     ),
 }
-_NOT_YET = ("mixtral", "qwen3_moe")
 
 
 def _check_family(model_type: Any) -> None:
     known = ", ".join(_FAMILIES)
-    if model_type in _NOT_YET:
-        raise ValueError(
-            f"model_type is {model_type!r}: mixtures of experts are not supported yet, {known} are."
-        )
     if model_type not in tuple(_FAMILIES):  # a tuple: the file may hold something unhashable
         raise ValueError(
             f"model_type is {_show(model_type)}, but fastlora knows {known}; "
@@ -199,6 +230,7 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "a positive integer": _is_int(1),
     "a positive integer or null": lambda x: x is None or _is_int(1)(x),
     "an integer from 1 to 10000": _is_int(1, 10_000),
+    "an integer from 0 to 10000": _is_int(0, 10_000),
     "an integer, 0 or more": _is_int(0),
     "a positive number": _is_positive,
     "a positive number or null": lambda x: x is None or _is_positive(x),
@@ -306,7 +338,7 @@ def _attention_heads(settings: _Fields, read: dict[str, Any]) -> dict[str, Any]:
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         attention_output_bias=read["attention_bias"] and settings.raw["model_type"] != "qwen2",
-        qk_norm=settings.raw["model_type"] == "qwen3",
+        qk_norm=settings.raw["model_type"] in ("qwen3", "qwen3_moe"),
     )
 
 
@@ -330,6 +362,57 @@ def _layers(settings: _Fields, n: int | None) -> dict[str, Any]:
         sliding_window=window if "sliding_attention" in types else None,
         no_rope_layers=ropes,
     )
+
+
+def _experts(settings: _Fields, n: int | None) -> dict[str, Any]:
+    """The mixture's sizes, and which layers are one.
+
+    `output_router_logits`, `router_aux_loss_coef` and `router_jitter_noise` are not read: they
+    change nothing in the logits, and fastlora's loss is the cross-entropy alone.
+    """
+    raw = settings.raw
+    experts = _expert_count(settings)
+    if experts == 0 or n is None:
+        none = dict(num_experts_per_tok=0, norm_topk_prob=False, moe_intermediate_size=0)
+        return none | dict(num_local_experts=0, sparse_layers=(False,) * (n or 0))
+    per_token = settings.read("num_experts_per_tok", "a positive integer")
+    if experts and per_token and per_token > experts:
+        settings.problems.append(
+            f"num_experts_per_tok is {per_token}; expected at most the {experts} experts there are"
+        )
+    size = "intermediate_size" if raw["model_type"] == "mixtral" else "moe_intermediate_size"
+    step = settings.read("decoder_sparse_step", "a positive integer") or 1
+    dense = raw["mlp_only_layers"] or []
+    if not isinstance(dense, list) or any(type(i) is not int for i in dense):
+        settings.problems.append(f"mlp_only_layers is {_show(dense)}; expected layer numbers")
+        dense = []
+    sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(n))
+    if (total := (experts or 0) * sum(sparse)) > _MOST_EXPERTS:
+        settings.problems.append(
+            f"{experts} experts in each of {sum(sparse)} layers are {total:,}; expected at most"
+            f" {_MOST_EXPERTS:,}"
+        )
+    return dict(
+        num_local_experts=experts,
+        num_experts_per_tok=per_token,
+        norm_topk_prob=settings.read("norm_topk_prob", "true or false"),
+        moe_intermediate_size=settings.read(size, "a positive integer"),
+        sparse_layers=sparse,
+    )
+
+
+# They size lists of names. DeepSeek-V3 has 14,848.
+_MOST_EXPERTS = 100_000
+
+
+def _expert_count(settings: _Fields) -> int | None:
+    """Both spellings; transformers' alias of a class's own field wins over that."""
+    names = {"mixtral": ("num_experts", "num_local_experts")}
+    names["qwen3_moe"] = ("num_local_experts", "num_experts")
+    for name in names.get(settings.raw["model_type"], ()):
+        if name in settings.raw:
+            return settings.read(name, "an integer from 0 to 10000")
+    return 0
 
 
 def _no_rope_layers(settings: _Fields, n: int) -> tuple[int, ...]:

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastlora.llama.experts import expert_mlp
 from fastlora.llama.params import (
-    PROJECTIONS,
+    ROUTER,
+    TARGETS,
     AdapterRecord,
     BiasedLoRA,
     DoRA,
@@ -23,7 +25,7 @@ from fastlora.ops.lora_linear import down_projections, lora_linear
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.rope import apply_rope
 
-_SALT = {name: salt for salt, name in enumerate(PROJECTIONS)}
+_SALT = {name: salt for salt, name in enumerate(TARGETS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,8 @@ class LayerSpec:
     scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
     lora_dropout: float
     deterministic: bool
+    num_experts_per_tok: int
+    norm_topk_prob: bool
 
 
 def layer_spec(spec: Spec, layer: int) -> LayerSpec:
@@ -52,6 +56,8 @@ def layer_spec(spec: Spec, layer: int) -> LayerSpec:
         scalings=tuple((t.name, t.scaling) for t in lora.targets[layer]) if lora else (),
         lora_dropout=lora.lora_dropout if lora else 0.0,
         deterministic=spec.deterministic,
+        num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
+        norm_topk_prob=config.norm_topk_prob,
     )
 
 
@@ -194,7 +200,15 @@ def mlp_block(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
-    """x + SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up)."""
+    """x + SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up).
+
+    In a sparse layer, x + the weighted SwiGLUs of each token's experts.
+    """
     normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
+    if "experts" in params:
+        (logits,) = project(normed, (ROUTER,), params, adapter, spec, key)
+        k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
+        experts = params["experts"]
+        return x + expert_mlp(normed, logits, experts, adapter, scalings, k, spec.norm_topk_prob)
     gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
     return x + project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]

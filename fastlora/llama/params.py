@@ -21,6 +21,11 @@ PROJECTIONS = {
     "up_proj": "mlp",
     "down_proj": "mlp",
 }
+# What a sparse layer has in place of the MLP's: the router, and all experts' matrices together.
+ROUTER = "gate"
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
+# All that may carry an adapter -> the module that holds it.
+TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp")
 
 
 class Linear(TypedDict):
@@ -53,14 +58,24 @@ class DoRA(NamedTuple):
     magnitude: Float[Tensor, "d_out"]
 
 
+class ExpertLoRA(NamedTuple):
+    """A LoRA for every expert: delta_W[e] = scaling * b[e] @ a[e]."""
+
+    a: Float[Tensor, "e r d_in"]
+    b: Float[Tensor, "e d_out r"]
+
+
 # How one projection is adapted. The vectors stay float32 where the matrices are cast to multiply.
-AdapterRecord = LoRA | BiasedLoRA | DoRA
+AdapterRecord = LoRA | BiasedLoRA | DoRA | ExpertLoRA
 
 # One decoder layer: "input_layernorm", "post_attention_layernorm", with qk_norm also "q_norm" and
-# "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear.
+# "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear. A sparse layer has, in place of
+# the MLP's three, "gate" -> {"weight": [e, d]} and "experts" -> {"gate_up_proj": [e, 2f, d], the
+# gate's rows first, "down_proj": [e, d, f]}.
 LayerParams = dict[str, Any]
 
-# Projection name -> record, all of one kind. A projection that is absent carries no adapter.
+# Name in TARGETS -> record: ExpertLoRA for EXPERTS, for the others all of one kind. A name that is
+# absent carries no adapter.
 LayerAdapter = dict[str, AdapterRecord]
 
 
@@ -80,13 +95,24 @@ class Adapter(TypedDict):
 
 
 def projection_path(layer: int, name: str) -> str:
-    """Hugging Face's module name of a projection: "model.layers.3.self_attn.q_proj"."""
-    return f"model.layers.{layer}.{PROJECTIONS[name]}.{name}"
+    """Hugging Face's module name of a projection: "model.layers.3.self_attn.q_proj".
+
+    Of an experts' tensor, its parameter name: "model.layers.3.mlp.experts.down_proj".
+    """
+    return f"model.layers.{layer}.{TARGETS[name]}.{name}"
+
+
+def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
+    """The names of TARGETS that a layer has, in that order."""
+    if not config.sparse_layers[layer]:
+        return tuple(PROJECTIONS)
+    return tuple(n for n in TARGETS if PROJECTIONS.get(n) != "mlp")
 
 
 def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
-    """(d_out, d_in) of a projection."""
+    """(d_out, d_in) of a projection; of an experts' tensor, for each of its experts."""
     d, f = config.hidden_size, config.intermediate_size
+    experts, of_expert = config.num_local_experts, config.moe_intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {
@@ -97,18 +123,27 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
         "gate_proj": (f, d),
         "up_proj": (f, d),
         "down_proj": (d, f),
+        "gate": (experts, d),
+        "experts.gate_up_proj": (2 * of_expert, d),
+        "experts.down_proj": (d, of_expert),
     }[name]
 
 
 def projection_bias(config: LlamaConfig, name: str) -> bool:
     """Whether a projection has a bias."""
+    if name not in PROJECTIONS:
+        return False
     if name == "o_proj":
         return config.attention_output_bias
     return config.attention_bias if PROJECTIONS[name] == "self_attn" else config.mlp_bias
 
 
 def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tuple[str, tuple]]:
-    """Path in the layer's tree -> (name on disk, shape), for every tensor of one decoder layer."""
+    """Path in the layer's tree -> (name on disk, shape), for every tensor of one decoder layer.
+
+    Experts have transformers 5's names, whose tensors hold all experts; what files spell expert by
+    expert is expert_files.py's business.
+    """
     prefix = f"model.layers.{layer}."
     tensors: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
     for n in ("input_layernorm", "post_attention_layernorm"):
@@ -116,8 +151,11 @@ def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tupl
     if config.qk_norm:
         for n in ("q_norm", "k_norm"):
             tensors[n,] = (f"{prefix}self_attn.{n}.weight", (config.head_dim,))
-    for n in PROJECTIONS:
+    for n in layer_targets(config, layer):
         path, shape = projection_path(layer, n), projection_shape(config, n)
+        if n in EXPERTS:
+            tensors[tuple(n.split("."))] = (path, (config.num_local_experts, *shape))
+            continue
         tensors[n, "weight"] = (f"{path}.weight", shape)
         if projection_bias(config, n):
             tensors[n, "bias"] = (f"{path}.bias", shape[:1])

@@ -9,6 +9,10 @@ q and kv the widths of the query and key projections, f the MLP's):
     attention  x, attention                             again: + q, k, v and o products
     full       x                                        again: + attention itself
 
+A sparse layer keeps k f in place of f (k experts per token, f of one expert), and at every level
+the k experts chosen: chosen again from logits that a compiled graph rounds otherwise, a token near
+a tie would go another way in the backward pass.
+
 Freeing one element of any projection costs the same arithmetic (2 * d_in operations), attention
 costs more, so this order is the cheapest first. A policy name is one level for all layers; a
 number is a budget, met by moving layers down one level at a time, the first layers first: the
@@ -18,7 +22,6 @@ Built on torch's selective activation checkpointing, which works the same eager 
 torch.compile (there the partitioner then drops what no backward node reads).
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -51,8 +54,18 @@ _ATTENTION = {
     aten._softmax.default,
     aten._safe_softmax.default,
 }
-_PRODUCTS = {torch.ops.fastlora.lora_linear.default, aten.mm.default, aten.addmm.default}
-_KEPT = {"selective": _ATTENTION | _PRODUCTS, "attention": _ATTENTION, "full": set()}
+_PRODUCTS = {
+    torch.ops.fastlora.lora_linear.default,
+    torch.ops.fastlora.grouped_linear.default,
+    aten.mm.default,
+    aten.addmm.default,
+}
+_CHOICE = {aten.topk.default}  # of experts; 12 bytes for each of a token's
+_KEPT = {
+    "selective": _ATTENTION | _PRODUCTS | _CHOICE,
+    "attention": _ATTENTION | _CHOICE,
+    "full": _CHOICE,
+}
 
 
 def _recomputed(fn: Callable[[Tensor], Tensor], x: Tensor, level: str) -> Tensor:
@@ -96,17 +109,25 @@ def decoder_layer(
     return _recomputed(lambda x: mlp(attend(x)), x, level)
 
 
-def kept_elements(config: LlamaConfig, level: str) -> int:
-    """Elements one layer keeps per token at a level, in activations of the compute dtype."""
+def kept_elements(config: LlamaConfig, level: str, layer: int = 0) -> int:
+    """Elements a layer keeps per token at a level, in activations of the compute dtype.
+
+    A sparse layer's router, of one element an expert, is not counted.
+    """
     d, f = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     attention = d + q + 2 * kv + q + d
+    spread = 0  # the tokens' copies, sorted by expert
+    if config.sparse_layers[layer]:
+        f = config.num_experts_per_tok * config.moe_intermediate_size
+        spread = config.num_experts_per_tok * d
     return {
         "none": attention
         + 2 * d
         + q
         + kv
+        + spread
         + 3 * f,  # + both norms, rotated q and k, silu(gate) * up
         "selective": attention + 2 * f,
         "mlp": attention,
@@ -124,10 +145,14 @@ def layer_levels(config: LlamaConfig, recompute: Recompute) -> tuple[str, ...]:
     n = config.num_hidden_layers
     if isinstance(recompute, str):
         return ("full" if recompute == "offload" else recompute,) * n
-    budget = recompute * n * kept_elements(config, "none")
+    kept = {x: [kept_elements(config, x, i) for i in range(n)] for x in LEVELS}
+    total = sum(kept["none"])
+    budget = recompute * total
+    levels = ["none"] * n
     for rich, lean in pairwise(LEVELS):
-        more, less = kept_elements(config, rich), kept_elements(config, lean)
-        if n * less <= budget:
-            lean_layers = max(0, math.ceil((n * more - budget) / (more - less)))
-            return (lean,) * lean_layers + (rich,) * (n - lean_layers)
-    return ("full",) * n
+        for i in range(n):
+            if total <= budget:
+                return tuple(levels)
+            total -= kept[rich][i] - kept[lean][i]
+            levels[i] = lean
+    return tuple(levels)

@@ -15,7 +15,7 @@ Compile = Literal["auto"] | bool
 class Target:
     """One projection that carries LoRA, with its patterns already resolved."""
 
-    name: str  # "q_proj"
+    name: str  # of params.TARGETS: "q_proj", "gate", "experts.down_proj"
     r: int
     lora_alpha: float
     scaling: float  # lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
@@ -38,7 +38,8 @@ class LoraConfig:
     init_lora_weights: bool | str
     lora_bias: bool = False  # B has a bias
     use_dora: bool = False
-    targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in PROJECTIONS order
+    target_parameters: tuple[str, ...] = ()
+    targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in params.TARGETS order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

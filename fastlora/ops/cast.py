@@ -40,7 +40,7 @@ def cast(adapter: LayerTensors, dtype: torch.dtype) -> LayerTensors:
     Gradients come back in each tensor's own dtype. Walked by hand: torch's tree_flatten of 16 such
     layers cost the host 2 ms of a step.
     """
-    matrices = [x for record in adapter.values() for x in record if x.dim() == 2]
+    matrices = [x for record in adapter.values() for x in record if x.dim() >= 2]
     if all(x.dtype == dtype for x in matrices):
         return adapter
     if transforms_active() or torch.compiler.is_compiling():
@@ -48,6 +48,6 @@ def cast(adapter: LayerTensors, dtype: torch.dtype) -> LayerTensors:
     else:
         copies = iter(_Cast.apply(dtype, *matrices))  # pyright: ignore[reportArgumentType]
     return {
-        name: type(record)(*(next(copies) if x.dim() == 2 else x for x in record))
+        name: type(record)(*(next(copies) if x.dim() >= 2 else x for x in record))
         for name, record in adapter.items()
     }

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastlora.llama.params import LoRA
+from fastlora.llama.params import ExpertLoRA, LoRA
 from fastlora.ops.cast import cast
 
 
@@ -12,7 +12,11 @@ def normal(*shape, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0]), dtype=dtype)
 
 
-LAYER = {"q_proj": LoRA(normal(3, 5), normal(4, 3)), "up_proj": LoRA(normal(1, 7), normal(6, 1))}
+LAYER = {
+    "q_proj": LoRA(normal(3, 5), normal(4, 3)),
+    "up_proj": LoRA(normal(1, 7), normal(6, 1)),
+    "experts.down_proj": ExpertLoRA(normal(2, 3, 4), normal(2, 5, 3)),
+}
 
 
 def one_by_one(layer, dtype):
