@@ -119,9 +119,9 @@ def _loftq(
 def int8_rounded(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
     """The matrix after a round trip through 8-bit integers, one scale a row: max|row| / 127
     (Dettmers et al. 2022, arXiv:2208.07339, section 2; PEFT's 8 bits)."""
-    largest = weight.abs().amax(dim=-1, keepdim=True)
-    steps = (weight * (127 / largest.clamp(min=torch.finfo(weight.dtype).tiny))).round()
-    return steps * largest / 127
+    step = weight.abs().amax(dim=-1, keepdim=True) / 127
+    # A row of zeros has a step of its own size: 0 / tiny is 0, where 0 / 0 is none.
+    return (weight / step.clamp(min=torch.finfo(weight.dtype).tiny)).round() * step
 
 
 _QUANTISERS: dict[int, Callable[[Tensor], Tensor]] = {4: nf4_rounded, 8: int8_rounded}
