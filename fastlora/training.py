@@ -494,7 +494,7 @@ def _restore(
     states = [{m: moments[f"{name}.{m}"].clone() for m in _MOMENTS} for name in leaves]
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
-    if saved is not model.adapter:
+    if saved is not None and model.adapter is not None and saved is not model.adapter:
         read = {id(x): adapter[name].to(x.device, copy=True) for name, x in _named(saved).items()}
         found = remainders(tree_map(lambda x: read[id(x)], saved), model.adapter)
         learner = learner._replace(model=replace(model, base=with_start(model.base, found)))

@@ -43,7 +43,7 @@ def with_start(base: Base, layers: Sequence[Mapping[str, LoRA]]) -> Base:
     params = tuple(
         _replaced(params, found) for params, found in zip(plain["layers"], layers, strict=True)
     )
-    return Base(**plain | {"layers": params})
+    return _with_layers(plain, params)
 
 
 def without_start(base: Base) -> Base:
@@ -52,7 +52,13 @@ def without_start(base: Base) -> Base:
         return base
     drop = lambda linear: {key: x for key, x in linear.items() if key != "start"}
     layers = tuple(p | {name: drop(p[name]) for name in starts(p)} for p in base["layers"])
-    return Base(**base | {"layers": layers})
+    return _with_layers(base, layers)
+
+
+def _with_layers(base: Base, layers: tuple[LayerParams, ...]) -> Base:
+    whole = base.copy()
+    whole["layers"] = layers
+    return whole
 
 
 def cast_start(params: LayerParams, dtype: torch.dtype) -> LayerParams:
