@@ -451,7 +451,7 @@ def test_batches_that_do_not_fit_are_refused(data, message):
 
 def test_a_batch_is_a_dict():
     # Where the type hook is on, it speaks before initialize does.
-    with pytest.raises((ValueError, TypeCheckError), match="is a list|batches"):
+    with pytest.raises((ValueError, TypeCheckError), match=r"is a list|batches"):
         initialize(fresh(), [[1, 2]], "eva")
 
 
