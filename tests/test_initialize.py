@@ -37,7 +37,7 @@ import fastlora
 from fastlora import export, functional
 from fastlora.adapter import lora
 from fastlora.export import load_adapter
-from fastlora.initialize import _gradients, _settled, initialize, updated
+from fastlora.initialize import _gradients, _layers, _passes, _settled, initialize, updated
 from fastlora.llama.params import PROJECTIONS, projection_path
 
 
@@ -361,14 +361,12 @@ def test_packed_documents_do_not_see_each_other():
 
 
 def inputs_of(model, data):
-    from fastlora.initialize import _layers, _passes
-
     with torch.no_grad():
         for i, rows in _layers(model, _passes(model, data, use_label_mask=True)):
             yield i, list(rows)
 
 
-def test_a_16_bit_base_is_read_in_float32(tmp_path):
+def test_a_16_bit_base_is_read_in_float32():
     base = fast(FORWARD, torch.bfloat16)
     for method in METHODS:
         model = initialize(lora(base, r=4), batches(), method)

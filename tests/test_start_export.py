@@ -12,7 +12,7 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import adapted, same_bits
+from conftest import adapted, read_tiny, same_bits
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from test_export import (
@@ -35,7 +35,7 @@ from fastlora import export, functional
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
 from fastlora.export import load_adapter, merge
-from fastlora.factors import factors, int8_rounded, randomised_svd
+from fastlora.factors import _QUANTISERS, factors, int8_rounded, randomised_svd
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import projection_path
 from fastlora.llama.start import cast_start, starts
@@ -241,8 +241,6 @@ def test_start_factors_are_cast_with_the_adapter():
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
     """Two layers in float64 with start factors, dropout 0.2, A and B off their start."""
-    from conftest import read_tiny
-
     base = fastlora.disable(read_tiny(tmp_path_factory.mktemp("tiny"), num_hidden_layers=2))
     settings = dict(r=2, init_lora_weights="pissa", lora_dropout=0.2, adapter_dtype="float64")
     return shaken(lora(base, **settings))
@@ -316,8 +314,6 @@ def weights():
 
 def loftq_error(bits, iterations, scaling, r=8):
     """||W - (Q + s B0 A0)||, Q what is left of the last rest after quantising."""
-    from fastlora.factors import _QUANTISERS
-
     w, gen = weights(), torch.Generator()
     before = None
     if iterations > 1:
@@ -330,9 +326,8 @@ def loftq_error(bits, iterations, scaling, r=8):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("iterations", [1, 3])
 def test_loftq_is_as_close_for_every_scaling(bits, iterations):
-    pytest.importorskip("bitsandbytes") if bits == 4 else None
-    from fastlora.factors import _QUANTISERS
-
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
     one, two, half = (loftq_error(bits, iterations, s) for s in (1.0, 2.0, 0.5))
     assert two == pytest.approx(one, rel=1e-4) and half == pytest.approx(one, rel=1e-4)
     w = weights()
@@ -458,7 +453,7 @@ def test_a_folder_that_peft_converted_loads(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "loftq", "corda", "lora_ga"])
 def test_folders_that_peft_cannot_reproduce_are_refused_with_the_cure(init, tmp_path):
-    fastlora.Model.save_pretrained(shaken(lora(fast(FORWARD), r=4)), tmp_path)
+    shaken(lora(fast(FORWARD), r=4)).save_pretrained(tmp_path)
     edit(tmp_path, init_lora_weights=init)
     with pytest.raises(CheckpointError) as refused:
         load_adapter(fast(FORWARD), tmp_path)
@@ -471,7 +466,7 @@ def test_folders_that_peft_cannot_reproduce_are_refused_with_the_cure(init, tmp_
     [(dict(r=70), "70"), (dict(lora_alpha=0), "root"), (dict(lora_alpha=-8), "root")],
 )
 def test_settings_no_pissa_has_are_refused(fields, message, tmp_path):
-    fastlora.Model.save_pretrained(shaken(lora(fast(FORWARD), r=4)), tmp_path)
+    shaken(lora(fast(FORWARD), r=4)).save_pretrained(tmp_path)
     edit(tmp_path, init_lora_weights="pissa", **fields)
     if "r" in fields:
         grow = lambda x: torch.zeros([70 if n == 4 else n for n in x.shape])
