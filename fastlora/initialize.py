@@ -520,7 +520,7 @@ def _lora_ga_pair(
         b = b * (b.shape[0] ** 0.25 / choices.stable_gamma**0.5)
     elif choices.scale == "weight_svd" and largest > 0:
         weight = linear["weight"].to(gradient.dtype)
-        b = b * (randomised_svd(weight, t.r, 4, generator)[1][0] / largest)
+        b = b * (torch.linalg.matrix_norm(weight, 2) / largest)
     elif choices.scale == "gd_scale":
         a, b = a / t.scaling, b / t.scaling
     return LoRA(a, b)

@@ -133,6 +133,11 @@ def test_corda_does_not_count_padding():
 # ── lora_ga ───────────────────────────────────────────────────────────────────────────────
 
 
+def exact_svd(matrix, q, niter):
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u[:, :q], s[:q], vh[:q].T
+
+
 def peft_gradients(data, config):
     model = hugging_face(FORWARD)
 
@@ -166,8 +171,9 @@ def test_gradients_of_the_weights_are_those_of_autograd(data):
         {"stable_gamma": 64},
     ],
 )
-def test_lora_ga_is_that_of_peft_up_to_signs(how):
-    # With r = 8 every randomised decomposition has all of the (16 or 32) directions.
+def test_lora_ga_is_that_of_peft_up_to_signs(how, monkeypatch):
+    # With r = 8 our randomised decompositions have all of the (16 or 32) directions.
+    monkeypatch.setattr(torch, "svd_lowrank", exact_svd)
     config = peft_config("lora_ga", r=8, lora_ga_config=LoraGAConfig(**how))
     oracle = get_peft_model(peft_gradients(batches(), config), config)
     theirs = get_peft_model_state_dict(oracle)
@@ -175,12 +181,11 @@ def test_lora_ga_is_that_of_peft_up_to_signs(how):
     assert ours.keys() == theirs.keys()
     for key, found in ours.items():
         expected = theirs[key]
-        if how.get("scale") == "weight_svd" and "lora_B" in key:
-            # The largest singular value of W is of r directions only, so by chance: to 5 %.
-            found = found * (expected.norm() / found.norm()).clamp(0.95, 1.05)
         dim = 1 if "lora_A" in key else 0
         found, expected = up_to_signs(found, dim), up_to_signs(expected, dim)
-        assert (found - expected).abs().max() <= 2e-3 * expected.abs().max(), key
+        # Directions of close singular values turn into each other: 4e-5 where the gradients, which
+        # are PEFT's to 1e-6, differ.
+        assert (found - expected).abs().max() <= 1e-4 * expected.abs().max(), key
 
 
 def test_random_directions_follow_random_state():
