@@ -6,6 +6,7 @@ from fastlora.checks import CheckpointError
 from fastlora.combine import combine, disable
 from fastlora.export import load_adapter, merge
 from fastlora.gradients import value_and_grad
+from fastlora.initialize import initialize
 from fastlora.loading import load
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
@@ -21,6 +22,7 @@ __all__ = [
     "combine",
     "disable",
     "functional",
+    "initialize",
     "load",
     "load_adapter",
     "lora",

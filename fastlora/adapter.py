@@ -6,7 +6,7 @@ reader of PEFT folders (export.py) both end in `resolve_targets`, and nothing la
 """
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
@@ -16,6 +16,13 @@ import torch
 
 from fastlora.checks import raise_problems
 from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
+from fastlora.factors import (
+    OF_DATA,
+    factor_problems,
+    factors,
+    loftq_settings,
+    reads_weights,
+)
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     EXPERTS,
@@ -33,6 +40,7 @@ from fastlora.llama.params import (
     projection_shape,
 )
 from fastlora.llama.spec import POLICIES, LoraConfig, Recompute, Spec, Target, is_recompute
+from fastlora.llama.start import with_start
 from fastlora.ops.dora import row_norms
 
 DTYPES = {
@@ -42,12 +50,13 @@ DTYPES = {
     "float64": torch.float64,
 }
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
-_LATER_INITS = r"pissa|pissa_niter_\d+|olora|eva|corda|lora_ga|loftq|mica"
+_LATER_INITS = ("mica",)
 PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
 # To match all patterns with all names, before they are used: patterns of a file are anybody's, and
 # `re`, which has no time limit, takes 2**40 steps for "([a-z.]+)+!" on a name of 40 characters.
 # The regex library has one.
 _SECONDS = 0.5
+_INITS = (True, False, "gaussian", "orthogonal")  # that leave the base alone
 _TEMPORARY = "_fastlora_temporary_saved_buffers"
 
 # PEFT adapts these too; here they come with the version that trains embeddings.
@@ -132,8 +141,13 @@ def lora(
         modules_to_save: not in this version.
         init_lora_weights: True: A uniform in ±1/sqrt(d_in), B zero. "gaussian": A normal with
             standard deviation 1/r, B zero. "orthogonal": B A = 0 with neither zero, r even.
-            False: B uniform in ±1/sqrt(r) as well, for tests.
-        loftq_config: not in this version.
+            False: B uniform in ±1/sqrt(r) as well, for tests. "pissa", "pissa_niter_N", "olora",
+            "loftq": A and B are a part of the base's weights (factors.py), and what PEFT would
+            subtract from these is kept beside them (llama/start.py): the model starts equal to its
+            base to rounding, the base's tensors stay as they are, and it is saved as an adapter of
+            twice the rank over them. "eva", "corda", "lora_ga" need data: fastlora.initialize.
+        loftq_config: with "loftq": {"loftq_bits": 4 | 8, "loftq_iter": n} or PEFT's LoftQConfig;
+            None or {} is 4 bits (NF4, needs bitsandbytes) and 1 iteration. 8 bits is an int8 row.
         temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
         qat_scheme: not in this version.
         target_parameters: names, or their dotted ends, of parameters to adapt: "down_proj" or
@@ -161,13 +175,11 @@ def lora(
         ValueError: listing every argument that cannot be.
         NotImplementedError: listing every argument of a later version that is not at its default.
     """
-    later_init = regex.fullmatch(_LATER_INITS, str(init_lora_weights))
     _refuse_later(
         dict(
             bias=bias if bias != "none" else None,
             modules_to_save=modules_to_save,
-            init_lora_weights=init_lora_weights if later_init else None,
-            loftq_config=loftq_config,
+            init_lora_weights=init_lora_weights if init_lora_weights in _LATER_INITS else None,
             temporary_location=temporary_location if temporary_location != _TEMPORARY else None,
             qat_scheme=qat_scheme,
             ensure_weight_tying=ensure_weight_tying,
@@ -197,11 +209,15 @@ def lora(
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
-    problems += _variant_problems(settings)
     if isinstance(target_parameters, str):
         problems.append(f"target_parameters={target_parameters!r}: expected a list of names.")
+    loftq, loftq_problems = loftq_settings(loftq_config, init_lora_weights)
+    problems += _variant_problems(settings) + loftq_problems
     problems += _model_problems(model, max_seq_length, adapter_dtype)
-    settings = resolve_targets(settings, config, "fastlora.lora cannot do this:", problems)
+    heading = "fastlora.lora cannot do this:"
+    settings = resolve_targets(settings, config, heading, problems)
+    if reads_weights(init_lora_weights):
+        raise_problems(ValueError, heading, factor_problems(settings, config, init_lora_weights))
     spec = replace(
         model.spec,
         lora=settings,
@@ -209,8 +225,12 @@ def lora(
         max_seq_length=max_seq_length or model.spec.max_seq_length,
     )
     dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]
-    adapter = init_adapter(spec, model.base, dtype, random_state)
-    return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=adapter))
+    base, adapter = model.base, init_adapter(spec, model.base, dtype, random_state)
+    if reads_weights(init_lora_weights):
+        generator = torch.Generator().manual_seed(random_state)
+        found = weight_factors(spec, base, generator, loftq)
+        base, adapter = started(base, adapter, found)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
 
 
 def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) -> Adapter:
@@ -244,6 +264,39 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
     return Adapter(
         layers=tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
     )
+
+
+def weight_factors(
+    spec: Spec, base: Base, generator: torch.Generator, loftq: tuple[int, int]
+) -> list[dict[str, LoRA]]:
+    """A0 and B0 of every target, read off the base's weights as `init_lora_weights` says."""
+    assert spec.lora is not None, spec
+    init = str(spec.lora.init_lora_weights)
+
+    def found(layer: int, t: Target) -> LoRA:
+        weight = base["layers"][layer][t.name]["weight"]
+        return factors(weight, init, t.r, t.scaling, generator, loftq)
+
+    return [{t.name: found(i, t) for t in ts} for i, ts in enumerate(spec.lora.targets)]
+
+
+def started(
+    base: Base, adapter: Adapter, found: Sequence[Mapping[str, LoRA]]
+) -> tuple[Base, Adapter]:
+    """(base with these start factors, adapter that begins as them), in the adapter's dtype.
+
+    The two share no memory: an optimiser may write to the adapter's. All else of a record, a DoRA
+    magnitude, stays: it is that of W, which the sum still is.
+    """
+    layers = tuple(
+        {
+            name: record._replace(a=found[i][name].a.to(record.a), b=found[i][name].b.to(record.b))
+            for name, record in records.items()
+        }
+        for i, records in enumerate(adapter["layers"])
+    )
+    kept = [{n: LoRA(x.a.clone(), x.b.clone()) for n, x in records.items()} for records in layers]
+    return with_start(base, kept), Adapter(**adapter | {"layers": layers})
 
 
 def _first_weights(
@@ -497,8 +550,13 @@ def _recompute(policy: Recompute, checkpointing: bool | str | None) -> tuple[Rec
 
 def _init_problems(s: LoraConfig, random_state: int) -> list[str]:
     problems = []
-    if s.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        known = "True, False, 'gaussian' or 'orthogonal'"
+    if s.init_lora_weights in OF_DATA:
+        problems.append(
+            f"init_lora_weights={s.init_lora_weights!r} needs data: call lora without it, then"
+            f" fastlora.initialize(model, batches, {s.init_lora_weights!r})."
+        )
+    elif not (s.init_lora_weights in _INITS or reads_weights(s.init_lora_weights)):
+        known = f"one of {[*_INITS, 'pissa', 'pissa_niter_N', 'olora', 'loftq']}"
         problems.append(f"init_lora_weights={s.init_lora_weights!r}: expected {known}.")
     if s.lora_dropout == 1:
         problems.append("lora_dropout=1 drops every input; expected a probability in [0, 1).")

@@ -23,6 +23,7 @@ from fastlora.adapter import Adaptable, ModelT
 from fastlora.checks import raise_problems
 from fastlora.llama.params import PROJECTIONS, Adapter, LayerAdapter, LoRA, projection_path
 from fastlora.llama.spec import LoraConfig, Target
+from fastlora.llama.start import equivalent, without_start
 
 
 class _Part(NamedTuple):
@@ -38,8 +39,8 @@ _Mix = Callable[[Sequence[_Part]], LoRA]
 
 def disable(model: ModelT) -> ModelT:
     """The base alone, over the same tensors; the given model keeps its adapter."""
-    spec = replace(model.spec, lora=None)
-    return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=None))
+    spec, base = replace(model.spec, lora=None), without_start(model.base)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=None))
 
 
 def combine(
@@ -60,8 +61,9 @@ def combine(
 
     Summed in float32 ("svd", and where an adapter is, in float64), then rounded to the adapters'
     dtype, the widest where they differ. Gradients do not flow to the given adapters. A model that
-    does not adapt a module has no say in it. All but the adapter is the first model's, its
-    lora_dropout too.
+    does not adapt a module has no say in it. Adapters with start factors (PiSSA and the like) enter
+    as what they are over the base itself, at twice their rank. All but the adapter is the first
+    model's, its lora_dropout too.
 
     Args:
         models: adapted, over the very same base tensors, as `load_adapter` on one model gives them.
@@ -91,6 +93,7 @@ def combine(
     given = dict(
         density=density, majority_sign_method=majority_sign_method, svd_rank=svd_rank, seed=seed
     )
+    models = [_from_base(model) for model in models]
     problems = _argument_problems(method, given) + _weight_problems(weights, len(models))
     problems += _model_problems(models, method)
     raise_problems(ValueError, "fastlora.combine cannot do this:", problems)
@@ -126,6 +129,15 @@ def _parts(models: Sequence[Adaptable], weights: Sequence[float]) -> list[dict[s
                 found[target.name].append(_Part(weight * target.scaling, a, b))
         layers.append({name: parts for name, parts in found.items() if parts})
     return layers
+
+
+def _from_base(model: ModelT) -> ModelT:
+    """The model with its adapter counted from the base alone (llama/start.py)."""
+    spec, adapter = equivalent(model.spec, model.base, model.adapter)
+    if adapter is model.adapter:
+        return model
+    base = without_start(model.base)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
 
 
 def _lora(model: Adaptable) -> LoraConfig:

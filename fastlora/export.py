@@ -27,6 +27,7 @@ from fastlora.adapter import (
     names_or_regex,
     peft_targets,
     resolve_targets,
+    weight_factors,
 )
 from fastlora.checkpoint import (
     INDEX,
@@ -47,6 +48,7 @@ from fastlora.expert_keys import (
     pieces,
     unpacked,
 )
+from fastlora.factors import factor_problems, moves_base
 from fastlora.hub import resolve, upload
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
@@ -69,6 +71,8 @@ from fastlora.llama.params import (
     tensors_from_base,
 )
 from fastlora.llama.spec import LoraConfig, Spec, Target
+from fastlora.llama.start import equivalent, with_start, without_start
+from fastlora.ops.cast import cast as cast_matrices
 from fastlora.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -102,9 +106,18 @@ _NEUTRAL = {
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "qalora_group_size"),
     *("megatron_core", "runtime_config", "fan_in_fan_out", "ensure_weight_tying"),
 }
-# Ways of filling A and B that leave the base alone. pissa, olora, loftq, corda, lora_ga and kasa
-# subtract from the base's weights, and the adapter is only right over what they left.
+# Ways of filling A and B that leave the base alone.
 _KIND_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Others subtract from the base's weights, and the adapter is only right over what they left. These
+# subtract the same every time, so that it can be found again, as PEFT does when it loads.
+_REPEATABLE = ("pissa", "olora")
+# Why it cannot be with the rest.
+_UNREPEATABLE = {
+    r"pissa_niter_\d+": "a randomised decomposition of",
+    "loftq": "what a quantised copy lost of",
+    "corda": "what data said about",
+    "lora_ga": "what gradients said about",
+}
 # The forward of these PEFT classes is the causal language model's.
 _TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 
@@ -119,10 +132,16 @@ def save_adapter(spec: Spec, adapter: Adapter | None, folder: str | os.PathLike[
 
     Raises:
         ValueError: before any file is written, if there is no adapter, it does not fit the spec or
-            holds NaN or infinity, or the folder is a file or the base model's own.
+            holds NaN or infinity, or counts from start factors (`llama.start.equivalent` gives what
+            to save), or the folder is a file or the base model's own.
         PermissionError: if the folder cannot be written to.
     """
     lora, adapter = _present(spec, adapter)
+    if moves_base(lora.init_lora_weights):
+        raise ValueError(
+            f"an adapter that began as {lora.init_lora_weights!r} is not saved without its start"
+            " factors: call model.save_pretrained(folder), which has them."
+        )
     tensors = peft_state_dict(adapter)
     problems = _tensor_problems(tensors, lora, spec.config)
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
@@ -199,7 +218,8 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     PEFT writes its JSON with sorted keys but reads patterns in file order, so overlapping patterns
     change their meaning on the way (peft 0.21.2: ranks that no longer load, scalings off in
     silence). The resolved targets are written instead, and their patterns never overlap.
-    `init_lora_weights` is true, because A and B count from the base as it is.
+    `init_lora_weights` is true, because A and B count from the base as it is: with any other PEFT
+    would move the base once more.
     """
     parameters = _target_names(spec.config, lora, parameters=True)
     return {
@@ -363,8 +383,12 @@ def load_adapter(
         return record(*whole)
 
     layers = tuple({t.name: read(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
-    spec = replace(model.spec, lora=lora)
-    return cast(ModelT, replace(cast(Any, model), spec=spec, adapter=Adapter(layers=layers)))
+    spec, base = replace(model.spec, lora=lora), without_start(model.base)
+    if lora.init_lora_weights in _REPEATABLE:
+        found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws or quantises
+        base = with_start(base, [cast_matrices(x, dtype) for x in found])
+    adapter = Adapter(layers=layers)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
 
 
 def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) -> LoraConfig:
@@ -401,7 +425,11 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) ->
         targets=(),
     )
     heading = f"{where} does not fit this model:"
-    return resolve_targets(settings, config, heading, error=CheckpointError, strict=False)
+    lora = resolve_targets(settings, config, heading, error=CheckpointError, strict=False)
+    init = lora.init_lora_weights
+    problems = factor_problems(lora, config, init) if init in _REPEATABLE else []
+    raise_problems(CheckpointError, heading, problems)
+    return lora
 
 
 def _field_problems(raw: Mapping[str, Any]) -> list[str]:
@@ -440,18 +468,26 @@ def _refusals(raw: Mapping[str, Any], config: LlamaConfig) -> list[str]:
         problems.append(f"{given}: only 'LORA' adapters are read.")
     if (task := raw.get("task_type")) not in _TASKS:
         problems.append(f"task_type={task!r:.200}: expected 'CAUSAL_LM'.")
-    if (init := raw.get("init_lora_weights", True)) not in _KIND_INITS:
-        problems.append(
-            f"init_lora_weights={init!r:.200}: such an adapter counts from changed base weights, or"
-            " is unknown; convert it with PEFT's save_pretrained("
-            "path_initial_model_for_weight_conversion=...)."
-        )
+    if (init := raw.get("init_lora_weights", True)) not in _KIND_INITS + _REPEATABLE:
+        problems.append(_init_refusal(init))
     if raw.get("target_modules") is None and config.model_type == "smollm3":
         problems.append("target_modules=None: PEFT has no default for 'smollm3'; name them.")
     for field in sorted(raw.keys() - _FIELDS.keys() - _NEUTRAL):
         if raw[field] not in (None, False, {}, [], "", "none"):
             problems.append(f"{field}={raw[field]!r:.200}: not in this version of fastlora.")
     return problems
+
+
+def _init_refusal(init: Any) -> str:
+    reasons = (why for kind, why in _UNREPEATABLE.items() if re.fullmatch(kind, str(init)))
+    if not (why := next(reasons, None)):
+        return f"init_lora_weights={init!r:.200}: unknown to fastlora."
+    return (
+        f"init_lora_weights={init!r:.200}: this adapter counts from a base that lacks {why} its"
+        " weights, which is not in the folder (PEFT itself loads it wrong). Convert it where it was"
+        " trained: save the fresh adapter first, then peft_model.save_pretrained(folder,"
+        " path_initial_model_for_weight_conversion=fresh_folder)."
+    )
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -537,9 +573,10 @@ def merge(model: ModelT) -> ModelT:
     Raises:
         ValueError: if there is no adapter, or naming the weights that would become NaN or infinite.
     """
-    _, adapter = _present(model.spec, model.adapter)
-    config = model.spec.config
-    folded = _folded(model.spec, model.base, adapter)
+    whole, adapter = equivalent(model.spec, model.base, model.adapter)
+    _, adapter = _present(whole, adapter)
+    config = whole.config
+    folded = _folded(whole, model.base, adapter)
     _check_finite(folded)
     tensors = tensors_from_base(config, model.base)
     base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
@@ -649,6 +686,7 @@ def save_merged(
         )
     if save_method not in ("merged_16bit", "lora"):
         raise ValueError(f"save_method={save_method!r}: expected 'merged_16bit' or 'lora'.")
+    spec, adapter = equivalent(spec, base, adapter)
     if save_method == "lora":
         save_adapter(spec, adapter, folder)
     else:

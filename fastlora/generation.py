@@ -15,6 +15,7 @@ from fastlora.llama.layer import attention_output, layer_spec, mlp_block, querie
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.positions import rope_tables
 from fastlora.llama.spec import Spec
+from fastlora.llama.start import joined, without_start
 from fastlora.ops.attention import attention
 from fastlora.ops.cast import cast
 from fastlora.ops.rms_norm import rms_norm
@@ -202,6 +203,7 @@ def generate(
     fill = pad if pad is not None else (eos_token_id[0] if eos_token_id else 0)
     if adapter is not None:  # once, not at every token
         dtype = base["embed_tokens"].dtype
+        adapter, base = joined(adapter, base), without_start(base)
         adapter = {"layers": tuple(cast(layer, dtype) for layer in adapter["layers"])}
     cache = new_cache(base, spec, b, t + max_new_tokens)
     logits = prefill(adapter, base, spec, input_ids, attention_mask, cache)

@@ -18,6 +18,7 @@ from fastlora.functional import Batch, Seed
 from fastlora.llama.decoder import requires_grad
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.spec import Compile, Kernels, Recompute, Spec, is_recompute
+from fastlora.llama.start import equivalent, without_start
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.linear_cross_entropy import IGNORE
 from fastlora.tokenizer import Tokenizer
@@ -220,9 +221,13 @@ class Model:
     # ── counting and saving ───────────────────────────────────────────────────────────────
 
     def num_parameters(self, trainable: bool = False) -> int:
-        """Number of elements of base and adapter together, or of the adapter alone."""
+        """Number of elements of base and adapter together, or of the adapter alone.
+
+        Start factors are neither: the numbers are PEFT's.
+        """
         adapter = sum(x.numel() for x in tree_leaves(self.adapter) if isinstance(x, Tensor))
-        return adapter if trainable else adapter + sum(x.numel() for x in tree_leaves(self.base))
+        base = without_start(self.base)
+        return adapter if trainable else adapter + sum(x.numel() for x in tree_leaves(base))
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line."""
@@ -233,8 +238,12 @@ class Model:
         )
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter as a PEFT folder. See `export.save_adapter`."""
-        export.save_adapter(self.spec, self.adapter, Path(folder))
+        """Write the adapter as a PEFT folder. See `export.save_adapter`.
+
+        One that counts from start factors is written as what it is over the untouched base: an
+        adapter of twice the rank.
+        """
+        export.save_adapter(*equivalent(self.spec, self.base, self.adapter), Path(folder))
 
     def save_pretrained_merged(
         self,
@@ -249,7 +258,8 @@ class Model:
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
         """Upload the adapter's PEFT folder to the Hub."""
-        export.push_to_hub(self.spec, self.adapter, repo_id, token=token, private=private)
+        spec, adapter = equivalent(self.spec, self.base, self.adapter)
+        export.push_to_hub(spec, adapter, repo_id, token=token, private=private)
 
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────

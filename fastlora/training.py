@@ -11,7 +11,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -44,6 +44,7 @@ from fastlora.export import WEIGHTS_FILE, folder_error, named_leaves, peft_state
 from fastlora.functional import Batch, Seed, loss_sum
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import Adapter, projection_path
+from fastlora.llama.start import equivalent, remainders, with_start, without_start
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
 
@@ -253,7 +254,9 @@ def train(
     run = _prepare(model, tokenizer, settings, data, eval_data)
     learner = _learner(model, weight_decay)
     source = _checkpoint_to_resume(resume, folder)
-    records = [] if source is None else _restore(source, learner, _identity(run, model), run.steps)
+    records: list[Record] = []
+    if source is not None:
+        learner, records = _restore(source, learner, _identity(run, model), run.steps)
     _check_not_behind(folder, len(records), source)
 
     _fit(run, learner, records, folder, log, progress)
@@ -464,8 +467,9 @@ def _save(
 
 def _restore(
     folder: Path, learner: _Learner, identity: Mapping[str, Any], steps: int
-) -> list[Record]:
-    """Fill the learner's adapter and optimiser from a checkpoint; gives its history.
+) -> tuple[_Learner, list[Record]]:
+    """Fill the learner's adapter and optimiser from a checkpoint; gives it, with the start factors
+    of the checkpoint where its base has some, and the history.
 
     Raises:
         ValueError: listing the settings that would make another run of it.
@@ -478,20 +482,28 @@ def _restore(
     _check_same_run(folder, settings, identity)
     if len(records) > steps:
         raise ValueError(f"{folder} is of step {len(records)}, but the run ends at step {steps}.")
-    leaves = _named(learner.model.adapter)
-    assert learner.model.adapter is not None
-    adapter = _read_as(folder / WEIGHTS_FILE, peft_state_dict(learner.model.adapter))
+    model = learner.model
+    leaves = _named(model.adapter)
+    _, equal = equivalent(model.spec, model.base, model.adapter)
+    assert equal is not None
+    adapter = _read_as(folder / WEIGHTS_FILE, peft_state_dict(equal))
     likes = {"step": torch.zeros(())}
     expected = {f"{n}.{m}": likes.get(m, leaf) for n, leaf in leaves.items() for m in _MOMENTS}
     moments = _read_as(folder / OPTIMIZER_FILE, expected)
     for name, leaf in leaves.items():
-        saved = adapter[name]
-        leaf.copy_(unpacked(name, saved, leaf.shape[0]) if leaf.dim() == 3 else saved)
+        stored = adapter[name]
+        if leaf.dim() == 3:
+            stored = unpacked(name, stored, leaf.shape[0])
+        leaf.copy_(stored[tuple(slice(n) for n in leaf.shape)])  # larger where it holds a start
     # Clones: what was read is a view of the file.
     states = [{m: moments[f"{name}.{m}"].clone() for m in _MOMENTS} for name in leaves]
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
-    return records
+    if model.adapter is not None and equal is not model.adapter:
+        read = {id(x): adapter[name].to(x.device, copy=True) for name, x in _named(equal).items()}
+        found = remainders(tree_map(lambda x: read[id(x)], equal), model.adapter)
+        learner = learner._replace(model=replace(model, base=with_start(model.base, found)))
+    return learner, records
 
 
 def _read_as(path: Path, likes: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -560,7 +572,7 @@ def _hash_sequences(sequences: Sequences) -> str:
 
 def _hash_base(model: Model) -> str:
     """Of every tensor's first 64 elements: milliseconds, and a merge or fine-tuning shows."""
-    parts = [leaf.reshape(-1)[:64].double() for leaf in tree_leaves(model.base)]
+    parts = [leaf.reshape(-1)[:64].double() for leaf in tree_leaves(without_start(model.base))]
     return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()[:16]
 
 

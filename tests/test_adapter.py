@@ -309,8 +309,7 @@ IMPOSSIBLE = {
 LATER = {
     "bias": "all",
     "modules_to_save": ["lm_head"],
-    "init_lora_weights": "pissa_niter_4",
-    "loftq_config": {"loftq_bits": 4},
+    "init_lora_weights": "mica",
     "temporary_location": "elsewhere",
     "qat_scheme": "int4",
     "ensure_weight_tying": True,

@@ -31,6 +31,7 @@ from fastlora import export, functional
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
 from fastlora.export import load_adapter, merge, push_to_hub, save_adapter, save_merged
+from fastlora.factors import moves_base
 from fastlora.gradients import value_and_grad
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import base_from_tensors, projection_path, tensors_from_base
@@ -76,6 +77,20 @@ CASES = {
         r=4, target_modules=SEVEN, use_dora=True, use_rslora=True, rank_pattern={"q_proj": 6}
     ),
     "orthogonal": dict(r=4, target_modules=SEVEN, init_lora_weights="orthogonal"),
+    "pissa": dict(r=4, lora_alpha=8, target_modules=SEVEN, init_lora_weights="pissa"),
+    "pissa, rslora, patterns": dict(
+        r=4,
+        lora_alpha=8,
+        target_modules=SEVEN,
+        init_lora_weights="pissa",
+        use_rslora=True,
+        rank_pattern={"q_proj": 6},
+        alpha_pattern={"layers.1.mlp.down_proj": 3},
+    ),
+    "pissa, DoRA": dict(
+        r=4, lora_alpha=8, target_modules=SEVEN, init_lora_weights="pissa", use_dora=True
+    ),
+    "olora": dict(r=4, lora_alpha=8, target_modules=SEVEN, init_lora_weights="olora"),
     "rank above the width": dict(r=70, target_modules=["v_proj", "down_proj"]),
 }
 FORWARD = "llama2"  # the family of the cases; the others are run with "seven names"
@@ -140,6 +155,8 @@ def peft_read(family, folder, dtype=torch.float32, **kwargs):
         warnings.filterwarnings(
             "ignore", r"The following \w+_pattern keys did not match any .*: \[[^,]*(gate|experts)"
         )
+        # Said of PEFT's own folders, whose config asks to move the base; ours never does.
+        warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern")
         return PeftModel.from_pretrained(hugging_face(family, dtype), folder, **kwargs).eval()
 
 
@@ -172,9 +189,21 @@ def import_difference(family, folder, **settings):
 def export_difference(family, folder, **settings):
     """PEFT's logits with an adapter that fastlora saved, against fastlora's."""
     model = randomised(lora(fast(family), **settings))
-    save_adapter(model.spec, model.adapter, folder)
+    model.save_pretrained(folder)
     base = logits(fast(family))
     return difference(hf_logits(peft_read(family, folder)), logits(model), base)
+
+
+def peft_trainable(model, family, folder, settings):
+    """PEFT's model with these very A and B; over its moved base where the init moves it."""
+    if not moves_base(model.spec.lora.init_lora_weights):
+        save_adapter(model.spec, model.adapter, folder)
+        return peft_read(family, folder, is_trainable=True)
+    config = PeftConfig(**settings | {"lora_dropout": 0.0}, task_type="CAUSAL_LM")
+    trainable = get_peft_model(hugging_face(family), config)
+    ours = export.peft_state_dict(model.adapter)
+    peft.set_peft_model_state_dict(trainable, {k: v.clone() for k, v in ours.items()})
+    return trainable.eval()
 
 
 def step_difference(family, folder, **settings):
@@ -182,12 +211,11 @@ def step_difference(family, folder, **settings):
     # Smaller than elsewhere: at 0.15 the gradients of the four-layer families reach 8, and fp32
     # itself errs by 1e-4 there, on both sides alike (against fp64, over 12 seeds).
     model = randomised(lora(fast(family), **settings | {"lora_dropout": 0.0}), std=0.06)
-    save_adapter(model.spec, model.adapter, folder)
     batch = {"input_ids": IDS, "labels": IDS}
     _, grads = value_and_grad(functional.loss)(model.adapter, model.base, model.spec, batch)
     stepped = tree_map(lambda p, g: p - 0.1 * g, model.adapter, grads)
 
-    trainable = peft_read(family, folder, is_trainable=True)
+    trainable = peft_trainable(model, family, folder, settings)
     trainable(input_ids=IDS, labels=IDS).loss.backward()
     with torch.no_grad():
         for p in trainable.parameters():
@@ -338,7 +366,7 @@ REFUSED_FIELDS = {
     "a_field_of_tomorrow": "on",
     "peft_type": "LOHA",
     "task_type": "SEQ_CLS",
-    "init_lora_weights": "pissa",
+    "init_lora_weights": "loftq",
     "r": "4",
     "lora_alpha": None,
     "target_modules": [1],
@@ -370,9 +398,7 @@ def test_a_config_field_without_a_meaning_here_is_refused_by_name(field, broken)
         load_adapter(fast(FORWARD), broken)
 
 
-@pytest.mark.parametrize(
-    "init", ["pissa_niter_4", "olora", "loftq", "corda", "lora_ga", "nonsense"]
-)
+@pytest.mark.parametrize("init", ["pissa_niter_4", "loftq", "corda", "lora_ga", "nonsense"])
 def test_starts_that_change_the_base_are_refused(init, broken):
     edit(broken, init_lora_weights=init)
     with pytest.raises(CheckpointError, match=f"init_lora_weights='{init}'"):
@@ -502,7 +528,7 @@ def test_peft_reads_what_is_saved_for_every_family(family, tmp_path):
     assert export_difference(family, tmp_path, **CASES["seven names"]) <= 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [c for c in CASES if c.split(",")[0] not in ("pissa", "olora")])
 def test_saved_keys_shapes_and_dtypes_are_those_of_peft(case, tmp_path):
     model = lora(fast(FORWARD), **CASES[case])
     save_adapter(model.spec, model.adapter, tmp_path)

@@ -10,13 +10,13 @@ PACKAGE = Path(__file__).parents[1] / "fastlora"
 
 # The building, ground floor first. A file imports only from floors below its own.
 FLOORS = [
-    {"checks", "atomic"},
+    {"checks", "atomic", "nf4"},
     {"tokenizer", "ops"},
     {"llama"},
-    {"gradients", "checkpoint"},
+    {"gradients", "checkpoint", "factors"},
     {"expert_keys"},
     {"functional", "adapter", "data", "hub"},
-    {"generation", "export", "combine"},
+    {"generation", "export", "combine", "initialize"},
     {"model"},
     {"loading", "training"},
     {"__init__"},

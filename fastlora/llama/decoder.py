@@ -23,6 +23,7 @@ from fastlora.llama.positions import (
 )
 from fastlora.llama.recompute import decoder_layer, layer_levels
 from fastlora.llama.spec import Spec
+from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.dropout import fold
@@ -91,7 +92,8 @@ def hidden_states(
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
         lora, mask = cast(adapters[i], x.dtype), at.masks[config.layer_types[i]]
         layer_key = None if key is None else fold(key, i)
-        rest = (base["layers"][i], lora, at.cos, at.sin, mask, layer_key)
+        params = cast_start(base["layers"][i], x.dtype)
+        rest = (params, lora, at.cos, at.sin, mask, layer_key)
         run = partial(_run, decoder_layer, rest, (layer_spec(spec, i), level), use_compiled)
         x = run(x) if stash is None else stash.run(run, x)
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -18,6 +19,7 @@ from fastlora.llama.params import (
     Linear,
 )
 from fastlora.llama.spec import Spec
+from fastlora.llama.start import down, up
 from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
@@ -72,7 +74,7 @@ def project(
     """The projections `names` of one x, each with its low-rank term where the adapter has one."""
     adapted = [name for name in names if name in adapter]
     inputs = _dropped(x, adapted, spec, key)
-    low = dict(zip(adapted, _low(x, inputs, adapted, adapter), strict=True))
+    low = dict(zip(adapted, _low(x, inputs, adapted, params, adapter), strict=True))
     scalings, out = dict(spec.scalings), []
     for name in names:
         linear = params[name]
@@ -97,13 +99,25 @@ def _low(
     x: Float[Tensor, "b t d_in"],
     dropped: dict[str, Float[Tensor, "b t d_in"]],
     names: list[str],
+    params: LayerParams,
     adapter: LayerAdapter,
 ) -> tuple[Float[Tensor, "b t _"], ...]:
     """x times each A'. With dropout every projection has an input of its own; none share."""
-    matrices = [adapter[name].a for name in names]
     if not dropped:
+        matrices = [down(adapter[name], params[name]) for name in names]
         return down_projections(x, matrices) if names else ()
-    return tuple(F.linear(dropped[n], a) for n, a in zip(names, matrices, strict=True))
+    return tuple(_low_dropped(x, dropped[n], params[n], adapter[n]) for n in names)
+
+
+def _low_dropped(
+    x: Float[Tensor, "b t d_in"],
+    dropped: Float[Tensor, "b t d_in"],
+    linear: Linear,
+    lora: AdapterRecord,
+) -> Float[Tensor, "b t _"]:
+    """The adapter sees the dropped x; start factors are part of the base, which sees all of it."""
+    low = F.linear(dropped, lora.a)
+    return torch.cat([low, F.linear(x, linear["start"].a)], -1) if "start" in linear else low
 
 
 def _adapted(
@@ -118,7 +132,7 @@ def _adapted(
     weight, bias = linear["weight"], linear.get("bias")
     if isinstance(lora, DoRA):
         return _dora(x, dropped, low, linear, lora, scaling)
-    y = lora_linear(x, low, weight, bias, lora.b, scaling)
+    y = lora_linear(x, low, weight, bias, up(lora, linear), scaling)
     return (y + scaling * lora.bias).to(x.dtype) if isinstance(lora, BiasedLoRA) else y
 
 
@@ -132,13 +146,27 @@ def _dora(
 ) -> Float[Tensor, "b t d_out"]:
     """m / n times the adapted product; what a dropout mask hides keeps the base's length."""
     weight, bias = linear["weight"], linear.get("bias")
-    gain = lora.magnitude / row_norms(weight, lora.a, lora.b, scaling)
+    b = up(lora, linear)
+    gain = lora.magnitude / row_norms(weight, down(lora, linear), b, scaling)
     if dropped is None:
-        y = gain * lora_linear(x, low, weight, None, lora.b, scaling)
+        y = gain * lora_linear(x, low, weight, None, b, scaling)
         return (y if bias is None else y + bias).to(x.dtype)
-    base = F.linear(x, weight, bias)
-    masked, update = F.linear(dropped, weight), scaling * F.linear(low, lora.b)
+    base, masked = _frozen(x, linear, bias, scaling), _frozen(dropped, linear, None, scaling)
+    update = scaling * F.linear(low[..., : lora.a.shape[0]], lora.b)
     return (base + (gain - 1) * masked + gain * update).to(x.dtype)
+
+
+def _frozen(
+    x: Float[Tensor, "b t d_in"],
+    linear: Linear,
+    bias: Float[Tensor, "d_out"] | None,
+    scaling: float,
+) -> Float[Tensor, "b t d_out"]:
+    """The base's product less that of its start factors."""
+    y = F.linear(x, linear["weight"], bias)
+    if "start" not in linear:
+        return y
+    return y - scaling * F.linear(F.linear(x, linear["start"].a), linear["start"].b)
 
 
 def queries_keys_values(

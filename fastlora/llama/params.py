@@ -28,18 +28,19 @@ EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp")
 
 
-class Linear(TypedDict):
-    """One frozen linear layer, in torch's [out, in] layout."""
-
-    weight: Float[Tensor, "d_out d_in"]
-    bias: NotRequired[Float[Tensor, "d_out"]]
-
-
 class LoRA(NamedTuple):
     """One adapted projection: delta_W = scaling * b @ a. The scaling lives in the spec."""
 
     a: Float[Tensor, "r d_in"]
     b: Float[Tensor, "d_out r"]
+
+
+class Linear(TypedDict):
+    """One frozen linear layer, in torch's [out, in] layout."""
+
+    weight: Float[Tensor, "d_out d_in"]
+    bias: NotRequired[Float[Tensor, "d_out"]]
+    start: NotRequired[LoRA]  # frozen too; subtracted wherever an adapter is (llama/start.py)
 
 
 class BiasedLoRA(NamedTuple):
