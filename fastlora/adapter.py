@@ -29,6 +29,7 @@ from fastlora.llama.params import (
 )
 from fastlora.llama.spec import POLICIES, LoraConfig, Recompute, Spec, Target, is_recompute
 from fastlora.ops.dora import row_norms
+from fastlora.ops.fake_quantize import SCHEMES
 
 DTYPES = {
     "float32": torch.float32,
@@ -85,7 +86,7 @@ def lora(
     init_lora_weights: bool | str = True,
     loftq_config: Any = None,
     temporary_location: str = _TEMPORARY,
-    qat_scheme: Any = None,
+    qat_scheme: str | None = None,
     target_parameters: Collection[str] | None = None,
     ensure_weight_tying: bool = False,
     *,
@@ -129,7 +130,9 @@ def lora(
             False: B uniform in ±1/sqrt(r) as well, for tests.
         loftq_config: not in this version.
         temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
-        qat_scheme: not in this version.
+        qat_scheme: train for quantisation: "int4", "int8", "fp8-int4", "fp8-fp8" or "int8-int4"
+            (ops/fake_quantize.py says what they are). Every linear layer, adapted or not, and the
+            head run as torchao would have them once merged and quantised. Excludes lora_dropout.
         target_parameters: not in this version.
         ensure_weight_tying: not in this version.
         recompute: what the backward pass computes again; "none", "selective", "full", "offload",
@@ -157,7 +160,6 @@ def lora(
             init_lora_weights=init_lora_weights if later_init else None,
             loftq_config=loftq_config,
             temporary_location=temporary_location if temporary_location != _TEMPORARY else None,
-            qat_scheme=qat_scheme,
             target_parameters=target_parameters,
             ensure_weight_tying=ensure_weight_tying,
             trainable_token_indices=trainable_token_indices,
@@ -180,10 +182,11 @@ def lora(
         init_lora_weights=init_lora_weights,
         lora_bias=lora_bias,
         use_dora=use_dora,
+        qat_scheme=qat_scheme,
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
-    problems += _variant_problems(settings)
+    problems += _variant_problems(settings) + _qat_problems(settings, config)
     problems += _model_problems(model, max_seq_length, adapter_dtype)
     settings = resolve_targets(settings, config, "fastlora.lora cannot do this:", problems)
     spec = replace(
@@ -457,6 +460,29 @@ def _variant_problems(s: LoraConfig) -> list[str]:
     if s.lora_bias is True and not isinstance(s.init_lora_weights, bool):
         problems.append(
             f"lora_bias=True needs init_lora_weights True or False, not {s.init_lora_weights!r}."
+        )
+    return problems
+
+
+def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
+    """A scheme that is none, what it excludes, and widths that its groups do not divide."""
+    if s.qat_scheme is None:
+        return []
+    if not isinstance(s.qat_scheme, str) or s.qat_scheme not in SCHEMES:
+        return [f"qat_scheme={s.qat_scheme!r}: expected one of {list(SCHEMES)}, or None."]
+    problems, group = [], SCHEMES[s.qat_scheme].weight.group_size
+    if s.lora_dropout:
+        problems.append(
+            f"lora_dropout={s.lora_dropout} hides inputs from A alone, but qat_scheme quantises"
+            " W + scaling * B A as one matrix; leave lora_dropout at 0."
+        )
+    widths = {name: projection_shape(config, name)[1] for name in PROJECTIONS}
+    widths["lm_head"] = config.hidden_size
+    if group and (wrong := {name: d for name, d in widths.items() if d % group}):
+        fitting = [name for name, x in SCHEMES.items() if x.weight.group_size is None]
+        problems.append(
+            f"qat_scheme={s.qat_scheme!r} has groups of {group} inputs, which do not divide the"
+            f" widths of {wrong}; schemes without groups are {fitting}."
         )
     return problems
 

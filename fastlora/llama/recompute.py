@@ -51,7 +51,12 @@ _ATTENTION = {
     aten._softmax.default,
     aten._safe_softmax.default,
 }
-_PRODUCTS = {torch.ops.fastlora.lora_linear.default, aten.mm.default, aten.addmm.default}
+_PRODUCTS = {
+    torch.ops.fastlora.lora_linear.default,
+    torch.ops.fastlora.qat_linear.default,
+    aten.mm.default,
+    aten.addmm.default,
+}
 _KEPT = {"selective": _ATTENTION | _PRODUCTS, "attention": _ATTENTION, "full": set()}
 
 
