@@ -312,7 +312,6 @@ LATER = {
     "init_lora_weights": "pissa_niter_4",
     "loftq_config": {"loftq_bits": 4},
     "temporary_location": "elsewhere",
-    "qat_scheme": "int4",
     "target_parameters": ["mlp.experts.gate_up_proj"],
     "ensure_weight_tying": True,
     "trainable_token_indices": [1, 2],
