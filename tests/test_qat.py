@@ -18,7 +18,7 @@ from fastlora.llama.params import tensors_from_base
 from fastlora.ops.fake_quantize import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import quantize  # noqa: E402
+import quantize
 
 IDS = token_ids(2, 9, vocab_size=96)
 BATCH = {"input_ids": IDS, "labels": IDS}
