@@ -42,6 +42,7 @@ from fastlora.llama.params import (
 from fastlora.llama.spec import POLICIES, LoraConfig, Recompute, Spec, Target, is_recompute
 from fastlora.llama.start import with_start
 from fastlora.ops.dora import row_norms
+from fastlora.ops.fake_quantize import SCHEMES
 
 DTYPES = {
     "float32": torch.float32,
@@ -99,7 +100,7 @@ def lora(
     init_lora_weights: bool | str = True,
     loftq_config: Any = None,
     temporary_location: str = _TEMPORARY,
-    qat_scheme: Any = None,
+    qat_scheme: str | None = None,
     target_parameters: Collection[str] | None = None,
     ensure_weight_tying: bool = False,
     *,
@@ -149,7 +150,10 @@ def lora(
         loftq_config: with "loftq": {"loftq_bits": 4 | 8, "loftq_iter": n} or PEFT's LoftQConfig;
             None or {} is 4 bits (NF4, needs bitsandbytes) and 1 iteration. 8 bits is an int8 row.
         temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
-        qat_scheme: not in this version.
+        qat_scheme: train for quantisation: "int4", "int8", "fp8-int4", "fp8-fp8" or "int8-int4"
+            (ops/fake_quantize.py says what they are). Every linear layer, adapted or not, and the
+            head run as torchao would have them once merged and quantised. Excludes lora_dropout,
+            mixtures of experts and the initialisations that move the base.
         target_parameters: names, or their dotted ends, of parameters to adapt: "down_proj" or
             "mlp.experts.down_proj" of a mixture's experts, each of which gets its own A and B, and
             "mlp.gate.weight" of its router; never a regex. Not with dropout, DoRA or lora_bias. On
@@ -181,7 +185,6 @@ def lora(
             modules_to_save=modules_to_save,
             init_lora_weights=init_lora_weights if init_lora_weights in _LATER_INITS else None,
             temporary_location=temporary_location if temporary_location != _TEMPORARY else None,
-            qat_scheme=qat_scheme,
             ensure_weight_tying=ensure_weight_tying,
             trainable_token_indices=trainable_token_indices,
         )
@@ -206,13 +209,14 @@ def lora(
         lora_bias=lora_bias,
         use_dora=use_dora,
         target_parameters=as_tuple(target_parameters) or (),
+        qat_scheme=qat_scheme,
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
     if isinstance(target_parameters, str):
         problems.append(f"target_parameters={target_parameters!r}: expected a list of names.")
     loftq, loftq_problems = loftq_settings(loftq_config, init_lora_weights)
-    problems += _variant_problems(settings) + loftq_problems
+    problems += _variant_problems(settings) + loftq_problems + _qat_problems(settings, config)
     problems += _model_problems(model, max_seq_length, adapter_dtype)
     heading = "fastlora.lora cannot do this:"
     settings = resolve_targets(settings, config, heading, problems)
@@ -583,6 +587,36 @@ def _variant_problems(s: LoraConfig) -> list[str]:
     if s.lora_bias is True and not isinstance(s.init_lora_weights, bool):
         problems.append(
             f"lora_bias=True needs init_lora_weights True or False, not {s.init_lora_weights!r}."
+        )
+    return problems
+
+
+def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
+    """A scheme that is none, what it excludes, and widths that its groups do not divide."""
+    if s.qat_scheme is None:
+        return []
+    if not isinstance(s.qat_scheme, str) or s.qat_scheme not in SCHEMES:
+        return [f"qat_scheme={s.qat_scheme!r}: expected one of {list(SCHEMES)}, or None."]
+    problems, group = [], SCHEMES[s.qat_scheme].weight.group_size
+    if s.lora_dropout:
+        problems.append(
+            f"lora_dropout={s.lora_dropout} hides inputs from A alone, but qat_scheme quantises"
+            " W + scaling * B A as one matrix; leave lora_dropout at 0."
+        )
+    if reads_weights(s.init_lora_weights):
+        problems.append(
+            f"init_lora_weights={s.init_lora_weights!r} with qat_scheme: what such an initialisation"
+            " subtracts from the base would have to be quantised with it; use another of them."
+        )
+    if is_mixture(config):
+        return [*problems, "qat_scheme: not on mixtures of experts, whose products are grouped."]
+    widths = {name: projection_shape(config, name)[1] for name in PROJECTIONS}
+    widths["lm_head"] = config.hidden_size
+    if group and (wrong := {name: d for name, d in widths.items() if d % group}):
+        fitting = [name for name, x in SCHEMES.items() if x.weight.group_size is None]
+        problems.append(
+            f"qat_scheme={s.qat_scheme!r} has groups of {group} inputs, which do not divide the"
+            f" widths of {wrong}; schemes without groups are {fitting}."
         )
     return problems
 

@@ -174,6 +174,7 @@ def _settings(first: LoraConfig, layers: Sequence[LayerAdapter]) -> LoraConfig:
         r=r,
         lora_alpha=r,
         lora_dropout=first.lora_dropout,
+        qat_scheme=first.qat_scheme,
         target_modules=tuple(ranks),
         exclude_modules=None,
         layers_to_transform=None,

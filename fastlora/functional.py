@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.llama.compiled import compiled, compiles
-from fastlora.llama.decoder import head, hidden_states
+from fastlora.llama.decoder import head_factors, hidden_states
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.positions import segment_starts
 from fastlora.llama.spec import Spec
@@ -63,7 +63,7 @@ def forward(
         segment_ids=segment_ids,
         seed=seed,
     )
-    return F.linear(hidden, head(base))
+    return F.linear(*head_factors(hidden, base, spec))
 
 
 def token_logprobs(
@@ -103,7 +103,8 @@ def token_logprobs(
         regions = tuple(lambda *args, fn=fn: compiled(fn, args) for fn in regions)
     if kernel:
         regions = (regions[0], chunk_value_and_grad_kernel)
-    logp = linear_logprobs(hidden.flatten(0, 1), head(base), following.flatten(), *regions)
+    rows, weight = head_factors(hidden.flatten(0, 1), base, spec)
+    logp = linear_logprobs(rows, weight, following.flatten(), *regions)
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
 
 

@@ -10,14 +10,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.llama.decoder import head, layer_adapters, where
+from fastlora.llama.decoder import embed, head_factors, layer_adapters, product_dtype, where
 from fastlora.llama.layer import attention_output, layer_spec, mlp_block, queries_keys_values
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.positions import rope_tables
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import joined, without_start
 from fastlora.ops.attention import attention
-from fastlora.ops.cast import cast
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -71,7 +70,7 @@ def prefill(
 ) -> Float[Tensor, "b v"]:
     """Logits after the whole prompt; writes the prompt's keys and values into the cache."""
     config, t = spec.config, input_ids.shape[1]
-    x = F.embedding(input_ids, base["embed_tokens"])
+    x = embed(input_ids, base, spec)
     at = where(config, input_ids, x.dtype, attention_mask, None, None)
     adapters = layer_adapters(adapter, config)
     for i, params in enumerate(base["layers"]):
@@ -96,7 +95,7 @@ def decode(
 ) -> Float[Tensor, "b v"]:
     """Logits after one more token, the s-th; `real` is False where a cached one is padding."""
     config, s = spec.config, real.shape[1]
-    x = F.embedding(token, base["embed_tokens"])
+    x = embed(token, base, spec)
     cos, sin = rope_tables(config, position_ids, position_ids + 1, x.dtype)
     near = torch.arange(s, device=real.device) > s - 1 - (config.sliding_window or s)
     masks = {
@@ -117,7 +116,8 @@ def decode(
 
 
 def _last_logits(x: Float[Tensor, "b t d"], base: Base, spec: Spec) -> Float[Tensor, "b v"]:
-    return F.linear(rms_norm(x[:, -1], base["norm"], spec.config.rms_norm_eps), head(base))
+    hidden = rms_norm(x[:, -1], base["norm"], spec.config.rms_norm_eps)
+    return F.linear(*head_factors(hidden, base, spec))
 
 
 def penalised(
@@ -204,7 +204,7 @@ def generate(
     if adapter is not None:  # once, not at every token
         dtype = base["embed_tokens"].dtype
         adapter, base = joined(adapter, base), without_start(base)
-        adapter = {"layers": tuple(cast(layer, dtype) for layer in adapter["layers"])}
+        adapter = {"layers": tuple(product_dtype(x, spec, dtype) for x in adapter["layers"])}
     cache = new_cache(base, spec, b, t + max_new_tokens)
     logits = prefill(adapter, base, spec, input_ids, attention_mask, cache)
     seen = _seen(input_ids, real, spec) if sampling.repetition_penalty != 1.0 else None

@@ -311,7 +311,6 @@ LATER = {
     "modules_to_save": ["lm_head"],
     "init_lora_weights": "mica",
     "temporary_location": "elsewhere",
-    "qat_scheme": "int4",
     "ensure_weight_tying": True,
     "trainable_token_indices": [1, 2],
 }

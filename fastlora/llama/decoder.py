@@ -27,6 +27,7 @@ from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.dropout import fold
+from fastlora.ops.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -77,7 +78,7 @@ def hidden_states(
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: what the head multiplies."""
     config = spec.config
-    x = F.embedding(input_ids, base["embed_tokens"])
+    x = embed(input_ids, base, spec)
     at = where(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     adapters = layer_adapters(adapter, config)
     key = dropout_key(spec, seed, x.device)
@@ -90,7 +91,7 @@ def hidden_states(
             # itself: twice the compile time, to save one layer its input gradients of q, k and v.
             x.requires_grad_(requires_grad(adapters[i]))
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
-        lora, mask = cast(adapters[i], x.dtype), at.masks[config.layer_types[i]]
+        lora, mask = product_dtype(adapters[i], spec, x.dtype), at.masks[config.layer_types[i]]
         layer_key = None if key is None else fold(key, i)
         params = cast_start(base["layers"][i], x.dtype)
         rest = (params, lora, at.cos, at.sin, mask, layer_key)
@@ -118,6 +119,33 @@ def dropout_key(
     return torch.as_tensor(seed, dtype=torch.int64, device=device)
 
 
+def product_dtype(adapter: LayerAdapter, spec: Spec, dtype: torch.dtype) -> LayerAdapter:
+    """A layer's adapter as its products take it: a quantised sum rounds once, from the original."""
+    return adapter if spec.qat_scheme is not None else cast(adapter, dtype)
+
+
+def embed(input_ids: Int[Tensor, "b t"], base: Base, spec: Spec) -> Float[Tensor, "b t d"]:
+    """The tokens' rows; fake quantised by themselves, which is all that a row's own scale needs."""
+    x = F.embedding(input_ids, base["embed_tokens"])
+    scheme = SCHEMES.get(spec.qat_scheme or "")
+    return x if scheme is None or scheme.embedding is None else fake_quantize(x, scheme.embedding)
+
+
 def head(base: Base) -> Float[Tensor, "v d"]:
     """The output matrix: its own, or the embedding's."""
     return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
+
+
+def head_factors(
+    hidden: Float[Tensor, "*n d"], base: Base, spec: Spec
+) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "v d"]]:
+    """(rows, matrix) whose product is the logits: as they are, or both fake quantised.
+
+    A quantised matrix is a new tensor, a tied one too: the embedding keeps its own rounding.
+    """
+    weight, scheme = head(base), SCHEMES.get(spec.qat_scheme or "")
+    if scheme is None:
+        return hidden, weight
+    if scheme.activation is not None:
+        hidden = fake_quantize(hidden, scheme.activation)
+    return hidden, fake_quantize_rows(weight, scheme.weight)

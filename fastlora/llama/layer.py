@@ -24,6 +24,7 @@ from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.lora_linear import down_projections, lora_linear
+from fastlora.ops.qat_linear import qat_linear
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.rope import apply_rope
 
@@ -41,6 +42,7 @@ class LayerSpec:
     rope: bool
     scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
     lora_dropout: float
+    qat_scheme: str | None
     deterministic: bool
     num_experts_per_tok: int
     norm_topk_prob: bool
@@ -57,6 +59,7 @@ def layer_spec(spec: Spec, layer: int) -> LayerSpec:
         rope=bool(config.no_rope_layers[layer]),
         scalings=tuple((t.name, t.scaling) for t in lora.targets[layer]) if lora else (),
         lora_dropout=lora.lora_dropout if lora else 0.0,
+        qat_scheme=spec.qat_scheme,
         deterministic=spec.deterministic,
         num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
         norm_topk_prob=config.norm_topk_prob,
@@ -72,6 +75,10 @@ def project(
     key: Int[Tensor, ""] | None,
 ) -> list[Float[Tensor, "b t d_out"]]:
     """The projections `names` of one x, each with its low-rank term where the adapter has one."""
+    if spec.qat_scheme is not None:
+        scaling = dict(spec.scalings)
+        record = lambda n: (params[n], adapter.get(n), scaling.get(n, 1.0))
+        return [_quantised(x, *record(n), spec.qat_scheme) for n in names]
     adapted = [name for name in names if name in adapter]
     inputs = _dropped(x, adapted, spec, key)
     low = dict(zip(adapted, _low(x, inputs, adapted, params, adapter), strict=True))
@@ -167,6 +174,25 @@ def _frozen(
     if "start" not in linear:
         return y
     return y - scaling * F.linear(F.linear(x, linear["start"].a), linear["start"].b)
+
+
+def _quantised(
+    x: Float[Tensor, "b t d_in"],
+    linear: Linear,
+    lora: AdapterRecord | None,
+    scaling: float,
+    scheme: str,
+) -> Float[Tensor, "b t d_out"]:
+    """One projection as merging and quantising would leave it, adapted or not."""
+    weight, bias = linear["weight"], linear.get("bias")
+    if lora is None:
+        return qat_linear(x, weight, bias, None, None, None, scaling, scheme)
+    if isinstance(lora, BiasedLoRA):
+        wide = torch.promote_types(lora.bias.dtype, torch.float32)
+        of_lora = scaling * lora.bias.to(wide)
+        bias = (of_lora if bias is None else bias + of_lora).to(x.dtype)
+    magnitude = lora.magnitude if isinstance(lora, DoRA) else None
+    return qat_linear(x, weight, bias, lora.a, lora.b, magnitude, scaling, scheme)
 
 
 def queries_keys_values(

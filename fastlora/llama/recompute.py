@@ -57,6 +57,7 @@ _ATTENTION = {
 _PRODUCTS = {
     torch.ops.fastlora.lora_linear.default,
     torch.ops.fastlora.grouped_linear.default,
+    torch.ops.fastlora.qat_linear.default,
     aten.mm.default,
     aten.addmm.default,
 }

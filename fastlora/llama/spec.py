@@ -39,6 +39,7 @@ class LoraConfig:
     lora_bias: bool = False  # B has a bias
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
+    qat_scheme: str | None = None  # a key of ops.fake_quantize.SCHEMES
     targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in params.TARGETS order
 
 
@@ -54,6 +55,11 @@ class Spec:
     compile: Compile = "auto"
     kernels: Kernels = "auto"
     deterministic: bool = False
+
+    @property
+    def qat_scheme(self) -> str | None:
+        """How the model is fake quantised; None: not at all."""
+        return None if self.lora is None else self.lora.qat_scheme
 
 
 def is_recompute(value: Any) -> bool:
