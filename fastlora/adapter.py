@@ -605,8 +605,8 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
         )
     if reads_weights(s.init_lora_weights):
         problems.append(
-            f"init_lora_weights={s.init_lora_weights!r} with qat_scheme: what such an initialisation"
-            " subtracts from the base would have to be quantised with it; use another of them."
+            f"init_lora_weights={s.init_lora_weights!r} with qat_scheme: what it subtracts from the"
+            " base would have to be quantised with it; choose another of the two."
         )
     if is_mixture(config):
         return [*problems, "qat_scheme: not on mixtures of experts, whose products are grouped."]

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastlora.llama.compiled import compiled, compiles
 from fastlora.llama.decoder import head_factors, hidden_states
@@ -39,6 +40,7 @@ def forward(
     attention_mask: Int[Tensor, "b t"] | None = None,
     position_ids: Int[Tensor, "#b t"] | None = None,
     segment_ids: Int[Tensor, "b t"] | None = None,
+    adapter_ids: Int[Tensor, "b"] | None = None,
     seed: Seed = None,
 ) -> Float[Tensor, "b t v"]:
     """Logits, in the base's dtype.
@@ -51,8 +53,18 @@ def forward(
         attention_mask: 1 = real token; padding left or right.
         position_ids: default: restart with each segment, count real tokens, else 0, 1, 2, ...
         segment_ids: packed documents; attention is causal within a run of equal ids.
+        adapter_ids: which of n adapters each row has, in [0, n): `adapter` is then a stack of them,
+            every leaf [n, ...]. One pass, in which the base's products are the batch's; attention
+            is written out (torch.vmap), so it holds [b, h, t, t] scores.
         seed: of the LoRA dropout masks; None is no dropout.
     """
+    if adapter_ids is not None:
+        own = tree_map(lambda x: x[adapter_ids], adapter)
+        given = dict(
+            attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
+        )
+        optional = {name: x for name, x in given.items() if x is not None}
+        return _row_by_row(own, base, spec, input_ids, optional, seed)
     hidden = hidden_states(
         adapter,
         base,
@@ -64,6 +76,24 @@ def forward(
         seed=seed,
     )
     return F.linear(*head_factors(hidden, base, spec))
+
+
+def _row_by_row(
+    adapters: Adapter,
+    base: Base,
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    optional: dict[str, Tensor],
+    seed: Seed,
+) -> Float[Tensor, "b t v"]:
+    """Logits of row i under the i-th adapter of a stack."""
+    rows = {name: x.expand_as(input_ids) for name, x in optional.items()}  # position_ids: [1, t]
+
+    def one(adapter: Adapter, ids: Tensor, rows: dict[str, Tensor]) -> Tensor:
+        inputs = {name: x[None] for name, x in rows.items()}
+        return forward(adapter, base, spec, ids[None], seed=seed, **inputs)[0]
+
+    return torch.vmap(one)(adapters, input_ids, rows)
 
 
 def token_logprobs(
