@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import LoRA, projection_path, projection_shape
+from fastlora.llama.params import EXPERTS, ROUTER, LoRA, projection_path, projection_shape
 from fastlora.llama.spec import LoraConfig
 from fastlora.nf4 import nf4_rounded
 
@@ -161,6 +161,9 @@ def factor_problems(lora: LoraConfig, config: LlamaConfig, init: bool | str) -> 
     for i, targets in enumerate(lora.targets):
         for t in targets:
             path, least = projection_path(i, t.name), min(projection_shape(config, t.name))
+            if t.name in (*EXPERTS, ROUTER):
+                problems.append(f"{init!r} does not reach {path}: a mixture's experts and router.")
+                continue
             if needs * t.r > least:
                 problems.append(
                     f"{init!r} cannot give {path} rank {t.r}: its matrix has {least} singular"

@@ -589,6 +589,10 @@ def _model_problems(model: Any, method: str, choices: Choices) -> list[str]:
     lora, adapter = model.spec.lora, model.adapter
     if lora is None or adapter is None:
         return ["the model has no adapter to initialise; call fastlora.lora(model) first."]
+    if any(model.spec.config.sparse_layers):
+        return ["the model is a mixture of experts; its experts' inputs are not gathered yet."]
+    if lora.qat_scheme is not None:
+        return [f"qat_scheme={lora.qat_scheme!r} excludes an initialisation from data."]
     records = [record for layer in adapter["layers"] for record in layer.values()]
     if any(isinstance(record, BiasedLoRA) for record in records):
         return ["lora_bias=True cannot be combined with an initialisation from data."]

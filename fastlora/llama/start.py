@@ -85,9 +85,15 @@ def up(lora: AdapterRecord, linear: Linear) -> Float[Tensor, "d_out _"]:
 def joined(adapter: Adapter, base: Base) -> Adapter:
     """The adapter of twice the rank that does over the base alone what this one does over its
     start factors. Gradients flow to the given adapter."""
+
+    def whole(lora: AdapterRecord, params: LayerParams, name: str) -> AdapterRecord:
+        if name not in params or "start" not in params[name]:  # experts never have one
+            return lora
+        return lora._replace(a=down(lora, params[name]), b=up(lora, params[name]))
+
     layers = tuple(
-        {name: x._replace(a=down(x, p[name]), b=up(x, p[name])) for name, x in loras.items()}
-        for loras, p in zip(adapter["layers"], base["layers"], strict=True)
+        {name: whole(lora, params, name) for name, lora in loras.items()}
+        for loras, params in zip(adapter["layers"], base["layers"], strict=True)
     )
     return Adapter(**adapter | {"layers": layers})
 
