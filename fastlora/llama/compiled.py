@@ -59,6 +59,10 @@ def _region(
     def region(*args):
         return fn(*args, *static)
 
-    code = region.__code__.replace()  # a copy: another object, equal in everything
+    # Another object under another name: dynamo remembers by file, line and name which floats and
+    # sizes have changed. Shared, a second model's rms_norm_eps became a symbol, and recomputation
+    # inside the graph failed ("lift_tracked_freevar_to_input"; torch 2.11 and 2.13).
+    own_name = f"{fn.__name__}_{_region.cache_info().misses}"
+    code = region.__code__.replace(co_name=own_name, co_qualname=own_name)
     own = FunctionType(code, region.__globals__, fn.__name__, None, region.__closure__)
     return torch.compile(own, fullgraph=True)

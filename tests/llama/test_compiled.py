@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from fastlora import functional as FL
 from fastlora import value_and_grad
 from fastlora.llama.compiled import compiles
+from fastlora.llama.recompute import layer_levels
 from fastlora.model import Model
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -162,3 +163,16 @@ def test_torch_func_over_a_compiled_spec_takes_the_reference(deep, graphs):
         model.adapter, model.base, model.with_spec(compile=False).spec, batch
     )[1]
     assert relative_error(grads, expected) <= 1e-4
+
+
+@pytest.mark.compile
+def test_models_that_differ_in_a_float_compile_side_by_side(tmp_path, region_backend):
+    region_backend("aot_eager")
+    ids = token_ids(2, 9)
+    batch = {"input_ids": ids, "labels": ids}
+    for eps in (1e-5, 1e-6):
+        model = read_pair("llama2", tmp_path / str(eps), rms_norm_eps=eps).model
+        model = adapted(model, r=2, recompute=0.4)
+        assert "mlp" in layer_levels(model.spec.config, 0.4)  # one checkpoint inside another
+        run = lambda m: value_and_grad(FL.loss)(m.adapter, m.base, m.spec, batch)
+        assert relative_error(run(model.with_spec(compile=True)), run(model)) < 1e-5
