@@ -143,7 +143,7 @@ def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tupl
     """Path in the layer's tree -> (name on disk, shape), for every tensor of one decoder layer.
 
     Experts have transformers 5's names, whose tensors hold all experts; what files spell expert by
-    expert is expert_files.py's business.
+    expert is expert_keys.py's business.
     """
     prefix = f"model.layers.{layer}."
     tensors: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
