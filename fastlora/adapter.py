@@ -427,6 +427,26 @@ def _adapted(
     return found | {paths[p]: p for p in parameters if p in paths}, problems
 
 
+def with_targets(lora: LoraConfig, targets: tuple[tuple[Target, ...], ...]) -> LoraConfig:
+    """The settings with these targets, chosen one by one, spelled so that they resolve to them.
+
+    By full names, so that no two patterns match the same module and their order is no matter.
+    """
+    named = {projection_path(i, t.name): t for i, ts in enumerate(targets) for t in ts}
+    ranks = {path: t.r for path, t in named.items() if t.r != lora.r}
+    alphas = {path: t.lora_alpha for path, t in named.items() if t.lora_alpha != lora.lora_alpha}
+    return replace(
+        lora,
+        target_modules=tuple(named),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank_pattern=tuple((regex.escape(path), r) for path, r in ranks.items()),
+        alpha_pattern=tuple((regex.escape(path), alpha) for path, alpha in alphas.items()),
+        targets=targets,
+    )
+
+
 def peft_targets(config: LlamaConfig) -> tuple[str, ...]:
     """What PEFT adapts where it is told nothing; of a mixture of experts, nothing."""
     return () if is_mixture(config) else PEFT_TARGETS

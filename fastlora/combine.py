@@ -8,7 +8,6 @@ cross terms B_i A_j.
 """
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastlora.adapter import Adaptable, ModelT
+from fastlora.adapter import Adaptable, ModelT, with_targets
 from fastlora.checks import raise_problems
 from fastlora.llama.params import PROJECTIONS, Adapter, LayerAdapter, LoRA, projection_path
 from fastlora.llama.spec import LoraConfig, Target
@@ -161,30 +160,13 @@ def _rounded(lora: LoRA, dtype: torch.dtype) -> LoRA:
 
 def _settings(first: LoraConfig, layers: Sequence[LayerAdapter]) -> LoraConfig:
     """What resolves to these modules, these ranks and a scaling of 1: alpha is the rank."""
-    ranks = {
-        projection_path(i, name): lora.a.shape[0]
-        for i, loras in enumerate(layers)
-        for name, lora in loras.items()
-    }
-    r = max(ranks.values())
-    # Full names, so that no two patterns match the same module and their order is no matter.
-    pattern = tuple((re.escape(path), rank) for path, rank in ranks.items() if rank != r)
     target = lambda name, rank: Target(name=name, r=rank, lora_alpha=rank, scaling=1.0)
-    return LoraConfig(
-        r=r,
-        lora_alpha=r,
-        lora_dropout=first.lora_dropout,
-        qat_scheme=first.qat_scheme,
-        target_modules=tuple(ranks),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        use_rslora=False,
-        rank_pattern=pattern,
-        alpha_pattern=pattern,
-        init_lora_weights=True,
-        targets=tuple(tuple(target(n, x.a.shape[0]) for n, x in loras.items()) for loras in layers),
+    targets = tuple(
+        tuple(target(name, lora.a.shape[0]) for name, lora in loras.items()) for loras in layers
     )
+    r = max(t.r for ts in targets for t in ts)
+    lora = replace(first, r=r, lora_alpha=r, use_rslora=False, init_lora_weights=True)
+    return with_targets(lora, targets)
 
 
 # ── sums of products ──────────────────────────────────────────────────────────────────────

@@ -222,7 +222,7 @@ def read_model(
 # registered: of gate_up_proj and down_proj the first is the inner one, and only the nesting says
 # which is which. A is expert-major [e * r, d_in], B rank-major [d_out, r * e].
 
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of all of PEFT's keys
 
 
 def adapter_path(layer: int, name: str, adapted: Collection[str]) -> str:
@@ -266,7 +266,7 @@ def fuse_adapter(
     if not is_mixture(config):
         return dict(tensors), []
     module, _ = _SPELLINGS[config.model_type]
-    one_by_one = re.compile(rf"{re.escape(_PREFIX)}model\.layers\.\d+\.{module}\.experts\.\d+\.")
+    one_by_one = re.compile(rf"{re.escape(PREFIX)}model\.layers\.\d+\.{module}\.experts\.\d+\.")
     spelled = {k for k in tensors if one_by_one.match(k)}
     fused = {k.replace(f".{module}.", ".mlp."): t for k, t in tensors.items() if k not in spelled}
     problems, used = [], set()
@@ -280,7 +280,7 @@ def fuse_adapter(
             problems += wrong
             used |= expected.keys()
             if not wrong:
-                path = _PREFIX + adapter_path(layer, target.name, adapted)
+                path = PREFIX + adapter_path(layer, target.name, adapted)
                 a, b = _stacked(tensors, expected, config.num_local_experts)
                 for key, leaf in ((f"{path}.lora_A.weight", a), (f"{path}.lora_B.weight", b)):
                     fused[key] = packed(key, leaf)
@@ -293,7 +293,7 @@ def _expert_shapes(config: LlamaConfig, layer: int, target: Target) -> dict[str,
     matrices = list(_matrices(config, target.name))
     r = target.r // len(matrices)
     return {
-        f"{_PREFIX}model.layers.{layer}.{module}.experts.{e}.{spelled[m]}.lora_{side}.weight": s
+        f"{PREFIX}model.layers.{layer}.{module}.experts.{e}.{spelled[m]}.lora_{side}.weight": s
         for e in range(config.num_local_experts)
         for m, _, (d_out, d_in) in matrices
         for side, s in (("A", (r, d_in)), ("B", (d_out, r)))

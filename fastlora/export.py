@@ -40,6 +40,7 @@ from fastlora.checkpoint import (
 )
 from fastlora.checks import CheckpointError, raise_problems
 from fastlora.expert_keys import (
+    PREFIX,
     adapter_path,
     fuse_adapter,
     is_mixture,
@@ -72,6 +73,7 @@ from fastlora.llama.params import (
 )
 from fastlora.llama.spec import LoraConfig, Spec, Target
 from fastlora.llama.start import equivalent, with_start, without_start
+from fastlora.ops.adapted_weight import adapted_weight
 from fastlora.ops.cast import cast as cast_matrices
 from fastlora.tokenizer import Tokenizer
 
@@ -203,7 +205,7 @@ _LEAVES = {
 
 
 def _key(layer: int, name: str, field: str, adapted: Collection[str]) -> str:
-    return f"base_model.model.{adapter_path(layer, name, adapted)}.{_LEAVES[field]}"
+    return f"{PREFIX}{adapter_path(layer, name, adapted)}.{_LEAVES[field]}"
 
 
 def _record(lora: LoraConfig, name: str) -> type[AdapterRecord]:
@@ -385,7 +387,7 @@ def load_adapter(
     layers = tuple({t.name: read(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
     spec, base = replace(model.spec, lora=lora), without_start(model.base)
     if lora.init_lora_weights in _REPEATABLE:
-        found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws or quantises
+        found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws nor quantises
         base = with_start(base, [cast_matrices(x, dtype) for x in found])
     adapter = Adapter(layers=layers)
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
@@ -553,8 +555,8 @@ def _shape(config: LlamaConfig, target: Target, field: str) -> tuple[int, ...]:
 
 
 def _hint(key: str) -> str:
-    if not key.startswith("base_model.model."):
-        return ": PEFT's keys begin with 'base_model.model.'"
+    if not key.startswith(PREFIX):
+        return f": PEFT's keys begin with {PREFIX!r}"
     if not key.endswith(tuple(_LEAVES.values())):
         return ": not in this version of fastlora"
     return ": its module is not among target_modules"
@@ -588,13 +590,9 @@ def merged_weight(
     weight: Float[Tensor, "d_out d_in"], lora: AdapterRecord, scaling: float
 ) -> Float[Tensor, "d_out d_in"]:
     """weight + scaling * b @ a, its rows at DoRA's lengths, in at least float32, rounded once."""
-    wide = torch.promote_types(torch.promote_types(weight.dtype, lora.a.dtype), torch.float32)
-    a, b = lora.a.detach().to(weight.device, wide), lora.b.detach().to(weight.device, wide)
-    merged = torch.addmm(weight.to(wide), b, a, alpha=scaling)
-    if isinstance(lora, DoRA):
-        length = lora.magnitude.detach().to(weight.device, wide)
-        merged = merged * (length / merged.norm(dim=-1)).unsqueeze(-1)
-    return merged.to(weight.dtype)
+    here = lambda x: x.detach().to(weight.device)
+    magnitude = here(lora.magnitude) if isinstance(lora, DoRA) else None
+    return adapted_weight(weight, here(lora.a), here(lora.b), magnitude, scaling)
 
 
 def merged_experts(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.adapter import ModelT, started
+from fastlora.adapter import ModelT, started, with_targets
 from fastlora.checks import raise_problems
 from fastlora.factors import OF_DATA, balanced, factor_problems, randomised_svd
 from fastlora.functional import Batch, trained_labels
@@ -286,7 +286,8 @@ def _eva(model: ModelT, batches: Sequence[Batch], choices: Choices) -> ModelT:
         tuple(_with_rank(t, r, lora, choices) for t in ts if (r := ranks[t.name]))
         for ts, ranks in zip(lora.targets, _ranks(lora, found, choices), strict=True)
     )
-    spec = replace(model.spec, lora=_resolved(lora, targets))
+    lora = replace(with_targets(lora, targets), init_lora_weights="eva")
+    spec = replace(model.spec, lora=lora)
     assert model.adapter is not None
     layers = tuple(
         {t.name: _eva_record(old[t.name], own, t, choices.whiten) for t in ts}
@@ -345,25 +346,6 @@ def _ranks(
 def _with_rank(t: Target, r: int, lora: LoraConfig, choices: Choices) -> Target:
     alpha = t.lora_alpha * r / t.r if choices.adjust_scaling_factors and r != t.r else t.lora_alpha
     return replace(t, r=r, lora_alpha=alpha, scaling=alpha / (r**0.5 if lora.use_rslora else r))
-
-
-def _resolved(lora: LoraConfig, targets: tuple[tuple[Target, ...], ...]) -> LoraConfig:
-    """Settings that resolve to these targets: full names, so that no two patterns overlap."""
-    named = {projection_path(i, t.name): t for i, ts in enumerate(targets) for t in ts}
-    escape = lambda path: path.replace(".", r"\.")
-    return replace(
-        lora,
-        target_modules=tuple(named),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern=tuple((escape(p), t.r) for p, t in named.items() if t.r != lora.r),
-        alpha_pattern=tuple(
-            (escape(p), t.lora_alpha) for p, t in named.items() if t.lora_alpha != lora.lora_alpha
-        ),
-        init_lora_weights="eva",
-        targets=targets,
-    )
 
 
 def _eva_record(old: Any, found: Mapping[str, Components], t: Target, whiten: bool) -> Any:

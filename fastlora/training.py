@@ -485,7 +485,7 @@ def _restore(
     model = learner.model
     leaves = _named(model.adapter)
     _, equal = equivalent(model.spec, model.base, model.adapter)
-    assert equal is not None
+    assert model.adapter is not None and equal is not None
     adapter = _read_as(folder / WEIGHTS_FILE, peft_state_dict(equal))
     likes = {"step": torch.zeros(())}
     expected = {f"{n}.{m}": likes.get(m, leaf) for n, leaf in leaves.items() for m in _MOMENTS}
@@ -499,7 +499,7 @@ def _restore(
     states = [{m: moments[f"{name}.{m}"].clone() for m in _MOMENTS} for name in leaves]
     groups = learner.optimizer.state_dict()["param_groups"]
     learner.optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
-    if model.adapter is not None and equal is not model.adapter:
+    if equal is not model.adapter:
         read = {id(x): adapter[name].to(x.device, copy=True) for name, x in _named(equal).items()}
         found = remainders(tree_map(lambda x: read[id(x)], equal), model.adapter)
         learner = learner._replace(model=replace(model, base=with_start(model.base, found)))

@@ -41,32 +41,28 @@ MEASURES = {"import": import_difference, "export": export_difference, "step": st
 def main() -> int:
     warnings.simplefilter("ignore")  # transformers' deprecations; PEFT's stay errors
     logging.disable_progress_bar()
-    rows = [(FORWARD, case) for case in CASES] + [(family, "seven names") for family in DENSE]
-    rows += [(family, f"{case} (experts)") for case, (family, _) in EXPERT_CASES.items()]
+    rows: dict[tuple[str, str], Any] = {(FORWARD, case): CASES[case] for case in CASES}
+    rows |= {(family, "seven names"): CASES["seven names"] for family in DENSE}
+    for case, (family, settings) in EXPERT_CASES.items():
+        rows[family, f"{case} (experts)"] = settings
     print(f"{'family':16}{'arguments':34}" + "".join(f"{name:>10}" for name in MEASURES))
     failures = 0
-    for family, case in dict.fromkeys(rows):
-        figures = {name: measure(family, case, name) for name in MEASURES}
+    for (family, case), settings in rows.items():
+        figures = {name: measure(family, case, settings, name) for name in MEASURES}
         wrong = [name for name, value in figures.items() if not value <= TOLERANCES[name]]
         failures += bool(wrong)
         shown = "".join(f"{value:10.1e}" for value in figures.values())
         print(f"{family:16}{case:34}{shown}  {'FAILS ' + ', '.join(wrong) if wrong else 'ok'}")
     limits = ", ".join(f"{name} {limit:.0e}" for name, limit in TOLERANCES.items())
-    print(f"{failures} of {len(dict.fromkeys(rows))} rows exceed a tolerance ({limits})")
+    print(f"{failures} of {len(rows)} rows exceed a tolerance ({limits})")
     return min(failures, 1)
 
 
-def settings(case: str) -> dict[str, Any]:
-    """The arguments of a row's case."""
-    expert = case.removesuffix(" (experts)")
-    return CASES[case] if case in CASES else EXPERT_CASES[expert][1]
-
-
-def measure(family: str, case: str, name: str) -> float:
+def measure(family: str, case: str, settings: dict[str, Any], name: str) -> float:
     """One figure; NaN, which exceeds every tolerance, where a side refuses or shows no effect."""
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return MEASURES[name](family, Path(folder), **settings(case))
+            return MEASURES[name](family, Path(folder), **settings)
         except (AssertionError, ValueError, RuntimeError, UserWarning) as error:
             print(f"{family}, {case}, {name}: {error}")
             return float("nan")

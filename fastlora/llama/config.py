@@ -405,11 +405,15 @@ def _experts(settings: _Fields, n: int | None) -> dict[str, Any]:
 _MOST_EXPERTS = 100_000
 
 
+# Spellings of their number: transformers' alias of a class's own field wins over that.
+_EXPERT_COUNTS = {
+    "mixtral": ("num_experts", "num_local_experts"),
+    "qwen3_moe": ("num_local_experts", "num_experts"),
+}
+
+
 def _expert_count(settings: _Fields) -> int | None:
-    """Both spellings; transformers' alias of a class's own field wins over that."""
-    names = {"mixtral": ("num_experts", "num_local_experts")}
-    names["qwen3_moe"] = ("num_local_experts", "num_experts")
-    for name in names.get(settings.raw["model_type"], ()):
+    for name in _EXPERT_COUNTS.get(settings.raw["model_type"], ()):
         if name in settings.raw:
             return settings.read(name, "an integer from 0 to 10000")
     return 0

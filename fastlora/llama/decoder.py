@@ -27,7 +27,7 @@ from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.dropout import fold
-from fastlora.ops.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
+from fastlora.ops.fake_quantize import SCHEMES, Scheme, fake_quantize, fake_quantize_rows
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -124,10 +124,13 @@ def product_dtype(adapter: LayerAdapter, spec: Spec, dtype: torch.dtype) -> Laye
     return adapter if spec.qat_scheme is not None else cast(adapter, dtype)
 
 
+def _scheme(spec: Spec) -> Scheme | None:
+    return None if spec.qat_scheme is None else SCHEMES[spec.qat_scheme]
+
+
 def embed(input_ids: Int[Tensor, "b t"], base: Base, spec: Spec) -> Float[Tensor, "b t d"]:
     """The tokens' rows; fake quantised by themselves, which is all that a row's own scale needs."""
-    x = F.embedding(input_ids, base["embed_tokens"])
-    scheme = SCHEMES.get(spec.qat_scheme or "")
+    x, scheme = F.embedding(input_ids, base["embed_tokens"]), _scheme(spec)
     return x if scheme is None or scheme.embedding is None else fake_quantize(x, scheme.embedding)
 
 
@@ -143,7 +146,7 @@ def head_factors(
 
     A quantised matrix is a new tensor, a tied one too: the embedding keeps its own rounding.
     """
-    weight, scheme = head(base), SCHEMES.get(spec.qat_scheme or "")
+    weight, scheme = head(base), _scheme(spec)
     if scheme is None:
         return hidden, weight
     if scheme.activation is not None:

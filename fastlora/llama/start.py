@@ -86,13 +86,14 @@ def joined(adapter: Adapter, base: Base) -> Adapter:
     """The adapter of twice the rank that does over the base alone what this one does over its
     start factors. Gradients flow to the given adapter."""
 
-    def whole(lora: AdapterRecord, params: LayerParams, name: str) -> AdapterRecord:
-        if name not in params or "start" not in params[name]:  # experts never have one
-            return lora
-        return lora._replace(a=down(lora, params[name]), b=up(lora, params[name]))
+    def whole(lora: AdapterRecord, linear: Linear) -> AdapterRecord:
+        return lora._replace(a=down(lora, linear), b=up(lora, linear))
 
     layers = tuple(
-        {name: whole(lora, params, name) for name, lora in loras.items()}
+        {
+            name: whole(lora, params[name]) if name in params else lora
+            for name, lora in loras.items()
+        }
         for loras, params in zip(adapter["layers"], base["layers"], strict=True)
     )
     return Adapter(**adapter | {"layers": layers})

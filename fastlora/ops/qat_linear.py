@@ -1,9 +1,8 @@
 """A linear layer as it will be once adapter and base are merged and quantised:
 y = fq(x) fq(m / n * (W + s B A))' + bias   (fq: ops/fake_quantize.py; m / n only for DoRA).
 
-The sum is export.py's merge, bit for bit: in at least float32 from A and B as they are trained,
-rounded once to W's dtype. So what training sees is what torchao makes of the merged folder. Unsloth
-quantises base, A and B each by itself, and no file holds that product.
+The sum is the merge's own (adapted_weight.py), so what training sees is what torchao makes of the
+merged folder. Unsloth quantises base, A and B each by itself, and no file holds that product.
 """
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.adapted_weight import adapted_weight, low_rank_sum
 from fastlora.ops.dispatch import plain
 from fastlora.ops.fake_quantize import (
     SCHEMES,
@@ -34,30 +34,18 @@ def qat_linear_reference(
 ) -> Float[Tensor, "*n d_out"]:
     """The specification, differentiable in every tensor; keeps several copies of the weight."""
     how = SCHEMES[scheme]
-    total = adapted_weight(weight, a, b, magnitude, scaling)
+    total = _total(weight, a, b, magnitude, scaling)
     x = x if how.activation is None else fake_quantize(x, how.activation)
     return F.linear(x, fake_quantize(total, how.weight), bias)
 
 
-def adapted_weight(
-    weight: Float[Tensor, "d_out d_in"],
-    a: Float[Tensor, "r d_in"] | None,
-    b: Float[Tensor, "d_out r"] | None,
-    magnitude: Float[Tensor, "d_out"] | None,
-    scaling: float,
-) -> Float[Tensor, "d_out d_in"]:
-    """What a merge would write, in weight.dtype; DoRA's norm is a constant to the gradient."""
+def _total(
+    weight: Tensor, a: Tensor | None, b: Tensor | None, magnitude: Tensor | None, scaling: float
+) -> Tensor:
+    """What the quantiser takes: the merged matrix, or the base's own where nothing is adapted."""
     if a is None or b is None:
         return weight
-    total = _sum(weight, a, b, scaling)
-    if magnitude is not None:
-        total = total * (magnitude.to(total.dtype) / total.detach().norm(dim=-1)).unsqueeze(-1)
-    return total.to(weight.dtype)
-
-
-def _sum(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
-    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
+    return adapted_weight(weight, a, b, magnitude, scaling)
 
 
 # ── 2. op and derivative ──────────────────────────────────────────────────────────────────
@@ -103,7 +91,7 @@ def _quantised_input(x, scheme):
 def _quantised_weight(weight, a, b, magnitude, scaling, scheme):
     quantised = torch.empty_like(weight)
     for rows in _chunks(weight):
-        part = adapted_weight(weight[rows], a, _rows(b, rows), _rows(magnitude, rows), scaling)
+        part = _total(weight[rows], a, _rows(b, rows), _rows(magnitude, rows), scaling)
         quantised[rows] = fake_quantize(part, SCHEMES[scheme].weight)
     return quantised
 
@@ -134,7 +122,7 @@ def _qat_linear_backward(dy, x, weight, a, b, magnitude, scaling, scheme, needs_
 
 def _sum_backward(dquantised, weight, a, b, magnitude, scaling, scheme, dmagnitude):
     """The gradient of W + s B A, from that of what the product took; fills dmagnitude[0]."""
-    total = _sum(weight, a, b, scaling)
+    total = low_rank_sum(weight, a, b, scaling)
     gain = None
     if magnitude is not None:
         norm = total.norm(dim=-1)

@@ -1,0 +1,37 @@
+"""What a merge makes of one matrix: W + s B A, with DoRA m / n times that, n the norm of each row.
+
+In at least float32 from A and B as they are trained, rounded once to W's dtype. Merging writes it
+(export.py), and quantisation-aware training sees it (qat_linear.py), to the same bits.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def low_rank_sum(
+    weight: Float[Tensor, "d_out d_in"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    scaling: float,
+) -> Float[Tensor, "d_out d_in"]:
+    """W + scaling * B A, in the widest of their dtypes and float32."""
+    wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
+    return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
+
+
+def adapted_weight(
+    weight: Float[Tensor, "d_out d_in"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    magnitude: Float[Tensor, "d_out"] | None,
+    scaling: float,
+) -> Float[Tensor, "d_out d_in"]:
+    """The merged matrix, in weight.dtype; DoRA's norm is a constant to the gradient.
+
+    Differentiable in every tensor. `magnitude` is None without DoRA.
+    """
+    total = low_rank_sum(weight, a, b, scaling)
+    if magnitude is not None:
+        total = total * (magnitude.to(total.dtype) / total.detach().norm(dim=-1)).unsqueeze(-1)
+    return total.to(weight.dtype)
