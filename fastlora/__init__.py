@@ -4,13 +4,15 @@ from fastlora import functional
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
 from fastlora.combine import combine, disable
-from fastlora.export import load_adapter, merge
+from fastlora.export import load_adapter
 from fastlora.gradients import value_and_grad
 from fastlora.initialize import initialize
 from fastlora.loading import load
+from fastlora.merging import merge
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
 from fastlora.training import History, train
+from fastlora.vocabulary import add_tokens
 
 __version__ = "0.1.0"
 
@@ -19,6 +21,7 @@ __all__ = [
     "History",
     "Model",
     "Tokenizer",
+    "add_tokens",
     "combine",
     "disable",
     "functional",

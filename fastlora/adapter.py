@@ -6,8 +6,10 @@ reader of PEFT folders (export.py) both end in `resolve_targets`, and nothing la
 """
 
 import math
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
@@ -37,12 +39,28 @@ from fastlora.llama.params import (
     base_tensors,
     layer_targets,
     projection_path,
-    projection_shape,
+    target_shape,
 )
-from fastlora.llama.spec import POLICIES, LoraConfig, Recompute, Spec, Target, is_recompute
+from fastlora.llama.spec import (
+    POLICIES,
+    LoraConfig,
+    Outside,
+    Recompute,
+    Spec,
+    Target,
+    is_recompute,
+)
 from fastlora.llama.start import with_start
 from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES
+from fastlora.originals import offload_originals, with_originals
+from fastlora.outside import (
+    ENDS,
+    away_regex,
+    first_tensors,
+    keeps_lora_away,
+    resolve_outside,
+)
 
 DTYPES = {
     "float32": torch.float32,
@@ -51,7 +69,6 @@ DTYPES = {
     "float64": torch.float64,
 }
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
-_LATER_INITS = ("mica",)
 PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
 # To match all patterns with all names, before they are used: patterns of a file are anybody's, and
 # `re`, which has no time limit, takes 2**40 steps for "([a-z.]+)+!" on a name of 40 characters.
@@ -59,9 +76,6 @@ PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and 
 _SECONDS = 0.5
 _INITS = (True, False, "gaussian", "orthogonal")  # that leave the base alone
 _TEMPORARY = "_fastlora_temporary_saved_buffers"
-
-# PEFT adapts these too; here they come with the version that trains embeddings.
-_LATER_MODULES = ("model.embed_tokens", "lm_head")
 
 
 @runtime_checkable
@@ -99,7 +113,7 @@ def lora(
     modules_to_save: Collection[str] | None = None,
     init_lora_weights: bool | str = True,
     loftq_config: Any = None,
-    temporary_location: str = _TEMPORARY,
+    temporary_location: str | os.PathLike[str] = _TEMPORARY,
     qat_scheme: str | None = None,
     target_parameters: Collection[str] | None = None,
     ensure_weight_tying: bool = False,
@@ -111,7 +125,7 @@ def lora(
     alpha_pattern: Mapping[str, float] | None = None,
     exclude_modules: Collection[str] | str | None = None,
     finetune_last_n_layers: int | None = None,
-    trainable_token_indices: Any = None,
+    trainable_token_indices: Collection[Any] | Mapping[str, Collection[Any]] | None = None,
     adapter_dtype: str | torch.dtype = "float32",
 ) -> ModelT:
     """The model with a fresh adapter; the given one is unchanged and shares its base.
@@ -126,10 +140,13 @@ def lora(
         r: rank of every adapted projection that no `rank_pattern` matches.
         target_modules: a collection of module names or their dotted ends ("q_proj",
             "mlp.down_proj", "model.layers.0.self_attn.q_proj"); or a regular expression for the
-            whole module name; or "all-linear". None is PEFT's own default, q_proj and v_proj.
+            whole module name; or "all-linear", which is all but the head. None is PEFT's own
+            default, q_proj and v_proj. "embed_tokens" and "lm_head" may be among them; of a tied
+            pair each has its own, unless `ensure_weight_tying`.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability in [0, 1) of dropping an input of A, where a seed is given.
-        bias: only "none" so far.
+        bias: "all" trains a copy of every bias of the model, "lora_only" of those of the adapted
+            layers, "none" none.
         layers_to_transform: indices of the only layers to adapt; empty is all of them. Does not
             filter a module listed by its full name, as in PEFT, and is refused beside
             `target_parameters`, which it would not filter either.
@@ -139,7 +156,9 @@ def lora(
         random_state: seeds a private generator, drawn on the CPU: same weights on every device.
         max_seq_length: tokens; lowers the model's own.
         use_rslora: divide by sqrt(r) in place of r.
-        modules_to_save: not in this version.
+        modules_to_save: ends of names of modules of which a copy is trained whole, in the base's
+            dtype: "embed_tokens", "lm_head", "norm" (every norm of the model, as the ends of their
+            names are "norm" too), "model.norm" (the last one), single linear layers.
         init_lora_weights: True: A uniform in ±1/sqrt(d_in), B zero. "gaussian": A normal with
             standard deviation 1/r, B zero. "orthogonal": B A = 0 with neither zero, r even.
             False: B uniform in ±1/sqrt(r) as well, for tests. "pissa", "pissa_niter_N", "olora",
@@ -149,7 +168,10 @@ def lora(
             twice the rank over them. "eva", "corda", "lora_ga" need data: fastlora.initialize.
         loftq_config: with "loftq": {"loftq_bits": 4 | 8, "loftq_iter": n} or PEFT's LoftQConfig;
             None or {} is 4 bits (NF4, needs bitsandbytes) and 1 iteration. 8 bits is an int8 row.
-        temporary_location: Unsloth's folder for offloaded buffers; nothing here needs one.
+        temporary_location: folder for the frozen originals of embedding and head, where copies are
+            trained in their place on an accelerator: they wait there in a memory-mapped file
+            (originals.py), come back for `merge` and `disable`, and the file goes with the last
+            model that uses it. Made if it is not there.
         qat_scheme: train for quantisation: "int4", "int8", "fp8-int4", "fp8-fp8" or "int8-int4"
             (ops/fake_quantize.py says what they are). Every linear layer, adapted or not, and the
             head run as torchao would have them once merged and quantised. Excludes lora_dropout,
@@ -161,7 +183,8 @@ def lora(
             did (gate_proj, up_proj, down_proj; w1, w3, w2), or the router ("gate"), means these
             parameters, for gate and up together at twice the rank and alpha; "all-linear" means all
             of them, and the default seven names leave Mixtral's experts, named otherwise, alone.
-        ensure_weight_tying: not in this version.
+        ensure_weight_tying: of a tied embedding and head, train one copy, or one adapter, for
+            both. Without it what is trained of one leaves the other as the base has it.
         recompute: what the backward pass computes again; "none", "selective", "full", "offload",
             or the share in [0, 1] of the activation memory of "none" to keep.
         use_dora: train the length of each row of W + scaling * B A as well (Liu et al. 2024,
@@ -172,23 +195,14 @@ def lora(
         alpha_pattern: the same for lora_alpha, looked up on its own.
         exclude_modules: modules never to adapt, given as `target_modules` is.
         finetune_last_n_layers: short for the last n indices of `layers_to_transform`.
-        trainable_token_indices: not in this version.
+        trainable_token_indices: ids whose rows of the embedding are trained, and no others; a tied
+            head has them too. {"embed_tokens": ids, "lm_head": ids} names the rows of each.
         adapter_dtype: of A and B; float32 over a bfloat16 base is the usual mixed precision.
 
     Raises:
         ValueError: listing every argument that cannot be.
-        NotImplementedError: listing every argument of a later version that is not at its default.
+        OSError: if `temporary_location` is needed and cannot be written to.
     """
-    _refuse_later(
-        dict(
-            bias=bias if bias != "none" else None,
-            modules_to_save=modules_to_save,
-            init_lora_weights=init_lora_weights if init_lora_weights in _LATER_INITS else None,
-            temporary_location=temporary_location if temporary_location != _TEMPORARY else None,
-            ensure_weight_tying=ensure_weight_tying,
-            trainable_token_indices=trainable_token_indices,
-        )
-    )
     config = model.spec.config
     layers, layer_problems = _layers(layers_to_transform, finetune_last_n_layers, config)
     policy, policy_problems = _recompute(recompute, use_gradient_checkpointing)
@@ -210,6 +224,10 @@ def lora(
         use_dora=use_dora,
         target_parameters=as_tuple(target_parameters) or (),
         qat_scheme=qat_scheme,
+        bias=bias,
+        modules_to_save=as_tuple(modules_to_save) or (),
+        ensure_weight_tying=ensure_weight_tying,
+        trainable_token_indices=token_indices(trainable_token_indices),
         targets=(),
     )
     problems = layer_problems + policy_problems + _init_problems(settings, random_state)
@@ -218,6 +236,10 @@ def lora(
     loftq, loftq_problems = loftq_settings(loftq_config, init_lora_weights)
     problems += _variant_problems(settings) + loftq_problems + _qat_problems(settings, config)
     problems += _model_problems(model, max_seq_length, adapter_dtype)
+    if not isinstance(temporary_location, str | os.PathLike) or not os.fspath(temporary_location):
+        problems.append(
+            f"temporary_location={temporary_location!r}: expected the path of a folder."
+        )
     heading = "fastlora.lora cannot do this:"
     settings = resolve_targets(settings, config, heading, problems)
     if reads_weights(init_lora_weights):
@@ -229,11 +251,13 @@ def lora(
         max_seq_length=max_seq_length or model.spec.max_seq_length,
     )
     dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]
-    base, adapter = model.base, init_adapter(spec, model.base, dtype, random_state)
+    base = with_originals(model.base)
+    adapter = init_adapter(spec, base, dtype, random_state)
     if reads_weights(init_lora_weights):
         generator = torch.Generator().manual_seed(random_state)
         found = weight_factors(spec, base, generator, loftq)
         base, adapter = started(base, adapter, found)
+    base = offload_originals(base, spec.outside, temporary_location)
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
 
 
@@ -248,26 +272,53 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
     config, init = spec.lora, spec.lora.init_lora_weights
     generator, device = torch.Generator().manual_seed(random_state), base["norm"].device
 
-    def fresh(layer: int, target: Target) -> AdapterRecord:
-        d_out, d_in = projection_shape(spec.config, target.name)
+    def fresh(layer: int | None, target: Target) -> AdapterRecord:
+        d_out, d_in = target_shape(spec.config, target.name)
         if target.name in EXPERTS:
             n = spec.config.num_local_experts
             pairs = [_first_weights(init, target.r, d_in, d_out, generator, n) for _ in range(n)]
             return ExpertLoRA(*(torch.stack(m).to(device, dtype) for m in zip(*pairs, strict=True)))
-        a, b = _first_weights(init, target.r, d_in, d_out, generator)
+        if target.name == "embed_tokens":
+            a, b = _first_rows(init, target.r, d_in, d_out, generator)
+        else:
+            a, b = _first_weights(init, target.r, d_in, d_out, generator)
         a, b = a.to(device, dtype), b.to(device, dtype)
         if config.lora_bias:
             bias = torch.zeros(d_out) if init else _uniform((d_out,), target.r, generator)
             return BiasedLoRA(a, b, bias.to(device, dtype))
         if config.use_dora:
-            weight = base["layers"][layer][target.name]["weight"]
+            weight = _matrix(base, layer, target.name)
             wide = torch.promote_types(dtype, torch.float32)
             return DoRA(a, b, row_norms(weight, a, b, target.scaling).to(wide))
         return LoRA(a, b)
 
-    return Adapter(
-        layers=tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
-    )
+    layers = tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
+    ends = {t.name: t for t in (spec.outside.embed_tokens, spec.outside.lm_head) if t}
+    if spec.outside.tied:
+        ends.pop("lm_head", None)
+    rest: Any = {name: fresh(None, t) for name, t in ends.items()}
+    return Adapter(layers=layers, **rest, **first_tensors(spec.config, spec.outside, base, dtype))
+
+
+def _matrix(base: Base, layer: int | None, name: str) -> torch.Tensor:
+    """What a target adapts, as [d_out, d_in]; an embedding maps one-hot tokens to hidden states."""
+    if layer is not None:
+        return base["layers"][layer][name]["weight"]
+    if name == "embed_tokens":
+        return base["embed_tokens"].t()
+    return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
+
+
+def _first_rows(
+    init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A, B) of an embedding: B normal, A zero unless `init` is False (peft 0.21.2, layer.py:352).
+
+    "pissa", "loftq" and the like are about products with a dense input, and mean True here.
+    """
+    shape = (r, d_in)
+    a = torch.zeros(shape) if init else torch.randn(shape, generator=generator)
+    return a, torch.randn(d_out, r, generator=generator)
 
 
 def weight_factors(
@@ -357,9 +408,8 @@ def resolve_targets(
         strict: also refuse what PEFT would ignore, with or without a warning.
 
     Raises:
-        ValueError: (or `error`) if a value cannot be, a matched module is no linear layer, or none
-            matches.
-        NotImplementedError: if embed_tokens or lm_head matches.
+        ValueError: (or `error`) if a value cannot be, a matched module is neither a linear layer
+            nor the embedding, or none matches.
     """
     problems = [*problems, *_setting_problems(settings)]
     given, bad_patterns = settings, _regex_problems(settings, config)
@@ -374,16 +424,16 @@ def resolve_targets(
     problems += [
         f"target_modules matches {m}, which is no linear layer; expected among {list(PROJECTIONS)}."
         for m in matched
-        if m.rpartition(".")[2] not in PROJECTIONS and m not in _LATER_MODULES
+        if m.rpartition(".")[2] not in PROJECTIONS and m not in ENDS
     ]
     problems += parameter_problems
     problems += bad_patterns or _match_problems(settings, config, [*matched, *parameters], strict)
+    outside = Outside()
+    if not (bad_patterns or problems):  # whose ranks and patterns can be used
+        of = partial(_target, settings)
+        outside, problems = resolve_outside(settings, config, modules, matched, of, strict)
+        problems += _end_problems(settings, config, outside)
     raise_problems(error, heading, problems)
-    if later := [m for m in matched if m in _LATER_MODULES]:
-        raise NotImplementedError(
-            f"{heading}\n  target_modules matches {' and '.join(later)}: adapters on embeddings and"
-            f" on the head arrive in a later version; for now target {list(PROJECTIONS)}."
-        )
     targets = tuple(
         tuple(
             _target(settings, name, found[path])
@@ -392,7 +442,17 @@ def resolve_targets(
         )
         for layer in range(config.num_hidden_layers)
     )
-    return replace(given, targets=targets)
+    return replace(given, targets=targets, outside=outside)
+
+
+def _end_problems(s: LoraConfig, config: LlamaConfig, outside: Outside) -> list[str]:
+    """Initialisations that read a head's weights, which have no start factors there."""
+    if outside.lm_head is None or not reads_weights(s.init_lora_weights):
+        return []
+    return [
+        f"init_lora_weights={s.init_lora_weights!r} does not go with target_modules of lm_head;"
+        " leave the head out, or choose another."
+    ]
 
 
 def _adapted(
@@ -433,6 +493,8 @@ def with_targets(lora: LoraConfig, targets: tuple[tuple[Target, ...], ...]) -> L
     By full names, so that no two patterns match the same module and their order is no matter.
     """
     named = {projection_path(i, t.name): t for i, ts in enumerate(targets) for t in ts}
+    ends = {module: getattr(lora.outside, end) for module, end in ENDS.items()}
+    named |= {module: t for module, t in ends.items() if t is not None}
     ranks = {path: t.r for path, t in named.items() if t.r != lora.r}
     alphas = {path: t.lora_alpha for path, t in named.items() if t.lora_alpha != lora.lora_alpha}
     return replace(
@@ -466,6 +528,8 @@ def _first_match(patterns: tuple[tuple[str, Any], ...], path: str, default: Any)
 def _is_target(module: str, settings: LoraConfig) -> bool:
     targets = settings.target_modules
     if settings.exclude_modules and _names(settings.exclude_modules, module):
+        return False
+    if keeps_lora_away(settings.modules_to_save, module):
         return False
     if targets == "all-linear":
         return module.rpartition(".")[2] in PROJECTIONS
@@ -534,13 +598,11 @@ def names_or_regex(value: Collection[str] | str) -> tuple[str, ...] | str:
     return as_tuple(value) or ()
 
 
-def _refuse_later(given: Mapping[str, Any]) -> None:
-    """Raise for every argument of a later version that asks for something; falsy is its default."""
-    if asked := [f"{name}={value!r}" for name, value in given.items() if value]:
-        raise NotImplementedError(
-            f"fastlora.lora does not know these arguments yet: {', '.join(asked)}. They arrive in a"
-            " later version; leave them at their defaults."
-        )
+def token_indices(value: Any) -> tuple[Any, ...]:
+    """Ids as a tuple, or (module, ids) pairs; anything else as it is, for the error to show."""
+    if isinstance(value, Mapping):
+        return tuple((name, as_tuple(ids) or ()) for name, ids in value.items())
+    return as_tuple(value) or ()
 
 
 def _layers(
@@ -630,7 +692,7 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
         )
     if is_mixture(config):
         return [*problems, "qat_scheme: not on mixtures of experts, whose products are grouped."]
-    widths = {name: projection_shape(config, name)[1] for name in PROJECTIONS}
+    widths = {name: target_shape(config, name)[1] for name in PROJECTIONS}
     widths["lm_head"] = config.hidden_size
     if group and (wrong := {name: d for name, d in widths.items() if d % group}):
         fitting = [name for name, x in SCHEMES.items() if x.weight.group_size is None]
@@ -693,6 +755,7 @@ def _regex_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
     patterns = [("rank_pattern", k, _pattern_regex(k)) for k, _ in s.rank_pattern]
     patterns += [("alpha_pattern", k, _pattern_regex(k)) for k, _ in s.alpha_pattern]
     patterns += [("layers_pattern", p, _layer_regex(p)) for p in s.layers_pattern or ()]
+    patterns += [("modules_to_save", p, away_regex(p)) for p in s.modules_to_save]
     for field in ("target_modules", "exclude_modules"):
         if isinstance(rule := getattr(s, field), str):
             patterns.append((field, rule, rule))
@@ -730,7 +793,7 @@ def _match_problems(
         how = "" if isinstance(s.target_modules, tuple) else ", a regex for the whole module name,"
         problems.append(
             f"target_modules={s.target_modules!r}{how} matches no module of this model{left}{only};"
-            f" its linear layers are {list(PROJECTIONS)}."
+            f" its linear layers are {list(PROJECTIONS)} and lm_head, its embedding embed_tokens."
         )
     return problems
 

@@ -23,6 +23,8 @@ from fastlora.checks import raise_problems
 from fastlora.llama.params import PROJECTIONS, Adapter, LayerAdapter, LoRA, projection_path
 from fastlora.llama.spec import LoraConfig, Target
 from fastlora.llama.start import equivalent, without_start
+from fastlora.originals import with_originals
+from fastlora.outside import described
 
 
 class _Part(NamedTuple):
@@ -38,7 +40,7 @@ _Mix = Callable[[Sequence[_Part]], LoRA]
 
 def disable(model: ModelT) -> ModelT:
     """The base alone, over the same tensors; the given model keeps its adapter."""
-    spec, base = replace(model.spec, lora=None), without_start(model.base)
+    spec, base = replace(model.spec, lora=None), with_originals(without_start(model.base))
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=None))
 
 
@@ -334,6 +336,11 @@ def _model_problems(models: Sequence[Adaptable], method: str) -> list[str]:
         and (
             names := sorted({t.name for ts in model.spec.lora.targets for t in ts} - {*PROJECTIONS})
         )
+    ]
+    problems += [
+        f"models[{i}] trains more than LoRA on its layers, {asked}, which has no weighted sum."
+        for i, model in enumerate(models)
+        if model.spec.lora is not None and (asked := described(model.spec.lora))
     ]
     others = [i for i, model in enumerate(models) if not _share_base(models[0], model)]
     problems += [

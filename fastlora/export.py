@@ -9,15 +9,13 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.adapter import (
@@ -27,6 +25,7 @@ from fastlora.adapter import (
     names_or_regex,
     peft_targets,
     resolve_targets,
+    token_indices,
     weight_factors,
 )
 from fastlora.checkpoint import (
@@ -41,11 +40,8 @@ from fastlora.checkpoint import (
 from fastlora.checks import CheckpointError, raise_problems
 from fastlora.expert_keys import (
     PREFIX,
-    adapter_path,
     fuse_adapter,
     is_mixture,
-    packed,
-    packed_shape,
     pieces,
     unpacked,
 )
@@ -53,28 +49,33 @@ from fastlora.factors import factor_problems, moves_base
 from fastlora.hub import resolve, upload
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
+    EMBED_TOKENS,
     EXPERTS,
+    LM_HEAD,
     PROJECTIONS,
     ROUTER,
     TARGETS,
     Adapter,
-    AdapterRecord,
     Base,
-    BiasedLoRA,
-    DoRA,
-    ExpertLoRA,
-    LoRA,
-    base_from_tensors,
     layer_targets,
-    projection_bias,
     projection_path,
-    projection_shape,
     tensors_from_base,
 )
 from fastlora.llama.spec import LoraConfig, Spec, Target
 from fastlora.llama.start import equivalent, with_start, without_start
-from fastlora.ops.adapted_weight import adapted_weight
+from fastlora.merging import check_finite, merged_tensors, present
 from fastlora.ops.cast import cast as cast_matrices
+from fastlora.originals import with_originals
+from fastlora.outside import ENDS
+from fastlora.peft_keys import (
+    adapter_shapes,
+    base_tensors_out,
+    map_named,
+    peft_state_dict,
+    take_base_tensors,
+    tensor_problems,
+    vocabulary_rows,
+)
 from fastlora.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -100,13 +101,17 @@ _FIELDS: dict[str, tuple[Any, tuple[type, ...], tuple[type, ...]]] = {
     "init_lora_weights": (True, (bool, str), ()),
     "lora_bias": (False, (bool,), ()),
     "use_dora": (False, (bool,), ()),
+    "bias": ("none", (str,), ()),
+    "modules_to_save": (None, (list, _NULL), (str,)),
+    "ensure_weight_tying": (False, (bool, _NULL), ()),
+    "trainable_token_indices": (None, (list, dict, _NULL), (int, list)),
 }
 # Fields that change nothing in y = W x + scaling * B A x over frozen linear layers. The *_config
 # ones only say how A and B were first filled; PEFT itself undoes fan_in_fan_out on a Linear.
 _NEUTRAL = {
     *("auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode"),
     *("eva_config", "corda_config", "lora_ga_config", "loftq_config", "qalora_group_size"),
-    *("megatron_core", "runtime_config", "fan_in_fan_out", "ensure_weight_tying"),
+    *("megatron_core", "runtime_config", "fan_in_fan_out"),
 }
 # Ways of filling A and B that leave the base alone.
 _KIND_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
@@ -127,10 +132,13 @@ _TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 # ── adapter out ───────────────────────────────────────────────────────────────────────────
 
 
-def save_adapter(spec: Spec, adapter: Adapter | None, folder: str | os.PathLike[str]) -> None:
+def save_adapter(
+    spec: Spec, base: Base, adapter: Adapter | None, folder: str | os.PathLike[str]
+) -> None:
     """Write a PEFT folder: the weights, README.md and adapter_config.json, in this order.
 
-    Tensors keep their dtype. A README.md that is there stays: it may be the user's own.
+    Tensors keep their dtype. An embedding and a head that are not those of the checkpoint any more
+    (`add_tokens`) are written too. A README.md that is there stays: it may be the user's own.
 
     Raises:
         ValueError: before any file is written, if there is no adapter, it does not fit the spec or
@@ -138,18 +146,18 @@ def save_adapter(spec: Spec, adapter: Adapter | None, folder: str | os.PathLike[
             to save), or the folder is a file or the base model's own.
         PermissionError: if the folder cannot be written to.
     """
-    lora, adapter = _present(spec, adapter)
+    lora, adapter = present(spec, adapter)
     if moves_base(lora.init_lora_weights):
         raise ValueError(
             f"an adapter that began as {lora.init_lora_weights!r} is not saved without its start"
             " factors: call model.save_pretrained(folder), which has them."
         )
-    tensors = peft_state_dict(adapter)
-    problems = _tensor_problems(tensors, lora, spec.config)
+    tensors = peft_state_dict(adapter, lora)
+    problems = tensor_problems(tensors, lora, spec.config, DTYPES.values())
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
     path = _writable(folder, spec)
     path.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path / WEIGHTS_FILE, tensors)
+    write_safetensors(path / WEIGHTS_FILE, tensors | base_tensors_out(spec, base))
     if not (path / "README.md").exists():
         write_text(path / "README.md", _readme(spec, lora))
     write_json(path / CONFIG_FILE, peft_config(spec, lora))
@@ -157,6 +165,7 @@ def save_adapter(spec: Spec, adapter: Adapter | None, folder: str | os.PathLike[
 
 def push_to_hub(
     spec: Spec,
+    base: Base,
     adapter: Adapter | None,
     repo_id: str,
     *,
@@ -167,51 +176,15 @@ def push_to_hub(
 
     Args:
         spec: of the model.
+        base: its own.
         adapter: to upload.
         repo_id: "user/name".
         token: None is the one huggingface_hub is logged in with.
         private: for a repository that is created here; None is the account's default.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(spec, adapter, folder)
+        save_adapter(spec, base, adapter, folder)
         return upload(Path(folder), repo_id, token=token, private=private)
-
-
-def peft_state_dict(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's tensor names -> its tensors: the adapter's own leaves, experts' as matrices."""
-    return {
-        key: packed(key, leaf) if leaf.dim() == 3 else leaf
-        for key, leaf in named_leaves(adapter).items()
-    }
-
-
-def named_leaves(adapter: Adapter) -> dict[str, Tensor]:
-    """PEFT's tensor names -> the adapter's own leaves, in its own shapes."""
-    return {
-        _key(layer, name, field, loras): tensor
-        for layer, loras in enumerate(adapter["layers"])
-        for name, lora in loras.items()
-        for field, tensor in lora._asdict().items()
-    }
-
-
-# Field of a LoRA record -> end of its key.
-_LEAVES = {
-    "a": "lora_A.weight",
-    "b": "lora_B.weight",
-    "bias": "lora_B.bias",
-    "magnitude": "lora_magnitude_vector",
-}
-
-
-def _key(layer: int, name: str, field: str, adapted: Collection[str]) -> str:
-    return f"{PREFIX}{adapter_path(layer, name, adapted)}.{_LEAVES[field]}"
-
-
-def _record(lora: LoraConfig, name: str) -> type[AdapterRecord]:
-    if name in EXPERTS:
-        return ExpertLoRA
-    return BiasedLoRA if lora.lora_bias else DoRA if lora.use_dora else LoRA
 
 
 def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
@@ -224,6 +197,7 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     would move the base once more.
     """
     parameters = _target_names(spec.config, lora, parameters=True)
+    indices = _token_indices(lora)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -233,13 +207,13 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,
-        "bias": "none",
+        "bias": lora.bias,
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "target_modules": _target_names(spec.config, lora, parameters=False),
-        "modules_to_save": None,
+        "modules_to_save": _modules_to_save(lora),
         "rank_pattern": _patterns(spec.config, lora, lambda t: t.r, lora.r),
         "alpha_pattern": _patterns(spec.config, lora, lambda t: t.lora_alpha, lora.lora_alpha),
         "layers_to_transform": None,
@@ -247,7 +221,31 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         # Only where it is used: to older PEFT every unknown field is a warning.
         **({"lora_bias": True} if lora.lora_bias else {}),
         **({"target_parameters": parameters} if parameters else {}),
+        **({"ensure_weight_tying": True} if lora.outside.tied else {}),
+        **({"trainable_token_indices": indices} if indices else {}),
     }
+
+
+def _modules_to_save(lora: LoraConfig) -> list[str] | None:
+    """As given; of a tied pair with one copy the embedding, as PEFT has it."""
+    names = list(lora.modules_to_save)
+    if lora.outside.tied and EMBED_TOKENS in lora.outside.replaced:
+        names = [n for n in names if not any(m.endswith(n) for m in ENDS)]
+        names.append("model.embed_tokens")
+    return names or None
+
+
+def _token_indices(lora: LoraConfig) -> list[int] | dict[str, list[int]]:
+    given = lora.trainable_token_indices
+    if given and isinstance(given[0], tuple):
+        return {name: list(ids) for name, ids in given}
+    return list(given)
+
+
+def _ends(lora: LoraConfig) -> dict[str, Target]:
+    """Module name -> target, of embedding and head. Of a tied pair both, though one is written."""
+    found = {module: getattr(lora.outside, end) for module, end in ENDS.items()}
+    return {module: target for module, target in found.items() if target is not None}
 
 
 def _by_name(lora: LoraConfig) -> dict[str, dict[int, Target]]:
@@ -285,7 +283,8 @@ def _target_names(config: LlamaConfig, lora: LoraConfig, *, parameters: bool) ->
         everywhere = len(layers) == having[name]
         full = [_full_name(i, name, short) for i in layers]
         names += [short] if everywhere else full
-    return names
+    ends = [m for m in _ends(lora) if not (lora.outside.tied and m == "lm_head")]
+    return names + ([] if parameters else ends)
 
 
 def _full_name(layer: int, name: str, short: str) -> str:
@@ -309,7 +308,8 @@ def _patterns(
             full = {i: _full_name(i, name, short).removeprefix("model.") for i in values}
             values = {re.escape(full[i]): v for i, v in values.items()}
         patterns |= {key: v for key, v in values.items() if v != default}
-    return patterns
+    ends = {re.escape(m.removeprefix("model.")): value(t) for m, t in _ends(lora).items()}
+    return patterns | {key: v for key, v in ends.items() if v != default}
 
 
 def _readme(spec: Spec, lora: LoraConfig) -> str:
@@ -319,7 +319,7 @@ def _readme(spec: Spec, lora: LoraConfig) -> str:
     base = [f"base_model: {name}"] if is_id else []
     tags = [f"- base_model:adapter:{name}"] if is_id else []
     front = [*base, "library_name: peft", "pipeline_tag: text-generation", "tags:", *tags, "- lora"]
-    names = ", ".join(_by_name(lora))
+    names = ", ".join([*_by_name(lora), *(t.name for t in _ends(lora).values())])
     return "\n".join(
         [
             *("---", *front, "---", ""),
@@ -346,9 +346,11 @@ def load_adapter(
 ) -> ModelT:
     """The model's base with the adapter of a PEFT folder, in place of any it carried.
 
-    Tensors become float32 (float64 over a float64 base), as PEFT casts them; the device is the
-    base's. Keys of a compiled model ("_orig_mod.") and keys with PEFT's adapter name (".default.")
-    are read as what they stand for.
+    Tensors become float32 (float64 over a float64 base), as PEFT casts them, copies of whole
+    tensors the base's dtype; the device is the base's. A folder with an embedding or a head of its
+    own (PEFT's save_embedding_layers, a vocabulary that grew) gives the model a base that has it.
+    Keys of a compiled model ("_orig_mod.") and keys with PEFT's adapter name (".default.") are read
+    as what they stand for.
 
     Raises:
         FileNotFoundError: if the folder, its config or its weights are not there.
@@ -363,34 +365,61 @@ def load_adapter(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    config = model.spec.config
     raw = read_json(_file(folder, CONFIG_FILE))
-    lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
     path = _file(folder, WEIGHTS_FILE)
     tensors, problems = _canonical(read_safetensors(path))
+    v, of_vocabulary = vocabulary_rows(tensors, model.spec.config)
+    config = replace(model.spec.config, vocab_size=v)
+    lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
+    tensors, own, of_base = take_base_tensors(tensors, lora, tied=config.tie_word_embeddings)
     tensors, of_experts = fuse_adapter(tensors, lora, config)
-    problems += of_experts or _tensor_problems(tensors, lora, config)
+    problems += of_vocabulary + of_base
+    problems += of_experts or tensor_problems(tensors, lora, config, DTYPES.values())
     cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
     raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
-    norm = model.base["norm"]
+
+    base, changed = _with_own(without_start(with_originals(model.base)), own, tensors, config)
+    norm = base["norm"]
     dtype = torch.promote_types(norm.dtype, torch.float32)
 
-    def read(layer: int, name: str) -> AdapterRecord:
-        record, adapted = _record(lora, name), [t.name for t in lora.targets[layer]]
-        leaves = {k: tensors[k] for f in record._fields for k in [_key(layer, name, f, adapted)]}
-        if name in EXPERTS:
-            leaves = {k: unpacked(k, x, config.num_local_experts) for k, x in leaves.items()}
-        # Copies: what was read is a view of the file.
-        whole = (x.to(norm.device, dtype, copy=True).contiguous() for x in leaves.values())
-        return record(*whole)
+    def read(key: str, shape: tuple[int, ...]) -> Tensor:
+        x = tensors[key]
+        if ".mlp.experts." in key:
+            x = unpacked(key, x, config.num_local_experts)
+        # Copies: what was read is a view of the file. Whole tensors keep the base's dtype.
+        kind = norm.dtype if key.endswith((".weight", ".bias")) and ".lora_" not in key else dtype
+        return x.to(norm.device, kind, copy=True).contiguous()
 
-    layers = tuple({t.name: read(i, t.name) for t in ts} for i, ts in enumerate(lora.targets))
-    spec, base = replace(model.spec, lora=lora), without_start(model.base)
+    adapter = map_named(read, adapter_shapes(lora, config))
+    changed = tuple(dict.fromkeys((*model.spec.changed, *changed)))
+    spec = replace(model.spec, config=config, lora=lora, changed=changed)
     if lora.init_lora_weights in _REPEATABLE:
         found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws nor quantises
         base = with_start(base, [cast_matrices(x, dtype) for x in found])
-    adapter = Adapter(layers=layers)
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
+
+
+def _with_own(
+    base: Base, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: LlamaConfig
+) -> tuple[Base, list[str]]:
+    """(the base with the embedding and head that a file brings, names of those that it changes).
+
+    Where the vocabulary grew and only a trained copy is there, the base has its values too: rows
+    that it never had are known from nowhere else.
+    """
+    names = {EMBED_TOKENS: "embed_tokens"} | ({LM_HEAD: "lm_head"} if "lm_head" in base else {})
+    changed: dict[str, Tensor] = {}
+    for name, key in names.items():
+        brought = own.get(name)
+        if brought is None and base[key].shape[0] < config.vocab_size:
+            brought = tensors.get(f"{PREFIX}{name}")
+        if brought is None:
+            continue
+        value = brought.to(base["norm"].device, base["norm"].dtype, copy=True)
+        if value.shape != base[key].shape or not torch.equal(value, base[key]):
+            changed[key] = value
+    whole: Any = {**base, **changed}
+    return whole, [name for name, key in names.items() if key in changed]
 
 
 def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) -> LoraConfig:
@@ -424,6 +453,10 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, where: str) ->
         lora_bias=value["lora_bias"],
         use_dora=value["use_dora"],
         target_parameters=as_tuple(value["target_parameters"]) or (),
+        bias=value["bias"],
+        modules_to_save=as_tuple(value["modules_to_save"]) or (),
+        ensure_weight_tying=bool(value["ensure_weight_tying"]),
+        trainable_token_indices=token_indices(value["trainable_token_indices"]),
         targets=(),
     )
     heading = f"{where} does not fit this model:"
@@ -513,143 +546,15 @@ def _canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     for key, tensor in tensors.items():
         plain = key.replace("_orig_mod.", "")
         plain = re.sub(r"\.lora_(\w+)\.default\b", r".lora_\1", plain)
+        # Beside bias="all", or a vocabulary that grew, PEFT writes a module that is saved whole
+        # twice more, and takes neither of the two for the copy.
+        own = re.sub(r"\.(original_module|modules_to_save)\.(bias|weight)$", r".\2", plain)
+        if own != plain and own in tensors:
+            continue
         if plain in renamed:
             problems.append(f"twice       {key}, also there as {plain}")
         renamed[plain] = tensor
     return renamed, problems
-
-
-def _tensor_problems(
-    tensors: Mapping[str, Tensor], lora: LoraConfig, config: LlamaConfig
-) -> list[str]:
-    """Every difference between the tensors and what the settings call for."""
-    expected = {
-        _key(layer, t.name, field, [t.name for t in targets]): _shape(config, t, field)
-        for layer, targets in enumerate(lora.targets)
-        for t in targets
-        for field in _record(lora, t.name)._fields
-    }
-    both = [k for k in expected if k in tensors]
-    numeric = [k for k in both if tensors[k].dtype in DTYPES.values()]
-    problems = [f"missing     {k} {s}" for k, s in expected.items() if k not in tensors]
-    problems += [f"unexpected  {k}{_hint(k)}" for k in sorted(tensors.keys() - expected.keys())]
-    problems += [
-        f"shape       {k}: file has {tuple(tensors[k].shape)}, the config says {expected[k]}"
-        for k in both
-        if tuple(tensors[k].shape) != expected[k]
-    ]
-    problems += [
-        f"dtype       {k}: {tensors[k].dtype}, expected one of {list(DTYPES)}"
-        for k in both
-        if k not in numeric
-    ]
-    broken = [k for k in numeric if not tensors[k].isfinite().all()]
-    return problems + [f"NaN or inf  {k}" for k in broken]
-
-
-def _shape(config: LlamaConfig, target: Target, field: str) -> tuple[int, ...]:
-    d_out, d_in = shape = projection_shape(config, target.name)
-    if target.name in EXPERTS:
-        return packed_shape(field, target.r, shape, config.num_local_experts)
-    return {"a": (target.r, d_in), "b": (d_out, target.r)}.get(field, (d_out,))
-
-
-def _hint(key: str) -> str:
-    if not key.startswith(PREFIX):
-        return f": PEFT's keys begin with {PREFIX!r}"
-    if not key.endswith(tuple(_LEAVES.values())):
-        return ": not in this version of fastlora"
-    return ": its module is not among target_modules"
-
-
-# ── merge ─────────────────────────────────────────────────────────────────────────────────
-
-
-def merge(model: ModelT) -> ModelT:
-    """The model with its adapter folded into a new base, and none left: W + scaling * B A.
-
-    Summed in float32 (float64 where base or adapter is), rounded once to the base's dtype. Only the
-    touched matrices are new; the rest of the base is shared with the given model, which keeps its
-    own, exact one: in 16 bit a merge cannot be undone by subtraction.
-
-    Raises:
-        ValueError: if there is no adapter, or naming the weights that would become NaN or infinite.
-    """
-    whole, adapter = equivalent(model.spec, model.base, model.adapter)
-    _, adapter = _present(whole, adapter)
-    config = whole.config
-    folded = _folded(whole, model.base, adapter)
-    _check_finite(folded)
-    tensors = tensors_from_base(config, model.base)
-    base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
-    spec = replace(model.spec, lora=None)
-    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=None))
-
-
-def merged_weight(
-    weight: Float[Tensor, "d_out d_in"], lora: AdapterRecord, scaling: float
-) -> Float[Tensor, "d_out d_in"]:
-    """weight + scaling * b @ a, its rows at DoRA's lengths, in at least float32, rounded once."""
-    here = lambda x: x.detach().to(weight.device)
-    magnitude = here(lora.magnitude) if isinstance(lora, DoRA) else None
-    return adapted_weight(weight, here(lora.a), here(lora.b), magnitude, scaling)
-
-
-def merged_experts(
-    weight: Float[Tensor, "e d_out d_in"], lora: ExpertLoRA, scaling: float
-) -> Float[Tensor, "e d_out d_in"]:
-    """`merged_weight` of every expert, one after the other."""
-    merged = torch.empty_like(weight)
-    for matrix, base, a, b in zip(merged, weight, *lora, strict=True):
-        matrix.copy_(merged_weight(base, LoRA(a, b), scaling))
-    return merged
-
-
-def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
-    """Name on disk -> its merged weight when called, for every adapted projection.
-
-    Functions, so that one merged matrix exists at a time until somebody keeps them.
-    """
-    assert spec.lora is not None, spec
-    _check_biases(spec)
-    folded: dict[str, Callable[[], Tensor]] = {}
-    for i, targets in enumerate(spec.lora.targets):
-        for t in targets:
-            lora, path = adapter["layers"][i][t.name], projection_path(i, t.name)
-            if isinstance(lora, ExpertLoRA):
-                weight = base["layers"][i]["experts"][t.name.removeprefix("experts.")]
-                folded[path] = partial(merged_experts, weight, lora, t.scaling)
-                continue
-            linear = base["layers"][i][t.name]
-            folded[f"{path}.weight"] = partial(merged_weight, linear["weight"], lora, t.scaling)
-            if isinstance(lora, BiasedLoRA):
-                folded[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
-    return folded
-
-
-def merged_bias(
-    bias: Float[Tensor, "d_out"], of_lora: Float[Tensor, "d_out"], scaling: float
-) -> Float[Tensor, "d_out"]:
-    """bias + scaling * of_lora, in at least float32, rounded once to its dtype. No gradient."""
-    wide = torch.promote_types(torch.promote_types(bias.dtype, of_lora.dtype), torch.float32)
-    return (bias.to(wide) + scaling * of_lora.detach().to(bias.device, wide)).to(bias.dtype)
-
-
-def _check_biases(spec: Spec) -> None:
-    lora = spec.lora
-    if lora is None or not lora.lora_bias:
-        return
-    without = [name for name in _by_name(lora) if not projection_bias(spec.config, name)]
-    cure = "Save the adapter itself: save_pretrained."
-    raise_problems(
-        ValueError, "lora_bias cannot be merged where the base has no bias:", without, cure
-    )
-
-
-def _check_finite(folded: Mapping[str, Callable[[], Tensor]]) -> None:
-    broken = [name for name, fold in folded.items() if not fold().isfinite().all()]
-    cure = "The adapter is broken (a diverged run?), or its dtype is too narrow for the sum."
-    raise_problems(ValueError, "Merging would put NaN or infinity into:", broken, cure)
 
 
 # ── merged model out ──────────────────────────────────────────────────────────────────────
@@ -686,7 +591,7 @@ def save_merged(
         raise ValueError(f"save_method={save_method!r}: expected 'merged_16bit' or 'lora'.")
     spec, adapter = equivalent(spec, base, adapter)
     if save_method == "lora":
-        save_adapter(spec, adapter, folder)
+        save_adapter(spec, base, adapter, folder)
     else:
         _save_merged_16bit(spec, base, adapter, _writable(folder, spec))
     if tokenizer is not None:
@@ -694,15 +599,16 @@ def save_merged(
 
 
 def _save_merged_16bit(spec: Spec, base: Base, adapter: Adapter | None, folder: Path) -> None:
-    folded = {} if adapter is None else _folded(spec, base, _present(spec, adapter)[1])
-    tensors = tensors_from_base(spec.config, base)
+    config, tensors, folded = spec.config, tensors_from_base(spec.config, base), {}
+    if adapter is not None:
+        config, tensors, folded = merged_tensors(spec, base, present(spec, adapter)[1])
     own = base["norm"].dtype
     dtype = own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
-    stored = pieces(spec.config)
+    stored = pieces(config)
     sizes = {name: math.prod(piece.shape) for name, piece in stored.items()}
     shards = _shards({name: size * dtype.itemsize for name, size in sizes.items()})
     _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
-    _check_finite(folded)
+    check_finite(folded)
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in shards.items():
@@ -718,7 +624,7 @@ def _save_merged_16bit(spec: Spec, base: Base, adapter: Adapter | None, folder: 
         metadata = {"total_size": total * dtype.itemsize, "total_parameters": total}
         weight_map = {name: file for file, names in shards.items() for name in names}
         write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    config = replace(spec.config, dtype=str(dtype).removeprefix("torch."))
+    config = replace(config, dtype=str(dtype).removeprefix("torch."))
     write_json(folder / "generation_config.json", _generation_config(config))
     # Last: a folder without it is no model, so a killed run leaves none that is half there.
     write_json(folder / "config.json", config.to_hf())
@@ -751,12 +657,6 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
 
 
 # ── where to write ────────────────────────────────────────────────────────────────────────
-
-
-def _present(spec: Spec, adapter: Adapter | None) -> tuple[LoraConfig, Adapter]:
-    if spec.lora is None or adapter is None:
-        raise ValueError("the model has no adapter; fastlora.lora or load_adapter gives it one.")
-    return spec.lora, adapter
 
 
 def _writable(folder: str | os.PathLike[str], spec: Spec) -> Path:

@@ -11,10 +11,18 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastlora.llama.compiled import compiled, compiles
-from fastlora.llama.decoder import head_factors, hidden_states
+from fastlora.llama.decoder import dropout_key, hidden_states
+from fastlora.llama.head import (
+    Head,
+    dropped_for_head,
+    head,
+    head_factors,
+    is_plain,
+    logits,
+)
 from fastlora.llama.params import Adapter, Base
 from fastlora.llama.positions import segment_starts
 from fastlora.llama.spec import Spec
@@ -24,8 +32,13 @@ from fastlora.ops.linear_cross_entropy import (
     chunk_logprobs,
     chunk_value_and_grad,
     chunk_value_and_grad_kernel,
+    chunked_logprobs,
+    label_logprobs,
+    label_logprobs_and_grad,
+    label_logprobs_and_grad_kernel,
     linear_logprobs,
 )
+from fastlora.originals import with_originals
 
 Seed = int | Int[Tensor, ""] | None
 Batch = Mapping[str, Tensor]
@@ -65,6 +78,7 @@ def forward(
         )
         optional = {name: x for name, x in given.items() if x is not None}
         return _row_by_row(own, base, spec, input_ids, optional, seed)
+    base = base if adapter is not None else with_originals(base)
     hidden = hidden_states(
         adapter,
         base,
@@ -75,7 +89,9 @@ def forward(
         segment_ids=segment_ids,
         seed=seed,
     )
-    return F.linear(*head_factors(hidden, base, spec))
+    found = head(adapter, base, spec)
+    key = dropout_key(spec, seed, hidden.device)
+    return logits(hidden, dropped_for_head(hidden, found, spec, key), found, spec)
 
 
 def _row_by_row(
@@ -116,6 +132,7 @@ def token_logprobs(
         ValueError: spec.kernels is "triton" where no Triton kernel can run.
     """
     kernel = use_kernel(input_ids, spec.kernels)
+    base = base if adapter is not None else with_originals(base)
     hidden = hidden_states(
         adapter,
         base,
@@ -128,14 +145,56 @@ def token_logprobs(
     )
     # Shift the labels, not the states: [b, t, d] stays contiguous, the last row is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    regions: tuple[Callable, ...] = (chunk_logprobs, chunk_value_and_grad)
-    if compiles(spec.compile, hidden.device) and not transforms_active():
-        regions = tuple(lambda *args, fn=fn: compiled(fn, args) for fn in regions)
-    if kernel:
-        regions = (regions[0], chunk_value_and_grad_kernel)
-    rows, weight = head_factors(hidden.flatten(0, 1), base, spec)
-    logp = linear_logprobs(rows, weight, following.flatten(), *regions)
+    found = head(adapter, base, spec)
+    choose = _frozen_head if is_plain(found) else _trained_head
+    key = dropout_key(spec, seed, hidden.device)
+    logp = choose(hidden.flatten(0, 1), found, spec, following.flatten(), key, kernel)
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
+
+
+def _frozen_head(
+    hidden: Float[Tensor, "n d"],
+    found: Head,
+    spec: Spec,
+    labels: Int[Tensor, "n"],
+    key: Int[Tensor, ""] | None,
+    kernel: bool,
+) -> Float[Tensor, "n"]:
+    value, value_and_grad = _regions(spec, hidden, chunk_logprobs, chunk_value_and_grad)
+    if kernel:
+        value_and_grad = chunk_value_and_grad_kernel
+    rows, weight = head_factors(hidden, found["weight"], spec)
+    return linear_logprobs(rows, weight, labels, value, value_and_grad)
+
+
+def _trained_head(
+    hidden: Float[Tensor, "n d"],
+    found: Head,
+    spec: Spec,
+    labels: Int[Tensor, "n"],
+    key: Int[Tensor, ""] | None,
+    kernel: bool,
+) -> Float[Tensor, "n"]:
+    value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
+    if kernel:
+        value_and_grad = label_logprobs_and_grad_kernel
+    params, structure = tree_flatten(found)
+    dropped = dropped_for_head(hidden, found, spec, key)
+    inputs = (hidden,) if dropped is hidden else (hidden, dropped)
+
+    def logits_of(*tensors: Tensor) -> Tensor:
+        rows, own = tensors[: len(inputs)], tree_unflatten(tensors[len(inputs) :], structure)
+        return logits(rows[0], rows[-1], own, spec)
+
+    vocab_size = spec.config.vocab_size
+    return chunked_logprobs(logits_of, inputs, params, labels, vocab_size, value, value_and_grad)
+
+
+def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:
+    """The functions, each a compiled region where the spec says so."""
+    if not compiles(spec.compile, x.device) or transforms_active():
+        return fns
+    return tuple(lambda *args, fn=fn: compiled(fn, args) for fn in fns)
 
 
 def loss_sum(

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.llama.decoder import embed, head_factors, layer_adapters, product_dtype, where
+from fastlora.llama.decoder import layer_adapters, product_dtype, where
+from fastlora.llama.embedding import embed
+from fastlora.llama.head import head, logits
 from fastlora.llama.layer import attention_output, layer_spec, mlp_block, queries_keys_values
-from fastlora.llama.params import Adapter, Base
+from fastlora.llama.params import Adapter, Base, with_replaced
 from fastlora.llama.positions import rope_tables
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import joined, without_start
@@ -54,7 +56,7 @@ class Cache(NamedTuple):
 
 def new_cache(base: Base, spec: Spec, b: int, length: int) -> Cache:
     """Room for `length` positions: 2 * b * layers * kv * length * hd elements, in base dtype."""
-    config, like = spec.config, base["embed_tokens"]
+    config, like = spec.config, base["norm"]
     shape = (b, config.num_key_value_heads, length, config.head_dim)
     new = lambda: tuple(like.new_empty(shape) for _ in range(config.num_hidden_layers))
     return Cache(k=new(), v=new())
@@ -70,7 +72,7 @@ def prefill(
 ) -> Float[Tensor, "b v"]:
     """Logits after the whole prompt; writes the prompt's keys and values into the cache."""
     config, t = spec.config, input_ids.shape[1]
-    x = embed(input_ids, base, spec)
+    x = embed(input_ids, adapter, base, spec)
     at = where(config, input_ids, x.dtype, attention_mask, None, None)
     adapters = layer_adapters(adapter, config)
     for i, params in enumerate(base["layers"]):
@@ -81,7 +83,7 @@ def prefill(
         heads = attention(q, k, v, at.masks[config.layer_types[i]])
         x = attention_output(x, heads, params, adapters[i], static, None)
         x = mlp_block(x, params, adapters[i], static, None)
-    return _last_logits(x, base, spec)
+    return _last_logits(x, adapter, base, spec)
 
 
 def decode(
@@ -95,7 +97,7 @@ def decode(
 ) -> Float[Tensor, "b v"]:
     """Logits after one more token, the s-th; `real` is False where a cached one is padding."""
     config, s = spec.config, real.shape[1]
-    x = embed(token, base, spec)
+    x = embed(token, adapter, base, spec)
     cos, sin = rope_tables(config, position_ids, position_ids + 1, x.dtype)
     near = torch.arange(s, device=real.device) > s - 1 - (config.sliding_window or s)
     masks = {
@@ -112,12 +114,14 @@ def decode(
         heads = attention(q, cache.k[i][:, :, :s], cache.v[i][:, :, :s], mask)
         x = attention_output(x, heads, params, adapters[i], static, None)
         x = mlp_block(x, params, adapters[i], static, None)
-    return _last_logits(x, base, spec)
+    return _last_logits(x, adapter, base, spec)
 
 
-def _last_logits(x: Float[Tensor, "b t d"], base: Base, spec: Spec) -> Float[Tensor, "b v"]:
+def _last_logits(
+    x: Float[Tensor, "b t d"], adapter: Adapter | None, base: Base, spec: Spec
+) -> Float[Tensor, "b v"]:
     hidden = rms_norm(x[:, -1], base["norm"], spec.config.rms_norm_eps)
-    return F.linear(*head_factors(hidden, base, spec))
+    return logits(hidden, hidden, head(adapter, base, spec), spec)
 
 
 def penalised(
@@ -202,16 +206,18 @@ def generate(
     pad = spec.config.pad_token_id
     fill = pad if pad is not None else (eos_token_id[0] if eos_token_id else 0)
     if adapter is not None:  # once, not at every token
-        dtype = base["embed_tokens"].dtype
+        dtype = base["norm"].dtype
         adapter, base = joined(adapter, base), without_start(base)
-        adapter = {"layers": tuple(product_dtype(x, spec, dtype) for x in adapter["layers"])}
+        base = with_replaced(base, adapter, tied=spec.outside.tied)
+        layers = tuple(product_dtype(x, spec, dtype) for x in adapter["layers"])
+        adapter = Adapter(**adapter | {"layers": layers})
     cache = new_cache(base, spec, b, t + max_new_tokens)
-    logits = prefill(adapter, base, spec, input_ids, attention_mask, cache)
+    scores = prefill(adapter, base, spec, input_ids, attention_mask, cache)
     seen = _seen(input_ids, real, spec) if sampling.repetition_penalty != 1.0 else None
     ids, position = input_ids, real.sum(-1, keepdim=True)
     running = torch.ones(b, dtype=torch.bool, device=input_ids.device)
     for step in range(max_new_tokens):
-        token = torch.where(running, choose(logits, seen, sampling, generator), fill)
+        token = torch.where(running, choose(scores, seen, sampling, generator), fill)
         ids = torch.cat((ids, token[:, None]), dim=1)
         if stream is not None:
             stream(token)
@@ -220,7 +226,7 @@ def generate(
             break
         seen = None if seen is None else seen.scatter(1, token[:, None], True)
         real = F.pad(real, (0, 1), value=1)
-        logits = decode(adapter, base, spec, token[:, None], position, real.bool(), cache)
+        scores = decode(adapter, base, spec, token[:, None], position, real.bool(), cache)
         position = position + 1
     return ids
 

@@ -20,7 +20,8 @@ from fastlora.checks import raise_problems
 from fastlora.factors import OF_DATA, balanced, factor_problems, randomised_svd
 from fastlora.functional import Batch, trained_labels
 from fastlora.gradients import value_and_grad
-from fastlora.llama.decoder import Where, head, where
+from fastlora.llama.decoder import Where, where
+from fastlora.llama.head import head
 from fastlora.llama.layer import (
     LayerSpec,
     attention_block,
@@ -468,7 +469,9 @@ def _head_gradient(x: Tensor, base: Base, spec: Spec, batch: Batch) -> Float[Ten
 
     def loss(x: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
         normed = rms_norm(x, base["norm"], spec.config.rms_norm_eps)
-        logp = linear_logprobs(normed.flatten(0, 1), head(base), following.flatten())
+        logp = linear_logprobs(
+            normed.flatten(0, 1), head(None, base, spec)["weight"], following.flatten()
+        )
         return -logp.sum() / (following != IGNORE).sum().clamp(min=1)
 
     return value_and_grad(loss)(x)[1]

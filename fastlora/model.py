@@ -21,6 +21,7 @@ from fastlora.llama.spec import Compile, Kernels, Recompute, Spec, is_recompute
 from fastlora.llama.start import equivalent, without_start
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.linear_cross_entropy import IGNORE
+from fastlora.originals import originals_away
 from fastlora.tokenizer import Tokenizer
 
 KEEP: Any = object()  # "as it was", for settings whose None, False and "auto" all mean something
@@ -77,7 +78,9 @@ class Model:
 
     def to(self, device: torch.device | str) -> "Model":
         """The same model on another device; tensors already there are shared, not copied."""
-        move = lambda tree: tree_map(lambda x: x.to(device), tree)
+        # Originals that wait in a file (lora's temporary_location) stay there.
+        waiting = {id(x) for x in originals_away(self.base).values()}
+        move = lambda tree: tree_map(lambda x: x if id(x) in waiting else x.to(device), tree)
         adapter = None if self.adapter is None else move(self.adapter)
         return dataclasses.replace(self, base=move(self.base), adapter=adapter)
 
@@ -208,7 +211,7 @@ class Model:
         if eos_token_id is None:
             eos_token_id = sorted({*self.spec.config.eos_token_id, *tokenizer.eos_token_ids})
         pieces = generation.TextStream(tokenizer.decode, stream)
-        device = self.base["embed_tokens"].device
+        device = self.base["norm"].device
         out = self.generate(
             torch.tensor([ids], dtype=torch.int64, device=device),
             eos_token_id=eos_token_id,
@@ -226,8 +229,19 @@ class Model:
         Start factors are neither: the numbers are PEFT's.
         """
         adapter = sum(x.numel() for x in tree_leaves(self.adapter) if isinstance(x, Tensor))
-        base = without_start(self.base)
-        return adapter if trainable else adapter + sum(x.numel() for x in tree_leaves(base))
+        if trainable:
+            return adapter
+        copies = {} if self.adapter is None else self.adapter.get("replaced", {})
+        # PEFT trains a bias in its place, and a copy of anything else beside the original.
+        twice = sum(x.numel() for name, x in copies.items() if self._is_of_bias(name))
+        return adapter - twice + sum(x.numel() for x in tree_leaves(without_start(self.base)))
+
+    def _is_of_bias(self, name: str) -> bool:
+        """Whether a copy comes from `bias` and not from modules_to_save."""
+        module, _, leaf = name.rpartition(".")
+        lora = self.spec.lora
+        saved = lora is not None and any(module.endswith(n) for n in lora.modules_to_save)
+        return leaf == "bias" and not saved
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line."""
@@ -243,7 +257,8 @@ class Model:
         One that counts from start factors is written as what it is over the untouched base: an
         adapter of twice the rank.
         """
-        export.save_adapter(*equivalent(self.spec, self.base, self.adapter), Path(folder))
+        spec, adapter = equivalent(self.spec, self.base, self.adapter)
+        export.save_adapter(spec, self.base, adapter, Path(folder))
 
     def save_pretrained_merged(
         self,
@@ -259,7 +274,7 @@ class Model:
     ) -> None:
         """Upload the adapter's PEFT folder to the Hub."""
         spec, adapter = equivalent(self.spec, self.base, self.adapter)
-        export.push_to_hub(spec, adapter, repo_id, token=token, private=private)
+        export.push_to_hub(spec, self.base, adapter, repo_id, token=token, private=private)
 
 
 # ── checks ────────────────────────────────────────────────────────────────────────────────
@@ -317,7 +332,7 @@ def _check_inputs(model: Model, inputs: dict[str, Tensor | None]) -> None:
             f"input_ids has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
             "Load with a larger max_seq_length, or shorten the input: nothing is cut off in silence"
         )
-    if (device := model.base["embed_tokens"].device) != ids.device:
+    if (device := model.base["norm"].device) != ids.device:
         problems.append(f"input_ids is on {ids.device}, the model on {device}; move one of them")
     else:
         problems += _range_problems(model, inputs)

@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -166,6 +166,18 @@ class Tokenizer:
             )
         return text, spans
 
+    def with_tokens(self, tokens: Sequence[str], *, special: bool = False) -> "Tokenizer":
+        """A tokenizer that knows these texts as well, at the next free ids, in this order.
+
+        Found before any other token, as transformers' `add_tokens` has them. Texts that are tokens
+        already keep their ids. The given tokenizer is unchanged.
+        """
+        backend = Backend.from_str(self.backend.to_str())
+        backend.encode_special_tokens = self.backend.encode_special_tokens  # which it does not keep
+        new = [AddedToken(t, normalized=not special, special=special) for t in tokens]
+        (backend.add_special_tokens if special else backend.add_tokens)(new)
+        return replace(self, backend=backend, files=_with_added_tokens(self.files, backend))
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the files this tokenizer was read from, one by one under a temporary name.
 
@@ -229,6 +241,28 @@ class Tokenizer:
                 f"{sorted(self.chat_templates)}. Name one of them with chat_template=…"
             )
         return self.chat_templates[chosen]
+
+
+def _with_added_tokens(files: Mapping[str, bytes], backend: Backend) -> dict[str, bytes]:
+    """The files with the backend's added tokens, wherever a reader looks for them.
+
+    All of them: some may have come from other files, which are read after tokenizer.json and would
+    then find their ids taken.
+    """
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    entries = {
+        i: {name: getattr(token, name) for name in flags}
+        for i, token in sorted(backend.get_added_tokens_decoder().items())
+    }
+    whole = json.loads(files["tokenizer.json"])
+    whole["added_tokens"] = [{"id": i, **entry} for i, entry in entries.items()]
+    changed = {"tokenizer.json": whole}
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if settings.get("added_tokens_decoder"):
+        settings["added_tokens_decoder"] = {str(i): entry for i, entry in entries.items()}
+        changed["tokenizer_config.json"] = settings
+    as_bytes = lambda value: json.dumps(value, ensure_ascii=False, indent=2).encode()
+    return {**files, **{name: as_bytes(value) for name, value in changed.items()}}
 
 
 def _clean_up(text: str) -> str:

@@ -40,12 +40,14 @@ from fastlora.data import (
     read_rows,
 )
 from fastlora.expert_keys import unpacked
-from fastlora.export import WEIGHTS_FILE, folder_error, named_leaves, peft_state_dict
+from fastlora.export import WEIGHTS_FILE, folder_error
 from fastlora.functional import Batch, Seed, loss_sum
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import Adapter, projection_path
 from fastlora.llama.start import equivalent, remainders, with_start, without_start
 from fastlora.model import Model
+from fastlora.originals import with_originals
+from fastlora.peft_keys import base_tensors_out, named_leaves, peft_state_dict
 from fastlora.tokenizer import Tokenizer
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
@@ -484,9 +486,10 @@ def _restore(
         raise ValueError(f"{folder} is of step {len(records)}, but the run ends at step {steps}.")
     model = learner.model
     leaves = _named(model.adapter)
-    _, equal = equivalent(model.spec, model.base, model.adapter)
-    assert model.adapter is not None and equal is not None
-    adapter = _read_as(folder / WEIGHTS_FILE, peft_state_dict(equal))
+    spec, equal = equivalent(model.spec, model.base, model.adapter)
+    assert model.adapter is not None and equal is not None and spec.lora is not None
+    own = peft_state_dict(equal, spec.lora) | base_tensors_out(spec, model.base)
+    adapter = _read_as(folder / WEIGHTS_FILE, own)
     likes = {"step": torch.zeros(())}
     expected = {f"{n}.{m}": likes.get(m, leaf) for n, leaf in leaves.items() for m in _MOMENTS}
     moments = _read_as(folder / OPTIMIZER_FILE, expected)
@@ -533,11 +536,14 @@ def _identity(run: _Run, model: Model) -> dict[str, Any]:
     settings["max_grad_norm"] = run.settings.max_grad_norm or None
     # A constant rate without warm-up is the same however long the run: it may be prolonged.
     constant = run.settings.lr_scheduler == "constant" and not run.settings.warmup_ratio
+    outside = lora.outside
     targets = {
         projection_path(i, t.name): {"r": t.r, "scaling": t.scaling}
         for i, layer in enumerate(lora.targets)
         for t in layer
     }
+    ends = (outside.embed_tokens, outside.lm_head)
+    targets |= {t.name: {"r": t.r, "scaling": t.scaling} for t in ends if t is not None}
     return settings | {
         "steps of the whole run": None if constant else run.steps,
         "hash of the training data": _hash_sequences(run.sequences),
@@ -545,6 +551,9 @@ def _identity(run: _Run, model: Model) -> dict[str, Any]:
         "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(model.adapter)}),
         "r": lora.r,
         "lora_dropout": lora.lora_dropout,
+        "tensors trained whole": [*outside.replaced],
+        "trained rows": {end: [*ids] for end, ids in outside.tokens},
+        "embedding and head tied": outside.tied or outside.shared_rows,
         **targets,
     }
 
@@ -572,7 +581,8 @@ def _hash_sequences(sequences: Sequences) -> str:
 
 def _hash_base(model: Model) -> str:
     """Of every tensor's first 64 elements: milliseconds, and a merge or fine-tuning shows."""
-    parts = [leaf.reshape(-1)[:64].double() for leaf in tree_leaves(without_start(model.base))]
+    base = with_originals(without_start(model.base))
+    parts = [leaf.reshape(-1)[:64].double() for leaf in tree_leaves(base)]
     return hashlib.sha256(torch.cat(parts).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -670,8 +680,8 @@ def _model_problems(model: Model, tokenizer: Tokenizer | None) -> list[str]:
     elif any(x.dtype == torch.float16 for x in tree_leaves(model.adapter)):
         # B starts at zero, so A's first gradient is zero, and 0 / (sqrt(0) + eps) is NaN.
         problems.append(
-            "model's adapter is float16, where AdamW's eps = 1e-8 is 0; "
-            "expected fastlora.lora(..., adapter_dtype='float32')"
+            "model's adapter is float16, or copies of a float16 base, where AdamW's eps = 1e-8 is "
+            "0; expected fastlora.lora(..., adapter_dtype='float32') and a bfloat16 base"
         )
     if tokenizer is None:
         problems.append(

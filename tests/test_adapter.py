@@ -306,15 +306,6 @@ IMPOSSIBLE = {
     "exclude each other": dict(lora_bias=True, use_dora=True),
 }
 
-LATER = {
-    "bias": "all",
-    "modules_to_save": ["lm_head"],
-    "init_lora_weights": "mica",
-    "temporary_location": "elsewhere",
-    "ensure_weight_tying": True,
-    "trainable_token_indices": [1, 2],
-}
-
 
 @pytest.mark.parametrize("message", IMPOSSIBLE)
 def test_an_impossible_argument_is_refused_by_name(message):
@@ -334,18 +325,6 @@ def test_all_problems_are_listed_at_once():
         lora(small(), r=0, target_modules=["wq"], lora_dropout=2.0, max_seq_length=1000)
     for part in ("r=0", "'wq'", "lora_dropout=2.0", "max_seq_length=1000"):
         assert part in str(refused.value)
-
-
-@pytest.mark.parametrize("argument", LATER)
-def test_an_argument_of_a_later_version_is_refused_by_name(argument):
-    with pytest.raises(NotImplementedError, match=f"{argument}="):
-        lora(small(), **{argument: LATER[argument]})
-
-
-@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
-def test_embedding_and_head_are_refused_as_targets(name):
-    with pytest.raises(NotImplementedError, match=name):
-        lora(small(), target_modules=["q_proj", name])
 
 
 def test_a_second_adapter_is_refused():

@@ -35,9 +35,11 @@ from torch.utils._pytree import tree_leaves
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
 from fastlora.combine import combine
-from fastlora.export import load_adapter, merge, peft_state_dict, save_adapter, save_merged
+from fastlora.export import load_adapter, save_adapter, save_merged
 from fastlora.llama.params import EXPERTS, ExpertLoRA, LoRA, projection_path, tensors_from_base
 from fastlora.loading import load, read_base
+from fastlora.merging import merge
+from fastlora.peft_keys import peft_state_dict
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 NONE: list[str] = []
@@ -169,7 +171,7 @@ def test_the_wrong_flattening_would_show(tmp_path):
 def test_round_trips_are_equal_to_the_bit(name, tmp_path):
     family, settings = CASES[name]
     model = randomised(lora(fast(family), **settings))
-    save_adapter(model.spec, model.adapter, tmp_path)
+    save_adapter(model.spec, model.base, model.adapter, tmp_path)
     again = load_adapter(fast(family), tmp_path)
     pairs = zip(tree_leaves(again.adapter), tree_leaves(model.adapter), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -182,7 +184,7 @@ def test_fresh_weights_are_distributed_as_pefts(init):
     model = lora(fast("qwen3_moe"), **settings)
     peft = get_peft_model(hugging_face("qwen3_moe"), PeftConfig(**settings, task_type="CAUSAL_LM"))
     theirs = {k.replace(".default", ""): v for k, v in peft.state_dict().items() if "lora_" in k}
-    ours = peft_state_dict(model.adapter)
+    ours = peft_state_dict(model.adapter, model.spec.lora)
     assert ours.keys() == theirs.keys()
     for key, x in ours.items():
         y = theirs[key]

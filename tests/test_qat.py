@@ -59,16 +59,21 @@ def transformers_with(model):
 def test_logits_are_those_of_the_merged_model_under_torchao(which, scheme, request):
     """One flipped rounding between the two implementations may move a logit by a step: the law is
     the mean, and the distance to the unquantised model shows that it says something."""
-    model = trained(request.getfixturevalue(which), scheme)
+    assert torchao_difference(request.getfixturevalue(which), scheme) < 1e-3
+
+
+def torchao_difference(base, scheme):
+    """Mean error of the logits, relative to their mean size."""
+    model = trained(base, scheme)
     merged = fastlora.merge(model)
     oracle = transformers_with(merged)
     with torch.no_grad():
         plain = oracle(IDS).logits
         expected = prepare(oracle, scheme)(IDS).logits
         ours = model(IDS)
-    error = (ours - expected).abs().mean() / expected.abs().mean()
-    assert error < 1e-3 < 0.5 * ((expected - plain).abs().mean() / expected.abs().mean())
+    assert (expected - plain).abs().mean() / expected.abs().mean() > 2e-3
     assert ((ours - expected).abs() < 1e-4 * expected.abs().max()).double().mean() > 0.5
+    return ((ours - expected).abs().mean() / expected.abs().mean()).item()
 
 
 @pytest.mark.parametrize("variant", [{}, {"use_dora": True}, {"lora_bias": True}])

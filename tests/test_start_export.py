@@ -34,11 +34,13 @@ import fastlora
 from fastlora import export, functional
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
-from fastlora.export import load_adapter, merge
+from fastlora.export import load_adapter
 from fastlora.factors import _QUANTISERS, factors, int8_rounded, randomised_svd
 from fastlora.gradients import value_and_grad
 from fastlora.llama.params import projection_path
 from fastlora.llama.start import cast_start, starts
+from fastlora.merging import merge
+from fastlora.peft_keys import named_leaves, peft_state_dict
 
 # Arguments that mean the same to fastlora.lora and to peft.LoraConfig, over two layers.
 MOVING = {
@@ -88,7 +90,7 @@ def peft_moved(model, dtype=torch.float32, **settings):
     oracle = get_peft_model(
         hugging_face(FORWARD, dtype), PeftConfig(**settings, task_type="CAUSAL_LM")
     )
-    ours = export.peft_state_dict(model.adapter)
+    ours = peft_state_dict(model.adapter, model.spec.lora)
     peft.set_peft_model_state_dict(oracle, {k: v.detach().clone() for k, v in ours.items()})
     return oracle.eval()
 
@@ -108,7 +110,8 @@ def start_leaves(model):
 def test_first_factors_are_those_of_peft(case):
     oracle = get_peft_model(hugging_face(FORWARD), PeftConfig(**settings_of(case)))
     theirs = get_peft_model_state_dict(oracle)
-    ours = export.peft_state_dict(lora(fast(FORWARD), **settings_of(case)).adapter)
+    model = lora(fast(FORWARD), **settings_of(case))
+    ours = peft_state_dict(model.adapter, model.spec.lora)
     assert ours.keys() == theirs.keys()
     for key, a in ours.items():
         if "lora_A" in key:  # up to the sign of a direction, which the product does not have
@@ -135,10 +138,7 @@ def test_a_step_is_that_of_peft_over_its_moved_base(case):
         for name, p in oracle.named_parameters()
         if "lora_" in name
     }
-    ours = {
-        k if k.endswith("weight") else f"{k}.weight": g
-        for k, g in export.peft_state_dict(grads).items()
-    }
+    ours = {k if k.endswith("weight") else f"{k}.weight": g for k, g in named_leaves(grads).items()}
     assert ours.keys() == theirs.keys()
     # Relative to the largest gradient of the tensor: DoRA's go up to 10 here.
     for key, g in ours.items():
@@ -405,7 +405,7 @@ def test_the_export_says_twice_the_rank_and_the_same_scaling(tmp_path):
 def test_an_adapter_without_its_start_factors_is_not_saved(tmp_path):
     model = lora(fast(FORWARD), init_lora_weights="olora")
     with pytest.raises(ValueError, match=r"model\.save_pretrained"):
-        export.save_adapter(model.spec, model.adapter, tmp_path / "new")
+        export.save_adapter(model.spec, model.base, model.adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -564,4 +564,4 @@ def test_peft_s_own_loftq_config_is_taken():
     )
     assert same_bits(one.adapter, two.adapter)
     path = projection_path(0, "q_proj")
-    assert path in "".join(export.peft_state_dict(one.adapter))
+    assert path in "".join(peft_state_dict(one.adapter, one.spec.lora))

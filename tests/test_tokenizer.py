@@ -476,6 +476,26 @@ def test_a_saved_folder_is_the_same_tokenizer(pairs, name, tmp_path):
     assert not [path for path in left if ".tmp" in path.name or path.read_text() == "stale"]
 
 
+@pytest.mark.parametrize("special", [False, True], ids=["plain", "special"])
+@pytest.mark.parametrize("name", FOLDERS)
+def test_added_tokens_are_those_of_transformers(pairs, name, special, tmp_path):
+    ours, new = pairs[name][0], ["<think>", " matrix", "日本"]
+    before = {text: ours.encode(text) for text in TEXTS}
+    grown = ours.with_tokens(new, special=special)
+    theirs = AutoTokenizer.from_pretrained(FOLDERS[name](tmp_path / "again"))
+    theirs.add_tokens(new, special_tokens=special)
+    grown.save_pretrained(tmp_path / "saved")
+    reloaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    again = Tokenizer.from_folder(tmp_path / "saved", config_folder=tmp_path / "again")
+    for text in [*TEXTS, "a<think>b matrix 日本語<think>"]:
+        ids = theirs.encode(text)
+        assert grown.encode(text) == again.encode(text) == reloaded.encode(text) == ids
+        plain = theirs.decode(ids, skip_special_tokens=True)
+        assert grown.decode(ids) == again.decode(ids) == plain
+    assert {text: ours.encode(text) for text in TEXTS} == before
+    assert len(grown) == len(theirs)
+
+
 def test_a_failed_write_leaves_the_old_file(pairs, tmp_path, monkeypatch):
     ours, _ = pairs["qwen3"]
     (tmp_path / "tokenizer.json").write_text("old")

@@ -5,16 +5,16 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.llama.compiled import compiled, compiles
 from fastlora.llama.config import LlamaConfig
+from fastlora.llama.embedding import embed
 from fastlora.llama.layer import layer_spec
 from fastlora.llama.offload import HostStash
-from fastlora.llama.params import Adapter, Base, LayerAdapter
+from fastlora.llama.params import Adapter, Base, LayerAdapter, with_replaced
 from fastlora.llama.positions import (
     attention_mask_2d,
     positions,
@@ -27,7 +27,6 @@ from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.dropout import fold
-from fastlora.ops.fake_quantize import SCHEMES, Scheme, fake_quantize, fake_quantize_rows
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -78,7 +77,8 @@ def hidden_states(
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: what the head multiplies."""
     config = spec.config
-    x = embed(input_ids, base, spec)
+    base = with_replaced(base, adapter, tied=spec.outside.tied)
+    x = embed(input_ids, adapter, base, spec)
     at = where(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     adapters = layer_adapters(adapter, config)
     key = dropout_key(spec, seed, x.device)
@@ -122,33 +122,3 @@ def dropout_key(
 def product_dtype(adapter: LayerAdapter, spec: Spec, dtype: torch.dtype) -> LayerAdapter:
     """A layer's adapter as its products take it: a quantised sum rounds once, from the original."""
     return adapter if spec.qat_scheme is not None else cast(adapter, dtype)
-
-
-def _scheme(spec: Spec) -> Scheme | None:
-    return None if spec.qat_scheme is None else SCHEMES[spec.qat_scheme]
-
-
-def embed(input_ids: Int[Tensor, "b t"], base: Base, spec: Spec) -> Float[Tensor, "b t d"]:
-    """The tokens' rows; fake quantised by themselves, which is all that a row's own scale needs."""
-    x, scheme = F.embedding(input_ids, base["embed_tokens"]), _scheme(spec)
-    return x if scheme is None or scheme.embedding is None else fake_quantize(x, scheme.embedding)
-
-
-def head(base: Base) -> Float[Tensor, "v d"]:
-    """The output matrix: its own, or the embedding's."""
-    return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
-
-
-def head_factors(
-    hidden: Float[Tensor, "*n d"], base: Base, spec: Spec
-) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "v d"]]:
-    """(rows, matrix) whose product is the logits: as they are, or both fake quantised.
-
-    A quantised matrix is a new tensor, a tied one too: the embedding keeps its own rounding.
-    """
-    weight, scheme = head(base), _scheme(spec)
-    if scheme is None:
-        return hidden, weight
-    if scheme.activation is not None:
-        hidden = fake_quantize(hidden, scheme.activation)
-    return hidden, fake_quantize_rows(weight, scheme.weight)

@@ -17,6 +17,7 @@ from fastlora.llama.params import (
     LayerAdapter,
     LayerParams,
     Linear,
+    LoRA,
 )
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import down, up
@@ -46,11 +47,13 @@ class LayerSpec:
     deterministic: bool
     num_experts_per_tok: int
     norm_topk_prob: bool
+    replaced: tuple[str, ...]  # tensors that are trained copies: gradients make another graph
 
 
 def layer_spec(spec: Spec, layer: int) -> LayerSpec:
     """The part of `spec` that layer number `layer` depends on."""
-    config, lora = spec.config, spec.lora
+    config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
+    copies = [name for name in spec.outside.replaced if name.startswith(prefix)]
     return LayerSpec(
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
@@ -63,6 +66,7 @@ def layer_spec(spec: Spec, layer: int) -> LayerSpec:
         deterministic=spec.deterministic,
         num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
         norm_topk_prob=config.norm_topk_prob,
+        replaced=tuple(name.removeprefix(prefix) for name in copies),
     )
 
 
@@ -87,7 +91,7 @@ def project(
         linear = params[name]
         if name in low:
             lora, scaling = adapter[name], scalings[name]
-            out.append(_adapted(x, inputs.get(name), low[name], linear, lora, scaling))
+            out.append(adapted_linear(x, inputs.get(name), low[name], linear, lora, scaling))
         else:
             out.append(F.linear(x, linear["weight"], linear.get("bias")))
     return out
@@ -127,34 +131,36 @@ def _low_dropped(
     return torch.cat([low, F.linear(x, linear["start"].a)], -1) if "start" in linear else low
 
 
-def _adapted(
-    x: Float[Tensor, "b t d_in"],
-    dropped: Float[Tensor, "b t d_in"] | None,
-    low: Float[Tensor, "b t r"],
+def adapted_linear(
+    x: Float[Tensor, "*n d_in"],
+    dropped: Float[Tensor, "*n d_in"] | None,
+    low: Float[Tensor, "*n r"],
     linear: Linear,
     lora: AdapterRecord,
     scaling: float,
-) -> Float[Tensor, "b t d_out"]:
+) -> Float[Tensor, "*n d_out"]:
     """One projection with its low-rank term, in x.dtype; vectors enter in their own, wider one."""
     weight, bias = linear["weight"], linear.get("bias")
     if isinstance(lora, DoRA):
-        return _dora(x, dropped, low, linear, lora, scaling)
+        norms = row_norms(weight, down(lora, linear), up(lora, linear), scaling)
+        return dora_linear(x, dropped, low, linear, lora, lora.magnitude / norms, scaling)
     y = lora_linear(x, low, weight, bias, up(lora, linear), scaling)
     return (y + scaling * lora.bias).to(x.dtype) if isinstance(lora, BiasedLoRA) else y
 
 
-def _dora(
-    x: Float[Tensor, "b t d_in"],
-    dropped: Float[Tensor, "b t d_in"] | None,
-    low: Float[Tensor, "b t r"],
+def dora_linear(
+    x: Float[Tensor, "*n d_in"],
+    dropped: Float[Tensor, "*n d_in"] | None,
+    low: Float[Tensor, "*n r"],
     linear: Linear,
-    lora: DoRA,
+    lora: LoRA | DoRA,
+    gain: Float[Tensor, "d_out"],
     scaling: float,
-) -> Float[Tensor, "b t d_out"]:
-    """m / n times the adapted product; what a dropout mask hides keeps the base's length."""
+) -> Float[Tensor, "*n d_out"]:
+    """`gain` (m / n) times the adapted product; what a dropout mask hides keeps the base's
+    length."""
     weight, bias = linear["weight"], linear.get("bias")
     b = up(lora, linear)
-    gain = lora.magnitude / row_norms(weight, down(lora, linear), b, scaling)
     if dropped is None:
         y = gain * lora_linear(x, low, weight, None, b, scaling)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -164,11 +170,11 @@ def _dora(
 
 
 def _frozen(
-    x: Float[Tensor, "b t d_in"],
+    x: Float[Tensor, "*n d_in"],
     linear: Linear,
     bias: Float[Tensor, "d_out"] | None,
     scaling: float,
-) -> Float[Tensor, "b t d_out"]:
+) -> Float[Tensor, "*n d_out"]:
     """The base's product less that of its start factors."""
     y = F.linear(x, linear["weight"], bias)
     if "start" not in linear:

@@ -90,9 +90,14 @@ class Base(TypedDict):
 
 
 class Adapter(TypedDict):
-    """What LoRA trains: one dict per decoder layer, empty where nothing is adapted."""
+    """What is trained: one dict per decoder layer, empty where nothing is adapted, and what
+    spec.Outside says of embedding, head and single tensors."""
 
     layers: tuple[LayerAdapter, ...]
+    embed_tokens: NotRequired[LoRA | DoRA]  # of the transposed matrix: a [r, v], b [d, r]
+    lm_head: NotRequired[LoRA | BiasedLoRA | DoRA]  # absent where it is the embedding's
+    replaced: NotRequired[dict[str, Tensor]]  # name on disk -> trained copy, in the base's dtype
+    tokens: NotRequired[dict[str, Float[Tensor, "_ d"]]]  # "embed_tokens", "lm_head" -> rows
 
 
 def projection_path(layer: int, name: str) -> str:
@@ -128,6 +133,13 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
         "experts.gate_up_proj": (2 * of_expert, d),
         "experts.down_proj": (d, of_expert),
     }[name]
+
+
+def target_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
+    """(d_out, d_in) of a projection, the head, or the embedding, which maps one-hot tokens."""
+    v, d = config.vocab_size, config.hidden_size
+    ends = {"embed_tokens": (d, v), "lm_head": (v, d)}
+    return ends[name] if name in ends else projection_shape(config, name)
 
 
 def projection_bias(config: LlamaConfig, name: str) -> bool:
@@ -207,3 +219,35 @@ def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Tensor]:
     if "lm_head" in base:
         tensors["lm_head.weight"] = base["lm_head"]
     return tensors
+
+
+# ── copies in place of the base's tensors ─────────────────────────────────────────────────
+
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names on disk
+
+
+def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
+    """The base with an adapter's trained copies where its own tensors were; itself without any.
+
+    Args:
+        base: with all its tensors.
+        adapter: may hold copies.
+        tied: whether a tied head follows a copy of the embedding; else it keeps the base's.
+    """
+    copies = {} if adapter is None else adapter.get("replaced", {})
+    if not copies:
+        return base
+    layers, whole = list(base["layers"]), base.copy()
+    for name, copy in copies.items():
+        *_, module, leaf = name.split(".")
+        if name.startswith("model.layers."):
+            params = layers[int(name.split(".")[2])]
+            own = params[module]
+            value = {**own, leaf: copy} if isinstance(own, dict) else copy
+            layers[int(name.split(".")[2])] = params | {module: value}
+        else:
+            whole[module] = copy
+    if EMBED_TOKENS in copies and not tied and "lm_head" not in whole:
+        whole["lm_head"] = base["embed_tokens"]
+    whole["layers"] = tuple(layers)
+    return whole

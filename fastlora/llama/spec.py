@@ -22,8 +22,22 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outside:
+    """What an adapter trains beside its projections, with every name and pattern resolved."""
+
+    embed_tokens: Target | None = None  # LoRA on the embedding, and on the head
+    lm_head: Target | None = None
+    tied: bool = False  # the head's LoRA or copy is the embedding's, transposed
+    replaced: tuple[str, ...] = ()  # names on disk of tensors of which a copy is trained
+    # "embed_tokens" and "lm_head" -> the ids whose rows are trained, in the order of the rows.
+    tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    shared_rows: bool = False  # the head of a tied model has the embedding's trained rows too
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """LoRA settings as the user gave them (PEFT's names), and `targets`: what they resolved to."""
+    """LoRA settings as the user gave them (PEFT's names), and what they resolved to: `targets` in
+    the layers, `outside` elsewhere."""
 
     r: int
     lora_alpha: float
@@ -40,6 +54,12 @@ class LoraConfig:
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
     qat_scheme: str | None = None  # a key of ops.fake_quantize.SCHEMES
+    bias: str = "none"
+    modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    # Ids of the embedding, or (module, ids) pairs.
+    trainable_token_indices: tuple[Any, ...] = ()
+    outside: Outside = Outside()
     targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in params.TARGETS order
 
 
@@ -55,6 +75,12 @@ class Spec:
     compile: Compile = "auto"
     kernels: Kernels = "auto"
     deterministic: bool = False
+    changed: tuple[str, ...] = ()  # names of base tensors that are not the checkpoint's any more
+
+    @property
+    def outside(self) -> Outside:
+        """What is trained beside the projections; nothing without an adapter."""
+        return Outside() if self.lora is None else self.lora.outside
 
     @property
     def qat_scheme(self) -> str | None:

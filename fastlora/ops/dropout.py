@@ -8,6 +8,8 @@ The hash is the two-round 32-bit finaliser "triple-free" of C. Wellons' hash-pro
 0.107 of 1): both constants lie under 2**31, so products of 32-bit words never overflow int64.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -42,11 +44,10 @@ def keep_mask(
 
 
 def dropout(
-    x: Float[Tensor, "b t d"], p: float, key: Int[Tensor, ""] | None
-) -> Float[Tensor, "b t d"]:
+    x: Float[Tensor, "*n d"], p: float, key: Int[Tensor, ""] | None
+) -> Float[Tensor, "*n d"]:
     """Zero a share p of x, scale the rest by 1 / (1 - p); x itself where key is None or p is 0."""
     if key is None or p == 0.0:
         return x
-    b, t, d = x.shape
-    keep = keep_mask(key, b * t, d, p, x.device).view(b, t, d)
+    keep = keep_mask(key, math.prod(x.shape[:-1]), x.shape[-1], p, x.device).view(x.shape)
     return torch.where(keep, x / (1.0 - p), 0.0)

@@ -74,7 +74,8 @@ class _LoRALinear(torch.autograd.Function):
         dx = torch.mm(dy, weight) if ctx.needs_input_grad[0] else None
         dlow = torch.mm(dy, b) * ctx.scaling
         db = torch.mm(dy.t(), low) * ctx.scaling
-        return dx, dlow, None, None, db, None  # weight and bias are frozen
+        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
+        return dx, dlow, None, dbias, db, None  # the weight is frozen
 
 
 # ── 3. what the model calls ───────────────────────────────────────────────────────────────
@@ -106,11 +107,11 @@ def lora_linear(
         x: input of the base product.
         low: x (dropped out, where dropout is on) times A', from `down_projections`.
         weight: frozen base matrix.
-        bias: frozen base bias, or None.
+        bias: of the base, or None; receives a gradient where it asks for one.
         b: up projection.
         scaling: factor of the low-rank term (alpha / r).
     """
-    if plain(weight, bias):
+    if plain(weight):
         return lora_linear_reference(x, low, weight, bias, b, scaling)
     flat, flat_low = x.reshape(-1, x.shape[-1]), low.reshape(-1, low.shape[-1])
     y = _LoRALinear.apply(flat, flat_low, weight, bias, b, scaling)

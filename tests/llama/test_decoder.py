@@ -6,7 +6,8 @@ from conftest import adapted, token_ids
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora import functional as FL
-from fastlora.llama.decoder import dropout_key, head, hidden_states, requires_grad, where
+from fastlora.llama.decoder import dropout_key, hidden_states, requires_grad, where
+from fastlora.llama.head import head
 
 
 def test_masks_are_built_once_per_layer_type(pair):
@@ -18,16 +19,18 @@ def test_masks_are_built_once_per_layer_type(pair):
 
 
 def test_a_tied_head_is_the_embedding_itself(pair):
-    base = pair("llama3.2").model.base
-    assert head(base) is base["embed_tokens"]
+    base, spec = pair("llama3.2").model.base, pair("llama3.2").model.spec
+    assert head(None, base, spec)["weight"] is base["embed_tokens"]
     untied = pair("llama2").model.base
-    assert head(untied) is untied["lm_head"]
+    assert head(None, untied, pair("llama2").model.spec)["weight"] is untied["lm_head"]
 
 
 def test_hidden_states_times_the_head_are_the_logits(tiny):
     ids = token_ids(2, 7)
     hidden = hidden_states(tiny.adapter, tiny.base, tiny.spec, ids)
-    torch.testing.assert_close(hidden @ head(tiny.base).t(), tiny(ids), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        hidden @ head(None, tiny.base, tiny.spec)["weight"].t(), tiny(ids), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])

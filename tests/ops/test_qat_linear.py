@@ -5,8 +5,8 @@ import torch
 from conftest import relative_error, same_bits
 from torchao_oracle import prepared_linear, straight_float8  # noqa: F401
 
-from fastlora.export import merged_weight
 from fastlora.llama.params import DoRA, LoRA
+from fastlora.merging import merged_weight
 from fastlora.ops.fake_quantize import SCHEMES
 from fastlora.ops.qat_linear import qat_linear, qat_linear_reference
 

@@ -1,0 +1,201 @@
+"""merge(): the adapter folded into a new base.
+
+PEFT folds LoRA on the embedding of a tied pair into the head as well, where it does not belong
+(logits off by 9.77 in peft-format's measurements); here a pair that an adapter takes apart becomes
+two matrices.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.adapter import ModelT
+from fastlora.checks import raise_problems
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.params import (
+    EMBED_TOKENS,
+    LM_HEAD,
+    Adapter,
+    AdapterRecord,
+    Base,
+    BiasedLoRA,
+    DoRA,
+    ExpertLoRA,
+    LoRA,
+    base_from_tensors,
+    projection_bias,
+    projection_path,
+    tensors_from_base,
+    with_replaced,
+)
+from fastlora.llama.spec import LoraConfig, Outside, Spec
+from fastlora.llama.start import equivalent, without_start
+from fastlora.ops.adapted_weight import adapted_weight
+from fastlora.originals import with_originals
+
+
+def merge(model: ModelT) -> ModelT:
+    """The model with its adapter folded into a new base, and none left: W + scaling * B A.
+
+    Summed in float32 (float64 where base or adapter is), rounded once to the base's dtype. Only the
+    touched matrices are new; the rest of the base is shared with the given model, which keeps its
+    own, exact one: in 16 bit a merge cannot be undone by subtraction.
+
+    Raises:
+        ValueError: if there is no adapter, or naming the weights that would become NaN or infinite.
+    """
+    whole, adapter = equivalent(model.spec, model.base, model.adapter)
+    _, adapter = present(whole, adapter)
+    config, tensors, folded = merged_tensors(whole, model.base, adapter)
+    check_finite(folded)
+    base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
+    spec = replace(model.spec, config=config, lora=None)
+    return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=None))
+
+
+def present(spec: Spec, adapter: Adapter | None) -> tuple[LoraConfig, Adapter]:
+    """The adapter and its settings.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if spec.lora is None or adapter is None:
+        raise ValueError("the model has no adapter; fastlora.lora or load_adapter gives it one.")
+    return spec.lora, adapter
+
+
+def merged_tensors(
+    spec: Spec, base: Base, adapter: Adapter
+) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Callable[[], Tensor]]]:
+    """(config, name on disk -> tensor of the base, name -> its merged tensor when called).
+
+    The config's `tie_word_embeddings` says whether embedding and head are one matrix still. The
+    merged tensors are functions, so that one exists at a time until somebody keeps them.
+    """
+    config = replace(spec.config, tie_word_embeddings=_stays_tied(spec.config, spec.outside))
+    whole = with_replaced(without_start(with_originals(base)), adapter, tied=spec.outside.tied)
+    if not config.tie_word_embeddings and "lm_head" not in whole:
+        whole = whole.copy()
+        whole["lm_head"] = whole["embed_tokens"]
+    folded = _folded(spec, whole, adapter) | _folded_ends(spec, whole, adapter)
+    for name, copy in adapter.get("replaced", {}).items():
+        folded.setdefault(name, copy.detach().clone)
+    if config.tie_word_embeddings:
+        folded.pop(LM_HEAD, None)
+    return config, tensors_from_base(config, whole), folded
+
+
+def _stays_tied(config: LlamaConfig, outside: Outside) -> bool:
+    """Whether what was trained leaves a tied embedding and head equal."""
+    of_ends = (
+        outside.embed_tokens or outside.lm_head or {EMBED_TOKENS, LM_HEAD} & {*outside.replaced}
+    )
+    equal = outside.tied or not (of_ends or (outside.tokens and not outside.shared_rows))
+    return config.tie_word_embeddings and bool(equal)
+
+
+def merged_weight(
+    weight: Float[Tensor, "d_out d_in"], lora: AdapterRecord, scaling: float
+) -> Float[Tensor, "d_out d_in"]:
+    """weight + scaling * b @ a, its rows at DoRA's lengths, in at least float32, rounded once."""
+    here = lambda x: x.detach().to(weight.device)
+    magnitude = here(lora.magnitude) if isinstance(lora, DoRA) else None
+    return adapted_weight(weight, here(lora.a), here(lora.b), magnitude, scaling)
+
+
+def merged_experts(
+    weight: Float[Tensor, "e d_out d_in"], lora: ExpertLoRA, scaling: float
+) -> Float[Tensor, "e d_out d_in"]:
+    """`merged_weight` of every expert, one after the other."""
+    merged = torch.empty_like(weight)
+    for matrix, base, a, b in zip(merged, weight, *lora, strict=True):
+        matrix.copy_(merged_weight(base, LoRA(a, b), scaling))
+    return merged
+
+
+def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
+    """Name on disk -> its merged weight when called, for every adapted projection.
+
+    Functions, so that one merged matrix exists at a time until somebody keeps them.
+    """
+    assert spec.lora is not None, spec
+    _check_biases(spec.config, spec.lora)
+    folded: dict[str, Callable[[], Tensor]] = {}
+    for i, targets in enumerate(spec.lora.targets):
+        for t in targets:
+            lora, path = adapter["layers"][i][t.name], projection_path(i, t.name)
+            if isinstance(lora, ExpertLoRA):
+                weight = base["layers"][i]["experts"][t.name.removeprefix("experts.")]
+                folded[path] = partial(merged_experts, weight, lora, t.scaling)
+                continue
+            linear = base["layers"][i][t.name]
+            folded[f"{path}.weight"] = partial(merged_weight, linear["weight"], lora, t.scaling)
+            if isinstance(lora, BiasedLoRA):
+                folded[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
+    return folded
+
+
+def merged_bias(
+    bias: Float[Tensor, "d_out"], of_lora: Float[Tensor, "d_out"], scaling: float
+) -> Float[Tensor, "d_out"]:
+    """bias + scaling * of_lora, in at least float32, rounded once to its dtype. No gradient."""
+    wide = torch.promote_types(torch.promote_types(bias.dtype, of_lora.dtype), torch.float32)
+    return (bias.to(wide) + scaling * of_lora.detach().to(bias.device, wide)).to(bias.dtype)
+
+
+def _folded_ends(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
+    """Embedding and head, as `_folded` has the projections."""
+    outside, folded = spec.outside, {}
+    matrices = {EMBED_TOKENS: base["embed_tokens"], LM_HEAD: base.get("lm_head")}
+    names = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
+    if "embed_tokens" in adapter and outside.embed_tokens is not None:
+        lora, scaling = adapter["embed_tokens"], outside.embed_tokens.scaling
+        folded[EMBED_TOKENS] = partial(merged_embedding, base["embed_tokens"], lora, scaling)
+    if "lm_head" in adapter and "lm_head" in base and outside.lm_head is not None:
+        lora, scaling = adapter["lm_head"], outside.lm_head.scaling
+        folded[LM_HEAD] = partial(merged_weight, base["lm_head"], lora, scaling)
+    for end, rows in adapter.get("tokens", {}).items():
+        ids = dict(outside.tokens)[end]
+        for name in (EMBED_TOKENS, LM_HEAD) if outside.shared_rows else (names[end],):
+            if (matrix := matrices[name]) is not None:
+                folded[name] = partial(merged_rows, matrix, ids, rows)
+    return folded
+
+
+def merged_embedding(
+    weight: Float[Tensor, "v d"], lora: LoRA | DoRA, scaling: float
+) -> Float[Tensor, "v d"]:
+    """`merged_weight` of the matrix that maps one-hot tokens: the embedding, transposed."""
+    return merged_weight(weight.t(), lora, scaling).t().contiguous()
+
+
+def merged_rows(
+    weight: Float[Tensor, "v d"], ids: tuple[int, ...], rows: Float[Tensor, "n d"]
+) -> Float[Tensor, "v d"]:
+    """The matrix with trained rows, rounded to its dtype, in their places."""
+    index = torch.tensor(ids, device=weight.device)
+    return weight.detach().index_copy(0, index, rows.detach().to(weight))
+
+
+def _check_biases(config: LlamaConfig, lora: LoraConfig) -> None:
+    if not lora.lora_bias:
+        return
+    names = dict.fromkeys(t.name for targets in lora.targets for t in targets)
+    without = [name for name in names if not projection_bias(config, name)]
+    without += ["lm_head"] if lora.outside.lm_head is not None else []
+    cure = "Save the adapter itself: save_pretrained."
+    raise_problems(
+        ValueError, "lora_bias cannot be merged where the base has no bias:", without, cure
+    )
+
+
+def check_finite(folded: Mapping[str, Callable[[], Tensor]]) -> None:
+    """Raise ValueError naming every merged tensor that holds NaN or infinity."""
+    broken = [name for name, fold in folded.items() if not fold().isfinite().all()]
+    cure = "The adapter is broken (a diverged run?), or its dtype is too narrow for the sum."
+    raise_problems(ValueError, "Merging would put NaN or infinity into:", broken, cure)

@@ -1,0 +1,84 @@
+"""Where a trained copy's frozen original waits: in a memory-mapped file instead of the accelerator.
+
+Embedding and head of an 8B model are 1 GiB each. While copies of them are trained nobody reads the
+originals, but `merge` and `disable` must find them again, exact.
+"""
+
+import os
+import tempfile
+import weakref
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastlora.checkpoint import read_safetensors, write_safetensors
+from fastlora.llama.params import EMBED_TOKENS, LM_HEAD, Base
+from fastlora.llama.spec import Outside
+
+_NAMES = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
+
+
+def unread(base: Base, outside: Outside) -> list[str]:
+    """Keys of the base that a model with these copies never reads: "embed_tokens", "lm_head"."""
+    copied = [key for key, name in _NAMES.items() if name in outside.replaced]
+    if "lm_head" in base:
+        return copied
+    # A tied matrix is read by whichever of the two has no copy.
+    return ["embed_tokens"] if (outside.tied and copied) or len(copied) == 2 else []
+
+
+def offload_originals(
+    base: Base, outside: Outside, folder: str | os.PathLike[str], *, always: bool = False
+) -> Base:
+    """The base with what nobody reads memory-mapped on the host; itself on the CPU.
+
+    Args:
+        base: on one device.
+        outside: what is trained in the base's place.
+        folder: made if need be; gets a file for each, of a name of its own, which is removed when
+            the last model over it has gone (the name may go earlier: the mapping outlives it).
+        always: on the CPU as well.
+
+    Raises:
+        OSError: if the folder cannot be written to.
+    """
+    keys = unread(base, outside) if always or base["norm"].device.type != "cpu" else []
+    if not keys:
+        return base
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    whole: Any = {**base, **{key: _mapped(key, base[key], folder) for key in keys}}
+    return whole
+
+
+def _mapped(key: str, tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
+    handle, name = tempfile.mkstemp(prefix=f"{key}-", suffix=".safetensors", dir=folder)
+    os.close(handle)
+    try:
+        write_safetensors(Path(name), {key: tensor})
+        mapped = read_safetensors(Path(name))[key]
+    except BaseException:
+        _remove(name)
+        raise
+    weakref.finalize(mapped, _remove, name)
+    return mapped
+
+
+def _remove(name: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name)
+
+
+def originals_away(base: Base) -> dict[str, Tensor]:
+    """Key -> tensor, for what waits elsewhere than the base is."""
+    if base["norm"].device.type == "cpu":
+        return {}
+    return {k: base[k] for k in _NAMES if k in base and base[k].device.type == "cpu"}
+
+
+def with_originals(base: Base) -> Base:
+    """The base whole on its own device; itself where it is."""
+    away = {key: x.to(base["norm"].device) for key, x in originals_away(base).items()}
+    whole: Any = {**base, **away} if away else base
+    return whole
