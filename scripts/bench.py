@@ -123,6 +123,7 @@ def measure(args: argparse.Namespace) -> dict:
         "spread_ms": round(max(timed) - min(timed), 1),
         "tokens_s": round(1e3 * args.batch * args.seq / median),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "first_s": round(first, 1),
         "load_s": round(load, 1),
         "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],

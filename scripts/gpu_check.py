@@ -6,6 +6,7 @@ bf16 rows hold our error against the fp32 result of the same weights, over what 
 PEFT) itself errs: at most 1.5. fp32 gradients hold the same ratio against fp64 and eager torch.
 """
 
+import gc
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -24,6 +25,7 @@ from fastlora.data import read_rows
 from fastlora.loading import DEMO
 from fastlora.model import Model
 from fastlora.ops.grouped_linear import grouped_lora_linear, grouped_lora_linear_reference
+from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference
 
 Row = tuple[str, float, float]  # law, value, limit
 SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=704, max_position_embeddings=1024)
@@ -58,6 +60,25 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
+# More than projections: family -> name -> what is trained.
+BESIDE: dict[str, dict[str, dict[str, Any]]] = {
+    "llama3.2": {
+        "LoRA on both ends, kept tied": {
+            "target_modules": ["q_proj", "up_proj", "embed_tokens", "lm_head"],
+            "ensure_weight_tying": True,
+        },
+        "shared rows": {"trainable_token_indices": [5, 9, 77]},
+    },
+    "mistral": {
+        "copies of both ends and norms": {"modules_to_save": ["embed_tokens", "lm_head", "norm"]},
+        "DoRA on both ends": {
+            "target_modules": ["q_proj", "up_proj", "embed_tokens", "lm_head"],
+            "use_dora": True,
+        },
+    },
+}
+
+
 def relative(a: Any, b: Any) -> float:
     """Largest difference of two trees' leaves, each over the largest entry of its counterpart."""
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
@@ -82,11 +103,13 @@ def tokens(model: Model, b: int, t: int) -> Tensor:
     return torch.randint(3, model.spec.config.vocab_size, (b, t), generator=generator).cuda()
 
 
-def adapted(folder: Path, dtype: str, **how: Any) -> Model:
+def adapted(folder: Path, dtype: str, beside: dict[str, Any] | None = None, **how: Any) -> Model:
     """The checkpoint with a random LoRA on every projection: a zero B would prove nothing."""
     model, _ = fastlora.load(str(folder), dtype=dtype, device="cuda")
     settings = {"r": 8, "lora_alpha": 16, "init_lora_weights": False}
-    model = fastlora.lora(model, **settings, **MIXTURES.get(folder.name, {}))
+    settings |= MIXTURES.get(folder.name, {}) | (beside or {})
+    with tempfile.TemporaryDirectory() as originals:
+        model = fastlora.lora(model, **settings, temporary_location=originals)
     return model.with_spec(**how)
 
 
@@ -110,7 +133,9 @@ def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
         yield f"{family} bf16 logits, {case}", error(mine, exact) / error(their, exact), 1.5
 
 
-def gradients(folder: Path, policies: list[Any]) -> Iterator[Row]:
+def gradients(
+    folder: Path, policies: list[Any], name: str = "", beside: dict[str, Any] | None = None
+) -> Iterator[Row]:
     """Error of every policy, compiled, over that of plain eager autograd; packed and plain.
 
     fp32 is held against fp64, bf16 against fp32: neither order of summing is the true one.
@@ -118,14 +143,15 @@ def gradients(folder: Path, policies: list[Any]) -> Iterator[Row]:
     value_and_grad = fastlora.value_and_grad(FL.loss)
     # In bf16 some tokens of a mixture go to other experts than in fp32, and not the same ones in
     # every run: over few tokens the two errors are two draws from one distribution.
-    mixture = folder.name in MIXTURES
+    mixture, label = folder.name in MIXTURES, f"{folder.name}{', ' if name else ''}{name}"
     for dtype, wider, limit in (
         ("float32", "float64", 1.5),
         ("bfloat16", "float32", 2.5 if mixture else 1.5),
     ):
         error_of = together if mixture and dtype == "bfloat16" else relative
-        exact = adapted(folder, wider, compile=False, recompute="none")
-        eager = adapted(folder, dtype, compile=False, recompute="none")
+        plain_way = dict(compile=False, recompute="none", kernels="torch")
+        exact = adapted(folder, wider, beside, **plain_way)
+        eager = adapted(folder, dtype, beside, **plain_way)
         ids = tokens(exact, 2, 256)
         segments = (torch.arange(256, device="cuda") // 100).expand_as(ids)
         for case, extra in (("plain", {}), ("packed", {"segment_ids": segments})):
@@ -136,10 +162,10 @@ def gradients(folder: Path, policies: list[Any]) -> Iterator[Row]:
             wanted = run(exact)
             plain = error_of(run(eager), wanted)
             for policy in policies:
-                model = adapted(folder, dtype, compile=True, recompute=policy)
+                model = adapted(folder, dtype, beside, compile=True, recompute=policy)
                 error = error_of(run(model), wanted) / plain
-                yield f"{folder.name} gradient {dtype}, {policy}, {case}", error, limit
-            yield f"{folder.name} gradient {dtype}, eager's own error, {case}", plain, 1.0
+                yield f"{label} gradient {dtype}, {policy}, {case}", error, limit
+            yield f"{label} gradient {dtype}, eager's own error, {case}", plain, 1.0
 
 
 def against_peft(folder: Path) -> Iterator[Row]:
@@ -215,6 +241,58 @@ def grouped() -> Iterator[Row]:
             )
 
 
+def swiglu() -> Iterator[Row]:
+    """The fused SwiGLU's results and gradients, against fp64, over plain torch's error."""
+    gen = torch.Generator().manual_seed(0)
+    for n, f, ranks in ((1000, 704, (8, 8, 8)), (2048, 1024, (16, 16, 16)), (77, 130, (3, 40, 20))):
+        r_g, r_u, r_a = ranks
+        shapes = ((n, f), (n, f), (n, r_g), (n, r_u), (f, r_g), (f, r_u), (r_a, f))
+        wide = [torch.randn(s, generator=gen, dtype=torch.float64).cuda() for s in shapes]
+        wide = [x if i < 4 else 0.3 * x for i, x in enumerate(wide)]
+        given = [
+            torch.randn(s, generator=gen, dtype=torch.float64).cuda() for s in ((n, f), (n, r_a))
+        ]
+
+        def run(
+            dtype: torch.dtype, fn: Callable, wide: list = wide, given: list = given
+        ) -> list[Tensor]:
+            leaves = [x.to(dtype).requires_grad_() for x in wide]
+            results = fn(*leaves, 0.7, 1.9)
+            grads = torch.autograd.grad(results, leaves, [d.to(dtype) for d in given])
+            return [*(x.detach() for x in results), *grads]
+
+        exact = run(torch.float64, lora_swiglu_reference)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            plain, fused = run(dtype, lora_swiglu_reference), run(dtype, lora_swiglu)
+            errors = zip(fused, plain, exact, strict=True)
+            ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
+            yield f"swiglu {n} x {f}, ranks {ranks}, {dtype}", ratio, 1.2
+
+
+def originals(folder: Path) -> Iterator[Row]:
+    """Originals of trained copies leave the GPU, and come back."""
+    base, _ = fastlora.load(str(folder), dtype="bfloat16", device="cuda")
+    ids = tokens(base, 2, 64)
+    copies = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    before = torch.cuda.memory_allocated()
+    with tempfile.TemporaryDirectory() as name:
+        kept = fastlora.lora(base, r=8, **copies, temporary_location=name)
+        held = len(list(Path(name).iterdir()))
+        expected = base(ids)
+        disabled, merged = fastlora.disable(kept)(ids), fastlora.merge(kept)(ids)
+        differing = float((disabled != expected).sum() + (merged != expected).sum())
+        del base
+        grown = (torch.cuda.memory_allocated() - before) / 2**20
+        matrices = 2 * 2 * kept.spec.config.vocab_size * kept.spec.config.hidden_size / 2**20
+        adapter = sum(x.numel() * x.element_size() for x in tree_leaves(kept.adapter)) / 2**20
+        yield "originals: files that are not there", float(2 - held), 0
+        yield "originals: logits that differ, disabled or merged", differing, 0
+        yield "originals: MiB beyond the adapter, less both matrices", grown - adapter + matrices, 1
+        del kept
+        gc.collect()
+        yield "originals: files left behind", float(len(list(Path(name).iterdir()))), 0
+
+
 def _fullgraph(*args: Any) -> Any:
     return grouped_lora_linear(*args)
 
@@ -258,7 +336,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check.py needs a CUDA GPU; there is none here.")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    wrong = report(training()) + report(grouped())
+    wrong = report(training()) + report(grouped()) + report(swiglu())
     with tempfile.TemporaryDirectory() as name:
         for family, changes in FAMILIES.items():
             folder = Path(name) / family
@@ -269,6 +347,10 @@ def main() -> None:
                 laws += [against_peft(folder), bits(folder), generation(folder, theirs)]
             if family in POLICIES:
                 laws.append(gradients(folder, POLICIES[family]))
+            if family == "mistral":
+                laws.append(originals(folder))
+            for what, beside in BESIDE.get(family, {}).items():
+                laws.append(gradients(folder, ["selective", "full"], what, beside))
             wrong += report(chain.from_iterable(laws))
     raise SystemExit(f"{wrong} laws broken" if wrong else 0)
 

@@ -25,7 +25,7 @@ from fastlora.llama.recompute import decoder_layer, layer_levels
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast
-from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.dropout import fold
 from fastlora.ops.rms_norm import rms_norm
 
@@ -82,6 +82,7 @@ def hidden_states(
     at = where(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     adapters = layer_adapters(adapter, config)
     key = dropout_key(spec, seed, x.device)
+    fused = use_kernel(x, spec.kernels)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     offload = spec.recompute == "offload" and x.is_cuda and not torch.compiler.is_compiling()
     stash = HostStash() if offload and torch.is_grad_enabled() and not transforms_active() else None
@@ -95,7 +96,9 @@ def hidden_states(
         layer_key = None if key is None else fold(key, i)
         params = cast_start(base["layers"][i], x.dtype)
         rest = (params, lora, at.cos, at.sin, mask, layer_key)
-        run = partial(_run, decoder_layer, rest, (layer_spec(spec, i), level), use_compiled)
+        run = partial(
+            _run, decoder_layer, rest, (layer_spec(spec, i, fused=fused), level), use_compiled
+        )
         x = run(x) if stash is None else stash.run(run, x)
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
 

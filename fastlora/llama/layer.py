@@ -25,6 +25,7 @@ from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.lora_linear import down_projections, lora_linear
+from fastlora.ops.lora_swiglu import lora_swiglu, takes
 from fastlora.ops.qat_linear import qat_linear
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.rope import apply_rope
@@ -47,11 +48,12 @@ class LayerSpec:
     deterministic: bool
     num_experts_per_tok: int
     norm_topk_prob: bool
+    fused: bool  # whether Triton kernels run inside
     replaced: tuple[str, ...]  # tensors that are trained copies: gradients make another graph
 
 
-def layer_spec(spec: Spec, layer: int) -> LayerSpec:
-    """The part of `spec` that layer number `layer` depends on."""
+def layer_spec(spec: Spec, layer: int, *, fused: bool = False) -> LayerSpec:
+    """The part of `spec` that layer number `layer` depends on; `fused`: with Triton kernels."""
     config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
     copies = [name for name in spec.outside.replaced if name.startswith(prefix)]
     return LayerSpec(
@@ -66,6 +68,7 @@ def layer_spec(spec: Spec, layer: int) -> LayerSpec:
         deterministic=spec.deterministic,
         num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
         norm_topk_prob=config.norm_topk_prob,
+        fused=fused,
         replaced=tuple(name.removeprefix(prefix) for name in copies),
     )
 
@@ -270,5 +273,40 @@ def mlp_block(
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
         experts = params["experts"]
         return x + expert_mlp(normed, logits, experts, adapter, scalings, k, spec.norm_topk_prob)
+    if _fuses(adapter, spec, x.dtype):
+        return x + _fused_mlp(normed, params, adapter, spec, key)
     gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
     return x + project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]
+
+
+def _fuses(adapter: LayerAdapter, spec: LayerSpec, dtype: torch.dtype) -> bool:
+    """Whether gate and up both carry plain LoRA that the kernel takes."""
+    found = [adapter.get(name) for name in ("gate_proj", "up_proj")]
+    if not spec.fused or spec.qat_scheme is not None:
+        return False
+    # Start factors double a rank.
+    return all(isinstance(x, LoRA) and takes(dtype, 2 * x.a.shape[0]) for x in found)
+
+
+def _fused_mlp(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """SwiGLU with the low-rank terms of gate and up inside its kernel, then the down projection."""
+    names, scalings = ["gate_proj", "up_proj"], dict(spec.scalings)
+    low_g, low_u = _low(x, _dropped(x, names, spec, key), names, params, adapter)
+    g, u = (F.linear(x, params[name]["weight"], params[name].get("bias")) for name in names)
+    b_g, b_u = (up(adapter[name], params[name]) for name in names)
+    s_g, s_u = (scalings[name] for name in names)
+    own, linear = adapter.get("down_proj"), params["down_proj"]
+    # With dropout it has an input of its own, h under a mask.
+    if key is not None or not isinstance(own, LoRA) or not takes(x.dtype, 2 * own.a.shape[0]):
+        h, _ = lora_swiglu(g, u, low_g, low_u, b_g, b_u, None, s_g, s_u)
+        return project(h, ("down_proj",), params, adapter, spec, key)[0]
+    h, low = lora_swiglu(g, u, low_g, low_u, b_g, b_u, down(own, linear), s_g, s_u)
+    assert low is not None
+    b, bias = up(own, linear), linear.get("bias")
+    return lora_linear(h, low, linear["weight"], bias, b, scalings["down_proj"])

@@ -1,0 +1,145 @@
+"""SwiGLU over adapted gate and up: h = silu(g + s low_g B_g') * (u + s low_u B_u')
+(Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685), and h A' for down's LoRA.
+
+Read downward: the reference is the specification; the op runs swiglu_kernel.py. Its derivative
+keeps g, u and what is of the rank, and neither h nor the adapted gate and up.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+
+
+def lora_swiglu_reference(
+    g: Float[Tensor, "*n f"],
+    u: Float[Tensor, "*n f"],
+    low_g: Float[Tensor, "*n r_g"],
+    low_u: Float[Tensor, "*n r_u"],
+    b_g: Float[Tensor, "f r_g"],
+    b_u: Float[Tensor, "f r_u"],
+    a: Float[Tensor, "r_a f"] | None,
+    scaling_g: float,
+    scaling_u: float,
+) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
+    """(h, h A' or None), differentiable in every tensor any number of times."""
+    gate = g + scaling_g * F.linear(low_g, b_g)
+    h = F.silu(gate) * (u + scaling_u * F.linear(low_u, b_u))
+    return h, None if a is None else F.linear(h, a)
+
+
+# ── 2. op and derivative ──────────────────────────────────────────────────────────────────
+# h A' is a product of its own, outside the op, so that a recompute policy can keep it; but the
+# autograd.Function is one, because the gradient of h arrives in two parts, dy W and dlow A, and the
+# second is of the MLP's width only until it is a dot product inside the kernel's tile.
+
+torch.library.define(
+    "fastlora::lora_swiglu",
+    "(Tensor g, Tensor u, Tensor low_g, Tensor low_u, Tensor b_g, Tensor b_u, float scaling_g,"
+    " float scaling_u) -> Tensor",
+)
+torch.library.define(
+    "fastlora::lora_swiglu_backward",
+    "(Tensor dh, Tensor? dlow, Tensor? a, Tensor g, Tensor u, Tensor low_g, Tensor low_u,"
+    " Tensor b_g, Tensor b_u, float scaling_g, float scaling_u) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.impl("fastlora::lora_swiglu", "CompositeExplicitAutograd")
+def _lora_swiglu(*args):
+    from fastlora.ops.swiglu_kernel import swiglu  # noqa: PLC0415  imports triton
+
+    return swiglu(*args)
+
+
+@torch.library.impl("fastlora::lora_swiglu_backward", "CompositeExplicitAutograd")
+def _lora_swiglu_backward(*args):
+    from fastlora.ops.swiglu_kernel import swiglu_backward  # noqa: PLC0415  imports triton
+
+    return swiglu_backward(*args)
+
+
+@torch.library.register_fake("fastlora::lora_swiglu")
+def _(g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u):
+    return torch.empty_like(g)
+
+
+@torch.library.register_fake("fastlora::lora_swiglu_backward")
+def _(dh, dlow, a, g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u):
+    ranks = [low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]]
+    r = max(16, 1 << (max(ranks) - 1).bit_length())
+    sums = g.new_empty((3, g.shape[1], r), dtype=torch.float32)
+    return torch.empty_like(g), torch.empty_like(u), sums
+
+
+class _LoRASwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, g, u, low_g, low_u, b_g, b_u, a, scaling_g, scaling_u):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, u, low_g, low_u, b_g, b_u, a)
+        ctx.scalings = scaling_g, scaling_u
+        h = torch.ops.fastlora.lora_swiglu(g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u)
+        return h, None if a is None else torch.mm(h, a.t())
+
+    @staticmethod
+    def backward(ctx, dh, dlow):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph=True, but what follows is not differentiable
+            raise RuntimeError(
+                "the fused SwiGLU has no second derivative; differentiate fastlora.functional with"
+                " torch.func, which runs the plain one."
+            )
+        g, u, low_g, low_u, b_g, b_u, a = ctx.saved_tensors
+        scaling_g, scaling_u = ctx.scalings
+        dh = torch.zeros_like(g) if dh is None else dh
+        dg, du, sums = torch.ops.fastlora.lora_swiglu_backward(
+            dh, dlow, None if dlow is None else a, g, u, low_g, low_u, b_g, b_u, *ctx.scalings
+        )
+        part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
+        dlow_g, dlow_u = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
+        db_g, db_u = part(0, b_g.shape[1], b_g), part(1, b_u.shape[1], b_u)
+        da = None if dlow is None else part(2, a.shape[0], a).t()
+        return dg, du, dlow_g, dlow_u, db_g, db_u, da, None, None
+
+
+# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+
+_LARGEST_RANK = 64  # whose tiles fit the registers
+
+
+def takes(dtype: torch.dtype, *ranks: int) -> bool:
+    """Whether the kernel is for tensors of this dtype and these ranks."""
+    return dtype in (torch.bfloat16, torch.float16, torch.float32) and max(ranks) <= _LARGEST_RANK
+
+
+def lora_swiglu(
+    g: Float[Tensor, "*n f"],
+    u: Float[Tensor, "*n f"],
+    low_g: Float[Tensor, "*n r_g"],
+    low_u: Float[Tensor, "*n r_u"],
+    b_g: Float[Tensor, "f r_g"],
+    b_u: Float[Tensor, "f r_u"],
+    a: Float[Tensor, "r_a f"] | None,
+    scaling_g: float,
+    scaling_u: float,
+) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
+    """(h, h A' or None), in g.dtype; every tensor has that dtype. Runs a Triton kernel.
+
+    Args:
+        g: base product of the gate projection.
+        u: of the up projection.
+        low_g: input (dropped out, where dropout is on) of gate times its A'; rows may be apart.
+        low_u: of up.
+        b_g: gate's up-projecting matrix.
+        b_u: up's.
+        a: the down projection's A, or None where it has none of its own, or another input.
+        scaling_g: factor of gate's low-rank term.
+        scaling_u: of up's.
+    """
+    flat = lambda x: x.reshape(-1, x.shape[-1])
+    h, low = _LoRASwiGLU.apply(  # pyright: ignore
+        flat(g), flat(u), flat(low_g), flat(low_u), b_g, b_u, a, scaling_g, scaling_u
+    )
+    n = g.shape[:-1]
+    return h.view(*n, -1), None if low is None else low.view(*n, -1)

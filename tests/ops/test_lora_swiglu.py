@@ -1,0 +1,195 @@
+"""The fused SwiGLU: it may err, but no more than plain torch does against float64.
+
+Without a GPU it runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+"""
+
+import pytest
+import torch
+from conftest import adapted, relative_error, token_ids
+from torch.utils._pytree import tree_leaves
+
+import fastlora
+from fastlora import functional as FL
+from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference, takes
+
+pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+# (rows, width, ranks of gate, up, down): within a tile, a part of one, several; ranks of a tile,
+# less, unequal, beyond 16
+SHAPES = [
+    (5, 7, 1, 2, 3),
+    (64, 64, 16, 16, 16),
+    (300, 130, 8, 8, 8),
+    (70, 96, 20, 3, 40),
+    (1, 64, 64, 64, 64),
+]
+SCALINGS = (0.7, 1.9)
+
+
+def drawn(shape, dtype, joined=True):
+    """(inputs, gradients of the two results); the lows are views of one tensor, as in a layer."""
+    n, f, r_g, r_u, r_a = shape
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
+    lows = new(n, r_g + r_u).split([r_g, r_u], dim=1)
+    small = lambda *s: new(*s) * 0.3
+    inputs = (new(n, f), new(n, f), *lows, small(f, r_g), small(f, r_u), small(r_a, f))
+    return inputs, (new(n, f), new(n, r_a))
+
+
+def run(fn, inputs, dh, dlow):
+    """(results, gradients)."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    results = fn(*leaves, *SCALINGS)
+    gradients = torch.autograd.grad(results, leaves, (dh, dlow))
+    return [x.detach() for x in results], gradients
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype):
+    inputs, (dh, dlow) = drawn(shape, dtype)
+    wide = [x.double() for x in inputs]
+    exact = run(lora_swiglu_reference, wide, dh.double(), dlow.double())
+    plain = run(lora_swiglu_reference, inputs, dh, dlow)
+    fused = run(lora_swiglu, inputs, dh, dlow)
+    for f, p, e in zip(
+        map(tree_leaves, (fused,)), [tree_leaves(plain)], [tree_leaves(exact)], strict=True
+    ):
+        for found, other, truth in zip(f, p, e, strict=True):
+            error = lambda x, truth=truth: (x.double() - truth).norm().item()
+            assert found.dtype == other.dtype and found.shape == other.shape
+            slack = 4 * torch.finfo(dtype).eps * truth.norm().item()
+            assert error(found) <= error(other) + slack
+
+
+def test_without_a_down_projection_only_h_is_there():
+    inputs, (dh, _) = drawn((9, 40, 4, 4, 4), torch.float32)
+    *rest, _ = inputs
+    leaves = [x.detach().requires_grad_() for x in rest]
+    h, low = lora_swiglu(*leaves, None, *SCALINGS)
+    assert low is None
+    found = torch.autograd.grad(h, leaves, dh)
+    again = [x.detach().requires_grad_() for x in rest]
+    wanted = torch.autograd.grad(lora_swiglu_reference(*again, None, *SCALINGS)[0], again, dh)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_only_one_of_the_results_may_be_used():
+    inputs, (dh, dlow) = drawn((9, 40, 4, 4, 4), torch.float32)
+    for i, d in enumerate((dh, dlow)):
+        pairs = []
+        for fn in (lora_swiglu, lora_swiglu_reference):
+            leaves = [x.detach().requires_grad_() for x in inputs]
+            result = fn(*leaves, *SCALINGS)[i]
+            pairs.append(
+                torch.autograd.grad(result, leaves, d, materialize_grads=True, allow_unused=True)
+            )
+        torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
+
+
+def test_the_same_call_gives_the_same_bits():
+    inputs, (dh, dlow) = drawn((300, 130, 8, 8, 8), torch.float32)
+    one, two = (tree_leaves(run(lora_swiglu, inputs, dh, dlow)) for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+def test_neither_h_nor_an_adapted_product_is_kept():
+    inputs, _ = drawn((30, 40, 4, 4, 4), torch.float32)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        lora_swiglu(*leaves, *SCALINGS)
+    wide = [x for x in kept if x.shape == (30, 40)]
+    assert {x.data_ptr() for x in wide} == {leaves[0].data_ptr(), leaves[1].data_ptr()}
+
+
+def test_a_second_derivative_is_refused():
+    inputs, (dh, dlow) = drawn((5, 7, 1, 2, 3), torch.float32)
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.func"):
+        torch.autograd.grad(lora_swiglu(*leaves, *SCALINGS), leaves, (dh, dlow), create_graph=True)
+
+
+def test_what_the_kernel_does_not_take():
+    assert takes(torch.bfloat16, 1, 64) and takes(torch.float32, 16)
+    assert not takes(torch.bfloat16, 16, 65) and not takes(torch.float64, 4)
+
+
+# ── in the model ──────────────────────────────────────────────────────────────────────────
+
+SEVEN = dict(r=3)
+VARIANTS = {
+    "all seven": dict(r=3),
+    "gate and up": dict(r=4, target_modules=["gate_proj", "up_proj"]),
+    "two ranks": dict(
+        r=4, rank_pattern={"up_proj": 7, "down_proj": 2}, alpha_pattern={"gate_proj": 3}
+    ),
+    "dropout": dict(r=3, lora_dropout=0.3),
+    "biases": dict(r=3, modules_to_save=["norm"], bias="all"),
+    "pissa": dict(r=3, init_lora_weights="pissa"),
+}
+IDS = token_ids(2, 9, vocab_size=96)
+BATCH = {"input_ids": IDS, "labels": IDS}
+
+
+def gradients(model, **how):
+    spec = model.with_spec(**how).spec
+    base = fastlora.value_and_grad(FL.loss)
+    return base(model.adapter, model.base, spec, BATCH, seed=5)
+
+
+def watched(monkeypatch):
+    calls = []
+    original = lora_swiglu
+
+    def call(*args):
+        calls.append(args[0].shape)
+        return original(*args)
+
+    monkeypatch.setattr("fastlora.llama.layer.lora_swiglu", call)
+    return calls
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full", 0.4])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_without_the_kernel(variant, recompute, pair, monkeypatch):
+    model = adapted(pair("llama_bias").model.to(DEVICE), **VARIANTS[variant])
+    calls = watched(monkeypatch)
+    plain = gradients(model, kernels="torch", recompute="none")
+    assert not calls
+    fused = gradients(model, kernels="triton", recompute=recompute)
+    assert len(calls) >= 2
+    assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 2e-4
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(r=3, use_dora=True),
+        dict(r=3, lora_bias=True),
+        dict(r=3, target_modules=["gate_proj", "down_proj"]),
+        dict(r=40),
+        dict(r=3, qat_scheme="fp8-fp8"),
+    ],
+    ids=str,
+)
+def test_what_it_does_not_take_runs_without_it(settings, pair, monkeypatch):
+    model = adapted(pair("llama_bias").model.to(DEVICE), **settings)
+    calls = watched(monkeypatch)
+    fused, plain = gradients(model, kernels="triton"), gradients(model, kernels="torch")
+    assert not calls
+    assert relative_error(fused[1], plain[1]) <= 2e-4
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_give_the_eager_gradients(recompute, pair):
+    model = adapted(pair("llama_bias").model.to(DEVICE), **VARIANTS["all seven"])
+    eager = gradients(model, kernels="triton", recompute=recompute)
+    compiled = gradients(model, kernels="triton", recompute=recompute, compile=True)
+    assert abs(compiled[0] - eager[0]) <= 1e-5
+    assert relative_error(compiled[1], eager[1]) <= 2e-4
