@@ -149,7 +149,7 @@ def gradients(
         ("bfloat16", "float32", 2.5 if mixture else 1.5),
     ):
         error_of = together if mixture and dtype == "bfloat16" else relative
-        plain_way = dict(compile=False, recompute="none", kernels="torch")
+        plain_way: dict[str, Any] = dict(compile=False, recompute="none", kernels="torch")
         exact = adapted(folder, wider, beside, **plain_way)
         eager = adapted(folder, dtype, beside, **plain_way)
         ids = tokens(exact, 2, 256)
