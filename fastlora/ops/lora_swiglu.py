@@ -99,7 +99,9 @@ class _LoRASwiGLU(torch.autograd.Function):
         part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
         dlow_g, dlow_u = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
         db_g, db_u = part(0, b_g.shape[1], b_g), part(1, b_u.shape[1], b_u)
-        da = None if dlow is None else part(2, a.shape[0], a).t()
+        # Contiguous, as A is: torch's fused AdamW asks for gradients of the same layout.
+        db_g, db_u = db_g.contiguous(), db_u.contiguous()
+        da = None if dlow is None else part(2, a.shape[0], a).t().contiguous()
         return dg, du, dlow_g, dlow_u, db_g, db_u, da, None, None
 
 
