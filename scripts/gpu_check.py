@@ -276,10 +276,10 @@ def originals(folder: Path) -> Iterator[Row]:
     """Originals of trained copies leave the GPU, and come back."""
     base, _ = fastlora.load(str(folder), dtype="bfloat16", device="cuda")
     ids = tokens(base, 2, 64)
-    copies = {"modules_to_save": ["embed_tokens", "lm_head"]}
+    copies = ["embed_tokens", "lm_head"]
     before = torch.cuda.memory_allocated()
     with tempfile.TemporaryDirectory() as name:
-        kept = fastlora.lora(base, r=8, **copies, temporary_location=name)
+        kept = fastlora.lora(base, r=8, modules_to_save=copies, temporary_location=name)
         held = len(list(Path(name).iterdir()))
         expected = base(ids)
         disabled, merged = fastlora.disable(kept)(ids), fastlora.merge(kept)(ids)

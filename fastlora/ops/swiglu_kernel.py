@@ -15,21 +15,8 @@ from torch import Tensor
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
 
-@triton.jit
-def _low(low_ptr, stride, row, n, rank, R: tl.constexpr):
-    """[BM, R] rows of a down-projected input; zero beyond n and beyond the rank."""
-    k = tl.arange(0, R)
-    here = (row[:, None] < n) & (k[None, :] < rank)
-    return tl.load(low_ptr + row[:, None].to(tl.int64) * stride + k[None, :], mask=here, other=0.0)
-
-
-@triton.jit
-def _up(b_ptr, stride_f, stride_r, column, f, rank, R: tl.constexpr):
-    """[R, BN]: B' (or A) of these columns; zero beyond f and beyond the rank."""
-    k = tl.arange(0, R)
-    here = (column[None, :] < f) & (k[:, None] < rank)
-    at = column[None, :].to(tl.int64) * stride_f + k[:, None] * stride_r
-    return tl.load(b_ptr + at, mask=here, other=0.0)
+# Without helper functions: the tests' type hook wraps every function, and Triton's interpreter then
+# looks for their names in the hook's module.
 
 
 @triton.jit
@@ -38,13 +25,15 @@ def _swiglu_kernel(
     n, f, r_g, r_u, stride_low_g, stride_low_u, scaling_g, scaling_u,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1) * BM + tl.arange(0, BM)
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    here = (row[:, None] < n) & (column[None, :] < f)
-    at = row[:, None].to(tl.int64) * f + column[None, :]
-    b_g, b_u = _up(b_g_ptr, r_g, 1, column, f, r_g, R), _up(b_u_ptr, r_u, 1, column, f, r_u, R)
-    low_g = _low(low_g_ptr, stride_low_g, row, n, r_g, R)
-    low_u = _low(low_u_ptr, stride_low_u, row, n, r_u, R)
+    row = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
+    column = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    k, k_t = tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
+    here, at = (row < n) & (column < f), row * f + column
+    # [R, BN] and [BM, R]: zero beyond the rank
+    b_g = tl.load(b_g_ptr + column * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
+    b_u = tl.load(b_u_ptr + column * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
+    low_g = tl.load(low_g_ptr + row * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
+    low_u = tl.load(low_u_ptr + row * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
     g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
     g += scaling_g * tl.dot(low_g, b_g, input_precision=PRECISION)
     u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
@@ -61,24 +50,25 @@ def _swiglu_backward_kernel(
     HAS_A: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    first = tl.program_id(1) * chunk
+    number = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
+    first = tl.program_id(1).to(tl.int64) * chunk
     kind = dg_ptr.dtype.element_ty
-    b_g, b_u = _up(b_g_ptr, r_g, 1, column, f, r_g, R), _up(b_u_ptr, r_u, 1, column, f, r_u, R)
+    b_g = tl.load(b_g_ptr + column * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
+    b_u = tl.load(b_u_ptr + column * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
     if HAS_A:
-        a = _up(a_ptr, 1, f, column, f, r_a, R)
+        a = tl.load(a_ptr + k_t * f + column, mask=(column < f) & (k_t < r_a), other=0.0)
     db_g = tl.zeros((BN, R), tl.float32)
     db_u = tl.zeros((BN, R), tl.float32)
     da = tl.zeros((BN, R), tl.float32)
     for start in range(0, chunk, BM):
-        row = first + start + tl.arange(0, BM)
-        here = (row[:, None] < n) & (column[None, :] < f)
-        at = row[:, None].to(tl.int64) * f + column[None, :]
-        low_g = _low(low_g_ptr, stride_low_g, row, n, r_g, R)
-        low_u = _low(low_u_ptr, stride_low_u, row, n, r_u, R)
+        row = (first + start + tl.arange(0, BM))[:, None]
+        here, at = (row < n) & (column < f), row * f + column
+        low_g = tl.load(low_g_ptr + row * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
+        low_u = tl.load(low_u_ptr + row * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
         dh = tl.load(dh_ptr + at, mask=here, other=0.0).to(tl.float32)
         if HAS_A:
-            dlow = _low(dlow_ptr, stride_dlow, row, n, r_a, R)
+            dlow = tl.load(dlow_ptr + row * stride_dlow + k, mask=(row < n) & (k < r_a), other=0.0)
             dh += tl.dot(dlow, a, input_precision=PRECISION)
         g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
         g += scaling_g * tl.dot(low_g, b_g, input_precision=PRECISION)
@@ -94,10 +84,9 @@ def _swiglu_backward_kernel(
         if HAS_A:
             h = (g * sigmoid * u).to(kind)
             da += tl.dot(tl.trans(h), dlow, input_precision=PRECISION)
-    k = tl.arange(0, R)
     size = f.to(tl.int64) * R
-    sums = tl.program_id(1) * 3 * size + column[:, None].to(tl.int64) * R + k[None, :]
-    inside = (column[:, None] < f) & (k[None, :] < R)
+    sums = tl.program_id(1) * 3 * size + number[:, None] * R + k
+    inside = number[:, None] < f
     tl.store(sums_ptr + sums, db_g * scaling_g, mask=inside)
     tl.store(sums_ptr + sums + size, db_u * scaling_u, mask=inside)
     tl.store(sums_ptr + sums + 2 * size, da, mask=inside)
