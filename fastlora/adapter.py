@@ -53,13 +53,14 @@ from fastlora.llama.spec import (
 from fastlora.llama.start import with_start
 from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES
-from fastlora.originals import offload_originals, with_originals
+from fastlora.originals import folder_problem, offload_originals, with_originals
 from fastlora.outside import (
     ENDS,
-    away_regex,
     first_tensors,
     keeps_lora_away,
     resolve_outside,
+    token_indices,
+    type_problems,
 )
 
 DTYPES = {
@@ -203,6 +204,12 @@ def lora(
         ValueError: listing every argument that cannot be.
         OSError: if `temporary_location` is needed and cannot be written to.
     """
+    heading = "fastlora.lora cannot do this:"
+    raise_problems(
+        ValueError,
+        heading,
+        type_problems(bias, modules_to_save, ensure_weight_tying, trainable_token_indices),
+    )
     config = model.spec.config
     layers, layer_problems = _layers(layers_to_transform, finetune_last_n_layers, config)
     policy, policy_problems = _recompute(recompute, use_gradient_checkpointing)
@@ -240,7 +247,8 @@ def lora(
         problems.append(
             f"temporary_location={temporary_location!r}: expected the path of a folder."
         )
-    heading = "fastlora.lora cannot do this:"
+    elif model.base["norm"].device.type != "cpu" and (why := folder_problem(temporary_location)):
+        problems.append(f"temporary_location={temporary_location!r}: {why}")
     settings = resolve_targets(settings, config, heading, problems)
     if reads_weights(init_lora_weights):
         raise_problems(ValueError, heading, factor_problems(settings, config, init_lora_weights))
@@ -432,7 +440,7 @@ def resolve_targets(
     if not (bad_patterns or problems):  # whose ranks and patterns can be used
         of = partial(_target, settings)
         outside, problems = resolve_outside(settings, config, modules, matched, of, strict)
-        problems += _end_problems(settings, config, outside)
+        problems += _start_problems(settings, outside, found)
     raise_problems(error, heading, problems)
     targets = tuple(
         tuple(
@@ -445,14 +453,20 @@ def resolve_targets(
     return replace(given, targets=targets, outside=outside)
 
 
-def _end_problems(s: LoraConfig, config: LlamaConfig, outside: Outside) -> list[str]:
-    """Initialisations that read a head's weights, which have no start factors there."""
-    if outside.lm_head is None or not reads_weights(s.init_lora_weights):
-        return []
-    return [
-        f"init_lora_weights={s.init_lora_weights!r} does not go with target_modules of lm_head;"
-        " leave the head out, or choose another."
-    ]
+def _start_problems(s: LoraConfig, outside: Outside, projections: Collection[str]) -> list[str]:
+    """Initialisations that read weights: not a head's, and nothing's where there is no other."""
+    problems = []
+    if not reads_weights(s.init_lora_weights):
+        return problems
+    given = f"init_lora_weights={s.init_lora_weights!r}"
+    if outside.lm_head is not None:
+        problems.append(
+            f"{given} does not go with target_modules of lm_head; leave the head out, or choose"
+            " another."
+        )
+    if not projections:
+        problems.append(f"{given} reads projections' weights, but none is adapted; leave it True.")
+    return problems
 
 
 def _adapted(
@@ -595,13 +609,6 @@ def names_or_regex(value: Collection[str] | str) -> tuple[str, ...] | str:
     """A collection as a tuple; a string as it is, with "all-linear" in lower case."""
     if isinstance(value, str):
         return value.lower() if value.lower() == "all-linear" else value
-    return as_tuple(value) or ()
-
-
-def token_indices(value: Any) -> tuple[Any, ...]:
-    """Ids as a tuple, or (module, ids) pairs; anything else as it is, for the error to show."""
-    if isinstance(value, Mapping):
-        return tuple((name, as_tuple(ids) or ()) for name, ids in value.items())
     return as_tuple(value) or ()
 
 
@@ -755,7 +762,6 @@ def _regex_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
     patterns = [("rank_pattern", k, _pattern_regex(k)) for k, _ in s.rank_pattern]
     patterns += [("alpha_pattern", k, _pattern_regex(k)) for k, _ in s.alpha_pattern]
     patterns += [("layers_pattern", p, _layer_regex(p)) for p in s.layers_pattern or ()]
-    patterns += [("modules_to_save", p, away_regex(p)) for p in s.modules_to_save]
     for field in ("target_modules", "exclude_modules"):
         if isinstance(rule := getattr(s, field), str):
             patterns.append((field, rule, rule))
@@ -790,6 +796,7 @@ def _match_problems(
     if not matched and not problems:
         left = f" after exclude_modules={s.exclude_modules!r}" if s.exclude_modules else ""
         only = f" in layers {s.layers_to_transform}" if s.layers_to_transform else ""
+        left += f" beside modules_to_save={s.modules_to_save!r}" if s.modules_to_save else ""
         how = "" if isinstance(s.target_modules, tuple) else ", a regex for the whole module name,"
         problems.append(
             f"target_modules={s.target_modules!r}{how} matches no module of this model{left}{only};"
@@ -844,6 +851,11 @@ def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> l
         f"exclude_modules: {e!r} {nothing}; leave it out." for e in idle(s.exclude_modules)
     ]
     problems += _beside_parameters(s, config)
+    problems += [
+        f"target_modules: {m} is in no layer; layers_to_transform leaves it out."
+        for m in ENDS
+        if m not in matched and _left_out_by_layers(s, m)
+    ]
     beyond = [i for i in s.layers_to_transform or () if i not in range(n)]
     problems += [f"layers_to_transform: {i} is no layer; expected 0 to {n - 1}." for i in beyond]
     for p in s.layers_pattern or ():
@@ -854,3 +866,9 @@ def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> l
             if matched and not any(regex.match(_pattern_regex(key), m) for m in matched):
                 problems.append(f"{field}: {key!r} matches no module that carries an adapter.")
     return problems
+
+
+def _left_out_by_layers(s: LoraConfig, module: str) -> bool:
+    """Whether a module would be adapted, were it not for layers_to_transform."""
+    anywhere = replace(s, layers_to_transform=None, layers_pattern=None)
+    return bool(s.layers_to_transform) and _is_target(module, anywhere)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from fastlora.adapter import (
     names_or_regex,
     peft_targets,
     resolve_targets,
-    token_indices,
     weight_factors,
 )
 from fastlora.checkpoint import (
@@ -66,11 +65,12 @@ from fastlora.llama.start import equivalent, with_start, without_start
 from fastlora.merging import check_finite, merged_tensors, present
 from fastlora.ops.cast import cast as cast_matrices
 from fastlora.originals import with_originals
-from fastlora.outside import ENDS
+from fastlora.outside import ENDS, token_indices
 from fastlora.peft_keys import (
     adapter_shapes,
     base_tensors_out,
     map_named,
+    named_leaves,
     peft_state_dict,
     take_base_tensors,
     tensor_problems,
@@ -371,7 +371,13 @@ def load_adapter(
     v, of_vocabulary = vocabulary_rows(tensors, model.spec.config)
     config = replace(model.spec.config, vocab_size=v)
     lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
-    tensors, own, of_base = take_base_tensors(tensors, lora, tied=config.tie_word_embeddings)
+    tied = config.tie_word_embeddings
+    tensors, own, of_base = take_base_tensors(tensors, lora, DTYPES.values(), tied=tied)
+    if v > model.spec.config.vocab_size and not (own or _reads_copies_only(lora, tied)):
+        of_base.append(
+            f"rows        {v}, {model.spec.config.vocab_size} of the base, but the file holds no"
+            " matrix of the base itself: save it with save_embedding_layers=True"
+        )
     tensors, of_experts = fuse_adapter(tensors, lora, config)
     problems += of_vocabulary + of_base
     problems += of_experts or tensor_problems(tensors, lora, config, DTYPES.values())
@@ -391,12 +397,31 @@ def load_adapter(
         return x.to(norm.device, kind, copy=True).contiguous()
 
     adapter = map_named(read, adapter_shapes(lora, config))
+    matrices = tensors_from_base(config, base)
+    leaves = named_leaves(adapter) | {name: matrices[name] for name in changed}
+    problems = [
+        f"too large   {k} for {x.dtype}" for k, x in leaves.items() if not x.isfinite().all()
+    ]
+    raise_problems(CheckpointError, f"{path} does not fit:", problems)
     changed = tuple(dict.fromkeys((*model.spec.changed, *changed)))
     spec = replace(model.spec, config=config, lora=lora, changed=changed)
     if lora.init_lora_weights in _REPEATABLE:
         found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws nor quantises
         base = with_start(base, [cast_matrices(x, dtype) for x in found])
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
+
+
+_BASE_KEYS: dict[str, Literal["embed_tokens", "lm_head"]] = {
+    EMBED_TOKENS: "embed_tokens",
+    LM_HEAD: "lm_head",
+}
+
+
+def _reads_copies_only(lora: LoraConfig, tied: bool) -> bool:
+    """Whether copies stand in for every matrix of embedding and head, so that a base without the
+    new rows is never read."""
+    copies = {EMBED_TOKENS, LM_HEAD} & {*lora.outside.replaced}
+    return len(copies) == 2 or (tied and lora.outside.tied and bool(copies))
 
 
 def _with_own(
@@ -407,7 +432,7 @@ def _with_own(
     Where the vocabulary grew and only a trained copy is there, the base has its values too: rows
     that it never had are known from nowhere else.
     """
-    names = {EMBED_TOKENS: "embed_tokens"} | ({LM_HEAD: "lm_head"} if "lm_head" in base else {})
+    names = {name: key for name, key in _BASE_KEYS.items() if key in base}
     changed: dict[str, Tensor] = {}
     for name, key in names.items():
         brought = own.get(name)
@@ -473,13 +498,17 @@ def _field_problems(raw: Mapping[str, Any]) -> list[str]:
         if field not in raw:
             continue
         value = raw[field]
-        inner = value.values() if isinstance(value, dict) else value
-        inner = inner if isinstance(value, list | dict) else ()
+        inner = (
+            list(value.values() if isinstance(value, dict) else value)
+            if (isinstance(value, list | dict))
+            else []
+        )
+        deep = [e for item in inner if isinstance(item, list) for e in item]
         if type(value) not in types or any(type(e) not in elements for e in inner):
             expected = " or ".join("null" if t is _NULL else t.__name__ for t in types)
             of = f" of {' or '.join(t.__name__ for t in elements)}" if elements else ""
             problems.append(f"{field}={value!r:.200}: expected {expected}{of}.")
-        elif any(type(e) is int and abs(e) >= 2**31 for e in (value, *inner)):
+        elif any(type(e) is int and abs(e) >= 2**31 for e in (value, *inner, *deep)):
             problems.append(f"{field}={value!r:.200}: expected less than 2**31.")
         elif (size := _text_size(value)) > _MOST_TEXT:
             problems.append(f"{field}: {size:,} characters; expected at most {_MOST_TEXT:,}.")
@@ -491,8 +520,10 @@ _MOST_TEXT = 100_000
 
 
 def _text_size(value: Any) -> int:
-    if isinstance(value, list | dict):
-        return sum(1 + (len(e) if isinstance(e, str) else 0) for e in value)
+    if isinstance(value, dict):
+        value = [part for pair in value.items() for part in pair]
+    if isinstance(value, list):
+        return sum(1 + _text_size(e) for e in value)
     return len(value) if isinstance(value, str) else 0
 
 

@@ -11,8 +11,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlora.llama.decoder import layer_adapters, product_dtype, where
-from fastlora.llama.embedding import embed
-from fastlora.llama.head import head, logits
+from fastlora.llama.embedding import embed, embedding_gain
+from fastlora.llama.head import Head, head, logits
 from fastlora.llama.layer import attention_output, layer_spec, mlp_block, queries_keys_values
 from fastlora.llama.params import Adapter, Base, with_replaced
 from fastlora.llama.positions import rope_tables
@@ -47,6 +47,13 @@ class Sampling:
         return [sentence for sentence, holds in checks.items() if not holds]
 
 
+class Ends(NamedTuple):
+    """What comes before and after the layers, made once and not at every token."""
+
+    gain: Float[Tensor, "d"] | None  # DoRA's, of the embedding
+    head: Head
+
+
 class Cache(NamedTuple):
     """Keys and values of every layer, allocated once for prompt and new tokens together."""
 
@@ -69,10 +76,11 @@ def prefill(
     input_ids: Int[Tensor, "b t"],
     attention_mask: Int[Tensor, "b t"] | None,
     cache: Cache,
+    ends: Ends,
 ) -> Float[Tensor, "b v"]:
     """Logits after the whole prompt; writes the prompt's keys and values into the cache."""
     config, t = spec.config, input_ids.shape[1]
-    x = embed(input_ids, adapter, base, spec)
+    x = embed(input_ids, adapter, base, spec, ends.gain)
     at = where(config, input_ids, x.dtype, attention_mask, None, None)
     adapters = layer_adapters(adapter, config)
     for i, params in enumerate(base["layers"]):
@@ -83,7 +91,7 @@ def prefill(
         heads = attention(q, k, v, at.masks[config.layer_types[i]])
         x = attention_output(x, heads, params, adapters[i], static, None)
         x = mlp_block(x, params, adapters[i], static, None)
-    return _last_logits(x, adapter, base, spec)
+    return _last_logits(x, base, spec, ends)
 
 
 def decode(
@@ -94,10 +102,11 @@ def decode(
     position_ids: Int[Tensor, "b 1"],
     real: Bool[Tensor, "b s"],
     cache: Cache,
+    ends: Ends,
 ) -> Float[Tensor, "b v"]:
     """Logits after one more token, the s-th; `real` is False where a cached one is padding."""
     config, s = spec.config, real.shape[1]
-    x = embed(token, adapter, base, spec)
+    x = embed(token, adapter, base, spec, ends.gain)
     cos, sin = rope_tables(config, position_ids, position_ids + 1, x.dtype)
     near = torch.arange(s, device=real.device) > s - 1 - (config.sliding_window or s)
     masks = {
@@ -114,14 +123,14 @@ def decode(
         heads = attention(q, cache.k[i][:, :, :s], cache.v[i][:, :, :s], mask)
         x = attention_output(x, heads, params, adapters[i], static, None)
         x = mlp_block(x, params, adapters[i], static, None)
-    return _last_logits(x, adapter, base, spec)
+    return _last_logits(x, base, spec, ends)
 
 
 def _last_logits(
-    x: Float[Tensor, "b t d"], adapter: Adapter | None, base: Base, spec: Spec
+    x: Float[Tensor, "b t d"], base: Base, spec: Spec, ends: Ends
 ) -> Float[Tensor, "b v"]:
     hidden = rms_norm(x[:, -1], base["norm"], spec.config.rms_norm_eps)
-    return logits(hidden, hidden, head(adapter, base, spec), spec)
+    return logits(hidden, hidden, ends.head, spec)
 
 
 def penalised(
@@ -211,8 +220,9 @@ def generate(
         base = with_replaced(base, adapter, tied=spec.outside.tied)
         layers = tuple(product_dtype(x, spec, dtype) for x in adapter["layers"])
         adapter = Adapter(**adapter | {"layers": layers})
+    ends = Ends(embedding_gain(adapter, base, spec), head(adapter, base, spec))
     cache = new_cache(base, spec, b, t + max_new_tokens)
-    scores = prefill(adapter, base, spec, input_ids, attention_mask, cache)
+    scores = prefill(adapter, base, spec, input_ids, attention_mask, cache, ends)
     seen = _seen(input_ids, real, spec) if sampling.repetition_penalty != 1.0 else None
     ids, position = input_ids, real.sum(-1, keepdim=True)
     running = torch.ones(b, dtype=torch.bool, device=input_ids.device)
@@ -226,7 +236,7 @@ def generate(
             break
         seen = None if seen is None else seen.scatter(1, token[:, None], True)
         real = F.pad(real, (0, 1), value=1)
-        scores = decode(adapter, base, spec, token[:, None], position, real.bool(), cache)
+        scores = decode(adapter, base, spec, token[:, None], position, real.bool(), cache, ends)
         position = position + 1
     return ids
 

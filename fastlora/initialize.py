@@ -44,6 +44,7 @@ from fastlora.llama.spec import LoraConfig, Spec, Target
 from fastlora.ops.attention import attention
 from fastlora.ops.linear_cross_entropy import IGNORE, linear_logprobs
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.originals import originals_away, with_originals
 
 # Projections that read the same input, by the first of them.
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -140,9 +141,12 @@ def initialize(
     raise_problems(ValueError, heading, _batch_problems(model.spec, found, method))
     device = model.base["norm"].device
     found = [{name: x.to(device) for name, x in batch.items()} for batch in found]
+    whole = cast(ModelT, replace(cast(Any, model), base=with_originals(model.base)))
     with torch.no_grad():
         make = {"eva": _eva, "corda": _corda, "lora_ga": _lora_ga}[method]
-        return make(model, found, choices)
+        made = make(whole, found, choices)
+    base = {**made.base, **originals_away(model.base)}
+    return cast(ModelT, replace(cast(Any, made), base=base))
 
 
 def _lora(model: Any) -> LoraConfig:
@@ -579,6 +583,8 @@ def _model_problems(model: Any, method: str, choices: Choices) -> list[str]:
     if lora.qat_scheme is not None:
         return [f"qat_scheme={lora.qat_scheme!r} excludes an initialisation from data."]
     records = [record for layer in adapter["layers"] for record in layer.values()]
+    if not records:
+        return ["the adapter is on no projection, whose inputs would say how to begin."]
     if any(isinstance(record, BiasedLoRA) for record in records):
         return ["lora_bias=True cannot be combined with an initialisation from data."]
     if any(bool(record.b.any()) for record in records):

@@ -47,9 +47,20 @@ def offload_originals(
     keys = unread(base, outside) if always or base["norm"].device.type != "cpu" else []
     if not keys:
         return base
+    if why := folder_problem(folder):
+        raise OSError(f"temporary_location={os.fspath(folder)!r}: {why}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     whole: Any = {**base, **{key: _mapped(key, base[key], folder) for key in keys}}
     return whole
+
+
+def folder_problem(folder: str | os.PathLike[str]) -> str:
+    """Why no file could be put into a folder, which need not be there; empty if one could."""
+    path = Path(folder).absolute()
+    nearest = next(p for p in (path, *path.parents) if p.exists())
+    if not nearest.is_dir():
+        return f"{nearest} is a file; choose another name."
+    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable for you."
 
 
 def _mapped(key: str, tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:

@@ -5,7 +5,10 @@ from one argument to the next: `modules_to_save` matches the bare end of a name,
 every norm of the model, but keeps LoRA away from whole dotted parts only.
 """
 
+import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache
 from typing import Any
 
 import regex
@@ -29,14 +32,80 @@ ENDS = {"model.embed_tokens": "embed_tokens", "lm_head": "lm_head"}
 _WEIGHTS = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
 
 
-def keeps_lora_away(modules_to_save: Collection[str], module: str) -> bool:
-    """Whether a module is trained whole, as far as LoRA's targets are concerned."""
-    return any(regex.match(away_regex(name), module) for name in modules_to_save)
+# ── arguments ─────────────────────────────────────────────────────────────────────────────
 
 
-def away_regex(name: str) -> str:
-    """The pattern that PEFT makes of an entry of modules_to_save; dots in it match anything."""
-    return rf"(^|.*\.){name}($|\..*)"
+def type_problems(
+    bias: Any, modules_to_save: Any, ensure_weight_tying: Any, trainable_token_indices: Any
+) -> list[str]:
+    """Arguments of fastlora.lora that are of no type they can be, before anything is done."""
+    problems = []
+    if not isinstance(bias, str):
+        problems.append(f"bias={bias!r}: expected one of {list(BIASES)}.")
+    names = [modules_to_save] if isinstance(modules_to_save, str) else modules_to_save
+    if names is not None and not (_is_collection(names) and all(isinstance(n, str) for n in names)):
+        problems.append(f"modules_to_save={modules_to_save!r}: expected a list of names.")
+    if type(ensure_weight_tying) is not bool:
+        problems.append(f"ensure_weight_tying={ensure_weight_tying!r}: expected True or False.")
+    given = trainable_token_indices
+    parts = list(given.values()) if isinstance(given, Mapping) else [given]
+    if given is not None and not all(map(_is_collection, parts)):
+        problems.append(
+            f"trainable_token_indices={given!r}: expected a list of ids, or a dict of them."
+        )
+    return problems
+
+
+def _is_collection(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return False
+    try:
+        iter(value)
+    except TypeError:  # a tensor without dimensions is Iterable to isinstance
+        return False
+    return True
+
+
+def token_indices(value: Any) -> tuple[Any, ...]:
+    """Ids as a tuple of ints, or (module, ids) pairs of a mapping's; a set in sorted order.
+
+    What is no whole number stays, as text, for the error to show.
+    """
+    if isinstance(value, Mapping):
+        return tuple((str(name), _ids(ids)) for name, ids in value.items())
+    return () if value is None else _ids(value)
+
+
+def _ids(values: Any) -> tuple[int | str, ...]:
+    ids = tuple(_id(value) for value in values)
+    return tuple(sorted(ids, key=str)) if isinstance(values, set | frozenset) else ids
+
+
+def _id(value: Any) -> int | str:
+    try:
+        return repr(value) if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return value if isinstance(value, str) else repr(value)
+
+
+# ── rules ─────────────────────────────────────────────────────────────────────────────────
+
+
+def keeps_lora_away(modules_to_save: tuple[str, ...], module: str) -> bool:
+    """Whether a module is trained whole, as far as LoRA's targets are concerned: whether an entry
+    is a dotted part of its name. A dot in an entry matches any character, as in PEFT."""
+    return bool(modules_to_save) and _away(modules_to_save).match(module) is not None
+
+
+@lru_cache(maxsize=8)  # asked for every module of a model, with the same names
+def _away(names: tuple[str, ...]) -> regex.Pattern:
+    plain = [name for name in names if _is_end(name)]  # anything else is refused
+    return regex.compile(rf"(^|.*\.)({'|'.join(plain)})($|\..*)" if plain else r"(?!)")
+
+
+def _is_end(name: str) -> bool:
+    """Whether a text could be the end of a module's name."""
+    return regex.fullmatch(r"[\w.]+", name) is not None
 
 
 def resolve_outside(
@@ -57,9 +126,9 @@ def resolve_outside(
         target: (name in the trees, module) -> rank and scaling that the patterns give it.
         strict: also name what PEFT would ignore.
     """
-    saved = {m for m in modules if any(m.endswith(name) for name in settings.modules_to_save)}
+    saved = {m for m in modules if m.endswith(settings.modules_to_save)}
     replaced, problems = _replaced(settings, config, saved, adapted)
-    tokens, token_problems = _tokens(settings, config)
+    tokens, token_problems = _tokens(settings, config, modules)
     lora = {end: target(end, m) for m, end in ENDS.items() if m in adapted}
     touched = {end for m, end in ENDS.items() if m in saved or m in adapted}
     tied = settings.ensure_weight_tying and config.tie_word_embeddings and bool(touched)
@@ -74,7 +143,7 @@ def resolve_outside(
     outside = Outside(
         **lora, tied=tied, replaced=replaced, tokens=tuple(tokens.items()), shared_rows=shared
     )
-    problems += token_problems + _pair_problems(settings, outside)
+    problems += token_problems + _pair_problems(settings, config, outside)
     if strict:
         problems += _without_effect(settings, config, modules, outside)
     return outside, problems
@@ -93,6 +162,15 @@ def _replaced(
         for m in sorted(saved)
         if m not in whole
     ]
+    problems += [
+        f"modules_to_save: {name!r:.200} is no end of a module's name."
+        for name in s.modules_to_save
+        if not _is_end(name)
+    ]
+    problems += [
+        f"{m} is in modules_to_save and in target_modules; choose one."
+        for m in sorted(m for m in saved if m in adapted)
+    ]
     if s.bias not in BIASES:
         problems.append(f"bias={s.bias!r}: expected one of {list(BIASES)}.")
     homes = {"all": whole, "lora_only": set(adapted)}.get(s.bias, set())
@@ -104,32 +182,36 @@ def _replaced(
     return tuple(found), problems
 
 
-def _tokens(s: LoraConfig, config: LlamaConfig) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+def _tokens(
+    s: LoraConfig, config: LlamaConfig, modules: Collection[str]
+) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """("embed_tokens" or "lm_head" -> ids, problems)."""
     given = s.trainable_token_indices
     pairs = given if given and isinstance(given[0], tuple) else (("embed_tokens", given),)
     tokens: dict[str, tuple[int, ...]] = {}
     problems, v = [], config.vocab_size
     for name, ids in pairs if given else ():
-        ends = [end for module, end in ENDS.items() if name and module.endswith(name)]
-        if len(ends) != 1:
+        ended = [m for m in modules if m.endswith(name)]
+        end = ENDS.get(ended[0]) if len(ended) == 1 else None
+        wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < v]
+        twice = [i for i, n in Counter(ids).items() if n > 1]
+        if end is None:
             problems.append(
-                f"trainable_token_indices: {name!r} is neither 'embed_tokens' nor 'lm_head'."
+                f"trainable_token_indices: {name!r:.200} is neither 'embed_tokens' nor 'lm_head'."
             )
-            continue
-        wrong = [i for i in ids if type(i) is not int or not 0 <= i < v]
-        if wrong or not ids:
+        elif end in tokens:
+            problems.append(f"trainable_token_indices names {end} twice.")
+        elif wrong or not ids:
             what = f"{wrong[:5]} of {name!r}" if wrong else f"{name!r} has none"
             problems.append(f"trainable_token_indices: {what}; expected ids in [0, {v}).")
-            continue
-        if len(set(ids)) < len(ids):
-            twice = sorted({i for i in ids if ids.count(i) > 1})[:5]
-            problems.append(f"trainable_token_indices: {twice} more than once in {name!r}.")
-        tokens[ends[0]] = tuple(ids)
+        elif twice:
+            problems.append(f"trainable_token_indices: {twice[:5]} more than once in {name!r}.")
+        else:
+            tokens[end] = ids
     return tokens, problems
 
 
-def _pair_problems(s: LoraConfig, o: Outside) -> list[str]:
+def _pair_problems(s: LoraConfig, config: LlamaConfig, o: Outside) -> list[str]:
     """What cannot be on the same matrix, or in the same model."""
     lora = {end for end in _WEIGHTS if getattr(o, end) is not None}
     copies = {end for end, name in _WEIGHTS.items() if name in o.replaced}
@@ -144,8 +226,10 @@ def _pair_problems(s: LoraConfig, o: Outside) -> list[str]:
         for end in sorted(rows & ends)
     ]
     problems += [
-        f"ensure_weight_tying: {end} is in modules_to_save and in target_modules; choose one."
+        f"ensure_weight_tying: {end} would have LoRA and a copy, one of them its twin's; choose one"
+        " for both."
         for end in sorted(lora & copies)
+        if o.tied
     ]
     if "embed_tokens" in lora and s.lora_bias:
         problems.append("lora_bias=True does not go with target_modules of embed_tokens.")
@@ -160,8 +244,7 @@ def _pair_problems(s: LoraConfig, o: Outside) -> list[str]:
             f"ensure_weight_tying: rank {a.r} and alpha {a.lora_alpha} of embed_tokens, but"
             f" {b.r} and {b.lora_alpha} of lm_head; let the patterns give both the same."
         )
-    mismatch = len(o.tokens) == 2 and s.ensure_weight_tying
-    if mismatch:
+    if len(o.tokens) == 2 and s.ensure_weight_tying and config.tie_word_embeddings:
         problems.append(
             "ensure_weight_tying: trainable_token_indices differ between embed_tokens and lm_head."
         )

@@ -232,22 +232,34 @@ def base_tensors_out(spec: Spec, base: Base) -> dict[str, Tensor]:
 
 
 def take_base_tensors(
-    tensors: Mapping[str, Tensor], lora: LoraConfig, *, tied: bool
+    tensors: Mapping[str, Tensor],
+    lora: LoraConfig,
+    dtypes: Collection[torch.dtype],
+    *,
+    tied: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
     """(a file's tensors but those of the base, name on disk -> base's own tensors, problems).
 
     Args:
         tensors: key -> tensor.
         lora: the adapter's settings; what these make a trained copy is not the base's.
+        dtypes: what a matrix may be stored as.
         tied: whether the base's head is its embedding.
     """
     rest, found, problems = dict(tensors), {}, []
-    copies = {f"{PREFIX}{name}" for name in lora.outside.replaced} | twins(lora).keys()
+    twin = {EMBED_TOKENS, LM_HEAD} if lora.outside.tied else set()
+    copies = {*lora.outside.replaced}
+    copies |= twin if copies & twin else set()
     for key, name in _base_keys().items():
-        if key in rest and key not in copies:
-            found[name] = tensor = rest.pop(key)
-            if not tensor.is_floating_point() or not tensor.isfinite().all():
-                problems.append(f"NaN or inf  {key}, or no floating-point numbers")
+        if key not in rest or name in copies:
+            continue
+        if name in found:
+            problems.append(f"twice       {key}: the base's matrix is there under another key too")
+        found[name] = tensor = rest.pop(key)
+        if tensor.dtype not in dtypes:
+            problems.append(f"dtype       {key}: {tensor.dtype}, no floating-point matrix")
+        elif not tensor.isfinite().all():
+            problems.append(f"NaN or inf  {key}")
     if tied and len(found) == 2 and not torch.equal(found[EMBED_TOKENS], found[LM_HEAD]):
         problems.append(
             f"two heads   {PREFIX}lm_head's matrix is not the embedding's, but the base has one for"

@@ -1,6 +1,6 @@
 """add_tokens(): a vocabulary with new tokens, whose rows start at the mean of the others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from fastlora.tokenizer import Tokenizer
 
 
 def add_tokens(
-    model: ModelT, tokenizer: Tokenizer, tokens: Sequence[str], *, special: bool = False
+    model: ModelT, tokenizer: Tokenizer, tokens: Iterable[str], *, special: bool = False
 ) -> tuple[ModelT, Tokenizer, list[int]]:
     """(model, tokenizer, ids of the new tokens); the given ones are unchanged.
 
@@ -40,17 +40,20 @@ def add_tokens(
         ValueError: listing every token that is no text, twice there or in the vocabulary already;
             or if the model has an adapter, whose shapes are of the old vocabulary.
     """
-    problems = []
+    problems, new = [], []
+    if not isinstance(tokenizer, Tokenizer):
+        problems.append(f"tokenizer={tokenizer!r:.80}: expected the model's, of fastlora.load.")
     if model.adapter is not None:
         problems.append("the model carries an adapter; add tokens first, then call fastlora.lora.")
-    if isinstance(tokens, str):
+    if isinstance(tokens, str | bytes) or not isinstance(tokens, Iterable):
         problems.append(f"tokens={tokens!r}: expected a list of texts.")
-    else:
-        problems += _token_problems(tokenizer, list(tokens))
+    elif not problems:
+        new = list(tokens)
+        problems += _token_problems(tokenizer, new)
     raise_problems(ValueError, "fastlora.add_tokens cannot do this:", problems)
 
-    grown = tokenizer.with_tokens(tokens, special=special)
-    ids = [cast(int, grown.backend.token_to_id(token)) for token in tokens]
+    grown = tokenizer.with_tokens(new, special=special)
+    ids = [cast(int, grown.backend.token_to_id(token)) for token in new]
     names = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
     matrices = {key: _with_mean_rows(model.base[key], ids) for key in names if key in model.base}
     base = cast(Base, {**model.base, **matrices})

@@ -6,16 +6,20 @@ scripts/compare_peft.py prints what they measure.
 
 import copy
 import re
+import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import same_bits
+from jaxtyping import TypeCheckError
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_export import (
     IDS,
     checkpoint,
     difference,
+    edit,
     export_difference,
     fast,
     hf_logits,
@@ -431,6 +435,42 @@ WRONG_FILES = {
         lambda ts: ts | {"base_model.model.model.layers.0.self_attn.k_proj.bias": torch.ones(16)},
         "unexpected",
     ),
+    "float8 for a base's matrix": (
+        "LoRA on embed_tokens",
+        lambda ts: ts | {EMBED + "base_layer.weight": torch.ones(96, 32).to(torch.float8_e4m3fn)},
+        "no floating-point",
+    ),
+    "a base's matrix twice": (
+        "LoRA on embed_tokens",
+        lambda ts: (
+            ts
+            | {EMBED + "base_layer.weight": torch.ones(96, 32)}
+            | {EMBED + "weight": torch.ones(96, 32)}
+        ),
+        "twice",
+    ),
+    "a base's matrix beside a copy": (
+        "save lm_head",
+        lambda ts: ts | {HEAD + "base_layer.weight": torch.ones(96, 32)},
+        "unexpected",
+    ),
+    "a copy of more rows than a tied base": (
+        "tied, save lm_head",
+        lambda ts: ts | {HEAD + "weight": torch.ones(100, 32)},
+        "no matrix of the base itself",
+    ),
+    "a copy of the embedding of more rows": (
+        "tied, save embed_tokens",
+        lambda ts: ts | {EMBED + "weight": torch.ones(100, 32)},
+        "no matrix of the base itself",
+    ),
+    "more than float32 holds": (
+        "LoRA on embed_tokens",
+        lambda ts: (
+            ts | {EMBED + "base_layer.weight": torch.full((96, 32), 1e300, dtype=torch.float64)}
+        ),
+        "too large",
+    ),
     "a norm missing": (
         "save model.norm",
         lambda ts: {k: v for k, v in ts.items() if "norm" not in k},
@@ -466,7 +506,7 @@ IMPOSSIBLE = {
     ),
     "nothing to save": (U, dict(modules_to_save=["wat"]), "'wat' matches no module"),
     "a whole block": (U, dict(modules_to_save=["mlp"]), "model.layers.0.mlp"),
-    "a broken name": (U, dict(modules_to_save=["norm("]), "no regular expression"),
+    "a broken name": (U, dict(modules_to_save=["norm("]), "no end of a module's name"),
     "experts": (
         "mixtral",
         dict(target_modules=["q_proj"], modules_to_save=["experts"]),
@@ -525,7 +565,7 @@ IMPOSSIBLE = {
         dict(
             target_modules=["lm_head"], modules_to_save=["embed_tokens"], ensure_weight_tying=True
         ),
-        "in modules_to_save and in target_modules",
+        "would have LoRA and a copy",
     ),
     "kept tied, two ranks": (
         T,
@@ -552,6 +592,57 @@ IMPOSSIBLE = {
         dict(modules_to_save=["lm_head"], qat_scheme="fp8-fp8"),
         "train one or quantise",
     ),
+    "LoRA and a copy of one projection": (
+        U,
+        dict(target_modules=["q_proj"], modules_to_save=["n.q_proj"]),
+        "model.layers.0.self_attn.q_proj is in modules_to_save and in target_modules",
+    ),
+    "a yes for True": (U, dict(ensure_weight_tying="yes"), "ensure_weight_tying='yes'"),
+    "None for True": (U, dict(ensure_weight_tying=None), "ensure_weight_tying=None"),
+    "a list for bias": (U, dict(bias=["all"]), "bias=['all']"),
+    "a number to save": (U, dict(modules_to_save=[1]), "modules_to_save=[1]"),
+    "3 to save": (U, dict(modules_to_save=3), "modules_to_save=3"),
+    "lists to save": (U, dict(modules_to_save=[["norm"]]), "modules_to_save=[['norm']]"),
+    "a number of ids": (U, dict(trainable_token_indices=3.0), "trainable_token_indices=3.0"),
+    "a scalar tensor of ids": (
+        U,
+        dict(trainable_token_indices=torch.tensor(3)),
+        "expected a list of ids",
+    ),
+    "a number of ids of the head": (
+        U,
+        dict(trainable_token_indices={"lm_head": 3.5}),
+        "trainable_token_indices={'lm_head': 3.5}",
+    ),
+    "pairs for a dict": (
+        U,
+        dict(trainable_token_indices=[("embed_tokens", [3])]),
+        "expected ids in [0, 96)",
+    ),
+    "True for an id": (U, dict(trainable_token_indices=[True]), "['True']"),
+    "half an id": (U, dict(trainable_token_indices=[1.5]), "['1.5']"),
+    "rows of a name too short": (U, dict(trainable_token_indices={"s": [3]}), "'s' is neither"),
+    "rows of a number": (U, dict(trainable_token_indices={1: [3]}), "'1' is neither"),
+    "rows of one end twice": (
+        U,
+        dict(trainable_token_indices={"embed_tokens": [1], "model.embed_tokens": [2]}),
+        "names embed_tokens twice",
+    ),
+    "an embedding in layers": (
+        U,
+        dict(target_modules=["q_proj", "embed_tokens"], layers_to_transform=[0]),
+        "model.embed_tokens is in no layer",
+    ),
+    "pissa without a projection": (
+        U,
+        dict(target_modules=["embed_tokens"], init_lora_weights="pissa"),
+        "none is adapted; leave it True",
+    ),
+    "everything saved, nothing adapted": (
+        U,
+        dict(target_modules=["q_proj"], modules_to_save=["q_proj"]),
+        "beside modules_to_save=('q_proj',)",
+    ),
     "no folder": (U, dict(temporary_location=""), "temporary_location=''"),
 }
 
@@ -559,9 +650,26 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("what", IMPOSSIBLE)
 def test_what_cannot_be_is_refused_by_name(what):
     family, settings, message = IMPOSSIBLE[what]
-    with pytest.raises(ValueError) as refused:
+    # Where the type hook is on, it speaks of types before lora does.
+    with pytest.raises((ValueError, TypeCheckError)) as refused:
         lora(fast(family), **{"target_modules": Q} | settings)
-    assert message in str(refused.value)
+    assert message in str(refused.value) or isinstance(refused.value, TypeCheckError)
+
+
+@pytest.mark.parametrize(
+    "ids", [{7, 3}, range(3, 8, 4), np.array([3, 7]), torch.tensor([3, 7])], ids=str
+)
+def test_ids_may_come_in_any_collection_of_whole_numbers(ids):
+    model = lora(fast(U), r=4, target_modules=Q, trainable_token_indices=ids)
+    assert model.spec.lora.outside.tokens == (("embed_tokens", (3, 7)),)
+    assert isinstance(hash(model.spec), int)
+
+
+@pytest.mark.parametrize("method", ["eva", "corda", "lora_ga"])
+def test_data_says_nothing_where_no_projection_is_adapted(method):
+    model = lora(fast(U), r=4, target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match="on no projection"):
+        fastlora.initialize(model, [{"input_ids": IDS, "labels": IDS}], method)
 
 
 def test_combine_refuses_what_has_no_weighted_sum():
@@ -570,3 +678,41 @@ def test_combine_refuses_what_has_no_weighted_sum():
     models = [randomised(lora(base, **settings)), randomised(lora(base, r=4), seed=2)]
     with pytest.raises(ValueError, match="modules_to_save"):
         combine(models, [1.0, 1.0])
+
+
+# ── hostile configs ───────────────────────────────────────────────────────────────────────
+
+
+HOSTILE = {
+    "many names": dict(modules_to_save=[f"layer{i}norm" for i in range(9000)]),
+    "many ids": dict(trainable_token_indices={"embed_tokens": [3] * 60_000}),
+    "ids beyond words": dict(trainable_token_indices={"embed_tokens": [2**40]}),
+    "text for ids": dict(trainable_token_indices={"embed_tokens": "abc"}),
+    "lists for ids": dict(trainable_token_indices={"embed_tokens": [[3]]}),
+    "a name": dict(modules_to_save="norm"),
+    "nested names": dict(modules_to_save=[["norm"]]),
+    "a pattern": dict(modules_to_save=["([a-z.]+)+!"]),
+    "null for bias": dict(bias=None),
+    "yes": dict(ensure_weight_tying="yes"),
+    "nothing to copy": dict(modules_to_save=["norm"]),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_hostile_config_is_refused_in_a_second(what, tmp_path):
+    model = randomised(lora(fast(U), r=4, target_modules=Q))
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, **HOSTILE[what])
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError):
+        load_adapter(fast(U), tmp_path)
+    assert time.perf_counter() - start < 2
+
+
+def test_rows_of_an_untied_pair_need_not_be_alike_to_be_read(tmp_path):
+    """PEFT warns that ensure_weight_tying has no effect, and reads it."""
+    family, settings = CASES["rows of both, untied"]
+    model = randomised(lora(fast(family), **settings))
+    model.save_pretrained(tmp_path)
+    edit(tmp_path, ensure_weight_tying=True)
+    assert torch.equal(logits(load_adapter(fast(family), tmp_path)), logits(model))

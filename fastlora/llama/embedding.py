@@ -5,14 +5,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.llama.params import Adapter, Base, DoRA, LoRA
+from fastlora.llama.params import Adapter, Base, DoRA
 from fastlora.llama.spec import Spec
 from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES, fake_quantize
 
 
 def embed(
-    input_ids: Int[Tensor, "b t"], adapter: Adapter | None, base: Base, spec: Spec
+    input_ids: Int[Tensor, "b t"],
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    gain: Float[Tensor, "d"] | None = None,
 ) -> Float[Tensor, "b t d"]:
     """What enters the first layer, in the base's dtype.
 
@@ -22,6 +26,7 @@ def embed(
             base's; None, or neither, is the base alone.
         base: with the adapter's copies in it (`params.with_replaced`).
         spec: how to run them.
+        gain: of `embedding_gain`, where the caller has it already.
 
     Under fake quantisation the rows are quantised by themselves, which is all that a row's own
     scale needs.
@@ -32,26 +37,29 @@ def embed(
     if adapter is None:
         return x
     if "embed_tokens" in adapter:
-        assert spec.outside.embed_tokens is not None, spec
-        scaling = spec.outside.embed_tokens.scaling
-        x = _adapted(x, input_ids, base["embed_tokens"], adapter["embed_tokens"], scaling)
+        lora, scaling = adapter["embed_tokens"], _scaling(spec)
+        low = F.embedding(input_ids, lora.a.t())
+        y = x + scaling * F.linear(low, lora.b)
+        gain = embedding_gain(adapter, base, spec) if gain is None else gain
+        x = (y if gain is None else gain * y).to(x.dtype)
     if (rows := adapter.get("tokens", {}).get("embed_tokens")) is not None:
-        x = _with_rows(x, input_ids, rows, dict(spec.outside.tokens)["embed_tokens"])
+        ids, v = dict(spec.outside.tokens)["embed_tokens"], base["embed_tokens"].shape[0]
+        x = _with_rows(x, input_ids, rows, ids, v)
     return x
 
 
-def _adapted(
-    x: Float[Tensor, "b t d"],
-    input_ids: Int[Tensor, "b t"],
-    weight: Float[Tensor, "v d"],
-    lora: LoRA | DoRA,
-    scaling: float,
-) -> Float[Tensor, "b t d"]:
-    """Summed in the adapter's dtype; DoRA's lengths are those of the matrix's columns."""
-    y = x + scaling * F.linear(F.embedding(input_ids, lora.a.t()), lora.b)
-    if isinstance(lora, DoRA):
-        y = y * (lora.magnitude / row_norms(weight.t(), lora.a, lora.b, scaling))
-    return y.to(x.dtype)
+def embedding_gain(adapter: Adapter | None, base: Base, spec: Spec) -> Float[Tensor, "d"] | None:
+    """DoRA's magnitude over the length of each of the matrix's columns; None without DoRA."""
+    lora = None if adapter is None else adapter.get("embed_tokens")
+    if not isinstance(lora, DoRA):
+        return None
+    norms = row_norms(base["embed_tokens"].t(), lora.a, lora.b, _scaling(spec))
+    return lora.magnitude / norms
+
+
+def _scaling(spec: Spec) -> float:
+    assert spec.outside.embed_tokens is not None, spec
+    return spec.outside.embed_tokens.scaling
 
 
 def _with_rows(
@@ -59,8 +67,11 @@ def _with_rows(
     input_ids: Int[Tensor, "b t"],
     rows: Float[Tensor, "n d"],
     ids: tuple[int, ...],
+    vocab_size: int,
 ) -> Float[Tensor, "b t d"]:
     """x with the trained rows where the input has one of `ids`: no copy of the whole matrix."""
-    found = input_ids.unsqueeze(-1) == torch.tensor(ids, device=input_ids.device)
-    trained = F.embedding(found.int().argmax(-1), rows).to(x.dtype)
-    return torch.where(found.any(-1, keepdim=True), trained, x)
+    place = torch.full((vocab_size,), -1, device=input_ids.device)
+    place[torch.tensor(ids, device=place.device)] = torch.arange(len(ids), device=place.device)
+    found = place[input_ids]
+    trained = F.embedding(found.clamp(min=0), rows).to(x.dtype)
+    return torch.where((found >= 0).unsqueeze(-1), trained, x)

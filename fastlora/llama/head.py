@@ -31,6 +31,7 @@ class Head(TypedDict):
     lora: NotRequired[LoRA | BiasedLoRA]  # matrices in the weight's dtype
     gain: NotRequired[Float[Tensor, "v"]]  # DoRA's magnitude over the norm: once, for all chunks
     rows: NotRequired[Float[Tensor, "n d"]]  # trained, in place of the weight's
+    ids: NotRequired[Int[Tensor, "n"]]  # which rows these are
 
 
 def head(adapter: Adapter | None, base: Base, spec: Spec) -> Head:
@@ -48,7 +49,8 @@ def head(adapter: Adapter | None, base: Base, spec: Spec) -> Head:
         found["lora"] = narrow
     end = "embed_tokens" if spec.outside.shared_rows else "lm_head"
     if (rows := adapter.get("tokens", {}).get(end)) is not None:
-        found["rows"] = rows
+        ids = dict(spec.outside.tokens)[end]
+        found["rows"], found["ids"] = rows, torch.tensor(ids, device=rows.device)
     return found
 
 
@@ -102,10 +104,8 @@ def logits(
             y = adapted_linear(hidden, masked, low, linear, lora, scaling)
     else:
         y = F.linear(hidden, found["weight"])
-    if "rows" in found:
-        ids = dict(spec.outside.tokens)["embed_tokens" if spec.outside.shared_rows else "lm_head"]
-        index = torch.tensor(ids, device=y.device)
-        y = y.index_copy(-1, index, F.linear(hidden, found["rows"].to(hidden.dtype)))
+    if "rows" in found and "ids" in found:
+        y = y.index_copy(-1, found["ids"], F.linear(hidden, found["rows"].to(hidden.dtype)))
     return y
 
 
