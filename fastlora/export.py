@@ -521,10 +521,10 @@ _MOST_TEXT = 100_000
 
 def _text_size(value: Any) -> int:
     if isinstance(value, dict):
-        value = [part for pair in value.items() for part in pair]
-    if isinstance(value, list):
-        return sum(1 + _text_size(e) for e in value)
-    return len(value) if isinstance(value, str) else 0
+        value = [*value, *value.values()]
+    if not isinstance(value, list):
+        return len(value) if isinstance(value, str) else 0
+    return len(value) + sum(len(e) for e in value if isinstance(e, str | list))
 
 
 def _refusals(raw: Mapping[str, Any], config: LlamaConfig) -> list[str]:
