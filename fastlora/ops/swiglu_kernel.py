@@ -25,15 +25,16 @@ def _swiglu_kernel(
     n, f, r_g, r_u, stride_low_g, stride_low_u, scaling_g, scaling_u,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)[:, None]
-    column = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)[None, :]
+    row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
+    column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
+    far, wide = row.to(tl.int64), column.to(tl.int64)  # n f may pass 2**31
     k, k_t = tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
-    here, at = (row < n) & (column < f), row * f + column
+    here, at = (row < n) & (column < f), far * f + column
     # [R, BN] and [BM, R]: zero beyond the rank
-    b_g = tl.load(b_g_ptr + column * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
-    b_u = tl.load(b_u_ptr + column * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
-    low_g = tl.load(low_g_ptr + row * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
-    low_u = tl.load(low_u_ptr + row * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
+    b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
+    b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
+    low_g = tl.load(low_g_ptr + far * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
+    low_u = tl.load(low_u_ptr + far * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
     g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
     g += scaling_g * tl.dot(low_g, b_g, input_precision=PRECISION)
     u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
@@ -50,25 +51,25 @@ def _swiglu_backward_kernel(
     HAS_A: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    number = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
+    number = tl.program_id(0) * BN + tl.arange(0, BN)
     column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
-    first = tl.program_id(1).to(tl.int64) * chunk
-    kind = dg_ptr.dtype.element_ty
-    b_g = tl.load(b_g_ptr + column * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
-    b_u = tl.load(b_u_ptr + column * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
+    wide, first, kind = column.to(tl.int64), tl.program_id(1) * chunk, dg_ptr.dtype.element_ty
+    b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
+    b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
     if HAS_A:
-        a = tl.load(a_ptr + k_t * f + column, mask=(column < f) & (k_t < r_a), other=0.0)
+        a = tl.load(a_ptr + k_t * f + wide, mask=(column < f) & (k_t < r_a), other=0.0)
     db_g = tl.zeros((BN, R), tl.float32)
     db_u = tl.zeros((BN, R), tl.float32)
     da = tl.zeros((BN, R), tl.float32)
     for start in range(0, chunk, BM):
         row = (first + start + tl.arange(0, BM))[:, None]
-        here, at = (row < n) & (column < f), row * f + column
-        low_g = tl.load(low_g_ptr + row * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
-        low_u = tl.load(low_u_ptr + row * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
+        far = row.to(tl.int64)
+        here, at = (row < n) & (column < f), far * f + column
+        low_g = tl.load(low_g_ptr + far * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
+        low_u = tl.load(low_u_ptr + far * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
         dh = tl.load(dh_ptr + at, mask=here, other=0.0).to(tl.float32)
         if HAS_A:
-            dlow = tl.load(dlow_ptr + row * stride_dlow + k, mask=(row < n) & (k < r_a), other=0.0)
+            dlow = tl.load(dlow_ptr + far * stride_dlow + k, mask=(row < n) & (k < r_a), other=0.0)
             dh += tl.dot(dlow, a, input_precision=PRECISION)
         g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
         g += scaling_g * tl.dot(low_g, b_g, input_precision=PRECISION)
@@ -85,7 +86,7 @@ def _swiglu_backward_kernel(
             h = (g * sigmoid * u).to(kind)
             da += tl.dot(tl.trans(h), dlow, input_precision=PRECISION)
     size = f.to(tl.int64) * R
-    sums = tl.program_id(1) * 3 * size + number[:, None] * R + k
+    sums = tl.program_id(1) * 3 * size + number[:, None].to(tl.int64) * R + k
     inside = number[:, None] < f
     tl.store(sums_ptr + sums, db_g * scaling_g, mask=inside)
     tl.store(sums_ptr + sums + size, db_u * scaling_u, mask=inside)
