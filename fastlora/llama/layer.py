@@ -1,6 +1,7 @@
 """One decoder layer, as pure functions: RMSNorm, attention, RMSNorm, SwiGLU, LoRA everywhere."""
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from fastlora.llama.params import (
     LoRA,
 )
 from fastlora.llama.spec import Spec
-from fastlora.llama.start import down, up
+from fastlora.llama.start import down, rank, up
 from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
@@ -273,19 +274,21 @@ def mlp_block(
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
         experts = params["experts"]
         return x + expert_mlp(normed, logits, experts, adapter, scalings, k, spec.norm_topk_prob)
-    if _fuses(adapter, spec, x.dtype):
+    if _fuses(params, adapter, spec, x.dtype):
         return x + _fused_mlp(normed, params, adapter, spec, key)
     gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
     return x + project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]
 
 
-def _fuses(adapter: LayerAdapter, spec: LayerSpec, dtype: torch.dtype) -> bool:
+def _fuses(params: LayerParams, adapter: LayerAdapter, spec: LayerSpec, dtype: torch.dtype) -> bool:
     """Whether gate and up both carry plain LoRA that the kernel takes."""
-    found = [adapter.get(name) for name in ("gate_proj", "up_proj")]
     if not spec.fused or spec.qat_scheme is not None:
         return False
-    # Start factors double a rank.
-    return all(isinstance(x, LoRA) and takes(dtype, 2 * x.a.shape[0]) for x in found)
+    return all(_is_small(adapter.get(n), params[n], dtype) for n in ("gate_proj", "up_proj"))
+
+
+def _is_small(lora: AdapterRecord | None, linear: Linear, dtype: torch.dtype) -> TypeGuard[LoRA]:
+    return isinstance(lora, LoRA) and takes(dtype, rank(lora, linear))
 
 
 def _fused_mlp(
@@ -303,7 +306,7 @@ def _fused_mlp(
     s_g, s_u = (scalings[name] for name in names)
     own, linear = adapter.get("down_proj"), params["down_proj"]
     # With dropout it has an input of its own, h under a mask.
-    if key is not None or not isinstance(own, LoRA) or not takes(x.dtype, 2 * own.a.shape[0]):
+    if key is not None or not _is_small(own, linear, x.dtype):
         h, _ = lora_swiglu(g, u, low_g, low_u, b_g, b_u, None, s_g, s_u)
         return project(h, ("down_proj",), params, adapter, spec, key)[0]
     h, low = lora_swiglu(g, u, low_g, low_u, b_g, b_u, down(own, linear), s_g, s_u)

@@ -113,7 +113,8 @@ def decoder_layer(
 def kept_elements(config: LlamaConfig, level: str, layer: int = 0) -> int:
     """Elements a layer keeps per token at a level, in activations of the compute dtype.
 
-    A sparse layer's router, of one element an expert, is not counted.
+    A sparse layer's router, of one element an expert, is not counted. Where the SwiGLU kernel runs
+    (ops/lora_swiglu.py), "none" keeps one f less than this says, the others as much.
     """
     d, f = config.hidden_size, config.intermediate_size
     q = config.num_attention_heads * config.head_dim

@@ -82,6 +82,11 @@ def up(lora: AdapterRecord, linear: Linear) -> Float[Tensor, "d_out _"]:
     return torch.cat([lora.b, -linear["start"].b], dim=1) if "start" in linear else lora.b
 
 
+def rank(lora: AdapterRecord, linear: Linear) -> int:
+    """Columns of the low-rank product."""
+    return lora.a.shape[0] + (linear["start"].a.shape[0] if "start" in linear else 0)
+
+
 def joined(adapter: Adapter, base: Base) -> Adapter:
     """The adapter of twice the rank that does over the base alone what this one does over its
     start factors. Gradients flow to the given adapter."""

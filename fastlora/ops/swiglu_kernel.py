@@ -95,9 +95,9 @@ def _swiglu_backward_kernel(
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # Tiles of an H100, 8192 rows and r = 16 (f = 8192 / 14336): forward 139 / 239 µs, where the two
-# low-rank terms and Inductor's SwiGLU take 245 / 419; others of (BM, BN, warps) 142 to 169 / -. The
+# low-rank terms and Inductor's SwiGLU take 245 / 419; at other (BM, BN, warps) 142 to 169. The
 # backward pass with its sums 326 µs at (32, 64, 4) and 8 chunks, where Inductor's and the products
-# take 472; other tiles 475 to 4917.
+# take some 472 (scripts/bench_results/2026-11-26-swiglu-kernel.txt).
 
 _FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4)
 _CHUNKS = 8
