@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -365,25 +365,7 @@ def load_adapter(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    raw = read_json(_file(folder, CONFIG_FILE))
-    path = _file(folder, WEIGHTS_FILE)
-    tensors, problems = _canonical(read_safetensors(path))
-    v, of_vocabulary = vocabulary_rows(tensors, model.spec.config)
-    config = replace(model.spec.config, vocab_size=v)
-    lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
-    tied = config.tie_word_embeddings
-    tensors, own, of_base = take_base_tensors(tensors, lora, DTYPES.values(), tied=tied)
-    if v > model.spec.config.vocab_size and not (own or _reads_copies_only(lora, tied)):
-        of_base.append(
-            f"rows        {v}, {model.spec.config.vocab_size} of the base, but the file holds no"
-            " matrix of the base itself: save it with save_embedding_layers=True"
-        )
-    tensors, of_experts = fuse_adapter(tensors, lora, config)
-    problems += of_vocabulary + of_base
-    problems += of_experts or tensor_problems(tensors, lora, config, DTYPES.values())
-    cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
-    raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
-
+    config, lora, tensors, own = _contents(folder, model.spec.config)
     base, changed = _with_own(without_start(with_originals(model.base)), own, tensors, config)
     norm = base["norm"]
     dtype = torch.promote_types(norm.dtype, torch.float32)
@@ -402,13 +384,43 @@ def load_adapter(
     problems = [
         f"too large   {k} for {x.dtype}" for k, x in leaves.items() if not x.isfinite().all()
     ]
-    raise_problems(CheckpointError, f"{path} does not fit:", problems)
+    raise_problems(CheckpointError, f"{folder / WEIGHTS_FILE} does not fit:", problems)
     changed = tuple(dict.fromkeys((*model.spec.changed, *changed)))
     spec = replace(model.spec, config=config, lora=lora, changed=changed)
     if lora.init_lora_weights in _REPEATABLE:
         found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws nor quantises
         base = with_start(base, [cast_matrices(x, dtype) for x in found])
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
+
+
+class _Contents(NamedTuple):
+    """An adapter's folder, read and checked against a base's config."""
+
+    config: LlamaConfig  # with the vocabulary that the file has
+    lora: LoraConfig
+    tensors: dict[str, Tensor]  # PEFT's key -> the adapter's
+    own: dict[str, Tensor]  # name on disk -> the base's embedding and head that the file brings
+
+
+def _contents(folder: Path, present: LlamaConfig) -> _Contents:
+    raw = read_json(_file(folder, CONFIG_FILE))
+    path = _file(folder, WEIGHTS_FILE)
+    tensors, problems = _canonical(read_safetensors(path))
+    v, of_vocabulary = vocabulary_rows(tensors, present)
+    config, tied = replace(present, vocab_size=v), present.tie_word_embeddings
+    lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
+    tensors, own, of_base = take_base_tensors(tensors, lora, DTYPES.values(), tied=tied)
+    if v > present.vocab_size and not (own or _reads_copies_only(lora, tied)):
+        of_base.append(
+            f"rows        {v}, {present.vocab_size} of the base, but the file holds no matrix of"
+            " the base itself: save it with save_embedding_layers=True"
+        )
+    tensors, of_experts = fuse_adapter(tensors, lora, config)
+    problems += of_vocabulary + of_base
+    problems += of_experts or tensor_problems(tensors, lora, config, DTYPES.values())
+    cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
+    raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
+    return _Contents(config, lora, tensors, own)
 
 
 _BASE_KEYS: dict[str, Literal["embed_tokens", "lm_head"]] = {
