@@ -53,7 +53,8 @@ def _swiglu_backward_kernel(
 ):  # fmt: skip
     number = tl.program_id(0) * BN + tl.arange(0, BN)
     column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
-    wide, first, kind = column.to(tl.int64), tl.program_id(1) * chunk, dg_ptr.dtype.element_ty
+    wide, first = column.to(tl.int64), tl.program_id(1) * chunk
+    kind = dg_ptr.dtype.element_ty
     b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
     b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
     if HAS_A:

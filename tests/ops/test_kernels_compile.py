@@ -1,0 +1,59 @@
+"""The Triton kernels compile for an H100 (sm_90) in bf16, which the interpreter never shows.
+
+In a process of its own: the others have Triton's interpreter on. No GPU is needed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastlora.ops import softmax_kernel, swiglu_kernel
+
+KERNELS = [
+    (softmax_kernel._logprob_kernel, dict(IGNORE=-100, BLOCK=32768), 32),
+    (swiglu_kernel._swiglu_kernel, dict(R=16, BM=64, BN=64, PRECISION="tf32"), 4),
+    *(
+        (swiglu_kernel._swiglu_backward_kernel, dict(tile, HAS_A=has_a), 4)
+        for tile in [dict(R=16, BM=32, BN=64, PRECISION="tf32")]
+        for has_a in (True, False)
+    ),
+]
+WIDE = {"sums_ptr": "*fp32", "logp_ptr": "*fp32", "label_ptr": "*i64"}
+
+
+def kind(name, constants):
+    if name in constants:
+        return "constexpr"
+    if name.endswith("_ptr"):
+        return WIDE.get(name, "*bf16")
+    return "fp32" if name.startswith("scaling") else "i32"
+
+
+for kernel, constants, warps in KERNELS:
+    names = kernel.arg_names
+    signature = {name: kind(name, constants) for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, constexprs=values)
+    target = GPUTarget("cuda", 90, 32)
+    compiled = triton.compile(source, target=target, options={"num_warps": warps})
+    print(kernel.__name__, len(compiled.asm["cubin"]))
+"""
+
+
+def test_every_kernel_compiles_for_an_h100():
+    environ = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, timeout=300
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    sizes = [int(line.split()[1]) for line in ran.stdout.splitlines()]
+    assert len(sizes) == 4 and min(sizes) > 1000
