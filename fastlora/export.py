@@ -157,10 +157,21 @@ def save_adapter(
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
     path = _writable(folder, spec)
     path.mkdir(parents=True, exist_ok=True)
+    config = peft_config(spec, lora)
     write_safetensors(path / WEIGHTS_FILE, tensors | base_tensors_out(spec, base))
+    # If what follows fails, new weights must not be read with an older adapter's settings.
+    if (path / CONFIG_FILE).is_file() and _differs(path / CONFIG_FILE, config):
+        (path / CONFIG_FILE).unlink()
     if not (path / "README.md").exists():
         write_text(path / "README.md", _readme(spec, lora))
-    write_json(path / CONFIG_FILE, peft_config(spec, lora))
+    write_json(path / CONFIG_FILE, config)
+
+
+def _differs(path: Path, config: Mapping[str, Any]) -> bool:
+    try:
+        return read_json(path) != config
+    except CheckpointError:
+        return True
 
 
 def push_to_hub(

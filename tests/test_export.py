@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from fastlora import checkpoint as checkpoint_module
 from fastlora import export, functional
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
@@ -682,6 +683,27 @@ def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(PermissionError, match="not writable"):
         save_adapter(model.spec, model.base, model.adapter, tmp_path / "new")
+
+
+def test_a_save_that_fails_half_way_leaves_no_weights_with_other_settings(tmp_path, monkeypatch):
+    """Equal shapes, another alpha: the old settings would be read with the new weights."""
+    old, new = (randomised(lora(fast(FORWARD), r=4, lora_alpha=alpha)) for alpha in (4, 40))
+    old.save_pretrained(tmp_path)
+    real = checkpoint_module.atomic_write
+
+    def failing(path, write):
+        if path.name == "adapter_config.json":
+            raise OSError(28, "No space left on device")
+        real(path, write)
+
+    monkeypatch.setattr(checkpoint_module, "atomic_write", failing)
+    with pytest.raises(OSError, match="No space"):
+        new.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="adapter_config"):
+        load_adapter(fast(FORWARD), tmp_path)
+    monkeypatch.setattr(checkpoint_module, "atomic_write", real)
+    new.save_pretrained(tmp_path)
+    assert torch.equal(logits(load_adapter(fast(FORWARD), tmp_path)), logits(new))
 
 
 def test_push_uploads_the_peft_folder(monkeypatch):
