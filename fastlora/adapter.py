@@ -53,7 +53,7 @@ from fastlora.llama.spec import (
 from fastlora.llama.start import with_start
 from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES
-from fastlora.originals import folder_problem, offload_originals, with_originals
+from fastlora.originals import location_problems, offload_originals, with_originals
 from fastlora.outside import (
     ENDS,
     first_tensors,
@@ -202,7 +202,7 @@ def lora(
 
     Raises:
         ValueError: listing every argument that cannot be.
-        OSError: if `temporary_location` is needed and cannot be written to.
+        OSError: if writing to `temporary_location` fails.
     """
     heading = "fastlora.lora cannot do this:"
     raise_problems(
@@ -247,9 +247,9 @@ def lora(
         problems.append(
             f"temporary_location={temporary_location!r}: expected the path of a folder."
         )
-    elif model.base["norm"].device.type != "cpu" and (why := folder_problem(temporary_location)):
-        problems.append(f"temporary_location={temporary_location!r}: {why}")
     settings = resolve_targets(settings, config, heading, problems)
+    wrong = location_problems(model.base, settings.outside, temporary_location)
+    raise_problems(ValueError, heading, wrong)
     if reads_weights(init_lora_weights):
         raise_problems(ValueError, heading, factor_problems(settings, config, init_lora_weights))
     spec = replace(

@@ -18,11 +18,10 @@ from torch import Tensor
 
 from fastlora.atomic import atomic_write
 from fastlora.checks import CheckpointError, raise_problems
+from fastlora.llama.params import EMBED_TOKENS, LM_HEAD
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 # Of a JSON file. The longest in use, the index of DeepSeek-V3's 91,991 tensors, is 9 MB.
 JSON_BYTES = 32 * 2**20
 
@@ -205,7 +204,7 @@ def scan(folder: Path) -> dict[str, Entry]:
                 f"{k}: in {path.name}, where {INDEX} has not" for k in found.keys() - listed
             ]
         for key, entry in found.items():
-            name = key if key.startswith("model.") or key == HEAD else f"model.{key}"
+            name = key if key.startswith("model.") or key == LM_HEAD else f"model.{key}"
             if name in entries:
                 problems.append(
                     f"{name}: stored twice, in {entries[name].path.name} and {path.name}"
@@ -247,12 +246,12 @@ def settle_head(entries: dict[str, Entry], tied: bool) -> tuple[dict[str, Entry]
     As in transformers 5 (modeling_utils.py:2571): a stored head that equals the embedding, or that
     stands alone, is the tied matrix; one that differs from it is a head of its own.
     """
-    if not tied or HEAD not in entries:
+    if not tied or LM_HEAD not in entries:
         return entries, tied
-    rest = {name: entry for name, entry in entries.items() if name != HEAD}
-    if EMBEDDING not in entries:
-        return rest | {EMBEDDING: entries[HEAD]}, True
-    return (rest, True) if _same(entries[EMBEDDING], entries[HEAD]) else (entries, False)
+    rest = {name: entry for name, entry in entries.items() if name != LM_HEAD}
+    if EMBED_TOKENS not in entries:
+        return rest | {EMBED_TOKENS: entries[LM_HEAD]}, True
+    return (rest, True) if _same(entries[EMBED_TOKENS], entries[LM_HEAD]) else (entries, False)
 
 
 def _same(a: Entry, b: Entry) -> bool:

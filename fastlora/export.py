@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,7 @@ from fastlora.hub import resolve, upload
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     EMBED_TOKENS,
+    END_WEIGHTS,
     EXPERTS,
     LM_HEAD,
     PROJECTIONS,
@@ -434,12 +435,6 @@ def _contents(folder: Path, present: LlamaConfig) -> _Contents:
     return _Contents(config, lora, tensors, own)
 
 
-_BASE_KEYS: dict[str, Literal["embed_tokens", "lm_head"]] = {
-    EMBED_TOKENS: "embed_tokens",
-    LM_HEAD: "lm_head",
-}
-
-
 def _reads_copies_only(lora: LoraConfig, tied: bool) -> bool:
     """Whether copies stand in for every matrix of embedding and head, so that a base without the
     new rows is never read."""
@@ -455,7 +450,7 @@ def _with_own(
     Where the vocabulary grew and only a trained copy is there, the base has its values too: rows
     that it never had are known from nowhere else.
     """
-    names = {name: key for name, key in _BASE_KEYS.items() if key in base}
+    names = {name: key for key, name in END_WEIGHTS.items() if key in base}
     changed: dict[str, Tensor] = {}
     for name, key in names.items():
         brought = own.get(name)

@@ -9,7 +9,6 @@ import torch
 
 from fastlora.checkpoint import (
     DTYPES,
-    EMBEDDING,
     read_json,
     scan,
     settle_head,
@@ -19,7 +18,7 @@ from fastlora.expert_keys import read_model
 from fastlora.export import load_adapter
 from fastlora.hub import resolve
 from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import Base, base_from_tensors
+from fastlora.llama.params import EMBED_TOKENS, Base, base_from_tensors
 from fastlora.llama.spec import Spec
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
@@ -119,10 +118,10 @@ def read_base(
     config = replace(config, tie_word_embeddings=tied)
     if dtype is None and (raw.get("dtype") or raw.get("torch_dtype")):
         dtype = getattr(torch, config.dtype)
-    elif dtype is None and EMBEDDING in entries:  # an unknown dtype is refused below
-        dtype = DTYPES.get(entries[EMBEDDING].dtype)
+    elif dtype is None and EMBED_TOKENS in entries:  # an unknown dtype is refused below
+        dtype = DTYPES.get(entries[EMBED_TOKENS].dtype)
     tensors = read_model(folder, entries, config, device=device, dtype=dtype)
-    loaded = str(tensors[EMBEDDING].dtype).removeprefix("torch.")
+    loaded = str(tensors[EMBED_TOKENS].dtype).removeprefix("torch.")
     return replace(config, dtype=loaded), base_from_tensors(config, tensors)
 
 

@@ -19,6 +19,7 @@ from fastlora.checks import raise_problems
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     EMBED_TOKENS,
+    END_WEIGHTS,
     LM_HEAD,
     Adapter,
     AdapterRecord,
@@ -152,7 +153,6 @@ def _folded_ends(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable
     """Embedding and head, as `_folded` has the projections."""
     outside, folded = spec.outside, {}
     matrices = {EMBED_TOKENS: base["embed_tokens"], LM_HEAD: base.get("lm_head")}
-    names = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
     if "embed_tokens" in adapter and outside.embed_tokens is not None:
         lora, scaling = adapter["embed_tokens"], outside.embed_tokens.scaling
         folded[EMBED_TOKENS] = partial(merged_embedding, base["embed_tokens"], lora, scaling)
@@ -161,7 +161,7 @@ def _folded_ends(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable
         folded[LM_HEAD] = partial(merged_weight, base["lm_head"], lora, scaling)
     for end, rows in adapter.get("tokens", {}).items():
         ids = dict(outside.tokens)[end]
-        for name in (EMBED_TOKENS, LM_HEAD) if outside.shared_rows else (names[end],):
+        for name in (EMBED_TOKENS, LM_HEAD) if outside.shared_rows else (END_WEIGHTS[end],):
             if (matrix := matrices[name]) is not None:
                 folded[name] = partial(merged_rows, matrix, ids, rows)
     return folded

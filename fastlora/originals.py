@@ -14,15 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from fastlora.checkpoint import read_safetensors, write_safetensors
-from fastlora.llama.params import EMBED_TOKENS, LM_HEAD, Base
+from fastlora.llama.params import END_WEIGHTS, Base
 from fastlora.llama.spec import Outside
-
-_NAMES = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
 
 
 def unread(base: Base, outside: Outside) -> list[str]:
     """Keys of the base that a model with these copies never reads: "embed_tokens", "lm_head"."""
-    copied = [key for key, name in _NAMES.items() if name in outside.replaced]
+    copied = [key for key, name in END_WEIGHTS.items() if name in outside.replaced]
     if "lm_head" in base:
         return copied
     # A tied matrix is read by whichever of the two has no copy.
@@ -44,23 +42,30 @@ def offload_originals(
     Raises:
         OSError: if the folder cannot be written to.
     """
-    keys = unread(base, outside) if always or base["norm"].device.type != "cpu" else []
+    keys = unread(base, outside) if always else _to_send(base, outside)
     if not keys:
         return base
-    if why := folder_problem(folder):
-        raise OSError(f"temporary_location={os.fspath(folder)!r}: {why}")
     Path(folder).mkdir(parents=True, exist_ok=True)
     whole: Any = {**base, **{key: _mapped(key, base[key], folder) for key in keys}}
     return whole
 
 
-def folder_problem(folder: str | os.PathLike[str]) -> str:
-    """Why no file could be put into a folder, which need not be there; empty if one could."""
-    path = Path(folder).absolute()
+def _to_send(base: Base, outside: Outside) -> list[str]:
+    """What of `unread` is on an accelerator."""
+    return [] if base["norm"].device.type == "cpu" else unread(base, outside)
+
+
+def location_problems(base: Base, outside: Outside, folder: str | os.PathLike[str]) -> list[str]:
+    """Why `offload_originals` could not write to a folder, which need not be there; nothing where
+    it would not write."""
+    if not _to_send(base, outside):
+        return []
+    given, path = f"temporary_location={os.fspath(folder)!r}", Path(folder).absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
-        return f"{nearest} is a file; choose another name."
-    return "" if os.access(nearest, os.W_OK | os.X_OK) else f"{nearest} is not writable for you."
+        return [f"{given}: {nearest} is a file; choose another name."]
+    writable = os.access(nearest, os.W_OK | os.X_OK)
+    return [] if writable else [f"{given}: {nearest} is not writable for you."]
 
 
 def _mapped(key: str, tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
@@ -85,7 +90,7 @@ def originals_away(base: Base) -> dict[str, Tensor]:
     """Key -> tensor, for what waits elsewhere than the base is."""
     if base["norm"].device.type == "cpu":
         return {}
-    return {k: base[k] for k in _NAMES if k in base and base[k].device.type == "cpu"}
+    return {k: base[k] for k in END_WEIGHTS if k in base and base[k].device.type == "cpu"}
 
 
 def with_originals(base: Base) -> Base:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     EMBED_TOKENS,
+    END_WEIGHTS,
     LM_HEAD,
     PROJECTIONS,
     Base,
@@ -29,7 +30,6 @@ from fastlora.llama.spec import LoraConfig, Outside, Target
 BIASES = ("none", "all", "lora_only")
 # The two ends of the model: module name -> its key in the trees.
 ENDS = {"model.embed_tokens": "embed_tokens", "lm_head": "lm_head"}
-_WEIGHTS = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
 
 
 # ── arguments ─────────────────────────────────────────────────────────────────────────────
@@ -213,11 +213,11 @@ def _tokens(
 
 def _pair_problems(s: LoraConfig, config: LlamaConfig, o: Outside) -> list[str]:
     """What cannot be on the same matrix, or in the same model."""
-    lora = {end for end in _WEIGHTS if getattr(o, end) is not None}
-    copies = {end for end, name in _WEIGHTS.items() if name in o.replaced}
+    lora = {end for end in END_WEIGHTS if getattr(o, end) is not None}
+    copies = {end for end, name in END_WEIGHTS.items() if name in o.replaced}
     rows = {end for end, _ in o.tokens} | ({"lm_head"} if o.shared_rows else set())
     if o.tied and copies:
-        copies = {*_WEIGHTS}
+        copies = {*END_WEIGHTS}
     problems = [
         f"trainable_token_indices and {other} both train {end}"
         + (", whose rows a tied head shares" if end == "lm_head" and o.shared_rows else "")
@@ -278,9 +278,9 @@ def _without_effect(
 
 
 def first_tensors(config: LlamaConfig, outside: Outside, base: Base, dtype: torch.dtype) -> dict:
-    """ "replaced" and "tokens" of a fresh adapter: copies, so that the base is never written to.
+    """A fresh adapter's "replaced" and "tokens", copies: the base is never written to.
 
-    Copies of whole tensors keep the base's dtype, as in PEFT; rows are in `dtype`.
+    Those of whole tensors keep the base's dtype, as in PEFT; rows are in `dtype`.
     """
     own = tensors_from_base(config, base)
     own.setdefault(LM_HEAD, own[EMBED_TOKENS])
@@ -288,7 +288,9 @@ def first_tensors(config: LlamaConfig, outside: Outside, base: Base, dtype: torc
     if outside.replaced:
         trees["replaced"] = {name: own[name].clone() for name in outside.replaced}
     if outside.tokens:
-        trees["tokens"] = {end: rows(own[_WEIGHTS[end]], ids, dtype) for end, ids in outside.tokens}
+        trees["tokens"] = {
+            end: rows(own[END_WEIGHTS[end]], ids, dtype) for end, ids in outside.tokens
+        }
     return trees
 
 
@@ -303,6 +305,6 @@ def described(lora: LoraConfig) -> Mapping[str, Any]:
         "bias": lora.bias if any(n.endswith(".bias") for n in lora.outside.replaced) else None,
         "modules_to_save": [*lora.modules_to_save],
         "trainable_token_indices": [*lora.trainable_token_indices],
-        "target_modules": [end for end in _WEIGHTS if getattr(lora.outside, end) is not None],
+        "target_modules": [end for end in END_WEIGHTS if getattr(lora.outside, end) is not None],
     }
     return {name: value for name, value in asked.items() if value}

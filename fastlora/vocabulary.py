@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastlora.adapter import ModelT
 from fastlora.checks import raise_problems
-from fastlora.llama.params import EMBED_TOKENS, LM_HEAD, Base
+from fastlora.llama.params import END_WEIGHTS, Base
 from fastlora.tokenizer import Tokenizer
 
 
@@ -54,11 +54,11 @@ def add_tokens(
 
     grown = tokenizer.with_tokens(new, special=special)
     ids = [cast(int, grown.backend.token_to_id(token)) for token in new]
-    names = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
-    matrices = {key: _with_mean_rows(model.base[key], ids) for key in names if key in model.base}
+    present = [key for key in END_WEIGHTS if key in model.base]
+    matrices = {key: _with_mean_rows(model.base[key], ids) for key in present}
     base = cast(Base, {**model.base, **matrices})
     v = base["embed_tokens"].shape[0]
-    changed = dict.fromkeys((*model.spec.changed, *(names[key] for key in matrices)))
+    changed = dict.fromkeys((*model.spec.changed, *(END_WEIGHTS[key] for key in present)))
     config = replace(model.spec.config, vocab_size=v)
     spec = replace(model.spec, config=config, changed=tuple(changed))
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base)), grown, ids

@@ -17,8 +17,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastlora.checkpoint import (
-    EMBEDDING,
-    HEAD,
     INDEX,
     WEIGHTS,
     Entry,
@@ -36,6 +34,7 @@ from fastlora.checkpoint import (
     write_text,
 )
 from fastlora.checks import CheckpointError
+from fastlora.llama.params import EMBED_TOKENS, LM_HEAD
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -155,8 +154,8 @@ def shards(folder: Path, files: dict[str, list[str]], weight_map: dict[str, str]
 
 
 def test_shards_are_one_checkpoint(tmp_path):
-    files = {"1.safetensors": ["model.a", "model.b"], "2.safetensors": [HEAD]}
-    where = {"model.a": "1.safetensors", "model.b": "1.safetensors", HEAD: "2.safetensors"}
+    files = {"1.safetensors": ["model.a", "model.b"], "2.safetensors": [LM_HEAD]}
+    where = {"model.a": "1.safetensors", "model.b": "1.safetensors", LM_HEAD: "2.safetensors"}
     entries = scan(shards(tmp_path, files, where))
     assert {name: e.path.name for name, e in entries.items()} == where
 
@@ -196,9 +195,9 @@ def test_pickles_are_never_read(tmp_path):
 
 
 def test_names_get_their_prefix_and_stale_keys_go(tmp_path):
-    stored = ["embed_tokens.weight", "layers.0.self_attn.rotary_emb.inv_freq", HEAD, "model.x"]
+    stored = ["embed_tokens.weight", "layers.0.self_attn.rotary_emb.inv_freq", LM_HEAD, "model.x"]
     write_safetensors(tmp_path / WEIGHTS, {key: torch.ones(1) for key in stored})
-    assert scan(tmp_path).keys() == {EMBEDDING, HEAD, "model.x"}
+    assert scan(tmp_path).keys() == {EMBED_TOKENS, LM_HEAD, "model.x"}
 
 
 def test_a_tensor_stored_with_and_without_prefix_is_refused(tmp_path):
@@ -235,7 +234,7 @@ def test_weights_are_floats(dtype):
 
 
 def with_head(folder: Path, **stored: torch.Tensor) -> dict[str, Entry]:
-    names = {"embedding": EMBEDDING, "head": HEAD}
+    names = {"embedding": EMBED_TOKENS, "head": LM_HEAD}
     write_safetensors(folder / WEIGHTS, {names[k]: t for k, t in stored.items()})
     return scan(folder)
 
@@ -244,7 +243,7 @@ def test_an_equal_head_is_tied(tmp_path):
     entries, tied = settle_head(
         with_head(tmp_path, embedding=torch.ones(2, 3), head=torch.ones(2, 3)), True
     )
-    assert tied and entries.keys() == {EMBEDDING}
+    assert tied and entries.keys() == {EMBED_TOKENS}
 
 
 @pytest.mark.parametrize(
@@ -252,13 +251,13 @@ def test_an_equal_head_is_tied(tmp_path):
 )
 def test_a_different_head_is_its_own(tmp_path, head):
     entries, tied = settle_head(with_head(tmp_path, embedding=torch.ones(2, 3), head=head), True)
-    assert not tied and entries.keys() == {EMBEDDING, HEAD}
+    assert not tied and entries.keys() == {EMBED_TOKENS, LM_HEAD}
 
 
 def test_a_head_alone_is_the_embedding(tmp_path):
     entries, tied = settle_head(with_head(tmp_path, head=torch.ones(2, 3)), True)
-    assert tied and entries[EMBEDDING].key == HEAD
-    assert torch.equal(read_entries(entries)[EMBEDDING], torch.ones(2, 3))
+    assert tied and entries[EMBED_TOKENS].key == LM_HEAD
+    assert torch.equal(read_entries(entries)[EMBED_TOKENS], torch.ones(2, 3))
 
 
 def test_an_untied_model_keeps_its_entries(tmp_path):

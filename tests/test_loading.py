@@ -17,9 +17,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from fastlora import loading
-from fastlora.checkpoint import EMBEDDING, HEAD, INDEX, WEIGHTS
+from fastlora.checkpoint import INDEX, WEIGHTS
 from fastlora.checks import CheckpointError
-from fastlora.llama.params import tensors_from_base
+from fastlora.llama.params import EMBED_TOKENS, LM_HEAD, tensors_from_base
 from fastlora.loading import load, read_base
 from fastlora.model import Model
 
@@ -50,7 +50,7 @@ def weights(model) -> dict[str, torch.Tensor]:
     """transformers' state dict, a tied head once."""
     state = dict(model.state_dict())
     if model.lm_head.weight is model.model.embed_tokens.weight:
-        del state[HEAD]
+        del state[LM_HEAD]
     return state
 
 
@@ -152,7 +152,7 @@ def test_without_a_dtype_in_the_config_the_files_is_kept(tmp_path):
 
 
 def store_head(folder: Path, scale: float) -> None:
-    edit(folder, lambda t: t.update({HEAD: scale * t[EMBEDDING]}))
+    edit(folder, lambda t: t.update({LM_HEAD: scale * t[EMBED_TOKENS]}))
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
@@ -166,12 +166,12 @@ def test_a_stored_head_counts_where_it_differs_as_in_transformers(tied, scale):
 
 def test_a_tied_head_alone_is_the_embedding(tied):
     expected = weights(AutoModelForCausalLM.from_pretrained(tied))
-    edit(tied, lambda t: t.update({HEAD: t.pop(EMBEDDING)}))
+    edit(tied, lambda t: t.update({LM_HEAD: t.pop(EMBED_TOKENS)}))
     assert_holds(tied, expected)
 
 
 def test_an_untied_model_without_a_head_is_refused(folder):
-    edit(folder, lambda t: t.pop(HEAD))
+    edit(folder, lambda t: t.pop(LM_HEAD))
     with pytest.raises(CheckpointError, match=r"missing +lm_head\.weight \(96, 32\)"):
         read_base(folder)
 
@@ -186,7 +186,7 @@ def test_every_wrong_tensor_is_named_at_once_and_none_is_made_up(folder):
         del tensors["model.norm.weight"]
         tensors[up] = tensors[up][:3]
         tensors["model.layers.1.mlp.down_proj.bias"] = torch.ones(32)
-        tensors[EMBEDDING] = tensors[EMBEDDING].to(torch.int32)
+        tensors[EMBED_TOKENS] = tensors[EMBED_TOKENS].to(torch.int32)
 
     edit(folder, spoil)
     with pytest.raises(CheckpointError) as refused:
@@ -197,7 +197,7 @@ def test_every_wrong_tensor_is_named_at_once_and_none_is_made_up(folder):
         r"missing +model\.norm\.weight \(32,\)",
         rf"shape +{up} in {WEIGHTS}: file has \(3, 32\), model needs \(56, 32\)",
         r"unexpected +model\.layers\.1\.mlp\.down_proj\.bias",
-        rf"dtype +{EMBEDDING} in {WEIGHTS}: file has I32",
+        rf"dtype +{EMBED_TOKENS} in {WEIGHTS}: file has I32",
     ):
         assert re.search(problem, text), problem
 

@@ -12,7 +12,13 @@ import torch
 import fastlora
 from fastlora import functional as FL
 from fastlora.llama.spec import Outside
-from fastlora.originals import offload_originals, originals_away, unread, with_originals
+from fastlora.originals import (
+    location_problems,
+    offload_originals,
+    originals_away,
+    unread,
+    with_originals,
+)
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(10)[None]
@@ -87,6 +93,19 @@ def test_on_the_cpu_nothing_is_written(pair, tmp_path):
     )
     assert not folder.exists() and originals_away(model.base) == {}
     assert with_originals(model.base) is model.base
+
+
+def test_a_location_is_looked_at_only_where_something_will_be_written(pair, tmp_path):
+    """Plain LoRA in a read-only working directory needs none."""
+    (tmp_path / "file").write_text("")
+    base = pair("llama2").model.base
+    elsewhere = {**base, "norm": torch.empty(32, device="meta")}  # stands in for an accelerator
+    copied = Outside(replaced=(HEAD,))
+    assert location_problems(elsewhere, Outside(), tmp_path / "file") == []
+    assert location_problems(base, copied, tmp_path / "file") == []
+    (problem,) = location_problems(elsewhere, copied, tmp_path / "file")
+    assert "is a file; choose another name" in problem
+    assert location_problems(elsewhere, copied, tmp_path / "new" / "folder") == []
 
 
 def test_a_folder_that_cannot_be_written_to_leaves_nothing(pair, tmp_path):

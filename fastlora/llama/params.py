@@ -11,6 +11,9 @@ from torch import Tensor
 
 from fastlora.llama.config import LlamaConfig
 
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names on disk
+# Key in the trees -> the same, of the two ends of the model.
+END_WEIGHTS = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
 # Every linear layer of a decoder layer -> the module that holds it in Hugging Face's naming.
 PROJECTIONS = {
     "q_proj": "self_attn",
@@ -222,8 +225,6 @@ def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Tensor]:
 
 
 # ── copies in place of the base's tensors ─────────────────────────────────────────────────
-
-EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names on disk
 
 
 def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
