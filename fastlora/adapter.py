@@ -16,12 +16,14 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import regex
 import torch
 
+from fastlora.bases import original
 from fastlora.checks import raise_problems
 from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
 from fastlora.factors import (
     OF_DATA,
     factor_problems,
     factors,
+    largest_directions,
     loftq_settings,
     reads_weights,
 )
@@ -37,8 +39,10 @@ from fastlora.llama.params import (
     ExpertLoRA,
     LoRA,
     base_tensors,
+    is_quantized,
     layer_targets,
     projection_path,
+    projection_weights,
     target_shape,
 )
 from fastlora.llama.spec import (
@@ -51,6 +55,7 @@ from fastlora.llama.spec import (
     is_recompute,
 )
 from fastlora.llama.start import with_start
+from fastlora.ops.dequantize import dense
 from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES
 from fastlora.originals import location_problems, offload_originals, with_originals
@@ -249,6 +254,8 @@ def lora(
         )
     settings = resolve_targets(settings, config, heading, problems)
     wrong = location_problems(model.base, settings.outside, temporary_location)
+    if is_quantized(model.base):
+        wrong += _quantized_problems(settings, config, loftq)
     raise_problems(ValueError, heading, wrong)
     if reads_weights(init_lora_weights):
         raise_problems(ValueError, heading, factor_problems(settings, config, init_lora_weights))
@@ -261,7 +268,9 @@ def lora(
     dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]
     base = with_originals(model.base)
     adapter = init_adapter(spec, base, dtype, random_state)
-    if reads_weights(init_lora_weights):
+    if init_lora_weights == "loftq" and is_quantized(base):
+        spec, adapter = _of_what_was_lost(spec, base, adapter)
+    elif reads_weights(init_lora_weights):
         generator = torch.Generator().manual_seed(random_state)
         found = weight_factors(spec, base, generator, loftq)
         base, adapter = started(base, adapter, found)
@@ -311,7 +320,7 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
 def _matrix(base: Base, layer: int | None, name: str) -> torch.Tensor:
     """What a target adapts, as [d_out, d_in]; an embedding maps one-hot tokens to hidden states."""
     if layer is not None:
-        return base["layers"][layer][name]["weight"]
+        return dense(base["layers"][layer][name]["weight"], base["norm"].dtype)
     if name == "embed_tokens":
         return base["embed_tokens"].t()
     return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
@@ -337,10 +346,63 @@ def weight_factors(
     init = str(spec.lora.init_lora_weights)
 
     def found(layer: int, t: Target) -> LoRA:
-        weight = base["layers"][layer][t.name]["weight"]
+        weight = _matrix(base, layer, t.name)
         return factors(weight, init, t.r, t.scaling, generator, loftq)
 
     return [{t.name: found(i, t) for t in ts} for i, ts in enumerate(spec.lora.targets)]
+
+
+def _quantized_problems(
+    settings: LoraConfig, config: LlamaConfig, loftq: tuple[int, int]
+) -> list[str]:
+    """What cannot be over a base in 4 or 8 bits."""
+    saved = {*settings.outside.replaced} & {*projection_weights(config)}
+    problems = [
+        f"modules_to_save: {name} is quantised, and a copy of it cannot be trained; give it LoRA,"
+        " or load the base in 16 bits."
+        for name in sorted(saved)
+    ]
+    if settings.qat_scheme is not None:
+        problems.append(
+            f"qat_scheme={settings.qat_scheme!r} over a base that is quantised already; load it in"
+            " 16 bits."
+        )
+    if settings.init_lora_weights == "loftq" and loftq != (4, 1):
+        problems.append(
+            "loftq_config: more iterations, or other bits, would quantise the base anew; over a"
+            " base in 4 bits expected {'loftq_bits': 4, 'loftq_iter': 1}."
+        )
+    return problems
+
+
+def _of_what_was_lost(spec: Spec, base: Base, adapter: Adapter) -> tuple[Spec, Adapter]:
+    """LoftQ over a base in 4 bits: A and B are what quantisation lost, as far as their rank goes.
+
+    The base stays, and A and B count from it as it is, as with PEFT's replace_lora_weights_loftq.
+    The matrices in 16 bits are read from where the base came from.
+
+    Raises:
+        FileNotFoundError: if they are not there.
+        CheckpointError: if they are not those.
+    """
+    assert spec.lora is not None, spec
+    whole = original(spec.config, spec.name_or_path, torch.float32)
+
+    def filled(layer: int, t: Target, record: AdapterRecord) -> AdapterRecord:
+        kept = base["layers"][layer][t.name]["weight"]
+        lost = whole(f"{projection_path(layer, t.name)}.weight", kept) - dense(kept, torch.float32)
+        a, b = (x.to(record.a) for x in largest_directions(lost, t.r, t.scaling))
+        if isinstance(record, DoRA):
+            norms = row_norms(_matrix(base, layer, t.name), a, b, t.scaling)
+            return DoRA(a, b, norms.to(record.magnitude))
+        return record._replace(a=a, b=b)
+
+    layers = tuple(
+        {t.name: filled(i, t, adapter["layers"][i][t.name]) for t in targets}
+        for i, targets in enumerate(spec.lora.targets)
+    )
+    lora = replace(spec.lora, init_lora_weights=True)
+    return replace(spec, lora=lora), Adapter(**adapter | {"layers": layers})
 
 
 def started(

@@ -5,8 +5,9 @@ in milliseconds, before the first tensor is read.
 """
 
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
@@ -204,7 +205,7 @@ def scan(folder: Path) -> dict[str, Entry]:
                 f"{k}: in {path.name}, where {INDEX} has not" for k in found.keys() - listed
             ]
         for key, entry in found.items():
-            name = key if key.startswith("model.") or key == LM_HEAD else f"model.{key}"
+            name = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
             if name in entries:
                 problems.append(
                     f"{name}: stored twice, in {entries[name].path.name} and {path.name}"
@@ -262,9 +263,18 @@ def _same(a: Entry, b: Entry) -> bool:
 
 
 def check_entries(
-    folder: Path, entries: Mapping[str, Entry], expected: Mapping[str, tuple[int, ...]]
+    folder: Path,
+    entries: Mapping[str, Entry],
+    expected: Mapping[str, tuple[int, ...]],
+    more: Iterable[str] = (),
 ) -> None:
     """Compare names, shapes and dtypes with the model's; report every difference at once.
+
+    Args:
+        folder: for the message.
+        entries: what the files have.
+        expected: what the model needs.
+        more: problems that were found already.
 
     Raises:
         CheckpointError: on any difference. Nothing missing is ever initialised.
@@ -283,7 +293,8 @@ def check_entries(
         if n in expected and e.dtype not in DTYPES
     ]
     cure = "If the weights are right, check that config.json comes from the same folder."
-    raise_problems(CheckpointError, f"{folder} does not fit this model:", problems, cure)
+    heading = f"{folder} does not fit this model:"
+    raise_problems(CheckpointError, heading, [*problems, *more], cure)
 
 
 # ── 4. writing ────────────────────────────────────────────────────────────────────────────
@@ -309,8 +320,18 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
 }
 
 
+class Deferred(NamedTuple):
+    """A tensor that is made when its turn to be written comes, and let go after it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
 def write_safetensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor | Deferred],
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors to a safetensors file, atomically.
 
@@ -319,32 +340,35 @@ def write_safetensors(
 
     Args:
         path: the file; its folder must exist.
-        tensors: key -> tensor, on any device; dtypes F64 to BF16, integers, bool.
+        tensors: key -> tensor, on any device, there or deferred; dtypes F64 to BF16, integers,
+            bool.
         metadata: of the header; None is {"format": "pt"}, which transformers and PEFT expect.
 
     Raises:
         ValueError: a dtype that safetensors has no name for.
     """
     # Widest dtype first, so that every tensor starts at a multiple of its own size.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header = _header(ordered, {"format": "pt"} if metadata is None else metadata)
 
     def write(file: BinaryIO) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
-        for _, tensor in ordered:
+        for key, item in ordered:
+            tensor = item.make() if isinstance(item, Deferred) else item
+            assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, tuple(item.shape)), key
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
 
     atomic_write(path, write)
 
 
-def _header(ordered: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str]) -> bytes:
+def _header(ordered: Iterable[tuple[str, Tensor | Deferred]], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, tensor in ordered:
         if tensor.dtype not in _NAMES:
             raise ValueError(f"{key} is {tensor.dtype}; expected one of {list(_NAMES)}.")
-        start, end = end, end + tensor.numel() * tensor.element_size()
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         entries[key] = {
             "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),

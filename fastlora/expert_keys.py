@@ -15,8 +15,26 @@ from torch import Tensor
 
 from fastlora.checkpoint import DTYPES, Entry, check_entries, entry_tensors
 from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import EXPERTS, PROJECTIONS, ROUTER, base_tensors, projection_path
+from fastlora.llama.params import (
+    EMBED_TOKENS,
+    EXPERTS,
+    LM_HEAD,
+    PROJECTIONS,
+    ROUTER,
+    base_tensors,
+    projection_path,
+    projection_weights,
+)
 from fastlora.llama.spec import LoraConfig, Target
+from fastlora.ops.dequantize import dequantize
+from fastlora.quantized import Quantized, Weight, quantize_4bit
+from fastlora.quantized_keys import (
+    check_quantizable,
+    quantizable,
+    quantized_problems,
+    read_quantized,
+    split_quantized,
+)
 
 # model_type -> the sparse block's module in files that spell every expert, and its gate, up, down.
 _SPELLINGS = {
@@ -193,28 +211,64 @@ def read_model(
     *,
     device: torch.device | str,
     dtype: torch.dtype | None = None,
-) -> dict[str, Tensor]:
+    quantize: bool = False,
+) -> dict[str, Weight]:
     """Name in the tree -> tensor, of `checkpoint.scan`'s entries, all checked before any is read.
 
     Pieces go one at a time into the tensor they are part of; on the CPU, what is one tensor in the
-    file stays a view of it.
+    file stays a view of it. A projection stored in 4 or 8 bits is a record of its bytes as they
+    are; a head or router stored so is dequantised.
+
+    Args:
+        folder: for messages.
+        entries: the files' tensors.
+        config: the model's shape.
+        device: where the tensors go.
+        dtype: of dense tensors; None is the file's.
+        quantize: put the projections into 4 bits, one at a time, on the device; a checkpoint that
+            has any in 4 or 8 bits stays as it is.
 
     Raises:
         CheckpointError: as `checkpoint.check_entries` does, in the file's own names.
+        ValueError: if `quantize` cannot be.
     """
-    parts = pieces(config, entries.keys())
-    check_entries(folder, entries, {name: part.shape for name, part in parts.items()})
+    dense, stored = split_quantized(entries)
+    parts = {n: part for n, part in pieces(config, entries.keys()).items() if n not in stored}
+    matrices = {n: s for n, s in base_tensors(config).items() if n in quantizable(config)}
+    wrong = quantized_problems(stored, matrices)
+    check_entries(folder, dense, {name: part.shape for name, part in parts.items()}, wrong)
+    packed = {}
+    if quantize and not stored:
+        packed = {n: dtype or DTYPES[dense[n].dtype] for n in projection_weights(config)}
+        check_quantizable(config, packed.values())
+    keep = lambda name, tensor: quantize_4bit(tensor) if name in packed else tensor
+    tensors: dict[str, Any] = _whole_tensors(dense, parts, config, device, dtype, keep)
+    tensors |= read_quantized(stored, device=device)
+    if isinstance(tensors.get(LM_HEAD), Quantized):
+        tensors[LM_HEAD] = dequantize(tensors[LM_HEAD], tensors[EMBED_TOKENS].dtype)
+    return {name: tensors[name] for name in base_tensors(config)}
+
+
+def _whole_tensors(
+    entries: Mapping[str, Entry],
+    parts: Mapping[str, Piece],
+    config: LlamaConfig,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    keep: Callable[[str, Tensor], Any],
+) -> dict[str, Any]:
+    """Name in the tree -> what `keep` makes of its tensor, one at a time."""
     shapes, tensors = base_tensors(config), {}
     for key, tensor in entry_tensors(entries, device=device, dtype=dtype):
         name, index, _ = parts[key]
         if not index:
-            tensors[name] = tensor
+            tensors[name] = keep(name, tensor)
             continue
         if name not in tensors:
             kind = dtype or DTYPES[entries[key].dtype]
             tensors[name] = torch.empty(shapes[name], dtype=kind, device=device)
         tensors[name][index] = tensor
-    return {name: tensors[name] for name in shapes}
+    return tensors
 
 
 # ── 3. an adapter's files ─────────────────────────────────────────────────────────────────

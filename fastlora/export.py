@@ -1,17 +1,15 @@
-"""Adapters out to PEFT folders and back in, and merged models out to Hugging Face folders.
+"""Adapters out to PEFT folders and back in.
 
-What is written is read by PEFT and transformers without a warning; what is read is any PEFT LoRA
-folder whose adapter is a sum scaling * B A over projections. Everything else is refused by name.
+What is written is read by PEFT without a warning; what is read is any PEFT LoRA folder whose
+adapter is a sum scaling * B A over projections. Everything else is refused by name.
 """
 
-import math
 import os
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -28,8 +26,6 @@ from fastlora.adapter import (
     weight_factors,
 )
 from fastlora.checkpoint import (
-    INDEX,
-    WEIGHTS,
     read_json,
     read_safetensors,
     write_json,
@@ -41,7 +37,6 @@ from fastlora.expert_keys import (
     PREFIX,
     fuse_adapter,
     is_mixture,
-    pieces,
     unpacked,
 )
 from fastlora.factors import factor_problems, moves_base
@@ -62,8 +57,8 @@ from fastlora.llama.params import (
     tensors_from_base,
 )
 from fastlora.llama.spec import LoraConfig, Spec, Target
-from fastlora.llama.start import equivalent, with_start, without_start
-from fastlora.merging import check_finite, merged_tensors, present
+from fastlora.llama.start import with_start, without_start
+from fastlora.merging import present
 from fastlora.ops.cast import cast as cast_matrices
 from fastlora.originals import with_originals
 from fastlora.outside import ENDS, token_indices
@@ -77,10 +72,8 @@ from fastlora.peft_keys import (
     tensor_problems,
     vocabulary_rows,
 )
-from fastlora.tokenizer import Tokenizer
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-SHARD_BYTES = 5_000_000_000  # transformers' own limit
 
 # adapter_config.json, what is read of it: field -> PEFT's default where it is absent, types, types
 # of what a list or dict holds.
@@ -156,7 +149,7 @@ def save_adapter(
     tensors = peft_state_dict(adapter, lora)
     problems = tensor_problems(tensors, lora, spec.config, DTYPES.values())
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
-    path = _writable(folder, spec)
+    path = writable(folder, spec)
     path.mkdir(parents=True, exist_ok=True)
     config = peft_config(spec, lora)
     write_safetensors(path / WEIGHTS_FILE, tensors | base_tensors_out(spec, base))
@@ -606,109 +599,10 @@ def _canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[s
     return renamed, problems
 
 
-# ── merged model out ──────────────────────────────────────────────────────────────────────
-
-
-def save_merged(
-    spec: Spec,
-    base: Base,
-    adapter: Adapter | None,
-    folder: str | os.PathLike[str],
-    tokenizer: Tokenizer | None = None,
-    save_method: str = "merged_16bit",
-) -> None:
-    """Write a folder that transformers and fastlora load, with the adapter folded in.
-
-    "merged_16bit" writes model.safetensors (shards with an index above 5 GB), config.json,
-    generation_config.json and the tokenizer's files. A bfloat16 or float16 base keeps its dtype, a
-    wider one is rounded to bfloat16, once, after the merge. One shard at a time is in memory.
-    Without an adapter (after `merge`) the base is written. "lora" writes the PEFT folder and the
-    tokenizer's files.
-
-    Raises:
-        ValueError: before any file is written, if a merged weight would be NaN or infinite, the
-            folder is a file or the one the base was loaded from, or holds other model files that a
-            reader might take for this model's.
-        PermissionError: if the folder cannot be written to.
-        NotImplementedError: for "merged_4bit".
-    """
-    if save_method == "merged_4bit":
-        raise NotImplementedError(
-            "save_method='merged_4bit' arrives in a later version; use 'merged_16bit' or 'lora'."
-        )
-    if save_method not in ("merged_16bit", "lora"):
-        raise ValueError(f"save_method={save_method!r}: expected 'merged_16bit' or 'lora'.")
-    spec, adapter = equivalent(spec, base, adapter)
-    if save_method == "lora":
-        save_adapter(spec, base, adapter, folder)
-    else:
-        _save_merged_16bit(spec, base, adapter, _writable(folder, spec))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-def _save_merged_16bit(spec: Spec, base: Base, adapter: Adapter | None, folder: Path) -> None:
-    config, tensors, folded = spec.config, tensors_from_base(spec.config, base), {}
-    if adapter is not None:
-        config, tensors, folded = merged_tensors(spec, base, present(spec, adapter)[1])
-    own = base["norm"].dtype
-    dtype = own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
-    stored = pieces(config)
-    sizes = {name: math.prod(piece.shape) for name, piece in stored.items()}
-    shards = _shards({name: size * dtype.itemsize for name, size in sizes.items()})
-    _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
-    check_finite(folded)
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, names in shards.items():
-        whole: dict[str, Tensor] = {}
-        # The experts of a tensor are neighbours: merged once, stored one by one.
-        for name, group in groupby(names, key=lambda n: stored[n].name):
-            tensor = folded[name]() if name in folded else tensors[name]
-            tensor = tensor.detach().to("cpu", dtype)
-            whole |= {n: tensor[stored[n].index].contiguous() for n in group}
-        write_safetensors(folder / file, whole)
-    if len(shards) > 1:
-        total = sum(sizes.values())
-        metadata = {"total_size": total * dtype.itemsize, "total_parameters": total}
-        weight_map = {name: file for file, names in shards.items() for name in names}
-        write_json(folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-    config = replace(config, dtype=str(dtype).removeprefix("torch."))
-    write_json(folder / "generation_config.json", _generation_config(config))
-    # Last: a folder without it is no model, so a killed run leaves none that is half there.
-    write_json(folder / "config.json", config.to_hf())
-
-
-def _shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
-    """File name -> the tensors in it, in order, at most SHARD_BYTES of data each."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > SHARD_BYTES:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {WEIGHTS: groups[0]}
-    n = len(groups)
-    return {f"model-{i:05d}-of-{n:05d}.safetensors": g for i, g in enumerate(groups, 1)}
-
-
-def _generation_config(config: LlamaConfig) -> dict[str, Any]:
-    eos = config.eos_token_id
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
-        "pad_token_id": config.pad_token_id,
-    }
-    return {name: value for name, value in ids.items() if value not in (None, [])}
-
-
 # ── where to write ────────────────────────────────────────────────────────────────────────
 
 
-def _writable(folder: str | os.PathLike[str], spec: Spec) -> Path:
+def writable(folder: str | os.PathLike[str], spec: Spec) -> Path:
     """The folder as a path, once it is clear that it may be written to."""
     if error := folder_error(Path(folder), spec):
         raise error
@@ -725,11 +619,3 @@ def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return PermissionError(f"{path} cannot be written: {nearest} is not writable for you.")
     return None
-
-
-def _check_no_other_model(folder: Path, ours: set[str]) -> None:
-    """Refuse a folder with weights that readers would prefer, or lay over, the ones written."""
-    kinds = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", CONFIG_FILE)
-    others = sorted({p.name for kind in kinds for p in folder.glob(kind)} - ours)
-    cure = "Choose an empty folder, or delete these files first."
-    raise_problems(ValueError, f"{folder} holds files of another model:", others, cure)

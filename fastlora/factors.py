@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import EXPERTS, ROUTER, LoRA, projection_path, projection_shape
 from fastlora.llama.spec import LoraConfig
-from fastlora.nf4 import nf4_rounded
+from fastlora.quantized import nf4_rounded
 
 # Read off the weights alone, by `factors`; with a batch as well, by fastlora.initialize.
 OF_WEIGHTS = r"pissa|pissa_niter_\d+|olora|loftq"
@@ -62,7 +62,7 @@ def factors(
     if init == "loftq":
         return _loftq(weight, r, scaling, *loftq)
     if init == "pissa":
-        return _largest(weight, r, scaling)
+        return largest_directions(weight, r, scaling)
     iterations = int(init.removeprefix("pissa_niter_"))
     return balanced(*randomised_svd(weight, r, iterations, generator), scaling)
 
@@ -78,7 +78,9 @@ def balanced(
     return LoRA(root[:, None] * vh, u * root)
 
 
-def _largest(weight: Float[Tensor, "d_out d_in"], r: int, scaling: float) -> LoRA:
+def largest_directions(weight: Float[Tensor, "d_out d_in"], r: int, scaling: float) -> LoRA:
+    """A and B with scaling * B A the best of rank r, half of each singular value's root on either
+    side."""
     u, s, vh = torch.linalg.svd(weight, full_matrices=False)
     return balanced(u[:, :r], s[:r], vh[:r], scaling)
 
@@ -111,7 +113,7 @@ def _loftq(
     lora = None
     for _ in range(iterations):
         rest = weight if lora is None else weight - scaling * lora.b @ lora.a
-        lora = _largest(weight - quantised(rest).to(weight.dtype), r, scaling)
+        lora = largest_directions(weight - quantised(rest).to(weight.dtype), r, scaling)
     assert lora is not None, iterations
     return lora
 

@@ -31,6 +31,15 @@ CHECKPOINT_FILES = (
 _SEALS = ("config.json", "adapter_config.json")
 
 
+DEMO = Path(__file__).parent / "demo"  # ships with the package
+
+
+def find_folder(name: str, **hub: Any) -> Path:
+    """The folder of what `load` was given: the demo's, or that of `resolve`, whose arguments these
+    are."""
+    return DEMO if name == "demo" else resolve(name, **hub)
+
+
 def resolve(
     name: str | os.PathLike[str],
     *,

@@ -42,6 +42,7 @@ from fastlora.llama.params import (
 )
 from fastlora.llama.spec import LoraConfig, Spec, Target
 from fastlora.ops.attention import attention
+from fastlora.ops.dequantize import dense
 from fastlora.ops.linear_cross_entropy import IGNORE, linear_logprobs
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.originals import originals_away, with_originals
@@ -370,15 +371,20 @@ def _corda(model: ModelT, batches: Sequence[Batch], choices: Choices) -> ModelT:
     for i, rows in _layers(model, passes):
         sources = _sources(lora.targets[i])
         covariances = _covariances(rows, sources)
-        params = model.base["layers"][i]
+        params, dtype = model.base["layers"][i], model.base["norm"].dtype
         found.append(
             {
-                t.name: _corda_pair(params[t.name]["weight"], *covariances[n], t, choices)
+                t.name: _corda_pair(_matrix(params[t.name], dtype), *covariances[n], t, choices)
                 for n, ts in sources.items()
                 for t in ts
             }
         )
     return _begun(model, found, "corda")
+
+
+def _matrix(linear: Mapping[str, Any], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """A projection's own, or what it is in `dtype` when dequantised."""
+    return dense(linear["weight"], dtype)
 
 
 def _covariances(rows: Rows, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -455,7 +461,7 @@ def _gradients(
         names = [t.name for t in _lora(model).targets[i]]
         total: dict[str, Tensor] = {}
         for n, x in enumerate(entered.pop()):
-            weights = {name: base["layers"][i][name]["weight"] for name in names}
+            weights = {name: _matrix(base["layers"][i][name], x.dtype) for name in names}
             at = _at(spec, batches[n], x.dtype)
             run = partial(_layer_product, base=base, spec=spec, i=i, at=at)
             leaves = {"x": x.to(device), "weights": weights}
@@ -496,7 +502,7 @@ def _layer_product(
 
 def _lora_ga_pair(
     gradient: Float[Tensor, "d_out d_in"],
-    linear: Mapping[str, Tensor],
+    linear: Mapping[str, Any],
     t: Target,
     choices: Choices,
     generator: torch.Generator,
@@ -508,7 +514,7 @@ def _lora_ga_pair(
     if choices.scale == "stable":
         b = b * (b.shape[0] ** 0.25 / choices.stable_gamma**0.5)
     elif choices.scale == "weight_svd" and largest > 0:
-        weight = linear["weight"].to(gradient.dtype)
+        weight = _matrix(linear, gradient.dtype).to(gradient.dtype)
         b = b * (torch.linalg.matrix_norm(weight, 2) / largest)
     elif choices.scale == "gd_scale":
         a, b = a / t.scaling, b / t.scaling

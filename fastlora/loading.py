@@ -1,29 +1,19 @@
 """load(): from a name to a model on its device."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora.checkpoint import (
-    DTYPES,
-    read_json,
-    scan,
-    settle_head,
-)
+from fastlora.bases import read_base
+from fastlora.checkpoint import DTYPES, read_json
 from fastlora.checks import CheckpointError, raise_problems
-from fastlora.expert_keys import read_model
 from fastlora.export import load_adapter
-from fastlora.hub import resolve
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import EMBED_TOKENS, Base, base_from_tensors
+from fastlora.hub import find_folder
 from fastlora.llama.spec import Spec
 from fastlora.model import Model
 from fastlora.tokenizer import Tokenizer
-
-DEMO = Path(__file__).parent / "demo"
 
 
 def load(
@@ -50,7 +40,9 @@ def load(
         max_seq_length: longest input accepted, in tokens; None is the config's
             max_position_embeddings.
         dtype: of the base weights; "auto" is the checkpoint's.
-        load_in_4bit: not in this version.
+        load_in_4bit: the projections in NF4 with double quantisation, through bitsandbytes, one
+            tensor at a time on the device; embedding, head and norms stay as they are. A checkpoint
+            in 4 or 8 bits (bitsandbytes') is recognised by itself and never quantised again.
         device: "auto" is CUDA if there is one, else the CPU.
         rope_scaling: replaces the checkpoint's RoPE scaling; spelled as in config.json.
         token: Hub token; None uses the stored one.
@@ -63,7 +55,7 @@ def load(
 
     Raises:
         ValueError: an argument that cannot be.
-        NotImplementedError: load_in_4bit.
+        ModuleNotFoundError: load_in_4bit without bitsandbytes.
         FileNotFoundError: no such folder, repository, or file in it.
         PermissionError: a gated repository.
         CheckpointError: files that are there and wrong; all problems at once.
@@ -71,16 +63,17 @@ def load(
     _check_arguments(max_seq_length, dtype, load_in_4bit, device, rope_scaling)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name, adapter_folder = os.fspath(model_name), None
-    folder = _folder(name, revision=revision, **hub)
+    folder = find_folder(name, revision=revision, **hub)
     if _is_adapter(folder):
         name, base_revision = _base_of(folder)
-        folder, adapter_folder = _folder(name, revision=base_revision, **hub), folder
+        folder, adapter_folder = find_folder(name, revision=base_revision, **hub), folder
     tokenizer = _tokenizer(folder, adapter_folder)
     config, base = read_base(
         folder,
         dtype=None if dtype == "auto" else _as_dtype(dtype),
         device=_as_device(device),
         rope_scaling=rope_scaling,
+        quantize=load_in_4bit,
     )
     spec = Spec(
         config=config,
@@ -89,62 +82,6 @@ def load(
     )
     model = Model(spec=spec, base=base, adapter=None)
     return (model if adapter_folder is None else load_adapter(model, adapter_folder)), tokenizer
-
-
-def read_base(
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str = "cpu",
-    rope_scaling: dict[str, Any] | None = None,
-) -> tuple[LlamaConfig, Base]:
-    """Config and weights of a Hugging Face folder; the config tells what was really loaded.
-
-    Its `tie_word_embeddings` is False where the file holds a head of its own, its `dtype` that of
-    the weights.
-
-    Args:
-        folder: holds config.json and safetensors.
-        dtype: None is the one that config.json names, else the embedding's own.
-        device: where the tensors go.
-        rope_scaling: as in `LlamaConfig.from_hf`.
-
-    Raises:
-        FileNotFoundError: config.json or weights are not there.
-        CheckpointError: a file is wrong, or they do not fit each other.
-    """
-    raw, config = _read_config(folder, rope_scaling)
-    entries, tied = settle_head(scan(folder), config.tie_word_embeddings)
-    config = replace(config, tie_word_embeddings=tied)
-    if dtype is None and (raw.get("dtype") or raw.get("torch_dtype")):
-        dtype = getattr(torch, config.dtype)
-    elif dtype is None and EMBED_TOKENS in entries:  # an unknown dtype is refused below
-        dtype = DTYPES.get(entries[EMBED_TOKENS].dtype)
-    tensors = read_model(folder, entries, config, device=device, dtype=dtype)
-    loaded = str(tensors[EMBED_TOKENS].dtype).removeprefix("torch.")
-    return replace(config, dtype=loaded), base_from_tensors(config, tensors)
-
-
-def _read_config(
-    folder: Path, rope_scaling: dict[str, Any] | None
-) -> tuple[dict[str, Any], LlamaConfig]:
-    path, generation = folder / "config.json", folder / "generation_config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; expected a model's folder in Hugging Face layout, or a "
-            "PEFT adapter's with adapter_config.json."
-        )
-    raw = read_json(path)
-    ids = read_json(generation) if generation.is_file() else None
-    try:
-        config = LlamaConfig.from_hf(raw, generation=ids, rope_scaling=rope_scaling)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    return raw, config
-
-
-def _folder(name: str, **hub: Any) -> Path:
-    return DEMO if name == "demo" else resolve(name, **hub)
 
 
 def _is_adapter(folder: Path) -> bool:
@@ -204,10 +141,6 @@ def _check_arguments(
     if rope_scaling is not None and not isinstance(rope_scaling, dict):
         problems.append(f"rope_scaling={rope_scaling!r}: expected a dict with rope_type, factor, …")
     raise_problems(ValueError, "load was given:", problems)
-    if load_in_4bit:
-        raise NotImplementedError(
-            "load_in_4bit=True: 4-bit bases are not in this version; load with load_in_4bit=False."
-        )
 
 
 def _as_dtype(dtype: Any) -> torch.dtype | None:

@@ -15,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.adapter import ModelT
+from fastlora.bases import Matrices, dequantized
 from fastlora.checks import raise_problems
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
@@ -38,6 +39,7 @@ from fastlora.llama.spec import LoraConfig, Outside, Spec
 from fastlora.llama.start import equivalent, without_start
 from fastlora.ops.adapted_weight import adapted_weight
 from fastlora.originals import with_originals
+from fastlora.quantized import Quantized
 
 
 def merge(model: ModelT) -> ModelT:
@@ -45,14 +47,16 @@ def merge(model: ModelT) -> ModelT:
 
     Summed in float32 (float64 where base or adapter is), rounded once to the base's dtype. Only the
     touched matrices are new; the rest of the base is shared with the given model, which keeps its
-    own, exact one: in 16 bit a merge cannot be undone by subtraction.
+    own, exact one: in 16 bit a merge cannot be undone by subtraction. A base in 4 or 8 bits gives
+    one in 16: all its matrices are dequantised, touched or not.
 
     Raises:
         ValueError: if there is no adapter, or naming the weights that would become NaN or infinite.
     """
     whole, adapter = equivalent(model.spec, model.base, model.adapter)
     _, adapter = present(whole, adapter)
-    config, tensors, folded = merged_tensors(whole, model.base, adapter)
+    matrix = dequantized(model.base["norm"].dtype)
+    config, tensors, folded = merged_tensors(whole, model.base, adapter, matrix)
     check_finite(folded)
     base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
     spec = replace(model.spec, config=config, lora=None)
@@ -71,24 +75,41 @@ def present(spec: Spec, adapter: Adapter | None) -> tuple[LoraConfig, Adapter]:
 
 
 def merged_tensors(
-    spec: Spec, base: Base, adapter: Adapter
+    spec: Spec, base: Base, adapter: Adapter | None, matrix: Matrices
 ) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Callable[[], Tensor]]]:
     """(config, name on disk -> tensor of the base, name -> its merged tensor when called).
 
     The config's `tie_word_embeddings` says whether embedding and head are one matrix still. The
     merged tensors are functions, so that one exists at a time until somebody keeps them.
+
+    Args:
+        spec: of the model.
+        base: its own.
+        adapter: None leaves the base as it is.
+        matrix: gives the dense matrix of a projection.
     """
+    if adapter is None:
+        tensors = tensors_from_base(spec.config, without_start(base))
+        return spec.config, tensors, _unpacked(tensors, matrix)
     config = replace(spec.config, tie_word_embeddings=_stays_tied(spec.config, spec.outside))
     whole = with_replaced(without_start(with_originals(base)), adapter, tied=spec.outside.tied)
     if not config.tie_word_embeddings and "lm_head" not in whole:
         whole = whole.copy()
         whole["lm_head"] = whole["embed_tokens"]
-    folded = _folded(spec, whole, adapter) | _folded_ends(spec, whole, adapter)
+    tensors = tensors_from_base(config, whole)
+    folded = _unpacked(tensors, matrix) | _folded(spec, whole, adapter, matrix)
+    folded |= _folded_ends(spec, whole, adapter)
     for name, copy in adapter.get("replaced", {}).items():
         folded.setdefault(name, copy.detach().clone)
     if config.tie_word_embeddings:
         folded.pop(LM_HEAD, None)
-    return config, tensors_from_base(config, whole), folded
+    return config, tensors, folded
+
+
+def _unpacked(tensors: Mapping[str, Any], matrix: Matrices) -> dict[str, Callable[[], Tensor]]:
+    """Name -> the dense matrix when called, for all that is quantised."""
+    packed = {name: x for name, x in tensors.items() if isinstance(x, Quantized)}
+    return {name: partial(matrix, name, weight) for name, weight in packed.items()}
 
 
 def _stays_tied(config: LlamaConfig, outside: Outside) -> bool:
@@ -119,7 +140,9 @@ def merged_experts(
     return merged
 
 
-def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
+def _folded(
+    spec: Spec, base: Base, adapter: Adapter, matrix: Matrices
+) -> dict[str, Callable[[], Tensor]]:
     """Name on disk -> its merged weight when called, for every adapted projection.
 
     Functions, so that one merged matrix exists at a time until somebody keeps them.
@@ -134,8 +157,9 @@ def _folded(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], 
                 weight = base["layers"][i]["experts"][t.name.removeprefix("experts.")]
                 folded[path] = partial(merged_experts, weight, lora, t.scaling)
                 continue
-            linear = base["layers"][i][t.name]
-            folded[f"{path}.weight"] = partial(merged_weight, linear["weight"], lora, t.scaling)
+            linear, name = base["layers"][i][t.name], f"{path}.weight"
+            dense = partial(matrix, name, linear["weight"])
+            folded[name] = lambda w=dense, lora=lora, s=t.scaling: merged_weight(w(), lora, s)
             if isinstance(lora, BiasedLoRA):
                 folded[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
     return folded

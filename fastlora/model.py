@@ -11,17 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
-from fastlora import export, functional, generation
+from fastlora import export, functional, generation, saving
 from fastlora.checks import raise_problems
 from fastlora.combine import disable
 from fastlora.functional import Batch, Seed
 from fastlora.llama.decoder import requires_grad
-from fastlora.llama.params import Adapter, Base
+from fastlora.llama.params import Adapter, Base, tensors_from_base
 from fastlora.llama.spec import Compile, Kernels, Recompute, Spec, is_recompute
 from fastlora.llama.start import equivalent, without_start
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.linear_cross_entropy import IGNORE
 from fastlora.originals import originals_away
+from fastlora.quantized import numel
 from fastlora.tokenizer import Tokenizer
 
 KEEP: Any = object()  # "as it was", for settings whose None, False and "auto" all mean something
@@ -226,7 +227,8 @@ class Model:
     def num_parameters(self, trainable: bool = False) -> int:
         """Number of elements of base and adapter together, or of the adapter alone.
 
-        Start factors are neither: the numbers are PEFT's.
+        Start factors are neither, and a quantised matrix counts what it stands for: the numbers are
+        PEFT's.
         """
         adapter = sum(x.numel() for x in tree_leaves(self.adapter) if isinstance(x, Tensor))
         if trainable:
@@ -234,7 +236,8 @@ class Model:
         copies = {} if self.adapter is None else self.adapter.get("replaced", {})
         # PEFT trains a bias in its place, and a copy of anything else beside the original.
         twice = sum(x.numel() for name, x in copies.items() if self._is_of_bias(name))
-        return adapter - twice + sum(x.numel() for x in tree_leaves(without_start(self.base)))
+        whole = tensors_from_base(self.spec.config, without_start(self.base)).values()
+        return adapter - twice + sum(numel(x) for x in whole)
 
     def _is_of_bias(self, name: str) -> bool:
         """Whether a copy comes from `bias` and not from modules_to_save."""
@@ -265,9 +268,25 @@ class Model:
         folder: str | Path,
         tokenizer: Tokenizer | None = None,
         save_method: str = "merged_16bit",
-    ) -> None:
-        """Write a Hugging Face folder with the adapter folded in. See `export.save_merged`."""
-        export.save_merged(self.spec, self.base, self.adapter, Path(folder), tokenizer, save_method)
+        *,
+        base: str | Path = "auto",
+    ) -> saving.MergeReport | None:
+        """Write a Hugging Face folder with the adapter folded in. See `saving.save_merged`.
+
+        Args:
+            folder: is made if need be.
+            tokenizer: written beside the model.
+            save_method: "merged_16bit", "merged_4bit" or "lora".
+            base: of a model in 4 or 8 bits, what the adapter is added to: "original" (the matrices
+                in 16 bits, from what `load` was given), their folder, "dequantized", or "auto":
+                the original where it is still at hand.
+
+        Returns:
+            For a model in 4 or 8 bits, what was taken and the largest difference of logits between
+            this model and the folder, read back; else None.
+        """
+        model = (self.spec, self.base, self.adapter)
+        return saving.save_merged(*model, folder, tokenizer, save_method, base)
 
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool | None = None

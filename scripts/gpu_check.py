@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import fastlora
 from fastlora import functional as FL
 from fastlora.data import read_rows
-from fastlora.loading import DEMO
+from fastlora.hub import DEMO
 from fastlora.model import Model
 from fastlora.ops.grouped_linear import grouped_lora_linear, grouped_lora_linear_reference
 from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference

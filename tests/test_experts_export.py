@@ -35,11 +35,12 @@ from torch.utils._pytree import tree_leaves
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
 from fastlora.combine import combine
-from fastlora.export import load_adapter, save_adapter, save_merged
+from fastlora.export import load_adapter, save_adapter
 from fastlora.llama.params import EXPERTS, ExpertLoRA, LoRA, projection_path, tensors_from_base
 from fastlora.loading import load, read_base
 from fastlora.merging import merge
 from fastlora.peft_keys import peft_state_dict
+from fastlora.saving import save_merged
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 NONE: list[str] = []

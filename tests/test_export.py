@@ -29,10 +29,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from fastlora import checkpoint as checkpoint_module
-from fastlora import export, functional
+from fastlora import functional, saving
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
-from fastlora.export import load_adapter, push_to_hub, save_adapter, save_merged
+from fastlora.export import load_adapter, push_to_hub, save_adapter
 from fastlora.factors import moves_base
 from fastlora.gradients import value_and_grad
 from fastlora.llama.config import LlamaConfig
@@ -41,6 +41,7 @@ from fastlora.llama.spec import Spec
 from fastlora.merging import merge
 from fastlora.model import Model
 from fastlora.peft_keys import peft_state_dict
+from fastlora.saving import save_merged
 from fastlora.tokenizer import Tokenizer
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -839,7 +840,7 @@ def test_a_float32_base_is_rounded_to_bfloat16_after_the_merge(tmp_path):
 def test_shards_hold_what_one_file_holds(tmp_path, monkeypatch):
     model = randomised(lora(fast(FORWARD, torch.bfloat16), r=4))
     save_merged(model.spec, model.base, model.adapter, tmp_path / "one")
-    monkeypatch.setattr(export, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 10_000)
     save_merged(model.spec, model.base, model.adapter, tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 3
@@ -881,10 +882,8 @@ def test_the_tokenizer_goes_along(method, tmp_path):
     assert read("a rank of")["input_ids"] == [1, 2, 0]
 
 
-def test_four_bit_is_refused_for_now_and_nonsense_forever(tmp_path):
+def test_a_method_that_is_none_is_refused(tmp_path):
     model = fast(FORWARD)
-    with pytest.raises(NotImplementedError, match="merged_4bit"):
-        save_merged(model.spec, model.base, None, tmp_path, save_method="merged_4bit")
     with pytest.raises(ValueError, match="merged_8bit"):
         save_merged(model.spec, model.base, None, tmp_path, save_method="merged_8bit")
 

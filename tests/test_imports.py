@@ -10,14 +10,17 @@ PACKAGE = Path(__file__).parents[1] / "fastlora"
 
 # The building, ground floor first. A file imports only from floors below its own.
 FLOORS = [
-    {"checks", "atomic", "nf4"},
+    {"checks", "atomic", "quantized"},
     {"tokenizer", "ops"},
     {"llama"},
     {"gradients", "checkpoint", "factors"},
+    {"quantized_keys", "hub"},
     {"expert_keys", "outside", "originals"},
-    {"functional", "adapter", "data", "hub", "peft_keys"},
-    {"generation", "merging", "combine", "initialize", "vocabulary"},
+    {"functional", "data", "bases", "peft_keys"},
+    {"adapter"},
+    {"generation", "merging", "combine", "initialize", "vocabulary", "quantization"},
     {"export"},
+    {"saving"},
     {"model"},
     {"loading", "training"},
     {"__init__"},

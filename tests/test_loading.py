@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from fastlora import loading
+from fastlora import hub
 from fastlora.checkpoint import INDEX, WEIGHTS
 from fastlora.checks import CheckpointError
 from fastlora.llama.params import EMBED_TOKENS, LM_HEAD, tensors_from_base
@@ -282,13 +282,8 @@ def test_a_dtype_that_is_no_weights_is_refused(dtype, folder):
         load(folder, dtype=dtype)
 
 
-def test_four_bits_are_refused_by_name(folder):
-    with pytest.raises(NotImplementedError, match="load_in_4bit"):
-        load(folder, load_in_4bit=True)
-
-
 def test_demo_is_the_packages_own(folder, monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "DEMO", folder)
+    monkeypatch.setattr(hub, "DEMO", folder)
     monkeypatch.chdir(tmp_path)
     make_checkpoint("qwen3", tmp_path / "demo")
     assert load("demo", device="cpu")[0].spec.config.model_type == "llama"

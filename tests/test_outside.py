@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM
 
 import fastlora
-from fastlora import export, functional
+from fastlora import functional, saving
 from fastlora.adapter import lora
 from fastlora.checks import CheckpointError
 from fastlora.combine import combine, disable
@@ -273,8 +273,8 @@ def test_merging_equals_applying_and_transformers_reads_it(case, tmp_path):
     assert difference(logits(merged), logits(model), logits(fast(family))) <= 1e-5
     equal = "lm_head" not in merged.base
     assert merged.spec.config.tie_word_embeddings == equal
-    export.save_merged(merged.spec, merged.base, None, tmp_path / "merged")
-    export.save_merged(model.spec, model.base, model.adapter, tmp_path / "at once")
+    saving.save_merged(merged.spec, merged.base, None, tmp_path / "merged")
+    saving.save_merged(model.spec, model.base, model.adapter, tmp_path / "at once")
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("merged", "at once")]
     assert weights[0] == weights[1]
     theirs = hf_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float())

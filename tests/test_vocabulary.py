@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.loading import DEMO
+from fastlora.hub import DEMO
 from fastlora.tokenizer import Tokenizer
 
 NEW = ["<think>", "</think>", "<tool>"]

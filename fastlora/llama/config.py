@@ -277,8 +277,8 @@ class _Fields:
         if (act := self.raw["hidden_act"]) != "silu":
             self.problems.append(f"hidden_act is {_show(act)}; only 'silu' is supported")
         self.refuse_partial_rotary()
-        if (quantization := self.raw.get("quantization_config")) is not None:
-            self.problems.append(_refused_quantization(quantization))
+        if problem := _quantization_problem(self.raw.get("quantization_config")):
+            self.problems.append(problem)
 
     def refuse_partial_rotary(self) -> None:
         if (factor := self.raw.get("partial_rotary_factor")) not in (None, 1):
@@ -303,12 +303,17 @@ def _show(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def _refused_quantization(quantization: Any) -> str:
+def _quantization_problem(quantization: Any) -> str | None:
+    """bitsandbytes' is read off the weights themselves; transformers' old files lack its name."""
     settings = quantization if isinstance(quantization, dict) else {}
     method = settings.get("quant_method")
-    if method == "bitsandbytes" or settings.get("load_in_4bit"):
-        return "quantization_config is bitsandbytes: quantised bases come in a later version"
-    return f"quantization_config: quant_method {_show(method)} is not supported"
+    of_bitsandbytes = any(settings.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
+    if quantization is None or (of_bitsandbytes and method in (None, "bitsandbytes")):
+        return None
+    return (
+        f"quantization_config: quant_method {_show(method)} is not supported; expected none, or"
+        " 'bitsandbytes' with load_in_4bit or load_in_8bit"
+    )
 
 
 # ── what several fields say together ──────────────────────────────────────────────────────

@@ -23,8 +23,10 @@ from fastlora.llama.params import (
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import down, rank, up
 from fastlora.ops.attention import attention
+from fastlora.ops.dequantize import dense
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
+from fastlora.ops.frozen_linear import frozen_linear
 from fastlora.ops.lora_linear import down_projections, lora_linear
 from fastlora.ops.lora_swiglu import lora_swiglu, takes
 from fastlora.ops.qat_linear import qat_linear
@@ -97,7 +99,7 @@ def project(
             lora, scaling = adapter[name], scalings[name]
             out.append(adapted_linear(x, inputs.get(name), low[name], linear, lora, scaling))
         else:
-            out.append(F.linear(x, linear["weight"], linear.get("bias")))
+            out.append(frozen_linear(x, linear["weight"], linear.get("bias")))
     return out
 
 
@@ -146,7 +148,8 @@ def adapted_linear(
     """One projection with its low-rank term, in x.dtype; vectors enter in their own, wider one."""
     weight, bias = linear["weight"], linear.get("bias")
     if isinstance(lora, DoRA):
-        norms = row_norms(weight, down(lora, linear), up(lora, linear), scaling)
+        matrix = dense(weight, x.dtype)
+        norms = row_norms(matrix, down(lora, linear), up(lora, linear), scaling)
         return dora_linear(x, dropped, low, linear, lora, lora.magnitude / norms, scaling)
     y = lora_linear(x, low, weight, bias, up(lora, linear), scaling)
     return (y + scaling * lora.bias).to(x.dtype) if isinstance(lora, BiasedLoRA) else y
@@ -180,7 +183,7 @@ def _frozen(
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
     """The base's product less that of its start factors."""
-    y = F.linear(x, linear["weight"], bias)
+    y = frozen_linear(x, linear["weight"], bias)
     if "start" not in linear:
         return y
     return y - scaling * F.linear(F.linear(x, linear["start"].a), linear["start"].b)
@@ -195,6 +198,7 @@ def _quantised(
 ) -> Float[Tensor, "b t d_out"]:
     """One projection as merging and quantising would leave it, adapted or not."""
     weight, bias = linear["weight"], linear.get("bias")
+    assert isinstance(weight, Tensor), "lora() refuses qat_scheme over a quantised base"
     if lora is None:
         return qat_linear(x, weight, bias, None, None, None, scaling, scheme)
     if isinstance(lora, BiasedLoRA):
@@ -301,7 +305,7 @@ def _fused_mlp(
     """SwiGLU with the low-rank terms of gate and up inside its kernel, then the down projection."""
     names, scalings = ["gate_proj", "up_proj"], dict(spec.scalings)
     low_g, low_u = _low(x, _dropped(x, names, spec, key), names, params, adapter)
-    g, u = (F.linear(x, params[name]["weight"], params[name].get("bias")) for name in names)
+    g, u = (frozen_linear(x, params[name]["weight"], params[name].get("bias")) for name in names)
     b_g, b_u = (up(adapter[name], params[name]) for name in names)
     s_g, s_u = (scalings[name] for name in names)
     own, linear = adapter.get("down_proj"), params["down_proj"]

@@ -4,12 +4,14 @@ Base and adapter are pytrees whose every leaf is a tensor: what a model lacks (a
 head) is an absent key, never None, so torch.utils._pytree and torch.func take them as they are.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.llama.config import LlamaConfig
+from fastlora.quantized import Quantized, Weight
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names on disk
 # Key in the trees -> the same, of the two ends of the model.
@@ -41,7 +43,7 @@ class LoRA(NamedTuple):
 class Linear(TypedDict):
     """One frozen linear layer, in torch's [out, in] layout."""
 
-    weight: Float[Tensor, "d_out d_in"]
+    weight: Weight  # [d_out, d_in], dense or quantised
     bias: NotRequired[Float[Tensor, "d_out"]]
     start: NotRequired[LoRA]  # frozen too; subtracted wherever an adapter is (llama/start.py)
 
@@ -190,19 +192,38 @@ def base_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def base_from_tensors(config: LlamaConfig, tensors: dict[str, Tensor]) -> Base:
-    """The tree, from tensors under their names on disk. No tensor is copied."""
-    base = Base(
-        embed_tokens=tensors["model.embed_tokens.weight"],
-        layers=tuple(_layer(config, i, tensors) for i in range(config.num_hidden_layers)),
-        norm=tensors["model.norm.weight"],
-    )
+def projection_weights(config: LlamaConfig) -> list[str]:
+    """Names on disk of all projections' matrices: what `load_in_4bit` puts into 4 bits."""
+    return [
+        f"{projection_path(layer, name)}.weight"
+        for layer in range(config.num_hidden_layers)
+        for name in layer_targets(config, layer)
+        if name in PROJECTIONS
+    ]
+
+
+def is_quantized(base: Base) -> bool:
+    """Whether any projection is in 4 or 8 bits."""
+    linears = (p[n] for p in base["layers"] for n in PROJECTIONS if n in p)
+    return any(isinstance(linear["weight"], Quantized) for linear in linears)
+
+
+def base_from_tensors(config: LlamaConfig, tensors: Mapping[str, Weight]) -> Base:
+    """The tree, from tensors under their names on disk. No tensor is copied.
+
+    A projection's may be quantised.
+    """
+    whole: dict[str, Any] = {
+        "embed_tokens": tensors["model.embed_tokens.weight"],
+        "layers": tuple(_layer(config, i, tensors) for i in range(config.num_hidden_layers)),
+        "norm": tensors["model.norm.weight"],
+    }
     if not config.tie_word_embeddings:
-        base["lm_head"] = tensors["lm_head.weight"]
-    return base
+        whole["lm_head"] = tensors["lm_head.weight"]
+    return Base(**whole)
 
 
-def _layer(config: LlamaConfig, layer: int, tensors: dict[str, Tensor]) -> LayerParams:
+def _layer(config: LlamaConfig, layer: int, tensors: Mapping[str, Weight]) -> LayerParams:
     params: LayerParams = {}
     for path, (name, _) in layer_tensors(config, layer).items():
         if len(path) == 1:
@@ -212,9 +233,15 @@ def _layer(config: LlamaConfig, layer: int, tensors: dict[str, Tensor]) -> Layer
     return params
 
 
-def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Tensor]:
-    """The inverse of `base_from_tensors`: name on disk -> tensor, views of the tree's leaves."""
-    tensors = {"model.embed_tokens.weight": base["embed_tokens"], "model.norm.weight": base["norm"]}
+def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Any]:
+    """The inverse of `base_from_tensors`: name on disk -> tensor, views of the tree's leaves.
+
+    A quantised projection's is its record.
+    """
+    tensors: dict[str, Any] = {
+        "model.embed_tokens.weight": base["embed_tokens"],
+        "model.norm.weight": base["norm"],
+    }
     for i, params in enumerate(base["layers"]):
         for path, (name, _) in layer_tensors(config, i).items():
             leaf = params[path[0]]

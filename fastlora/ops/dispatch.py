@@ -31,13 +31,14 @@ def plain(*frozen: Tensor | None) -> bool:
 
 
 @cache
-def _triton_installed() -> bool:
+def triton_installed() -> bool:
+    """Whether kernels can be written at all; nothing is imported."""
     return find_spec("triton") is not None
 
 
 def kernel_problem(device: torch.device) -> str | None:
     """Why a Triton kernel cannot run on a device, and the cure; None where it can."""
-    if not _triton_installed():
+    if not triton_installed():
         return 'kernels="triton" needs triton, which is not installed; pip install triton'
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:

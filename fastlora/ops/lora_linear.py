@@ -12,7 +12,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.dequantize import dense
 from fastlora.ops.dispatch import plain
+from fastlora.ops.frozen_linear import backward_product, frozen_linear_reference
+from fastlora.quantized import Weight, from_parts, parts, shape_of
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
 
@@ -20,13 +23,13 @@ from fastlora.ops.dispatch import plain
 def lora_linear_reference(
     x: Float[Tensor, "*n d_in"],
     low: Float[Tensor, "*n r"],
-    weight: Float[Tensor, "d_out d_in"],
+    weight: Weight,
     bias: Float[Tensor, "d_out"] | None,
     b: Float[Tensor, "d_out r"],
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
     """The specification, differentiable in every argument any number of times."""
-    return F.linear(x, weight, bias) + scaling * F.linear(low, b)
+    return frozen_linear_reference(x, weight, bias) + scaling * F.linear(low, b)
 
 
 # ── 2. op and derivative ──────────────────────────────────────────────────────────────────
@@ -39,11 +42,12 @@ def lora_linear_reference(
 # small term's pass over the output is a write where the other order reads and writes.
 # Its derivative is an autograd.Function around the raw op, not torch.library.register_autograd: a
 # compiled graph then holds the op alone, without a Python frame per call (112 calls a 1B step,
-# where the host has some 25 ms for the forward pass).
+# where the host has some 25 ms for the forward pass). A quantised weight comes as its parts, and is
+# a matrix within the op alone (frozen_linear.py says why).
 
 torch.library.define(
     "fastlora::lora_linear",
-    "(Tensor x, Tensor low, Tensor weight, Tensor? bias, Tensor b, float scaling) -> Tensor",
+    "(Tensor x, Tensor low, Tensor[] weight, Tensor? bias, Tensor b, float scaling) -> Tensor",
 )
 
 
@@ -53,29 +57,29 @@ def _lora_linear(x, low, weight, bias, b, scaling):
         y = torch.addmm(low.new_empty(1), low, b.t(), beta=0, alpha=scaling)
     else:
         y = torch.addmm(bias, low, b.t(), alpha=scaling)
-    return y.addmm_(x, weight.t())
+    return y.addmm_(x, dense(from_parts(weight), x.dtype).t())
 
 
 @torch.library.register_fake("fastlora::lora_linear")
 def _(x, low, weight, bias, b, scaling):
-    return x.new_empty(x.shape[0], weight.shape[0])
+    return x.new_empty(x.shape[0], shape_of(from_parts(weight))[0])
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, weight, bias, b, scaling):
-        ctx.save_for_backward(low, weight, b)
+    def forward(ctx, x, low, bias, b, scaling, *weight):
+        ctx.save_for_backward(low, b, *weight)
         ctx.scaling = scaling
-        return torch.ops.fastlora.lora_linear(x, low, weight, bias, b, scaling)
+        return torch.ops.fastlora.lora_linear(x, low, list(weight), bias, b, scaling)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        low, weight, b = ctx.saved_tensors
-        dx = torch.mm(dy, weight) if ctx.needs_input_grad[0] else None
+        low, b, *weight = ctx.saved_tensors
+        dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
         dlow = torch.mm(dy, b) * ctx.scaling
         db = torch.mm(dy.t(), low) * ctx.scaling
-        dbias = dy.sum(0) if ctx.needs_input_grad[3] else None
-        return dx, dlow, None, dbias, db, None  # the weight is frozen
+        dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, dlow, dbias, db, None, *(None for _ in weight)  # the weight is frozen
 
 
 # ── 3. what the model calls ───────────────────────────────────────────────────────────────
@@ -96,23 +100,23 @@ def down_projections(
 def lora_linear(
     x: Float[Tensor, "*n d_in"],
     low: Float[Tensor, "*n r"],
-    weight: Float[Tensor, "d_out d_in"],
+    weight: Weight,
     bias: Float[Tensor, "d_out"] | None,
     b: Float[Tensor, "d_out r"],
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
-    """The adapted projection, in x.dtype; every tensor has that dtype.
+    """The adapted projection, in x.dtype; every tensor but a quantised weight's has that dtype.
 
     Args:
         x: input of the base product.
         low: x (dropped out, where dropout is on) times A', from `down_projections`.
-        weight: frozen base matrix.
+        weight: frozen base matrix, dense or quantised.
         bias: of the base, or None; receives a gradient where it asks for one.
         b: up projection.
         scaling: factor of the low-rank term (alpha / r).
     """
-    if plain(weight):
+    if plain(*parts(weight)):
         return lora_linear_reference(x, low, weight, bias, b, scaling)
     flat, flat_low = x.reshape(-1, x.shape[-1]), low.reshape(-1, low.shape[-1])
-    y = _LoRALinear.apply(flat, flat_low, weight, bias, b, scaling)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y = _LoRALinear.apply(flat, flat_low, bias, b, scaling, *parts(weight))
+    return y.view(*x.shape[:-1], shape_of(weight)[0])  # pyright: ignore

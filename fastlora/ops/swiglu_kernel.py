@@ -100,7 +100,7 @@ def _swiglu_backward_kernel(
 # backward pass with its sums 326 µs at (32, 64, 4) and 8 chunks, where Inductor's and the products
 # take some 472 (scripts/bench_results/2026-11-26-swiglu-kernel.txt).
 
-_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4)
+_FORWARD, _BACKWARD = (32, 128, 4), (32, 64, 4)
 _CHUNKS = 8
 
 

@@ -130,7 +130,7 @@ def test_the_operator_is_well_formed():
     for given in (bias, None):
         torch.library.opcheck(
             torch.ops.fastlora.lora_linear.default,
-            (x, low, weight, given, b, SCALING),
+            (x, low, [weight], given, b, SCALING),
             test_utils=("test_schema", "test_faketensor"),
         )
 

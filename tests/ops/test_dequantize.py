@@ -1,0 +1,146 @@
+"""Dequantisation: the reference, the op and the kernel all give bitsandbytes' bits.
+
+Without a GPU the kernel runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+"""
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+
+from fastlora.ops.dequantize import dense, dequantize, dequantize_reference
+from fastlora.quantized import (
+    BLOCK,
+    NestedAbsmax,
+    Weight4bit,
+    Weight8bit,
+    dequantize_by_bitsandbytes,
+    from_parts,
+    nf4_rounded,
+    parts,
+    quant_type,
+    quantize_4bit,
+    shape_of,
+)
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Blocks that cross rows, a last block in part, more than one nested block, an odd number of values.
+SHAPES = [(64, 64), (33, 8), (1, 2), (300, 130), (33, 7), (5, 5), (1, 1)]
+KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
+
+
+def drawn(shape, dtype, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    return (0.02 * torch.randn(*shape, generator=gen)).to(DEVICE, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "nested"), KINDS)
+def test_bytes_statistics_and_values_are_bitsandbytes_own(kind, nested, shape, dtype):
+    weight = drawn(shape, dtype)
+    packed, state = bnb.quantize_4bit(
+        weight, blocksize=64, compress_statistics=nested, quant_type=kind
+    )
+    record = quantize_4bit(weight, quant_type=kind, nested=nested)
+    assert shape_of(record) == shape and quant_type(record) == kind
+    assert torch.equal(record.packed, packed.flatten())
+    absmax = record.absmax.values if isinstance(record.absmax, NestedAbsmax) else record.absmax
+    assert torch.equal(absmax, state.absmax)
+    if isinstance(record.absmax, NestedAbsmax):
+        own = (state.state2.absmax, state.state2.code, state.offset)
+        assert all(map(torch.equal, record.absmax[1:], own))
+    wanted = bnb.dequantize_4bit(packed, state).reshape(shape)  # of one byte it is transposed
+    for found in (dequantize(record, dtype), dequantize_reference(record, dtype)):
+        assert found.dtype == dtype and torch.equal(found, wanted)
+    assert torch.equal(dequantize_by_bitsandbytes(record), wanted)
+    for wide in (torch.float32, torch.float64):  # rounded to its own dtype first
+        assert torch.equal(dequantize(record, wide), wanted.to(wide))
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if CUDA or d != torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("kind", "nested"), KINDS)
+def test_kernel_gives_bitsandbytes_bits(kind, nested, shape, dtype):
+    pytest.importorskip("triton", reason="requirements-test.txt has triton")
+    from fastlora.ops.dequantize_kernel import dequantize_4bit
+
+    weight = drawn(shape, dtype)
+    record = quantize_4bit(weight, quant_type=kind, nested=nested)
+    found = dequantize_4bit(record, dtype)
+    assert found.shape == shape and torch.equal(found, dequantize_by_bitsandbytes(record))
+    assert torch.equal(dequantize_4bit(record, torch.float32), found.float())
+
+
+def test_a_block_of_zeros_stays_zero():
+    weight = drawn((4, 64), torch.float32)
+    weight[1] = 0
+    for nested in (True, False):
+        record = quantize_4bit(weight, nested=nested)
+        found = dequantize(record, torch.float32)
+        assert torch.equal(found, dequantize_by_bitsandbytes(record))
+        assert found[1].abs().max() <= (1e-2 if nested else 0)  # an 8-bit scale is not quite zero
+
+
+def test_other_block_sizes_are_read():
+    weight = drawn((32, 64), torch.float32)
+    for block in (32, 128, 4096):
+        packed, state = bnb.quantize_4bit(
+            weight, blocksize=block, compress_statistics=False, quant_type="nf4"
+        )
+        form = torch.empty(32, 64, block, 0)
+        record = Weight4bit(packed.flatten(), state.code, form, state.absmax)
+        assert torch.equal(dequantize(record, torch.float32), bnb.dequantize_4bit(packed, state))
+
+
+def test_int8_is_bitsandbytes_own():
+    gen = torch.Generator().manual_seed(0)
+    values = torch.randint(-127, 128, (33, 7), generator=gen, dtype=torch.int8)
+    scale = torch.rand(33, generator=gen)
+    record = Weight8bit(values, scale)
+    wanted = bnb.int8_vectorwise_dequant(values, scale)
+    assert shape_of(record) == (33, 7)
+    assert torch.equal(dequantize(record, torch.float32), wanted)
+    assert torch.equal(dequantize(record, torch.bfloat16), wanted.bfloat16())
+    assert torch.equal(dequantize_by_bitsandbytes(record), wanted)
+
+
+def test_parts_and_back():
+    weight = drawn((4, 64), torch.float32)
+    eight = Weight8bit(weight.to(torch.int8), weight[:, 0].contiguous())
+    for record in (weight, eight, quantize_4bit(weight), quantize_4bit(weight, nested=False)):
+        again = from_parts(parts(record))
+        assert type(again) is type(record)
+        assert all(a is b for a, b in zip(parts(again), parts(record), strict=True))
+    assert dense(weight, torch.bfloat16) is weight
+
+
+def test_nothing_of_a_record_is_larger_than_its_bytes():
+    """The empty tensor that tells the shape takes no memory, there or on another device."""
+    record = quantize_4bit(drawn((256, 256), torch.bfloat16))
+    size = lambda t: t.untyped_storage().nbytes()
+    assert size(record.form) == 0 and record.form.to("meta").numel() == 0
+    of_blocks = record.packed.numel() // (BLOCK // 2)
+    assert sum(map(size, parts(record))) <= record.packed.numel() + of_blocks + 2048
+
+
+def test_nf4_rounding_errs_by_what_is_known():
+    weight = drawn((256, 256), torch.float32)
+    error = (nf4_rounded(weight) - weight).square().mean().sqrt() / weight.square().mean().sqrt()
+    assert 0.085 < error < 0.1  # 0.092: peft-format.md, section 4
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_it_composes_with_torch_func(nested):
+    """A frozen matrix stands still under every transform of what it multiplies."""
+    record = quantize_4bit(drawn((8, 6), torch.float32), nested=nested)
+    plain, x = dequantize(record, torch.float32), torch.linspace(-1, 1, 6, device=DEVICE)
+    run = lambda weight: lambda x: (weight() @ x).square().sum()
+    ours, theirs = run(lambda: dequantize(record, torch.float32)), run(lambda: plain)
+    torch.testing.assert_close(torch.func.grad(ours)(x), torch.func.grad(theirs)(x))
+    stack = torch.stack([x, 2 * x])
+    per_row = lambda f: torch.vmap(torch.func.grad(f))(stack)
+    torch.testing.assert_close(per_row(ours), per_row(theirs))
+    torch.testing.assert_close(torch.func.jvp(ours, (x,), (x,)), torch.func.jvp(theirs, (x,), (x,)))
+    torch.testing.assert_close(torch.func.hessian(ours)(x), torch.func.hessian(theirs)(x))
