@@ -2,13 +2,16 @@
 
     python scripts/bench.py --shape 1b                   # every recompute policy, and the peers
     python scripts/bench.py --shape 8b --recompute none full --peers hf --out results.jsonl
+    python scripts/bench.py --shape 8b --load-in-4bit --batch 2 --peers unsloth-gc liger-gc
 
 One setting, one process. Every step: the same random tokens, labels = tokens, forward, backward,
 fused AdamW on r = 16 adapters of all seven projections. Steps run back to back, as in training; a
 CUDA event after each gives its time. Median of --steps after --warm; spread is the slowest step
-less the fastest. The peer is transformers + PEFT, with the same work, plain ("hf"), with gradient
-checkpointing ("hf-gc") and compiled ("hf-compile"); "probe" is bench_results/probe.py, the same
-step written as plainly as torch.compile allows. Ours keeps adapters in fp32, the others in bf16.
+less the fastest. The peers do the same work: transformers + PEFT ("hf"), compiled ("hf-compile"),
+with Liger's kernels ("liger"), and Unsloth ("unsloth"); with "-gc" after it, with gradient
+checkpointing. "probe" is bench_results/probe.py, the same step written as plainly as torch.compile
+allows. Ours keeps adapters in fp32, Unsloth over a base in 4 bits too, the others in bf16. Unsloth
+wants a tokenizer beside the checkpoint.
 """
 
 import argparse
@@ -34,11 +37,12 @@ from fastlora import functional as FL
 
 POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+OPTIONS = ("use_dora", "lora_bias", "load_in_4bit")
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
 def ours(args: argparse.Namespace) -> Step:
-    model, _ = fastlora.load(str(args.folder))
+    model, _ = fastlora.load(str(args.folder), load_in_4bit=args.load_in_4bit)
     recompute: Any = float(args.one) if args.one[0].isdigit() else args.one
     more: dict[str, Any] = {name: True for name in ("use_dora", "lora_bias") if getattr(args, name)}
     model = fastlora.lora(model, r=args.rank, lora_alpha=args.rank, recompute=recompute, **more)
@@ -65,20 +69,7 @@ def probe(args: argparse.Namespace) -> Step:
 
 
 def peer(args: argparse.Namespace) -> Step:
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  only where a peer runs
-    from transformers import AutoModelForCausalLM  # noqa: PLC0415
-
-    model = AutoModelForCausalLM.from_pretrained(
-        args.folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa"
-    )
-    model.config.use_cache = False
-    if args.one == "hf-gc":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    config = LoraConfig(
-        r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    model = get_peft_model(model, config, autocast_adapter_dtype=False).train()
+    model = _unsloth(args) if args.one.startswith("unsloth") else _transformers(args)
     params = [p for p in model.parameters() if p.requires_grad]
     run = torch.compile(model) if args.one == "hf-compile" else model
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
@@ -93,13 +84,64 @@ def peer(args: argparse.Namespace) -> Step:
     return step
 
 
+def _transformers(args: argparse.Namespace) -> Any:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  only where a peer runs
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: PLC0415
+
+    if args.one.startswith("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama  # noqa: PLC0415
+
+        apply_liger_kernel_to_llama()
+    more = {}
+    if args.load_in_4bit:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa", **more
+    )
+    model.config.use_cache = False
+    if args.one.endswith("-gc"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    config = LoraConfig(
+        r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
+    )
+    return get_peft_model(model, config, autocast_adapter_dtype=False).train()
+
+
+def _unsloth(args: argparse.Namespace) -> Any:
+    from unsloth import FastLanguageModel  # noqa: PLC0415  patches transformers on import
+
+    model, _ = FastLanguageModel.from_pretrained(
+        str(args.folder),
+        max_seq_length=args.seq,
+        load_in_4bit=args.load_in_4bit,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+    )
+    return FastLanguageModel.get_peft_model(
+        model,
+        r=args.rank,
+        lora_alpha=args.rank,
+        target_modules=TARGETS,
+        lora_dropout=0,
+        bias="none",
+        use_gradient_checkpointing="unsloth" if args.one.endswith("-gc") else False,
+    ).train()
+
+
 def measure(args: argparse.Namespace) -> dict:
     """One setting, in this process."""
-    make = probe if args.one == "probe" else peer if args.one.startswith("hf") else ours
+    peers = ("hf", "liger", "unsloth")
+    make = probe if args.one == "probe" else peer if args.one.startswith(peers) else ours
     start = time.perf_counter()
     step = make(args)
     torch.cuda.synchronize()
-    load = time.perf_counter() - start
+    load, of_loading = time.perf_counter() - start, torch.cuda.max_memory_allocated()
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, 128256, (args.batch, args.seq), generator=generator).cuda()
     start = time.perf_counter()
@@ -126,6 +168,7 @@ def measure(args: argparse.Namespace) -> dict:
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "first_s": round(first, 1),
         "load_s": round(load, 1),
+        "load_gib": round(of_loading / 2**30, 2),
         "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],
     }
 
@@ -134,7 +177,7 @@ def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict
     command = [sys.executable, __file__, "--one", setting, "--folder", str(folder)]
     for name in ("shape", "batch", "seq", "rank", "steps", "warm", "kernels"):
         command += [f"--{name}", str(getattr(args, name))]
-    command += [f"--{n.replace('_', '-')}" for n in ("use_dora", "lora_bias") if getattr(args, n)]
+    command += [f"--{n.replace('_', '-')}" for n in OPTIONS if getattr(args, n)]
     with tempfile.TemporaryDirectory() as cold:  # a compile cache of its own: first steps are cold
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cold}
         if args.cache:
@@ -142,16 +185,17 @@ def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict
         done = subprocess.run(command, capture_output=True, text=True, env=env)
     lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
     if not lines:
-        return {"setting": setting, "error": done.stderr.strip().splitlines()[-1:]}
+        return {"setting": setting, "error": done.stderr.strip().splitlines()[-3:]}
     return json.loads(lines[0].removeprefix("RESULT "))
 
 
 def how(args: argparse.Namespace) -> dict:
     """What a line of results must say beside the setting."""
     device = torch.cuda.get_device_name()
-    options = {n: True for n in ("use_dora", "lora_bias") if getattr(args, n)}
+    options = {n: True for n in OPTIONS if getattr(args, n)}
     versions = {"torch": torch.__version__, "device": device}
-    return {"shape": args.shape, "kernels": args.kernels} | options | versions
+    sizes = {"shape": args.shape, "batch": args.batch, "seq": args.seq, "kernels": args.kernels}
+    return sizes | options | versions
 
 
 def report(rows: list[dict], args: argparse.Namespace) -> None:
@@ -177,8 +221,8 @@ def main() -> None:
     parser.add_argument("--recompute", nargs="*", default=POLICIES)
     parser.add_argument("--peers", nargs="*", default=["probe", "hf", "hf-gc"])
     parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
-    parser.add_argument("--use-dora", action="store_true")
-    parser.add_argument("--lora-bias", action="store_true")
+    for name in OPTIONS:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
