@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,7 @@ def _transformers(args: argparse.Namespace) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: PLC0415
 
     if args.one.startswith("liger"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama  # noqa: PLC0415
-
-        apply_liger_kernel_to_llama()
+        import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
     more = {}
     if args.load_in_4bit:
         more["quantization_config"] = BitsAndBytesConfig(
@@ -114,16 +113,15 @@ def _transformers(args: argparse.Namespace) -> Any:
 
 
 def _unsloth(args: argparse.Namespace) -> Any:
-    from unsloth import FastLanguageModel  # noqa: PLC0415  patches transformers on import
-
-    model, _ = FastLanguageModel.from_pretrained(
+    of_unsloth = import_module("unsloth").FastLanguageModel  # patches transformers on import
+    model, _ = of_unsloth.from_pretrained(
         str(args.folder),
         max_seq_length=args.seq,
         load_in_4bit=args.load_in_4bit,
         dtype=torch.bfloat16,
         local_files_only=True,
     )
-    return FastLanguageModel.get_peft_model(
+    return of_unsloth.get_peft_model(
         model,
         r=args.rank,
         lora_alpha=args.rank,

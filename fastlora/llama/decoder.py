@@ -13,7 +13,7 @@ from fastlora.llama.compiled import compiled, compiles
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.embedding import embed
 from fastlora.llama.layer import layer_spec
-from fastlora.llama.offload import HostStash
+from fastlora.llama.offload import Copies, HostStash
 from fastlora.llama.params import Adapter, Base, LayerAdapter, with_replaced
 from fastlora.llama.positions import (
     attention_mask_2d,
@@ -24,7 +24,7 @@ from fastlora.llama.positions import (
 from fastlora.llama.recompute import decoder_layer, layer_levels
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import cast_start
-from fastlora.ops.cast import cast
+from fastlora.ops.cast import cast, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.dropout import fold
 from fastlora.ops.rms_norm import rms_norm
@@ -90,7 +90,7 @@ def hidden_states(
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
             # Else the first adapted layer alone would see an input without gradient, and compile by
             # itself: twice the compile time, to save one layer its input gradients of q, k and v.
-            x.requires_grad_(requires_grad(adapters[i]))
+            x = _attached(x) if requires_grad(adapters[i]) else x
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
         lora, mask = product_dtype(adapters[i], spec, x.dtype), at.masks[config.layer_types[i]]
         layer_key = None if key is None else fold(key, i)
@@ -99,8 +99,28 @@ def hidden_states(
         run = partial(
             _run, decoder_layer, rest, (layer_spec(spec, i, fused=fused), level), use_compiled
         )
-        x = run(x) if stash is None else stash.run(run, x)
+        if stash is None:
+            x = run(x)
+        else:
+            x = stash.run(run, x, Copies(matrices_of(adapters[i]), matrices_of(lora)))
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+
+
+class _Attached(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None
+
+
+def _attached(x: Tensor) -> Tensor:
+    """x as a tensor that requires a gradient, which nobody gets. Not x.requires_grad_(): the graph
+    would keep a leaf to its end."""
+    anchor = torch.empty((), device=x.device, requires_grad=True)
+    return _Attached.apply(x, anchor)  # pyright: ignore[reportReturnType]
 
 
 def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor) -> Tensor:

@@ -18,19 +18,25 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dtype, *leaves):
         ctx.dtypes = [x.dtype for x in leaves]
-        return _copied(leaves, [dtype] * len(leaves))
+        return copied(leaves, [dtype] * len(leaves))
 
     @staticmethod
     def backward(ctx, *grads):
         if torch.is_grad_enabled():  # create_graph=True
             return None, *(g.to(d) for g, d in zip(grads, ctx.dtypes, strict=True))
-        return None, *_copied(grads, ctx.dtypes)
+        return None, *copied(grads, ctx.dtypes)
 
 
-def _copied(sources: Any, dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
+def copied(sources: Any, dtypes: list[torch.dtype]) -> tuple[Tensor, ...]:
+    """The tensors in other dtypes, in one launch. No gradient flows."""
     copies = [torch.empty_like(x, dtype=d) for x, d in zip(sources, dtypes, strict=True)]
     torch._foreach_copy_(copies, list(sources))  # pyright: ignore[reportPrivateImportUsage]
     return tuple(copies)
+
+
+def matrices_of(adapter: LayerTensors) -> list[Tensor]:
+    """What `cast` casts, in order."""
+    return [x for record in adapter.values() for x in record if x.dim() >= 2]
 
 
 def cast(adapter: LayerTensors, dtype: torch.dtype) -> LayerTensors:
@@ -40,7 +46,7 @@ def cast(adapter: LayerTensors, dtype: torch.dtype) -> LayerTensors:
     Gradients come back in each tensor's own dtype. Walked by hand: torch's tree_flatten of 16 such
     layers cost the host 2 ms of a step.
     """
-    matrices = [x for record in adapter.values() for x in record if x.dim() >= 2]
+    matrices = matrices_of(adapter)
     if all(x.dtype == dtype for x in matrices):
         return adapter
     if transforms_active() or torch.compiler.is_compiling():

@@ -44,7 +44,7 @@ def _dequantize_kernel(
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
 
-_BYTES, _WARPS = 2048, 4
+_BYTES, _WARPS = 2048, 8
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 

@@ -42,8 +42,8 @@ torch.library.define(
 )
 torch.library.define(
     "fastlora::lora_swiglu_backward",
-    "(Tensor dh, Tensor? dlow, Tensor? a, Tensor g, Tensor u, Tensor low_g, Tensor low_u,"
-    " Tensor b_g, Tensor b_u, float scaling_g, float scaling_u) -> (Tensor, Tensor, Tensor)",
+    "(Tensor(a!) dh, Tensor? dlow, Tensor? a, Tensor g, Tensor u, Tensor low_g, Tensor low_u,"
+    " Tensor b_g, Tensor b_u, float scaling_g, float scaling_u) -> (Tensor, Tensor)",
 )
 
 
@@ -56,9 +56,9 @@ def _lora_swiglu(*args):
 
 @torch.library.impl("fastlora::lora_swiglu_backward", "CompositeExplicitAutograd")
 def _lora_swiglu_backward(*args):
-    from fastlora.ops.swiglu_kernel import swiglu_backward  # noqa: PLC0415  imports triton
+    from fastlora.ops.swiglu_kernel import swiglu_backward_  # noqa: PLC0415  imports triton
 
-    return swiglu_backward(*args)
+    return swiglu_backward_(*args)
 
 
 @torch.library.register_fake("fastlora::lora_swiglu")
@@ -71,7 +71,7 @@ def _(dh, dlow, a, g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u):
     ranks = [low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]]
     r = max(16, 1 << (max(ranks) - 1).bit_length())
     sums = g.new_empty((3, g.shape[1], r), dtype=torch.float32)
-    return torch.empty_like(g), torch.empty_like(u), sums
+    return torch.empty_like(u), sums
 
 
 class _LoRASwiGLU(torch.autograd.Function):
@@ -92,9 +92,13 @@ class _LoRASwiGLU(torch.autograd.Function):
             )
         g, u, low_g, low_u, b_g, b_u, a = ctx.saved_tensors
         scaling_g, scaling_u = ctx.scalings
-        dh = torch.zeros_like(g) if dh is None else dh
-        dg, du, sums = torch.ops.fastlora.lora_swiglu_backward(
-            dh, dlow, None if dlow is None else a, g, u, low_g, low_u, b_g, b_u, *ctx.scalings
+        # The kernel writes dg over h's gradient: of five tensors of the MLP's width, which are a
+        # layer's peak, four are left. A compiled graph knows whether that one is still wanted.
+        dg = torch.zeros_like(g) if dh is None else dh
+        tracing = torch.compiler.is_compiling()
+        dg = dg.contiguous() if tracing else dg.clone(memory_format=torch.contiguous_format)
+        du, sums = torch.ops.fastlora.lora_swiglu_backward(
+            dg, dlow, None if dlow is None else a, g, u, low_g, low_u, b_g, b_u, *ctx.scalings
         )
         part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
         dlow_g, dlow_u = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u

@@ -46,7 +46,7 @@ def _swiglu_kernel(
 @triton.jit
 def _swiglu_backward_kernel(
     dh_ptr, dlow_ptr, a_ptr, g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr,
-    dg_ptr, du_ptr, sums_ptr,
+    du_ptr, sums_ptr,
     n, f, r_g, r_u, r_a, stride_dlow, stride_low_g, stride_low_u, scaling_g, scaling_u, chunk,
     HAS_A: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -54,7 +54,7 @@ def _swiglu_backward_kernel(
     number = tl.program_id(0) * BN + tl.arange(0, BN)
     column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
     wide, first = column.to(tl.int64), tl.program_id(1) * chunk
-    kind = dg_ptr.dtype.element_ty
+    kind = dh_ptr.dtype.element_ty
     b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
     b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
     if HAS_A:
@@ -79,7 +79,7 @@ def _swiglu_backward_kernel(
         sigmoid = tl.sigmoid(g)
         dg = (dh * u * sigmoid * (1 + g * (1 - sigmoid))).to(kind)
         du = (dh * g * sigmoid).to(kind)
-        tl.store(dg_ptr + at, dg, mask=here)
+        tl.store(dh_ptr + at, dg, mask=here)  # where this program alone has read
         tl.store(du_ptr + at, du, mask=here)
         db_g += tl.dot(tl.trans(dg), low_g, input_precision=PRECISION)
         db_u += tl.dot(tl.trans(du), low_u, input_precision=PRECISION)
@@ -100,7 +100,7 @@ def _swiglu_backward_kernel(
 # backward pass with its sums 326 µs at (32, 64, 4) and 8 chunks, where Inductor's and the products
 # take some 472 (scripts/bench_results/2026-11-26-swiglu-kernel.txt).
 
-_FORWARD, _BACKWARD = (32, 128, 4), (32, 64, 4)
+_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4)
 _CHUNKS = 8
 
 
@@ -134,7 +134,7 @@ def swiglu(
     return h
 
 
-def swiglu_backward(
+def swiglu_backward_(
     dh: Float[Tensor, "n f"],
     dlow: Float[Tensor, "n r_a"] | None,
     a: Float[Tensor, "r_a f"] | None,
@@ -146,23 +146,25 @@ def swiglu_backward(
     b_u: Float[Tensor, "f r_u"],
     scaling_g: float,
     scaling_u: float,
-) -> tuple[Float[Tensor, "n f"], Float[Tensor, "n f"], Float[Tensor, "3 f r"]]:
-    """(dg, du, sums): with dh + dlow A for h's gradient, those of g and u, in their dtype, and in
-    float32 dB_g, dB_u and dA', each padded to `rank_tile`."""
+) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"]]:
+    """(du, sums), and dg in place of dh, which is contiguous: with dh + dlow A for h's gradient,
+    those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
+    `rank_tile`."""
     (n, f), (bm, bn, warps) = g.shape, _BACKWARD
     r_g, r_u, r_a = low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]
     r = rank_tile(r_g, r_u, r_a)
     chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
     chunks = triton.cdiv(n, chunk)
-    dg, du = torch.empty_like(g), torch.empty_like(u)
+    assert dh.is_contiguous(), dh.stride()
+    du = torch.empty_like(u)
     sums = torch.empty((chunks, 3, f, r), dtype=torch.float32, device=g.device)
     if dlow is not None and dlow.stride(1) != 1:
         dlow = dlow.contiguous()
     _swiglu_backward_kernel[(triton.cdiv(f, bn), chunks)](
-        dh.contiguous(), g if dlow is None else dlow, g if a is None else a.contiguous(),
-        g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), dg, du, sums,
+        dh, g if dlow is None else dlow, g if a is None else a.contiguous(),
+        g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), du, sums,
         n, f, r_g, r_u, r_a, 0 if dlow is None else dlow.stride(0),
         low_g.stride(0), low_u.stride(0), scaling_g, scaling_u, chunk,
         HAS_A=a is not None, R=r, BM=bm, BN=bn, PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
-    return dg, du, sums.sum(0)
+    return du, sums.sum(0)
