@@ -60,6 +60,7 @@ def ours(args: argparse.Namespace) -> Step:
         for param, grad in zip(params, tree_leaves(grads), strict=True):
             param.grad = grad
         optimizer.step()
+        optimizer.zero_grad()
         return value
 
     return step
