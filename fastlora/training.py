@@ -46,15 +46,21 @@ from fastlora.gradients import value_and_grad
 from fastlora.llama.params import Adapter, projection_path
 from fastlora.llama.start import equivalent, remainders, with_start, without_start
 from fastlora.model import Model
+from fastlora.optimizers import (
+    OPTIMIZERS,
+    fresh_state,
+    make_optimizer,
+    optimizer_problems,
+    restore_state,
+    state_tensors,
+)
 from fastlora.originals import with_originals
 from fastlora.peft_keys import base_tensors_out, named_leaves, peft_state_dict
 from fastlora.tokenizer import Tokenizer
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 SCHEDULERS = ("cosine", "linear", "constant")
-_LATER_OPTIMIZERS = ("adamw_8bit", "paged_adamw_8bit")
 _LARGEST_MASK_GIB = 8
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state of one parameter
 
 Record = dict[str, Any]  # one step of the history: what `log` is called with
 
@@ -149,7 +155,7 @@ class _Learner(NamedTuple):
     """A model whose adapter is memory of its own, and the optimiser that writes to it."""
 
     model: Model
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.Optimizer
 
 
 # ── 2. the run ────────────────────────────────────────────────────────────────────────────
@@ -203,7 +209,9 @@ def train(
         warmup_ratio: share of all steps over which the rate rises from 0, rounded up.
         weight_decay: AdamW's, of A and B alike.
         max_grad_norm: longer gradients are scaled down to it; None or 0 is never.
-        optimizer: "adamw": torch's, betas (0.9, 0.999), eps 1e-8.
+        optimizer: "adamw": torch's, betas (0.9, 0.999), eps 1e-8. "adamw_8bit": its moments in 8
+            bits, through bitsandbytes. "paged_adamw_8bit": those in memory that CUDA moves to the
+            host when the GPU is full; on CUDA only.
         packing: fill sequences of exactly `model.spec.max_seq_length` tokens with whole rows that
             do not see each other; over-long plain text is split. Attention's mask takes
             batch_size x max_seq_length**2 bytes: lower max_seq_length to what is to be trained on.
@@ -221,7 +229,7 @@ def train(
     Raises:
         ValueError: listing every argument that cannot be, every row that cannot be trained on, or
             every setting in which a resumed run differs from its checkpoint.
-        NotImplementedError: for an optimiser of a later version.
+        ModuleNotFoundError: an optimiser of bitsandbytes, which is not installed.
         FileNotFoundError: no such data, or nothing to resume from.
         CheckpointError: a file of rows or a checkpoint that is broken.
         FloatingPointError: if a loss or gradient is NaN or infinite; files stay as they are.
@@ -246,15 +254,16 @@ def train(
     folder = None if output_dir is None else Path(output_dir)
     problems = _setting_problems(settings) + _model_problems(model, tokenizer)
     problems += _companion_problems(settings, eval_data, folder, resume)
+    if optimizer in OPTIMIZERS:
+        problems += optimizer_problems(optimizer, tree_leaves(model.adapter or {}))
     if folder is not None and (error := folder_error(folder, model.spec)):
         problems.append(f"output_dir: {error}")  # found out before training and not after it
     problems += _mask_problems(settings, model.spec.max_seq_length)
     if log is not None and not callable(log):
         problems.append(f"log={log!r}: expected None or a function of one dict")
     raise_problems(ValueError, "fastlora.train cannot do this:", problems, shown=20)
-    _refuse_later(optimizer)
     run = _prepare(model, tokenizer, settings, data, eval_data)
-    learner = _learner(model, weight_decay)
+    learner = _learner(model, optimizer, weight_decay)
     source = _checkpoint_to_resume(resume, folder)
     records: list[Record] = []
     if source is not None:
@@ -288,13 +297,11 @@ def _prepare(model: Model, tokenizer: Any, settings: Settings, data: Any, eval_d
     return _Run(settings, sequences(data), held_out, partial(batches, **padding))
 
 
-def _learner(model: Model, weight_decay: float) -> _Learner:
-    """AdamW over clones of the adapter's leaves, in the order of `named_leaves`."""
+def _learner(model: Model, name: str, weight_decay: float) -> _Learner:
+    """An optimiser over clones of the adapter's leaves, in the order of `named_leaves`."""
     own = model.with_adapter(tree_map(lambda x: x.detach().clone(), model.adapter))
-    leaves = _named(own.adapter).values()
-    fused = all(leaf.is_cuda for leaf in leaves)
-    # lr is set before every step. Betas and eps are torch's own defaults: (0.9, 0.999), 1e-8.
-    return _Learner(own, torch.optim.AdamW(leaves, lr=0.0, weight_decay=weight_decay, fused=fused))
+    leaves = list(_named(own.adapter).values())
+    return _Learner(own, make_optimizer(name, leaves, weight_decay))
 
 
 def _named(adapter: Adapter | None) -> dict[str, Tensor]:
@@ -459,9 +466,9 @@ def _save(
     """Adapter, moments, then the history, whose file is the seal: without it, no checkpoint."""
     learner.model.save_pretrained(folder)
     state = {
-        f"{name}.{moment}": learner.optimizer.state[leaf][moment]
+        f"{name}.{kind}": x
         for name, leaf in _named(learner.model.adapter).items()
-        for moment in _MOMENTS
+        for kind, x in state_tensors(learner.optimizer, leaf).items()
     }
     write_safetensors(folder / OPTIMIZER_FILE, state)
     write_json(folder / STATE_FILE, {"settings": identity, "history": list(records)})
@@ -490,18 +497,16 @@ def _restore(
     assert model.adapter is not None and equal is not None and spec.lora is not None
     own = peft_state_dict(equal, spec.lora) | base_tensors_out(spec, model.base)
     adapter = _read_as(folder / WEIGHTS_FILE, own)
-    likes = {"step": torch.zeros(())}
-    expected = {f"{n}.{m}": likes.get(m, leaf) for n, leaf in leaves.items() for m in _MOMENTS}
-    moments = _read_as(folder / OPTIMIZER_FILE, expected)
+    fresh = {name: fresh_state(learner.optimizer, leaf) for name, leaf in leaves.items()}
+    expected = {f"{name}.{kind}": x for name, of in fresh.items() for kind, x in of.items()}
+    saved = _read_as(folder / OPTIMIZER_FILE, expected)
     for name, leaf in leaves.items():
         stored = adapter[name]
         if leaf.dim() == 3:
             stored = unpacked(name, stored, leaf.shape[0])
         leaf.copy_(stored[tuple(slice(n) for n in leaf.shape)])  # larger where it holds a start
-    # Clones: what was read is a view of the file.
-    states = [{m: moments[f"{name}.{m}"].clone() for m in _MOMENTS} for name in leaves]
-    groups = learner.optimizer.state_dict()["param_groups"]
-    learner.optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
+        own_state = {kind: saved[f"{name}.{kind}"] for kind in fresh[name]}
+        restore_state(learner.optimizer, leaf, own_state)
     if equal is not model.adapter:
         read = {id(x): adapter[name].to(x.device, copy=True) for name, x in _named(equal).items()}
         found = remainders(tree_map(lambda x: read[id(x)], equal), model.adapter)
@@ -656,7 +661,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda x: x is None or (_is_number(x) and x >= 0),
         "a number > 0; or None or 0 for no clipping",
     ),
-    "optimizer": (lambda x: x in ("adamw", *_LATER_OPTIMIZERS), "'adamw'"),
+    "optimizer": (lambda x: x in OPTIMIZERS, " or ".join(map(repr, OPTIMIZERS))),
     "packing": (lambda x: isinstance(x, bool), "True or False"),
     "train_on": (lambda x: x in ("responses", "all"), "'responses' or 'all'"),
     "eval_every": _OPTIONAL_COUNT,
@@ -719,13 +724,6 @@ def _mask_problems(settings: Settings, length: int) -> list[str]:
         f" mask of {gib:.0f} GiB; pass fastlora.load a max_seq_length that your rows fill, such as"
         " 2048, or packing=False"
     ]
-
-
-def _refuse_later(optimizer: str) -> None:
-    if optimizer in _LATER_OPTIMIZERS:
-        raise NotImplementedError(
-            f"optimizer={optimizer!r} arrives in a later version; for now use 'adamw'."
-        )
 
 
 def _check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:

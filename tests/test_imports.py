@@ -13,7 +13,7 @@ FLOORS = [
     {"checks", "atomic", "quantized"},
     {"tokenizer", "ops"},
     {"llama"},
-    {"gradients", "checkpoint", "factors"},
+    {"gradients", "checkpoint", "factors", "optimizers"},
     {"quantized_keys", "hub"},
     {"expert_keys", "outside", "originals"},
     {"functional", "data", "bases", "peft_keys"},
