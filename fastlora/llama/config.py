@@ -111,8 +111,10 @@ class LlamaConfig:
         return cls(**read, model_type=raw["model_type"], raw_json=json.dumps(raw))
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json for a folder of this model: the file as read, with what fastlora changed."""
+        """config.json for a folder of this model in full precision: the file as read, with what
+        fastlora changed."""
         raw = json.loads(self.raw_json)
+        raw.pop("quantization_config", None)
         # Both names where both are there: transformers 5 prefers dtype, 4 reads torch_dtype.
         for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
             raw[name] = self.dtype
