@@ -23,7 +23,8 @@ def main() -> None:
     rows, heldout = read_data(given.data, given.eval_data)
     # Most CPUs compute bfloat16 slower than float32.
     dtype = "auto" if torch.cuda.is_available() else "float32"
-    base, tokenizer = fastlora.load(given.model, max_seq_length=given.max_seq_length, dtype=dtype)
+    how: dict = dict(max_seq_length=given.max_seq_length, load_in_4bit=given.load_in_4bit)
+    base, tokenizer = fastlora.load(given.model, dtype=dtype, **how)
     if tokenizer is None:
         raise SystemExit(f"{given.model} has no tokenizer.json; training on text needs one.")
     model = fastlora.lora(base, r=given.r, lora_alpha=given.r, random_state=given.seed)
@@ -102,6 +103,7 @@ def arguments() -> argparse.Namespace:
     add("--data", type=Path, default=DEMO / "train.jsonl", help="JSONL: chat, prompt, Alpaca, text")
     add("--eval-data", type=Path, help="JSONL; without it one row in twenty is held out")
     add("--output", type=Path, default=Path("runs/adapter"), help="PEFT folder to write")
+    add("--load-in-4bit", action="store_true", help="QLoRA: the base in NF4")
     add("--max-seq-length", type=int)
     add("--r", type=int, default=16)
     add("--epochs", type=float, default=2)

@@ -15,7 +15,7 @@ import fastlora
 def main() -> None:
     given = arguments()
     dtype = "auto" if torch.cuda.is_available() else "float32"  # bfloat16 is slow on most CPUs
-    model, tokenizer = fastlora.load(given.model, dtype=dtype)
+    model, tokenizer = fastlora.load(given.model, dtype=dtype, load_in_4bit=given.load_in_4bit)
     if tokenizer is None:
         raise SystemExit(f"{given.model} has no tokenizer.json; generating text needs one.")
     messages = [{"role": "user", "content": given.prompt}]
@@ -42,6 +42,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("prompt")
     add("--model", default="demo", help='"demo", a model or adapter folder, or a Hub id')
+    add("--load-in-4bit", action="store_true", help="the base in NF4")
     add("--system", help="system message")
     add("--plain", action="store_true", help="continue the prompt as it is, without chat template")
     add("--max-new-tokens", type=int, default=128)

@@ -1,10 +1,11 @@
 """What loading costs the host: peak anonymous memory, largest tensor, seconds.
 
-    python scripts/measure_load.py [--folder FOLDER] [--dtype auto] [--device cpu]
+    python scripts/measure_load.py [--folder FOLDER] [--dtype auto] [--device cpu] [--load-in-4bit]
 
-Without --folder, a random bf16 checkpoint of Llama 3.2 1B's shape (2.5 GB, in shards) is written
-to a temporary folder first, one layer at a time, and deleted afterwards. Linux only: memory is read
-from /proc.
+With --device cuda, also peak memory there; with --peer, transformers' loading of the same, after
+ours, and then ours again. Without --folder, a random bf16 checkpoint of Llama 3.2 1B's shape (2.5
+GB, in shards) is written to a temporary folder first, one layer at a time, and deleted afterwards.
+Linux only: memory is read from /proc.
 """
 
 import argparse
@@ -12,13 +13,18 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from random_checkpoint import write_checkpoint
 from torch.utils._pytree import tree_leaves
 
-from fastlora.loading import read_base
+from fastlora.bases import read_base
+from fastlora.quantized import bitsandbytes
 
 
 def main() -> None:
@@ -26,28 +32,63 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument("--peer", action="store_true", help="transformers as well")
     args = parser.parse_args()
-    if args.folder:
-        measure(args.folder, args.dtype, args.device)
-        return
     with tempfile.TemporaryDirectory() as name:
-        write_checkpoint("1b", Path(name))
-        measure(Path(name), args.dtype, args.device)
+        if not args.folder:
+            args.folder = Path(name)
+            write_checkpoint("1b", args.folder)
+        torch.ones(1, device=args.device)  # the device's own start-up is not loading
+        if args.load_in_4bit:
+            bitsandbytes()  # nor is importing it
+        measure("fastlora", partial(ours, args), args.device)
+        if args.peer:
+            measure("transformers", partial(theirs, args), args.device)
+            measure("fastlora", partial(ours, args), args.device)
 
 
-def measure(folder: Path, dtype: str, device: str) -> None:
-    wanted = None if dtype == "auto" else getattr(torch, dtype)
-    torch.ones(1, device=device)  # the device's own start-up is not loading
+def ours(args: argparse.Namespace) -> Any:
+    wanted = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    quantize = args.load_in_4bit
+    return read_base(args.folder, dtype=wanted, device=args.device, quantize=quantize)[1]
+
+
+def theirs(args: argparse.Namespace) -> Any:
+    transformers = import_module("transformers")
+    more = {}
+    if args.load_in_4bit:
+        more["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=args.dtype, device_map={"": args.device}, **more
+    )
+    return dict(model.named_parameters())
+
+
+def measure(who: str, load: Callable[[], Any], device: str) -> None:
+    cuda = device.startswith("cuda")
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     with PeakAnonymous() as memory:
         start = time.perf_counter()
-        _, base = read_base(folder, dtype=wanted, device=device)
+        base = load()
+        if cuda:
+            torch.cuda.synchronize()
         seconds = time.perf_counter() - start
     sizes = [leaf.nbytes for leaf in tree_leaves(base)]
     print(
-        f"weights {sum(sizes) / 1e9:.2f} GB, largest tensor {max(sizes) / 1e6:.0f} MB, on {device}"
+        f"{who}: {seconds:.2f} s; weights {sum(sizes) / 1e9:.2f} GB, largest tensor"
+        f" {max(sizes) / 1e6:.0f} MB, on {device}"
     )
-    print(f"peak anonymous host memory beyond the start: {memory.peak / 1e6:.0f} MB")
-    print(f"{seconds:.2f} s")
+    print(f"  peak anonymous host memory beyond the start: {memory.peak / 1e6:.0f} MB")
+    if cuda:
+        peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        print(
+            f"  {device}: peak {peak / 1e9:.3f} GB, {(peak - held) / 1e6:.0f} MB beyond what stays"
+        )
 
 
 class PeakAnonymous:

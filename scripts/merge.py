@@ -1,6 +1,7 @@
 """Fold an adapter into its base, and write a Hugging Face folder that needs no adapter.
 
 python scripts/merge.py runs/adapter runs/merged
+python scripts/merge.py runs/adapter runs/merged --load-in-4bit    # an adapter trained over 4 bits
 """
 
 import argparse
@@ -11,9 +12,18 @@ import fastlora
 
 def main() -> None:
     given = arguments()
-    model, tokenizer = fastlora.load(given.adapter, device=given.device)
-    model.save_pretrained_merged(given.output, tokenizer, save_method=given.save_method)
+    model, tokenizer = fastlora.load(
+        given.adapter, device=given.device, load_in_4bit=given.load_in_4bit
+    )
+    report = model.save_pretrained_merged(
+        given.output, tokenizer, save_method=given.save_method, base=given.base
+    )
     print(f"wrote {given.output} ({given.save_method})")
+    if report:
+        print(
+            f"the adapter was added to the {report.base} weights; read back, logits differ by at"
+            f" most {report.logit_difference:.3g} from the model in 4 bits"
+        )
 
 
 def arguments() -> argparse.Namespace:
@@ -24,6 +34,8 @@ def arguments() -> argparse.Namespace:
     add("adapter", help="adapter folder or Hub id; it names its base")
     add("output", type=Path, help="folder to write")
     add("--save-method", default="merged_16bit", choices=("merged_16bit", "merged_4bit", "lora"))
+    add("--load-in-4bit", action="store_true", help="to compare with the model that was trained so")
+    add("--base", default="auto", help='then: "original", "dequantized" or the 16-bit folder')
     add("--device", default="cpu", help="where to multiply; the CPU has the memory")
     return parser.parse_args()
 
