@@ -263,11 +263,12 @@ def _whole_tensors(
         name, index, _ = parts[key]
         if not index:
             tensors[name] = keep(name, tensor)
-            continue
-        if name not in tensors:
-            kind = dtype or DTYPES[entries[key].dtype]
-            tensors[name] = torch.empty(shapes[name], dtype=kind, device=device)
-        tensors[name][index] = tensor
+        else:
+            if name not in tensors:
+                kind = dtype or DTYPES[entries[key].dtype]
+                tensors[name] = torch.empty(shapes[name], dtype=kind, device=device)
+            tensors[name][index] = tensor
+        del tensor  # what was put into 4 bits goes before the next one comes
     return tensors
 
 

@@ -10,11 +10,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import bitsandbytes
+import bitsandbytes.functional as bnb
 import torch
 from gpu_check import SIZES, Row, relative, report, tokens
 from models import make_checkpoint  # tests/models.py
@@ -109,7 +110,7 @@ def loading(folder: Path) -> Iterator[Row]:
         off = 0
         for n in names:
             weight: Any = eight.get_parameter(n)
-            wanted = bitsandbytes.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+            wanted = bnb.int8_vectorwise_dequant(weight.data, weight.SCB)
             off += int((dequantize(own[n], torch.float32) != wanted).sum())
         yield "int8: dequantised values off", float(off), 0
 
@@ -218,7 +219,7 @@ def training() -> Iterator[Row]:
 def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check_4bit.py needs a CUDA GPU; there is none here.")
-    versions = f"torch {torch.__version__}, bitsandbytes {bitsandbytes.__version__}"
+    versions = f"torch {torch.__version__}, bitsandbytes {version('bitsandbytes')}"
     print(f"{versions}, {torch.cuda.get_device_name()}")
     wrong = report(dequantised()) + report(training())
     with tempfile.TemporaryDirectory() as name:
