@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import regex
 import torch
 
-from fastlora.bases import original
-from fastlora.checks import raise_problems
+from fastlora.bases import original, source_folder
+from fastlora.checks import CheckpointError, raise_problems
 from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
 from fastlora.factors import (
     OF_DATA,
@@ -358,8 +358,8 @@ def _quantized_problems(
     """What cannot be over a base in 4 or 8 bits."""
     saved = {*settings.outside.replaced} & {*projection_weights(config)}
     problems = [
-        f"modules_to_save: {name} is quantised, and a copy of it cannot be trained; give it LoRA,"
-        " or load the base in 16 bits."
+        f"modules_to_save: {name} is quantised: a copy would begin rounded, and PEFT has none of"
+        " such a module; give it LoRA, or load the base in 16 bits."
         for name in sorted(saved)
     ]
     if settings.qat_scheme is not None:
@@ -370,13 +370,13 @@ def _quantized_problems(
     if settings.init_lora_weights == "loftq" and loftq != (4, 1):
         problems.append(
             "loftq_config: more iterations, or other bits, would quantise the base anew; over a"
-            " base in 4 bits expected {'loftq_bits': 4, 'loftq_iter': 1}."
+            " quantised base expected {'loftq_bits': 4, 'loftq_iter': 1}."
         )
     return problems
 
 
 def _of_what_was_lost(spec: Spec, base: Base, adapter: Adapter) -> tuple[Spec, Adapter]:
-    """LoftQ over a base in 4 bits: A and B are what quantisation lost, as far as their rank goes.
+    """LoftQ over a quantised base: A and B are what quantisation lost, as far as their rank goes.
 
     The base stays, and A and B count from it as it is, as with PEFT's replace_lora_weights_loftq.
     The matrices in 16 bits are read from where the base came from.
@@ -386,11 +386,18 @@ def _of_what_was_lost(spec: Spec, base: Base, adapter: Adapter) -> tuple[Spec, A
         CheckpointError: if they are not those.
     """
     assert spec.lora is not None, spec
-    whole = original(spec.config, spec.name_or_path, torch.float32)
+    try:
+        whole = original(spec.config, source_folder(spec), base)
+    except (FileNotFoundError, CheckpointError) as error:
+        raise type(error)(
+            f"init_lora_weights='loftq' needs the matrices in 16 bits: {error} Load that checkpoint"
+            " from its folder with load_in_4bit=True."
+        ) from error
 
     def filled(layer: int, t: Target, record: AdapterRecord) -> AdapterRecord:
         kept = base["layers"][layer][t.name]["weight"]
-        lost = whole(f"{projection_path(layer, t.name)}.weight", kept) - dense(kept, torch.float32)
+        matrix = whole(f"{projection_path(layer, t.name)}.weight", kept)
+        lost = matrix.to(torch.float32) - dense(kept, torch.float32)
         a, b = (x.to(record.a) for x in largest_directions(lost, t.r, t.scaling))
         if isinstance(record, DoRA):
             norms = row_norms(_matrix(base, layer, t.name), a, b, t.scaling)

@@ -9,7 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.checkpoint import DTYPES, Entry, read_entries, read_json, scan, settle_head
+from fastlora.checkpoint import (
+    DTYPES,
+    entry_tensors,
+    read_entries,
+    read_json,
+    scan,
+    settle_head,
+)
 from fastlora.checks import CheckpointError, raise_problems
 from fastlora.expert_keys import read_model
 from fastlora.hub import find_folder
@@ -18,11 +25,12 @@ from fastlora.llama.params import (
     EMBED_TOKENS,
     Base,
     base_from_tensors,
-    base_tensors,
     projection_weights,
+    tensors_from_base,
 )
+from fastlora.llama.spec import Spec
 from fastlora.ops.dequantize import dense
-from fastlora.quantized import Weight
+from fastlora.quantized import Quantized, Weight, comes_from, shape_of
 from fastlora.quantized_keys import split_quantized
 
 
@@ -97,52 +105,61 @@ def dequantized(dtype: torch.dtype) -> Matrices:
     return lambda _, weight: dense(weight, dtype)
 
 
-def original(config: LlamaConfig, name_or_folder: str, dtype: torch.dtype) -> Matrices:
-    """Each projection as it was before it was quantised, read when asked for, in `dtype`.
+def original(config: LlamaConfig, folder: Path, base: Base) -> Matrices:
+    """Each projection as it was before it was quantised, read when asked for, in the norms' dtype.
 
     Args:
         config: the model's shape.
-        name_or_folder: what `load` was given, or the folder of the checkpoint in 16 bits. The
-            network is not asked: a Hub id must be in the cache.
-        dtype: of what is given out.
+        folder: of the checkpoint in 16 bits.
+        base: the quantised one.
 
     Raises:
-        FileNotFoundError: no such folder.
-        CheckpointError: its weights are quantised themselves, or do not fit the model.
+        CheckpointError: the folder's weights are quantised themselves, do not fit the model, or are
+            not those that this base was quantised from.
     """
-    folder = find_folder(name_or_folder, local_files_only=True)
     entries = scan(folder)
-    wanted, shapes = projection_weights(config), base_tensors(config)
+    own = tensors_from_base(config, base)
+    packed = {n: own[n] for n in projection_weights(config) if isinstance(own[n], Quantized)}
     stored = split_quantized(entries)[1]
-    problems = [f"quantised   {n} is in {stored[n].kind} there too" for n in wanted if n in stored]
-    problems += [f"missing     {n}" for n in wanted if n not in entries]
+    problems = [f"quantised   {n} is in {stored[n].kind} there too" for n in packed if n in stored]
+    problems += [f"missing     {n}" for n in packed if n not in entries]
+    there = {n: entries[n] for n in packed if n in entries and n not in stored}
     problems += [
-        f"shape       {n}: file has {entries[n].shape}, model needs {shapes[n]}"
-        for n in wanted
-        if n in entries and n not in stored and entries[n].shape != shapes[n]
+        f"other       {n}: file has {e.dtype} {e.shape}, the model {shape_of(packed[n])}"
+        for n, e in there.items()
+        if e.shape != shape_of(packed[n]) or e.dtype not in DTYPES
     ]
-    heading = f"{folder} does not hold the matrices that this base was quantised from:"
-    raise_problems(CheckpointError, heading, problems)
+    device = base["norm"].device
+    if not problems:
+        problems = [
+            f"other       {n}: not the matrix that was quantised"
+            for n, matrix in entry_tensors(there, device=device)
+            if not comes_from(packed[n], matrix)
+        ]
+    raise_problems(
+        CheckpointError,
+        f"{folder} does not hold the matrices that this base was quantised from:",
+        problems,
+        "Give the folder of that very checkpoint, in 16 bits.",
+    )
 
     def matrix(name: str, weight: Weight) -> Tensor:
-        kept = isinstance(weight, Tensor)
-        return weight if kept else _checked(entries[name], weight, dtype)
+        if isinstance(weight, Tensor):
+            return weight
+        return read_entries({name: there[name]}, device=device)[name].to(base["norm"].dtype)
 
     return matrix
 
 
-# Of the matrix, root mean square: 4 bits lose some 0.09 (NF4) or 0.12 (FP4) of one that is drawn
-# from a normal distribution, and never half of it; another matrix is off by more than 1.
-_MOST_LOST = 0.5
+def source_folder(spec: Spec) -> Path:
+    """The folder that `load` was given, or that the Hub's cache has for it; no network is asked.
 
-
-def _checked(entry: Entry, weight: Weight, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-    kept = dense(weight, torch.float32)
-    (found,) = read_entries({"": entry}, device=kept.device).values()
-    wide = found.to(torch.float32)
-    if (wide - kept).norm() > _MOST_LOST * wide.norm():
-        raise CheckpointError(
-            f"{entry.key} in {entry.path} is another matrix than the one that was quantised; give"
-            " the folder of the very checkpoint, or merge over the dequantised base."
-        )
-    return found.to(dtype)
+    Raises:
+        FileNotFoundError: if it is not there.
+    """
+    try:
+        return find_folder(spec.name_or_path, local_files_only=True)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{spec.name_or_path!r:.200}, which this model was loaded from, is not at hand."
+        ) from error

@@ -45,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > JSON_BYTES:
         raise CheckpointError(f"{path} has {size:,} bytes; expected at most {JSON_BYTES:,}.")
     try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(value, dict):
@@ -53,7 +53,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where it has a name twice. For json.loads's object_pairs_hook."""
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(name for name, _ in pairs)
@@ -115,7 +116,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     with path.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         try:
-            header = json.loads(raw.read(size), object_pairs_hook=_unique)
+            header = json.loads(raw.read(size), object_pairs_hook=unique_names)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: in its header, {first_line(error)}.") from error
     return {k: Entry(path, k, header[k]["dtype"], tuple(header[k]["shape"])) for k in keys}

@@ -217,7 +217,7 @@ def read_model(
 
     Pieces go one at a time into the tensor they are part of; on the CPU, what is one tensor in the
     file stays a view of it. A projection stored in 4 or 8 bits is a record of its bytes as they
-    are; a head or router stored so is dequantised.
+    are; a head stored so is dequantised.
 
     Args:
         folder: for messages.
@@ -238,8 +238,9 @@ def read_model(
     wrong = quantized_problems(stored, matrices)
     check_entries(folder, dense, {name: part.shape for name, part in parts.items()}, wrong)
     packed = {}
-    if quantize and not stored:
-        packed = {n: dtype or DTYPES[dense[n].dtype] for n in projection_weights(config)}
+    projections = projection_weights(config)
+    if quantize and not any(n in stored for n in projections):
+        packed = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
         check_quantizable(config, packed.values())
     keep = lambda name, tensor: quantize_4bit(tensor) if name in packed else tensor
     tensors: dict[str, Any] = _whole_tensors(dense, parts, config, device, dtype, keep)

@@ -374,17 +374,14 @@ def _corda(model: ModelT, batches: Sequence[Batch], choices: Choices) -> ModelT:
         params, dtype = model.base["layers"][i], model.base["norm"].dtype
         found.append(
             {
-                t.name: _corda_pair(_matrix(params[t.name], dtype), *covariances[n], t, choices)
+                t.name: _corda_pair(
+                    dense(params[t.name]["weight"], dtype), *covariances[n], t, choices
+                )
                 for n, ts in sources.items()
                 for t in ts
             }
         )
     return _begun(model, found, "corda")
-
-
-def _matrix(linear: Mapping[str, Any], dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-    """A projection's own, or what it is in `dtype` when dequantised."""
-    return dense(linear["weight"], dtype)
 
 
 def _covariances(rows: Rows, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
@@ -461,7 +458,7 @@ def _gradients(
         names = [t.name for t in _lora(model).targets[i]]
         total: dict[str, Tensor] = {}
         for n, x in enumerate(entered.pop()):
-            weights = {name: _matrix(base["layers"][i][name], x.dtype) for name in names}
+            weights = {name: dense(base["layers"][i][name]["weight"], x.dtype) for name in names}
             at = _at(spec, batches[n], x.dtype)
             run = partial(_layer_product, base=base, spec=spec, i=i, at=at)
             leaves = {"x": x.to(device), "weights": weights}
@@ -514,7 +511,7 @@ def _lora_ga_pair(
     if choices.scale == "stable":
         b = b * (b.shape[0] ** 0.25 / choices.stable_gamma**0.5)
     elif choices.scale == "weight_svd" and largest > 0:
-        weight = _matrix(linear, gradient.dtype).to(gradient.dtype)
+        weight = dense(linear["weight"], gradient.dtype).to(gradient.dtype)
         b = b * (torch.linalg.matrix_norm(weight, 2) / largest)
     elif choices.scale == "gd_scale":
         a, b = a / t.scaling, b / t.scaling

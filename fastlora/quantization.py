@@ -23,8 +23,8 @@ def quantize(model: ModelT) -> ModelT:
     embedding, head and norms are shared with it; a base that is quantised already is itself.
 
     Raises:
-        ValueError: for a mixture of experts, a base in float64, or an adapter that counts from
-            start factors ("pissa", ...), which belong to the base as it was.
+        ValueError: for a mixture of experts, a base in float64, an adapter that counts from start
+            factors ("pissa", ...), which belong to the base as it was, or one with a qat_scheme.
         ModuleNotFoundError: without bitsandbytes.
     """
     if is_quantized(model.base):
@@ -34,6 +34,11 @@ def quantize(model: ModelT) -> ModelT:
         raise ValueError(
             "the adapter counts from what its initialisation took out of the base; merge it first,"
             " or load the base with load_in_4bit=True and initialise there."
+        )
+    if model.spec.qat_scheme is not None:
+        raise ValueError(
+            f"qat_scheme={model.spec.qat_scheme!r} trains for another quantisation of this base;"
+            " merge the adapter first."
         )
     check_quantizable(config, [model.base["norm"].dtype])
     tensors = tensors_from_base(config, model.base)

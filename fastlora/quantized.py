@@ -123,23 +123,28 @@ def bitsandbytes(module: str = "bitsandbytes.functional") -> Any:
     try:
         return import_module(module)
     except ModuleNotFoundError as error:
-        cure = "4-bit quantisation needs bitsandbytes: pip install bitsandbytes."
+        cure = "bases in 4 bits and 8-bit optimisers need bitsandbytes: pip install bitsandbytes."
         raise ModuleNotFoundError(cure) from error
 
 
 def quantize_4bit(
-    weight: Float[Tensor, "d_out d_in"], *, quant_type: str = "nf4", nested: bool = True
+    weight: Float[Tensor, "d_out d_in"],
+    *,
+    quant_type: str = "nf4",
+    nested: bool = True,
+    block: int = BLOCK,
 ) -> Weight4bit:
-    """The matrix in 4 bits, in blocks of 64, on its own device: bitsandbytes' bytes and statistics.
+    """The matrix in 4 bits, on its own device: bitsandbytes' bytes and statistics.
 
     Args:
         weight: bfloat16, float16 or float32; the dtype is that of the dequantised matrix.
         quant_type: "nf4" or "fp4".
         nested: whether the scales are quantised too.
+        block: values that share a scale.
     """
     made, state = bitsandbytes().quantize_4bit(
         weight.detach().contiguous(),
-        blocksize=BLOCK,
+        blocksize=block,
         compress_statistics=nested,
         quant_type=quant_type,
     )
@@ -148,7 +153,7 @@ def quantize_4bit(
         own = state.state2
         absmax = NestedAbsmax(state.absmax, own.absmax, own.code, state.offset)
     rows, columns = weight.shape
-    form = empty_form((rows, columns), weight.dtype, weight.device)
+    form = empty_form((rows, columns), weight.dtype, weight.device, block)
     return Weight4bit(made.flatten(), state.code, form, absmax)
 
 
@@ -181,6 +186,28 @@ def dequantize_by_bitsandbytes(weight: Quantized) -> Float[Tensor, "d_out d_in"]
 def quant_type(weight: Weight4bit) -> str:
     """ "nf4" or "fp4": their first levels are -1 and 0. Reads the device."""
     return "nf4" if float(weight.levels[0]) < 0 else "fp4"
+
+
+# Of the values that are compared; between two devices some lie on the border of two numbers. A
+# weight that has moved by a hundredth of itself has another number in one case of fifty.
+_MOST_DIFFERING = 1e-4
+_COMPARED = 2**20  # values of each matrix, a multiple of every block: 40 ms on the CPU
+
+
+def comes_from(weight: Quantized, matrix: Float[Tensor, "d_out d_in"]) -> bool:
+    """Whether a dense matrix is the one that was quantised, as far as its bytes tell."""
+    flat = matrix.flatten()[:_COMPARED]
+    if isinstance(weight, Weight8bit):
+        numbers = matrix.to(torch.float32) * (127 / weight.scale.clamp(min=1e-30))[:, None]
+        # LLM.int8 rounds to float16 first: one number in many is the neighbour.
+        off = (numbers.round() - weight.values).abs()
+        return bool(off.isfinite().all() and off.max() <= 1 and off.mean() < 0.05)
+    kind, block = quant_type(weight), weight.form.shape[2]
+    like = quantize_4bit(
+        flat[None].to(weight.form.dtype), quant_type=kind, nested=False, block=block
+    )
+    differing = (like.packed != weight.packed[: len(like.packed)]).sum()
+    return bool(flat.isfinite().all() and differing <= _MOST_DIFFERING * len(flat))
 
 
 def nf4_rounded(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:

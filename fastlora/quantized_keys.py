@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.checkpoint import Entry, entry_tensors, read_entries
+from fastlora.checkpoint import Entry, entry_tensors, read_entries, unique_names
 from fastlora.checks import raise_problems
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import LM_HEAD, projection_weights
@@ -33,6 +33,7 @@ _STATE = ".quant_state.bitsandbytes__"
 _OF_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 _OF_8BIT = (".SCB", ".weight_format")
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what bitsandbytes dequantises
+_LARGEST = torch.finfo(torch.float32).max
 _FORMS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # What packed bytes may be stored as: FSDP moves only tensors of one dtype.
 _STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -67,7 +68,21 @@ class Stored(NamedTuple):
     """One quantised weight of a file."""
 
     entries: dict[str, Entry]  # "" is the weight's own; ".absmax", ... what stands beside it
-    kind: str  # "nf4", "fp4", "int8"
+
+    @property
+    def kind(self) -> str:
+        """ "nf4" or "fp4" (or what else a state's name says), "int8"; "mixed" is none."""
+        states = [p.removeprefix(_STATE) for p in self.entries if p.startswith(_STATE)]
+        of_8bit = [p for p in self.entries if p in _OF_8BIT]
+        of_4bit = [p for p in self.entries if p in _OF_4BIT]
+        if len(states) > 1 or (of_8bit and (states or of_4bit)):
+            return "mixed"
+        return "int8" if of_8bit else states[0] if states else "4 bits"
+
+    @property
+    def state(self) -> Entry | None:
+        """The entry of its quant_state."""
+        return next((e for p, e in self.entries.items() if p.startswith(_STATE)), None)
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────
@@ -77,31 +92,32 @@ def split_quantized(
     entries: Mapping[str, Entry],
 ) -> tuple[dict[str, Entry], dict[str, Stored]]:
     """(entries of dense tensors, name of a quantised weight -> what is stored of it)."""
+    dense: dict[str, Entry] = {}
     found: dict[str, dict[str, Entry]] = {}
-    kinds: dict[str, str] = {}
     for name, entry in entries.items():
-        weight, part, kind = _owner(name)
+        weight, part = _owner(name)
         if part:
             found.setdefault(weight, {})[part] = entry
-            kinds[weight] = kind or kinds.get(weight, "nf4")
-    for weight in found.keys() & entries.keys():
-        found[weight][""] = entries[weight]
-    dense = {n: e for n, e in entries.items() if n not in found and not _owner(n)[1]}
-    return dense, {n: Stored(parts, kinds[n]) for n, parts in found.items()}
+        else:
+            dense[name] = entry
+    for weight, parts in found.items():
+        if weight in dense:
+            parts[""] = dense.pop(weight)
+    return dense, {weight: Stored(parts) for weight, parts in found.items()}
 
 
-def _owner(name: str) -> tuple[str, str, str]:
-    """(the weight that a tensor belongs to, which part it is, kind if it tells); "" of a dense."""
+def _owner(name: str) -> tuple[str, str]:
+    """(the weight that a tensor belongs to, which part of it); "" of a dense one."""
     for part in _OF_8BIT:
         if name.endswith(part):
-            return f"{name.removesuffix(part)}.weight", part, "int8"
+            return f"{name.removesuffix(part).removesuffix('.weight')}.weight", part
     weight, state, kind = name.rpartition(_STATE)
     if state and weight.endswith(".weight"):
-        return weight, _STATE, kind
+        return weight, f"{_STATE}{kind}"
     for part in _OF_4BIT:
         if name.endswith(f".weight{part}"):
-            return name.removesuffix(part), part, ""
-    return name, "", ""
+            return name.removesuffix(part), part
+    return name, ""
 
 
 def read_quantized(
@@ -110,7 +126,14 @@ def read_quantized(
     """Name -> record, of what `quantized_problems` finds nothing wrong with; on the CPU, views of
     the files."""
     states = _states(stored)
-    flat = {f"{n}\n{p}": e for n, s in stored.items() for p, e in s.entries.items() if p != _STATE}
+    if any(s.kind in LEVELS for s in stored.values()) and torch.device(device).type == "cpu":
+        bitsandbytes()  # dequantises there
+    flat = {
+        f"{n}\n{p}": e
+        for n, s in stored.items()
+        for p, e in s.entries.items()
+        if not p.startswith(_STATE)
+    }
     read: dict[str, dict[str, Tensor]] = {}
     for key, tensor in entry_tensors(flat, device=device):
         name, part = key.split("\n")
@@ -132,7 +155,7 @@ def _weight_4bit(read: Mapping[str, Tensor], state: dict[str, Any], levels: Tens
     if "nested_offset" in state:
         offset = torch.tensor(float(state["nested_offset"]), device=levels.device)
         code = read[".nested_quant_map"]
-        absmax = NestedAbsmax(absmax.flatten(), read[".nested_absmax"].flatten(), code, offset)
+        absmax = NestedAbsmax(absmax, read[".nested_absmax"], code, offset)
     packed = read[""].contiguous().flatten().view(torch.uint8)[: _bytes(shape)]
     form = empty_form(shape, _FORMS[state["dtype"]], levels.device, state["blocksize"])
     return Weight4bit(packed, levels, form, absmax)
@@ -144,14 +167,14 @@ def _bytes(shape: tuple[int, ...]) -> int:
 
 def _states(stored: Mapping[str, Stored]) -> dict[str, Any]:
     """Name -> what its quant_state says; None where it is no JSON object."""
-    entries = {n: s.entries[_STATE] for n, s in stored.items() if _STATE in s.entries}
+    entries = {n: s.state for n, s in stored.items() if s.state is not None}
     small = {n: e for n, e in entries.items() if e.dtype == "U8" and math.prod(e.shape) <= 4096}
     return dict.fromkeys(entries) | {n: _json(t) for n, t in read_entries(small).items()}
 
 
 def _json(tensor: Tensor) -> dict[str, Any] | None:
     try:
-        value = json.loads(tensor.numpy().tobytes())
+        value = json.loads(tensor.numpy().tobytes(), object_pairs_hook=unique_names)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
@@ -172,13 +195,16 @@ def quantized_problems(
     states, maps, problems = _states(stored), _maps(stored), []
     for name, s in stored.items():
         if name not in expected:
-            problems.append(f"unexpected  {name} in {s.kind}; projections and head may be")
+            keys = [e.key for part, e in s.entries.items() if part]
+            problems.append(f"unexpected  {keys[:5]}: only projections and head may be quantised")
             continue
-        found = (
-            _problems_8bit(s, expected[name])
-            if s.kind == "int8"
-            else _problems_4bit(s, expected[name], states.get(name), maps.get(name))
-        )
+        if s.kind == "int8":
+            found = _problems_8bit(s, expected[name])
+        elif s.kind in LEVELS:
+            found = _problems_4bit(s, expected[name], states.get(name), maps.get(name))
+        else:
+            keys = [part[1:] for part in s.entries if part]
+            found = [f"{s.kind}: expected the parts of nf4, fp4 or int8, found {keys}"]
         problems += [f"quantised   {name}: {problem}" for problem in found]
     return problems
 
@@ -196,7 +222,7 @@ def _problems_8bit(s: Stored, shape: tuple[int, ...]) -> Iterator[str]:
     yield from _differences(s, {"": ("I8", shape), ".SCB": ("F32", shape[:1])})
     if ".weight_format" in s.entries:
         (value,) = read_entries({"": s.entries[".weight_format"]}).values()
-        if value.numel() != 1 or int(value) != 0:
+        if value.numel() != 1 or value.item() != 0:
             yield "weight_format is not 0, rows in order; save it again with bitsandbytes >= 0.45"
 
 
@@ -204,7 +230,7 @@ def _problems_4bit(
     s: Stored, shape: tuple[int, ...], state: Any, levels: Tensor | None
 ) -> Iterator[str]:
     if state is None:
-        yield f"{_STATE[1:]}{s.kind} is missing, or no JSON object in U8"
+        yield f"{_STATE[1:]}{s.kind} is no JSON object in U8"
         return
     if problem := _state_problem(state, s.kind, shape):
         yield problem
@@ -216,14 +242,17 @@ def _problems_4bit(
         groups = -(-blocks // NESTED_BLOCK)
         wanted |= {".nested_absmax": ("F32", (groups,)), ".nested_quant_map": ("F32", (256,))}
     yield from _differences(s, wanted)
+    if strange := [p[1:] for p in s.entries if p in _OF_4BIT and p not in wanted]:
+        yield f"{strange} are there, but the state has no nested_offset"
     yield from _packed_problem(s, shape)
     if levels is not None and not torch.equal(levels, torch.tensor(LEVELS[s.kind])):
         yield f"quant_map is not {s.kind}'s, which is all that bitsandbytes reads"
 
 
 def _state_problem(state: dict[str, Any], kind: str, shape: tuple[int, ...]) -> str | None:
+    """A value of another type is never equal: 64.0 == 64 is, and is no size."""
     rules: dict[str, tuple[Any, ...]] = {
-        "quant_type": (kind,) if kind in LEVELS else tuple(LEVELS),
+        "quant_type": (kind,),
         "blocksize": _BLOCKS,
         "dtype": tuple(_FORMS),
         "shape": (list(shape),),
@@ -231,11 +260,12 @@ def _state_problem(state: dict[str, Any], kind: str, shape: tuple[int, ...]) -> 
     if "nested_offset" in state:
         rules |= {"nested_blocksize": (NESTED_BLOCK,), "nested_dtype": ("float32",)}
         offset = state["nested_offset"]
-        if type(offset) not in (int, float) or not math.isfinite(offset):
-            return f"nested_offset={offset!r:.80}; expected a number"
+        if type(offset) not in (int, float) or not -_LARGEST <= offset <= _LARGEST:
+            return f"nested_offset={offset!r:.80}; expected a number in float32"
     for key, allowed in rules.items():
-        if state.get(key) not in allowed or isinstance(state.get(key), bool):
-            return f"{key}={state.get(key)!r:.80}; expected one of {list(allowed)}"
+        value = state.get(key)
+        if repr(value) not in map(repr, allowed):
+            return f"{key}={value!r:.80}; expected one of {list(allowed)}"
     return None
 
 
@@ -255,7 +285,7 @@ def _differences(s: Stored, wanted: Mapping[str, tuple[str, tuple[int, ...]]]) -
         entry, what = s.entries.get(part), part[1:] or "weight"
         if entry is None:
             yield f"{what} is missing; expected {dtype} {shape}"
-        elif entry.dtype != dtype or math.prod(entry.shape) != math.prod(shape):
+        elif (entry.dtype, entry.shape) != (dtype, shape):
             yield f"{what}: file has {entry.dtype} {entry.shape}; expected {dtype} {shape}"
 
 

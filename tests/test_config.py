@@ -307,7 +307,7 @@ def test_dtype_has_two_names(fields, expected):
         (dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
         (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "partial"),
         (dict(quantization_config={"quant_method": "gptq"}), "'gptq'"),
-        (dict(quantization_config={"quant_method": "bitsandbytes"}), "with load_in_4bit"),
+        (dict(quantization_config={"quant_method": "bitsandbytes"}), "neither load_in_4bit"),
         (dict(quantization_config={"quant_method": "hqq", "load_in_4bit": True}), "'hqq'"),
         (dict(quantization_config="fp8"), "quantization_config"),
         (dict(rope_scaling={"type": "longrope"}), "'longrope'"),

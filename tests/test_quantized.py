@@ -6,6 +6,7 @@ layer at its first evaluation, and has another product then: oracles stay in tra
 """
 
 import json
+import shutil
 import warnings
 from dataclasses import replace
 from functools import cache
@@ -29,6 +30,7 @@ from fastlora.checks import CheckpointError
 from fastlora.data import read_rows
 from fastlora.hub import DEMO
 from fastlora.llama.params import (
+    PROJECTIONS,
     is_quantized,
     projection_weights,
     tensors_from_base,
@@ -210,15 +212,30 @@ def edited(folder: Path, to: Path, change: Any) -> Path:
 Q = "model.layers.0.self_attn.q_proj.weight"
 
 
+STATE = f"{Q}.quant_state.bitsandbytes__nf4"
+
+
+def _text(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def _without_offset(state: Tensor) -> Tensor:
+    value = json.loads(state.numpy().tobytes())
+    del value["nested_offset"]
+    return _text(json.dumps(value))
+
+
 def state_with(tensors: dict[str, Tensor], **changed: Any) -> None:
-    key = f"{Q}.quant_state.bitsandbytes__nf4"
-    state = json.loads(tensors[key].numpy().tobytes()) | changed
-    tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    state = json.loads(tensors[STATE].numpy().tobytes()) | changed
+    tensors[STATE] = _text(json.dumps(state))
 
 
 BROKEN = {
     "no statistics": (lambda t: t.pop(f"{Q}.absmax"), "absmax is missing"),
-    "no state": (lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"), "quant_state.*missing"),
+    "no state": (
+        lambda t: t.pop(f"{Q}.quant_state.bitsandbytes__nf4"),
+        "4 bits: expected the parts",
+    ),
     "no bytes": (lambda t: t.pop(Q), "missing, though its statistics"),
     "a short absmax": (
         lambda t: t.update({f"{Q}.absmax": t[f"{Q}.absmax"][:-1].clone()}),
@@ -241,7 +258,36 @@ BROKEN = {
     ),
     "a norm": (
         lambda t: t.update({"model.norm.weight.absmax": torch.zeros(1)}),
-        "unexpected  model.norm.weight",
+        "unexpected  .*model.norm.weight.absmax",
+    ),
+    "a float for a size": (lambda t: state_with(t, shape=[32.0, 32.0]), r"shape=\[32.0"),
+    "a float for a block": (lambda t: state_with(t, blocksize=64.0), "blocksize=64.0"),
+    "true for a block": (lambda t: state_with(t, blocksize=True), "blocksize=True"),
+    "an offset beyond float32": (lambda t: state_with(t, nested_offset=1e39), "nested_offset=1e"),
+    "an endless integer": (lambda t: state_with(t, nested_offset=10**401), "nested_offset=1000"),
+    "a foreign kind": (
+        lambda t: t.update({f"{Q}.quant_state.bitsandbytes__int4": t.pop(STATE)}),
+        "int4: expected the parts of nf4, fp4 or int8",
+    ),
+    "two kinds": (
+        lambda t: t.update({f"{Q}.quant_state.bitsandbytes__fp4": t[STATE].clone()}),
+        "mixed: expected the parts",
+    ),
+    "4 and 8 bits": (
+        lambda t: t.update({Q.replace("weight", "SCB"): torch.ones(32)}),
+        "mixed: expected the parts",
+    ),
+    "a scale that is not nested": (
+        lambda t: t.update({STATE: _without_offset(t[STATE])}),
+        "absmax: file has U8",
+    ),
+    "levels of another shape": (
+        lambda t: t.update({f"{Q}.quant_map": 2 * t[f"{Q}.quant_map"][:, None]}),
+        "quant_map: file has F32",
+    ),
+    "a name twice": (
+        lambda t: t.update({STATE: _text('{"blocksize": 64, "blocksize": 128}')}),
+        "no JSON object",
     ),
 }
 
@@ -269,9 +315,18 @@ def test_a_broken_int8_checkpoint_is_told(stored, tmp_path):
     drop = lambda t: t.pop(f"{path}.SCB")
     with pytest.raises(CheckpointError, match="SCB is missing"):
         load(edited(stored("int8"), tmp_path / "a", drop))
-    formatted = lambda t: t.update({f"{path}.weight_format": torch.tensor(2, dtype=torch.uint8)})
-    with pytest.raises(CheckpointError, match="weight_format"):
-        load(edited(stored("int8"), tmp_path / "b", formatted))
+    for i, value in enumerate((torch.tensor(2, dtype=torch.uint8), torch.tensor(float("nan")))):
+        formatted = lambda t, value=value: t.update({f"{path}.weight_format": value})
+        with pytest.raises(CheckpointError, match="weight_format"):
+            load(edited(stored("int8"), tmp_path / f"b{i}", formatted))
+    for i, change in enumerate(
+        (
+            lambda t: t.update({f"{path}.SCB": t[f"{path}.SCB"][:, None]}),
+            lambda t: t.update({f"{path}.weight": t[f"{path}.weight"].flatten()}),
+        )
+    ):
+        with pytest.raises(CheckpointError, match="file has"):
+            load(edited(stored("int8"), tmp_path / f"c{i}", change))
 
 
 def test_a_config_that_promises_what_the_weights_are_not_is_told(made, stored, tmp_path):
@@ -537,7 +592,7 @@ def test_loftq_with_dora_starts_as_the_sum(made):
 
 
 def test_loftq_without_the_original_says_so(stored, made):
-    with pytest.raises(CheckpointError, match="is in nf4 there too"):
+    with pytest.raises(CheckpointError, match=r"nf4 there too(.|\n)*load_in_4bit=True"):
         fastlora.lora(load(stored("nf4 nested")), init_lora_weights="loftq")
     model = load(made(), load_in_4bit=True)
     lost = replace(model, spec=replace(model.spec, name_or_path="./gone"))
@@ -620,11 +675,126 @@ def test_a_base_that_is_gone_falls_back_only_if_auto(made, stored, tmp_path):
         model.save_pretrained_merged(tmp_path / "original", base="./nowhere")
     other = tmp_path / "other"
     make_checkpoint(FAMILY, other, seed=1)
-    with pytest.raises(CheckpointError, match="another matrix than the one"):
+    with pytest.raises(CheckpointError, match="not the matrix that was quantised"):
         model.save_pretrained_merged(tmp_path / "original", base=other)
+    for wrong in (5, "", None):
+        with pytest.raises(ValueError, match="or the folder of the checkpoint"):
+            model.save_pretrained_merged(tmp_path / "original", base=wrong)
+    with pytest.raises(FileNotFoundError, match=r'dequantised.*"dequantized"'):
+        model.save_pretrained_merged(tmp_path / "original", base="dequantised")
     assert not (tmp_path / "original").exists()
     report = model.save_pretrained_merged(tmp_path / "given", base=made())
     assert report.base == "original"
+    copy = tmp_path / "copy"
+    shutil.copytree(made(), copy)
+    with pytest.raises(ValueError, match="read from; choose another"):
+        model.save_pretrained_merged(copy, base=copy)
+    assert (copy / "model.safetensors").read_bytes() == (made() / "model.safetensors").read_bytes()
+
+
+def test_a_base_that_was_trained_before_it_was_quantised_is_no_original(made, tmp_path):
+    """spec.name_or_path still names the folder; only the bytes tell."""
+    first = load(made())
+    tuned = adapted(first, r=4, lora_alpha=0.2)  # moves the weights by some hundredths
+    again = fastlora.quantize(fastlora.merge(tuned))
+    model = adapted(again, r=4)
+    report = model.save_pretrained_merged(tmp_path / "auto")
+    assert report.base == "dequantized"
+    with pytest.raises(CheckpointError, match="not the matrix that was quantised"):
+        model.save_pretrained_merged(tmp_path / "original", base="original")
+    with pytest.raises(CheckpointError, match="loftq"):
+        fastlora.lora(again, init_lora_weights="loftq")
+
+
+def test_a_folder_that_changed_since_is_no_original(made, tmp_path):
+    folder = tmp_path / "moving"
+    shutil.copytree(made(), folder)
+    model = adapted(
+        fastlora.load(folder, load_in_4bit=True, dtype="bfloat16", device="cpu")[0], r=4
+    )
+    make_checkpoint(FAMILY, folder, seed=5)
+    assert model.save_pretrained_merged(tmp_path / "out").base == "dequantized"
+    long = replace(model, spec=replace(model.spec, name_or_path="x" * 5000))
+    assert long.save_pretrained_merged(tmp_path / "again").base == "dequantized"
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4 nested", "int8"])
+def test_the_original_is_known_by_its_bytes(kind, made, stored, tmp_path):
+    model = adapted(load(stored(kind, torch.bfloat16)), r=4)
+    folder = made(FAMILY, torch.bfloat16)
+    assert model.save_pretrained_merged(tmp_path / "out", base=folder).base == "original"
+    other = tmp_path / "other"
+    make_checkpoint(FAMILY, other, torch.bfloat16, seed=1)
+    with pytest.raises(CheckpointError, match="not the matrix"):
+        model.save_pretrained_merged(tmp_path / "no", base=other)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("method", ["merged_16bit", "merged_4bit"])
+def test_the_report_counts_start_factors_once(method, init, made, tmp_path):
+    model = load(made(FAMILY, torch.bfloat16), load_in_4bit=True)
+    model = adapted(model, r=4, init_lora_weights=init)
+    report = model.save_pretrained_merged(tmp_path / "out", None, method, base="dequantized")
+    ids = (7919 * torch.arange(1, 33) % model.spec.config.vocab_size)[None]
+    with torch.no_grad():
+        difference = (load(tmp_path / "out")(ids).double() - model(ids).double()).abs().max()
+    assert report.logit_difference == pytest.approx(float(difference), rel=0.3)
+
+
+def test_a_failure_half_way_leaves_the_older_folder(made, tmp_path, monkeypatch):
+    from fastlora import saving
+
+    model = adapted(load(made(), load_in_4bit=True), r=4)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
+    out = tmp_path / "out"
+    fastlora.merge(model).save_pretrained_merged(out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    assert len(before) > 3
+    write, count = saving.write_safetensors, 0
+
+    def full(path, tensors, *rest):
+        nonlocal count
+        count += 1
+        if count == 2:
+            raise OSError("No space left on device")
+        write(path, tensors, *rest)
+
+    monkeypatch.setattr(saving, "write_safetensors", full)
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained_merged(out, base="dequantized")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_matrices_without_an_adapter_keep_their_bytes(made, tmp_path):
+    model = load(made(FAMILY, torch.bfloat16), load_in_4bit=True)
+    model = adapted(model, r=4, target_modules=["q_proj"])
+    model.save_pretrained_merged(tmp_path / "out", None, "merged_4bit", base="dequantized")
+    again = load(tmp_path / "out")
+    for name, weight in weights(model).items():
+        same = same_bits(weight, weights(again)[name])
+        assert same == ("q_proj" not in name)
+
+
+def test_a_tokenizer_is_written_before_the_folder_is_read_back(tmp_path, monkeypatch):
+    from fastlora import saving
+
+    model, tokenizer = fastlora.load("demo", load_in_4bit=True, device="cpu")
+    monkeypatch.setattr(saving, "_difference", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.save_pretrained_merged(tmp_path / "out", tokenizer)
+    assert (tmp_path / "out/tokenizer.json").is_file()
+
+
+def test_a_checkpoint_whose_head_alone_is_quantised_is_put_into_4_bits(made, tmp_path):
+    theirs = oracle(made(), "nf4", torch.float32, llm_int8_skip_modules=list(PROJECTIONS))
+    theirs.save_pretrained(tmp_path)
+    assert not is_quantized(load(tmp_path).base)
+    assert is_quantized(load(tmp_path, load_in_4bit=True).base)
+
+
+def test_quantising_refuses_what_trains_for_another_quantisation(made):
+    with pytest.raises(ValueError, match="qat_scheme='int8'"):
+        fastlora.quantize(fastlora.lora(load(made()), qat_scheme="int8"))
 
 
 def test_a_base_argument_without_a_quantised_base_is_refused(made, tmp_path):

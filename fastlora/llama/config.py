@@ -312,10 +312,9 @@ def _quantization_problem(quantization: Any) -> str | None:
     of_bitsandbytes = any(settings.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
     if quantization is None or (of_bitsandbytes and method in (None, "bitsandbytes")):
         return None
-    return (
-        f"quantization_config: quant_method {_show(method)} is not supported; expected none, or"
-        " 'bitsandbytes' with load_in_4bit or load_in_8bit"
-    )
+    if method == "bitsandbytes":
+        return "quantization_config of bitsandbytes has neither load_in_4bit nor load_in_8bit"
+    return f"quantization_config: quant_method {_show(method)} is not supported; 'bitsandbytes' is"
 
 
 # ── what several fields say together ──────────────────────────────────────────────────────

@@ -88,7 +88,7 @@ def project(
     if spec.qat_scheme is not None:
         scaling = dict(spec.scalings)
         record = lambda n: (params[n], adapter.get(n), scaling.get(n, 1.0))
-        return [_quantised(x, *record(n), spec.qat_scheme) for n in names]
+        return [_fake_quantised(x, *record(n), spec.qat_scheme) for n in names]
     adapted = [name for name in names if name in adapter]
     inputs = _dropped(x, adapted, spec, key)
     low = dict(zip(adapted, _low(x, inputs, adapted, params, adapter), strict=True))
@@ -189,7 +189,7 @@ def _frozen(
     return y - scaling * F.linear(F.linear(x, linear["start"].a), linear["start"].b)
 
 
-def _quantised(
+def _fake_quantised(
     x: Float[Tensor, "b t d_in"],
     linear: Linear,
     lora: AdapterRecord | None,

@@ -108,13 +108,13 @@ class Copies:
         pairs = [(m, c) for m, c in zip(trained, copies, strict=True) if m is not c]
         self.trained = [m.detach() for m, _ in pairs]
         self.versions = [m._version for m in self.trained]
-        self.places = {(c.data_ptr(), c.shape): i for i, (_, c) in enumerate(pairs)}
+        self.places = {_place(c): i for i, (_, c) in enumerate(pairs)}
         self.dtype = pairs[0][1].dtype if pairs else torch.float32
         self.made: dict[int, Tensor] = {}
 
     def index(self, saved: Tensor) -> int | None:
         """Which of the copies a tensor is, or None."""
-        return self.places.get((saved.data_ptr(), saved.shape))
+        return self.places.get(_place(saved))
 
     def again(self, index: int) -> Tensor:
         """That copy; all are made in one launch, and each is given out once.
@@ -130,3 +130,8 @@ class Copies:
                 )
             self.made = dict(enumerate(copied(self.trained, [self.dtype] * len(self.trained))))
         return self.made.pop(index)
+
+
+def _place(x: Tensor) -> tuple:
+    """Where a tensor lies and how: its transpose has the same address."""
+    return x.data_ptr(), x.shape, x.stride(), x.dtype

@@ -27,6 +27,7 @@ def test_copies_are_made_again_with_the_same_bits():
     kept = Copies(trained, copies)
     assert [kept.index(x) for x in copies] == [0, 1, 2]
     assert kept.index(trained[0]) is None and kept.index(copies[0][:2]) is None
+    assert kept.index(copies[2].t()) is None  # square: of the same address and shape
     for _ in range(2):  # a graph that is kept is walked again
         assert same_bits([kept.again(i) for i in (2, 0, 1)], [copies[i] for i in (2, 0, 1)])
 
