@@ -8,6 +8,8 @@ layer at its first evaluation, and has another product then: oracles stay in tra
 import json
 import shutil
 import warnings
+import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -36,6 +38,7 @@ from fastlora.llama.params import (
     tensors_from_base,
 )
 from fastlora.model import Model
+from fastlora.ops import frozen_linear, lora_linear
 from fastlora.ops.dequantize import dense, dequantize
 from fastlora.quantized import Quantized, Weight4bit, Weight8bit
 
@@ -471,6 +474,43 @@ def _saved(model: Model, shapes: set[tuple[int, ...]]) -> int:
     return found
 
 
+@pytest.fixture
+def most_alive(monkeypatch) -> Callable[[], int]:
+    """most_alive(): how many dequantised matrices there were at once, at most, until now."""
+    alive: list[Any] = []
+    most = 0
+
+    def watched(weight: Any, dtype: torch.dtype) -> Tensor:
+        nonlocal most
+        out = dense(weight, dtype)
+        alive.append(weakref.ref(out))
+        most = max(most, sum(ref() is not None for ref in alive))
+        return out
+
+    for module in (frozen_linear, lora_linear):
+        monkeypatch.setattr(module, "dense", watched)
+    return lambda: most if alive else -1
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full", "offload", 0.4])
+def test_a_dequantised_weight_lives_for_one_product(policy, made, most_alive):
+    model = adapted(load(made(), load_in_4bit=True), r=4).with_spec(recompute=policy)
+    fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, BATCH)
+    assert most_alive() == 1
+    kept = [frozen_linear.dense(w, torch.float32) for w in weights(model).values()]
+    assert most_alive() == len(kept)  # the test can fail
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_compiled_too_it_lives_for_one_product(policy, made, most_alive, region_backend):
+    region_backend("aot_eager")
+    model = adapted(load(made(), load_in_4bit=True), r=4)
+    spec = model.with_spec(recompute=policy, compile=True).spec
+    fastlora.value_and_grad(FL.loss)(model.adapter, model.base, spec, BATCH)
+    assert most_alive() == 1
+
+
 def test_torch_func_sees_through(made):
     model = adapted(load(made(), load_in_4bit=True), r=2, target_modules=["q_proj", "down_proj"])
     twin = dense_twin(model)
@@ -861,8 +901,6 @@ def test_a_mixture_is_refused_in_4_bits(made, tmp_path):
 
 def test_one_tensor_at_a_time_is_made(made, tmp_path, monkeypatch):
     """Merged matrices are let go before the next is made."""
-    import weakref
-
     from fastlora import merging
 
     alive: list[Any] = []
