@@ -10,6 +10,7 @@ from fastlora.initialize import initialize
 from fastlora.loading import load
 from fastlora.merging import merge
 from fastlora.model import Model
+from fastlora.planning import plan
 from fastlora.quantization import quantize
 from fastlora.tokenizer import Tokenizer
 from fastlora.training import History, train
@@ -31,6 +32,7 @@ __all__ = [
     "load_adapter",
     "lora",
     "merge",
+    "plan",
     "quantize",
     "train",
     "value_and_grad",

@@ -22,7 +22,7 @@ FLOORS = [
     {"export"},
     {"saving"},
     {"model"},
-    {"loading", "training"},
+    {"loading", "training", "planning"},
     {"__init__"},
 ]
 FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
