@@ -91,7 +91,7 @@ def test_an_adapter_over_new_tokens_is_read_by_peft(folder, base, tokenizer, tmp
     assert read.encode("<tool>") == grown.encode("<tool>")
     torch.testing.assert_close(again(inputs), ours, rtol=0, atol=0)
     merged = fastlora.merge(again)
-    torch.testing.assert_close(merged(inputs), ours, rtol=0, atol=2e-5)
+    assert (merged(inputs) - ours).abs().max() <= 1e-5 * max(1.0, ours.abs().max().item())
     merged.save_pretrained_merged(tmp_path / "merged", grown)
     whole, tokenizer = fastlora.load(tmp_path / "merged", device="cpu")
     assert whole.spec.config.vocab_size == model.spec.config.vocab_size
