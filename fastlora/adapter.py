@@ -16,14 +16,12 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 import regex
 import torch
 
-from fastlora.bases import original, source_folder
-from fastlora.checks import CheckpointError, raise_problems
+from fastlora.checks import raise_problems
 from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
 from fastlora.factors import (
     OF_DATA,
     factor_problems,
     factors,
-    largest_directions,
     loftq_settings,
     reads_weights,
 )
@@ -55,6 +53,7 @@ from fastlora.llama.spec import (
     is_recompute,
 )
 from fastlora.llama.start import with_start
+from fastlora.loftq import filled_with_loss
 from fastlora.ops.dequantize import dense
 from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES
@@ -269,7 +268,7 @@ def lora(
     base = with_originals(model.base)
     adapter = init_adapter(spec, base, dtype, random_state)
     if init_lora_weights == "loftq" and is_quantized(base):
-        spec, adapter = _of_what_was_lost(spec, base, adapter)
+        spec, adapter = filled_with_loss(spec, base, adapter)
     elif reads_weights(init_lora_weights):
         generator = torch.Generator().manual_seed(random_state)
         found = weight_factors(spec, base, generator, loftq)
@@ -373,43 +372,6 @@ def _quantized_problems(
             " quantised base expected {'loftq_bits': 4, 'loftq_iter': 1}."
         )
     return problems
-
-
-def _of_what_was_lost(spec: Spec, base: Base, adapter: Adapter) -> tuple[Spec, Adapter]:
-    """LoftQ over a quantised base: A and B are what quantisation lost, as far as their rank goes.
-
-    The base stays, and A and B count from it as it is, as with PEFT's replace_lora_weights_loftq.
-    The matrices in 16 bits are read from where the base came from.
-
-    Raises:
-        FileNotFoundError: if they are not there.
-        CheckpointError: if they are not those.
-    """
-    assert spec.lora is not None, spec
-    try:
-        whole = original(spec.config, source_folder(spec), base)
-    except (FileNotFoundError, CheckpointError) as error:
-        raise type(error)(
-            f"init_lora_weights='loftq' needs the matrices in 16 bits: {error} Load that checkpoint"
-            " from its folder with load_in_4bit=True."
-        ) from error
-
-    def filled(layer: int, t: Target, record: AdapterRecord) -> AdapterRecord:
-        kept = base["layers"][layer][t.name]["weight"]
-        matrix = whole(f"{projection_path(layer, t.name)}.weight", kept)
-        lost = matrix.to(torch.float32) - dense(kept, torch.float32)
-        a, b = (x.to(record.a) for x in largest_directions(lost, t.r, t.scaling))
-        if isinstance(record, DoRA):
-            norms = row_norms(_matrix(base, layer, t.name), a, b, t.scaling)
-            return DoRA(a, b, norms.to(record.magnitude))
-        return record._replace(a=a, b=b)
-
-    layers = tuple(
-        {t.name: filled(i, t, adapter["layers"][i][t.name]) for t in targets}
-        for i, targets in enumerate(spec.lora.targets)
-    )
-    lora = replace(spec.lora, init_lora_weights=True)
-    return replace(spec, lora=lora), Adapter(**adapter | {"layers": layers})
 
 
 def started(

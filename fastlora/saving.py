@@ -188,6 +188,8 @@ def _write_together(
         sync_folder(folder)
     finally:
         shutil.rmtree(staging)
+        if not any(folder.iterdir()):  # made here, for nothing
+            folder.rmdir()
 
 
 def _matrices(

@@ -17,6 +17,7 @@ FLOORS = [
     {"quantized_keys", "hub"},
     {"expert_keys", "outside", "originals"},
     {"functional", "data", "bases", "peft_keys"},
+    {"loftq"},
     {"adapter"},
     {"generation", "merging", "combine", "initialize", "vocabulary", "quantization"},
     {"export"},

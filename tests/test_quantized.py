@@ -804,6 +804,10 @@ def test_a_failure_half_way_leaves_the_older_folder(made, tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space"):
         model.save_pretrained_merged(out, base="dequantized")
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    count = 0
+    with pytest.raises(OSError, match="No space"):
+        model.save_pretrained_merged(tmp_path / "new", base="dequantized")
+    assert not (tmp_path / "new").exists()
 
 
 def test_matrices_without_an_adapter_keep_their_bytes(made, tmp_path):
