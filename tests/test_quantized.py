@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import adapted, randomised, relative_error, same_bits, token_ids
 from jaxtyping import TypeCheckError
-from models import make_checkpoint
+from models import FAMILIES, make_checkpoint
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,6 +98,25 @@ def stored(made, tmp_path_factory):
 
 def load(folder: Path | str, **more: Any) -> Model:
     return fastlora.load(str(folder), device="cpu", **more)[0]
+
+
+def quantised_difference(folder: Path, dtype: torch.dtype) -> float | None:
+    """Largest difference of logits of 7 tokens from transformers', both quantised on load, over
+    max(1, absmax); None for a mixture, which is refused."""
+    plain = load(folder)
+    if any(plain.spec.config.sparse_layers):
+        return None
+    ids = token_ids(2, 7, vocab_size=plain.spec.config.vocab_size)
+    with torch.no_grad():
+        theirs = oracle(folder, "nf4 nested", dtype)(ids).logits
+        ours = load(folder, load_in_4bit=True)(ids)
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mixtral" and "moe" not in f])
+def test_every_dense_family_is_transformers_in_4_bits(family, made):
+    found = quantised_difference(made(family), torch.float32)
+    assert found is not None and found <= 1e-5
 
 
 def dense_twin(model: Model) -> Model:
