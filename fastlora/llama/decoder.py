@@ -109,7 +109,8 @@ def hidden_states(
 class _Attached(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor):
-        return x.view_as(x)
+        # The same memory, but no view: a graph of dynamic shapes is another for a view.
+        return x.new_empty(0).set_(x)
 
     @staticmethod
     def backward(ctx, dx):  # pyright: ignore[reportIncompatibleMethodOverride]
