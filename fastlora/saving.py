@@ -66,8 +66,8 @@ def save_merged(
     wider one is rounded to bfloat16, once, after the merge. "merged_4bit" puts the projections of
     that into NF4 with double quantisation, as transformers writes it for bitsandbytes. One tensor
     at a time is made, twice: to see that it is finite, and to be written. The files take the place
-    of older ones together, when all are whole: the disk holds both for a moment. Without an adapter (after `merge`) the base is
-    written. "lora" writes the PEFT folder and the tokenizer's files.
+    of older ones together, when all are whole: the disk holds both for a moment. Without an adapter
+    (after `merge`) the base is written. "lora" writes the PEFT folder and the tokenizer's files.
 
     A base in 4 or 8 bits has lost what its checkpoint had. The adapter is added to the projections
     in 16 bits that it was quantised from ("original"), which may be better and is not the model
