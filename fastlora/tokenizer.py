@@ -226,7 +226,7 @@ class Tokenizer:
     def _render(
         self,
         template: ChatTemplate,
-        messages: Messages,
+        messages: Sequence[Any],
         add_generation_prompt: bool,
         marks: tuple[str, str] = ("", ""),
     ) -> str:

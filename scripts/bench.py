@@ -3,15 +3,22 @@
     python scripts/bench.py --shape 1b                   # every recompute policy, and the peers
     python scripts/bench.py --shape 8b --recompute none full --peers hf --out results.jsonl
     python scripts/bench.py --shape 8b --load-in-4bit --batch 2 --peers unsloth-gc liger-gc
+    python scripts/bench.py --shape 1b --targets q_proj v_proj --recompute none --peers unsloth
 
-One setting, one process. Every step: the same random tokens, labels = tokens, forward, backward,
-fused AdamW on r = 16 adapters of all seven projections. Steps run back to back, as in training; a
-CUDA event after each gives its time. Median of --steps after --warm; spread is the slowest step
-less the fastest. The peers do the same work: transformers + PEFT ("hf"), compiled ("hf-compile"),
-with Liger's kernels ("liger"), and Unsloth ("unsloth"); with "-gc" after it, with gradient
+One setting, one process; bench_steps.py says what a step is. Every step sees the same random
+tokens. Steps run back to back, as in training; a CUDA event after each gives its time. Median of
+--steps after --warm; spread is the slowest step less the fastest.
+
+The peers: transformers + PEFT ("hf"), compiled ("hf-compile"), with Liger's kernels ("liger"), and
+Unsloth ("unsloth"; it wants a tokenizer beside the checkpoint); with "-gc" after it, with gradient
 checkpointing. "probe" is bench_results/probe.py, the same step written as plainly as torch.compile
-allows. Ours keeps adapters in fp32, Unsloth over a base in 4 bits too, the others in bf16. Unsloth
-wants a tokenizer beside the checkpoint.
+allows. The last columns: how many times --against's speed, and the floor's share of the step.
+
+The floor is what the arithmetic alone takes at 790 TFLOP/s, which a bf16 product reaches on an H100
+or H200: 4 operations for every parameter that multiplies and every token (forward, and the input's
+gradient; the adapters' own are left out), and attention's 14 for every query channel and every
+token before it (2 products forward, 5 backward). The same for every row of a table: what a policy
+computes again is no part of the work.
 """
 
 import argparse
@@ -22,123 +29,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_results.probe import probe_step
+from bench_steps import step_of
 from random_checkpoint import SHAPES, write_checkpoint
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-import fastlora
-from fastlora import functional as FL
+from fastlora.llama.config import LlamaConfig
+from fastlora.llama.params import PROJECTIONS, projection_shape
 
 POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SIZES = ("shape", "batch", "seq", "rank", "dropout", "kernels", "layers")
 OPTIONS = ("use_dora", "lora_bias", "load_in_4bit")
-Step = Callable[[torch.Tensor], torch.Tensor]
-
-
-def ours(args: argparse.Namespace) -> Step:
-    model, _ = fastlora.load(str(args.folder), load_in_4bit=args.load_in_4bit)
-    recompute: Any = float(args.one) if args.one[0].isdigit() else args.one
-    more: dict[str, Any] = {name: True for name in ("use_dora", "lora_bias") if getattr(args, name)}
-    model = fastlora.lora(model, r=args.rank, lora_alpha=args.rank, recompute=recompute, **more)
-    model = model.with_spec(kernels=args.kernels)
-    leaves, structure = tree_flatten(model.adapter)
-    params = [leaf.clone() for leaf in leaves]
-    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
-    value_and_grad = fastlora.value_and_grad(FL.loss)
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        batch = {"input_ids": ids, "labels": ids}
-        adapter = tree_unflatten(params, structure)
-        value, grads = value_and_grad(adapter, model.base, model.spec, batch)
-        for param, grad in zip(params, tree_leaves(grads), strict=True):
-            param.grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
-
-    return step
-
-
-def probe(args: argparse.Namespace) -> Step:
-    return probe_step(SHAPES[args.shape], args.rank, "cuda")
-
-
-def peer(args: argparse.Namespace) -> Step:
-    model = _unsloth(args) if args.one.startswith("unsloth") else _transformers(args)
-    params = [p for p in model.parameters() if p.requires_grad]
-    run = torch.compile(model) if args.one == "hf-compile" else model
-    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
-
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        loss = run(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def _transformers(args: argparse.Namespace) -> Any:
-    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  only where a peer runs
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: PLC0415
-
-    if args.one.startswith("liger"):
-        import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
-    more = {}
-    if args.load_in_4bit:
-        more["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-    model = AutoModelForCausalLM.from_pretrained(
-        args.folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa", **more
-    )
-    model.config.use_cache = False
-    if args.one.endswith("-gc"):
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
-    config = LoraConfig(
-        r=args.rank, lora_alpha=args.rank, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    return get_peft_model(model, config, autocast_adapter_dtype=False).train()
-
-
-def _unsloth(args: argparse.Namespace) -> Any:
-    of_unsloth = import_module("unsloth").FastLanguageModel  # patches transformers on import
-    model, _ = of_unsloth.from_pretrained(
-        str(args.folder),
-        max_seq_length=args.seq,
-        load_in_4bit=args.load_in_4bit,
-        dtype=torch.bfloat16,
-        local_files_only=True,
-    )
-    return of_unsloth.get_peft_model(
-        model,
-        r=args.rank,
-        lora_alpha=args.rank,
-        target_modules=TARGETS,
-        lora_dropout=0,
-        bias="none",
-        use_gradient_checkpointing="unsloth" if args.one.endswith("-gc") else False,
-    ).train()
+RATE = 790e12  # bf16 operations a second; HOPPER.md's 8192-cubed product on these cards: 778 to 790
 
 
 def measure(args: argparse.Namespace) -> dict:
     """One setting, in this process."""
-    peers = ("hf", "liger", "unsloth")
-    make = probe if args.one == "probe" else peer if args.one.startswith(peers) else ours
     start = time.perf_counter()
-    step = make(args)
+    step = step_of(args)
     torch.cuda.synchronize()
     load, of_loading = time.perf_counter() - start, torch.cuda.max_memory_allocated()
     generator = torch.Generator().manual_seed(0)
@@ -158,11 +69,13 @@ def measure(args: argparse.Namespace) -> dict:
     torch.cuda.synchronize()
     timed = [a.elapsed_time(b) for a, b in pairwise(events)]
     median = statistics.median(timed)
+    floor = floor_ms(shape_of(args), args.batch, args.seq)
     return {
         "setting": args.one,
         "ms": round(median, 1),
         "spread_ms": round(max(timed) - min(timed), 1),
         "tokens_s": round(1e3 * args.batch * args.seq / median),
+        "floor_ms": round(floor, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
         "first_s": round(first, 1),
@@ -172,10 +85,27 @@ def measure(args: argparse.Namespace) -> dict:
     }
 
 
+def shape_of(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json of the shape, with as many layers as were asked for."""
+    return SHAPES[args.shape] | ({"num_hidden_layers": args.layers} if args.layers else {})
+
+
+def floor_ms(shape: dict[str, Any], batch: int, seq: int) -> float:
+    """Milliseconds below which no step of bf16 products can be; see the top of this file."""
+    config = LlamaConfig.from_hf(shape)
+    sizes = [projection_shape(config, name) for name in PROJECTIONS]
+    layer = sum(rows * columns for rows, columns in sizes)
+    head = config.vocab_size * config.hidden_size
+    attention = 14 * config.num_attention_heads * config.head_dim * (seq / 2)
+    a_token = config.num_hidden_layers * (4 * layer + attention) + 4 * head
+    return 1e3 * batch * seq * a_token / RATE
+
+
 def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, "--one", setting, "--folder", str(folder)]
-    for name in ("shape", "batch", "seq", "rank", "steps", "warm", "kernels"):
+    for name in SIZES:
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--targets", *args.targets, "--steps", str(args.steps), "--warm", str(args.warm)]
     command += [f"--{n.replace('_', '-')}" for n in OPTIONS if getattr(args, n)]
     with tempfile.TemporaryDirectory() as cold:  # a compile cache of its own: first steps are cold
         env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cold}
@@ -192,25 +122,36 @@ def how(args: argparse.Namespace) -> dict:
     """What a line of results must say beside the setting."""
     device = torch.cuda.get_device_name()
     options = {n: True for n in OPTIONS if getattr(args, n)}
+    options |= {n: getattr(args, n) for n in ("dropout", "layers") if getattr(args, n)}
+    if args.targets != list(PROJECTIONS):
+        options["targets"] = args.targets
     versions = {"torch": torch.__version__, "device": device}
-    sizes = {"shape": args.shape, "batch": args.batch, "seq": args.seq, "kernels": args.kernels}
-    return sizes | options | versions
+    return {n: getattr(args, n) for n in ("shape", "batch", "seq", "rank", "kernels")} | (
+        options | versions
+    )
 
 
-def report(rows: list[dict], args: argparse.Namespace) -> None:
-    versions = f"torch {torch.__version__}, {torch.cuda.get_device_name()}"
-    print(f"\n{args.shape}, batch {args.batch} x {args.seq}, r = {args.rank}, bf16; {versions}")
-    print(f"{'setting':<12}{'ms':>8}{'±':>6}{'tokens/s':>10}{'GiB':>8}{'first s':>9}{'vs hf':>8}")
-    reference = next((r["ms"] for r in rows if r["setting"] == "hf" and "ms" in r), None)
+def report(rows: list[dict], against: str) -> str:
+    """The rows as a table, each beside the peer `against` where that ran."""
+    first = rows[0]
+    same = ("setting", "ms", "spread_ms", "tokens_s", "floor_ms", "peak_gib", "reserved_gib")
+    same += ("first_s", "load_s", "load_gib", "loss", "error")
+    lines = ["", ", ".join(f"{k} {v}" for k, v in first.items() if k not in same)]
+    lines += [
+        f"{'setting':<12}{'ms':>8}{'spread':>8}{'tokens/s':>10}{'GiB':>8}{'first s':>9}"
+        f"{'x ' + against:>14}{'floor':>8}"
+    ]
+    theirs = next((r for r in rows if r["setting"] == against and "ms" in r), None)
     for r in rows:
         if "error" in r:
-            print(f"{r['setting']:<12}{r['error']}")
+            lines += [f"{r['setting']:<12}{r['error']}"]
             continue
-        ratio = f"{reference / r['ms']:.2f}x" if reference else ""
-        print(
+        ratio = f"{theirs['ms'] / r['ms']:.2f}" if theirs else ""
+        lines += [
             f"{r['setting']:<12}{r['ms']:>8}{r['spread_ms']:>8}{r['tokens_s']:>10}"
-            f"{r['peak_gib']:>8}{r['first_s']:>9}{ratio:>8}"
-        )
+            f"{r['peak_gib']:>8}{r['first_s']:>9}{ratio:>14}{r['floor_ms'] / r['ms']:>8.0%}"
+        ]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -219,12 +160,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
     parser.add_argument("--recompute", nargs="*", default=POLICIES)
     parser.add_argument("--peers", nargs="*", default=["probe", "hf", "hf-gc"])
+    parser.add_argument("--against", help="the peer of the ratios; the first of --peers")
     parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
+    parser.add_argument("--targets", nargs="+", default=list(PROJECTIONS))
+    parser.add_argument("--dropout", type=float, default=0.0)
     for name in OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="compile cache; first steps are then not cold")
@@ -239,7 +184,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not args.folder:
-            write_checkpoint(args.shape, folder)
+            write_checkpoint(shape_of(args), folder)
         rows = []
         for setting in [*args.recompute, *args.peers]:
             rows.append(how(args) | in_own_process(setting, folder, args))
@@ -247,7 +192,7 @@ def main() -> None:
             if args.out:
                 with args.out.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-    report(rows, args)
+    print(report(rows, args.against or next(iter(args.peers), "")))
 
 
 if __name__ == "__main__":

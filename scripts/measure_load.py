@@ -38,7 +38,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if not args.folder:
             args.folder = Path(name)
-            write_checkpoint("1b", args.folder)
+            write_checkpoint(SHAPES["1b"], args.folder)
         torch.ones(1, device=args.device)  # the device's own start-up is not loading
         if args.load_in_4bit:
             bitsandbytes()  # nor is importing it

@@ -57,10 +57,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def write_checkpoint(shape: str, folder: Path) -> None:
+def write_checkpoint(raw: dict[str, Any], folder: Path) -> None:
     """bf16 N(0, 0.02²) matrices, unit norms; a shard per layer, one layer in memory at a time."""
     folder.mkdir(parents=True, exist_ok=True)
-    raw = SHAPES[shape]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
     shapes = base_tensors(LlamaConfig.from_hf(raw))
@@ -85,7 +84,7 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
-    write_checkpoint(args.shape, args.folder)
+    write_checkpoint(SHAPES[args.shape], args.folder)
 
 
 if __name__ == "__main__":

@@ -40,19 +40,22 @@ def test_kernel_errs_no_more_than_plain_torch(shape, dtype):
     exact = chunk_value_and_grad(h.double(), weight.double(), labels)
     plain = chunk_value_and_grad(h, weight, labels)
     fused = chunk_value_and_grad_kernel(h, weight, labels)
+    # Of float64, "exact" is plain torch itself, and as far from the truth as the kernel.
+    ulps = 64 if dtype == torch.float64 else 4
     for f, p, e in zip(fused, plain, exact, strict=True):
         error = lambda t, e=e: (t.double() - e).norm().item()
         assert f.dtype == p.dtype and f.shape == p.shape
-        assert error(f) <= error(p) + 4 * torch.finfo(p.dtype).eps * e.norm().item()
+        assert error(f) <= error(p) + ulps * torch.finfo(p.dtype).eps * e.norm().item()
     ignored = labels == -100
     assert not fused[0][ignored].any() and not fused[1][ignored].any()
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["last", "first"])
 def test_the_largest_logit_may_come_in_any_block(flip):
-    weight = torch.linspace(-20, 20, 40001, device=DEVICE)[:, None]
+    # In fp32 the last bit of lse, 27.6, is 4e-5 of the gradient.
+    weight = torch.linspace(-20, 20, 40001, device=DEVICE, dtype=torch.float64)[:, None]
     weight = weight.flip(0) if flip else weight
-    h, labels = torch.ones(2, 1, device=DEVICE), torch.tensor([0, 40000], device=DEVICE)
+    h, labels = weight.new_ones(2, 1), torch.tensor([0, 40000], device=DEVICE)
     logp, dh = chunk_value_and_grad_kernel(h, weight, labels)
     wanted = chunk_value_and_grad(h, weight, labels)
     torch.testing.assert_close((logp, dh), wanted)
