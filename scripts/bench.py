@@ -52,8 +52,7 @@ def measure(args: argparse.Namespace) -> dict:
     step = step_of(args)
     torch.cuda.synchronize()
     load, of_loading = time.perf_counter() - start, torch.cuda.max_memory_allocated()
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 128256, (args.batch, args.seq), generator=generator).cuda()
+    ids = token_ids(args)
     start = time.perf_counter()
     losses = [step(ids)]
     torch.cuda.synchronize()
@@ -83,6 +82,13 @@ def measure(args: argparse.Namespace) -> dict:
         "load_gib": round(of_loading / 2**30, 2),
         "loss": [round(float(losses[0]), 4), round(float(losses[-1]), 4)],
     }
+
+
+def token_ids(args: argparse.Namespace) -> torch.Tensor:
+    """Random tokens [batch, seq] on the GPU, always the same."""
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = SHAPES[args.shape]["vocab_size"]
+    return torch.randint(0, vocab_size, (args.batch, args.seq), generator=generator).cuda()
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,22 +160,29 @@ def report(rows: list[dict], against: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes a step, beside the setting."""
     parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
     parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
-    parser.add_argument("--recompute", nargs="*", default=POLICIES)
-    parser.add_argument("--peers", nargs="*", default=["probe", "hf", "hf-gc"])
-    parser.add_argument("--against", help="the peer of the ratios; the first of --peers")
-    parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
-    parser.add_argument("--targets", nargs="+", default=list(PROJECTIONS))
-    parser.add_argument("--dropout", type=float, default=0.0)
-    for name in OPTIONS:
-        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
+    parser.add_argument("--targets", nargs="+", default=list(PROJECTIONS))
+    parser.add_argument("--dropout", type=float, default=0.0)
+    parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
+    for name in OPTIONS:
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_step_arguments(parser)
+    parser.add_argument("--recompute", nargs="*", default=POLICIES)
+    parser.add_argument("--peers", nargs="*", default=["probe", "hf", "hf-gc"])
+    parser.add_argument("--against", help="the peer of the ratios; the first of --peers")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warm", type=int, default=3)
     parser.add_argument("--cache", type=Path, help="compile cache; first steps are then not cold")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from random_checkpoint import write_checkpoint
+from random_checkpoint import SHAPES, write_checkpoint
 from torch.utils._pytree import tree_leaves
 
 from fastlora.bases import read_base

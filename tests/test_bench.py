@@ -1,0 +1,89 @@
+"""What scripts/bench.py and profile_step.py compute; what they measure needs a GPU."""
+
+import sys
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The scripts as modules, found as they find one another."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    import bench
+    import profile_step
+
+    yield bench, profile_step
+    for name in set(sys.modules) - before:
+        if name in ("bench", "bench_steps", "profile_step", "random_checkpoint"):
+            del sys.modules[name]
+
+
+def test_floors_are_those_of_the_design(scripts):
+    """design.md: 4 x parameters x tokens at 790 TFLOP/s, 51 ms for 1B and about 335 for 8B; and
+    attention, of which the causal half counts."""
+    bench, _ = scripts
+    for shape, products, attention in (("1b", 51.2, 4.9), ("8b", 311.3, 19.5)):
+        raw = bench.SHAPES[shape]
+        short = bench.floor_ms(raw, 4096, 2)  # as many tokens, next to no attention
+        assert short == pytest.approx(products, abs=0.1)
+        assert bench.floor_ms(raw, 4, 2048) - short == pytest.approx(attention, abs=0.1)
+
+
+def row(setting, ms, **more):
+    sizes = {"shape": "1b", "batch": 4, "seq": 2048, "device": "a card"}
+    figures = {"ms": ms, "spread_ms": 1.0, "tokens_s": 10, "floor_ms": 50.0, "peak_gib": 3.5}
+    return sizes | figures | {"setting": setting, "first_s": 9.0, "loss": [1.0, 0.5]} | more
+
+
+def test_the_report_says_ratio_and_share_of_the_floor(scripts):
+    bench, _ = scripts
+    failed = {"setting": "liger", "error": ["no such package"]}
+    text = bench.report([row("none", 100.0), row("unsloth", 125.0), failed], "unsloth")
+    title, _, none, unsloth, liger = text.strip().split("\n")
+    assert title == "shape 1b, batch 4, seq 2048, device a card"
+    assert none.split()[-2:] == ["1.25", "50%"] and unsloth.split()[-2:] == ["1.00", "40%"]
+    assert "no such package" in liger
+    assert "1.25" not in bench.report([row("none", 100.0), row("hf", 125.0)], "unsloth")
+
+
+def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
+    """One that is not handed on would be measured at its default, in silence."""
+    bench, _ = scripts
+    parser = ArgumentParser()
+    bench.add_step_arguments(parser)
+    given = "--shape 8b --layers 3 --batch 1 --seq 512 --rank 8 --targets q_proj v_proj".split()
+    given += "--dropout 0.1 --kernels torch --use-dora --lora-bias --load-in-4bit".split()
+    args = parser.parse_args(given)
+    for name, value in vars(args).items():
+        assert name == "folder" or value != parser.get_default(name), f"{name}: give it here too"
+    args.steps, args.warm, args.cache = 7, 2, None
+    seen = {}
+
+    class Done:
+        stdout, stderr = 'RESULT {"ms": 1}', ""
+
+    monkeypatch.setattr(bench.subprocess, "run", lambda c, **_: seen.update(command=c) or Done)
+    assert bench.in_own_process("none", Path("somewhere"), args) == {"ms": 1}
+    parser.add_argument("--one")
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--warm", type=int)
+    again = vars(parser.parse_args(seen["command"][2:]))
+    for name, value in vars(args).items():
+        if name not in ("cache", "folder"):
+            assert again[name] == value, name
+    assert again["one"] == "none" and again["folder"] == Path("somewhere")
+
+
+def test_a_profile_counts_overlap_once(scripts):
+    _, profile_step = scripts
+    kernel = profile_step.Kernel
+    kernels = [kernel("a", 0, 10), kernel("copy", 5, 27), kernel("a", 30, 40), kernel("b", 31, 32)]
+    assert profile_step.busy_us(kernels) == 37
+    title, _, first, *_ = profile_step.table(kernels, 2, 2, 0.01, 30).split("\n")
+    assert "0.02 ms from first kernel to last, busy 0.02; 2 kernels; 1.0 waits" in title
+    assert first.split() == ["0.011", "59.5%", "110.0%", "0.5", "22.0", "copy"]
