@@ -12,21 +12,18 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 @pytest.fixture
 def scripts(monkeypatch):
     """The scripts as modules, found as they find one another."""
-    before = set(sys.modules)
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    import bench
-    import profile_step
+    from importlib import import_module
 
-    yield bench, profile_step
-    for name in set(sys.modules) - before:
-        if name in ("bench", "bench_steps", "profile_step", "random_checkpoint"):
-            del sys.modules[name]
+    yield [import_module(name) for name in ("bench", "profile_step", "scaling")]
+    for name in {"bench_steps", "random_checkpoint"} | {"bench", "profile_step", "scaling"}:
+        sys.modules.pop(name, None)
 
 
 def test_floors_are_those_of_the_design(scripts):
     """design.md: 4 x parameters x tokens at 790 TFLOP/s, 51 ms for 1B and about 335 for 8B; and
     attention, of which the causal half counts."""
-    bench, _ = scripts
+    bench, *_ = scripts
     for shape, products, attention in (("1b", 51.2, 4.9), ("8b", 311.3, 19.5)):
         raw = bench.SHAPES[shape]
         short = bench.floor_ms(raw, 4096, 2)  # as many tokens, next to no attention
@@ -41,7 +38,7 @@ def row(setting, ms, **more):
 
 
 def test_the_report_says_ratio_and_share_of_the_floor(scripts):
-    bench, _ = scripts
+    bench, *_ = scripts
     failed = {"setting": "liger", "error": ["no such package"]}
     text = bench.report([row("none", 100.0), row("unsloth", 125.0), failed], "unsloth")
     title, _, none, unsloth, liger = text.strip().split("\n")
@@ -53,7 +50,7 @@ def test_the_report_says_ratio_and_share_of_the_floor(scripts):
 
 def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
     """One that is not handed on would be measured at its default, in silence."""
-    bench, _ = scripts
+    bench, *_ = scripts
     parser = ArgumentParser()
     bench.add_step_arguments(parser)
     given = "--shape 8b --layers 3 --batch 1 --seq 512 --rank 8 --targets q_proj v_proj".split()
@@ -80,10 +77,36 @@ def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
 
 
 def test_a_profile_counts_overlap_once(scripts):
-    _, profile_step = scripts
+    _, profile_step, _ = scripts
     kernel = profile_step.Kernel
     kernels = [kernel("a", 0, 10), kernel("copy", 5, 27), kernel("a", 30, 40), kernel("b", 31, 32)]
     assert profile_step.busy_us(kernels) == 37
     title, _, first, *_ = profile_step.table(kernels, 2, 2, 0.01, 30).split("\n")
     assert "0.02 ms from first kernel to last, busy 0.02; 2 kernels; 1.0 waits" in title
     assert first.split() == ["0.011", "59.5%", "110.0%", "0.5", "22.0", "copy"]
+
+
+def test_one_size_changes_at_a_time(scripts):
+    *_, scaling = scripts
+    center = {"seq": 2048, "batch": 4, "rank": 16, "layers": 16}
+    for sweep, sizes in scaling.points(center):
+        others = {**center, **scaling.SWEEPS[sweep][1]}
+        assert {k: v for k, v in sizes.items() if k != sweep} == {
+            k: v for k, v in others.items() if k != sweep
+        }
+    measured = [(sweep, sizes[sweep]) for sweep, sizes in scaling.points(center)]
+    assert len(measured) == len(set(measured)) == 23
+
+
+def test_the_plot_is_drawn_with_gaps(scripts, tmp_path):
+    *_, scaling = scripts
+    center = {"seq": 2048, "batch": 4, "rank": 16, "layers": 16}
+    rows = [
+        row(setting, 100.0, sweep=sweep, torch="2.11", **sizes)
+        for setting in ("selective", "full")
+        for sweep, sizes in scaling.points(center)
+    ]
+    del rows[7]["tokens_s"], rows[7]["peak_gib"]
+    rows[7]["error"] = ["out of memory"]
+    scaling.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
