@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import adapted, relative_error, same_bits, token_ids
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fastlora import functional as FL
 from fastlora import value_and_grad
+from fastlora.llama.compiled import _region as compiled_regions
+from fastlora.llama.recompute import layer_levels
 from fastlora.model import Model
 
 POLICIES = ["none", "selective", "full", "offload", 0.0, 0.2, 0.5, 0.8, 1.0]
@@ -249,6 +252,25 @@ def test_inductor_gives_the_eager_gradient(pair, fresh_dynamo):
     again = value_and_grads(model.with_spec(compile=True))
     torch.testing.assert_close(again[0], value)
     assert relative_error(again[1], grads) <= 1e-5
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("policy", ["selective", 0.45], ids=str)
+def test_a_second_process_compiles_nothing(policy, pair, fresh_dynamo):
+    """Every graph, whatever it computes again, is found in the cache on disk: at 0.45 both layers
+    recompute their MLP whole and the rest in part."""
+    model = adapted(pair("llama2").model, r=4, target_modules=["q_proj", "down_proj"])
+    model = model.with_spec(recompute=policy, compile=True)
+    if policy != "selective":
+        assert {*layer_levels(model.spec.config, policy)} == {"mlp"}
+    first = value_and_grads(model)
+    torch._dynamo.reset()
+    compiled_regions.cache_clear()
+    counters.clear()
+    assert same_bits(value_and_grads(model), first)
+    found = counters["aot_autograd"]
+    assert found["autograd_cache_hit"] == compiled_regions.cache_info().currsize
+    assert not found["autograd_cache_miss"] and not found["autograd_cache_bypass"]
 
 
 @pytest.mark.compile

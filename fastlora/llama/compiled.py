@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from hashlib import sha256
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import fastlora.ops
 from fastlora.llama.spec import Compile
 
 
@@ -65,4 +68,27 @@ def _region(
     own_name = f"{fn.__name__}_{_region.cache_info().misses}"
     code = region.__code__.replace(co_name=own_name, co_qualname=own_name)
     own = FunctionType(code, region.__globals__, fn.__name__, None, region.__closure__)
-    return torch.compile(own, fullgraph=True)
+    return torch.compile(own, fullgraph=True, backend=backend)
+
+
+def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    """Inductor, which takes graphs with an autograd.Function into its cache on disk too.
+
+    All of ours have one, and torch leaves those out unless asked (pytorch#149751 found it safe);
+    with recompute.py's `cache_hash` a second process then traces a layer, and compiles nothing. The
+    key holds our ops' source: a graph sees their names alone, and would outlive a change in them.
+    """
+    from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415  half a second
+
+    tag = torch.compiler.config.cache_key_tag + _source_of_ops()
+    with (
+        torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),  # pyright: ignore
+        torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore
+    ):
+        return compile_fx(graph, inputs)
+
+
+@cache
+def _source_of_ops() -> str:
+    files = sorted(Path(*fastlora.ops.__path__).glob("*.py"))
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -25,6 +25,7 @@ torch.compile (there the partitioner then drops what no backward node reads).
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -70,16 +71,28 @@ _KEPT = {
 }
 
 
+def _policy(level: str, _: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT[level] else CheckpointPolicy.MUST_RECOMPUTE
+
+
+def _contexts(level: str) -> Callable[[], Any]:
+    """torch's contexts for what a level keeps, in a form that its compile cache takes: without
+    `cache_hash`, or with a policy that does not pickle, no graph that recomputes is ever cached."""
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, level))
+    kept = sorted(str(op) for op in _KEPT[level])
+    contexts.cache_hash = f"fastlora keeps {kept}"  # pyright: ignore[reportAttributeAccessIssue]
+    return contexts
+
+
+_CONTEXTS = {level: _contexts(level) for level in _KEPT}
+
+
 def _recomputed(fn: Callable[[Tensor], Tensor], x: Tensor, level: str) -> Tensor:
     """fn(x), keeping for the backward pass only x and what the level's ops produced."""
-    kept = _KEPT[level]
-
-    def policy(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.MUST_RECOMPUTE
-
-    contexts = partial(create_selective_checkpoint_contexts, policy)
     # No op here reads a random state (ops/dropout.py), so none needs preserving.
-    out = checkpoint(fn, x, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    out = checkpoint(
+        fn, x, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
+    )
     assert isinstance(out, Tensor)
     return out
 

@@ -3,15 +3,18 @@
 import itertools
 from functools import cache
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
 from conftest import adapted, read_pair, relative_error, token_ids
 from torch import fx
+from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
 from fastlora import functional as FL
 from fastlora import value_and_grad
+from fastlora.llama import compiled
 from fastlora.llama.compiled import compiles
 from fastlora.llama.recompute import layer_levels
 from fastlora.model import Model
@@ -176,3 +179,22 @@ def test_models_that_differ_in_a_float_compile_side_by_side(tmp_path, region_bac
         assert "mlp" in layer_levels(model.spec.config, 0.4)  # one checkpoint inside another
         run = lambda m: value_and_grad(FL.loss)(m.adapter, m.base, m.spec, batch)
         assert relative_error(run(model.with_spec(compile=True)), run(model)) < 1e-5
+
+
+@pytest.mark.compile
+def test_graphs_on_disk_are_those_of_our_ops_as_they_are(monkeypatch, fresh_dynamo):
+    """A graph knows an op by its name: what was compiled for another source is not taken."""
+
+    def compile(source: str) -> dict[str, int]:
+        monkeypatch.setattr(compiled, "_source_of_ops", lambda: source)
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda x: x.sin() + 2, backend=compiled.backend)(torch.ones(3))
+        return {k: n for k, n in counters["aot_autograd"].items() if k.endswith(("hit", "miss"))}
+
+    before = torch.compiler.config.cache_key_tag
+    one, other = str(uuid4()), str(uuid4())
+    assert compile(one) == {"autograd_cache_miss": 1}
+    assert compile(one) == {"autograd_cache_hit": 1}
+    assert compile(other) == {"autograd_cache_miss": 1}
+    assert torch.compiler.config.cache_key_tag == before
