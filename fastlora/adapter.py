@@ -1,71 +1,45 @@
-"""lora(): which projections carry an adapter, at which rank and scale, and its first weights.
+"""lora(): a model with a fresh adapter, and what cannot be."""
 
-Matching is PEFT's, rule for rule (peft 0.21.2, tuners_utils.py:2337-2412 and utils/other.py:1524),
-over the module names that transformers gives these models. It is settled here once: `lora` and the
-reader of PEFT folders (export.py) both end in `resolve_targets`, and nothing later sees a pattern.
-"""
-
-import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import replace
-from functools import partial
-from time import perf_counter
 from typing import Any, ClassVar, Protocol, TypeVar, cast, runtime_checkable
 
-import regex
 import torch
 
 from fastlora.checks import raise_problems
-from fastlora.expert_keys import former_names, is_mixture, matched_parameters, translate_targets
+from fastlora.expert_keys import is_mixture
 from fastlora.factors import (
     OF_DATA,
     factor_problems,
-    factors,
     loftq_settings,
     reads_weights,
 )
+from fastlora.first_weights import init_adapter, started, weight_factors
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
-    EXPERTS,
     PROJECTIONS,
     Adapter,
-    AdapterRecord,
     Base,
-    BiasedLoRA,
-    DoRA,
-    ExpertLoRA,
-    LoRA,
-    base_tensors,
     is_quantized,
-    layer_targets,
-    projection_path,
     projection_weights,
     target_shape,
 )
 from fastlora.llama.spec import (
     POLICIES,
     LoraConfig,
-    Outside,
     Recompute,
     Spec,
-    Target,
     is_recompute,
 )
-from fastlora.llama.start import with_start
 from fastlora.loftq import filled_with_loss
-from fastlora.ops.dequantize import dense
-from fastlora.ops.dora import row_norms
 from fastlora.ops.fake_quantize import SCHEMES
 from fastlora.originals import location_problems, offload_originals, with_originals
 from fastlora.outside import (
-    ENDS,
-    first_tensors,
-    keeps_lora_away,
-    resolve_outside,
     token_indices,
     type_problems,
 )
+from fastlora.targets import as_tuple, names_or_regex, peft_targets, resolve_targets
 
 DTYPES = {
     "float32": torch.float32,
@@ -74,11 +48,6 @@ DTYPES = {
     "float64": torch.float64,
 }
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
-PEFT_TARGETS = ("q_proj", "v_proj")  # PEFT's own choice for Llama, Mistral and Qwen
-# To match all patterns with all names, before they are used: patterns of a file are anybody's, and
-# `re`, which has no time limit, takes 2**40 steps for "([a-z.]+)+!" on a name of 40 characters.
-# The regex library has one.
-_SECONDS = 0.5
 _INITS = (True, False, "gaussian", "orthogonal")  # that leave the base alone
 _TEMPORARY = "_fastlora_temporary_saved_buffers"
 
@@ -277,78 +246,7 @@ def lora(
     return cast(ModelT, replace(cast(Any, model), spec=spec, base=base, adapter=adapter))
 
 
-def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) -> Adapter:
-    """Fresh weights for every target of `spec.lora`, drawn in float32 on the CPU, layer by layer.
-
-    B is zero, so the model starts equal to its base, unless `init_lora_weights` is False. A DoRA
-    magnitude is the norm of what it scales, at least float32, so it changes nothing at first. The
-    bounds are kaiming_uniform_'s with a = sqrt(5): 1 / sqrt(fan_in) (peft 0.21.2, layer.py:332).
-    """
-    assert spec.lora is not None, spec
-    config, init = spec.lora, spec.lora.init_lora_weights
-    generator, device = torch.Generator().manual_seed(random_state), base["norm"].device
-
-    def fresh(layer: int | None, target: Target) -> AdapterRecord:
-        d_out, d_in = target_shape(spec.config, target.name)
-        if target.name in EXPERTS:
-            n = spec.config.num_local_experts
-            pairs = [_first_weights(init, target.r, d_in, d_out, generator, n) for _ in range(n)]
-            return ExpertLoRA(*(torch.stack(m).to(device, dtype) for m in zip(*pairs, strict=True)))
-        if target.name == "embed_tokens":
-            a, b = _first_rows(init, target.r, d_in, d_out, generator)
-        else:
-            a, b = _first_weights(init, target.r, d_in, d_out, generator)
-        a, b = a.to(device, dtype), b.to(device, dtype)
-        if config.lora_bias:
-            bias = torch.zeros(d_out) if init else _uniform((d_out,), target.r, generator)
-            return BiasedLoRA(a, b, bias.to(device, dtype))
-        if config.use_dora:
-            weight = _matrix(base, layer, target.name)
-            wide = torch.promote_types(dtype, torch.float32)
-            return DoRA(a, b, row_norms(weight, a, b, target.scaling).to(wide))
-        return LoRA(a, b)
-
-    layers = tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
-    ends = {t.name: t for t in (spec.outside.embed_tokens, spec.outside.lm_head) if t}
-    if spec.outside.tied:
-        ends.pop("lm_head", None)
-    rest: Any = {name: fresh(None, t) for name, t in ends.items()}
-    return Adapter(layers=layers, **rest, **first_tensors(spec.config, spec.outside, base, dtype))
-
-
-def _matrix(base: Base, layer: int | None, name: str) -> torch.Tensor:
-    """What a target adapts, as [d_out, d_in]; an embedding maps one-hot tokens to hidden states."""
-    if layer is not None:
-        return dense(base["layers"][layer][name]["weight"], base["norm"].dtype)
-    if name == "embed_tokens":
-        return base["embed_tokens"].t()
-    return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
-
-
-def _first_rows(
-    init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) of an embedding: B normal, A zero unless `init` is False (peft 0.21.2, layer.py:352).
-
-    "pissa", "loftq" and the like are about products with a dense input, and mean True here.
-    """
-    shape = (r, d_in)
-    a = torch.zeros(shape) if init else torch.randn(shape, generator=generator)
-    return a, torch.randn(d_out, r, generator=generator)
-
-
-def weight_factors(
-    spec: Spec, base: Base, generator: torch.Generator, loftq: tuple[int, int]
-) -> list[dict[str, LoRA]]:
-    """A0 and B0 of every target, read off the base's weights as `init_lora_weights` says."""
-    assert spec.lora is not None, spec
-    init = str(spec.lora.init_lora_weights)
-
-    def found(layer: int, t: Target) -> LoRA:
-        weight = _matrix(base, layer, t.name)
-        return factors(weight, init, t.r, t.scaling, generator, loftq)
-
-    return [{t.name: found(i, t) for t in ts} for i, ts in enumerate(spec.lora.targets)]
+# ── what cannot be ────────────────────────────────────────────────────────────────────────
 
 
 def _quantized_problems(
@@ -372,275 +270,6 @@ def _quantized_problems(
             " quantised base expected {'loftq_bits': 4, 'loftq_iter': 1}."
         )
     return problems
-
-
-def started(
-    base: Base, adapter: Adapter, found: Sequence[Mapping[str, LoRA]]
-) -> tuple[Base, Adapter]:
-    """(base with these start factors, adapter that begins as them), in the adapter's dtype.
-
-    The two share no memory: an optimiser may write to the adapter's. All else of a record, a DoRA
-    magnitude, stays: it is that of W, which the sum still is.
-    """
-    layers = tuple(
-        {
-            name: record._replace(a=found[i][name].a.to(record.a), b=found[i][name].b.to(record.b))
-            for name, record in records.items()
-        }
-        for i, records in enumerate(adapter["layers"])
-    )
-    kept = [{n: LoRA(x.a.clone(), x.b.clone()) for n, x in records.items()} for records in layers]
-    return with_start(base, kept), Adapter(**adapter | {"layers": layers})
-
-
-def _first_weights(
-    init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator, experts: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B); PEFT's B of several experts is one matrix, whose fan-in is all their ranks."""
-    if init == "orthogonal":
-        return orthogonal_pair(r, d_in, d_out, generator)
-    if init == "gaussian":
-        a = torch.randn(r, d_in, generator=generator) / r
-    else:
-        a = _uniform((r, d_in), d_in, generator)
-    return a, torch.zeros(d_out, r) if init else _uniform((d_out, r), r * experts, generator)
-
-
-def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
-    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
-
-
-def orthogonal_pair(
-    r: int, d_in: int, d_out: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) with B A = 0 and neither zero: they span orthogonal halves of the rank's space.
-
-    The recipe of peft 0.21.2 (layer.py:603): rows of one random orthogonal [r, r] matrix, the even
-    ones for A, the odd ones for B, times normal matrices, over 10.
-    """
-    q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
-    a = (torch.randn(d_in, r // 2, generator=generator) @ q[0::2]).T / 10
-    b = torch.randn(d_out, r // 2, generator=generator) @ q[1::2] / 10
-    return a.contiguous(), b
-
-
-# ── which modules match ───────────────────────────────────────────────────────────────────
-
-
-def resolve_targets(
-    settings: LoraConfig,
-    config: LlamaConfig,
-    heading: str,
-    problems: Iterable[str] = (),
-    *,
-    error: type[ValueError] = ValueError,
-    strict: bool = True,
-) -> LoraConfig:
-    """The settings with `targets` filled in: PEFT's modules, ranks and scalings.
-
-    Args:
-        settings: as given; the `targets` in it are not read.
-        config: the model's shape.
-        heading: first line of the error.
-        problems: what the caller found already, to be raised together with what is found here.
-        error: what to raise.
-        strict: also refuse what PEFT would ignore, with or without a warning.
-
-    Raises:
-        ValueError: (or `error`) if a value cannot be, a matched module is neither a linear layer
-            nor the embedding, or none matches.
-    """
-    problems = [*problems, *_setting_problems(settings)]
-    given, bad_patterns = settings, _regex_problems(settings, config)
-    modules, matched, parameters = module_names(config), [], []
-    if not bad_patterns:
-        is_target = lambda name: _is_target(name, given)
-        settings, untranslated = translate_targets(given, config, modules, is_target)
-        problems += untranslated
-        matched = [m for m in modules if _is_target(m, settings)]
-        parameters = matched_parameters(settings, config)
-    found, parameter_problems = _adapted(settings, config, matched, parameters)
-    problems += [
-        f"target_modules matches {m}, which is no linear layer; expected among {list(PROJECTIONS)}."
-        for m in matched
-        if m.rpartition(".")[2] not in PROJECTIONS and m not in ENDS
-    ]
-    problems += parameter_problems
-    problems += bad_patterns or _match_problems(settings, config, [*matched, *parameters], strict)
-    outside = Outside()
-    if not (bad_patterns or problems):  # whose ranks and patterns can be used
-        of = partial(_target, settings)
-        outside, problems = resolve_outside(settings, config, modules, matched, of, strict)
-        problems += _start_problems(settings, outside, found)
-    raise_problems(error, heading, problems)
-    targets = tuple(
-        tuple(
-            _target(settings, name, found[path])
-            for name in layer_targets(config, layer)
-            if (path := projection_path(layer, name)) in found
-        )
-        for layer in range(config.num_hidden_layers)
-    )
-    return replace(given, targets=targets, outside=outside)
-
-
-def _start_problems(s: LoraConfig, outside: Outside, projections: Collection[str]) -> list[str]:
-    """Initialisations that read weights: not a head's, and nothing's where there is no other."""
-    problems = []
-    if not reads_weights(s.init_lora_weights):
-        return problems
-    given = f"init_lora_weights={s.init_lora_weights!r}"
-    if outside.lm_head is not None:
-        problems.append(
-            f"{given} does not go with target_modules of lm_head; leave the head out, or choose"
-            " another."
-        )
-    if not projections:
-        problems.append(f"{given} reads projections' weights, but none is adapted; leave it True.")
-    return problems
-
-
-def _adapted(
-    s: LoraConfig, config: LlamaConfig, modules: list[str], parameters: list[str]
-) -> tuple[dict[str, str], list[str]]:
-    """(projection_path -> the name that patterns are matched with, problems)."""
-    found = {m: m for m in modules if m.rpartition(".")[2] in PROJECTIONS}
-    paths = {
-        p if n in EXPERTS else f"{p}.weight": p
-        for layer in range(config.num_hidden_layers)
-        for n in layer_targets(config, layer)
-        for p in [projection_path(layer, n)]
-    }
-    problems = [
-        f"target_parameters matches {p}, which is neither a projection's weight nor experts'; embed"
-        "ding and head are targets of target_modules."
-        for p in parameters
-        if p not in paths
-    ]
-    problems += [
-        f"target_parameters matches {p}, whose module target_modules matches too; leave it to one."
-        for p in parameters
-        if paths.get(p) in found
-    ]
-    wrong = {"lora_dropout": s.lora_dropout, "use_dora": s.use_dora, "lora_bias": s.lora_bias}
-    problems += [
-        f"{name}={value!r} does not go with target_parameters ({parameters[0]}, ...): a parameter"
-        " has no input of its own; leave it at its default, or leave the parameters out."
-        for name, value in wrong.items()
-        if parameters and value
-    ]
-    return found | {paths[p]: p for p in parameters if p in paths}, problems
-
-
-def with_targets(lora: LoraConfig, targets: tuple[tuple[Target, ...], ...]) -> LoraConfig:
-    """The settings with these targets, chosen one by one, spelled so that they resolve to them.
-
-    By full names, so that no two patterns match the same module and their order is no matter.
-    """
-    named = {projection_path(i, t.name): t for i, ts in enumerate(targets) for t in ts}
-    ends = {module: getattr(lora.outside, end) for module, end in ENDS.items()}
-    named |= {module: t for module, t in ends.items() if t is not None}
-    ranks = {path: t.r for path, t in named.items() if t.r != lora.r}
-    alphas = {path: t.lora_alpha for path, t in named.items() if t.lora_alpha != lora.lora_alpha}
-    return replace(
-        lora,
-        target_modules=tuple(named),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        rank_pattern=tuple((regex.escape(path), r) for path, r in ranks.items()),
-        alpha_pattern=tuple((regex.escape(path), alpha) for path, alpha in alphas.items()),
-        targets=targets,
-    )
-
-
-def peft_targets(config: LlamaConfig) -> tuple[str, ...]:
-    """What PEFT adapts where it is told nothing; of a mixture of experts, nothing."""
-    return () if is_mixture(config) else PEFT_TARGETS
-
-
-def _target(settings: LoraConfig, name: str, path: str) -> Target:
-    r = _first_match(settings.rank_pattern, path, settings.r)
-    alpha = _first_match(settings.alpha_pattern, path, settings.lora_alpha)
-    scaling = alpha / (math.sqrt(r) if settings.use_rslora else r)
-    return Target(name=name, r=r, lora_alpha=alpha, scaling=scaling)
-
-
-def _first_match(patterns: tuple[tuple[str, Any], ...], path: str, default: Any) -> Any:
-    return next((v for key, v in patterns if regex.match(_pattern_regex(key), path)), default)
-
-
-def _is_target(module: str, settings: LoraConfig) -> bool:
-    targets = settings.target_modules
-    if settings.exclude_modules and _names(settings.exclude_modules, module):
-        return False
-    if keeps_lora_away(settings.modules_to_save, module):
-        return False
-    if targets == "all-linear":
-        return module.rpartition(".")[2] in PROJECTIONS
-    if isinstance(targets, tuple) and module in targets:
-        return True  # before the layers are asked: PEFT does not filter a full name by its layer
-    return _names(targets, module) and _in_layers(module, settings)
-
-
-def _names(rule: tuple[str, ...] | str, module: str) -> bool:
-    """A string is a regular expression for the whole name, a tuple holds names or dotted ends."""
-    if isinstance(rule, str):
-        return regex.fullmatch(rule, module) is not None
-    return any(f".{module}".endswith(f".{end}") for end in rule)
-
-
-def _in_layers(module: str, settings: LoraConfig) -> bool:
-    """Whether the first number after a `layers_pattern` is among `layers_to_transform`."""
-    if not settings.layers_to_transform:
-        return True
-    patterns = settings.layers_pattern or (r"[^.]*",)
-    found = (regex.match(_layer_regex(p), module) for p in patterns)
-    first = next((m for m in found if m), None)
-    return first is not None and int(first["idx"]) in settings.layers_to_transform
-
-
-def _pattern_regex(key: str) -> str:
-    return rf"(.*\.)?({key})$"
-
-
-def _layer_regex(pattern: str) -> str:
-    return rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-
-
-def module_names(config: LlamaConfig) -> list[str]:
-    """Every module that transformers' model of this shape has: what patterns are matched with."""
-    attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    inner = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
-    inner += [f"self_attn.{n}" for n in attention]
-    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
-    names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
-    for layer in range(config.num_hidden_layers):
-        own = [*inner, *mlps[config.sparse_layers[layer]]]
-        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in own)]
-        names += [
-            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
-        ]
-    return [*names, "lm_head"]
-
-
-# ── what cannot be ────────────────────────────────────────────────────────────────────────
-
-
-def as_tuple(value: Collection[Any] | str | int | None) -> tuple[Any, ...] | None:
-    """A collection as a tuple, a set in sorted order, and one name or number as a tuple of one."""
-    if value is None:
-        return None
-    if isinstance(value, str | int):
-        return (value,)
-    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
-
-
-def names_or_regex(value: Collection[str] | str) -> tuple[str, ...] | str:
-    """A collection as a tuple; a string as it is, with "all-linear" in lower case."""
-    if isinstance(value, str):
-        return value.lower() if value.lower() == "all-linear" else value
-    return as_tuple(value) or ()
 
 
 def _layers(
@@ -758,148 +387,3 @@ def _model_problems(
     if str(adapter_dtype).removeprefix("torch.") not in DTYPES:
         problems.append(f"adapter_dtype={adapter_dtype}: expected one of {list(DTYPES)}.")
     return problems
-
-
-def _setting_problems(s: LoraConfig) -> list[str]:
-    """Values that no model could take, by PEFT's rules."""
-    ranks = {"r": s.r} | {f"rank_pattern[{k!r}]": v for k, v in s.rank_pattern}
-    alphas = {"lora_alpha": s.lora_alpha} | {f"alpha_pattern[{k!r}]": v for k, v in s.alpha_pattern}
-    problems = [
-        f"{name}={v!r}: a rank is an integer of at least 1."
-        for name, v in ranks.items()
-        if type(v) is not int or v < 1
-    ]
-    problems += [
-        f"{name}={v!r}: expected a finite number."
-        for name, v in alphas.items()
-        if type(v) not in (int, float) or not math.isfinite(v)
-    ]
-    if type(s.lora_dropout) not in (int, float) or not 0 <= s.lora_dropout <= 1:
-        problems.append(f"lora_dropout={s.lora_dropout}: expected a probability in [0, 1).")
-    if isinstance(s.target_modules, str) and (s.layers_to_transform or s.layers_pattern):
-        problems.append(
-            "layers_to_transform, layers_pattern and finetune_last_n_layers only filter a list, but"
-            f" target_modules is the string {s.target_modules!r}; list the projections instead."
-        )
-    if s.layers_pattern and s.layers_to_transform is None:
-        problems.append(f"layers_pattern={s.layers_pattern} needs layers_to_transform beside it.")
-    return problems
-
-
-def _regex_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
-    """Patterns that are none, or that could not be matched with this model's names in time."""
-    if wrong := [p for p in s.layers_pattern or () if regex.search(r"[|(){}?#]", p)]:
-        return [f"layers_pattern={wrong!r:.200}: expected names of module lists."]
-    patterns = [("rank_pattern", k, _pattern_regex(k)) for k, _ in s.rank_pattern]
-    patterns += [("alpha_pattern", k, _pattern_regex(k)) for k, _ in s.alpha_pattern]
-    patterns += [("layers_pattern", p, _layer_regex(p)) for p in s.layers_pattern or ()]
-    for field in ("target_modules", "exclude_modules"):
-        if isinstance(rule := getattr(s, field), str):
-            patterns.append((field, rule, rule))
-    names, end = module_names(config), perf_counter() + _SECONDS
-    if is_mixture(config) or s.target_parameters:
-        names += [*base_tensors(config), *former_names(config)]
-    problems = []
-    for field, pattern, x in patterns:
-        # A full name, of which there may be 882 (Llama 3.1 405B), repeats nothing.
-        repeats = regex.search(r"[*+?{(]", pattern) is not None
-        if why := _refusal(x, names if repeats else (), end):
-            problems.append(f"{field}: {pattern!r:.200} {why}.")
-    return problems
-
-
-def _refusal(pattern: str, names: Iterable[str], end: float) -> str:
-    try:
-        compiled = regex.compile(pattern)
-        for name in names:
-            compiled.fullmatch(name, timeout=max(end - perf_counter(), 1e-3))
-    except TimeoutError:
-        return "takes too long to match; list names instead"
-    except (regex.error, RecursionError, OverflowError, MemoryError) as error:
-        return f"is no regular expression: {error}"
-    return ""
-
-
-def _match_problems(
-    s: LoraConfig, config: LlamaConfig, matched: list[str], strict: bool
-) -> list[str]:
-    problems = _without_effect(s, config, matched) if strict else []
-    if not matched and not problems:
-        left = f" after exclude_modules={s.exclude_modules!r}" if s.exclude_modules else ""
-        only = f" in layers {s.layers_to_transform}" if s.layers_to_transform else ""
-        left += f" beside modules_to_save={s.modules_to_save!r}" if s.modules_to_save else ""
-        how = "" if isinstance(s.target_modules, tuple) else ", a regex for the whole module name,"
-        problems.append(
-            f"target_modules={s.target_modules!r}{how} matches no module of this model{left}{only};"
-            f" its linear layers are {list(PROJECTIONS)} and lm_head, its embedding embed_tokens."
-        )
-    return problems
-
-
-def _beside_parameters(s: LoraConfig, config: LlamaConfig) -> list[str]:
-    """Filters that PEFT applies to modules only, where parameters are adapted as well."""
-    parameters = matched_parameters(s, config)
-    if not parameters:
-        return []
-    cure = "; name the parameters you want in full, 'model.layers.0.mlp.experts.down_proj', ..."
-    problems = []
-    if s.layers_to_transform:
-        problems.append(
-            f"layers_to_transform={s.layers_to_transform} does not filter target_parameters, which"
-            f" match {parameters[0]}, ...{cure}"
-        )
-    exclude = s.exclude_modules or ()
-    homes = {p: p.rpartition(".")[0] for p in parameters}
-    problems += [
-        f"exclude_modules={exclude!r} does not keep target_parameters from {p}{cure}"
-        for p in parameters
-        if exclude and (_names(exclude, p) or _names(exclude, homes[p]))
-    ]
-    return problems
-
-
-def _without_effect(s: LoraConfig, config: LlamaConfig, matched: list[str]) -> list[str]:
-    """What PEFT ignores: names, layers and patterns that match nothing in this model."""
-    modules, n = module_names(config), config.num_hidden_layers
-
-    def idle(rule: tuple[str, ...] | str | None) -> list[str]:
-        entries = rule if isinstance(rule, tuple) else [rule] if rule else []
-        is_regex = isinstance(rule, str)
-        return [e for e in entries if not any(_names(e if is_regex else (e,), m) for m in modules)]
-
-    nothing = "matches no module of this model"
-    linear = list(PROJECTIONS)
-    problems = []
-    if isinstance(s.target_modules, tuple):
-        unknown = idle(s.target_modules)
-        problems += [f"target_modules: {e!r} {nothing}; expected among {linear}." for e in unknown]
-    problems += [
-        f"target_parameters: {e!r} matches no parameter of this model."
-        for e in s.target_parameters
-        if not matched_parameters(replace(s, target_parameters=(e,)), config)
-    ]
-    problems += [
-        f"exclude_modules: {e!r} {nothing}; leave it out." for e in idle(s.exclude_modules)
-    ]
-    problems += _beside_parameters(s, config)
-    problems += [
-        f"target_modules: {m} is in no layer; layers_to_transform leaves it out."
-        for m in ENDS
-        if m not in matched and _left_out_by_layers(s, m)
-    ]
-    beyond = [i for i in s.layers_to_transform or () if i not in range(n)]
-    problems += [f"layers_to_transform: {i} is no layer; expected 0 to {n - 1}." for i in beyond]
-    for p in s.layers_pattern or ():
-        if not any(regex.match(_layer_regex(p), m) for m in modules):
-            problems.append(f"layers_pattern: {p!r} {nothing}; this model's is 'layers'.")
-    for field in ("rank_pattern", "alpha_pattern"):
-        for key, _ in getattr(s, field):
-            if matched and not any(regex.match(_pattern_regex(key), m) for m in matched):
-                problems.append(f"{field}: {key!r} matches no module that carries an adapter.")
-    return problems
-
-
-def _left_out_by_layers(s: LoraConfig, module: str) -> bool:
-    """Whether a module would be adapted, were it not for layers_to_transform."""
-    anywhere = replace(s, layers_to_transform=None, layers_pattern=None)
-    return bool(s.layers_to_transform) and _is_target(module, anywhere)

@@ -18,13 +18,14 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastlora.adapter import Adaptable, ModelT, with_targets
+from fastlora.adapter import Adaptable, ModelT
 from fastlora.checks import raise_problems
 from fastlora.llama.params import PROJECTIONS, Adapter, LayerAdapter, LoRA, projection_path
 from fastlora.llama.spec import LoraConfig, Target
 from fastlora.llama.start import equivalent, without_start
 from fastlora.originals import with_originals
 from fastlora.outside import described
+from fastlora.targets import with_targets
 
 
 class _Part(NamedTuple):

@@ -16,15 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from fastlora.adapter import (
-    DTYPES,
-    ModelT,
-    as_tuple,
-    names_or_regex,
-    peft_targets,
-    resolve_targets,
-    weight_factors,
-)
+from fastlora.adapter import DTYPES, ModelT
 from fastlora.checkpoint import (
     read_json,
     read_safetensors,
@@ -40,6 +32,7 @@ from fastlora.expert_keys import (
     unpacked,
 )
 from fastlora.factors import factor_problems, moves_base
+from fastlora.first_weights import weight_factors
 from fastlora.hub import resolve, upload
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
@@ -72,6 +65,7 @@ from fastlora.peft_keys import (
     tensor_problems,
     vocabulary_rows,
 )
+from fastlora.targets import as_tuple, names_or_regex, peft_targets, resolve_targets
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 

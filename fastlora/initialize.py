@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.adapter import ModelT, started, with_targets
+from fastlora.adapter import ModelT
 from fastlora.checks import raise_problems
 from fastlora.factors import OF_DATA, balanced, factor_problems, randomised_svd
+from fastlora.first_weights import started
 from fastlora.functional import Batch, trained_labels
 from fastlora.gradients import value_and_grad
 from fastlora.llama.decoder import Where, where
@@ -46,6 +47,7 @@ from fastlora.ops.dequantize import dense
 from fastlora.ops.linear_cross_entropy import IGNORE, linear_logprobs
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.originals import originals_away, with_originals
+from fastlora.targets import with_targets
 
 # Projections that read the same input, by the first of them.
 _SHARED = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}

@@ -14,7 +14,7 @@ from peft import LoraConfig as PeftConfig
 from peft import LoraModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastlora.adapter import lora, module_names
+from fastlora.adapter import lora
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
     PROJECTIONS,
@@ -24,6 +24,7 @@ from fastlora.llama.params import (
 )
 from fastlora.llama.spec import Spec
 from fastlora.model import Model
+from fastlora.targets import module_names
 
 ALL = list(PROJECTIONS)
 

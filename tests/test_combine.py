@@ -25,11 +25,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional
-from fastlora.adapter import lora, resolve_targets
+from fastlora.adapter import lora
 from fastlora.combine import combine, disable
 from fastlora.export import load_adapter, save_adapter
 from fastlora.llama.params import BiasedLoRA, projection_path
 from fastlora.model import Model
+from fastlora.targets import resolve_targets
 
 # The models that are combined: arguments of `lora`.
 EQUAL = (

@@ -18,7 +18,7 @@ FLOORS = [
     {"quantized_keys", "hub"},
     {"expert_keys", "outside", "originals"},
     {"functional", "data", "bases", "peft_keys"},
-    {"loftq"},
+    {"loftq", "targets", "first_weights"},
     {"adapter"},
     {"generation", "merging", "combine", "initialize", "vocabulary", "quantization"},
     {"export"},

@@ -71,7 +71,7 @@ def _region(
     return torch.compile(own, fullgraph=True, backend=backend)
 
 
-def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     """Inductor, which takes graphs with an autograd.Function into its cache on disk too.
 
     All of ours have one, and torch leaves those out unless asked (pytorch#149751 found it safe);
