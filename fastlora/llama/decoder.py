@@ -84,8 +84,7 @@ def hidden_states(
     key = dropout_key(spec, seed, x.device)
     fused = use_kernel(x, spec.kernels)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
-    offload = spec.recompute == "offload" and x.is_cuda and not torch.compiler.is_compiling()
-    stash = HostStash() if offload and torch.is_grad_enabled() and not transforms_active() else None
+    stash = _stash(spec, x)
     for i, level in enumerate(layer_levels(config, spec.recompute)):
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
             # Else the first adapted layer alone would see an input without gradient, and compile by
@@ -102,7 +101,7 @@ def hidden_states(
         if stash is None:
             x = run(x)
         else:
-            x = stash.run(run, x, Copies(matrices_of(adapters[i]), matrices_of(lora)))
+            x = stash.run(run, x, rest, Copies(matrices_of(adapters[i]), matrices_of(lora)))
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
 
 
@@ -122,6 +121,13 @@ def _attached(x: Tensor) -> Tensor:
     would keep a leaf to its end."""
     anchor = torch.empty((), device=x.device, requires_grad=True)
     return _Attached.apply(x, anchor)  # pyright: ignore[reportReturnType]
+
+
+def _stash(spec: Spec, x: Tensor) -> HostStash | None:
+    """Where layers put what they keep, if anywhere: torch.func refuses saved-tensor hooks."""
+    offload = spec.recompute == "offload" and x.is_cuda and not torch.compiler.is_compiling()
+    recording = torch.is_grad_enabled() and not transforms_active()
+    return HostStash(x.device) if offload and recording else None
 
 
 def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor) -> Tensor:

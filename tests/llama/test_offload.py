@@ -1,6 +1,7 @@
-"""What recompute="offload" makes again: the adapter's matrices in the products' dtype.
+"""recompute="offload": what waits in host memory, and the matrices that are made again.
 
-The layer inputs' way to the host and back needs a GPU: scripts/gpu_check.py.
+On the CPU, where copies are made at once: that they overlap, and the waits between streams, are for
+a GPU to show (scripts/gpu_check.py).
 """
 
 import pytest
@@ -11,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.llama.offload import Copies
+from fastlora.llama import decoder, offload
+from fastlora.llama.offload import Copies, HostStash
 from fastlora.llama.params import LoRA
 from fastlora.ops.cast import cast, matrices_of
 
@@ -94,3 +96,94 @@ def test_no_leaf_of_the_embedding_is_kept(pair, region_backend):
         nodes += [n for n, _ in node.next_functions]
     leaves = [n.variable for n in seen if type(n).__name__ == "AccumulateGrad"]
     assert all(x.dim() < 3 for x in leaves)
+
+
+# ── what layers keep ──────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def stashes(monkeypatch):
+    """Every stash that a forward pass on the CPU makes from here on, of tensors of any size."""
+    made = []
+
+    def stash(spec, x):
+        made.append(HostStash(x.device))
+        return made[-1]
+
+    monkeypatch.setattr(decoder, "_stash", stash)
+    monkeypatch.setattr(offload, "_LEAST", 0)
+    return made
+
+
+def loss_and_graph(model, seed=3):
+    """The loss of a batch with dropout, and the tensors to differentiate it by."""
+    ids = token_ids(2, 9)
+    model = model.for_training()
+    batch = {"input_ids": ids, "labels": ids}
+    loss = FL.loss(model.adapter, model.base, model.spec, batch, seed=seed)
+    return loss, tree_leaves(model.adapter)
+
+
+LEVELS = ["full", "attention", "mlp", "selective", "none"]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("level", LEVELS)
+def test_whatever_layers_keep_can_wait_elsewhere(
+    level, dtype, pair, stashes, monkeypatch, region_backend
+):
+    """The same bits as without; and not the input alone waits, where more is kept."""
+    region_backend("aot_eager")
+    model = adapted(pair("llama2", dtype).model, r=4, lora_dropout=0.1)
+    model = model.with_spec(compile=True, recompute="offload")
+    monkeypatch.setattr(decoder, "layer_levels", lambda c, _: (level,) * c.num_hidden_layers)
+    loss, leaves = loss_and_graph(model)
+    found = torch.autograd.grad(loss, leaves)
+    (stash,) = stashes
+    kept = [len(parcel) for parcel in stash.host]
+    assert len({*kept}) == 1 and kept[0] >= {"full": 1, "attention": 3, "mlp": 6}.get(level, 8)
+    monkeypatch.setattr(decoder, "_stash", lambda spec, x: None)
+    assert same_bits(found, torch.autograd.grad(*loss_and_graph(model)))
+
+
+@pytest.mark.compile
+def test_a_graph_that_is_kept_is_walked_again(pair, stashes, region_backend):
+    region_backend("aot_eager")
+    model = adapted(pair("llama2").model, r=4).with_spec(compile=True, recompute="offload")
+    loss, leaves = loss_and_graph(model)
+    first, again = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
+    assert same_bits(first, again) and stashes[0].host[0]
+
+
+def stashed(x, *saved):
+    """A stash after a layer that kept these beside x, and what its backward pass then gets."""
+    stash, given = HostStash(x.device), []
+
+    class Layer(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x, *saved)
+            return x + 1
+
+        @staticmethod
+        def backward(ctx, dy):
+            given.extend(ctx.saved_tensors)
+            return dy
+
+    y = stash.run(Layer.apply, x.requires_grad_(), {"base": [saved[0], None]}, Copies([], []))
+    y.sum().backward()
+    return stash, given
+
+
+def test_what_lives_on_anyway_stays_and_what_travels_returns_as_it_was(monkeypatch):
+    monkeypatch.setattr(offload, "_LEAST", 64)
+    base, turned, small = torch.rand(9, 9), torch.rand(6, 4).t(), torch.ones(3)
+    slice = torch.rand(9, 9)[:, :4]
+    saved = (base, base[:8], turned, turned, small, slice)
+    stash, given = stashed(torch.rand(5, 5), *saved)
+    assert [x.shape for x in stash.host[0]] == [(5, 5), (4, 6)]  # one copy, though saved twice
+    for before, after in zip(saved, given[1:], strict=True):
+        assert torch.equal(before, after) and before.stride() == after.stride()
+        travelled = before is turned
+        assert (before.data_ptr() == after.data_ptr()) != travelled
