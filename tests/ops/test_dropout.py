@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastlora.ops.dropout import dropout, fold, hash32, keep_mask
+from fastlora.ops.dropout import dropout, fold, hash32, keep_mask, low_word
 
 CPU = torch.device("cpu")
 N, D = 512, 512
@@ -71,14 +71,32 @@ def test_layers_and_projections_are_independent():
             assert z_score(a == b, 0.5) < TAIL
 
 
-def test_the_hash_is_32_bits_without_collisions_and_avalanches():
-    x = torch.arange(2**16)
+def test_the_hash_is_one_to_one_and_avalanches():
+    x = torch.arange(2**16, dtype=torch.int32)
     h = hash32(x)
-    assert h.min() >= 0 and h.max() < 2**32 and len(h.unique()) == 2**16  # a bijection of words
+    assert h.dtype == torch.int32 and len(h.unique()) == 2**16
     for bit in range(32):  # one bit in: half of the bits out
-        changed = h ^ hash32(x ^ (1 << bit))
+        changed = h ^ hash32(x ^ low_word(torch.tensor(1 << bit)))
         flips = sum(((changed >> k) & 1).double().mean().item() for k in range(32)) / 32
         assert abs(flips - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.93])
+@pytest.mark.parametrize("seed", [0, 1, -3, 12345, 2**31 + 5, 2**32 - 1, 2**40 + 77])
+def test_words_wrap_as_the_algorithm_says(seed, p):
+    """The same mask in Python's unbounded integers, word by word."""
+    word = 0xFFFFFFFF
+
+    def mixed(x: int) -> int:
+        x = ((x ^ x >> 16) * 0x21F0AAAD) & word
+        x = ((x ^ x >> 15) * 0x735A2D97) & word
+        return x ^ x >> 15
+
+    rows = [mixed((i ^ seed) & word) for i in range(9)]
+    wanted = [
+        [mixed((r + j * 0x9E3779B1) & word) >= int(p * 2**32) for j in range(70)] for r in rows
+    ]
+    assert torch.equal(mask(seed, p, 9, 70), torch.tensor(wanted))
 
 
 def test_kept_values_are_scaled_and_others_zero():
