@@ -207,6 +207,27 @@ def bits(folder: Path) -> Iterator[Row]:
     yield "deterministic=True: leaves that differ", float(sum(not x.equal(y) for x, y in pairs)), 0
 
 
+def waits(folder: Path) -> Iterator[Row]:
+    """Whether the host waits for the GPU in a step, which CUDA then refuses to do."""
+    for policy in POLICIES[folder.name]:
+        model = adapted(folder, "bfloat16", {"lora_dropout": 0.1}, recompute=policy)
+        ids = tokens(model, 2, 64)
+        step = lambda model=model, ids=ids: fastlora.value_and_grad(FL.loss)(
+            model.adapter, model.base, model.spec, {"input_ids": ids, "labels": ids}, seed=7
+        )
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            waited = 0.0
+        except RuntimeError as error:
+            print(str(error).splitlines()[0])
+            waited = 1.0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield f"a step waits for the GPU: {policy}", waited, 0
+
+
 def grouped() -> Iterator[Row]:
     """The grouped kernel and the loop, against fp64: aligned, unaligned, empty groups."""
     sizes = [300, 0, 17, 1, 0, 707, 8, 0]
@@ -348,6 +369,7 @@ def main() -> None:
             laws = [parity(family, folder, theirs)]
             if family == "llama3.2":
                 laws += [against_peft(folder), bits(folder), generation(folder, theirs)]
+                laws.append(waits(folder))
             if family in POLICIES:
                 laws.append(gradients(folder, POLICIES[family]))
             if family == "mistral":

@@ -146,7 +146,9 @@ def dropout_key(
     """The seed as a tensor on the device, or None where no mask will be drawn."""
     if seed is None or spec.lora is None or spec.lora.lora_dropout == 0.0:
         return None
-    return torch.as_tensor(seed, dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # a copy would wait for the GPU
 
 
 def product_dtype(adapter: LayerAdapter, spec: Spec, dtype: torch.dtype) -> LayerAdapter:
