@@ -23,6 +23,12 @@ def test_it_is_transformers_bit_for_bit(shape, dtype):
     assert ours.dtype == dtype and torch.equal(ours, apply_rotary_pos_emb(x, x, cos, sin)[0])
 
 
+def test_queries_lie_as_the_projection_wrote_them():
+    x, cos, sin = drawn(2, 5, 4, 8)
+    heads = x.transpose(1, 2).contiguous().transpose(1, 2)  # b t n hd in memory
+    assert apply_rope(heads, cos, sin).stride() == heads.stride()
+
+
 def test_it_rotates_pairs_half_a_head_apart():
     x, cos, sin = drawn(2, 3, 5, 8, torch.float64)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, None, :, :4]
