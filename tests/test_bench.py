@@ -1,5 +1,7 @@
-"""What scripts/bench.py and profile_step.py compute; what they measure needs a GPU."""
+"""What scripts/bench.py and its companions compute; what they measure needs a GPU."""
 
+import re
+import subprocess
 import sys
 from argparse import ArgumentParser
 from pathlib import Path
@@ -110,3 +112,17 @@ def test_the_plot_is_drawn_with_gaps(scripts, tmp_path):
     rows[7]["error"] = ["out of memory"]
     scaling.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.compile
+def test_inductors_kernels_are_told_without_a_gpu(tmp_path):
+    """And RoPE's derivative is one pass: no tensor of the queries' size goes in and out twice."""
+    script = [sys.executable, str(SCRIPTS / "layer_kernels.py"), "--code", str(tmp_path / "code")]
+    told = subprocess.run(script, check=True, capture_output=True, text=True, timeout=300).stdout
+    forward, backward = told.strip().split("backward: ")
+    assert re.match(r"forward: \d+ kernels of Inductor's, at least \d+ us", forward)
+    assert (
+        "fastlora.lora_swiglu_backward" in backward and "triton" in (tmp_path / "code").read_text()
+    )
+    passes = [line for line in backward.splitlines() if re.match(r" +64\.\d +\d", line)]
+    assert len(passes) == 1 and "cat" in passes[0]
