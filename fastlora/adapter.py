@@ -9,12 +9,7 @@ import torch
 
 from fastlora.checks import raise_problems
 from fastlora.expert_keys import is_mixture
-from fastlora.factors import (
-    OF_DATA,
-    factor_problems,
-    loftq_settings,
-    reads_weights,
-)
+from fastlora.factors import OF_DATA, factor_problems, loftq_settings, reads_weights
 from fastlora.first_weights import init_adapter, started, weight_factors
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import (
@@ -25,20 +20,11 @@ from fastlora.llama.params import (
     projection_weights,
     target_shape,
 )
-from fastlora.llama.spec import (
-    POLICIES,
-    LoraConfig,
-    Recompute,
-    Spec,
-    is_recompute,
-)
+from fastlora.llama.spec import POLICIES, LoraConfig, Recompute, Spec, is_recompute
 from fastlora.loftq import filled_with_loss
 from fastlora.ops.fake_quantize import SCHEMES
 from fastlora.originals import location_problems, offload_originals, with_originals
-from fastlora.outside import (
-    token_indices,
-    type_problems,
-)
+from fastlora.outside import token_indices, type_problems
 from fastlora.targets import as_tuple, names_or_regex, peft_targets, resolve_targets
 
 DTYPES = {

@@ -137,12 +137,14 @@ def how(args: argparse.Namespace) -> dict:
     )
 
 
-def report(rows: list[dict], against: str) -> str:
-    """The rows as a table, each beside the peer `against` where that ran."""
-    first = rows[0]
-    same = ("setting", "ms", "spread_ms", "tokens_s", "floor_ms", "peak_gib", "reserved_gib")
-    same += ("first_s", "load_s", "load_gib", "loss", "error")
-    lines = ["", ", ".join(f"{k} {v}" for k, v in first.items() if k not in same)]
+def listed(facts: dict) -> str:
+    """Facts on one line, as a table's title."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def report(facts: dict, rows: list[dict], against: str) -> str:
+    """A table under what holds for all of it: each row beside the peer `against`, if that ran."""
+    lines = ["", listed(facts)]
     lines += [
         f"{'setting':<12}{'ms':>8}{'spread':>8}{'tokens/s':>10}{'GiB':>8}{'first s':>9}"
         f"{'x ' + against:>14}{'floor':>8}"
@@ -160,17 +162,22 @@ def report(rows: list[dict], against: str) -> str:
     return "\n".join(lines)
 
 
-def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """What makes a step, beside the setting."""
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes one layer of a step, beside the setting."""
     parser.add_argument("--shape", choices=SHAPES, default="1b")
-    parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
-    parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--targets", nargs="+", default=list(PROJECTIONS))
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """What makes a step, beside the setting."""
+    add_layer_arguments(parser)
+    parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
+    parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
     for name in OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
 
@@ -205,7 +212,7 @@ def main() -> None:
             if args.out:
                 with args.out.open("a") as file:
                     file.write(json.dumps(rows[-1]) + "\n")
-    print(report(rows, args.against or next(iter(args.peers), "")))
+    print(report(how(args), rows, args.against or next(iter(args.peers), "")))
 
 
 if __name__ == "__main__":

@@ -20,11 +20,13 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
+from bench import add_layer_arguments
 from random_checkpoint import SHAPES
 from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
@@ -107,10 +109,7 @@ def attention_ops() -> torch.library.Library:
         "attention_backward(Tensor dy, Tensor q, Tensor k, Tensor v, Tensor y, Tensor lse)"
         " -> (Tensor, Tensor, Tensor)"
     )
-
-    def like(x: Tensor) -> Tensor:
-        return torch.empty_like(x)
-
+    like = torch.empty_like
     torch.library.register_fake(
         "layer_kernels::attention",
         lambda q, k, v: (like(q), q.new_empty(q.shape[:3], dtype=torch.float32)),
@@ -254,25 +253,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    add_layer_arguments(parser)
     parser.add_argument("--recompute", choices=LEVELS[:-1], default="none")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--seq", type=int, default=2048)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--targets", nargs="+", default=list(PROJECTIONS))
-    parser.add_argument("--dropout", type=float, default=0.0)
-    parser.add_argument("--kernels", choices=["auto", "torch"], default="auto")
-    parser.add_argument("--code", help="write Inductor's source here")
+    parser.add_argument("--code", type=Path, help="write Inductor's source here")
     args = parser.parse_args()
-    library = attention_ops()
+    library = attention_ops()  # its ops live as long as this does
+    sources = []
     with an_h100():
-        graphs = traced(args)
-        for title, graph in zip(("forward", "backward"), graphs, strict=True):
+        for title, graph in zip(("forward", "backward"), traced(args), strict=True):
             kernels, code = kernels_of(graph, title == "backward")
             print(report(title, kernels))
-            if args.code:
-                with open(args.code, "a") as file:
-                    file.write(code)
+            sources.append(code)
+    if args.code:
+        args.code.write_text("\n".join(sources))
     del library
 
 

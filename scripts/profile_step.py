@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from bench import add_step_arguments, floor_ms, how, shape_of, token_ids
+from bench import add_step_arguments, floor_ms, how, listed, shape_of, token_ids
 from bench_steps import step_of
 from random_checkpoint import write_checkpoint
 from torch._C._autograd import DeviceType
@@ -105,7 +105,7 @@ def main() -> None:
             torch.cuda.synchronize()
     kernels, waits = recorded(prof.events() or [])
     floor = floor_ms(shape_of(args), args.batch, args.seq)
-    print(", ".join(f"{k} {v}" for k, v in ({"setting": args.one} | how(args)).items()))
+    print(listed({"setting": args.one} | how(args)))
     print(table(kernels, waits - 1, args.steps, floor, args.most))
 
 

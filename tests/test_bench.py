@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from argparse import ArgumentParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,9 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 def scripts(monkeypatch):
     """The scripts as modules, found as they find one another."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
-    from importlib import import_module
-
-    yield [import_module(name) for name in ("bench", "profile_step", "scaling")]
-    for name in {"bench_steps", "random_checkpoint"} | {"bench", "profile_step", "scaling"}:
+    names = ("bench", "profile_step", "scaling")
+    yield [import_module(name) for name in names]
+    for name in (*names, "bench_steps", "random_checkpoint"):
         sys.modules.pop(name, None)
 
 
@@ -33,21 +33,23 @@ def test_floors_are_those_of_the_design(scripts):
         assert bench.floor_ms(raw, 4, 2048) - short == pytest.approx(attention, abs=0.1)
 
 
+FACTS = {"shape": "1b", "batch": 4, "seq": 2048, "device": "a card"}
+
+
 def row(setting, ms, **more):
-    sizes = {"shape": "1b", "batch": 4, "seq": 2048, "device": "a card"}
     figures = {"ms": ms, "spread_ms": 1.0, "tokens_s": 10, "floor_ms": 50.0, "peak_gib": 3.5}
-    return sizes | figures | {"setting": setting, "first_s": 9.0, "loss": [1.0, 0.5]} | more
+    return FACTS | figures | {"setting": setting, "first_s": 9.0, "loss": [1.0, 0.5]} | more
 
 
 def test_the_report_says_ratio_and_share_of_the_floor(scripts):
     bench, *_ = scripts
     failed = {"setting": "liger", "error": ["no such package"]}
-    text = bench.report([row("none", 100.0), row("unsloth", 125.0), failed], "unsloth")
+    text = bench.report(FACTS, [row("none", 100.0), row("unsloth", 125.0), failed], "unsloth")
     title, _, none, unsloth, liger = text.strip().split("\n")
     assert title == "shape 1b, batch 4, seq 2048, device a card"
     assert none.split()[-2:] == ["1.25", "50%"] and unsloth.split()[-2:] == ["1.00", "40%"]
     assert "no such package" in liger
-    assert "1.25" not in bench.report([row("none", 100.0), row("hf", 125.0)], "unsloth")
+    assert "1.25" not in bench.report(FACTS, [row("none", 100.0), row("hf", 125.0)], "unsloth")
 
 
 def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):

@@ -57,7 +57,9 @@ class HostStash:
             copies: the adapter's matrices among these.
         """
         # By address: autograd keeps `pack` as long as the graph, and with it whatever it refers to.
-        stay = {t.untyped_storage().data_ptr() for t in tree_leaves(others) if _is_tensor(t)}
+        stay = {
+            t.untyped_storage().data_ptr() for t in tree_leaves(others) if isinstance(t, Tensor)
+        }
         here, sent = len(self.host), dict[Place, tuple[int, int]]()
         self.host.append([])
 
@@ -132,10 +134,6 @@ class HostStash:
         """A graph that is dropped before its backward pass: what is under way must arrive first."""
         for *_, done in (*self.leaving, *self.returning.values()):
             self.streams.current_stream().wait_event(done)
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
 
 
 class Copies:
