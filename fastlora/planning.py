@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.checks import raise_problems
 from fastlora.llama.params import PROJECTIONS, is_quantized, projection_shape
-from fastlora.llama.recompute import layer_levels
+from fastlora.llama.recompute import layer_levels, offload_levels
 from fastlora.llama.spec import Recompute
 from fastlora.model import Model
 from fastlora.ops.linear_cross_entropy import rows_per_chunk
@@ -144,13 +144,15 @@ def peak_bytes(
     casts = sum(x.numel() * item for leaves in adapters for x in leaves if x.element_size() != item)
     always = sum(x.nbytes for x in tree_leaves(model.base)) + own + _REST
     always += _MOMENTS[optimizer] * sum(parameters)
-    always += 2 * tokens * d * item if recompute == "offload" else casts
 
-    levels, fused = layer_levels(config, recompute), _fused(model)
+    levels, fused = _levels(model, recompute, tokens), _fused(model)
     kept = [_kept(model, level, seq_length, fused) * tokens for level in levels]
     selective = _kept(model, "selective", seq_length, fused) * tokens
-    if recompute == "offload":
+    if recompute == "offload":  # an input on its way out, and a parcel on its way back
+        always += tokens * d * item + max(kept)
         kept = [0] * len(kept)
+    else:
+        always += casts
     logits = min(tokens, rows_per_chunk(config.vocab_size)) * config.vocab_size * item
     peak = sum(kept) + logits + 3 * tokens * d * item
     # In a layer's backward pass: gradients of gate and up and of three hidden states, the kernel's
@@ -181,6 +183,13 @@ def _kept(model: Model, level: str, seq_length: int, fused: bool) -> int:
         "full": d,
     }[level]
     return elements * item + (0 if level == "full" else lse)
+
+
+def _levels(model: Model, recompute: Recompute, tokens: int) -> tuple[str, ...]:
+    config = model.spec.config
+    if recompute == "offload":
+        return offload_levels(config, tokens, model.base["norm"].element_size())
+    return layer_levels(config, recompute)
 
 
 def _layers(model: Model) -> list[list[Tensor]]:
@@ -214,7 +223,7 @@ def step_seconds(model: Model, recompute: Recompute, batch_size: int, seq_length
 
     operations, of_attention, elements, dequantised = 4 * config.vocab_size * d, 0.0, 0, 0
     elements += 3 * config.vocab_size
-    for level in layer_levels(config, recompute):
+    for level in _levels(model, recompute, tokens):
         operations += 4 * every
         of_attention += 3.5 * attention  # the backward pass has five products where this has two
         elements += 12 * d + 4 * (q + kv) + 11 * f

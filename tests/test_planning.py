@@ -104,7 +104,8 @@ def test_there_is_something_to_compare_with():
 
 def test_less_memory_never_costs_less_time():
     model = shaped("8b")
-    shares = [x for x in CHOICES if x != "selective"]  # it lies between two of the numbers
+    # "selective" lies between two of the numbers, and "offload" pays in host memory.
+    shares = [x for x in CHOICES if x not in ("selective", "offload")]
     peaks = [peak_bytes(model, x, 4, 2048) for x in shares]
     times = [step_seconds(model, x, 4, 2048) for x in shares]
     assert peaks == sorted(peaks, reverse=True) and times == sorted(times)
@@ -115,8 +116,8 @@ def test_less_memory_never_costs_less_time():
     [
         ("80GB", "none"),
         ("48GB", 0.7),
-        ("24GB", 0.1),
-        (int(20.8 * 2**30), "full"),
+        ("36GB", 0.3),
+        ("24GB", "offload"),
         ("20GiB", "offload"),
     ],
 )

@@ -21,7 +21,7 @@ from fastlora.llama.positions import (
     rope_tables,
     sequence_lengths,
 )
-from fastlora.llama.recompute import decoder_layer, layer_levels
+from fastlora.llama.recompute import decoder_layer, layer_levels, offload_levels
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast, matrices_of
@@ -85,7 +85,10 @@ def hidden_states(
     fused = use_kernel(x, spec.kernels)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     stash = _stash(spec, x)
-    for i, level in enumerate(layer_levels(config, spec.recompute)):
+    levels = layer_levels(config, spec.recompute)
+    if stash is not None:
+        levels = offload_levels(config, input_ids.numel(), x.element_size())
+    for i, level in enumerate(levels):
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
             # Else the first adapted layer alone would see an input without gradient, and compile by
             # itself: twice the compile time, to save one layer its input gradients of q, k and v.

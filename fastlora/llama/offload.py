@@ -1,12 +1,13 @@
 """recompute="offload": what a layer needs again waits elsewhere, or is made again.
 
-What a layer keeps waits for the backward pass in pinned host memory: today its input, for it
-computes all else again ("full"). The adapters' matrices in the products' dtype (84 MB of an 8B
-model at rank 16) are cast again from the ones that are trained.
+What a layer keeps waits for the backward pass in pinned host memory: its input, and where there is
+time for the way (`recompute.offload_levels`) what its attention kept as well. The adapters'
+matrices in the products' dtype (84 MB of an 8B model at rank 16) are cast again from the ones that
+are trained.
 
 Activations travel on a stream of their own, overlapped both ways: layer i's leave while layer i + 1
-computes, and return while layer i + 1's backward pass runs. 1B shapes, 8,192 tokens: 32 MiB a
-layer, about 0.6 ms over PCIe 5, against more than 1.5 ms of compute.
+computes, and return while layer i + 1's backward pass runs. 1B shapes, 8,192 tokens: 32 MiB for an
+input, about 0.6 ms over PCIe 5, against more than 1.5 ms of compute.
 
 Nothing is allocated on that stream, and no memory is given back under it: a tensor on its way out
 stays referenced until the compute stream has waited for its copy, one layer later. (With

@@ -137,13 +137,14 @@ def test_whatever_layers_keep_can_wait_elsewhere(
     region_backend("aot_eager")
     model = adapted(pair("llama2", dtype).model, r=4, lora_dropout=0.1)
     model = model.with_spec(compile=True, recompute="offload")
-    monkeypatch.setattr(decoder, "layer_levels", lambda c, _: (level,) * c.num_hidden_layers)
+    monkeypatch.setattr(decoder, "offload_levels", lambda c, *_: (level,) * c.num_hidden_layers)
     loss, leaves = loss_and_graph(model)
     found = torch.autograd.grad(loss, leaves)
     (stash,) = stashes
     kept = [len(parcel) for parcel in stash.host]
     assert len({*kept}) == 1 and kept[0] >= {"full": 1, "attention": 3, "mlp": 6}.get(level, 8)
     monkeypatch.setattr(decoder, "_stash", lambda spec, x: None)
+    monkeypatch.setattr(decoder, "layer_levels", lambda c, _: (level,) * c.num_hidden_layers)
     assert same_bits(found, torch.autograd.grad(*loss_and_graph(model)))
 
 

@@ -1,6 +1,7 @@
 """What each recompute level runs again, read off the backward graph; the dial between levels."""
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -12,9 +13,16 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastlora.llama.config import LlamaConfig
 from fastlora.llama.decoder import where
 from fastlora.llama.layer import layer_spec
-from fastlora.llama.recompute import LEVELS, decoder_layer, kept_elements, layer_levels
+from fastlora.llama.recompute import (
+    LEVELS,
+    decoder_layer,
+    kept_elements,
+    layer_levels,
+    offload_levels,
+)
 from fastlora.model import Model
 from fastlora.ops.lora_linear import down_projections
 
@@ -235,3 +243,19 @@ def test_down_projections_are_one_product(layer):
     assert len({p.untyped_storage().data_ptr() for p in parts}) == 1
     for part, a in zip(parts, matrices, strict=True):
         torch.testing.assert_close(part, layer.x @ a.t())
+
+
+def test_attention_waits_in_host_memory_where_there_is_time_for_the_way(pair):
+    of_8b = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128)
+    heads = dict(num_attention_heads=32, num_key_value_heads=8)
+    large = LlamaConfig.from_hf(dict(model_type="llama", vocab_size=128256, **of_8b, **heads))
+    levels = offload_levels(large, 8192, 2)
+    assert {*levels} == {"mlp", "full"} and 22 <= levels.count("mlp") <= 28
+    gaps = [i for i, level in enumerate(levels) if level == "full"]
+    assert max(b - a for a, b in pairwise(gaps)) - min(b - a for a, b in pairwise(gaps)) <= 1
+    # Twice the bytes an element: half as many; and a long batch would fill the host.
+    assert offload_levels(large, 8192, 4).count("mlp") < levels.count("mlp")
+    assert 0 < offload_levels(large, 32768, 2).count("mlp") < 16
+    assert offload_levels(large, 2**20, 2) == ("full",) * 32
+    # A narrow layer is over before anything has left.
+    assert offload_levels(pair("smollm3").model.spec.config, 8192, 2) == ("full",) * 4
