@@ -27,7 +27,8 @@ from fastlora.ops.dequantize import dense
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.frozen_linear import frozen_linear
-from fastlora.ops.lora_linear import down_projections, lora_linear
+from fastlora.ops.lora_linear import lora_linear
+from fastlora.ops.lora_linears import Branch, lora_linears
 from fastlora.ops.lora_swiglu import lora_swiglu, takes
 from fastlora.ops.qat_linear import qat_linear
 from fastlora.ops.rms_norm import rms_norm
@@ -89,41 +90,51 @@ def project(
         scaling = dict(spec.scalings)
         record = lambda n: (params[n], adapter.get(n), scaling.get(n, 1.0))
         return [_fake_quantised(x, *record(n), spec.qat_scheme) for n in names]
-    adapted = [name for name in names if name in adapter]
-    inputs = _dropped(x, adapted, spec, key)
-    low = dict(zip(adapted, _low(x, inputs, adapted, params, adapter), strict=True))
-    scalings, out = dict(spec.scalings), []
+    scalings = dict(spec.scalings)
+    if key is None:
+        return _together(x, names, params, adapter, scalings)
+    out = []
     for name in names:
         linear = params[name]
-        if name in low:
-            lora, scaling = adapter[name], scalings[name]
-            out.append(adapted_linear(x, inputs.get(name), low[name], linear, lora, scaling))
+        if name in adapter:
+            lora, dropped = adapter[name], _dropped(x, name, spec, key)
+            low = _low_dropped(x, dropped, linear, lora)
+            out.append(adapted_linear(x, dropped, low, linear, lora, scalings[name]))
         else:
             out.append(frozen_linear(x, linear["weight"], linear.get("bias")))
     return out
 
 
-def _dropped(
-    x: Float[Tensor, "b t d_in"], names: list[str], spec: LayerSpec, key: Int[Tensor, ""] | None
-) -> dict[str, Float[Tensor, "b t d_in"]]:
-    """x under each projection's own mask; empty where nothing is dropped."""
-    if key is None:
-        return {}
-    return {name: dropout(x, spec.lora_dropout, fold(key, _SALT[name])) for name in names}
-
-
-def _low(
+def _together(
     x: Float[Tensor, "b t d_in"],
-    dropped: dict[str, Float[Tensor, "b t d_in"]],
-    names: list[str],
+    names: tuple[str, ...],
     params: LayerParams,
     adapter: LayerAdapter,
-) -> tuple[Float[Tensor, "b t _"], ...]:
-    """x times each A'. With dropout every projection has an input of its own; none share."""
-    if not dropped:
-        matrices = [down(adapter[name], params[name]) for name in names]
-        return down_projections(x, matrices) if names else ()
-    return tuple(_low_dropped(x, dropped[n], params[n], adapter[n]) for n in names)
+    scalings: dict[str, float],
+) -> list[Float[Tensor, "b t d_out"]]:
+    """Without dropout all read the same x: one product for every A, one gradient of x."""
+    matrices, branches = [], []
+    for name in names:
+        linear, lora = params[name], adapter.get(name)
+        weight, bias = linear["weight"], linear.get("bias")
+        if lora is None:
+            branches.append(Branch(weight, bias))
+            continue
+        matrices.append(down(lora, linear))
+        own_bias = None if isinstance(lora, DoRA) else bias
+        branches.append(Branch(weight, own_bias, up(lora, linear), scalings[name]))
+    _, ys = lora_linears(x, matrices, branches)
+    return [
+        _with_vectors(y, params[name], adapter[name], scalings[name]) if name in adapter else y
+        for name, y in zip(names, ys, strict=True)
+    ]
+
+
+def _dropped(
+    x: Float[Tensor, "b t d_in"], name: str, spec: LayerSpec, key: Int[Tensor, ""]
+) -> Float[Tensor, "b t d_in"]:
+    """x under a projection's own mask."""
+    return dropout(x, spec.lora_dropout, fold(key, _SALT[name]))
 
 
 def _low_dropped(
@@ -145,14 +156,39 @@ def adapted_linear(
     lora: AdapterRecord,
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
-    """One projection with its low-rank term, in x.dtype; vectors enter in their own, wider one."""
-    weight, bias = linear["weight"], linear.get("bias")
+    """One projection with its low-rank term, in x.dtype."""
     if isinstance(lora, DoRA):
-        matrix = dense(weight, x.dtype)
-        norms = row_norms(matrix, down(lora, linear), up(lora, linear), scaling)
-        return dora_linear(x, dropped, low, linear, lora, lora.magnitude / norms, scaling)
-    y = lora_linear(x, low, weight, bias, up(lora, linear), scaling)
-    return (y + scaling * lora.bias).to(x.dtype) if isinstance(lora, BiasedLoRA) else y
+        gain = _gain(x.dtype, linear, lora, scaling)
+        return dora_linear(x, dropped, low, linear, lora, gain, scaling)
+    y = lora_linear(x, low, linear["weight"], linear.get("bias"), up(lora, linear), scaling)
+    return _with_vectors(y, linear, lora, scaling)
+
+
+def _with_vectors(
+    y: Float[Tensor, "*n d_out"], linear: Linear, lora: AdapterRecord, scaling: float
+) -> Float[Tensor, "*n d_out"]:
+    """An adapted product (of DoRA: without the base's bias) with the adapter's own vectors, which
+    enter in their own, wider dtype; in y.dtype."""
+    if isinstance(lora, DoRA):
+        return _scaled(y, _gain(y.dtype, linear, lora, scaling), linear.get("bias"))
+    return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
+
+
+def _gain(
+    dtype: torch.dtype, linear: Linear, lora: DoRA, scaling: float
+) -> Float[Tensor, "d_out"]:
+    """DoRA's m / n."""
+    matrix = dense(linear["weight"], dtype)
+    return lora.magnitude / row_norms(matrix, down(lora, linear), up(lora, linear), scaling)
+
+
+def _scaled(
+    y: Float[Tensor, "*n d_out"],
+    gain: Float[Tensor, "d_out"],
+    bias: Float[Tensor, "d_out"] | None,
+) -> Float[Tensor, "*n d_out"]:
+    scaled = gain * y
+    return (scaled if bias is None else scaled + bias).to(y.dtype)
 
 
 def dora_linear(
@@ -169,8 +205,7 @@ def dora_linear(
     weight, bias = linear["weight"], linear.get("bias")
     b = up(lora, linear)
     if dropped is None:
-        y = gain * lora_linear(x, low, weight, None, b, scaling)
-        return (y if bias is None else y + bias).to(x.dtype)
+        return _scaled(lora_linear(x, low, weight, None, b, scaling), gain, bias)
     base, masked = _frozen(x, linear, bias, scaling), _frozen(dropped, linear, None, scaling)
     update = scaling * F.linear(low[..., : lora.a.shape[0]], lora.b)
     return (base + (gain - 1) * masked + gain * update).to(x.dtype)
@@ -295,6 +330,27 @@ def _is_small(lora: AdapterRecord | None, linear: Linear, dtype: torch.dtype) ->
     return isinstance(lora, LoRA) and takes(dtype, rank(lora, linear))
 
 
+def _gate_up(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[list[Float[Tensor, "b t _"]], list[Float[Tensor, "b t f"]]]:
+    """The low-rank halves and the base products of gate and up, which SwiGLU adds."""
+    names = ["gate_proj", "up_proj"]
+    branches = [Branch(params[name]["weight"], params[name].get("bias")) for name in names]
+    if key is None:
+        matrices = [down(adapter[name], params[name]) for name in names]
+        low, ys = lora_linears(x, matrices, branches)
+        assert low is not None
+        return [*low.split([m.shape[0] for m in matrices], dim=-1)], ys
+    dropped = [_dropped(x, name, spec, key) for name in names]
+    pairs = zip(names, dropped, strict=True)
+    lows = [_low_dropped(x, own, params[name], adapter[name]) for name, own in pairs]
+    return lows, lora_linears(x, [], branches)[1]
+
+
 def _fused_mlp(
     x: Float[Tensor, "b t d"],
     params: LayerParams,
@@ -304,8 +360,7 @@ def _fused_mlp(
 ) -> Float[Tensor, "b t d"]:
     """SwiGLU with the low-rank terms of gate and up inside its kernel, then the down projection."""
     names, scalings = ["gate_proj", "up_proj"], dict(spec.scalings)
-    low_g, low_u = _low(x, _dropped(x, names, spec, key), names, params, adapter)
-    g, u = (frozen_linear(x, params[name]["weight"], params[name].get("bias")) for name in names)
+    (low_g, low_u), (g, u) = _gate_up(x, params, adapter, spec, key)
     b_g, b_u = (up(adapter[name], params[name]) for name in names)
     s_g, s_u = (scalings[name] for name in names)
     own, linear = adapter.get("down_proj"), params["down_proj"]

@@ -1,11 +1,9 @@
 """A frozen linear layer plus the up half of a low-rank update: y = x W' + bias + s low B'
-(Hu et al. 2021, arXiv:2106.09685; low = x A', see `down_projections`).
+(Hu et al. 2021, arXiv:2106.09685; low = x A').
 
 Read downward: the reference is the specification; the op gives the same value with the low-rank
 term accumulated into the base product's own buffer, and a derivative that knows W is frozen.
 """
-
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -85,18 +83,6 @@ class _LoRALinear(torch.autograd.Function):
 # ── 3. what the model calls ───────────────────────────────────────────────────────────────
 
 
-def down_projections(
-    x: Float[Tensor, "*n d_in"], matrices: Sequence[Float[Tensor, "_ d_in"]]
-) -> tuple[Float[Tensor, "*n _"], ...]:
-    """x A' for several A of one input, as one product: x is read once, forward and backward.
-
-    The results are views of one tensor; ranks may differ.
-    """
-    if len(matrices) == 1:
-        return (F.linear(x, matrices[0]),)
-    return F.linear(x, torch.cat(list(matrices))).split([a.shape[0] for a in matrices], dim=-1)
-
-
 def lora_linear(
     x: Float[Tensor, "*n d_in"],
     low: Float[Tensor, "*n r"],
@@ -109,7 +95,7 @@ def lora_linear(
 
     Args:
         x: input of the base product.
-        low: x (dropped out, where dropout is on) times A', from `down_projections`.
+        low: x (dropped out, where dropout is on) times A'.
         weight: frozen base matrix, dense or quantised.
         bias: of the base, or None; receives a gradient where it asks for one.
         b: up projection.

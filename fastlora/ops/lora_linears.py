@@ -1,0 +1,209 @@
+"""Linear layers of one input, each with the up half of a low-rank update where it has one:
+y_i = x W_i' + bias_i + s_i low_i B_i', low = x A' for the A of all (Hu et al. 2021,
+arXiv:2106.09685). What q, k and v are; o; and, their low-rank terms left to SwiGLU, gate and up.
+
+Read downward: the reference is the specification; the op's derivative forms the input's gradient,
+dlow A + sum of dy_i W_i, in one buffer, to which every product adds in its own epilogue. As
+products and a sum, the RMSNorm behind q, k and v reads four tensors where it reads one.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.ops.dequantize import dense
+from fastlora.ops.dispatch import plain
+from fastlora.ops.frozen_linear import frozen_linear, frozen_linear_reference
+from fastlora.ops.lora_linear import lora_linear_reference
+from fastlora.quantized import Weight, from_parts, parts, shape_of
+
+
+class Branch(NamedTuple):
+    """One of the layers. Its low-rank term reads the next r columns of `low`; b None: there is
+    none."""
+
+    weight: Weight
+    bias: Float[Tensor, "d_out"] | None = None
+    b: Float[Tensor, "d_out r"] | None = None
+    scaling: float = 1.0
+
+
+Outputs = tuple[Float[Tensor, "*n r"] | None, list[Float[Tensor, "*n _"]]]
+
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+
+
+def lora_linears_reference(
+    x: Float[Tensor, "*n d_in"], a: Float[Tensor, "r d_in"] | None, branches: Sequence[Branch]
+) -> Outputs:
+    """The specification, differentiable in every tensor any number of times."""
+    low, ys, first = None if a is None else F.linear(x, a), [], 0
+    for weight, bias, b, scaling in branches:
+        if b is None:
+            ys.append(frozen_linear_reference(x, weight, bias))
+            continue
+        assert low is not None, "a low-rank term needs an A"
+        own = low[..., first : first + b.shape[1]]
+        first += b.shape[1]
+        ys.append(lora_linear_reference(x, own, weight, bias, b, scaling))
+    return low, ys
+
+
+# ── 2. op and derivative ──────────────────────────────────────────────────────────────────
+
+torch.library.define(
+    "fastlora::sum_of_products", "(Tensor[] ys, Tensor[] matrices, int[] parts) -> Tensor"
+)
+
+
+@torch.library.impl("fastlora::sum_of_products", "CompositeExplicitAutograd")
+def _sum_of_products(ys, matrices, parts):
+    """y_1 M_1 + y_2 M_2 + ..., summed in float32 product by product; a quantised M_i comes as
+    parts[i] of `matrices` and is a matrix for its own product alone."""
+    total = None
+    for y, matrix in zip(ys, _in_groups(matrices, parts), strict=True):
+        wide = dense(from_parts(matrix), y.dtype)
+        total = torch.mm(y, wide) if total is None else total.addmm_(y, wide)
+    return total
+
+
+@torch.library.register_fake("fastlora::sum_of_products")
+def _(ys, matrices, parts):
+    return ys[0].new_empty(ys[0].shape[0], shape_of(from_parts(matrices[: parts[0]]))[1])
+
+
+def _in_groups(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence[Tensor]]:
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [tensors[end - size : end] for end, size in zip(ends, sizes, strict=True)]
+
+
+class _LoRALinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, a, scalings, weights, biases, *tensors):
+        """`tensors`: the weights' parts, so many as `weights` says for each; a bias for each that
+        `biases` says has one; B for each that has a scaling."""
+        ctx.set_materialize_grads(False)
+        matrices, own_biases, bs = _sorted(tensors, scalings, weights, biases)
+        low = None if a is None else torch.mm(x, a.t())
+        ys = []
+        each = zip(matrices, own_biases, _columns(low, bs), scalings, strict=True)
+        for weight, bias, (b, columns), scaling in each:
+            if b is None:
+                ys.append(_frozen(x, weight, bias))
+            else:
+                op = torch.ops.fastlora.lora_linear
+                ys.append(op(x, columns, weight, bias, b, scaling))
+        ctx.static = scalings, weights, biases
+        ctx.save_for_backward(x, a, low, *tensors)
+        return low, *ys
+
+    @staticmethod
+    def backward(ctx, dlow, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, a, low, *tensors = ctx.saved_tensors
+        scalings, weights, biases = ctx.static
+        matrices, _, bs = _sorted(tensors, scalings, weights, biases)
+        needs_x, needs_a, _, _, _, *needs = ctx.needs_input_grad
+        own = [
+            (dy, b, columns, scaling)
+            for dy, (b, columns), scaling in zip(dys, _columns(low, bs), scalings, strict=True)
+            if scaling is not None
+        ]
+        if own:
+            each = [
+                torch.zeros_like(columns) if dy is None else torch.mm(dy, b) * scaling
+                for dy, b, columns, scaling in own
+            ]
+            inner = torch.cat(each, 1) if len(each) > 1 else each[0]
+            dlow = inner if dlow is None else dlow + inner
+        dx = _input_gradient(dlow, dys, a, matrices) if needs_x else None
+        da = torch.mm(dlow.t(), x) if needs_a and dlow is not None else None
+        of_biases = [dy for dy, there in zip(dys, biases, strict=True) if there]
+        dbiases = [
+            dy.sum(0) if needed and dy is not None else None
+            for dy, needed in zip(of_biases, needs[sum(weights) :], strict=False)
+        ]
+        dbs = [
+            None if dy is None else torch.mm(dy.t(), columns) * scaling
+            for dy, _, columns, scaling in own
+        ]
+        return dx, da, None, None, None, *(None for _ in range(sum(weights))), *dbiases, *dbs
+
+
+def _sorted(tensors, scalings, weights, biases):
+    """(weights as parts, biases or None, B or None), one of each for each branch."""
+    rest = list(tensors)
+    take = lambda n: [rest.pop(0) for _ in range(n)]
+    matrices = [take(n) for n in weights]
+    own_biases = [rest.pop(0) if there else None for there in biases]
+    return matrices, own_biases, [None if s is None else rest.pop(0) for s in scalings]
+
+
+def _columns(low, bs):
+    """For each branch its B with the columns of `low` that it multiplies, or twice None."""
+    first, found = 0, []
+    for b in bs:
+        if b is None:
+            found.append((None, None))
+            continue
+        found.append((b, low[:, first : first + b.shape[1]]))
+        first += b.shape[1]
+    return found
+
+
+def _frozen(x, weight, bias):
+    """The base product alone: torch's, or the op that a recompute policy knows."""
+    if len(weight) > 1:
+        return torch.ops.fastlora.quantized_linear(x, weight, bias)
+    return torch.mm(x, weight[0].t()) if bias is None else torch.addmm(bias, x, weight[0].t())
+
+
+def _input_gradient(dlow, dys, a, matrices):
+    """dlow A + sum of dy_i W_i, of what there is; differentiable where a graph is being made."""
+    terms = [(dlow, [a])] if dlow is not None else []
+    terms += [(dy, m) for dy, m in zip(dys, matrices, strict=True) if dy is not None]
+    if not terms:
+        return None
+    if torch.is_grad_enabled():  # create_graph=True: the raw op has no derivative
+        return sum(torch.mm(y, dense(from_parts(m), y.dtype)) for y, m in terms)
+    flat, sizes = [x for _, m in terms for x in m], [len(m) for _, m in terms]
+    return torch.ops.fastlora.sum_of_products([y for y, _ in terms], flat, sizes)
+
+
+# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+
+
+def lora_linears(
+    x: Float[Tensor, "*n d_in"],
+    matrices: Sequence[Float[Tensor, "_ d_in"]],
+    branches: Sequence[Branch],
+) -> Outputs:
+    """(low, one y for each branch), in x.dtype; every tensor but a quantised weight's has it.
+
+    Args:
+        x: the input of all.
+        matrices: every A, in the branches' order; one product forms all of `low`, x read once.
+        branches: frozen weights, each with its bias and B where it has them. Biases receive a
+            gradient where they ask for one.
+    """
+    a = None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
+    frozen = [part for branch in branches for part in parts(branch.weight)]
+    if plain(*frozen):
+        return lora_linears_reference(x, a, branches)
+    if a is None and (len(branches) == 1 or not torch.is_grad_enabled()):
+        return None, [frozen_linear(x, branch.weight, branch.bias) for branch in branches]
+    low, *ys = _LoRALinears.apply(  # pyright: ignore
+        x.reshape(-1, x.shape[-1]),
+        a,
+        tuple(None if branch.b is None else branch.scaling for branch in branches),
+        tuple(len(parts(branch.weight)) for branch in branches),
+        tuple(branch.bias is not None for branch in branches),
+        *frozen,
+        *(branch.bias for branch in branches if branch.bias is not None),
+        *(branch.b for branch in branches if branch.b is not None),
+    )
+    shaped = lambda y: y.view(*x.shape[:-1], y.shape[-1])
+    return None if low is None else shaped(low), [shaped(y) for y in ys]

@@ -1,0 +1,180 @@
+"""lora_linears against its reference: several layers of one input, any of them adapted."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.ops.dequantize import dequantize
+from fastlora.ops.lora_linears import Branch, lora_linears, lora_linears_reference
+from fastlora.quantized import quantize_4bit
+
+# Each layer's rank: 0 is a frozen one. With a bias where the number is even.
+LAYOUTS = [(4, 4, 4), (4, 0, 2), (0, 0), (3,), (0, 1, 0, 5)]
+D_IN, WIDTHS = 12, (20, 8, 16, 9)
+
+
+def drawn(layout, dtype=torch.float32, quantised=False):
+    """x, every A, the branches, and the gradients that come in: low's and each y's."""
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64).to(dtype)
+    branches = []
+    for r, width in zip(layout, WIDTHS, strict=False):
+        weight = quantize_4bit(new(width, D_IN)) if quantised else new(width, D_IN)
+        bias = None if r % 2 else new(width)
+        branches.append(Branch(weight, bias, new(width, r) if r else None, 1.5))
+    matrices = [new(r, D_IN) for r in layout if r]
+    dys = [new(2, 5, width) for _, width in zip(layout, WIDTHS, strict=False)]
+    dlow = new(2, 5, sum(layout)) if any(layout) else None
+    return new(2, 5, D_IN), matrices, branches, [dlow, *dys]
+
+
+def as_(dtype, x, matrices, branches, grads):
+    to = lambda t: t.to(dtype) if isinstance(t, Tensor) else t
+    return to(x), [*map(to, matrices)], [Branch(*map(to, b)) for b in branches], [*map(to, grads)]
+
+
+def trained(x, matrices, branches) -> list[Tensor]:
+    """What gradients are asked for: x, every A, B and bias."""
+    return [x, *matrices, *(t for b in branches for t in (b.bias, b.b) if t is not None)]
+
+
+def value_and_grads(fn, x, matrices, branches, grads, wanted=lambda i: True) -> list[Tensor]:
+    leaf = lambda t: None if t is None else t.detach().clone().requires_grad_()
+    x, matrices = leaf(x), [leaf(m) for m in matrices]
+    branches = [b._replace(bias=leaf(b.bias), b=leaf(b.b)) for b in branches]
+    low, ys = fn(x, matrices, branches)
+    out = [(y, g) for i, (y, g) in enumerate(zip([low, *ys], grads, strict=True)) if wanted(i)]
+    out = [(y, g) for y, g in out if y is not None]
+    found = torch.autograd.grad(
+        [y for y, _ in out],
+        trained(x, matrices, branches),
+        [g for _, g in out],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    return [*(y.detach() for y in [low, *ys] if y is not None), *found]
+
+
+def reference(x, matrices, branches):
+    return lora_linears_reference(x, torch.cat(matrices) if matrices else None, branches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_errs_no_more_than_the_reference(layout, dtype):
+    args = drawn(layout, dtype)
+    exact = value_and_grads(reference, *as_(torch.float64, *args))
+    plain, fused = (value_and_grads(fn, *args) for fn in (reference, lora_linears))
+    for f, p, e in zip(fused, plain, exact, strict=True):
+        error = lambda t, e=e: (t.double() - e).norm().item()
+        assert f.dtype == dtype and f.shape == p.shape
+        assert error(f) <= 1.3 * error(p) + 4 * torch.finfo(dtype).eps * e.norm().item()
+
+
+@pytest.mark.parametrize("unused", [0, 1, 2, 3])
+@pytest.mark.parametrize("layout", [(4, 4, 4), (4, 0, 2), (0, 0, 0)])
+def test_an_output_that_nobody_reads_gives_no_gradient(layout, unused):
+    args = drawn(layout)
+    only = partial(value_and_grads, wanted=lambda i: i != unused)
+    torch.testing.assert_close(only(lora_linears, *args), only(reference, *args))
+    alone = partial(value_and_grads, wanted=lambda i: i == max(1, unused))
+    torch.testing.assert_close(alone(lora_linears, *args), alone(reference, *args))
+
+
+@pytest.mark.parametrize("layout", [(4, 4, 4), (4, 0, 2), (0, 0)])
+def test_a_quantised_weight_is_its_matrix_to_the_bit(layout):
+    x, matrices, branches, grads = drawn(layout, quantised=True)
+    dense = [b._replace(weight=dequantize(b.weight, torch.float32)) for b in branches]
+    ours = value_and_grads(lora_linears, x, matrices, branches, grads)
+    assert all(map(torch.equal, ours, value_and_grads(lora_linears, x, matrices, dense, grads)))
+
+
+def test_no_graph_keeps_a_dequantised_matrix():
+    x, matrices, branches, _ = drawn((4, 0, 2), quantised=True)
+    sizes, leaves = [], trained(x, matrices, branches)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    pack = lambda t: sizes.append(tuple(t.shape)) or t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lora_linears(x, matrices, branches)
+    assert sizes and not {(width, D_IN) for width in WIDTHS} & {*sizes}
+
+
+def test_derivatives_of_both_orders_equal_finite_differences():
+    x, matrices, branches, _ = drawn((2, 0, 1), torch.float64)
+    leaves = [x, *matrices, *(b.b for b in branches if b.b is not None)]
+
+    def fn(x, a_0, a_1, b_0, b_1):
+        of = [b._replace(b=new) for b, new in zip(branches, (b_0, None, b_1), strict=True)]
+        low, ys = lora_linears(x, [a_0, a_1], of)
+        return low, *ys
+
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(fn, leaves) and torch.autograd.gradgradcheck(fn, leaves)
+
+
+def test_the_gradient_of_x_is_one_op(monkeypatch):
+    calls = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func)
+            return func(*args, **(kwargs or {}))
+
+    x, matrices, branches, (_, *dys) = drawn((4, 0, 2))
+    _, ys = lora_linears(x.requires_grad_(), matrices, branches)
+    with Watch():
+        torch.autograd.grad(ys, x, dys)
+    assert calls.count(torch.ops.fastlora.sum_of_products.default) == 1
+    assert torch.ops.aten.add.Tensor not in calls
+
+
+def test_torch_func_and_a_trained_weight_take_the_reference():
+    x, matrices, branches, (dlow, *dys) = drawn((4, 0, 2))
+
+    def loss(x):
+        low, ys = lora_linears(x, matrices, branches)
+        return (low * dlow).sum() + sum((y * g).sum() for y, g in zip(ys, dys, strict=True))
+
+    expected = value_and_grads(reference, x, matrices, branches, [dlow, *dys])[4]
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    each = torch.func.vmap(torch.func.grad(lambda x: lora_linears(x, matrices, branches)[1][1].sum()))
+    assert each(x).shape == x.shape
+    branches[1].weight.requires_grad_()
+    (g,) = torch.autograd.grad(loss(x), branches[1].weight)
+    torch.testing.assert_close(g, dys[1].flatten(0, 1).t() @ x.flatten(0, 1))
+
+
+def test_without_a_graph_the_frozen_layers_are_torchs_own():
+    x, _, branches, _ = drawn((0, 0))
+    with torch.no_grad():
+        low, ys = lora_linears(x, [], branches)
+    assert low is None
+    assert all(torch.equal(y, F.linear(x, b.weight, b.bias)) for y, b in zip(ys, branches))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("layout", [(4, 0, 2), (0, 0)])
+def test_the_compiled_gradient_equals_eager(layout, quantised, fresh_dynamo):
+    args = drawn(layout, quantised=quantised)
+    compiled = torch.compile(lora_linears, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        value_and_grads(compiled, *args), value_and_grads(lora_linears, *args)
+    )
+
+
+def test_the_operator_is_well_formed():
+    x, (a,), branches, (dlow, dy) = drawn((3,))
+    args = ([dlow.flatten(0, 1), dy.flatten(0, 1)], [a, branches[0].weight], [1, 1])
+    torch.library.opcheck(
+        torch.ops.fastlora.sum_of_products.default,
+        args,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    before = [t.clone() for t in args[0]]
+    torch.ops.fastlora.sum_of_products(*args)
+    assert all(map(torch.equal, before, args[0]))
