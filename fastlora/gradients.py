@@ -8,9 +8,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastlora.checks import raise_problems
+from fastlora.cuda_graph import CUDAGraphed
 
 
-def value_and_grad(fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any]]:
+def value_and_grad(
+    fn: Callable[..., Tensor], *, cuda_graph: bool = False
+) -> Callable[..., tuple[Tensor, Any]]:
     """Differentiate `fn`, which returns a scalar, by its first argument, a tree of tensors.
 
     The returned function gives (value, grads): grads has the structure, shapes and dtypes of the
@@ -20,8 +23,17 @@ def value_and_grad(fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any
     Not torch.func.grad: inside torch.compile it silently drops custom backwards (pytorch#193279,
     torch 2.13), and it cannot carry the saved-tensor hooks that recomputation needs.
 
+    Args:
+        fn: of a tree of tensors and anything else.
+        cuda_graph: record forward and backward pass at the second call with arguments of the same
+            shapes, and play them back from the third on: for small steps, where the GPU would wait
+            for the host. See `cuda_graph.CUDAGraphed` for what may be recorded; keep the returned
+            function, which holds the recordings and the memory of one step.
+
     Raises:
-        ValueError: if a leaf is no floating-point tensor, or the value is no scalar.
+        ValueError: if a leaf is no floating-point tensor, or the value is no scalar, or with
+            cuda_graph=True a tensor is not on a CUDA device.
+        RuntimeError: with cuda_graph=True, if fn waits for the GPU.
     """
 
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
@@ -38,7 +50,7 @@ def value_and_grad(fn: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Any
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         return value.detach(), tree_unflatten(list(grads), structure)
 
-    return wrapped
+    return CUDAGraphed(wrapped) if cuda_graph else wrapped
 
 
 def _check_leaves(leaves: list[Any]) -> None:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 from torch.utils._pytree import tree_leaves, tree_map
@@ -43,7 +43,14 @@ from fastlora.expert_keys import unpacked
 from fastlora.export import WEIGHTS_FILE, folder_error
 from fastlora.functional import Batch, Seed, loss_sum
 from fastlora.gradients import value_and_grad
-from fastlora.llama.params import Adapter, projection_path
+from fastlora.llama.params import (
+    PROJECTIONS,
+    Adapter,
+    Base,
+    projection_path,
+    projection_shape,
+)
+from fastlora.llama.spec import Spec
 from fastlora.llama.start import equivalent, remainders, with_start, without_start
 from fastlora.model import Model
 from fastlora.optimizers import (
@@ -152,10 +159,12 @@ class _Run(NamedTuple):
 
 
 class _Learner(NamedTuple):
-    """A model whose adapter is memory of its own, and the optimiser that writes to it."""
+    """A model whose adapter is memory of its own, the optimiser that writes to it, and `_share`
+    with its gradient."""
 
     model: Model
     optimizer: torch.optim.Optimizer
+    share_and_grad: Callable[..., tuple[Tensor, Adapter]]
 
 
 # ── 2. the run ────────────────────────────────────────────────────────────────────────────
@@ -263,7 +272,8 @@ def train(
         problems.append(f"log={log!r}: expected None or a function of one dict")
     raise_problems(ValueError, "fastlora.train cannot do this:", problems, shown=20)
     run = _prepare(model, tokenizer, settings, data, eval_data)
-    learner = _learner(model, optimizer, weight_decay)
+    cuda_graph = _records(model.spec, model.base["norm"].device.type, settings)
+    learner = _learner(model, optimizer, weight_decay, cuda_graph=cuda_graph)
     source = _checkpoint_to_resume(resume, folder)
     records: list[Record] = []
     if source is not None:
@@ -297,11 +307,25 @@ def _prepare(model: Model, tokenizer: Any, settings: Settings, data: Any, eval_d
     return _Run(settings, sequences(data), held_out, partial(batches, **padding))
 
 
-def _learner(model: Model, name: str, weight_decay: float) -> _Learner:
+def _learner(model: Model, name: str, weight_decay: float, *, cuda_graph: bool) -> _Learner:
     """An optimiser over clones of the adapter's leaves, in the order of `named_leaves`."""
     own = model.with_adapter(tree_map(lambda x: x.detach().clone(), model.adapter))
     leaves = list(_named(own.adapter).values())
-    return _Learner(own, make_optimizer(name, leaves, weight_decay))
+    share_and_grad = value_and_grad(_share, cuda_graph=cuda_graph)
+    return _Learner(own, make_optimizer(name, leaves, weight_decay), share_and_grad)
+
+
+# Parameters of a layer times tokens, up to which the GPU waits for the host: it takes 1.3 ms for
+# their products, forward and backward, and the host some 3 ms for their launches (H100, 1B).
+_SMALL = 2.5e11
+
+
+def _records(spec: Spec, device: str, settings: Settings) -> bool:
+    """Whether to play micro-batches back from a CUDA graph: small ones, all of one shape."""
+    if device != "cuda" or not settings.packing or spec.recompute == "offload":
+        return False
+    of_layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in PROJECTIONS))
+    return settings.batch_size * spec.max_seq_length * of_layer < _SMALL
 
 
 def _named(adapter: Adapter | None) -> dict[str, Tensor]:
@@ -391,13 +415,12 @@ def learning_rate_factor(scheduler: str, index: int, warmup_steps: int, steps: i
 
 def _step(run: _Run, learner: _Learner, step: int, micro_batches: Sequence[Batch]) -> Record:
     """Gradient, clipping and update number `step`; one read from the device, at the end."""
-    s, (model, optimizer) = run.settings, learner
+    s, (model, optimizer, _) = run.settings, learner
     tokens = sum(map(count_trained_tokens, micro_batches))
     # All at once, while the device is idle: a copy to it waits for the work already queued there.
     placed = [_on(model, batch) for batch in micro_batches]
-    loss, gradient = _loss_and_gradient(
-        model, placed, tokens, _mask_seeds(model, s.seed, step, len(placed))
-    )
+    seeds = _mask_seeds(model, s.seed, step, len(placed))
+    loss, gradient = _loss_and_gradient(learner, placed, tokens, seeds)
     norm = get_total_norm(gradient)
     if s.max_grad_norm:
         scale = (s.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
@@ -420,12 +443,14 @@ def _step(run: _Run, learner: _Learner, step: int, micro_batches: Sequence[Batch
 
 
 def _loss_and_gradient(
-    model: Model, micro_batches: Sequence[Batch], tokens: int, mask_seeds: Sequence[Seed]
+    learner: _Learner, micro_batches: Sequence[Batch], tokens: int, mask_seeds: Sequence[Seed]
 ) -> tuple[Float[Tensor, ""], list[Tensor]]:
     """Of the mean over all micro-batches' `tokens`; summed in at least float32, leaf by leaf."""
-    losses, gradient = [], []
+    losses, gradient, model = [], [], learner.model
+    base, spec = model.base, model.spec
+    count = torch.full((), tokens, device=base["norm"].device)  # a new number is no new recording
     for batch, seed in zip(micro_batches, mask_seeds, strict=True):
-        share, grads = value_and_grad(_share)(model.adapter, model, batch, tokens, seed)
+        share, grads = learner.share_and_grad(model.adapter, base, spec, batch, count, seed)
         wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in _named(grads).values()]
         gradient = [a + b for a, b in zip(gradient, wide, strict=True)] if gradient else wide
         losses.append(share)
@@ -433,10 +458,15 @@ def _loss_and_gradient(
 
 
 def _share(
-    adapter: Adapter, model: Model, batch: Batch, tokens: int, seed: Seed
+    adapter: Adapter,
+    base: Base,
+    spec: Spec,
+    batch: Batch,
+    tokens: Int[Tensor, ""],
+    seed: Seed,
 ) -> Float[Tensor, ""]:
     """A micro-batch's part of the step's loss; the parts add up to the mean over `tokens`."""
-    return loss_sum(adapter, model.base, model.spec, batch, seed=seed)[0] / tokens
+    return loss_sum(adapter, base, spec, batch, seed=seed)[0] / tokens
 
 
 def _mask_seeds(model: Model, seed: int, step: int, micro_batches: int) -> Sequence[Seed]:

@@ -9,6 +9,9 @@ One setting, one process; bench_steps.py says what a step is. Every step sees th
 tokens. Steps run back to back, as in training; a CUDA event after each gives its time. Median of
 --steps after --warm; spread is the slowest step less the fastest.
 
+--cuda-graph plays our step back (`value_and_grad(cuda_graph=True)`; not "offload"). Its peak is
+that of the whole process, for a graph takes its memory while it is recorded.
+
 The peers: transformers + PEFT ("hf"), compiled ("hf-compile"), with Liger's kernels ("liger"), and
 Unsloth ("unsloth"; it wants a tokenizer beside the checkpoint); with "-gc" after it, with gradient
 checkpointing. "probe" is bench_results/probe.py, the same step written as plainly as torch.compile
@@ -42,7 +45,7 @@ from fastlora.llama.params import PROJECTIONS, projection_shape
 
 POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
 SIZES = ("shape", "batch", "seq", "rank", "dropout", "kernels", "layers")
-OPTIONS = ("use_dora", "lora_bias", "load_in_4bit")
+OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph")
 RATE = 790e12  # bf16 operations a second; HOPPER.md's 8192-cubed product on these cards: 778 to 790
 
 
@@ -59,7 +62,8 @@ def measure(args: argparse.Namespace) -> dict:
     first = time.perf_counter() - start
     for _ in range(args.warm):
         step(ids)
-    torch.cuda.reset_peak_memory_stats()
+    if not args.cuda_graph:  # which takes its memory once, while it is recorded
+        torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
     events[0].record()
     for event in events[1:]:

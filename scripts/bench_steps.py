@@ -41,7 +41,7 @@ def ours(args: argparse.Namespace) -> Step:
     leaves, structure = tree_flatten(model.adapter)
     params = [leaf.clone() for leaf in leaves]
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
-    value_and_grad = fastlora.value_and_grad(FL.loss)
+    value_and_grad = fastlora.value_and_grad(FL.loss, cuda_graph=args.cuda_graph)
     steps = 0
 
     def step(ids: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,8 @@ def ours(args: argparse.Namespace) -> Step:
         steps += 1  # the seed of this step's dropout
         batch = {"input_ids": ids, "labels": ids}
         adapter = tree_unflatten(params, structure)
-        value, grads = value_and_grad(adapter, model.base, model.spec, batch, seed=steps)
+        seed = torch.full((), steps, device=ids.device)
+        value, grads = value_and_grad(adapter, model.base, model.spec, batch, seed=seed)
         for param, grad in zip(params, tree_leaves(grads), strict=True):
             param.grad = grad
         optimizer.step()

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "fastlora"
 
 # The building, ground floor first. A file imports only from floors below its own.
 FLOORS = [
-    {"checks", "atomic", "quantized", "chat_template"},
-    {"tokenizer", "ops"},
+    {"checks", "atomic", "quantized", "chat_template", "tree"},
+    {"tokenizer", "ops", "cuda_graph"},
     {"llama"},
     {"gradients", "checkpoint", "factors", "optimizers"},
     {"quantized_keys", "hub"},

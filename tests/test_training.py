@@ -486,6 +486,34 @@ def test_a_resumed_run_has_the_bits_of_the_uninterrupted_one(
     assert len(history.seconds) == 6
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_run_that_is_played_back_has_the_same_bits(
+    dropout, folder, tokenizer, captures, monkeypatch
+):
+    """Micro-batches of one shape are one recording, whatever their tokens, seed and numbers."""
+    base, _ = fastlora.load(folder, max_seq_length=32, device="cpu")
+    model = adapted(base, r=2, lora_dropout=dropout)
+    given = dict(packing=True, batch_size=1, gradient_accumulation_steps=2, max_steps=5, **QUIET)
+    plain = train(model, tokenizer, ROWS, **given)
+    assert not captures
+    monkeypatch.setattr(training, "_records", lambda *_: True)
+    played = train(model, tokenizer, ROWS, **given)
+    assert len(captures) == 1
+    assert same_bits(plain[0].adapter, played[0].adapter)
+    assert timeless(plain[1]) == timeless(played[1])
+
+
+def test_what_is_large_or_of_many_shapes_is_not_recorded(model):
+    names = [field.name for field in dataclasses.fields(training.Settings)]
+    settings = lambda **given: training.Settings(**{n: DEFAULTS[n] for n in names} | given)
+    assert training._records(model.spec, "cuda", settings())
+    assert not training._records(model.spec, "cpu", settings())
+    assert not training._records(model.spec, "cuda", settings(packing=False))
+    assert not training._records(model.spec, "cuda", settings(batch_size=2**24))
+    offload = dataclasses.replace(model.spec, recompute="offload")
+    assert not training._records(offload, "cuda", settings())
+
+
 def test_a_packed_bfloat16_run_resumes_with_the_same_bits(folder, tokenizer, tmp_path):
     base, _ = fastlora.load(folder, dtype="bfloat16", max_seq_length=32, device="cpu")
     model = fastlora.lora(base, r=2, adapter_dtype="bfloat16")

@@ -1,6 +1,6 @@
 """torch.compile with a cache of our own shape: one graph per static spec, shared by all layers."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastlora.llama.spec import Compile
+from fastlora.tree import leaves
 
 
 def compiles(compile: Compile, device: torch.device) -> bool:
@@ -37,21 +38,10 @@ def compiled(fn: Callable[..., Any], args: tuple[Any, ...], *static: Any) -> Any
 
 def _facts(x: Any) -> tuple | None:
     """What a graph specialises on in one argument, shapes apart; of a tree, in its first leaf."""
-    first = next((leaf for leaf in _leaves(x) if isinstance(leaf, Tensor)), None)
+    first = next((leaf for leaf in leaves(x) if isinstance(leaf, Tensor)), None)
     if first is None:
         return None
     return first.dtype, first.device, first.requires_grad, first.dim() > 1 and first.shape[0] == 1
-
-
-def _leaves(x: Any) -> Iterator[Any]:
-    """Leaves of nested dicts and tuples; torch's tree_leaves builds the whole list first."""
-    if isinstance(x, dict):
-        x = tuple(x.values())
-    if isinstance(x, tuple):
-        for item in x:
-            yield from _leaves(item)
-    else:
-        yield x
 
 
 @cache

@@ -174,9 +174,7 @@ def _with_vectors(
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
 
 
-def _gain(
-    dtype: torch.dtype, linear: Linear, lora: DoRA, scaling: float
-) -> Float[Tensor, "d_out"]:
+def _gain(dtype: torch.dtype, linear: Linear, lora: DoRA, scaling: float) -> Float[Tensor, "d_out"]:
     """DoRA's m / n."""
     matrix = dense(linear["weight"], dtype)
     return lora.magnitude / row_norms(matrix, down(lora, linear), up(lora, linear), scaling)

@@ -197,9 +197,7 @@ def offload_levels(config: LlamaConfig, tokens: int, item: int) -> tuple[str, ..
     levels = ["full"] * n
     lean, rich = (item * kept_elements(config, level) for level in ("full", "mlp"))
     time_for = 2 * _layer_parameters(config) / _OPERATIONS_A_BYTE
-    share = min(
-        (time_for - lean) / (rich - lean), _HOST_BYTES / (n * tokens * (rich - lean)), 1.0
-    )
+    share = min((time_for - lean) / (rich - lean), _HOST_BYTES / (n * tokens * (rich - lean)), 1.0)
     for i in range(n):
         if not config.sparse_layers[i] and int((i + 1) * share) > sent:
             levels[i], sent = "mlp", sent + 1

@@ -141,7 +141,9 @@ def test_torch_func_and_a_trained_weight_take_the_reference():
 
     expected = value_and_grads(reference, x, matrices, branches, [dlow, *dys])[4]
     torch.testing.assert_close(torch.func.grad(loss)(x), expected)
-    each = torch.func.vmap(torch.func.grad(lambda x: lora_linears(x, matrices, branches)[1][1].sum()))
+    each = torch.func.vmap(
+        torch.func.grad(lambda x: lora_linears(x, matrices, branches)[1][1].sum())
+    )
     assert each(x).shape == x.shape
     branches[1].weight.requires_grad_()
     (g,) = torch.autograd.grad(loss(x), branches[1].weight)
@@ -153,7 +155,8 @@ def test_without_a_graph_the_frozen_layers_are_torchs_own():
     with torch.no_grad():
         low, ys = lora_linears(x, [], branches)
     assert low is None
-    assert all(torch.equal(y, F.linear(x, b.weight, b.bias)) for y, b in zip(ys, branches))
+    for y, b in zip(ys, branches, strict=True):
+        assert torch.equal(y, F.linear(x, b.weight, b.bias))
 
 
 @pytest.mark.compile
@@ -168,7 +171,7 @@ def test_the_compiled_gradient_equals_eager(layout, quantised, fresh_dynamo):
 
 
 def test_the_operator_is_well_formed():
-    x, (a,), branches, (dlow, dy) = drawn((3,))
+    _, (a,), branches, (dlow, dy) = drawn((3,))
     args = ([dlow.flatten(0, 1), dy.flatten(0, 1)], [a, branches[0].weight], [1, 1])
     torch.library.opcheck(
         torch.ops.fastlora.sum_of_products.default,
