@@ -448,8 +448,9 @@ def _loss_and_gradient(
     """Of the mean over all micro-batches' `tokens`; summed in at least float32, leaf by leaf."""
     losses, gradient, model = [], [], learner.model
     base, spec = model.base, model.spec
-    count = torch.full((), tokens, device=base["norm"].device)  # a new number is no new recording
     for batch, seed in zip(micro_batches, mask_seeds, strict=True):
+        # A tensor, or each number would be another recording; its own, or it would seem to stay.
+        count = torch.full((), tokens, device=base["norm"].device)
         share, grads = learner.share_and_grad(model.adapter, base, spec, batch, count, seed)
         wide = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in _named(grads).values()]
         gradient = [a + b for a, b in zip(gradient, wide, strict=True)] if gradient else wide
