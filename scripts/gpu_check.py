@@ -267,7 +267,7 @@ def swiglu() -> Iterator[Row]:
     gen = torch.Generator().manual_seed(0)
     for n, f, ranks in ((1000, 704, (8, 8, 8)), (2048, 1024, (16, 16, 16)), (77, 130, (3, 40, 20))):
         r_g, r_u, r_a = ranks
-        shapes = ((n, f), (n, f), (n, r_g), (n, r_u), (f, r_g), (f, r_u), (r_a, f))
+        shapes = ((n, f), (n, f), (n, r_g), (n, r_u), (f, r_g), (f, r_u), (r_a, f), (2, f))
         wide = [torch.randn(s, generator=gen, dtype=torch.float64).cuda() for s in shapes]
         wide = [x if i < 4 else 0.3 * x for i, x in enumerate(wide)]
         given = [
@@ -277,7 +277,9 @@ def swiglu() -> Iterator[Row]:
         def run(
             dtype: torch.dtype, fn: Callable, wide: list = wide, given: list = given
         ) -> list[Tensor]:
-            leaves = [x.to(dtype).requires_grad_() for x in wide]
+            leaves = [x.to(dtype).requires_grad_() for x in wide[:-1]]
+            gains = wide[-1].to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+            leaves += [gains]  # DoRA's; without them less is summed
             results = fn(*leaves, 0.7, 1.9)
             grads = torch.autograd.grad(results, leaves, [d.to(dtype) for d in given])
             return [*(x.detach() for x in results), *grads]

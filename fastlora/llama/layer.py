@@ -23,7 +23,6 @@ from fastlora.llama.params import (
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import down, rank, up
 from fastlora.ops.attention import attention
-from fastlora.ops.dequantize import dense
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.frozen_linear import frozen_linear
@@ -158,7 +157,7 @@ def adapted_linear(
 ) -> Float[Tensor, "*n d_out"]:
     """One projection with its low-rank term, in x.dtype."""
     if isinstance(lora, DoRA):
-        gain = _gain(x.dtype, linear, lora, scaling)
+        gain = _gain(linear, lora, scaling)
         return dora_linear(x, dropped, low, linear, lora, gain, scaling)
     y = lora_linear(x, low, linear["weight"], linear.get("bias"), up(lora, linear), scaling)
     return _with_vectors(y, linear, lora, scaling)
@@ -170,14 +169,14 @@ def _with_vectors(
     """An adapted product (of DoRA: without the base's bias) with the adapter's own vectors, which
     enter in their own, wider dtype; in y.dtype."""
     if isinstance(lora, DoRA):
-        return _scaled(y, _gain(y.dtype, linear, lora, scaling), linear.get("bias"))
+        return _scaled(y, _gain(linear, lora, scaling), linear.get("bias"))
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
 
 
-def _gain(dtype: torch.dtype, linear: Linear, lora: DoRA, scaling: float) -> Float[Tensor, "d_out"]:
+def _gain(linear: Linear, lora: DoRA, scaling: float) -> Float[Tensor, "d_out"]:
     """DoRA's m / n."""
-    matrix = dense(linear["weight"], dtype)
-    return lora.magnitude / row_norms(matrix, down(lora, linear), up(lora, linear), scaling)
+    a, b = down(lora, linear), up(lora, linear)
+    return lora.magnitude / row_norms(linear["weight"], a, b, scaling)
 
 
 def _scaled(
@@ -311,21 +310,35 @@ def mlp_block(
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
         experts = params["experts"]
         return x + expert_mlp(normed, logits, experts, adapter, scalings, k, spec.norm_topk_prob)
-    if _fuses(params, adapter, spec, x.dtype):
+    if _fuses(params, adapter, spec, x.dtype, key):
         return x + _fused_mlp(normed, params, adapter, spec, key)
     gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
     return x + project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]
 
 
-def _fuses(params: LayerParams, adapter: LayerAdapter, spec: LayerSpec, dtype: torch.dtype) -> bool:
-    """Whether gate and up both carry plain LoRA that the kernel takes."""
+def _fuses(
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    dtype: torch.dtype,
+    key: Int[Tensor, ""] | None,
+) -> bool:
+    """Whether gate and up both carry LoRA that the kernel takes, or both DoRA without dropout."""
     if not spec.fused or spec.qat_scheme is not None:
         return False
-    return all(_is_small(adapter.get(n), params[n], dtype) for n in ("gate_proj", "up_proj"))
+    gate, up = (adapter.get(name) for name in ("gate_proj", "up_proj"))
+    if type(gate) is not type(up) or (isinstance(gate, DoRA) and key is not None):
+        return False
+    pairs = ((gate, params["gate_proj"]), (up, params["up_proj"]))
+    return all(_is_small(lora, linear, dtype) for lora, linear in pairs)
 
 
-def _is_small(lora: AdapterRecord | None, linear: Linear, dtype: torch.dtype) -> TypeGuard[LoRA]:
-    return isinstance(lora, LoRA) and takes(dtype, rank(lora, linear))
+def _is_small(
+    lora: AdapterRecord | None, linear: Linear, dtype: torch.dtype
+) -> TypeGuard[LoRA | DoRA]:
+    # DoRA scales what the bias is then added to; the kernel has no bias of its own.
+    kind = isinstance(lora, LoRA) or (isinstance(lora, DoRA) and "bias" not in linear)
+    return kind and takes(dtype, rank(lora, linear))
 
 
 def _gate_up(
@@ -361,12 +374,25 @@ def _fused_mlp(
     (low_g, low_u), (g, u) = _gate_up(x, params, adapter, spec, key)
     b_g, b_u = (up(adapter[name], params[name]) for name in names)
     s_g, s_u = (scalings[name] for name in names)
+    gains = _gains(names, params, adapter, scalings)
     own, linear = adapter.get("down_proj"), params["down_proj"]
     # With dropout it has an input of its own, h under a mask.
     if key is not None or not _is_small(own, linear, x.dtype):
-        h, _ = lora_swiglu(g, u, low_g, low_u, b_g, b_u, None, s_g, s_u)
+        h, _ = lora_swiglu(g, u, low_g, low_u, b_g, b_u, None, gains, s_g, s_u)
         return project(h, ("down_proj",), params, adapter, spec, key)[0]
-    h, low = lora_swiglu(g, u, low_g, low_u, b_g, b_u, down(own, linear), s_g, s_u)
+    a = down(own, linear)
+    h, low = lora_swiglu(g, u, low_g, low_u, b_g, b_u, a, gains, s_g, s_u)
     assert low is not None
-    b, bias = up(own, linear), linear.get("bias")
-    return lora_linear(h, low, linear["weight"], bias, b, scalings["down_proj"])
+    return adapted_linear(h, None, low, linear, own, scalings["down_proj"])
+
+
+def _gains(
+    names: list[str], params: LayerParams, adapter: LayerAdapter, scalings: dict[str, float]
+) -> Float[Tensor, "2 f"] | None:
+    """DoRA's m / n of two projections in float32; None where they carry plain LoRA."""
+    gains = [
+        _gain(params[name], lora, scalings[name]).float()
+        for name in names
+        if isinstance(lora := adapter[name], DoRA)
+    ]
+    return torch.stack(gains) if gains else None

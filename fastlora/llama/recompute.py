@@ -63,11 +63,12 @@ _PRODUCTS = {
     aten.mm.default,
     aten.addmm.default,
 }
-_CHOICE = {aten.topk.default}  # of experts; 12 bytes for each of a token's
+# At every level: the choice of experts, 12 bytes for each of a token's, and DoRA's norms.
+_SMALL = {aten.topk.default, torch.ops.fastlora.row_norms.default}
 _KEPT = {
-    "selective": _ATTENTION | _PRODUCTS | _CHOICE,
-    "attention": _ATTENTION | _CHOICE,
-    "full": _CHOICE,
+    "selective": _ATTENTION | _PRODUCTS | _SMALL,
+    "attention": _ATTENTION | _SMALL,
+    "full": _SMALL,
 }
 
 

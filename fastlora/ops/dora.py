@@ -1,13 +1,22 @@
 """DoRA: y = m / n * (W + s B A) x + bias, n the norm of each row of W + s B A
 (Liu et al. 2024, arXiv:2402.09353; the gradient takes n as a constant, section 4.3).
+
+Read downward: the reference is the specification; the op is one, so that every recompute policy
+keeps its d_out numbers, and makes no float32 copy of a 16-bit W on CUDA.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.dequantize import dense
+from fastlora.ops.dispatch import transforms_active
+from fastlora.quantized import Weight, from_parts, parts, shape_of
 
-def row_norms(
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+
+
+def row_norms_reference(
     weight: Float[Tensor, "d_out d_in"],
     a: Float[Tensor, "r d_in"],
     b: Float[Tensor, "d_out r"],
@@ -19,6 +28,65 @@ def row_norms(
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = (x.detach().to(wide) for x in (weight, a, b))
-    cross = ((weight @ a.t()) * b).sum(-1)
+    return _norms(weight.square().sum(-1), weight @ a.t(), a, b, scaling)
+
+
+def _norms(
+    squares: Float[Tensor, "d_out"],
+    product: Float[Tensor, "d_out r"],
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    scaling: float,
+) -> Float[Tensor, "d_out"]:
+    """From |W|^2, W A' and both matrices, all in one wide dtype."""
+    cross = (product * b).sum(-1)
     low = ((b @ (a @ a.t())) * b).sum(-1)
-    return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * low).sqrt()
+    return (squares + 2 * scaling * cross + scaling**2 * low).sqrt()
+
+
+# ── 2. op ─────────────────────────────────────────────────────────────────────────────────
+
+torch.library.define(
+    "fastlora::row_norms", "(Tensor[] weight, Tensor a, Tensor b, float scaling) -> Tensor"
+)
+
+
+@torch.library.impl("fastlora::row_norms", "CompositeExplicitAutograd")
+def _row_norms(weight, a, b, scaling):
+    matrix = dense(from_parts(weight), a.dtype)
+    narrow = matrix.dtype in (torch.bfloat16, torch.float16)
+    if not (matrix.is_cuda and narrow and a.dtype == matrix.dtype):
+        return row_norms_reference(matrix, a, b, scaling)
+    # 16-bit factors, every sum in float32: W is read twice, where a copy is read twice more.
+    squares = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float32).square()
+    product = torch.mm(matrix, a.t(), out_dtype=torch.float32)
+    return _norms(squares, product, a.float(), b.float(), scaling)
+
+
+@torch.library.register_fake("fastlora::row_norms")
+def _(weight, a, b, scaling):
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return a.new_empty(shape_of(from_parts(weight))[0], dtype=wide)
+
+
+# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+
+
+def row_norms(
+    weight: Weight,
+    a: Float[Tensor, "r d_in"],
+    b: Float[Tensor, "d_out r"],
+    scaling: float,
+) -> Float[Tensor, "d_out"]:
+    """Norm of each row of W + scaling * B A, in at least float32; no gradient flows.
+
+    Args:
+        weight: the base's, dense in A's dtype or quantised.
+        a: down projection.
+        b: up projection.
+        scaling: alpha / r.
+    """
+    if transforms_active():
+        return row_norms_reference(dense(weight, a.dtype), a, b, scaling)
+    detached = [x.detach() for x in parts(weight)]
+    return torch.ops.fastlora.row_norms(detached, a.detach(), b.detach(), scaling)

@@ -1,5 +1,6 @@
 """SwiGLU over adapted gate and up: h = silu(g + s low_g B_g') * (u + s low_u B_u')
 (Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685), and h A' for down's LoRA.
+With DoRA each sum is scaled, one factor for each output (Liu et al. 2024, arXiv:2402.09353).
 
 Read downward: the reference is the specification; the op runs swiglu_kernel.py. Its derivative
 keeps g, u and what is of the rank, and neither h nor the adapted gate and up.
@@ -21,12 +22,16 @@ def lora_swiglu_reference(
     b_g: Float[Tensor, "f r_g"],
     b_u: Float[Tensor, "f r_u"],
     a: Float[Tensor, "r_a f"] | None,
+    gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
 ) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
     """(h, h A' or None), differentiable in every tensor any number of times."""
     gate = g + scaling_g * F.linear(low_g, b_g)
-    h = F.silu(gate) * (u + scaling_u * F.linear(low_u, b_u))
+    up = u + scaling_u * F.linear(low_u, b_u)
+    if gains is not None:
+        gate, up = (gains[0] * gate).to(g.dtype), (gains[1] * up).to(u.dtype)
+    h = F.silu(gate) * up
     return h, None if a is None else F.linear(h, a)
 
 
@@ -37,13 +42,14 @@ def lora_swiglu_reference(
 
 torch.library.define(
     "fastlora::lora_swiglu",
-    "(Tensor g, Tensor u, Tensor low_g, Tensor low_u, Tensor b_g, Tensor b_u, float scaling_g,"
-    " float scaling_u) -> Tensor",
+    "(Tensor g, Tensor u, Tensor low_g, Tensor low_u, Tensor b_g, Tensor b_u, Tensor? gains,"
+    " float scaling_g, float scaling_u) -> Tensor",
 )
 torch.library.define(
     "fastlora::lora_swiglu_backward",
     "(Tensor(a!) dh, Tensor? dlow, Tensor? a, Tensor g, Tensor u, Tensor low_g, Tensor low_u,"
-    " Tensor b_g, Tensor b_u, float scaling_g, float scaling_u) -> (Tensor, Tensor)",
+    " Tensor b_g, Tensor b_u, Tensor? gains, float scaling_g, float scaling_u)"
+    " -> (Tensor, Tensor, Tensor)",
 )
 
 
@@ -62,25 +68,26 @@ def _lora_swiglu_backward(*args):
 
 
 @torch.library.register_fake("fastlora::lora_swiglu")
-def _(g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u):
+def _(g, u, low_g, low_u, b_g, b_u, gains, scaling_g, scaling_u):
     return torch.empty_like(g)
 
 
 @torch.library.register_fake("fastlora::lora_swiglu_backward")
-def _(dh, dlow, a, g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u):
+def _(dh, dlow, a, g, u, low_g, low_u, b_g, b_u, gains, scaling_g, scaling_u):
     ranks = [low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]]
     r = max(16, 1 << (max(ranks) - 1).bit_length())
     sums = g.new_empty((3, g.shape[1], r), dtype=torch.float32)
-    return torch.empty_like(u), sums
+    return torch.empty_like(u), sums, sums.new_empty((2, g.shape[1]))
 
 
 class _LoRASwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, u, low_g, low_u, b_g, b_u, a, scaling_g, scaling_u):
+    def forward(ctx, g, u, low_g, low_u, b_g, b_u, a, gains, scaling_g, scaling_u):
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(g, u, low_g, low_u, b_g, b_u, a)
+        ctx.save_for_backward(g, u, low_g, low_u, b_g, b_u, a, gains)
         ctx.scalings = scaling_g, scaling_u
-        h = torch.ops.fastlora.lora_swiglu(g, u, low_g, low_u, b_g, b_u, scaling_g, scaling_u)
+        op = torch.ops.fastlora.lora_swiglu
+        h = op(g, u, low_g, low_u, b_g, b_u, gains, scaling_g, scaling_u)
         return h, None if a is None else torch.mm(h, a.t())
 
     @staticmethod
@@ -90,15 +97,16 @@ class _LoRASwiGLU(torch.autograd.Function):
                 "the fused SwiGLU has no second derivative; differentiate fastlora.functional with"
                 " torch.func, which runs the plain one."
             )
-        g, u, low_g, low_u, b_g, b_u, a = ctx.saved_tensors
+        g, u, low_g, low_u, b_g, b_u, a, gains = ctx.saved_tensors
         scaling_g, scaling_u = ctx.scalings
         # The kernel writes dg over h's gradient: of five tensors of the MLP's width, which are a
         # layer's peak, four are left. A compiled graph knows whether that one is still wanted.
         dg = torch.zeros_like(g) if dh is None else dh
         tracing = torch.compiler.is_compiling()
         dg = dg.contiguous() if tracing else dg.clone(memory_format=torch.contiguous_format)
-        du, sums = torch.ops.fastlora.lora_swiglu_backward(
-            dg, dlow, None if dlow is None else a, g, u, low_g, low_u, b_g, b_u, *ctx.scalings
+        own_a = None if dlow is None else a
+        du, sums, dgains = torch.ops.fastlora.lora_swiglu_backward(
+            dg, dlow, own_a, g, u, low_g, low_u, b_g, b_u, gains, *ctx.scalings
         )
         part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
         dlow_g, dlow_u = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
@@ -106,7 +114,7 @@ class _LoRASwiGLU(torch.autograd.Function):
         # Contiguous, as A is: torch's fused AdamW asks for gradients of the same layout.
         db_g, db_u = db_g.contiguous(), db_u.contiguous()
         da = None if dlow is None else part(2, a.shape[0], a).t().contiguous()
-        return dg, du, dlow_g, dlow_u, db_g, db_u, da, None, None
+        return dg, du, dlow_g, dlow_u, db_g, db_u, da, None if gains is None else dgains, None, None
 
 
 # ── 3. what the model calls ───────────────────────────────────────────────────────────────
@@ -128,10 +136,11 @@ def lora_swiglu(
     b_g: Float[Tensor, "f r_g"],
     b_u: Float[Tensor, "f r_u"],
     a: Float[Tensor, "r_a f"] | None,
+    gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
 ) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
-    """(h, h A' or None), in g.dtype; every tensor has that dtype. Runs a Triton kernel.
+    """(h, h A' or None), in g.dtype; every tensor but the gains has it. Runs a Triton kernel.
 
     Args:
         g: base product of the gate projection.
@@ -141,12 +150,13 @@ def lora_swiglu(
         b_g: gate's up-projecting matrix.
         b_u: up's.
         a: the down projection's A, or None where it has none of its own, or another input.
+        gains: DoRA's m / n of gate and of up, in float32; None without DoRA.
         scaling_g: factor of gate's low-rank term.
         scaling_u: of up's.
     """
     flat = lambda x: x.reshape(-1, x.shape[-1])
     h, low = _LoRASwiGLU.apply(  # pyright: ignore
-        flat(g), flat(u), flat(low_g), flat(low_u), b_g, b_u, a, scaling_g, scaling_u
+        flat(g), flat(u), flat(low_g), flat(low_u), b_g, b_u, a, gains, scaling_g, scaling_u
     )
     n = g.shape[:-1]
     return h.view(*n, -1), None if low is None else low.view(*n, -1)

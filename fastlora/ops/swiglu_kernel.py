@@ -2,8 +2,8 @@
 
 Written out, s low B' is a tensor of the MLP's width, written and read again for each of gate and
 up; here it is a dot product over the rank inside the tile. The backward kernel forms h once more,
-so that nobody keeps it, and sums what A and B need over the rows of its tile while they are there:
-partial sums of a few chunks of rows, added by the caller, always in the same order.
+so that nobody keeps it, and sums what A, B and DoRA's gains need over the rows of its tile while
+they are there: partial sums of a few chunks of rows, added by the caller, always in the same order.
 """
 
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 
 @triton.jit
 def _swiglu_kernel(
-    g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, h_ptr,
+    g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, gains_ptr, h_ptr,
     n, f, r_g, r_u, stride_low_g, stride_low_u, scaling_g, scaling_u,
-    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
     column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
@@ -39,17 +40,20 @@ def _swiglu_kernel(
     g += scaling_g * tl.dot(low_g, b_g, input_precision=PRECISION)
     u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
     u += scaling_u * tl.dot(low_u, b_u, input_precision=PRECISION)
+    if HAS_GAINS:
+        g *= tl.load(gains_ptr + column, mask=column < f, other=0.0)
+        u *= tl.load(gains_ptr + f + column, mask=column < f, other=0.0)
     h = g * tl.sigmoid(g) * u
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _swiglu_backward_kernel(
-    dh_ptr, dlow_ptr, a_ptr, g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr,
-    du_ptr, sums_ptr,
+def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
+    dh_ptr, dlow_ptr, a_ptr, g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, gains_ptr,
+    du_ptr, sums_ptr, dgains_ptr,
     n, f, r_g, r_u, r_a, stride_dlow, stride_low_g, stride_low_u, scaling_g, scaling_u, chunk,
-    HAS_A: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * BN + tl.arange(0, BN)
     column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
@@ -59,6 +63,11 @@ def _swiglu_backward_kernel(
     b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
     if HAS_A:
         a = tl.load(a_ptr + k_t * f + wide, mask=(column < f) & (k_t < r_a), other=0.0)
+    if HAS_GAINS:
+        gain_g = tl.load(gains_ptr + column, mask=column < f, other=0.0)
+        gain_u = tl.load(gains_ptr + f + column, mask=column < f, other=0.0)
+        dgain_g = tl.zeros((BN,), tl.float32)
+        dgain_u = tl.zeros((BN,), tl.float32)
     db_g = tl.zeros((BN, R), tl.float32)
     db_u = tl.zeros((BN, R), tl.float32)
     da = tl.zeros((BN, R), tl.float32)
@@ -76,9 +85,17 @@ def _swiglu_backward_kernel(
         g += scaling_g * tl.dot(low_g, b_g, input_precision=PRECISION)
         u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
         u += scaling_u * tl.dot(low_u, b_u, input_precision=PRECISION)
+        if HAS_GAINS:  # of the sums before them, g and u, the gains' gradients are made below
+            sum_g, sum_u = g, u
+            g, u = g * gain_g, u * gain_u
         sigmoid = tl.sigmoid(g)
-        dg = (dh * u * sigmoid * (1 + g * (1 - sigmoid))).to(kind)
-        du = (dh * g * sigmoid).to(kind)
+        dg = dh * u * sigmoid * (1 + g * (1 - sigmoid))
+        du = dh * g * sigmoid
+        if HAS_GAINS:
+            dgain_g += tl.sum(dg * sum_g, 0)
+            dgain_u += tl.sum(du * sum_u, 0)
+            dg, du = dg * gain_g, du * gain_u
+        dg, du = dg.to(kind), du.to(kind)
         tl.store(dh_ptr + at, dg, mask=here)  # where this program alone has read
         tl.store(du_ptr + at, du, mask=here)
         db_g += tl.dot(tl.trans(dg), low_g, input_precision=PRECISION)
@@ -92,6 +109,10 @@ def _swiglu_backward_kernel(
     tl.store(sums_ptr + sums, db_g * scaling_g, mask=inside)
     tl.store(sums_ptr + sums + size, db_u * scaling_u, mask=inside)
     tl.store(sums_ptr + sums + 2 * size, da, mask=inside)
+    if HAS_GAINS:
+        at = tl.program_id(1) * 2 * f + number
+        tl.store(dgains_ptr + at, dgain_g, mask=number < f)
+        tl.store(dgains_ptr + at + f, dgain_u, mask=number < f)
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
@@ -120,16 +141,19 @@ def swiglu(
     low_u: Float[Tensor, "n r_u"],
     b_g: Float[Tensor, "f r_g"],
     b_u: Float[Tensor, "f r_u"],
+    gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
 ) -> Float[Tensor, "n f"]:
-    """silu(g + s_g low_g B_g') * (u + s_u low_u B_u'), in g.dtype, summed in float32."""
+    """silu(g + s_g low_g B_g') * (u + s_u low_u B_u'), each sum times its gain where there are
+    gains (float32), in g.dtype, summed in float32."""
     (n, f), (bm, bn, warps) = g.shape, _FORWARD
     h, r_g, r_u = torch.empty_like(g), low_g.shape[1], low_u.shape[1]
     _swiglu_kernel[(triton.cdiv(f, bn), triton.cdiv(n, bm))](
-        g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), h,
+        g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), g if gains is None else gains, h,
         n, f, r_g, r_u, low_g.stride(0), low_u.stride(0), scaling_g, scaling_u,
-        R=rank_tile(r_g, r_u), BM=bm, BN=bn, PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
+        HAS_GAINS=gains is not None, R=rank_tile(r_g, r_u), BM=bm, BN=bn,  # pyright: ignore
+        PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return h
 
@@ -144,12 +168,13 @@ def swiglu_backward_(
     low_u: Float[Tensor, "n r_u"],
     b_g: Float[Tensor, "f r_g"],
     b_u: Float[Tensor, "f r_u"],
+    gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
-) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"]]:
-    """(du, sums), and dg in place of dh, which is contiguous: with dh + dlow A for h's gradient,
-    those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
-    `rank_tile`."""
+) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"], Float[Tensor, "2 f"]]:
+    """(du, sums, dgains), and dg in place of dh, which is contiguous: with dh + dlow A for h's
+    gradient, those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
+    `rank_tile`, and those of the gains, zeros where there are none."""
     (n, f), (bm, bn, warps) = g.shape, _BACKWARD
     r_g, r_u, r_a = low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]
     r = rank_tile(r_g, r_u, r_a)
@@ -158,13 +183,17 @@ def swiglu_backward_(
     assert dh.is_contiguous(), dh.stride()
     du = torch.empty_like(u)
     sums = torch.empty((chunks, 3, f, r), dtype=torch.float32, device=g.device)
+    given = gains is not None
+    dgains = torch.empty((chunks if given else 0, 2, f), dtype=torch.float32, device=g.device)
     if dlow is not None and dlow.stride(1) != 1:
         dlow = dlow.contiguous()
     _swiglu_backward_kernel[(triton.cdiv(f, bn), chunks)](
         dh, g if dlow is None else dlow, g if a is None else a.contiguous(),
-        g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), du, sums,
+        g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), gains if given else g,
+        du, sums, dgains,
         n, f, r_g, r_u, r_a, 0 if dlow is None else dlow.stride(0),
         low_g.stride(0), low_u.stride(0), scaling_g, scaling_u, chunk,
-        HAS_A=a is not None, R=r, BM=bm, BN=bn, PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
+        HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn,  # pyright: ignore
+        PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
-    return du, sums.sum(0)
+    return du, sums.sum(0), dgains.sum(0)

@@ -58,12 +58,12 @@ def before_backward(*given: Any) -> tuple[Tensor, ...]:
 
 def now(*given: Any) -> Tensor:
     run: Any = swiglu_kernel.swiglu
-    return run(*given[3:], 1.0, 1.0)
+    return run(*given[3:], None, 1.0, 1.0)
 
 
 def now_backward(*given: Any) -> tuple[Tensor, ...]:
     run: Any = swiglu_kernel.swiglu_backward_  # writes over dh
-    return run(*given, 1.0, 1.0)
+    return run(*given, None, 1.0, 1.0)
 
 
 def main() -> None:

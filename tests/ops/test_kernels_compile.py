@@ -20,14 +20,19 @@ from fastlora.ops import softmax_kernel, swiglu_kernel
 
 KERNELS = [
     (softmax_kernel._logprob_kernel, dict(IGNORE=-100, BLOCK=32768), 32),
-    (swiglu_kernel._swiglu_kernel, dict(R=16, BM=64, BN=64, PRECISION="tf32"), 4),
     *(
-        (swiglu_kernel._swiglu_backward_kernel, dict(tile, HAS_A=has_a), 4)
+        (swiglu_kernel._swiglu_kernel, dict(tile, HAS_GAINS=gains), 4)
+        for tile in [dict(R=16, BM=64, BN=64, PRECISION="tf32")]
+        for gains in (True, False)
+    ),
+    *(
+        (swiglu_kernel._swiglu_backward_kernel, dict(tile, HAS_A=has_a, HAS_GAINS=gains), 4)
         for tile in [dict(R=16, BM=32, BN=64, PRECISION="tf32")]
-        for has_a in (True, False)
+        for has_a, gains in ((True, False), (False, False), (True, True))
     ),
 ]
-WIDE = {"sums_ptr": "*fp32", "logp_ptr": "*fp32", "label_ptr": "*i64"}
+WIDE = {name: "*fp32" for name in ("sums_ptr", "logp_ptr", "gains_ptr", "dgains_ptr")}
+WIDE["label_ptr"] = "*i64"
 
 
 def kind(name, constants):
@@ -56,4 +61,4 @@ def test_every_kernel_compiles_for_an_h100():
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     sizes = [int(line.split()[1]) for line in ran.stdout.splitlines()]
-    assert len(sizes) == 4 and min(sizes) > 1000
+    assert len(sizes) == 6 and min(sizes) > 1000

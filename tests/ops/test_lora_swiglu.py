@@ -29,30 +29,37 @@ SHAPES = [
 SCALINGS = (0.7, 1.9)
 
 
-def drawn(shape, dtype, joined=True):
-    """(inputs, gradients of the two results); the lows are views of one tensor, as in a layer."""
+def drawn(shape, dtype, gained=False):
+    """(inputs, gradients of the two results); the lows are views of one tensor, as in a layer. The
+    last input are DoRA's gains, in float32, or None."""
     n, f, r_g, r_u, r_a = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
     lows = new(n, r_g + r_u).split([r_g, r_u], dim=1)
     small = lambda *s: new(*s) * 0.3
-    inputs = (new(n, f), new(n, f), *lows, small(f, r_g), small(f, r_u), small(r_a, f))
+    inputs = [new(n, f), new(n, f), *lows, small(f, r_g), small(f, r_u), small(r_a, f)]
+    inputs += [(1 + small(2, f)).float() if gained else None]
     return inputs, (new(n, f), new(n, r_a))
 
 
 def run(fn, inputs, dh, dlow):
     """(results, gradients)."""
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = leaves_of(inputs)
     results = fn(*leaves, *SCALINGS)
-    gradients = torch.autograd.grad(results, leaves, (dh, dlow))
+    gradients = torch.autograd.grad(results, [x for x in leaves if x is not None], (dh, dlow))
     return [x.detach() for x in results], gradients
 
 
+def leaves_of(inputs):
+    return [None if x is None else x.detach().requires_grad_() for x in inputs]
+
+
+@pytest.mark.parametrize("gained", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype):
-    inputs, (dh, dlow) = drawn(shape, dtype)
-    wide = [x.double() for x in inputs]
+def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, gained):
+    inputs, (dh, dlow) = drawn(shape, dtype, gained)
+    wide = [None if x is None else x.double() for x in inputs]
     exact = run(lora_swiglu_reference, wide, dh.double(), dlow.double())
     plain = run(lora_swiglu_reference, inputs, dh, dlow)
     fused = run(lora_swiglu, inputs, dh, dlow)
@@ -67,22 +74,22 @@ def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype):
 
 def test_without_a_down_projection_only_h_is_there():
     inputs, (dh, _) = drawn((9, 40, 4, 4, 4), torch.float32)
-    *rest, _ = inputs
-    leaves = [x.detach().requires_grad_() for x in rest]
-    h, low = lora_swiglu(*leaves, None, *SCALINGS)
+    *rest, _, _ = inputs
+    leaves = leaves_of(rest)
+    h, low = lora_swiglu(*leaves, None, None, *SCALINGS)
     assert low is None
     found = torch.autograd.grad(h, leaves, dh)
-    again = [x.detach().requires_grad_() for x in rest]
-    wanted = torch.autograd.grad(lora_swiglu_reference(*again, None, *SCALINGS)[0], again, dh)
+    again = leaves_of(rest)
+    wanted = torch.autograd.grad(lora_swiglu_reference(*again, None, None, *SCALINGS)[0], again, dh)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_only_one_of_the_results_may_be_used():
-    inputs, (dh, dlow) = drawn((9, 40, 4, 4, 4), torch.float32)
+    inputs, (dh, dlow) = drawn((9, 40, 4, 4, 4), torch.float32, gained=True)
     for i, d in enumerate((dh, dlow)):
         pairs = []
         for fn in (lora_swiglu, lora_swiglu_reference):
-            leaves = [x.detach().requires_grad_() for x in inputs]
+            leaves = leaves_of(inputs)
             result = fn(*leaves, *SCALINGS)[i]
             pairs.append(
                 torch.autograd.grad(result, leaves, d, materialize_grads=True, allow_unused=True)
@@ -91,14 +98,14 @@ def test_only_one_of_the_results_may_be_used():
 
 
 def test_the_same_call_gives_the_same_bits():
-    inputs, (dh, dlow) = drawn((300, 130, 8, 8, 8), torch.float32)
+    inputs, (dh, dlow) = drawn((300, 130, 8, 8, 8), torch.float32, gained=True)
     one, two = (tree_leaves(run(lora_swiglu, inputs, dh, dlow)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
 def test_neither_h_nor_an_adapted_product_is_kept():
     inputs, _ = drawn((30, 40, 4, 4, 4), torch.float32)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = leaves_of(inputs)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         lora_swiglu(*leaves, *SCALINGS)
@@ -108,9 +115,10 @@ def test_neither_h_nor_an_adapted_product_is_kept():
 
 def test_a_second_derivative_is_refused():
     inputs, (dh, dlow) = drawn((5, 7, 1, 2, 3), torch.float32)
-    leaves = [x.detach().requires_grad_() for x in inputs]
+    leaves = leaves_of(inputs)
     with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.func"):
-        torch.autograd.grad(lora_swiglu(*leaves, *SCALINGS), leaves, (dh, dlow), create_graph=True)
+        results = lora_swiglu(*leaves, *SCALINGS)
+        torch.autograd.grad(results, leaves[:-1], (dh, dlow), create_graph=True)
 
 
 def test_what_the_kernel_does_not_take():
@@ -129,6 +137,8 @@ VARIANTS = {
     "dropout": dict(r=3, lora_dropout=0.3),
     "biases": dict(r=3, modules_to_save=["norm"], bias="all"),
     "pissa": dict(r=3, init_lora_weights="pissa"),
+    "dora": dict(r=3, use_dora=True),
+    "dora, gate and up": dict(r=3, use_dora=True, target_modules=["gate_proj", "up_proj"]),
 }
 IDS = token_ids(2, 9, vocab_size=96)
 BATCH = {"input_ids": IDS, "labels": IDS}
@@ -155,7 +165,8 @@ def watched(monkeypatch):
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", 0.4])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_without_the_kernel(variant, recompute, pair, monkeypatch):
-    model = adapted(pair("llama_bias").model.to(DEVICE), **VARIANTS[variant])
+    family = "llama2" if "dora" in variant else "llama_bias"  # over a bias, DoRA runs without it
+    model = adapted(pair(family).model.to(DEVICE), **VARIANTS[variant])
     calls = watched(monkeypatch)
     plain = gradients(model, kernels="torch", recompute="none")
     assert not calls
@@ -167,7 +178,7 @@ def test_gradients_are_those_without_the_kernel(variant, recompute, pair, monkey
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(r=3, use_dora=True),
+        dict(r=3, use_dora=True),  # over a base with biases
         dict(r=3, lora_bias=True),
         dict(r=3, target_modules=["gate_proj", "down_proj"]),
         dict(r=17),
@@ -184,10 +195,19 @@ def test_what_it_does_not_take_runs_without_it(settings, pair, monkeypatch):
     assert relative_error(fused[1], plain[1]) <= 2e-4
 
 
+def test_dora_under_dropout_runs_without_it(pair, monkeypatch):
+    """A base that sees x and one that sees it under a mask are two products of each."""
+    model = adapted(pair("llama2").model.to(DEVICE), r=3, use_dora=True, lora_dropout=0.3)
+    calls = watched(monkeypatch)
+    fused, plain = gradients(model, kernels="triton"), gradients(model, kernels="torch")
+    assert not calls and relative_error(fused[1], plain[1]) <= 2e-4
+
+
 @pytest.mark.compile
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_layers_give_the_eager_gradients(recompute, pair):
-    model = adapted(pair("llama_bias").model.to(DEVICE), **VARIANTS["all seven"])
+@pytest.mark.parametrize(("family", "variant"), [("llama_bias", "all seven"), ("llama2", "dora")])
+def test_compiled_layers_give_the_eager_gradients(family, variant, recompute, pair):
+    model = adapted(pair(family).model.to(DEVICE), **VARIANTS[variant])
     eager = gradients(model, kernels="triton", recompute=recompute)
     compiled = gradients(model, kernels="triton", recompute=recompute, compile=True)
     assert abs(compiled[0] - eager[0]) <= 1e-5
