@@ -23,6 +23,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora.data import read_rows
 from fastlora.hub import DEMO
+from fastlora.llama.recompute import offload_levels
 from fastlora.model import Model
 from fastlora.ops.grouped_linear import grouped_lora_linear, grouped_lora_linear_reference
 from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference
@@ -207,6 +208,35 @@ def bits(folder: Path) -> Iterator[Row]:
     yield "deterministic=True: leaves that differ", float(sum(not x.equal(y) for x, y in pairs)), 0
 
 
+def offloaded(folder: Path) -> Iterator[Row]:
+    """Layers wide enough that what attention kept travels too, of some of them."""
+    levels = offload_levels(adapted(folder, "bfloat16").spec.config, 512, 2)
+    yield "offload: layers that send attention's tensors, of 6", 6.0 - levels.count("mlp"), 5
+    yield from gradients(folder, ["offload"])
+
+
+def played(folder: Path) -> Iterator[Row]:
+    """Steps from a CUDA graph against the same steps launched one by one: other tokens, other masks
+    and an adapter that was written to, with what was recorded once."""
+    for policy in (*POLICIES[folder.name][:-1], "packed"):
+        how: dict[str, Any] = {} if policy == "packed" else {"recompute": policy}
+        model = adapted(folder, "bfloat16", {"lora_dropout": 0.1}, **how)
+        graphed = fastlora.value_and_grad(FL.loss, cuda_graph=True)
+        worst = 0.0
+        for i in range(4):
+            ids = (tokens(model, 2, 256) + i) % model.spec.config.vocab_size
+            batch = {"input_ids": ids, "labels": ids}
+            if policy == "packed":
+                batch["segment_ids"] = (torch.arange(256, device="cuda") // (70 + i)).expand_as(ids)
+            args, seed = (model.adapter, model.base, model.spec, batch), torch.tensor(i).cuda()
+            plain = fastlora.value_and_grad(FL.loss)(*args, seed=seed)
+            worst = max(worst, together(graphed(*args, seed=seed), plain))
+            for leaf in tree_leaves(model.adapter):
+                leaf.mul_(0.9)
+        # Attention's backward pass adds in another order every time.
+        yield f"cuda_graph: {policy}, against the same launched", worst, 1e-2
+
+
 def waits(folder: Path) -> Iterator[Row]:
     """Whether the host waits for the GPU in a step, which CUDA then refuses to do."""
     for policy in POLICIES[folder.name]:
@@ -371,7 +401,7 @@ def main() -> None:
             laws = [parity(family, folder, theirs)]
             if family == "llama3.2":
                 laws += [against_peft(folder), bits(folder), generation(folder, theirs)]
-                laws.append(waits(folder))
+                laws += [waits(folder), played(folder)]
             if family in POLICIES:
                 laws.append(gradients(folder, POLICIES[family]))
             if family == "mistral":
@@ -379,6 +409,10 @@ def main() -> None:
             for what, beside in BESIDE.get(family, {}).items():
                 laws.append(gradients(folder, ["selective", "full"], what, beside))
             wrong += report(chain.from_iterable(laws))
+        wide = dict(num_hidden_layers=6, hidden_size=512, intermediate_size=16384)
+        folder = Path(name) / "wide"
+        make_checkpoint("llama3.2", folder, torch.bfloat16, config=SIZES | wide)
+        wrong += report(offloaded(folder))
     raise SystemExit(f"{wrong} laws broken" if wrong else 0)
 
 
