@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_steps import step_of
+from bench_steps import PEERS, step_of
 from random_checkpoint import SHAPES, write_checkpoint
 
 from fastlora.llama.config import LlamaConfig
@@ -62,7 +62,7 @@ def measure(args: argparse.Namespace) -> dict:
     first = time.perf_counter() - start
     for _ in range(args.warm):
         step(ids)
-    if not args.cuda_graph:  # which takes its memory once, while it is recorded
+    if not args.cuda_graph or args.one.startswith((*PEERS, "probe")):
         torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
     events[0].record()

@@ -1,11 +1,13 @@
 """Parity, gradients and policies on a CUDA GPU, compiled, in bf16 and fp32: one row per law.
 
     bash scripts/gpu_check.sh
+    python scripts/gpu_check.py --only kernels llama3.2
 
 bf16 rows hold our error against the fp32 result of the same weights, over what transformers (or
 PEFT) itself errs: at most 1.5. fp32 gradients hold the same ratio against fp64 and eager torch.
 """
 
+import argparse
 import gc
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -389,31 +391,44 @@ def training() -> Iterator[Row]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parts = ["kernels", "training", *FAMILIES, "offload"]
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    only = parser.parse_args().only
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check.py needs a CUDA GPU; there is none here.")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
-    wrong = report(training()) + report(grouped()) + report(swiglu())
+    wrong = report(training()) if "training" in only else 0
+    wrong += report(chain(grouped(), swiglu())) if "kernels" in only else 0
     with tempfile.TemporaryDirectory() as name:
-        for family, changes in FAMILIES.items():
-            folder = Path(name) / family
-            theirs: Any = make_checkpoint(family, folder, torch.bfloat16, config=SIZES | changes)
-            theirs = theirs.cuda()
-            laws = [parity(family, folder, theirs)]
-            if family == "llama3.2":
-                laws += [against_peft(folder), bits(folder), generation(folder, theirs)]
-                laws += [waits(folder), played(folder)]
-            if family in POLICIES:
-                laws.append(gradients(folder, POLICIES[family]))
-            if family == "mistral":
-                laws.append(originals(folder))
-            for what, beside in BESIDE.get(family, {}).items():
-                laws.append(gradients(folder, ["selective", "full"], what, beside))
-            wrong += report(chain.from_iterable(laws))
-        wide = dict(num_hidden_layers=6, hidden_size=512, intermediate_size=16384)
-        folder = Path(name) / "wide"
-        make_checkpoint("llama3.2", folder, torch.bfloat16, config=SIZES | wide)
-        wrong += report(offloaded(folder))
+        for family in [x for x in FAMILIES if x in only]:
+            wrong += report(of_family(family, Path(name) / family))
+        if "offload" in only:
+            wide = dict(num_hidden_layers=6, hidden_size=512, intermediate_size=16384)
+            folder = Path(name) / "wide"
+            make_checkpoint("llama3.2", folder, torch.bfloat16, config=SIZES | wide)
+            wrong += report(offloaded(folder))
     raise SystemExit(f"{wrong} laws broken" if wrong else 0)
+
+
+def of_family(family: str, folder: Path) -> Iterator[Row]:
+    """All laws of one kind of model."""
+    config = SIZES | FAMILIES[family]
+    theirs: Any = make_checkpoint(family, folder, torch.bfloat16, config=config)
+    theirs = theirs.cuda()
+    laws = [parity(family, folder, theirs)]
+    if family == "llama3.2":
+        laws += [against_peft(folder), bits(folder), generation(folder, theirs)]
+        laws += [waits(folder), played(folder)]
+    if family in POLICIES:
+        laws.append(gradients(folder, POLICIES[family]))
+    if family == "mistral":
+        laws.append(originals(folder))
+    for what, beside in BESIDE.get(family, {}).items():
+        laws.append(gradients(folder, ["selective", "full"], what, beside))
+    return chain.from_iterable(laws)
 
 
 if __name__ == "__main__":

@@ -337,8 +337,9 @@ def _is_small(
     lora: AdapterRecord | None, linear: Linear, dtype: torch.dtype
 ) -> TypeGuard[LoRA | DoRA]:
     # DoRA scales what the bias is then added to; the kernel has no bias of its own.
-    kind = isinstance(lora, LoRA) or (isinstance(lora, DoRA) and "bias" not in linear)
-    return kind and takes(dtype, rank(lora, linear))
+    if not (isinstance(lora, LoRA) or (isinstance(lora, DoRA) and "bias" not in linear)):
+        return False
+    return takes(dtype, rank(lora, linear))
 
 
 def _gate_up(

@@ -2,7 +2,8 @@
 (Liu et al. 2024, arXiv:2402.09353; the gradient takes n as a constant, section 4.3).
 
 Read downward: the reference is the specification; the op is one, so that every recompute policy
-keeps its d_out numbers, and makes no float32 copy of a 16-bit W on CUDA.
+keeps its d_out numbers; on CUDA it is one kernel (row_norms_kernel.py), which makes no float32 copy
+of a 16-bit W.
 """
 
 import torch
@@ -10,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dequantize import dense
-from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.dispatch import transforms_active, triton_installed
 from fastlora.quantized import Weight, from_parts, parts, shape_of
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
@@ -28,20 +29,9 @@ def row_norms_reference(
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = (x.detach().to(wide) for x in (weight, a, b))
-    return _norms(weight.square().sum(-1), weight @ a.t(), a, b, scaling)
-
-
-def _norms(
-    squares: Float[Tensor, "d_out"],
-    product: Float[Tensor, "d_out r"],
-    a: Float[Tensor, "r d_in"],
-    b: Float[Tensor, "d_out r"],
-    scaling: float,
-) -> Float[Tensor, "d_out"]:
-    """From |W|^2, W A' and both matrices, all in one wide dtype."""
-    cross = (product * b).sum(-1)
+    cross = ((weight @ a.t()) * b).sum(-1)
     low = ((b @ (a @ a.t())) * b).sum(-1)
-    return (squares + 2 * scaling * cross + scaling**2 * low).sqrt()
+    return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * low).sqrt()
 
 
 # ── 2. op ─────────────────────────────────────────────────────────────────────────────────
@@ -54,13 +44,12 @@ torch.library.define(
 @torch.library.impl("fastlora::row_norms", "CompositeExplicitAutograd")
 def _row_norms(weight, a, b, scaling):
     matrix = dense(from_parts(weight), a.dtype)
-    narrow = matrix.dtype in (torch.bfloat16, torch.float16)
-    if not (matrix.is_cuda and narrow and a.dtype == matrix.dtype):
-        return row_norms_reference(matrix, a, b, scaling)
-    # 16-bit factors, every sum in float32: W is read twice, where a copy is read twice more.
-    squares = torch.linalg.vector_norm(matrix, dim=-1, dtype=torch.float32).square()
-    product = torch.mm(matrix, a.t(), out_dtype=torch.float32)
-    return _norms(squares, product, a.float(), b.float(), scaling)
+    if matrix.is_cuda and triton_installed():
+        from fastlora.ops import row_norms_kernel  # noqa: PLC0415  imports triton
+
+        if row_norms_kernel.takes(matrix, a, b):
+            return row_norms_kernel.row_norms_fused(matrix, a, b, scaling)
+    return row_norms_reference(matrix, a, b, scaling)
 
 
 @torch.library.register_fake("fastlora::row_norms")

@@ -5,6 +5,9 @@ import torch
 
 from fastlora.ops.dora import row_norms
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
+
 
 def tensors(d_out: int, d_in: int, r: int, dtype: torch.dtype = torch.float32):
     gen = torch.Generator().manual_seed(0)
@@ -24,6 +27,20 @@ def test_norms_err_no_more_than_the_sum_in_float32(shape, dtype):
     wanted = exact(weight, a, b, 1.5)
     assert found.dtype == torch.float32
     allowed = (plain - wanted).abs() + 8 * torch.finfo(torch.float32).eps * wanted
+    assert ((found - wanted).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(64, 48, 4), (5, 300, 3), (1, 1, 1), (33, 512, 40)])
+def test_the_kernel_errs_no_more_than_the_sum_in_float32(shape, dtype):
+    kernel = pytest.importorskip("fastlora.ops.row_norms_kernel")
+    weight, a, b = (x.to(DEVICE) for x in tensors(*shape, dtype))
+    assert kernel.takes(weight, a, b) and not kernel.takes(weight.double(), a, b)
+    found = kernel.row_norms_fused(weight, a, b, 1.5)
+    plain = (weight.float() + 1.5 * b.float() @ a.float()).norm(dim=-1)
+    wanted = exact(weight, a, b, 1.5)
+    assert found.dtype == torch.float32
+    allowed = (plain - wanted).abs() + 16 * torch.finfo(torch.float32).eps * wanted
     assert ((found - wanted).abs() <= allowed).all()
 
 

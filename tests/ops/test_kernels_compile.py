@@ -16,9 +16,10 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlora.ops import softmax_kernel, swiglu_kernel
+from fastlora.ops import row_norms_kernel, softmax_kernel, swiglu_kernel
 
 KERNELS = [
+    (row_norms_kernel._row_norms_kernel, dict(R=16, BM=16, BK=256, PRECISION="tf32"), 4),
     (softmax_kernel._logprob_kernel, dict(IGNORE=-100, BLOCK=32768), 32),
     *(
         (swiglu_kernel._swiglu_kernel, dict(tile, HAS_GAINS=gains), 4)
@@ -31,7 +32,9 @@ KERNELS = [
         for has_a, gains in ((True, False), (False, False), (True, True))
     ),
 ]
-WIDE = {name: "*fp32" for name in ("sums_ptr", "logp_ptr", "gains_ptr", "dgains_ptr")}
+WIDE = {name: "*fp32" for name in (
+    "sums_ptr logp_ptr gains_ptr dgains_ptr gram_ptr norm_ptr".split()
+)}
 WIDE["label_ptr"] = "*i64"
 
 
@@ -61,4 +64,4 @@ def test_every_kernel_compiles_for_an_h100():
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     sizes = [int(line.split()[1]) for line in ran.stdout.splitlines()]
-    assert len(sizes) == 6 and min(sizes) > 1000
+    assert len(sizes) == 7 and min(sizes) > 1000
