@@ -28,7 +28,12 @@ MEASURED: dict[str, int | None] = {
     "2026-11-26-8b-nf4": 0,
     "2026-11-26-1b": None,
     "2026-11-26-8b": None,
+    "2026-11-26-peers-1b": 0,
+    "2026-11-26-peers-8b": 0,
 }
+# Where "offload" sends what attention kept as well; before, it was "full" with inputs elsewhere.
+OF_TODAYS_OFFLOAD = ("2026-11-26-peers-1b", "2026-11-26-peers-8b")
+UNLIKE = {"use_dora", "lora_bias", "dropout", "targets", "cuda_graph"}  # not what is predicted
 SHAPES = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
@@ -77,7 +82,9 @@ def rows() -> list[tuple[str, dict[str, Any]]]:
             row = json.loads(line)
             setting = row["setting"]
             ours = setting in ("none", "selective", "full", "offload") or setting[0].isdigit()
-            if ours and row["kernels"] == "auto" and not {"use_dora", "lora_bias"} & row.keys():
+            if setting == "offload" and name not in OF_TODAYS_OFFLOAD:
+                continue
+            if ours and row["kernels"] == "auto" and not UNLIKE & row.keys():
                 found.append((name, row))
     return found
 
@@ -94,7 +101,6 @@ def test_predictions_are_near_what_was_measured(file, row):
     if (held := MEASURED[file]) is not None:
         peak = peak_bytes(model, setting, b, t) + held * model.num_parameters(trainable=True)
         assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.05)
-    # Offload is full and two copies a layer, which the step hides.
     assert 1e3 * step_seconds(model, setting, b, t) == pytest.approx(row["ms"], rel=0.15)
 
 
