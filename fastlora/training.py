@@ -50,7 +50,7 @@ from fastlora.llama.params import (
     projection_path,
     projection_shape,
 )
-from fastlora.llama.spec import Spec
+from fastlora.llama.spec import Outside, Spec
 from fastlora.llama.start import equivalent, remainders, with_start, without_start
 from fastlora.model import Model
 from fastlora.optimizers import (
@@ -321,8 +321,11 @@ _SMALL = 2.5e11
 
 
 def _records(spec: Spec, device: str, settings: Settings) -> bool:
-    """Whether to play micro-batches back from a CUDA graph: small ones, all of one shape."""
+    """Whether to play micro-batches back from a CUDA graph: small ones, all of one shape, and of a
+    model that asks the host nothing: a loop over experts and trained rows do."""
     if device != "cuda" or not settings.packing or spec.recompute == "offload":
+        return False
+    if any(spec.config.sparse_layers) or spec.outside != Outside() or spec.qat_scheme is not None:
         return False
     of_layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in PROJECTIONS))
     return settings.batch_size * spec.max_seq_length * of_layer < _SMALL

@@ -503,7 +503,7 @@ def test_a_run_that_is_played_back_has_the_same_bits(
     assert timeless(plain[1]) == timeless(played[1])
 
 
-def test_what_is_large_or_of_many_shapes_is_not_recorded(model):
+def test_what_is_large_or_of_many_shapes_is_not_recorded(model, base):
     names = [field.name for field in dataclasses.fields(training.Settings)]
     settings = lambda **given: training.Settings(**{n: DEFAULTS[n] for n in names} | given)
     assert training._records(model.spec, "cuda", settings())
@@ -512,6 +512,16 @@ def test_what_is_large_or_of_many_shapes_is_not_recorded(model):
     assert not training._records(model.spec, "cuda", settings(batch_size=2**24))
     offload = dataclasses.replace(model.spec, recompute="offload")
     assert not training._records(offload, "cuda", settings())
+    for given in (dict(trainable_token_indices=[5]), dict(qat_scheme="int8")):
+        unlike = fastlora.lora(base, r=2, **given)
+        assert not training._records(unlike.spec, "cuda", settings())
+
+
+def test_a_mixture_is_not_recorded(pair):
+    spec = adapted(pair("qwen3_moe").model, r=2).spec
+    names = [field.name for field in dataclasses.fields(training.Settings)]
+    settings = training.Settings(**{n: DEFAULTS[n] for n in names})
+    assert not training._records(spec, "cuda", settings)
 
 
 def test_a_packed_bfloat16_run_resumes_with_the_same_bits(folder, tokenizer, tmp_path):

@@ -98,7 +98,7 @@ class _LoRALinears(torch.autograd.Function):
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
         ctx.static = scalings, weights, biases
-        ctx.save_for_backward(x, a, low, *tensors)
+        ctx.save_for_backward(None if a is None else x, a, low, *tensors)
         return low, *ys
 
     @staticmethod

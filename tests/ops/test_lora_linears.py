@@ -103,6 +103,14 @@ def test_no_graph_keeps_a_dequantised_matrix():
     assert sizes and not {(width, D_IN) for width in WIDTHS} & {*sizes}
 
 
+def test_without_an_adapter_x_is_not_kept():
+    x, _, branches, _ = drawn((0, 0))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        lora_linears(x.requires_grad_(), [], branches)
+    assert kept and all(t.data_ptr() != x.data_ptr() for t in kept)
+
+
 def test_derivatives_of_both_orders_equal_finite_differences():
     x, matrices, branches, _ = drawn((2, 0, 1), torch.float64)
     leaves = [x, *matrices, *(b.b for b in branches if b.b is not None)]
