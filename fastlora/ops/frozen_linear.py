@@ -61,7 +61,8 @@ def backward_product(dy: Float[Tensor, "n d_out"], *weight: Tensor) -> Float[Ten
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, bias, *weight):
+    def forward(ctx, *inputs):  # not by name: see _LoRALinear
+        x, bias, *weight = inputs
         ctx.save_for_backward(*weight)
         return torch.ops.fastlora.quantized_linear(x, list(weight), bias)
 

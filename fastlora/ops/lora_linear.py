@@ -65,7 +65,10 @@ def _(x, low, weight, bias, b, scaling):
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, low, bias, b, scaling, *weight):
+    def forward(ctx, *inputs):
+        # Not by name: where nothing requires a gradient, dynamo takes a forward with as many
+        # parameters as it was given arguments for one without ctx (torch 2.11 and 2.13).
+        x, low, bias, b, scaling, *weight = inputs
         ctx.save_for_backward(low, b, *weight)
         ctx.scaling = scaling
         return torch.ops.fastlora.lora_linear(x, low, list(weight), bias, b, scaling)

@@ -83,9 +83,10 @@ def _in_groups(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence
 
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, a, scalings, weights, biases, *tensors):
+    def forward(ctx, *inputs):  # not by name: see _LoRALinear
         """`tensors`: the weights' parts, so many as `weights` says for each; a bias for each that
         `biases` says has one; B for each that has a scaling."""
+        x, a, scalings, weights, biases, *tensors = inputs
         ctx.set_materialize_grads(False)
         matrices, own_biases, bs = _sorted(tensors, scalings, weights, biases)
         low = None if a is None else torch.mm(x, a.t())

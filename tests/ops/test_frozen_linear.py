@@ -142,3 +142,15 @@ def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
     loss = lambda w: lambda b: (lora_linear(x, low, w, bias, b, SCALING) * dy).square().sum()
     grad = torch.compile(torch.func.grad(loss(weight)), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(grad(b), torch.func.grad(loss(plain))(b))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_compile_where_nothing_requires_a_gradient(kind, fresh_dynamo):
+    """Whatever the number of a weight's parts: dynamo counts arguments there."""
+    x, low, weight, _, bias, b, _ = drawn(kind)
+
+    def fn(x):
+        return lora_linear(x, low, weight, bias, b, SCALING) + frozen_linear(x, weight, bias)
+
+    torch.testing.assert_close(torch.compile(fn, fullgraph=True, backend="aot_eager")(x), fn(x))

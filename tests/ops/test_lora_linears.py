@@ -178,6 +178,18 @@ def test_the_compiled_gradient_equals_eager(layout, quantised, fresh_dynamo):
     )
 
 
+@pytest.mark.compile
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_it_compiles_where_nothing_requires_a_gradient(layout, fresh_dynamo):
+    """Whatever the number of tensors: dynamo counts arguments there."""
+    args = drawn(layout)[:3]
+    found = torch.compile(lora_linears, fullgraph=True, backend="aot_eager")(*args)
+    torch.testing.assert_close(found, lora_linears(*args))
+    with torch.no_grad():
+        compiled = torch.compile(lora_linears, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*args), found)
+
+
 def test_the_operator_is_well_formed():
     _, (a,), branches, (dlow, dy) = drawn((3,))
     args = ([dlow.flatten(0, 1), dy.flatten(0, 1)], [a, branches[0].weight], [1, 1])
