@@ -80,7 +80,8 @@ def plan(
         chosen = fastlora.plan(model, batch_size=4, seq_length=2048, memory="24GB")
         model = model.with_spec(recompute=chosen.recompute)
 
-    Steps are compiled, as they are on CUDA. A step so short that the GPU waits for the host takes
+    Steps are compiled, as they are on CUDA. "offload" takes pinned memory of the host as well, the
+    layers' inputs and at most 12 GiB more, which is not counted here. A step so short that the GPU waits for the host takes
     longer than is predicted here.
 
     Args:
