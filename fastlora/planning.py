@@ -81,8 +81,8 @@ def plan(
         model = model.with_spec(recompute=chosen.recompute)
 
     Steps are compiled, as they are on CUDA. "offload" takes pinned memory of the host as well, the
-    layers' inputs and at most 12 GiB more, which is not counted here. A step so short that the GPU waits for the host takes
-    longer than is predicted here.
+    layers' inputs and at most 12 GiB more, which is not counted here. A step so short that the GPU
+    waits for the host takes longer than is predicted here.
 
     Args:
         model: dense, with plain LoRA in its layers.
