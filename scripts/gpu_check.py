@@ -12,7 +12,7 @@ import gc
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -297,8 +297,9 @@ def grouped() -> Iterator[Row]:
 def swiglu() -> Iterator[Row]:
     """The fused SwiGLU's results and gradients, against fp64, over plain torch's error."""
     gen = torch.Generator().manual_seed(0)
-    for n, f, ranks in ((1000, 704, (8, 8, 8)), (2048, 1024, (16, 16, 16)), (77, 130, (3, 40, 20))):
-        r_g, r_u, r_a = ranks
+    sizes = ((1000, 704, (8, 8, 8)), (2048, 1024, (16, 16, 16)), (77, 130, (3, 40, 20)))
+    for (n, f, ranks), gained in product(sizes, (False, True)):
+        (r_g, r_u, r_a), label = ranks, ", DoRA" if gained else ""
         shapes = ((n, f), (n, f), (n, r_g), (n, r_u), (f, r_g), (f, r_u), (r_a, f), (2, f))
         wide = [torch.randn(s, generator=gen, dtype=torch.float64).cuda() for s in shapes]
         wide = [x if i < 4 else 0.3 * x for i, x in enumerate(wide)]
@@ -307,12 +308,16 @@ def swiglu() -> Iterator[Row]:
         ]
 
         def run(
-            dtype: torch.dtype, fn: Callable, wide: list = wide, given: list = given
+            dtype: torch.dtype,
+            fn: Callable,
+            wide: list = wide,
+            given: list = given,
+            gained: bool = gained,
         ) -> list[Tensor]:
             leaves = [x.to(dtype).requires_grad_() for x in wide[:-1]]
             gains = wide[-1].to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-            leaves += [gains]  # DoRA's; without them less is summed
-            results = fn(*leaves, 0.7, 1.9)
+            results = fn(*leaves, gains if gained else None, 0.7, 1.9)
+            leaves += [gains] if gained else []
             grads = torch.autograd.grad(results, leaves, [d.to(dtype) for d in given])
             return [*(x.detach() for x in results), *grads]
 
@@ -320,11 +325,12 @@ def swiglu() -> Iterator[Row]:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             plain, fused = run(dtype, lora_swiglu_reference), run(dtype, lora_swiglu)
             if dtype == torch.float32:  # tl.sigmoid's exponential is the fast one
-                yield f"swiglu {n} x {f}, ranks {ranks}, {dtype}", relative(fused, exact), 1e-6
+                law = f"swiglu {n} x {f}, ranks {ranks}, {dtype}{label}"
+                yield law, relative(fused, exact), 1e-6
                 continue
             errors = zip(fused, plain, exact, strict=True)
             ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
-            yield f"swiglu {n} x {f}, ranks {ranks}, {dtype}", ratio, 1.2
+            yield f"swiglu {n} x {f}, ranks {ranks}, {dtype}{label}", ratio, 1.2
 
 
 def originals(folder: Path) -> Iterator[Row]:

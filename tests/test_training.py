@@ -503,9 +503,13 @@ def test_a_run_that_is_played_back_has_the_same_bits(
     assert timeless(plain[1]) == timeless(played[1])
 
 
-def test_what_is_large_or_of_many_shapes_is_not_recorded(model, base):
+def settings(**given) -> training.Settings:
+    """train's own, but for these."""
     names = [field.name for field in dataclasses.fields(training.Settings)]
-    settings = lambda **given: training.Settings(**{n: DEFAULTS[n] for n in names} | given)
+    return training.Settings(**{name: DEFAULTS[name] for name in names} | given)
+
+
+def test_what_is_large_or_of_many_shapes_is_not_recorded(model, base):
     assert training._records(model.spec, "cuda", settings())
     assert not training._records(model.spec, "cpu", settings())
     assert not training._records(model.spec, "cuda", settings(packing=False))
@@ -519,9 +523,7 @@ def test_what_is_large_or_of_many_shapes_is_not_recorded(model, base):
 
 def test_a_mixture_is_not_recorded(pair):
     spec = adapted(pair("qwen3_moe").model, r=2).spec
-    names = [field.name for field in dataclasses.fields(training.Settings)]
-    settings = training.Settings(**{n: DEFAULTS[n] for n in names})
-    assert not training._records(spec, "cuda", settings)
+    assert not training._records(spec, "cuda", settings())
 
 
 def test_a_packed_bfloat16_run_resumes_with_the_same_bits(folder, tokenizer, tmp_path):

@@ -85,8 +85,9 @@ def hidden_states(
     fused = use_kernel(x, spec.kernels)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     stash = _stash(spec, x)
-    levels = layer_levels(config, spec.recompute)
-    if stash is not None:
+    if stash is None:
+        levels = layer_levels(config, spec.recompute)
+    else:
         levels = offload_levels(config, input_ids.numel(), x.element_size())
     for i, level in enumerate(levels):
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
