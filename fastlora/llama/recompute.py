@@ -15,9 +15,9 @@ a tie would go another way in the backward pass.
 
 Freeing one element of any projection costs the same arithmetic (2 * d_in operations), attention
 costs more, so this order is the cheapest first. A policy name is one level for all layers, but for
-"offload" (`offload_levels`; "full" where there is nowhere to send things). A number is a budget, met
-by moving layers down one level at a time, the first layers first: the backward pass reaches them
-last, when most memory is free again.
+"offload" (`offload_levels`; "full" where there is nowhere to send things). A number is a budget,
+met by moving layers down one level at a time, the first layers first: the backward pass reaches
+them last, when most memory is free again.
 
 Built on torch's selective activation checkpointing, which works the same eager and inside
 torch.compile (there the partitioner then drops what no backward node reads).
