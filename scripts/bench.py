@@ -44,7 +44,7 @@ from fastlora.llama.config import LlamaConfig
 from fastlora.llama.params import PROJECTIONS, projection_shape
 
 POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
-SIZES = ("shape", "batch", "seq", "rank", "dropout", "kernels", "layers")
+SIZES = ("shape", "batch", "seq", "documents", "rank", "dropout", "kernels", "layers")
 OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph")
 RATE = 790e12  # bf16 operations a second; HOPPER.md's 8192-cubed product on these cards: 778 to 790
 
@@ -132,7 +132,8 @@ def how(args: argparse.Namespace) -> dict:
     """What a line of results must say beside the setting."""
     device = torch.cuda.get_device_name()
     options = {n: True for n in OPTIONS if getattr(args, n)}
-    options |= {n: getattr(args, n) for n in ("dropout", "layers") if getattr(args, n)}
+    more = ("dropout", "layers", "documents")
+    options |= {n: getattr(args, n) for n in more if getattr(args, n)}
     if args.targets != list(PROJECTIONS):
         options["targets"] = args.targets
     versions = {"torch": torch.__version__, "device": device}
@@ -180,6 +181,9 @@ def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     """What makes a step, beside the setting."""
     add_layer_arguments(parser)
+    parser.add_argument(
+        "--documents", type=int, default=0, help="pack rows of documents of so many tokens (ours)"
+    )
     parser.add_argument("--layers", type=int, default=0, help="0: as many as the shape has")
     parser.add_argument("--folder", type=Path, help="a checkpoint that is there already")
     for name in OPTIONS:

@@ -42,12 +42,12 @@ def ours(args: argparse.Namespace) -> Step:
     params = [leaf.clone() for leaf in leaves]
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
     value_and_grad = fastlora.value_and_grad(FL.loss, cuda_graph=args.cuda_graph)
-    steps = 0
+    steps, packing = 0, packed(args)
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         nonlocal steps
         steps += 1  # the seed of this step's dropout
-        batch = {"input_ids": ids, "labels": ids}
+        batch = {"input_ids": ids, "labels": ids} | packing
         adapter = tree_unflatten(params, structure)
         seed = torch.full((), steps, device=ids.device)
         value, grads = value_and_grad(adapter, model.base, model.spec, batch, seed=seed)
@@ -58,6 +58,14 @@ def ours(args: argparse.Namespace) -> Step:
         return value
 
     return step
+
+
+def packed(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """segment_ids of rows that hold documents, if they do."""
+    if not args.documents:
+        return {}
+    ids = torch.arange(args.seq, device="cuda") // args.documents
+    return {"segment_ids": ids.repeat(args.batch, 1)}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

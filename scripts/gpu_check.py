@@ -241,11 +241,16 @@ def played(folder: Path) -> Iterator[Row]:
 
 def waits(folder: Path) -> Iterator[Row]:
     """Whether the host waits for the GPU in a step, which CUDA then refuses to do."""
-    for policy in POLICIES[folder.name]:
+    for policy, documents in (*((p, 1) for p in POLICIES[folder.name]), ("selective", 3)):
         model = adapted(folder, "bfloat16", {"lora_dropout": 0.1}, recompute=policy)
-        ids = tokens(model, 2, 64)
-        step = lambda model=model, ids=ids: fastlora.value_and_grad(FL.loss)(
-            model.adapter, model.base, model.spec, {"input_ids": ids, "labels": ids}, seed=7
+        ids = tokens(model, 2, 128)
+        batch = {"input_ids": ids, "labels": ids}
+        if documents > 1:
+            batch["segment_ids"] = (torch.arange(128, device="cuda") * documents // 128).repeat(
+                2, 1
+            )
+        step = lambda model=model, batch=batch: fastlora.value_and_grad(FL.loss)(
+            model.adapter, model.base, model.spec, batch, seed=7
         )
         step()
         torch.cuda.set_sync_debug_mode("error")
@@ -257,7 +262,7 @@ def waits(folder: Path) -> Iterator[Row]:
             waited = 1.0
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        yield f"a step waits for the GPU: {policy}", waited, 0
+        yield f"a step waits for the GPU: {policy}, documents {documents}", waited, 0
 
 
 def grouped() -> Iterator[Row]:

@@ -17,6 +17,7 @@ from fastlora.llama.offload import Copies, HostStash
 from fastlora.llama.params import Adapter, Base, LayerAdapter, with_replaced
 from fastlora.llama.positions import (
     attention_mask_2d,
+    first_seen,
     positions,
     rope_tables,
     sequence_lengths,
@@ -28,6 +29,7 @@ from fastlora.ops.cast import cast, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.dropout import fold
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.ops.span_attention import Spans, spans, takes
 
 
 class Where(NamedTuple):
@@ -47,16 +49,33 @@ def where(
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Where:
     """Tables and masks for one batch; each mask is built once, however many layers use it."""
+    cos, sin = _tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
+    t, device = input_ids.shape[1], input_ids.device
+    masks = {
+        kind: attention_mask_2d(t, window, attention_mask, segment_ids, device)
+        for kind, window in _windows(config).items()
+    }
+    return Where(cos, sin, masks)
+
+
+def _tables(
+    config: LlamaConfig,
+    input_ids: Int[Tensor, "b t"],
+    dtype: torch.dtype,
+    attention_mask: Int[Tensor, "b t"] | None,
+    position_ids: Int[Tensor, "#b t"] | None,
+    segment_ids: Int[Tensor, "b t"] | None,
+) -> tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]:
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
-    t, device = input_ids.shape[1], input_ids.device
-    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-    masks = {
-        kind: attention_mask_2d(t, windows[kind], attention_mask, segment_ids, device)
-        for kind in sorted(set(config.layer_types))
-    }
     lengths = sequence_lengths(position_ids, segment_ids)
-    return Where(*rope_tables(config, position_ids, lengths, dtype), masks)
+    return rope_tables(config, position_ids, lengths, dtype)
+
+
+def _windows(config: LlamaConfig) -> dict[str, int | None]:
+    """The layer types of a model, and how far back each looks."""
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return {kind: windows[kind] for kind in sorted(set(config.layer_types))}
 
 
 def layer_adapters(adapter: Adapter | None, config: LlamaConfig) -> tuple[LayerAdapter, ...]:
@@ -79,11 +98,12 @@ def hidden_states(
     config = spec.config
     base = with_replaced(base, adapter, tied=spec.outside.tied)
     x = embed(input_ids, adapter, base, spec)
-    at = where(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
+    use_compiled = compiles(spec.compile, x.device) and not transforms_active()
+    cos, sin = _tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
+    seen = _seen(spec, x, attention_mask, segment_ids, use_compiled)
     adapters = layer_adapters(adapter, config)
     key = dropout_key(spec, seed, x.device)
     fused = use_kernel(x, spec.kernels)
-    use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     stash = _stash(spec, x)
     if stash is None:
         levels = layer_levels(config, spec.recompute)
@@ -95,10 +115,10 @@ def hidden_states(
             # itself: twice the compile time, to save one layer its input gradients of q, k and v.
             x = _attached(x) if requires_grad(adapters[i]) else x
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
-        lora, mask = product_dtype(adapters[i], spec, x.dtype), at.masks[config.layer_types[i]]
+        lora, mask = product_dtype(adapters[i], spec, x.dtype), seen[config.layer_types[i]]
         layer_key = None if key is None else fold(key, i)
         params = cast_start(base["layers"][i], x.dtype)
-        rest = (params, lora, at.cos, at.sin, mask, layer_key)
+        rest = (params, lora, cos, sin, mask, layer_key)
         run = partial(
             _run, decoder_layer, rest, (layer_spec(spec, i, fused=fused), level), use_compiled
         )
@@ -107,6 +127,27 @@ def hidden_states(
         else:
             x = stash.run(run, x, rest, Copies(matrices_of(adapters[i]), matrices_of(lora)))
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+
+
+def _seen(
+    spec: Spec,
+    x: Float[Tensor, "b t d"],
+    attention_mask: Int[Tensor, "b t"] | None,
+    segment_ids: Int[Tensor, "b t"] | None,
+    use_compiled: bool,
+) -> dict[str, Bool[Tensor, "#b 1 t t"] | Spans | None]:
+    """What tokens see, by layer type. Spans where there is more to it than causal, whose SDPA
+    kernel takes half the time, and where a step must give the same bits twice."""
+    (b, t, _), hd, seen = x.shape, spec.config.head_dim, {}
+    able = use_compiled and x.is_cuda and attention_mask is None and takes(x.dtype, hd, t)
+    for kind, window in _windows(spec.config).items():
+        narrow = segment_ids is not None or (window is not None and window < t)
+        if able and (narrow or spec.deterministic):
+            first = first_seen(t, window, segment_ids, x.device)
+            seen[kind] = spans(first.expand(b, t))
+        else:
+            seen[kind] = attention_mask_2d(t, window, attention_mask, segment_ids, x.device)
+    return seen
 
 
 class _Attached(torch.autograd.Function):

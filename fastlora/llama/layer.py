@@ -32,6 +32,7 @@ from fastlora.ops.lora_swiglu import lora_swiglu, takes
 from fastlora.ops.qat_linear import qat_linear
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.rope import apply_rope
+from fastlora.ops.span_attention import Spans, span_attention
 
 _SALT = {name: salt for salt, name in enumerate(TARGETS)}
 
@@ -283,13 +284,16 @@ def attention_block(
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
-    mask: Bool[Tensor, "#b 1 t t"] | None,
+    mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
     """x + attention(norm(x))."""
     q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
-    heads = attention(q, k, v, mask, deterministic=spec.deterministic)
+    if isinstance(mask, Spans):
+        heads = span_attention(q, k, v, mask)
+    else:
+        heads = attention(q, k, v, mask, deterministic=spec.deterministic)
     return attention_output(x, heads, params, adapter, spec, key)
 
 

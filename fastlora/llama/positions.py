@@ -18,8 +18,7 @@ def positions(
     """Where the user gave none: positions restart with each segment and count real tokens."""
     index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if segment_ids is not None:
-        starts = segment_starts(segment_ids)
-        return index - torch.where(starts, index, 0).cummax(-1).values
+        return index - _document_begins(segment_ids)
     if attention_mask is not None:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return index
@@ -29,6 +28,21 @@ def segment_starts(segment_ids: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     """True at the first token of each run of equal segment ids."""
     first = torch.ones_like(segment_ids[:, :1], dtype=torch.bool)
     return torch.cat((first, segment_ids[:, 1:] != segment_ids[:, :-1]), dim=1)
+
+
+def _document_begins(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """For each token the index of its document's first. An id that comes again is another one."""
+    index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    return torch.where(segment_starts(segment_ids), index, 0).cummax(-1).values
+
+
+def first_seen(
+    t: int, window: int | None, segment_ids: Int[Tensor, "b t"] | None, device: torch.device
+) -> Int[Tensor, "#b t"]:
+    """For each query the index of the first key it may see; the last is its own."""
+    index = torch.arange(t, device=device)[None]
+    first = torch.zeros_like(index) if segment_ids is None else _document_begins(segment_ids)
+    return first if window is None else torch.maximum(first, index - window + 1)
 
 
 def attention_mask_2d(
@@ -45,12 +59,8 @@ def attention_mask_2d(
     if (window is None or window >= t) and attention_mask is None and segment_ids is None:
         return None
     i = torch.arange(t, device=device)
-    allowed = (i[:, None] >= i)[None]
-    if window is not None:
-        allowed = allowed & (i[:, None] - i < window)
-    if segment_ids is not None:
-        runs = segment_starts(segment_ids).cumsum(-1)  # an id that comes again is another document
-        allowed = allowed & (runs[:, :, None] == runs[:, None, :])
+    first = first_seen(t, window, segment_ids, device)
+    allowed = (i[:, None] >= i) & (i >= first[..., None])
     if attention_mask is not None:
         allowed = allowed & (attention_mask[:, None, :].bool() | (i[:, None] == i))
     return allowed[:, None]

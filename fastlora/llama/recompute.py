@@ -42,6 +42,7 @@ from fastlora.llama.layer import LayerSpec, attention_block, mlp_block
 from fastlora.llama.params import PROJECTIONS, LayerAdapter, LayerParams, projection_shape
 from fastlora.llama.spec import Recompute
 from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.span_attention import Spans
 
 LEVELS = ("none", "selective", "mlp", "attention", "full")
 
@@ -55,6 +56,7 @@ _ATTENTION = {
     aten.bmm.default,  # SDPA's math backend and the reference: products and softmax
     aten._softmax.default,
     aten._safe_softmax.default,
+    torch.ops.higher_order.flex_attention,
 }
 _PRODUCTS = {
     torch.ops.fastlora.lora_linear.default,
@@ -105,7 +107,7 @@ def decoder_layer(
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
-    mask: Bool[Tensor, "#b 1 t t"] | None,
+    mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
     key: Int[Tensor, ""] | None,
     spec: LayerSpec,
     level: str,

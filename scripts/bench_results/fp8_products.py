@@ -36,7 +36,7 @@ def by_row_scaled(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def product(x: tuple[Tensor, Tensor], w: tuple[Tensor, Tensor], fast: bool) -> Tensor:
-    return torch._scaled_mm(
+    return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x[0],
         w[0].t(),
         scale_a=x[1],
