@@ -155,8 +155,9 @@ def gradients(
         plain_way: dict[str, Any] = dict(compile=False, recompute="none", kernels="torch")
         exact = adapted(folder, wider, beside, **plain_way)
         eager = adapted(folder, dtype, beside, **plain_way)
-        ids = tokens(exact, 2, 256)
-        segments = (torch.arange(256, device="cuda") // 100).expand_as(ids)
+        ids = tokens(exact, 2, 512)
+        # span_attention's blocks of 128: some seen whole, some in part, some not at all.
+        segments = (torch.arange(512, device="cuda") // 300).expand_as(ids)
         for case, extra in (("plain", {}), ("packed", {"segment_ids": segments})):
             batch = {"input_ids": ids, "labels": ids} | extra
             run: Callable[[Model], Any] = lambda m, batch=batch: value_and_grad(

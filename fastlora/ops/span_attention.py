@@ -66,7 +66,9 @@ def spans(first: Int[Tensor, "b t"]) -> Spans:
 
 def _lists(seen: Tensor) -> tuple[Tensor, Tensor]:
     """(how many, which): of each row of [b, n, n] truths the true columns first, in order."""
-    order = seen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    # Contiguous: the kernel takes a list's entries to lie side by side, a transpose's do not.
+    seen = seen.to(torch.int8, memory_format=torch.contiguous_format)
+    order = seen.argsort(dim=-1, descending=True, stable=True)
     return seen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
 
 

@@ -58,6 +58,7 @@ def test_the_lists_are_the_blocks_of_the_mask(segments, window):
     of_keys = lambda x: x.transpose(1, 2)
     assert lists_as_mask(made.queries, made.query_list).equal(of_keys(seen & ~whole))
     assert lists_as_mask(made.whole_queries, made.whole_query_list).equal(of_keys(whole))
+    assert all(x.is_contiguous() for x in made)  # as the kernel reads them
 
 
 def drawn(h: int, kv: int, hd: int) -> tuple[Tensor, Tensor, Tensor]:
