@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.checks import raise_problems
 from fastlora.llama.params import PROJECTIONS, is_quantized, projection_shape
-from fastlora.llama.recompute import layer_levels, offload_levels
+from fastlora.llama.recompute import layer_levels, mlp_chunks, offload_levels
 from fastlora.llama.spec import Recompute
 from fastlora.model import Model
 from fastlora.ops.linear_cross_entropy import rows_per_chunk
@@ -159,12 +159,15 @@ def peak_bytes(
     peak = sum(kept) + logits + 3 * tokens * d * item
     # In a layer's backward pass: gradients of gate and up and of three hidden states, the kernel's
     # sums, a dequantised matrix, and what the layer makes again.
-    wide = (2 if fused else 4) * f * tokens * item + 3 * tokens * d * item + 8 * 3 * f * 16 * 4
-    wide += f * d * item if is_quantized(model.base) else 0
+    always_wide = 3 * tokens * d * item + 8 * 3 * f * 16 * 4
+    always_wide += f * d * item if is_quantized(model.base) else 0
     grads = 0
-    for i in reversed(range(len(levels))):
+    for i, level in reversed([*enumerate(levels)]):
         grads += sum(x.nbytes for x in adapters[i])
-        again = selective - kept[i] if levels[i] not in ("none", "selective") else 0
+        at_once = tokens / mlp_chunks(config, i, level, tokens, dropped=False)
+        wide = always_wide + (2 if fused else 4) * f * at_once * item
+        again = selective - kept[i] if level not in ("none", "selective") else 0
+        again -= 2 * f * (tokens - at_once) * item
         peak = max(peak, grads + sum(kept[: i + 1]) + again + wide)
     return round(always + peak)
 

@@ -22,7 +22,7 @@ from fastlora.llama.positions import (
     rope_tables,
     sequence_lengths,
 )
-from fastlora.llama.recompute import decoder_layer, layer_levels, offload_levels
+from fastlora.llama.recompute import decoder_layer, layer_levels, mlp_chunks, offload_levels
 from fastlora.llama.spec import Spec
 from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast, matrices_of
@@ -119,9 +119,9 @@ def hidden_states(
         layer_key = None if key is None else fold(key, i)
         params = cast_start(base["layers"][i], x.dtype)
         rest = (params, lora, cos, sin, mask, layer_key)
-        run = partial(
-            _run, decoder_layer, rest, (layer_spec(spec, i, fused=fused), level), use_compiled
-        )
+        chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=key is not None)
+        static = layer_spec(spec, i, fused=fused), level, chunks
+        run = partial(_run, decoder_layer, rest, static, use_compiled)
         if stash is None:
             x = run(x)
         else:

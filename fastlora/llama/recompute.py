@@ -111,14 +111,19 @@ def decoder_layer(
     key: Int[Tensor, ""] | None,
     spec: LayerSpec,
     level: str,
+    chunks: int = 1,
 ) -> Float[Tensor, "b t d"]:
-    """One decoder layer at a level. Levels change memory and time; eager, never a bit."""
+    """One decoder layer at a level, its MLP in `chunks` of tokens. Levels change memory and time;
+    eager, never a bit."""
 
     def attend(x: Tensor) -> Tensor:
         return attention_block(x, params, adapter, cos, sin, mask, spec, key)
 
     def mlp(x: Tensor) -> Tensor:
-        return mlp_block(x, params, adapter, spec, key)
+        if chunks == 1:
+            return mlp_block(x, params, adapter, spec, key)
+        pieces = [mlp_block(piece, params, adapter, spec, key) for piece in _pieces(x, chunks)]
+        return torch.cat(pieces, 1).view(x.shape)
 
     # torch.func refuses saved-tensor hooks, and keeps what it needs by itself.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
@@ -126,6 +131,31 @@ def decoder_layer(
     if level == "mlp":
         return _recomputed(mlp, _recomputed(attend, x, "selective"), "full")
     return _recomputed(lambda x: mlp(attend(x)), x, level)
+
+
+# As many fill the card; above, more tokens make a product no faster.
+_CHUNK = 16_384
+
+
+def mlp_chunks(config: LlamaConfig, layer: int, level: str, tokens: int, *, dropped: bool) -> int:
+    """In how many chunks of tokens a layer runs an MLP that it makes again: the five tensors of
+    its width that its backward pass holds at once are then of one chunk, where they are most of
+    what a token of a long sequence costs. A power of two: few graphs.
+
+    In one, where a token does not go its way alone: experts are sorted, and dropout's mask counts
+    rows.
+    """
+    if level in ("none", "selective") or dropped or config.sparse_layers[layer]:
+        return 1
+    return 1 << ((tokens - 1) // _CHUNK).bit_length()
+
+
+def _pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:
+    """All rows' tokens one after the other, cut; the last piece takes what is left over."""
+    flat = x.reshape(1, -1, x.shape[-1])
+    size = flat.shape[1] // chunks
+    ends = [*(size * i for i in range(1, chunks)), flat.shape[1]]
+    return [flat[:, begin:end] for begin, end in pairwise([0, *ends])]
 
 
 def kept_elements(config: LlamaConfig, level: str, layer: int = 0) -> int:

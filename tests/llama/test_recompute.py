@@ -21,6 +21,7 @@ from fastlora.llama.recompute import (
     decoder_layer,
     kept_elements,
     layer_levels,
+    mlp_chunks,
     offload_levels,
 )
 from fastlora.model import Model
@@ -53,9 +54,10 @@ class Layer:
         self.args = (at.cos, at.sin, at.masks["full_attention"], key)
         self.params, self.spec = model.base["layers"][0], layer_spec(model.spec, 0)
 
-    def run(self, level: str, layer: Any = decoder_layer) -> Tensor:
+    def run(self, level: str, layer: Any = decoder_layer, chunks: int = 1) -> Tensor:
         x = self.x.detach().requires_grad_()
-        return layer(x, self.params, self.adapter, *self.args, self.spec, level).square().sum()
+        y = layer(x, self.params, self.adapter, *self.args, self.spec, level, chunks)
+        return y.square().sum()
 
     def backward(self, value: Tensor) -> None:
         torch.autograd.grad(value, tree_leaves(self.adapter))
@@ -68,7 +70,7 @@ def layer(pair, request) -> Layer:
     return Layer(model, drop=request.param)
 
 
-def graphs(layer: Layer, level: str) -> tuple[fx.Graph, fx.Graph]:
+def graphs(layer: Layer, level: str, chunks: int = 1) -> tuple[fx.Graph, fx.Graph]:
     """What AOT autograd compiles for the forward and the backward pass, cut as Inductor cuts."""
     kept = []
 
@@ -79,7 +81,8 @@ def graphs(layer: Layer, level: str) -> tuple[fx.Graph, fx.Graph]:
     backend = aot_autograd(
         fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
     )
-    layer.backward(layer.run(level, torch.compile(decoder_layer, fullgraph=True, backend=backend)))
+    compiled = torch.compile(decoder_layer, fullgraph=True, backend=backend)
+    layer.backward(layer.run(level, compiled, chunks))
     forward, backward = kept
     return forward, backward
 
@@ -152,6 +155,72 @@ def test_unadapted_projections_are_recomputed_like_the_others(level, pair, fresh
     low = 1 if level in ("attention", "full") else 0
     plain = sum(AGAIN[level].values()) - AGAIN[level].get("q", 0)
     assert more == plain + low
+
+
+def most_wide_elements(graph: fx.Graph, width: int) -> int:
+    """The most elements of tensors of the MLP's width that are alive at once, node by node."""
+    nodes, alive, most = [*graph.nodes], 0, 0
+    last = {x: node for node in nodes for x in node.all_input_nodes}
+    size = lambda node: (
+        v.numel()
+        if node.op == "call_function"
+        and isinstance(v := node.meta.get("val"), Tensor)
+        and v.dim() == 2
+        and v.shape[1] == width
+        and node.target is not torch.ops.aten.view.default
+        else 0
+    )
+    for node in nodes:
+        alive += size(node)
+        most = max(most, alive)
+        alive -= sum(size(x) for x in node.all_input_nodes if last[x] is node)
+    return most
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("level", ["mlp", "attention", "full"])
+def test_chunks_of_the_mlp_are_alive_one_at_a_time(level, pair, fresh_dynamo):
+    layer = Layer(adapted(pair("llama_head_dim").model, r=4), t=32, drop=False)
+    whole = most_wide_elements(graphs(layer, level)[1], 56)
+    torch._dynamo.reset()
+    assert most_wide_elements(graphs(layer, level, 4)[1], 56) < whole / 3  # and dA
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])
+@pytest.mark.parametrize(("level", "chunks"), [("mlp", 2), ("attention", 3), ("full", 7)])
+def test_chunks_change_no_value(level, chunks, compile, pair, fresh_dynamo):
+    """20 tokens in uneven pieces, over rows' ends."""
+    layer = Layer(adapted(pair("llama_head_dim").model, r=4), drop=False)
+    run = torch.compile(decoder_layer, fullgraph=True, backend="aot_eager") if compile else None
+    results = []
+    for n in (1, chunks):
+        value = layer.run(level, run or decoder_layer, n)
+        results.append([value, *torch.autograd.grad(value, tree_leaves(layer.adapter))])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(
+            other, one, rtol=1e-5, atol=1e-5 * float(one.detach().abs().max())
+        )
+
+
+@pytest.mark.parametrize(
+    ("level", "tokens", "chunks"),
+    [
+        ("full", 1, 1),
+        ("full", 16384, 1),
+        ("full", 16385, 2),
+        ("attention", 32768, 2),
+        ("mlp", 32769, 4),
+        ("full", 2**17, 8),
+        ("selective", 2**17, 1),
+        ("none", 2**17, 1),
+    ],
+)
+def test_long_sequences_run_the_mlp_in_chunks(level, tokens, chunks, pair):
+    config = pair("llama2").model.spec.config
+    assert mlp_chunks(config, 0, level, tokens, dropped=False) == chunks
+    assert mlp_chunks(config, 0, level, tokens, dropped=True) == 1
+    sparse = pair("mixtral").model.spec.config
+    assert mlp_chunks(sparse, 0, level, tokens, dropped=False) == 1
 
 
 # ── eager: the same laws, counted while it runs ───────────────────────────────────────────
