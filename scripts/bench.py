@@ -45,7 +45,7 @@ from fastlora.llama.params import PROJECTIONS, projection_shape
 
 POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
 SIZES = ("shape", "batch", "seq", "documents", "rank", "dropout", "kernels", "layers")
-OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph")
+OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph", "deterministic")
 RATE = 790e12  # bf16 operations a second; HOPPER.md's 8192-cubed product on these cards: 778 to 790
 
 

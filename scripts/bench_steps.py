@@ -37,7 +37,7 @@ def ours(args: argparse.Namespace) -> Step:
         **settings(args),
         lora_bias=args.lora_bias,
     )
-    model = model.with_spec(kernels=args.kernels)
+    model = model.with_spec(kernels=args.kernels, deterministic=args.deterministic)
     leaves, structure = tree_flatten(model.adapter)
     params = [leaf.clone() for leaf in leaves]
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
