@@ -117,16 +117,19 @@ def _downs(
 ) -> tuple[list[Float[Tensor, "_ d_in"]], Masks | None]:
     """Every A, and the masks through which they see x: each projection has its own, and start
     factors, part of the base, have none."""
-    matrices, keys = [], []
+    matrices, slots = [], []
     for name in names:
         if name in adapter:
             matrices.append(adapter[name].a)
-            keys.append(None if key is None else fold(key, _SALT[name]))
+            slots.append(_SALT[name])
             if "start" in params[name]:
                 matrices.append(params[name]["start"].a)
-                keys.append(None)
-    masks = None if key is None else Masks(tuple(keys), spec.lora_dropout, spec.fused)
-    return matrices, masks
+                slots.append(-1)
+    if key is None:
+        return matrices, None
+    # Those of all names: a compiled layer forms them once, in one launch.
+    keys = fold(key, torch.arange(len(_SALT), device=key.device))
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
 
 
 def _with_masked_base(

@@ -20,16 +20,17 @@ from fastlora.ops.dropout import dropout
 class Masks(NamedTuple):
     """How each of several A sees their one x."""
 
-    keys: tuple[Int[Tensor, ""] | None, ...]  # of an A's mask; None: it sees all of x
+    keys: Int[Tensor, "k"]  # on x's device
+    slots: tuple[int, ...]  # of each A the place of its mask's key; -1: it sees all of x
     p: float  # share of x that a mask hides
     fused: bool  # whether Triton kernels may run
 
 
 class Segments(NamedTuple):
-    """What the ops know of Masks beside the keys: of each A its rows, and whether it has a mask."""
+    """What the ops know of Masks beside the keys, and of each A its rows."""
 
     ranks: tuple[int, ...]
-    dropped: tuple[bool, ...]
+    slots: tuple[int, ...]
     p: float
 
 
@@ -40,21 +41,24 @@ def dropped_low_reference(
     x: Float[Tensor, "*n d"], matrices: Sequence[Float[Tensor, "_ d"]], masks: Masks
 ) -> Float[Tensor, "*n r"]:
     """Every low_i side by side, differentiable any number of times."""
-    pairs = zip(matrices, masks.keys, strict=True)
+    pairs = zip(matrices, _each(masks.keys, masks.slots), strict=True)
     return torch.cat([F.linear(dropout(x, masks.p, key), a) for a, key in pairs], -1)
+
+
+def _each(keys: Int[Tensor, "k"], slots: tuple[int, ...]) -> list[Int[Tensor, ""] | None]:
+    return [None if slot < 0 else keys[slot] for slot in slots]
 
 
 def dropped_low_gradients_reference(
     dlow: Float[Tensor, "n r"],
     x: Float[Tensor, "n d"],
     a: Float[Tensor, "r d"],
-    keys: Int[Tensor, "segments"],
+    keys: Int[Tensor, "k"],
     segments: Segments,
 ) -> tuple[Float[Tensor, "n d"], Float[Tensor, "r d"]]:
     """The gradients of x and of every A, one above the other; themselves differentiable."""
-    ranks, dropped, p = segments
-    own = [key if there else None for key, there in zip(keys, dropped, strict=True)]
-    each = [*zip(dlow.split(ranks, 1), a.split(ranks), own, strict=True)]
+    ranks, slots, p = segments
+    each = [*zip(dlow.split(ranks, 1), a.split(ranks), _each(keys, slots), strict=True)]
     dx = [dropout(torch.mm(d, matrix), p, key) for d, matrix, key in each]
     da = [torch.mm(d.t(), dropout(x, p, key)) for d, _, key in each]
     return torch.stack(dx).sum(0), torch.cat(da)
@@ -64,18 +68,17 @@ def dropped_low_gradients_reference(
 
 torch.library.define(
     "fastlora::dropped_low",
-    "(Tensor x, Tensor a, Tensor keys, int[] ranks, bool[] dropped, float p) -> Tensor",
+    "(Tensor x, Tensor a, Tensor keys, int[] ranks, int[] slots, float p) -> Tensor",
 )
 # Of dA, and of dA (or no rows) with x's gradient added to dx: two, because Inductor fails over an
 # op that may mutate a tensor where it is given none (torch 2.13).
 torch.library.define(
     "fastlora::dropped_low_backward",
-    "(Tensor x, Tensor dlow, Tensor a, Tensor keys, int[] ranks, bool[] dropped, float p)"
-    " -> Tensor",
+    "(Tensor x, Tensor dlow, Tensor a, Tensor keys, int[] ranks, int[] slots, float p) -> Tensor",
 )
 torch.library.define(
     "fastlora::dropped_low_backward_",
-    "(Tensor(a!) dx, Tensor x, Tensor dlow, Tensor a, Tensor keys, int[] ranks, bool[] dropped,"
+    "(Tensor(a!) dx, Tensor x, Tensor dlow, Tensor a, Tensor keys, int[] ranks, int[] slots,"
     " float p, bool needs_a) -> Tensor",
 )
 
@@ -88,10 +91,10 @@ def _dropped_low(*args):
 
 
 @torch.library.impl("fastlora::dropped_low_backward", "CompositeExplicitAutograd")
-def _dropped_low_backward(x, dlow, a, keys, ranks, dropped, p):
+def _dropped_low_backward(x, dlow, a, keys, ranks, slots, p):
     from fastlora.ops.dropped_low_kernel import dropped_low_backward_  # noqa: PLC0415  likewise
 
-    return dropped_low_backward_(None, x, dlow, a, keys, ranks, dropped, p, True)
+    return dropped_low_backward_(None, x, dlow, a, keys, ranks, slots, p, True)
 
 
 @torch.library.impl("fastlora::dropped_low_backward_", "CompositeExplicitAutograd")
@@ -102,17 +105,17 @@ def _dropped_low_backward_(*args):
 
 
 @torch.library.register_fake("fastlora::dropped_low")
-def _(x, a, keys, ranks, dropped, p):
+def _(x, a, keys, ranks, slots, p):
     return x.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.register_fake("fastlora::dropped_low_backward")
-def _(x, dlow, a, keys, ranks, dropped, p):
+def _(x, dlow, a, keys, ranks, slots, p):
     return torch.empty_like(a, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("fastlora::dropped_low_backward_")
-def _(dx, x, dlow, a, keys, ranks, dropped, p, needs_a):
+def _(dx, x, dlow, a, keys, ranks, slots, p, needs_a):
     return a.new_empty(a.shape[0] if needs_a else 0, a.shape[1])
 
 
@@ -121,7 +124,7 @@ def add_gradients(
     dlow: Float[Tensor, "n r"],
     x: Float[Tensor, "n d"],
     a: Float[Tensor, "r d"],
-    keys: Int[Tensor, "segments"],
+    keys: Int[Tensor, "k"],
     segments: Segments,
     needs_x: bool,
     needs_a: bool,
@@ -151,16 +154,3 @@ def takes(dtype: torch.dtype, *ranks: int) -> bool:
     """Whether the kernels are fit for tensors of this dtype and as many A of these ranks."""
     tile = max(16, 1 << (max(ranks) - 1).bit_length())
     return tile * len(ranks) <= _COLUMNS.get(dtype, 0)
-
-
-def stacked(
-    masks: Masks, ranks: tuple[int, ...]
-) -> tuple[Int[Tensor, "segments"] | None, Segments | None]:
-    """What the ops take: the keys, any in place of None, and the rest; twice None where no A has a
-    mask."""
-    dropped = tuple(key is not None for key in masks.keys)
-    some = next((key for key in masks.keys if key is not None), None)
-    if some is None:
-        return None, None
-    keys = torch.stack([some if key is None else key for key in masks.keys])
-    return keys, Segments(ranks, dropped, masks.p)

@@ -24,19 +24,20 @@ from fastlora.ops.swiglu_kernel import rank_tile
 @triton.jit
 def _dropped_low_kernel(
     x_ptr, a_ptr, keys_ptr, low_ptr, n, d, columns, stride_x, threshold, scale,
-    RANKS: tl.constexpr, DROPPED: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
-    first, rank, dropped = 0, 0, 0
+    first, rank, slot = 0, 0, 0
     for i in tl.static_range(len(RANKS)):  # pyright: ignore
         first += tl.where(i < segment, RANKS[i], 0)
         rank += tl.where(i == segment, RANKS[i], 0)
-        dropped += tl.where(i == segment, DROPPED[i], 0)
-    limit = tl.where(dropped != 0, threshold, -2147483648)
+        slot += tl.where(i == segment, SLOTS[i], 0)
+    limit = tl.where(slot >= 0, threshold, -2147483648)
     row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
     far, k = row.to(tl.int64), tl.arange(0, R)[None, :]  # n d may pass 2**31
-    of_row = row ^ tl.load(keys_ptr + segment).to(tl.int32)  # the key's low word
+    key = tl.load(keys_ptr + slot, mask=slot >= 0, other=0)
+    of_row = row ^ key.to(tl.int32)  # its low word
     of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
     of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
     of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
@@ -53,7 +54,7 @@ def _dropped_low_kernel(
         bits = bits ^ ((bits >> 15) & 0x1FFFF)
         seen = tl.where((bits ^ -2147483648) >= limit, x, 0.0)
         low += tl.dot(seen, a, input_precision=PRECISION)
-    low *= tl.where(dropped != 0, scale, 1.0)
+    low *= tl.where(slot >= 0, scale, 1.0)
     at, inside = far * columns + first + k, (row < n) & (k < rank)
     tl.store(low_ptr + at, low.to(low_ptr.dtype.element_ty), mask=inside)
 
@@ -62,7 +63,7 @@ def _dropped_low_kernel(
 def _dropped_low_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     dx_ptr, x_ptr, dlow_ptr, a_ptr, keys_ptr, sums_ptr,
     n, d, columns, stride_x, stride_dlow, threshold, scale, chunk,
-    RANKS: tl.constexpr, DROPPED: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
@@ -85,10 +86,10 @@ def _dropped_low_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, 
         for i in tl.static_range(len(RANKS)):  # pyright: ignore
             inside = (row < n) & (k < RANKS[i])
             dlow = tl.load(dlow_ptr + far * stride_dlow + own + k, mask=inside, other=0.0)
-            limit, factor = -2147483648, 1.0
-            if DROPPED[i]:
+            limit, factor, of_row = -2147483648, 1.0, row
+            if SLOTS[i] >= 0:
                 limit, factor = threshold, scale
-            of_row = row ^ tl.load(keys_ptr + i).to(tl.int32)
+                of_row = row ^ tl.load(keys_ptr + SLOTS[i]).to(tl.int32)
             of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
             of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
             of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
@@ -126,11 +127,11 @@ _CHUNKS = 16
 
 
 def _static(
-    dtype: torch.dtype, ranks: list[int], dropped: list[bool], p: float
+    dtype: torch.dtype, ranks: list[int], slots: list[int], p: float
 ) -> tuple[int, float, dict]:
     """(the mask's threshold as dropout.py compares it, 1 / (1 - p), what a kernel is compiled
     for)."""
-    how = dict(RANKS=tuple(ranks), DROPPED=tuple(map(int, dropped)), R=rank_tile(*ranks))
+    how = dict(RANKS=tuple(ranks), SLOTS=tuple(slots), R=rank_tile(*ranks))
     precision = "ieee" if dtype == torch.float32 else "tf32"  # of 16-bit tensors nothing is rounded
     return int(p * 2**32) - 2**31, 1.0 / (1.0 - p), how | dict(PRECISION=precision)
 
@@ -138,17 +139,17 @@ def _static(
 def dropped_low_fused(
     x: Float[Tensor, "n d"],
     a: Float[Tensor, "r d"],
-    keys: Int[Tensor, "segments"],
+    keys: Int[Tensor, "k"],
     ranks: list[int],
-    dropped: list[bool],
+    slots: list[int],
     p: float,
 ) -> Float[Tensor, "n r"]:
-    """x A_i' of every segment, x under its mask where it is dropped, in x.dtype, summed in
-    float32."""
+    """x A_i' of every segment, x under the mask of keys[slots[i]] (of none, where that is -1), in
+    x.dtype, summed in float32."""
     (n, d), (bm, bk, warps) = x.shape, _FORWARD
     x = x if x.stride(1) == 1 else x.contiguous()
     low = x.new_empty(n, a.shape[0])
-    threshold, scale, static = _static(x.dtype, ranks, dropped, p)
+    threshold, scale, static = _static(x.dtype, ranks, slots, p)
     _dropped_low_kernel[(len(ranks), triton.cdiv(n, bm))](
         x, a.contiguous(), keys, low, n, d, a.shape[0], x.stride(0), threshold, scale,
         **static, BM=bm, BK=bk, num_warps=warps,  # pyright: ignore
@@ -161,9 +162,9 @@ def dropped_low_backward_(
     x: Float[Tensor, "n d"],
     dlow: Float[Tensor, "n r"],
     a: Float[Tensor, "r d"],
-    keys: Int[Tensor, "segments"],
+    keys: Int[Tensor, "k"],
     ranks: list[int],
-    dropped: list[bool],
+    slots: list[int],
     p: float,
     needs_a: bool,
 ) -> Float[Tensor, "_ d"]:
@@ -176,7 +177,7 @@ def dropped_low_backward_(
     chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
     chunks, columns = triton.cdiv(n, chunk), a.shape[0] if needs_a else 0
     sums = torch.empty((chunks, columns, d), dtype=torch.float32, device=x.device)
-    threshold, scale, static = _static(x.dtype, ranks, dropped, p)
+    threshold, scale, static = _static(x.dtype, ranks, slots, p)
     _dropped_low_backward_kernel[(triton.cdiv(d, bn), chunks)](
         x if dx is None else dx, x, dlow, a.contiguous(), keys, sums,
         n, d, columns, x.stride(0), dlow.stride(0), threshold, scale, chunk,

@@ -21,9 +21,9 @@ from fastlora.ops.dequantize import dense
 from fastlora.ops.dispatch import plain
 from fastlora.ops.dropped_low import (
     Masks,
+    Segments,
     add_gradients,
     dropped_low_reference,
-    stacked,
     takes,
 )
 from fastlora.ops.frozen_linear import frozen_linear, frozen_linear_reference
@@ -235,7 +235,7 @@ def lora_linears(
         ranks = tuple(a.shape[0] for a in matrices)
         if not (masks.fused and takes(x.dtype, *ranks)):
             return _one_by_one(x, matrices, branches, masks, frozen_linear, lora_linear)
-        keys, segments = stacked(masks, ranks)
+        keys, segments = masks.keys, Segments(ranks, masks.slots, masks.p)
     a = None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
     if a is None and (len(branches) == 1 or not torch.is_grad_enabled()):
         return None, [frozen_linear(x, branch.weight, branch.bias) for branch in branches]

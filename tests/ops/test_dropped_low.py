@@ -13,9 +13,9 @@ from fastlora import functional as FL
 from fastlora.ops.dropout import dropout, keep_mask
 from fastlora.ops.dropped_low import (
     Masks,
+    Segments,
     dropped_low_gradients_reference,
     dropped_low_reference,
-    stacked,
     takes,
 )
 from fastlora.ops.lora_linears import Branch, lora_linears, lora_linears_reference
@@ -42,16 +42,16 @@ def drawn(shape, dtype, p=0.3, whole=()):
     n, d, ranks = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
-    key = lambda i: torch.tensor(2**33 + 12345 * i - 7, device=DEVICE)
-    keys = tuple(None if i in whole else key(i) for i in range(len(ranks)))
+    keys = torch.arange(9, device=DEVICE) * 12345 + 2**33 - 7
+    slots = tuple(-1 if i in whole else 2 + i for i in range(len(ranks)))
     matrices = [0.3 * new(r, d) for r in ranks]
-    return new(n, d), matrices, Masks(keys, p, True), new(n, sum(ranks)), new(n, d)
+    return new(n, d), matrices, Masks(keys, slots, p, True), new(n, sum(ranks)), new(n, d)
 
 
 def of_ops(x, matrices, masks, dlow, dx, needs_a=True):
     """(low, dx, dA) of the ops; dx a new tensor, or None where None is given."""
     a, dx = torch.cat(matrices), None if dx is None else dx.clone()
-    keys, segments = stacked(masks, tuple(m.shape[0] for m in matrices))
+    keys, segments = masks.keys, Segments(tuple(m.shape[0] for m in matrices), *masks[1:3])
     low = OPS.dropped_low(x, a, keys, *segments)
     if dx is None:
         return low, dx, OPS.dropped_low_backward(x, dlow, a, keys, *segments)
@@ -93,7 +93,7 @@ def test_the_masks_are_keep_mask_to_the_bit(key, p):
     key = torch.tensor(key, device=DEVICE)
     wanted = share * keep_mask(key, n, d, p, key.device).float()
     ones, unit = torch.ones(n, d, device=DEVICE), torch.eye(d, device=DEVICE)
-    masks = Masks((key, key + 1, None), p, True)
+    masks = Masks(torch.stack([key, key + 1]), (0, 1, -1), p, True)
     matrices = [unit, unit, unit]
     dlow = torch.zeros(n, 3 * d, device=DEVICE)
     dlow[:, :d] = 1.0
@@ -102,7 +102,7 @@ def test_the_masks_are_keep_mask_to_the_bit(key, p):
     other = share * keep_mask(key + 1, n, d, p, key.device).float()
     assert torch.equal(low[:, d : 2 * d], other) and torch.equal(low[:, 2 * d :], ones)
     rows = torch.eye(n, device=DEVICE)  # one row's gradient a column: dA is the masked x itself
-    masks = Masks((key,), p, True)
+    masks = masks._replace(slots=(0,))
     _, _, da = of_ops(ones, [torch.zeros(n, d, device=DEVICE)], masks, rows, None)
     assert torch.equal(da, wanted)
 
@@ -134,8 +134,8 @@ def test_the_same_call_gives_the_same_bits():
 def test_the_written_derivative_is_autograds():
     args = drawn((9, 14, (3, 1, 2)), torch.float64, whole=(1,))
     x, matrices, masks, dlow, dx = args
-    keys, segments = stacked(masks, (3, 1, 2))
-    found = dropped_low_gradients_reference(dlow, x, torch.cat(matrices), keys, segments)
+    segments, a = Segments((3, 1, 2), *masks[1:3]), torch.cat(matrices)
+    found = dropped_low_gradients_reference(dlow, x, a, masks.keys, segments)
     torch.testing.assert_close((found[0] + dx, found[1]), of_reference(*args)[1:])
 
 
@@ -148,9 +148,9 @@ def test_what_the_kernels_take():
 
 def test_the_operators_are_well_formed():
     x, matrices, masks, dlow, dx = drawn((9, 14, (3, 2)), torch.float32)
-    a, (keys, segments) = torch.cat(matrices), stacked(masks, (3, 2))
+    a, keys = torch.cat(matrices), masks.keys
     tests = ("test_schema", "test_faketensor")
-    lists = ([*segments.ranks], [*segments.dropped], segments.p)
+    lists = ([3, 2], [*masks.slots], masks.p)
     check = lambda op, *args: torch.library.opcheck(op.default, args, test_utils=tests)
     check(OPS.dropped_low, x, a, keys, *lists)
     check(OPS.dropped_low_backward, x, dlow, a, keys, *lists)
@@ -211,7 +211,8 @@ def test_an_output_that_nobody_reads_gives_no_gradient(only):
 def test_the_reference_is_dropout_and_a_product_for_each():
     x, matrices, branches, masks = linears("one frozen", fused=False)
     low, ys = lora_linears(x, matrices, branches, masks)
-    own = [dropout(x, 0.3, k) @ a.t() for k, a in zip(masks.keys, matrices, strict=True)]
+    keys = [masks.keys[slot] for slot in masks.slots]
+    own = [dropout(x, 0.3, key) @ a.t() for key, a in zip(keys, matrices, strict=True)]
     torch.testing.assert_close(low, torch.cat(own, -1))
     for y, branch, each in zip(ys, branches, (own[0], None, own[1]), strict=True):
         base = x @ branch.weight.t()
@@ -266,10 +267,10 @@ def test_torch_func_takes_the_reference():
     keys = masks.keys
     expected = torch.func.grad(lambda x: loss(x, keys, lora_linears_reference))(x)
     torch.testing.assert_close(torch.func.grad(loss)(x, keys), expected)
-    both = tuple(torch.stack([k, k + 1]) for k in keys)
+    both = torch.stack([keys, keys + 1])
     each = torch.func.vmap(loss, in_dims=(None, 0))(x, both)
     for i in range(2):
-        torch.testing.assert_close(each[i], loss(x, tuple(k[i] for k in both)))
+        torch.testing.assert_close(each[i], loss(x, both[i]))
 
 
 @pytest.mark.compile
@@ -311,9 +312,9 @@ def calls(monkeypatch):
     made = []
     original = torch.ops.fastlora.dropped_low
 
-    def call(x, a, keys, ranks, dropped, p):
+    def call(x, a, keys, ranks, slots, p):
         made.append(len(ranks))
-        return original(x, a, keys, ranks, dropped, p)
+        return original(x, a, keys, ranks, slots, p)
 
     monkeypatch.setattr(torch.ops.fastlora, "dropped_low", call)
     return made

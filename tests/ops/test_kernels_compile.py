@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastlora.ops import dropped_low_kernel, row_norms_kernel, softmax_kernel, swiglu_kernel
 
-THREE = dict(RANKS=(16, 16, 8), DROPPED=(1, 1, 0), R=16, PRECISION="tf32")
+THREE = dict(RANKS=(16, 16, 8), SLOTS=(0, 2, -1), R=16, PRECISION="tf32")
 
 KERNELS = [
     (row_norms_kernel._row_norms_kernel, dict(R=16, BM=16, BK=256, PRECISION="tf32"), 4),
