@@ -21,6 +21,7 @@ from fastlora.ops.dropped_low import (
 from fastlora.ops.lora_linears import Branch, lora_linears, lora_linears_reference
 
 pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
+from fastlora.ops import dropped_low_kernel
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -330,6 +331,17 @@ def test_gradients_are_those_without_the_kernels(variant, recompute, pair, calls
     assert len(calls) >= 2
     # Against float64 the plain one errs 2e-5 with lora_bias, the fused one 8e-6.
     assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 3e-5
+
+
+@pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("selective", 1), ("full", 2)])
+def test_policies_keep_the_product_with_the_others(recompute, runs, pair, monkeypatch):
+    model = adapted(pair("llama2").model.to(DEVICE), r=3, lora_dropout=0.3)
+    made, fused = [], dropped_low_kernel.dropped_low_fused
+    launch = lambda *args: made.append(args) or fused(*args)
+    monkeypatch.setattr(dropped_low_kernel, "dropped_low_fused", launch)
+    gradients(model, kernels="triton", recompute=recompute)
+    inputs = 4 * model.spec.config.num_hidden_layers  # of q, k and v; of o; of gate and up; of down
+    assert len(made) == runs * inputs
 
 
 @pytest.mark.parametrize(
