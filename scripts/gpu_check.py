@@ -27,6 +27,8 @@ from fastlora.data import read_rows
 from fastlora.hub import DEMO
 from fastlora.llama.recompute import offload_levels
 from fastlora.model import Model
+from fastlora.ops.dropout import keep_mask
+from fastlora.ops.dropped_low import Masks, Segments, dropped_low_reference
 from fastlora.ops.grouped_linear import grouped_lora_linear, grouped_lora_linear_reference
 from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference
 
@@ -339,6 +341,53 @@ def swiglu() -> Iterator[Row]:
             yield f"swiglu {n} x {f}, ranks {ranks}, {dtype}{label}", ratio, 1.2
 
 
+def dropped() -> Iterator[Row]:
+    """Low-rank products under masks, and their gradients, against fp64, over plain torch's error;
+    and how many elements a kernel keeps otherwise than keep_mask."""
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).cuda()
+    sizes = (
+        (1000, 704, (8, 8, 8)),
+        (8192, 2048, (16, 16, 16)),
+        (77, 130, (3, 40)),
+        (300, 96, (64,)),
+    )
+    for n, d, ranks in sizes:
+        wide = [new(n, d), *(0.3 * new(r, d) for r in ranks)]
+        dlow, dx, law = new(n, sum(ranks)), new(n, d), f"dropped_low {n} x {d}, ranks {ranks}"
+        keys = (2**40 + torch.arange(len(ranks))).cuda()
+        # The second sees all of x, as start factors do.
+        masks = Masks(keys, (0, -1, 2)[: len(ranks)], 0.1, True)
+
+        def plain(dtype: torch.dtype, wide: list, dlow: Tensor, dx: Tensor, masks: Masks) -> list:
+            leaves = [t.to(dtype).requires_grad_() for t in wide]
+            low = dropped_low_reference(leaves[0], leaves[1:], masks)
+            more, *da = torch.autograd.grad(low, leaves, dlow.to(dtype))
+            return [low.detach(), dx.to(dtype) + more, torch.cat(da)]
+
+        def fused(dtype: torch.dtype, wide: list, dlow: Tensor, dx: Tensor, masks: Masks) -> list:
+            x, *matrices = (t.to(dtype) for t in wide)
+            a, ops, grown = torch.cat(matrices), torch.ops.fastlora, dx.to(dtype, copy=True)
+            keys, ranks = masks.keys, tuple(m.shape[0] for m in matrices)
+            segments = Segments(ranks, masks.slots, masks.p)
+            low = ops.dropped_low(x, a, keys, *segments)
+            da = ops.dropped_low_backward_(grown, x, dlow.to(dtype), a, keys, *segments, True)
+            return [low, grown, da]
+
+        given = (wide, dlow, dx, masks)
+        exact = plain(torch.float64, *given)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            errors = zip(fused(dtype, *given), plain(dtype, *given), exact, strict=True)
+            ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
+            yield f"{law}, {dtype}", ratio, 1.2
+        zeros, ones = torch.zeros(n, d).cuda(), torch.ones(n, d).cuda()
+        given = ([ones, ones[:1]], torch.ones(n, 1).cuda(), zeros, Masks(keys, (0,), 0.5, True))
+        low, found, _ = fused(torch.float32, *given)
+        keep = keep_mask(keys[0], n, d, 0.5, found.device)
+        wrong = (found != 2.0 * keep).sum() + (low[:, 0] != 2.0 * keep.sum(1)).sum()
+        yield f"{law}: elements and rows of another mask", float(wrong), 0
+
+
 def originals(folder: Path) -> Iterator[Row]:
     """Originals of trained copies leave the GPU, and come back."""
     base, _ = fastlora.load(str(folder), dtype="bfloat16", device="cuda")
@@ -413,7 +462,7 @@ def main() -> None:
         raise SystemExit("gpu_check.py needs a CUDA GPU; there is none here.")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     wrong = report(training()) if "training" in only else 0
-    wrong += report(chain(grouped(), swiglu())) if "kernels" in only else 0
+    wrong += report(chain(grouped(), swiglu(), dropped())) if "kernels" in only else 0
     with tempfile.TemporaryDirectory() as name:
         for family in [x for x in FAMILIES if x in only]:
             wrong += report(of_family(family, Path(name) / family))

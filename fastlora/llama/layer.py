@@ -25,6 +25,7 @@ from fastlora.llama.start import down, rank, up
 from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
+from fastlora.ops.dropped_low import Masks
 from fastlora.ops.frozen_linear import frozen_linear
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.lora_linears import Branch, lora_linears
@@ -86,66 +87,67 @@ def project(
     key: Int[Tensor, ""] | None,
 ) -> list[Float[Tensor, "b t d_out"]]:
     """The projections `names` of one x, each with its low-rank term where the adapter has one."""
-    if spec.qat_scheme is not None:
-        scaling = dict(spec.scalings)
-        record = lambda n: (params[n], adapter.get(n), scaling.get(n, 1.0))
-        return [_fake_quantised(x, *record(n), spec.qat_scheme) for n in names]
     scalings = dict(spec.scalings)
-    if key is None:
-        return _together(x, names, params, adapter, scalings)
-    out = []
-    for name in names:
-        linear = params[name]
-        if name in adapter:
-            lora, dropped = adapter[name], _dropped(x, name, spec, key)
-            low = _low_dropped(x, dropped, linear, lora)
-            out.append(adapted_linear(x, dropped, low, linear, lora, scalings[name]))
-        else:
-            out.append(frozen_linear(x, linear["weight"], linear.get("bias")))
-    return out
-
-
-def _together(
-    x: Float[Tensor, "b t d_in"],
-    names: tuple[str, ...],
-    params: LayerParams,
-    adapter: LayerAdapter,
-    scalings: dict[str, float],
-) -> list[Float[Tensor, "b t d_out"]]:
-    """Without dropout all read the same x: one product for every A, one gradient of x."""
-    matrices, branches = [], []
-    for name in names:
-        linear, lora = params[name], adapter.get(name)
-        weight, bias = linear["weight"], linear.get("bias")
-        if lora is None:
-            branches.append(Branch(weight, bias))
-            continue
-        matrices.append(down(lora, linear))
-        own_bias = None if isinstance(lora, DoRA) else bias
-        branches.append(Branch(weight, own_bias, up(lora, linear), scalings[name]))
-    _, ys = lora_linears(x, matrices, branches)
+    record = lambda n: (params[n], adapter.get(n), scalings.get(n, 1.0))
+    if spec.qat_scheme is not None:
+        return [_fake_quantised(x, *record(name), spec.qat_scheme) for name in names]
+    if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
+        return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
+    matrices, masks = _downs(names, params, adapter, spec, key)
+    branches = [_branch(*record(name)) for name in names]
+    _, ys = lora_linears(x, matrices, branches, masks)
     return [
         _with_vectors(y, params[name], adapter[name], scalings[name]) if name in adapter else y
         for name, y in zip(names, ys, strict=True)
     ]
 
 
-def _dropped(
-    x: Float[Tensor, "b t d_in"], name: str, spec: LayerSpec, key: Int[Tensor, ""]
-) -> Float[Tensor, "b t d_in"]:
-    """x under a projection's own mask."""
-    return dropout(x, spec.lora_dropout, fold(key, _SALT[name]))
+def _branch(linear: Linear, lora: AdapterRecord | None, scaling: float) -> Branch:
+    weight, bias = linear["weight"], linear.get("bias")
+    if lora is None:
+        return Branch(weight, bias)
+    return Branch(weight, None if isinstance(lora, DoRA) else bias, up(lora, linear), scaling)
 
 
-def _low_dropped(
+def _downs(
+    names: tuple[str, ...],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[list[Float[Tensor, "_ d_in"]], Masks | None]:
+    """Every A, and the masks through which they see x: each projection has its own, and start
+    factors, part of the base, have none."""
+    matrices, slots = [], []
+    for name in names:
+        if name in adapter:
+            matrices.append(adapter[name].a)
+            slots.append(_SALT[name])
+            if "start" in params[name]:
+                matrices.append(params[name]["start"].a)
+                slots.append(-1)
+    if key is None:
+        return matrices, None
+    # Those of all names: a compiled layer forms them once, in one launch.
+    keys = fold(key, torch.arange(len(_SALT), device=key.device))
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
+
+
+def _with_masked_base(
     x: Float[Tensor, "b t d_in"],
-    dropped: Float[Tensor, "b t d_in"],
-    linear: Linear,
-    lora: AdapterRecord,
-) -> Float[Tensor, "b t _"]:
-    """The adapter sees the dropped x; start factors are part of the base, which sees all of it."""
-    low = F.linear(dropped, lora.a)
-    return torch.cat([low, F.linear(x, linear["start"].a)], -1) if "start" in linear else low
+    name: str,
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""],
+) -> Float[Tensor, "b t d_out"]:
+    """A projection that may carry DoRA, which under dropout multiplies W with the masked x too."""
+    linear, lora = params[name], adapter.get(name)
+    if not isinstance(lora, DoRA):
+        return project(x, (name,), params, adapter, spec, key)[0]
+    dropped = dropout(x, spec.lora_dropout, fold(key, _SALT[name]))
+    low, scaling = F.linear(dropped, lora.a), dict(spec.scalings)[name]
+    return adapted_linear(x, dropped, low, linear, lora, scaling)
 
 
 def adapted_linear(
@@ -205,7 +207,7 @@ def dora_linear(
     if dropped is None:
         return _scaled(lora_linear(x, low, weight, None, b, scaling), gain, bias)
     base, masked = _frozen(x, linear, bias, scaling), _frozen(dropped, linear, None, scaling)
-    update = scaling * F.linear(low[..., : lora.a.shape[0]], lora.b)
+    update = scaling * F.linear(low, lora.b)
     return (base + (gain - 1) * masked + gain * update).to(x.dtype)
 
 
@@ -354,17 +356,12 @@ def _gate_up(
     key: Int[Tensor, ""] | None,
 ) -> tuple[list[Float[Tensor, "b t _"]], list[Float[Tensor, "b t f"]]]:
     """The low-rank halves and the base products of gate and up, which SwiGLU adds."""
-    names = ["gate_proj", "up_proj"]
+    names = ("gate_proj", "up_proj")
     branches = [Branch(params[name]["weight"], params[name].get("bias")) for name in names]
-    if key is None:
-        matrices = [down(adapter[name], params[name]) for name in names]
-        low, ys = lora_linears(x, matrices, branches)
-        assert low is not None
-        return [*low.split([m.shape[0] for m in matrices], dim=-1)], ys
-    dropped = [_dropped(x, name, spec, key) for name in names]
-    pairs = zip(names, dropped, strict=True)
-    lows = [_low_dropped(x, own, params[name], adapter[name]) for name, own in pairs]
-    return lows, lora_linears(x, [], branches)[1]
+    matrices, masks = _downs(names, params, adapter, spec, key)
+    low, ys = lora_linears(x, matrices, branches, masks)
+    assert low is not None
+    return [*low.split([rank(adapter[name], params[name]) for name in names], -1)], ys
 
 
 def _fused_mlp(

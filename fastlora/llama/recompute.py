@@ -60,6 +60,7 @@ _ATTENTION = {
 }
 _PRODUCTS = {
     torch.ops.fastlora.lora_linear.default,
+    torch.ops.fastlora.dropped_low.default,
     torch.ops.fastlora.quantized_linear.default,
     torch.ops.fastlora.grouped_linear.default,
     torch.ops.fastlora.qat_linear.default,

@@ -30,9 +30,10 @@ def low_word(x: Int[Tensor, "*n"]) -> Int32[Tensor, "*n"]:
     return (x & _WORD).to(torch.int32)
 
 
-def fold(key: Int[Tensor, ""], data: int) -> Int[Tensor, ""]:
-    """A new key in [0, 2**32), int64, from a key and a number: one per layer, one per projection.
-    Both words of the 64-bit key count, so seeds that differ by 2**32 differ."""
+def fold(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k"]:
+    """A new key in [0, 2**32), int64, from a key and a number: one per layer, one per projection;
+    of several numbers several keys. Both words of the 64-bit key count, so seeds that differ by
+    2**32 differ."""
     high = hash32(low_word((key >> 32) + 0x9E3779B9 * (data + 1)))
     return hash32(low_word(key) ^ high).to(torch.int64) & _WORD
 

@@ -1,13 +1,15 @@
 """Linear layers of one input, each with the up half of a low-rank update where it has one:
 y_i = x W_i' + bias_i + s_i low_i B_i', low = x A' for the A of all (Hu et al. 2021,
 arXiv:2106.09685). What q, k and v are; o; and, their low-rank terms left to SwiGLU, gate and up.
+With dropout each A sees x under a mask of its own (dropped_low.py), and every W all of it.
 
 Read downward: the reference is the specification; the op's derivative forms the input's gradient,
 dlow A + sum of dy_i W_i, in one buffer, to which every product adds in its own epilogue. As
 products and a sum, the RMSNorm behind q, k and v reads four tensors where it reads one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -17,8 +19,15 @@ from torch import Tensor
 
 from fastlora.ops.dequantize import dense
 from fastlora.ops.dispatch import plain
+from fastlora.ops.dropped_low import (
+    Masks,
+    Segments,
+    add_gradients,
+    dropped_low_reference,
+    takes,
+)
 from fastlora.ops.frozen_linear import frozen_linear, frozen_linear_reference
-from fastlora.ops.lora_linear import lora_linear_reference
+from fastlora.ops.lora_linear import lora_linear, lora_linear_reference
 from fastlora.quantized import Weight, from_parts, parts, shape_of
 
 
@@ -38,19 +47,47 @@ Outputs = tuple[Float[Tensor, "*n r"] | None, list[Float[Tensor, "*n _"]]]
 
 
 def lora_linears_reference(
-    x: Float[Tensor, "*n d_in"], a: Float[Tensor, "r d_in"] | None, branches: Sequence[Branch]
+    x: Float[Tensor, "*n d_in"],
+    matrices: Sequence[Float[Tensor, "_ d_in"]],
+    branches: Sequence[Branch],
+    masks: Masks | None = None,
 ) -> Outputs:
     """The specification, differentiable in every tensor any number of times."""
-    low, ys, first = None if a is None else F.linear(x, a), [], 0
-    for weight, bias, b, scaling in branches:
+    return _one_by_one(x, matrices, branches, masks, frozen_linear_reference, lora_linear_reference)
+
+
+def _one_by_one(
+    x: Float[Tensor, "*n d_in"],
+    matrices: Sequence[Float[Tensor, "_ d_in"]],
+    branches: Sequence[Branch],
+    masks: Masks | None,
+    frozen: Callable[..., Tensor],
+    adapted: Callable[..., Tensor],
+) -> Outputs:
+    low = None
+    if matrices and masks is None:
+        low = F.linear(x, torch.cat([*matrices]))
+    elif matrices and masks is not None:
+        low = dropped_low_reference(x, matrices, masks)
+    ys = []
+    each = zip(branches, _columns(low, [branch.b for branch in branches]), strict=True)
+    for (weight, bias, _, scaling), (b, own) in each:
+        y = frozen(x, weight, bias) if b is None else adapted(x, own, weight, bias, b, scaling)
+        ys.append(y)
+    return low, ys
+
+
+def _columns(low, bs):
+    """For each branch its B with the columns of `low` that it multiplies, or twice None."""
+    first, found = 0, []
+    for b in bs:
         if b is None:
-            ys.append(frozen_linear_reference(x, weight, bias))
+            found.append((None, None))
             continue
         assert low is not None, "a low-rank term needs an A"
-        own = low[..., first : first + b.shape[1]]
+        found.append((b, low[..., first : first + b.shape[1]]))
         first += b.shape[1]
-        ys.append(lora_linear_reference(x, own, weight, bias, b, scaling))
-    return low, ys
+    return found
 
 
 # ── 2. op and derivative ──────────────────────────────────────────────────────────────────
@@ -84,12 +121,16 @@ def _in_groups(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # not by name: see _LoRALinear
-        """`tensors`: the weights' parts, so many as `weights` says for each; a bias for each that
-        `biases` says has one; B for each that has a scaling."""
-        x, a, scalings, weights, biases, *tensors = inputs
+        """`keys` and `segments`: of the masks, where A sees x under masks; `tensors`: the weights'
+        parts, so many as `weights` says for each; a bias for each that `biases` says has one; B for
+        each that has a scaling."""
+        x, a, keys, segments, scalings, weights, biases, *tensors = inputs
         ctx.set_materialize_grads(False)
         matrices, own_biases, bs = _sorted(tensors, scalings, weights, biases)
-        low = None if a is None else torch.mm(x, a.t())
+        if keys is None:
+            low = None if a is None else torch.mm(x, a.t())
+        else:
+            low = torch.ops.fastlora.dropped_low(x, a, keys, *segments)
         ys = []
         each = zip(matrices, own_biases, _columns(low, bs), scalings, strict=True)
         for weight, bias, (b, columns), scaling in each:
@@ -98,16 +139,16 @@ class _LoRALinears(torch.autograd.Function):
             else:
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
-        ctx.static = scalings, weights, biases
-        ctx.save_for_backward(None if a is None else x, a, low, *tensors)
+        ctx.static = segments, scalings, weights, biases
+        ctx.save_for_backward(None if a is None else x, a, keys, low, *tensors)
         return low, *ys
 
     @staticmethod
     def backward(ctx, dlow, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, a, low, *tensors = ctx.saved_tensors
-        scalings, weights, biases = ctx.static
+        x, a, keys, low, *tensors = ctx.saved_tensors
+        segments, scalings, weights, biases = ctx.static
         matrices, _, bs = _sorted(tensors, scalings, weights, biases)
-        needs_x, needs_a, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_a, _, _, _, _, _, *needs = ctx.needs_input_grad
         own = [
             (dy, b, columns, scaling)
             for dy, (b, columns), scaling in zip(dys, _columns(low, bs), scalings, strict=True)
@@ -120,8 +161,12 @@ class _LoRALinears(torch.autograd.Function):
             ]
             inner = torch.cat(each, 1) if len(each) > 1 else each[0]
             dlow = inner if dlow is None else dlow + inner
-        dx = _input_gradient(dlow, dys, a, matrices) if needs_x else None
-        da = torch.mm(dlow.t(), x) if needs_a and dlow is not None else None
+        through = dlow if keys is None else None  # under masks it is added below
+        dx = _input_gradient(through, dys, a, matrices) if needs_x else None
+        if keys is None or dlow is None:
+            da = torch.mm(dlow.t(), x) if needs_a and dlow is not None else None
+        else:
+            dx, da = add_gradients(dx, dlow, x, a, keys, segments, needs_x, needs_a)
         of_biases = [dy for dy, there in zip(dys, biases, strict=True) if there]
         dbiases = [
             dy.sum(0) if needed and dy is not None else None
@@ -131,7 +176,7 @@ class _LoRALinears(torch.autograd.Function):
             None if dy is None else torch.mm(dy.t(), columns) * scaling
             for dy, _, columns, scaling in own
         ]
-        return dx, da, None, None, None, *(None for _ in range(sum(weights))), *dbiases, *dbs
+        return dx, da, *[None] * 5, *(None for _ in range(sum(weights))), *dbiases, *dbs
 
 
 def _sorted(tensors, scalings, weights, biases):
@@ -141,18 +186,6 @@ def _sorted(tensors, scalings, weights, biases):
     matrices = [take(n) for n in weights]
     own_biases = [rest.pop(0) if there else None for there in biases]
     return matrices, own_biases, [None if s is None else rest.pop(0) for s in scalings]
-
-
-def _columns(low, bs):
-    """For each branch its B with the columns of `low` that it multiplies, or twice None."""
-    first, found = 0, []
-    for b in bs:
-        if b is None:
-            found.append((None, None))
-            continue
-        found.append((b, low[:, first : first + b.shape[1]]))
-        first += b.shape[1]
-    return found
 
 
 def _frozen(x, weight, bias):
@@ -169,7 +202,7 @@ def _input_gradient(dlow, dys, a, matrices):
     if not terms:
         return None
     if torch.is_grad_enabled():  # create_graph=True: the raw op has no derivative
-        return sum(torch.mm(y, dense(from_parts(m), y.dtype)) for y, m in terms)
+        return reduce(torch.add, (torch.mm(y, dense(from_parts(m), y.dtype)) for y, m in terms))
     flat, sizes = [x for _, m in terms for x in m], [len(m) for _, m in terms]
     return torch.ops.fastlora.sum_of_products([y for y, _ in terms], flat, sizes)
 
@@ -181,24 +214,36 @@ def lora_linears(
     x: Float[Tensor, "*n d_in"],
     matrices: Sequence[Float[Tensor, "_ d_in"]],
     branches: Sequence[Branch],
+    masks: Masks | None = None,
 ) -> Outputs:
     """(low, one y for each branch), in x.dtype; every tensor but a quantised weight's has it.
 
     Args:
         x: the input of all.
         matrices: every A, in the branches' order; one product forms all of `low`, x read once.
+            A branch's B may multiply the columns of several.
         branches: frozen weights, each with its bias and B where it has them. Biases receive a
             gradient where they ask for one.
+        masks: how each A sees x; None: all see all of it. Where no kernel runs, a masked copy of x
+            is kept for each A that has a mask.
     """
-    a = None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
     frozen = [part for branch in branches for part in parts(branch.weight)]
     if plain(*frozen):
-        return lora_linears_reference(x, a, branches)
+        return lora_linears_reference(x, matrices, branches, masks)
+    keys, segments = None, None
+    if matrices and masks is not None:
+        ranks = tuple(a.shape[0] for a in matrices)
+        if not (masks.fused and takes(x.dtype, *ranks)):
+            return _one_by_one(x, matrices, branches, masks, frozen_linear, lora_linear)
+        keys, segments = masks.keys, Segments(ranks, masks.slots, masks.p)
+    a = None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
     if a is None and (len(branches) == 1 or not torch.is_grad_enabled()):
         return None, [frozen_linear(x, branch.weight, branch.bias) for branch in branches]
     low, *ys = _LoRALinears.apply(  # pyright: ignore
         x.reshape(-1, x.shape[-1]),
         a,
+        keys,
+        segments,
         tuple(None if branch.b is None else branch.scaling for branch in branches),
         tuple(len(parts(branch.weight)) for branch in branches),
         tuple(branch.bias is not None for branch in branches),

@@ -71,6 +71,14 @@ def test_layers_and_projections_are_independent():
             assert z_score(a == b, 0.5) < TAIL
 
 
+def test_several_numbers_give_the_keys_of_each():
+    for seed in (5, -3, 2**40 + 77):
+        key = torch.tensor(seed)
+        keys = fold(key, torch.arange(7))
+        assert keys.dtype == torch.int64
+        assert torch.equal(keys, torch.stack([fold(key, i) for i in range(7)]))
+
+
 def test_the_hash_is_one_to_one_and_avalanches():
     x = torch.arange(2**16, dtype=torch.int32)
     h = hash32(x)

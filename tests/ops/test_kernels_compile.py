@@ -16,7 +16,9 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlora.ops import row_norms_kernel, softmax_kernel, swiglu_kernel
+from fastlora.ops import dropped_low_kernel, row_norms_kernel, softmax_kernel, swiglu_kernel
+
+THREE = dict(RANKS=(16, 16, 8), SLOTS=(0, 2, -1), R=16, PRECISION="tf32")
 
 KERNELS = [
     (row_norms_kernel._row_norms_kernel, dict(R=16, BM=16, BK=256, PRECISION="tf32"), 4),
@@ -31,11 +33,20 @@ KERNELS = [
         for tile in [dict(R=16, BM=32, BN=64, PRECISION="tf32")]
         for has_a, gains in ((True, False), (False, False), (True, True))
     ),
+    (dropped_low_kernel._dropped_low_kernel, dict(THREE, BM=64, BK=64), 4),
+    *(
+        (
+            dropped_low_kernel._dropped_low_backward_kernel,
+            dict(THREE, NEEDS_X=needs_x, NEEDS_A=needs_a, BM=32, BN=64),
+            8,
+        )
+        for needs_x, needs_a in ((True, True), (True, False), (False, True))
+    ),
 ]
 WIDE = {name: "*fp32" for name in (
     "sums_ptr logp_ptr gains_ptr dgains_ptr gram_ptr norm_ptr".split()
 )}
-WIDE["label_ptr"] = "*i64"
+WIDE |= {"label_ptr": "*i64", "keys_ptr": "*i64"}
 
 
 def kind(name, constants):
@@ -43,7 +54,7 @@ def kind(name, constants):
         return "constexpr"
     if name.endswith("_ptr"):
         return WIDE.get(name, "*bf16")
-    return "fp32" if name.startswith("scaling") else "i32"
+    return "fp32" if name.startswith("scal") else "i32"
 
 
 for kernel, constants, warps in KERNELS:
@@ -64,4 +75,4 @@ def test_every_kernel_compiles_for_an_h100():
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
     sizes = [int(line.split()[1]) for line in ran.stdout.splitlines()]
-    assert len(sizes) == 7 and min(sizes) > 1000
+    assert len(sizes) == 11 and min(sizes) > 1000
