@@ -1,6 +1,6 @@
 """The whole decoder: embedding, layers, final norm. The head is its caller's business."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -102,7 +102,7 @@ def hidden_states(
     cos, sin = _tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     seen = _seen(spec, x, attention_mask, segment_ids, use_compiled)
     adapters = layer_adapters(adapter, config)
-    key = dropout_key(spec, seed, x.device)
+    keys = layer_keys(spec, seed, x.device)
     fused = use_kernel(x, spec.kernels)
     stash = _stash(spec, x)
     if stash is None:
@@ -116,10 +116,9 @@ def hidden_states(
             x = _attached(x) if requires_grad(adapters[i]) else x
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
         lora, mask = product_dtype(adapters[i], spec, x.dtype), seen[config.layer_types[i]]
-        layer_key = None if key is None else fold(key, i)
         params = cast_start(base["layers"][i], x.dtype)
-        rest = (params, lora, cos, sin, mask, layer_key)
-        chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=key is not None)
+        rest = (params, lora, cos, sin, mask, keys[i])
+        chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=keys[i] is not None)
         static = layer_spec(spec, i, fused=fused), level, chunks
         run = partial(_run, decoder_layer, rest, static, use_compiled)
         if stash is None:
@@ -183,6 +182,15 @@ def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor
 def requires_grad(tree: Any) -> bool:
     """Whether any tensor of a tree (None: no tensor) is being differentiated."""
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+
+
+def layer_keys(
+    spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
+) -> Sequence[Int[Tensor, ""] | None]:
+    """One key for each layer, all folded at once: the host launches some ten kernels, not ten a
+    layer. None where no mask will be drawn."""
+    key, n = dropout_key(spec, seed, device), spec.config.num_hidden_layers
+    return (None,) * n if key is None else fold(key, torch.arange(n, device=device)).unbind()
 
 
 def dropout_key(
