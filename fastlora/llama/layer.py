@@ -128,10 +128,8 @@ def _downs(
                 slots.append(-1)
     if key is None:
         return matrices, None
-    # Those of all names: a compiled layer forms them once, in one launch. The mask changes no
-    # number: without it Inductor takes fold's product for an index, which may not hold it.
-    numbers = torch.arange(len(_SALT), device=key.device) & 0x7FFFFFFF
-    keys = fold(key, numbers)
+    # Those of all names: a compiled layer forms them once, in one launch.
+    keys = fold(key, torch.arange(len(_SALT), device=key.device))
     return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
 
 

@@ -16,6 +16,9 @@ from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+# `& _INDEX` changes no value: it keeps Inductor from folding the product of an arange into an
+# index, which may not hold it (torch 2.11, triton 3.6).
+_INDEX = 0x7FFFFFFF
 
 
 def hash32(x: Int32[Tensor, "*n"]) -> Int32[Tensor, "*n"]:
@@ -32,8 +35,10 @@ def low_word(x: Int[Tensor, "*n"]) -> Int32[Tensor, "*n"]:
 
 def fold(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k"]:
     """A new key in [0, 2**32), int64, from a key and a number: one per layer, one per projection;
-    of several numbers several keys. Both words of the 64-bit key count, so seeds that differ by
+    of several numbers several keys (below 2**31). Both words of the 64-bit key count, so seeds that differ by
     2**32 differ."""
+    if isinstance(data, Tensor):
+        data = data & _INDEX
     high = hash32(low_word((key >> 32) + 0x9E3779B9 * (data + 1)))
     return hash32(low_word(key) ^ high).to(torch.int64) & _WORD
 
@@ -43,9 +48,7 @@ def keep_mask(
 ) -> Bool[Tensor, "rows columns"]:
     """True with probability 1 - p (to 2**-32), independently per element."""
     row = hash32(torch.arange(rows, dtype=torch.int32, device=device) ^ low_word(key))
-    # `& 0x7FFFFFFF` changes no value: it keeps Inductor from folding the product into an index,
-    # which may not hold it (torch 2.11, triton 3.6).
-    column = torch.arange(columns, dtype=torch.int32, device=device) & 0x7FFFFFFF
+    column = torch.arange(columns, dtype=torch.int32, device=device) & _INDEX
     bits = hash32(row[:, None] + column * (0x9E3779B1 - 2**32))
     # As unsigned words: bits >= p * 2**32, both less half of the range.
     return (bits ^ -(2**31)) >= int(p * 2**32) - 2**31
