@@ -35,8 +35,8 @@ def low_word(x: Int[Tensor, "*n"]) -> Int32[Tensor, "*n"]:
 
 def fold(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k"]:
     """A new key in [0, 2**32), int64, from a key and a number: one per layer, one per projection;
-    of several numbers several keys (below 2**31). Both words of the 64-bit key count, so seeds that differ by
-    2**32 differ."""
+    of several numbers, below 2**31, several keys. Both words of the 64-bit key count, so seeds that
+    differ by 2**32 differ."""
     if isinstance(data, Tensor):
         data = data & _INDEX
     high = hash32(low_word((key >> 32) + 0x9E3779B9 * (data + 1)))

@@ -1,0 +1,45 @@
+"""The kernels of dropout's low-rank products on a GPU: microseconds at other tiles.
+
+    PYTHONPATH=. python scripts/bench_results/dropped_low_kernel.py
+
+Llama 3.2 1B's inputs, 8,192 tokens in bf16, r = 16: of q, k and v; of gate and up; of down. Their
+error is scripts/gpu_check.py's business.
+"""
+
+from itertools import product
+
+import torch
+from softmax_kernel import timed
+
+from fastlora.ops import dropped_low_kernel as kernels
+
+N, R = 8192, 16
+INPUTS = {"q, k, v": (2048, 3), "gate, up": (2048, 2), "down": (8192, 1)}
+BACKWARD = [((32, 64, 8), 16), ((32, 64, 4), 16), ((64, 64, 8), 16), ((64, 128, 8), 16)]
+BACKWARD += [((32, 128, 8), 16), ((32, 128, 4), 16), ((64, 64, 4), 16), ((128, 64, 8), 16)]
+BACKWARD += [((32, 64, 4), 32), ((64, 64, 4), 32)]
+FORWARD = [(64, 64, 4), (32, 64, 4), (64, 128, 4), (128, 64, 4), (64, 64, 8), (64, 32, 4)]
+
+
+def main() -> None:
+    print(torch.cuda.get_device_name(), torch.__version__)
+    for name, (d, segments) in INPUTS.items():
+        new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
+        x, a = new(N, d), new(R * segments, d)
+        dlow, keys = new(N, R * segments), torch.arange(segments, device="cuda")
+        static = ([R] * segments, [*range(segments)], 0.05)
+        for tile in FORWARD:
+            kernels._FORWARD = tile
+            run = lambda x=x, a=a, keys=keys, s=static: kernels.dropped_low_fused(x, a, keys, *s)
+            print(f"{name:<10}forward  {tile}: {timed(run, [()])}", flush=True)
+    for tile, (name, (d, segments)) in product(BACKWARD, INPUTS.items()):
+        (kernels._BACKWARD, kernels._CHUNKS), shape = tile, (R * segments, d)
+        x, a, dx = new(N, d), new(*shape), new(N, d)
+        dlow, keys = new(N, R * segments), torch.arange(segments, device="cuda")
+        static = ([R] * segments, [*range(segments)], 0.05)
+        run = lambda g=(dx, x, dlow, a, keys), s=static: kernels.dropped_low_backward_(*g, *s, True)
+        print(f"{name:<10}backward {tile}: {timed(run, [()])}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
