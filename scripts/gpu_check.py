@@ -171,7 +171,7 @@ def gradients(
                 model = adapted(folder, dtype, beside, compile=True, recompute=policy)
                 error = error_of(run(model), wanted) / plain
                 yield f"{label} gradient {dtype}, {policy}, {case}", error, limit
-            yield f"{label} gradient {dtype}, eager's own error, {case}", plain, 1.0
+            yield f"{label} gradient {dtype}, eager's own error, {case}", plain, 1.5
 
 
 def against_peft(folder: Path) -> Iterator[Row]:
@@ -240,6 +240,26 @@ def played(folder: Path) -> Iterator[Row]:
                 leaf.mul_(0.9)
         # Attention's backward pass adds in another order every time.
         yield f"cuda_graph: {policy}, against the same launched", worst, 1e-2
+
+
+def again(folder: Path) -> Iterator[Row]:
+    """The same gradient six times at "full" and at "offload", over memory left full of large
+    numbers: neither reads what nobody wrote, nor what is gone. (Once, with six checks side by side
+    on one H100, mixtral's at "offload" was off by five times its length; on the CPU the two are
+    equal to the bit.)"""
+    ids, found = None, []
+    for policy in ("full", "offload"):
+        model = adapted(folder, "bfloat16", compile=True, recompute=policy)
+        ids = tokens(model, 2, 512) if ids is None else ids
+        batch = {"input_ids": ids, "labels": ids}
+        for _ in range(6):
+            litter = [torch.full((2**k,), 1e4).bfloat16().cuda() for k in (10, 17, 21) * 60]
+            del litter
+            step = fastlora.value_and_grad(FL.loss)
+            found.append(step(model.adapter, model.base, model.spec, batch))
+    # Attention's backward pass adds in another order every time.
+    worst = max(together(x, found[0]) for x in found)
+    yield f"{folder.name}: full and offload again, over litter", worst, 1e-2
 
 
 def waits(folder: Path) -> Iterator[Row]:
@@ -487,6 +507,7 @@ def of_family(family: str, folder: Path) -> Iterator[Row]:
         laws += [waits(folder), played(folder)]
     if family in POLICIES:
         laws.append(gradients(folder, POLICIES[family]))
+        laws.append(again(folder))
     if family == "mistral":
         laws.append(originals(folder))
     for what, beside in BESIDE.get(family, {}).items():

@@ -55,13 +55,14 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def plot(rows: list[dict[str, Any]], out: Path) -> None:
-    """Two rows of axes, tokens/s above GiB, one column for each thing that changes."""
+    """Two rows of axes, tokens/s above GiB, one column for each thing that was changed."""
     from matplotlib.figure import Figure  # noqa: PLC0415  where no plot is drawn none is installed
 
-    figure = Figure(figsize=(4 * len(SWEEPS), 7), layout="constrained")
-    axes = figure.subplots(2, len(SWEEPS), squeeze=False)
+    sweeps = list(dict.fromkeys(row["sweep"] for row in rows))
+    figure = Figure(figsize=(4 * len(sweeps), 7), layout="constrained")
+    axes = figure.subplots(2, len(sweeps), squeeze=False)
     settings = list(dict.fromkeys(row["setting"] for row in rows))
-    for column, sweep in enumerate(SWEEPS):
+    for column, sweep in enumerate(sweeps):
         for line, (figure_of, title) in enumerate(
             (("tokens_s", "tokens / s"), ("peak_gib", "peak GiB"))
         ):

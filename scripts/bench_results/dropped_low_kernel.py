@@ -37,7 +37,9 @@ def main() -> None:
         x, a, dx = new(N, d), new(*shape), new(N, d)
         dlow, keys = new(N, R * segments), torch.arange(segments, device="cuda")
         static = ([R] * segments, [*range(segments)], 0.05)
-        run = lambda g=(dx, x, dlow, a, keys), s=static: kernels.dropped_low_backward_(*g, *s, True)
+        run = lambda dx=dx, x=x, dlow=dlow, a=a, keys=keys, s=static: kernels.dropped_low_backward_(
+            dx, x, dlow, a, keys, *s, needs_a=True
+        )
         print(f"{name:<10}backward {tile}: {timed(run, [()])}", flush=True)
 
 
