@@ -67,6 +67,7 @@ def drawn(h: int, kv: int, hd: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+@pytest.mark.compile  # flex_attention asks dynamo to trace the mask, eager too
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 50])
@@ -79,6 +80,7 @@ def test_values_are_those_of_the_mask(segments, window, heads):
     torch.testing.assert_close(ours, expected.float(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.compile  # flex_attention asks dynamo to trace the mask, eager too
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_another_span_is_another_value():
     q, k, v = (x.float() for x in drawn(2, 2, 16))
