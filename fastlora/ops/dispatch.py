@@ -30,6 +30,11 @@ def plain(*frozen: Tensor | None) -> bool:
     return transforms_active() or any(t is not None and t.requires_grad for t in frozen)
 
 
+def rank_tile(*ranks: int) -> int:
+    """The power of two, at least 16, that a Triton kernel's tl.dot takes for ranks up to it."""
+    return max(16, 1 << (max(ranks) - 1).bit_length())
+
+
 @cache
 def triton_installed() -> bool:
     """Whether kernels can be written at all; nothing is imported."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.ops.dispatch import rank_tile
 from fastlora.ops.dropout import dropout
 
 
@@ -152,5 +153,4 @@ _COLUMNS = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 64}
 
 def takes(dtype: torch.dtype, *ranks: int) -> bool:
     """Whether the kernels are fit for tensors of this dtype and as many A of these ranks."""
-    tile = max(16, 1 << (max(ranks) - 1).bit_length())
-    return tile * len(ranks) <= _COLUMNS.get(dtype, 0)
+    return rank_tile(*ranks) * len(ranks) <= _COLUMNS.get(dtype, 0)

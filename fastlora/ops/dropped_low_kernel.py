@@ -12,7 +12,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.swiglu_kernel import rank_tile
+from fastlora.ops.dispatch import rank_tile
+from fastlora.ops.swiglu_kernel import precision
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -132,8 +133,7 @@ def _static(
     """(the mask's threshold as dropout.py compares it, 1 / (1 - p), what a kernel is compiled
     for)."""
     how = dict(RANKS=tuple(ranks), SLOTS=tuple(slots), R=rank_tile(*ranks))
-    precision = "ieee" if dtype == torch.float32 else "tf32"  # of 16-bit tensors nothing is rounded
-    return int(p * 2**32) - 2**31, 1.0 / (1.0 - p), how | dict(PRECISION=precision)
+    return int(p * 2**32) - 2**31, 1.0 / (1.0 - p), how | dict(PRECISION=precision(dtype))
 
 
 def dropped_low_fused(

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.dispatch import rank_tile
+
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
 
 
@@ -75,8 +77,7 @@ def _(g, u, low_g, low_u, b_g, b_u, gains, scaling_g, scaling_u):
 @torch.library.register_fake("fastlora::lora_swiglu_backward")
 def _(dh, dlow, a, g, u, low_g, low_u, b_g, b_u, gains, scaling_g, scaling_u):
     ranks = [low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]]
-    r = max(16, 1 << (max(ranks) - 1).bit_length())
-    sums = g.new_empty((3, g.shape[1], r), dtype=torch.float32)
+    sums = g.new_empty((3, g.shape[1], rank_tile(*ranks)), dtype=torch.float32)
     return torch.empty_like(u), sums, sums.new_empty((2, g.shape[1]))
 
 

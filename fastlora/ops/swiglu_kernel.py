@@ -12,6 +12,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.dispatch import rank_tile
+
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -125,12 +127,8 @@ _FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4)
 _CHUNKS = 8
 
 
-def rank_tile(*ranks: int) -> int:
-    """The power of two, at least 16, that tl.dot takes for ranks up to it."""
-    return max(16, triton.next_power_of_2(max(ranks)))
-
-
-def _precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies tensors of a dtype."""
     return "ieee" if dtype == torch.float32 else "tf32"  # of 16-bit tensors nothing is rounded
 
 
@@ -153,7 +151,7 @@ def swiglu(
         g, u, low_g, low_u, b_g.contiguous(), b_u.contiguous(), g if gains is None else gains, h,
         n, f, r_g, r_u, low_g.stride(0), low_u.stride(0), scaling_g, scaling_u,
         HAS_GAINS=gains is not None, R=rank_tile(r_g, r_u), BM=bm, BN=bn,  # pyright: ignore
-        PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
+        PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return h
 
@@ -194,6 +192,6 @@ def swiglu_backward_(
         n, f, r_g, r_u, r_a, 0 if dlow is None else dlow.stride(0),
         low_g.stride(0), low_u.stride(0), scaling_g, scaling_u, chunk,
         HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn,  # pyright: ignore
-        PRECISION=_precision(g.dtype), num_warps=warps,  # pyright: ignore
+        PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return du, sums.sum(0), dgains.sum(0)

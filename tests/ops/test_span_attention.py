@@ -1,7 +1,7 @@
 """span_attention: its block lists say what a mask says; its values are the masked reference's.
 
 flex_attention has no backward pass on the CPU: gradients are scripts/gpu_check.py's business
-("packed", windows and deterministic=True), where every policy is held against fp64.
+("packed", windows and deterministic=True), where bf16 under every policy is held against fp32.
 """
 
 import pytest
