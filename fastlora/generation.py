@@ -89,7 +89,7 @@ def prefill(
         cache.k[i][:, :, :t] = k
         cache.v[i][:, :, :t] = v
         heads = attention(q, k, v, at.masks[config.layer_types[i]])
-        x = attention_output(x, heads, params, adapters[i], static, None)
+        x = x + attention_output(heads, params, adapters[i], static, None)
         x = mlp_block(x, params, adapters[i], static, None)
     return _last_logits(x, base, spec, ends)
 
@@ -121,7 +121,7 @@ def decode(
         cache.v[i][:, :, s - 1 : s] = v
         mask = masks[config.layer_types[i]]
         heads = attention(q, cache.k[i][:, :, :s], cache.v[i][:, :, :s], mask)
-        x = attention_output(x, heads, params, adapters[i], static, None)
+        x = x + attention_output(heads, params, adapters[i], static, None)
         x = mlp_block(x, params, adapters[i], static, None)
     return _last_logits(x, base, spec, ends)
 

@@ -175,7 +175,7 @@ def layer_inputs(
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     q, k, v = queries_keys_values(x, params, {}, cos, sin, spec, None)
     heads = attention(q, k, v, mask, deterministic=spec.deterministic)
-    x = attention_output(x, heads, params, {}, spec, None)
+    x = x + attention_output(heads, params, {}, spec, None)
     middle = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
     gate, up = project(middle, ("gate_proj", "up_proj"), params, {}, spec, None)
     gated = F.silu(gate) * up
@@ -493,8 +493,9 @@ def _layer_product(
     params = dict(base["layers"][i])
     params |= {n: {**params[n], "weight": w} for n, w in leaves["weights"].items()}
     static, mask = layer_spec(spec, i), at.masks[spec.config.layer_types[i]]
-    y = attention_block(leaves["x"], params, {}, at.cos, at.sin, mask, static, None)
-    y = mlp_block(y, params, {}, static, None)
+    x = leaves["x"]
+    x = x + attention_block(x, params, {}, at.cos, at.sin, mask, static, None)
+    y = mlp_block(x, params, {}, static, None)
     wide = torch.promote_types(y.dtype, torch.float32)
     return (y.to(wide) * dy.to(wide)).sum()
 

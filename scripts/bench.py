@@ -19,9 +19,9 @@ allows. The last columns: how many times --against's speed, and the floor's shar
 
 The floor is what the arithmetic alone takes at 790 TFLOP/s, which a bf16 product reaches on an H100
 or H200: 4 operations for every parameter that multiplies and every token (forward, and the input's
-gradient; the adapters' own are left out), and attention's 14 for every query channel and every
-token before it (2 products forward, 5 backward). The same for every row of a table: what a policy
-computes again is no part of the work.
+gradient; the adapters' own are left out; of a mixture's experts, those a token goes through), and
+attention's 14 for every query channel and every token before it (2 products forward, 5 backward).
+The same for every row of a table: what a policy computes again is no part of the work.
 """
 
 import argparse
@@ -41,7 +41,7 @@ from bench_steps import PEERS, step_of
 from random_checkpoint import SHAPES, write_checkpoint
 
 from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import PROJECTIONS, projection_shape
+from fastlora.llama.params import EXPERTS, PROJECTIONS, layer_targets, projection_shape
 
 POLICIES = ["none", "selective", "0.6", "0.4", "0.2", "full", "offload"]
 SIZES = ("shape", "batch", "seq", "documents", "rank", "dropout", "kernels", "layers")
@@ -103,11 +103,14 @@ def shape_of(args: argparse.Namespace) -> dict[str, Any]:
 def floor_ms(shape: dict[str, Any], batch: int, seq: int) -> float:
     """Milliseconds below which no step of bf16 products can be; see the top of this file."""
     config = LlamaConfig.from_hf(shape)
-    sizes = [projection_shape(config, name) for name in PROJECTIONS]
-    layer = sum(rows * columns for rows, columns in sizes)
+    names = (name for i in range(config.num_hidden_layers) for name in layer_targets(config, i))
+    layers = 0
+    for name in names:
+        rows, columns = projection_shape(config, name)
+        layers += rows * columns * (config.num_experts_per_tok if name in EXPERTS else 1)
     head = config.vocab_size * config.hidden_size
     attention = 14 * config.num_attention_heads * config.head_dim * (seq / 2)
-    a_token = config.num_hidden_layers * (4 * layer + attention) + 4 * head
+    a_token = 4 * layers + config.num_hidden_layers * attention + 4 * head
     return 1e3 * batch * seq * a_token / RATE
 
 

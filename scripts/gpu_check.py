@@ -10,6 +10,7 @@ PEFT) itself errs: at most 1.5. fp32 gradients hold the same ratio against fp64 
 import argparse
 import gc
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, product
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from layer_kernels import read_back
 from models import make_checkpoint  # tests/models.py
 from torch import Tensor
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch.utils._pytree import tree_leaves
 
 import fastlora
@@ -245,9 +248,8 @@ def played(folder: Path) -> Iterator[Row]:
 
 def again(folder: Path) -> Iterator[Row]:
     """The same gradient six times at "full" and at "offload", over memory left full of large
-    numbers: neither reads what nobody wrote, nor what is gone. (Once, with six checks side by side
-    on one H100, mixtral's at "offload" was off by five times its length; on the CPU the two are
-    equal to the bit.)"""
+    numbers: neither reads what nobody wrote, nor what is gone (fastlora/ops/gradient_barrier.py
+    tells of a kernel that did)."""
     ids, found = None, []
     for policy in ("full", "offload"):
         model = adapted(folder, "bfloat16", compile=True, recompute=policy)
@@ -261,6 +263,15 @@ def again(folder: Path) -> Iterator[Row]:
     # Attention's backward pass adds in another order every time.
     worst = max(together(x, found[0]) for x in found)
     yield f"{folder.name}: full and offload again, over litter", worst, 1e-2
+
+
+def read_backs(since: float) -> Iterator[Row]:
+    """No kernel that Inductor wrote since then reads back what it stored."""
+    files = [x for x in Path(cache_dir()).rglob("*.py") if x.stat().st_mtime >= since]
+    found = sorted({name for file in files for name in read_back(file.read_text())})
+    for name in found:
+        print(f"reads back what it stored: {name}")
+    yield f"of {len(files)} files of Inductor's, kernels that read back", float(len(found)), 0
 
 
 def waits(folder: Path) -> Iterator[Row]:
@@ -484,6 +495,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("gpu_check.py needs a CUDA GPU; there is none here.")
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+    start = time.time()
     wrong = report(training()) if "training" in only else 0
     wrong += report(chain(grouped(), swiglu(), dropped())) if "kernels" in only else 0
     with tempfile.TemporaryDirectory() as name:
@@ -494,6 +506,7 @@ def main() -> None:
             folder = Path(name) / "wide"
             make_checkpoint("llama3.2", folder, torch.bfloat16, config=SIZES | wide)
             wrong += report(offloaded(folder))
+    wrong += report(read_backs(start))
     raise SystemExit(f"{wrong} laws broken" if wrong else 0)
 
 

@@ -17,6 +17,7 @@ the graph saves and restores the generator's state around SDPA, which asks a rea
 
 import argparse
 import copy
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -44,7 +45,16 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 import fastlora
 from fastlora.llama.config import LlamaConfig
 from fastlora.llama.layer import LayerSpec, layer_spec
-from fastlora.llama.params import PROJECTIONS, LoRA, projection_shape
+from fastlora.llama.params import (
+    EXPERTS,
+    PROJECTIONS,
+    ExpertLoRA,
+    LayerParams,
+    LoRA,
+    layer_targets,
+    layer_tensors,
+    projection_shape,
+)
 from fastlora.llama.recompute import LEVELS, decoder_layer
 
 BANDWIDTH = 3.35e12  # bytes a second of an H100's HBM3
@@ -156,26 +166,41 @@ def layer_arguments(args: argparse.Namespace, config: LlamaConfig) -> tuple[Any,
     def new(*shape: int, grad: bool = False) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, requires_grad=grad)
 
-    shapes = {name: projection_shape(config, name) for name in PROJECTIONS}
-    norms = {n: new(config.hidden_size) for n in ("input_layernorm", "post_attention_layernorm")}
-    params = {name: {"weight": new(*shape)} for name, shape in shapes.items()} | norms
-    trained = lambda *shape: new(*shape, grad=True)
-    adapter = {
-        name: LoRA(trained(args.rank, shapes[name][1]), trained(shapes[name][0], args.rank))
-        for name in args.targets
-    }
+    params: LayerParams = {}
+    for path, (_, shape) in layer_tensors(config, 0).items():
+        if len(path) == 1:
+            params[path[0]] = new(*shape)
+        else:
+            params.setdefault(path[0], {})[path[1]] = new(*shape)
+    adapter = {name: lora_of(config, name, args.rank, new) for name in targets_of(args, config)}
     x = new(args.batch, args.seq, config.hidden_size, grad=True)
     table = new(1, args.seq, config.head_dim)
     key = torch.empty((), dtype=torch.int64) if args.dropout else None
     return x, params, adapter, table, table, None, key
 
 
+def lora_of(config: LlamaConfig, name: str, r: int, new: Callable[..., Tensor]) -> Any:
+    """The trained matrices of one projection, or of an experts' tensor."""
+    rows, columns = projection_shape(config, name)
+    if name not in EXPERTS:
+        return LoRA(new(r, columns, grad=True), new(rows, r, grad=True))
+    e = config.num_local_experts
+    return ExpertLoRA(new(e, r, columns, grad=True), new(e, rows, r, grad=True))
+
+
+def targets_of(args: argparse.Namespace, config: LlamaConfig) -> list[str]:
+    """The layer's own among --targets; a sparse layer's router and experts always."""
+    own = layer_targets(config, 0)
+    return [name for name in own if name in args.targets or name not in PROJECTIONS]
+
+
 def spec_of(args: argparse.Namespace, config: LlamaConfig) -> LayerSpec:
     """Of a layer as `fastlora.lora` would have it; the demo lends the rest of a spec."""
     demo, _ = fastlora.load("demo", device="cpu")
     how: dict[str, Any] = dict(r=args.rank, lora_alpha=args.rank, lora_dropout=args.dropout)
-    model = fastlora.lora(demo, target_modules=args.targets, **how)
-    return layer_spec(replace(model.spec, config=config), 0, fused=args.kernels == "auto")
+    model = fastlora.lora(demo, **how)
+    spec = layer_spec(replace(model.spec, config=config), 0, fused=args.kernels == "auto")
+    return replace(spec, scalings=tuple((name, 1.0) for name in targets_of(args, config)))
 
 
 # ── as Inductor would have it ─────────────────────────────────────────────────────────────
@@ -214,7 +239,8 @@ def on_gpu(graph: fx.GraphModule) -> tuple[FakeTensorMode, list[Any]]:
 def kernels_of(graph: fx.GraphModule, backward: bool) -> tuple[list[Kernel], str]:
     """A graph's kernels in order, and Inductor's source."""
     mode, inputs = on_gpu(graph)
-    compile_fx._recursive_post_grad_passes(graph, is_inference=False)
+    with V.set_fake_mode(mode):
+        compile_fx._recursive_post_grad_passes(graph, is_inference=False)
     lowering = GraphLowering(graph, example_inputs=inputs, is_backward=backward)
     with (
         V.set_graph_handler(lowering),
@@ -234,6 +260,20 @@ def _kernel(node: Any) -> Kernel:
     origins = {x.name for inner in node.get_nodes() for x in inner.node.get_origins()}
     name = "" if ours else getattr(node.node, "python_kernel_name", None)
     return Kernel(name or " ".join(sorted(origins)), ours, node.get_read_write_buffers_sizes())
+
+
+def read_back(code: str) -> list[str]:
+    """The kernels in Inductor's source that load what they stored before: between the two there is
+    no barrier (fastlora/ops/gradient_barrier.py)."""
+    found = []
+    for name, body in re.findall(r"@triton\.jit\s+def (\w+)(.*?)(?=\n'{3}|\Z)", code, re.DOTALL):
+        stored: set[str] = set()
+        for verb, place in re.findall(r"tl\.(load|store)\((\w+)", body):
+            if verb == "load" and place in stored:
+                found.append(name)
+                break
+            stored |= {place} if verb == "store" else set()
+    return found
 
 
 def report(title: str, kernels: list[Kernel]) -> str:
@@ -264,6 +304,8 @@ def main() -> None:
             kernels, code = kernels_of(graph, title == "backward")
             print(report(title, kernels))
             sources.append(code)
+    for name in read_back("\n".join(sources)):
+        print(f"reads back what it stored: {name}")
     if args.code:
         args.code.write_text("\n".join(sources))
     del library

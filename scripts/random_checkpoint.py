@@ -1,6 +1,6 @@
 """Random weights in a real model's shape, as a sharded Hugging Face folder: what benchmarks load.
 
-python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b
+python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b, 30b-a3b
 """
 
 import argparse
@@ -49,11 +49,39 @@ def _shape(d: int, f: int, layers: int, heads: int, hd: int, tied: bool, factor:
     )
 
 
-# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B
+# Qwen3-30B-A3B, 61 GB whole: bench.py --layers 8 takes 11.
+_MIXTURE = dict(
+    architectures=["Qwen3MoeForCausalLM"],
+    model_type="qwen3_moe",
+    vocab_size=151936,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_hidden_layers=48,
+    num_attention_heads=32,
+    num_key_value_heads=4,
+    head_dim=128,
+    max_position_embeddings=40960,
+    rms_norm_eps=1e-6,
+    rope_theta=1e6,
+    hidden_act="silu",
+    tie_word_embeddings=False,
+    num_experts=128,
+    num_experts_per_tok=8,
+    moe_intermediate_size=768,
+    norm_topk_prob=True,
+    decoder_sparse_step=1,
+    mlp_only_layers=[],
+    bos_token_id=0,
+    eos_token_id=1,
+    torch_dtype="bfloat16",
+)
+
+# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B; a mixture of experts
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": _shape(2048, 8192, 16, 32, 64, True, 32.0),
     "3b": _shape(3072, 8192, 28, 24, 128, True, 32.0),
     "8b": _shape(4096, 14336, 32, 32, 128, False, 8.0),
+    "30b-a3b": _MIXTURE,
 }
 
 

@@ -1,5 +1,6 @@
 """What scripts/bench.py and its companions compute; what they measure needs a GPU."""
 
+import os
 import re
 import subprocess
 import sys
@@ -129,3 +130,35 @@ def test_inductors_kernels_are_told_without_a_gpu(tmp_path):
     )
     passes = [line for line in backward.splitlines() if re.match(r" +64\.\d +\d", line)]
     assert len(passes) == 1 and "cat" in passes[0]
+
+
+@pytest.mark.compile
+def test_no_kernel_of_a_mixture_reads_back_what_it_stored():
+    """Without ops/gradient_barrier.py two do: RMSNorm's gradient of the keys, and the experts'."""
+    script = [sys.executable, str(SCRIPTS / "layer_kernels.py"), "--shape", "30b-a3b"]
+    script += ["--recompute", "selective", "--seq", "512"]
+    environ = os.environ | {"TRITON_INTERPRET": "0"}  # conftest.py's 1 would have it run kernels
+    run = dict(check=True, capture_output=True, text=True, timeout=300, env=environ)
+    told = subprocess.run(script, **run).stdout
+    assert "backward: " in told and "settle_" in told
+    assert "reads back" not in told
+
+
+def test_a_kernel_that_reads_back_is_found(scripts):
+    read_back = import_module("layer_kernels").read_back
+    kernel = """
+@triton.jit
+def {}(a, b):
+    for start in tl.range(0, n, BLOCK):
+        x = tl.load(a + start)
+        {}
+    for start in tl.range(0, n, BLOCK):
+        y = tl.load({} + start)
+        tl.store(b + start, y)
+''', device_str='cuda')
+"""
+    races = kernel.format("races", "tl.store(c + start, x)", "c")
+    other = kernel.format("other", "tl.store(c + start, x)", "a")
+    in_place = kernel.format("in_place", "x = x + 1", "b")
+    assert read_back(races + other + in_place) == ["races"]
+    sys.modules.pop("layer_kernels")

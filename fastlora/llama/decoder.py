@@ -138,10 +138,7 @@ def _seen(
     """What tokens see, by layer type. Spans where there is more to it than causal, whose SDPA
     kernel takes half the time, and where a step must give the same bits twice."""
     (b, t, _), hd, seen = x.shape, spec.config.head_dim, {}
-    # Not in mixtures, until a wrong gradient that one gave once is explained
-    # (scripts/bench_results/README.md, "To do on the next GPU").
-    dense = not any(spec.config.sparse_layers)
-    able = dense and use_compiled and x.is_cuda and attention_mask is None
+    able = use_compiled and x.is_cuda and attention_mask is None
     able = able and takes(x.dtype, hd, t)
     for kind, window in _windows(spec.config).items():
         narrow = segment_ids is not None or (window is not None and window < t)

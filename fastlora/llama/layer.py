@@ -27,6 +27,7 @@ from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.dropped_low import Masks
 from fastlora.ops.frozen_linear import frozen_linear
+from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.lora_linear import lora_linear
 from fastlora.ops.lora_linears import Branch, lora_linears
 from fastlora.ops.lora_swiglu import lora_swiglu, takes
@@ -259,8 +260,8 @@ def queries_keys_values(
     qkv = project(normed, ("q_proj", "k_proj", "v_proj"), params, adapter, spec, key)
     q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
     if "q_norm" in params:
-        q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
-        k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+        q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
+        k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if spec.rope:
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -268,16 +269,15 @@ def queries_keys_values(
 
 
 def attention_output(
-    x: Float[Tensor, "b t d"],
     heads: Float[Tensor, "b h t hd"],
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
-    """x plus the output projection of the attended heads."""
+    """The output projection of the attended heads."""
     joined = heads.transpose(1, 2).flatten(2)
-    return x + project(joined, ("o_proj",), params, adapter, spec, key)[0]
+    return project(joined, ("o_proj",), params, adapter, spec, key)[0]
 
 
 def attention_block(
@@ -290,13 +290,13 @@ def attention_block(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
-    """x + attention(norm(x))."""
+    """attention(norm(x)), which the caller adds to x."""
     q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
     if isinstance(mask, Spans):
         heads = span_attention(q, k, v, mask)
     else:
         heads = attention(q, k, v, mask, deterministic=spec.deterministic)
-    return attention_output(x, heads, params, adapter, spec, key)
+    return attention_output(heads, params, adapter, spec, key)
 
 
 def mlp_block(
@@ -312,6 +312,7 @@ def mlp_block(
     """
     normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
     if "experts" in params:
+        normed = gradient_barrier(normed)
         (logits,) = project(normed, (ROUTER,), params, adapter, spec, key)
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
         experts = params["experts"]

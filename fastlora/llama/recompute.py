@@ -92,11 +92,11 @@ def _contexts(level: str) -> Callable[[], Any]:
 _CONTEXTS = {level: _contexts(level) for level in _KEPT}
 
 
-def _recomputed(fn: Callable[[Tensor], Tensor], x: Tensor, level: str) -> Tensor:
-    """fn(x), keeping for the backward pass only x and what the level's ops produced."""
+def _recomputed(fn: Callable[..., Tensor], level: str, *xs: Tensor) -> Tensor:
+    """fn(*xs), keeping for the backward pass only xs and what the level's ops produced."""
     # No op here reads a random state (ops/dropout.py), so none needs preserving.
     out = checkpoint(
-        fn, x, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
+        fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
     )
     assert isinstance(out, Tensor)
     return out
@@ -120,18 +120,21 @@ def decoder_layer(
     def attend(x: Tensor) -> Tensor:
         return attention_block(x, params, adapter, cos, sin, mask, spec, key)
 
-    def mlp(x: Tensor) -> Tensor:
+    def mlp(x: Tensor, attended: Tensor) -> Tensor:
         if chunks == 1:
-            return mlp_block(x, params, adapter, spec, key)
-        pieces = [mlp_block(piece, params, adapter, spec, key) for piece in _pieces(x, chunks)]
+            return mlp_block(x + attended, params, adapter, spec, key)
+        each = zip(_pieces(x, chunks), _pieces(attended, chunks), strict=True)
+        pieces = [mlp_block(own + more, params, adapter, spec, key) for own, more in each]
         return torch.cat(pieces, 1).view(x.shape)
 
     # torch.func refuses saved-tensor hooks, and keeps what it needs by itself.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
-        return mlp(attend(x))
+        return mlp(x, attend(x))
     if level == "mlp":
-        return _recomputed(mlp, _recomputed(attend, x, "selective"), "full")
-    return _recomputed(lambda x: mlp(attend(x)), x, level)
+        # x and o, not their sum: a kernel that wrote it for the backward pass and read it again in
+        # a second loop would race (ops/gradient_barrier.py).
+        return _recomputed(mlp, "full", x, _recomputed(attend, "selective", x))
+    return _recomputed(lambda x: mlp(x, attend(x)), level, x)
 
 
 # As many fill the card; above, more tokens make a product no faster.

@@ -38,7 +38,6 @@ def test_masks_are_built_once_per_layer_type(pair):
 def test_where_attention_runs_by_spans(
     packed, padded, window, deterministic, use_compiled, spanned, monkeypatch, tiny
 ):
-    """And never in a mixture."""
     cpu = torch.device("cpu")
     for name in ("first_seen", "attention_mask_2d"):
         real = getattr(decoder, name)
@@ -52,9 +51,6 @@ def test_where_attention_runs_by_spans(
     ids = torch.ones(2, 256, dtype=torch.int64)
     seen = decoder._seen(spec, x, ids if padded else None, ids if packed else None, use_compiled)
     assert isinstance(seen[kind], Spans) is spanned
-    spec = replace(spec, config=replace(config, sparse_layers=(False, True)))
-    seen = decoder._seen(spec, x, ids if padded else None, ids if packed else None, use_compiled)
-    assert not isinstance(seen[kind], Spans)
 
 
 def test_a_tied_head_is_the_embedding_itself(pair):
