@@ -29,6 +29,7 @@ from fastlora.llama.params import (
     tensors_from_base,
 )
 from fastlora.llama.spec import Spec
+from fastlora.llama.stacked import stack
 from fastlora.ops.dequantize import dense
 from fastlora.quantized import Quantized, Weight, comes_from, shape_of
 from fastlora.quantized_keys import split_quantized
@@ -72,6 +73,8 @@ def read_base(
             " delete it there, or copy the weights that belong to it."
         )
     tensors = read_model(folder, entries, config, device=device, dtype=dtype, quantize=quantize)
+    if torch.device(device).type == "cuda":  # on the CPU they are views of the file
+        stack(config, tensors)
     base = base_from_tensors(config, tensors)
     loaded = str(base["embed_tokens"].dtype).removeprefix("torch.")
     return replace(config, dtype=loaded), base

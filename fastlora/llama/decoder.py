@@ -24,6 +24,7 @@ from fastlora.llama.positions import (
 )
 from fastlora.llama.recompute import decoder_layer, layer_levels, mlp_chunks, offload_levels
 from fastlora.llama.spec import Spec
+from fastlora.llama.stacked import stacked
 from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
@@ -117,6 +118,8 @@ def hidden_states(
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
         lora, mask = product_dtype(adapters[i], spec, x.dtype), seen[config.layer_types[i]]
         params = cast_start(base["layers"][i], x.dtype)
+        if use_compiled and (whole := stacked(params)) is not None:
+            params = params | {"qkv": whole}
         rest = (params, lora, cos, sin, mask, keys[i])
         chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=keys[i] is not None)
         static = layer_spec(spec, i, fused=fused), level, chunks

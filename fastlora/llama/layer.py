@@ -21,6 +21,7 @@ from fastlora.llama.params import (
     LoRA,
 )
 from fastlora.llama.spec import Spec
+from fastlora.llama.stacked import QKV
 from fastlora.llama.start import down, rank, up
 from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
@@ -96,7 +97,8 @@ def project(
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
     matrices, masks = _downs(names, params, adapter, spec, key)
     branches = [_branch(*record(name)) for name in names]
-    _, ys = lora_linears(x, matrices, branches, masks)
+    whole = params.get("qkv") if names == QKV else None
+    _, ys = lora_linears(x, matrices, branches, masks, whole)
     return [
         _with_vectors(y, params[name], adapter[name], scalings[name]) if name in adapter else y
         for name, y in zip(names, ys, strict=True)
@@ -257,7 +259,7 @@ def queries_keys_values(
     """Normed, projected, split into heads and rotated: what attention and a KV cache take."""
     b, t, _ = x.shape
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
-    qkv = project(normed, ("q_proj", "k_proj", "v_proj"), params, adapter, spec, key)
+    qkv = project(normed, QKV, params, adapter, spec, key)
     q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
     if "q_norm" in params:
         q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))

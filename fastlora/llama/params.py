@@ -77,7 +77,8 @@ AdapterRecord = LoRA | BiasedLoRA | DoRA | ExpertLoRA
 # One decoder layer: "input_layernorm", "post_attention_layernorm", with qk_norm also "q_norm" and
 # "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear. A sparse layer has, in place of
 # the MLP's three, "gate" -> {"weight": [e, d]} and "experts" -> {"gate_up_proj": [e, 2f, d], the
-# gate's rows first, "down_proj": [e, d, f]}.
+# gate's rows first, "down_proj": [e, d, f]}. While a layer runs, "qkv" may be a view of q_proj's,
+# k_proj's and v_proj's weights as one (llama/stacked.py).
 LayerParams = dict[str, Any]
 
 # Name in TARGETS -> record: ExpertLoRA for EXPERTS, for the others all of one kind. A name that is

@@ -63,6 +63,13 @@ def _(x, low, weight, bias, b, scaling):
     return x.new_empty(x.shape[0], shape_of(from_parts(weight))[0])
 
 
+def scaled_product(
+    x: Float[Tensor, "n k"], y: Float[Tensor, "k m"], scaling: float
+) -> Float[Tensor, "n m"]:
+    """scaling x y, scaled before it is rounded, in the product's own launch."""
+    return torch.addmm(y[:1], x, y, beta=0, alpha=scaling)  # beta = 0: y[:1] is not read
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
@@ -77,8 +84,8 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         low, b, *weight = ctx.saved_tensors
         dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
-        dlow = torch.mm(dy, b) * ctx.scaling
-        db = torch.mm(dy.t(), low) * ctx.scaling
+        dlow = scaled_product(dy, b, ctx.scaling)
+        db = scaled_product(dy.t(), low, ctx.scaling)
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dlow, dbias, db, None, *(None for _ in weight)  # the weight is frozen
 

@@ -27,7 +27,7 @@ from fastlora.ops.dropped_low import (
     takes,
 )
 from fastlora.ops.frozen_linear import frozen_linear, frozen_linear_reference
-from fastlora.ops.lora_linear import lora_linear, lora_linear_reference
+from fastlora.ops.lora_linear import lora_linear, lora_linear_reference, scaled_product
 from fastlora.quantized import Weight, from_parts, parts, shape_of
 
 
@@ -121,10 +121,10 @@ def _in_groups(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # not by name: see _LoRALinear
-        """`keys` and `segments`: of the masks, where A sees x under masks; `tensors`: the weights'
-        parts, so many as `weights` says for each; a bias for each that `biases` says has one; B for
-        each that has a scaling."""
-        x, a, keys, segments, scalings, weights, biases, *tensors = inputs
+        """`keys` and `segments`: of the masks, where A sees x under masks; `whole`: all weights as
+        one, where they lie so; `tensors`: the weights' parts, so many as `weights` says for each; a
+        bias for each that `biases` says has one; B for each that has a scaling."""
+        x, a, keys, segments, whole, scalings, weights, biases, *tensors = inputs
         ctx.set_materialize_grads(False)
         matrices, own_biases, bs = _sorted(tensors, scalings, weights, biases)
         if keys is None:
@@ -140,15 +140,20 @@ class _LoRALinears(torch.autograd.Function):
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
         ctx.static = segments, scalings, weights, biases
-        ctx.save_for_backward(None if a is None else x, a, keys, low, *tensors)
+        ctx.save_for_backward(None if a is None else x, a, keys, whole, low, *tensors)
         return low, *ys
 
     @staticmethod
     def backward(ctx, dlow, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, a, keys, low, *tensors = ctx.saved_tensors
+        x, a, keys, whole, low, *tensors = ctx.saved_tensors
         segments, scalings, weights, biases = ctx.static
         matrices, _, bs = _sorted(tensors, scalings, weights, biases)
-        needs_x, needs_a, _, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_a, _, _, _, _, _, _, *needs = ctx.needs_input_grad
+        stacked = whole is not None and needs_x and all(dy is not None for dy in dys)
+        if stacked:
+            # One buffer, which Inductor has whatever makes dys write to.
+            dy = torch.cat(dys, 1)
+            dys = dy.split([dy.shape[1] for dy in dys], 1)
         own = [
             (dy, b, columns, scaling)
             for dy, (b, columns), scaling in zip(dys, _columns(low, bs), scalings, strict=True)
@@ -156,13 +161,14 @@ class _LoRALinears(torch.autograd.Function):
         ]
         if own:
             each = [
-                torch.zeros_like(columns) if dy is None else torch.mm(dy, b) * scaling
+                torch.zeros_like(columns) if dy is None else scaled_product(dy, b, scaling)
                 for dy, b, columns, scaling in own
             ]
             inner = torch.cat(each, 1) if len(each) > 1 else each[0]
             dlow = inner if dlow is None else dlow + inner
         through = dlow if keys is None else None  # under masks it is added below
-        dx = _input_gradient(through, dys, a, matrices) if needs_x else None
+        terms = ([dy], [[whole]]) if stacked else (dys, matrices)
+        dx = _input_gradient(through, a, *terms) if needs_x else None
         if keys is None or dlow is None:
             da = torch.mm(dlow.t(), x) if needs_a and dlow is not None else None
         else:
@@ -173,10 +179,10 @@ class _LoRALinears(torch.autograd.Function):
             for dy, needed in zip(of_biases, needs[sum(weights) :], strict=False)
         ]
         dbs = [
-            None if dy is None else torch.mm(dy.t(), columns) * scaling
+            None if dy is None else scaled_product(dy.t(), columns, scaling)
             for dy, _, columns, scaling in own
         ]
-        return dx, da, *[None] * 5, *(None for _ in range(sum(weights))), *dbiases, *dbs
+        return dx, da, *[None] * 6, *(None for _ in range(sum(weights))), *dbiases, *dbs
 
 
 def _sorted(tensors, scalings, weights, biases):
@@ -195,7 +201,7 @@ def _frozen(x, weight, bias):
     return torch.mm(x, weight[0].t()) if bias is None else torch.addmm(bias, x, weight[0].t())
 
 
-def _input_gradient(dlow, dys, a, matrices):
+def _input_gradient(dlow, a, dys, matrices):
     """dlow A + sum of dy_i W_i, of what there is; differentiable where a graph is being made."""
     terms = [(dlow, [a])] if dlow is not None else []
     terms += [(dy, m) for dy, m in zip(dys, matrices, strict=True) if dy is not None]
@@ -215,6 +221,7 @@ def lora_linears(
     matrices: Sequence[Float[Tensor, "_ d_in"]],
     branches: Sequence[Branch],
     masks: Masks | None = None,
+    whole: Float[Tensor, "d_out d_in"] | None = None,
 ) -> Outputs:
     """(low, one y for each branch), in x.dtype; every tensor but a quantised weight's has it.
 
@@ -226,6 +233,8 @@ def lora_linears(
             gradient where they ask for one.
         masks: how each A sees x; None: all see all of it. Where no kernel runs, a masked copy of x
             is kept for each A that has a mask.
+        whole: the branches' weights one under the other, where they lie so: their part of x's
+            gradient is then one product.
     """
     frozen = [part for branch in branches for part in parts(branch.weight)]
     if plain(*frozen):
@@ -244,6 +253,7 @@ def lora_linears(
         a,
         keys,
         segments,
+        whole,
         tuple(None if branch.b is None else branch.scaling for branch in branches),
         tuple(len(parts(branch.weight)) for branch in branches),
         tuple(branch.bias is not None for branch in branches),

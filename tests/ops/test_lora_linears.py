@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops.dequantize import dequantize
 from fastlora.ops.lora_linears import Branch, lora_linears, lora_linears_reference
@@ -197,3 +198,38 @@ def test_the_operator_is_well_formed():
     before = [t.clone() for t in args[0]]
     torch.ops.fastlora.sum_of_products(*args)
     assert all(map(torch.equal, before, args[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("unused", [None, 1, 2])
+@pytest.mark.parametrize("layout", [(4, 4, 4), (4, 0, 2), (0, 0, 0)])
+def test_weights_that_lie_together_make_one_product(layout, unused, dtype):
+    """Of the gradient of x; an output that nobody reads leaves them apart."""
+    x, matrices, branches, grads = drawn(layout, dtype)
+    whole = torch.cat([branch.weight for branch in branches])
+    rows = whole.split([branch.weight.shape[0] for branch in branches])
+    branches = [b._replace(weight=own) for b, own in zip(branches, rows, strict=True)]
+    only = partial(value_and_grads, wanted=lambda i: i != unused)
+    with TorchDispatchCount("fastlora.sum_of_products.default") as made:
+        found = only(partial(lora_linears, whole=whole), x, matrices, branches, grads)
+    args = (x, matrices, branches, grads)
+    exact = only(lora_linears_reference, *as_(torch.float64, *args))
+    plain = only(lora_linears_reference, *args)
+    for f, p, e in zip(found, plain, exact, strict=True):
+        error = lambda t, e=e: (t.double() - e).norm().item()
+        assert error(f) <= 1.3 * error(p) + 4 * torch.finfo(dtype).eps * e.norm().item()
+    terms = bool(sum(layout)) + (1 if unused is None else 2)
+    assert made.terms == [terms]
+
+
+class TorchDispatchCount(TorchDispatchMode):
+    """How many products each call of sum_of_products adds."""
+
+    def __init__(self, op):
+        super().__init__()
+        self.op, self.terms = op, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if str(func) == self.op:
+            self.terms.append(len(args[0]))
+        return func(*args, **(kwargs or {}))

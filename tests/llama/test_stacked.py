@@ -1,0 +1,76 @@
+"""q, k and v side by side in memory: the same tree, the same gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import adapted, token_ids
+
+import fastlora
+from fastlora import functional as FL
+from fastlora.llama import decoder
+from fastlora.llama.params import base_from_tensors, tensors_from_base
+from fastlora.llama.stacked import QKV, stack, stacked
+
+
+@pytest.fixture
+def together(pair):
+    """together(family): the checkpoint's model, and the same as a load on CUDA lays it out."""
+
+    def of(family):
+        model = adapted(pair(family).model, r=4)
+        config = model.spec.config
+        tensors = {n: t.clone() for n, t in tensors_from_base(config, model.base).items()}
+        stack(config, tensors)
+        return model, replace(model, base=base_from_tensors(config, tensors))
+
+    return of
+
+
+def test_the_tree_is_as_it_was(together):
+    apart, ours = together("llama_bias")
+    for mine, theirs in zip(ours.base["layers"], apart.base["layers"], strict=True):
+        assert stacked(theirs) is None
+        whole, rows = stacked(mine), [theirs[name]["weight"] for name in QKV]
+        assert whole is not None and whole.equal(torch.cat(rows))
+        for name in QKV:
+            assert mine[name]["weight"].equal(theirs[name]["weight"])
+            assert mine[name]["weight"].is_contiguous()
+            storages = [x.untyped_storage().data_ptr() for x in (whole, mine[name]["weight"])]
+            assert storages[0] == storages[1]
+
+
+def test_what_does_not_lie_so_is_no_stack(together):
+    _, ours = together("llama2")
+    params = ours.base["layers"][0]
+    swapped = params | {"q_proj": params["k_proj"], "k_proj": params["q_proj"]}
+    assert stacked(swapped) is None
+    other = params | {"v_proj": {"weight": params["v_proj"]["weight"].clone()}}
+    assert stacked(other) is None
+    trained = params | {"v_proj": {"weight": params["v_proj"]["weight"].detach().requires_grad_()}}
+    assert stacked(trained) is None
+
+
+def test_a_quantised_base_stays_as_it_is(pair):
+    model = fastlora.quantize(pair("llama2").model)
+    tensors = tensors_from_base(model.spec.config, model.base)
+    before = dict(tensors)
+    stack(model.spec.config, tensors)
+    assert all(tensors[name] is x for name, x in before.items())
+    assert stacked(model.base["layers"][0]) is None
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("family", ["llama_bias", "qwen3"])
+def test_gradients_are_the_same_and_made_of_one_product(together, family, monkeypatch):
+    apart, ours = together(family)
+    seen, real = [], decoder.stacked
+    monkeypatch.setattr(decoder, "stacked", lambda params: seen.append(real(params)) or seen[-1])
+    ids = token_ids(2, 12, vocab_size=96)
+    batch, found = {"input_ids": ids, "labels": ids}, []
+    for model in (apart, ours):
+        model = model.with_spec(compile=True, recompute="selective")
+        found.append(fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, batch))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+    layers = ours.spec.config.num_hidden_layers
+    assert [whole is not None for whole in seen] == [False] * layers + [True] * layers
