@@ -123,8 +123,8 @@ def _dropped_low_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, 
 # The programs of one block of rows and of its masks are neighbours: memory gives x once, the L2
 # cache the rest. (rows, columns, warps) of a tile, and chunks of rows that the sums are made of.
 
-_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 8)
-_CHUNKS = 16
+_FORWARD, _BACKWARD = (64, 128, 4), (32, 64, 4)
+_CHUNKS = 32
 
 
 def _static(

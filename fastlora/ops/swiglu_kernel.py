@@ -55,7 +55,7 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
     du_ptr, sums_ptr, dgains_ptr,
     n, f, r_g, r_u, r_a, stride_dlow, stride_low_g, stride_low_u, scaling_g, scaling_u, chunk,
     HAS_A: tl.constexpr, HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, PRECISION: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * BN + tl.arange(0, BN)
     column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
@@ -73,7 +73,7 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
     db_g = tl.zeros((BN, R), tl.float32)
     db_u = tl.zeros((BN, R), tl.float32)
     da = tl.zeros((BN, R), tl.float32)
-    for start in range(0, chunk, BM):
+    for start in tl.range(0, chunk, BM, num_stages=STAGES):
         row = (first + start + tl.arange(0, BM))[:, None]
         far = row.to(tl.int64)
         here, at = (row < n) & (column < f), far * f + column
@@ -120,10 +120,12 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # Tiles of an H100, 8192 rows and r = 16 (f = 8192 / 14336): forward 139 / 239 µs, where the two
 # low-rank terms and Inductor's SwiGLU take 245 / 419; at other (BM, BN, warps) 142 to 169. The
-# backward pass with its sums 326 µs at (32, 64, 4) and 8 chunks, where Inductor's and the products
-# take some 472 (scripts/bench_results/2026-11-26-swiglu-kernel.txt).
+# backward pass, (BM, BN, warps, iterations whose loads are in flight): in a 1B step 256 µs, and 331
+# where only what tl.dot reads is loaded ahead; Inductor's and the products take some 472. (32, 128,
+# 4, 3) takes 242, but spills registers, 6 KB a thread on sm_80, and in float32 wants 150 KB of
+# shared memory (scripts/bench_results/2026-11-26-swiglu-kernel.txt, 2026-11-27-swiglu-stages.txt).
 
-_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4)
+_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4, 3)
 _CHUNKS = 8
 
 
@@ -173,7 +175,7 @@ def swiglu_backward_(
     """(du, sums, dgains), and dg in place of dh, which is contiguous: with dh + dlow A for h's
     gradient, those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
     `rank_tile`, and those of the gains, zeros where there are none."""
-    (n, f), (bm, bn, warps) = g.shape, _BACKWARD
+    (n, f), (bm, bn, warps, stages) = g.shape, _BACKWARD
     r_g, r_u, r_a = low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]
     r = rank_tile(r_g, r_u, r_a)
     chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
@@ -191,7 +193,7 @@ def swiglu_backward_(
         du, sums, dgains,
         n, f, r_g, r_u, r_a, 0 if dlow is None else dlow.stride(0),
         low_g.stride(0), low_u.stride(0), scaling_g, scaling_u, chunk,
-        HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn,  # pyright: ignore
+        HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn, STAGES=stages,  # pyright: ignore
         PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return du, sums.sum(0), dgains.sum(0)

@@ -18,7 +18,9 @@ from fastlora.ops import swiglu_kernel
 N, R, SETS = 8192, 16, 3  # sets in turn, so that none is in the L2 cache
 WIDTHS = {"1b": 8192, "8b": 14336}
 FORWARD = [(64, 64, 4), (64, 128, 8), (32, 128, 4), (128, 64, 8)]
-BACKWARD = [((32, 64, 4), 8), ((32, 64, 4), 16), ((64, 64, 4), 8), ((32, 128, 4), 8)]
+# (rows, columns, warps, iterations in flight), chunks
+BACKWARD = [((32, 64, 4, 1), 8), ((32, 64, 4, 2), 8), ((32, 64, 4, 3), 8), ((64, 64, 4, 2), 8)]
+BACKWARD += [((32, 128, 4, 2), 8), ((32, 128, 8, 2), 8), ((64, 64, 8, 2), 8), ((32, 64, 4, 2), 16)]
 
 
 def drawn(f: int) -> tuple[Tensor, ...]:
