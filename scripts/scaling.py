@@ -5,7 +5,8 @@
 
 `measure` runs bench.py's step on a GPU, one process a point, with one compile cache for all. Around
 1B shapes at batch 4 x 2048, r = 16, one size changes at a time; long sequences are alone in their
-batch. A point that does not fit is written down as the error it gave, and drawn as a gap.
+batch. A point that does not fit is written down as the error it gave, and drawn as a gap; one that
+RESULTS.jsonl has already is not measured again, so that a run which was cut off can go on.
 """
 
 import argparse
@@ -37,17 +38,30 @@ def points(center: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield sweep, {**center, **others, sweep: value}
 
 
+def is_there(rows: list[dict[str, Any]], sweep: str, sizes: dict[str, Any], setting: str) -> bool:
+    """Whether a point has been measured, or has failed."""
+    point = {"sweep": sweep, "setting": setting, sweep: sizes[sweep]}
+    return any(point.items() <= row.items() for row in rows)
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """What was measured so far."""
+    return [json.loads(x) for x in file.read_text().splitlines()] if file.exists() else []
+
+
 def measure(args: argparse.Namespace) -> None:
     center = {name: getattr(args, name) for name in SWEEPS}
     center["layers"] = shape_of(args)["num_hidden_layers"]
+    before = read_rows(args.results)
     with tempfile.TemporaryDirectory() as temporary, args.results.open("a") as file:
         args.cache = Path(temporary, "cache")
         for sweep, sizes in points(center):
             folder = Path(temporary, str(sizes["layers"]))
             here = argparse.Namespace(**(vars(args) | sizes))
-            if not folder.exists():
+            settings = [x for x in args.settings if not is_there(before, sweep, sizes, x)]
+            if settings and not folder.exists():
                 write_checkpoint(shape_of(here), folder)
-            for setting in args.settings:
+            for setting in settings:
                 row = {"sweep": sweep} | how(here) | in_own_process(setting, folder, here)
                 print(row, flush=True)
                 file.write(json.dumps(row) + "\n")
@@ -98,7 +112,7 @@ def main() -> None:
     drawn.add_argument("out", type=Path)
     args = parser.parse_args()
     if args.command == "plot":
-        plot([json.loads(x) for x in args.results.read_text().splitlines()], args.out)
+        plot(read_rows(args.results), args.out)
     elif torch.cuda.is_available():
         measure(args)
     else:

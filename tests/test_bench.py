@@ -104,6 +104,17 @@ def test_one_size_changes_at_a_time(scripts):
     assert len(measured) == len(set(measured)) == 23
 
 
+def test_a_sweep_that_was_cut_off_goes_on(scripts):
+    """A point is there if it was measured or failed; how() writes `layers` only where it is set."""
+    *_, scaling = scripts
+    rows = [row("full", 100.0, sweep="rank", rank=8), row("none", 9.0, sweep="layers", layers=4)]
+    rows += [{"sweep": "rank", "rank": 256, "setting": "full", "error": ["out of memory"]}]
+    there = lambda sweep, value, setting: scaling.is_there(rows, sweep, {sweep: value}, setting)
+    assert there("rank", 8, "full") and there("rank", 256, "full") and there("layers", 4, "none")
+    assert not there("rank", 16, "full") and not there("rank", 8, "none")
+    assert not there("seq", 2048, "full") and not there("layers", 8, "none")
+
+
 def test_the_plot_is_drawn_with_gaps(scripts, tmp_path):
     *_, scaling = scripts
     center = {"seq": 2048, "batch": 4, "rank": 16, "layers": 16}

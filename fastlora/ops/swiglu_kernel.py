@@ -73,7 +73,7 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
     db_g = tl.zeros((BN, R), tl.float32)
     db_u = tl.zeros((BN, R), tl.float32)
     da = tl.zeros((BN, R), tl.float32)
-    for start in tl.range(0, chunk, BM, num_stages=STAGES):
+    for start in tl.range(0, chunk, BM, num_stages=STAGES):  # pyright: ignore
         row = (first + start + tl.arange(0, BM))[:, None]
         far = row.to(tl.int64)
         here, at = (row < n) & (column < f), far * f + column
@@ -124,6 +124,7 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
 # where only what tl.dot reads is loaded ahead; Inductor's and the products take some 472. (32, 128,
 # 4, 3) takes 242, but spills registers, 6 KB a thread on sm_80, and in float32 wants 150 KB of
 # shared memory (scripts/bench_results/2026-11-26-swiglu-kernel.txt, 2026-11-27-swiglu-stages.txt).
+# With DoRA's gains, and in float32, loads ahead were not measured and are left to Triton.
 
 _FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4, 3)
 _CHUNKS = 8
@@ -176,6 +177,8 @@ def swiglu_backward_(
     gradient, those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
     `rank_tile`, and those of the gains, zeros where there are none."""
     (n, f), (bm, bn, warps, stages) = g.shape, _BACKWARD
+    if gains is not None or g.dtype == torch.float32:
+        stages = None
     r_g, r_u, r_a = low_g.shape[1], low_u.shape[1], 0 if a is None else a.shape[0]
     r = rank_tile(r_g, r_u, r_a)
     chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
