@@ -131,8 +131,8 @@ def decoder_layer(
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
         return mlp(x, attend(x))
     if level == "mlp":
-        # x and o, not their sum: a kernel that wrote it for the backward pass and read it again in
-        # a second loop would race (ops/gradient_barrier.py).
+        # x and o, not their sum, which Inductor's kernel would write for the backward pass in its
+        # first loop and read again in its second (ops/gradient_barrier.py).
         return _recomputed(mlp, "full", x, _recomputed(attend, "selective", x))
     return _recomputed(lambda x: mlp(x, attend(x)), level, x)
 
