@@ -3,7 +3,8 @@
 Their tree stays as it is: three tensors, each a view of its rows. In three products that add to one
 buffer, those of k and v are small and the buffer travels twice more: 225 us a layer of 1B shapes
 and 8,192 tokens, where one takes 167; 602 and 576 of 8B (H100;
-scripts/bench_results/2026-11-27-input-gradients.txt). A model moved to the GPU later has them apart.
+scripts/bench_results/2026-11-27-input-gradients.txt). A model moved to the GPU after loading has
+them apart.
 """
 
 from collections.abc import Sequence

@@ -122,8 +122,8 @@ def _dropped_low_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # The programs of one block of rows and of its masks are neighbours: memory gives x once, the L2
 # cache the rest. (rows, columns, warps) of a tile, and chunks of rows that the sums are made of: on
-# an H100, 1B's three inputs take 266 µs forward and 594 backward, 350 and 724 at (64, 64, 4) and (32,
-# 64, 8) with 16 chunks (scripts/bench_results/2026-11-27-dropped-low-tiles.txt).
+# an H100, 1B's three inputs take 266 µs forward and 594 backward; 350 and 724 at (64, 64, 4), and
+# (32, 64, 8) with 16 chunks (scripts/bench_results/2026-11-27-dropped-low-tiles.txt).
 
 _FORWARD, _BACKWARD = (64, 128, 4), (32, 64, 4)
 _CHUNKS = 32
