@@ -1,6 +1,6 @@
 """Random weights in a real model's shape, as a sharded Hugging Face folder: what benchmarks load.
 
-python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b, 30b-a3b
+python scripts/random_checkpoint.py 1b FOLDER          # or 3b, 8b, 30b-a3b, 8x7b
 """
 
 import argparse
@@ -49,8 +49,8 @@ def _shape(d: int, f: int, layers: int, heads: int, hd: int, tied: bool, factor:
     )
 
 
-# Qwen3-30B-A3B, 61 GB whole: bench.py --layers 8 takes 11.
-_MIXTURE = dict(
+# Qwen3-30B-A3B, 61 GB whole: bench.py --layers 8 takes 11. Mixtral 8x7B, 93 GB.
+_QWEN3_MOE = _COMMON | dict(
     architectures=["Qwen3MoeForCausalLM"],
     model_type="qwen3_moe",
     vocab_size=151936,
@@ -63,7 +63,6 @@ _MIXTURE = dict(
     max_position_embeddings=40960,
     rms_norm_eps=1e-6,
     rope_theta=1e6,
-    hidden_act="silu",
     tie_word_embeddings=False,
     num_experts=128,
     num_experts_per_tok=8,
@@ -71,17 +70,30 @@ _MIXTURE = dict(
     norm_topk_prob=True,
     decoder_sparse_step=1,
     mlp_only_layers=[],
-    bos_token_id=0,
-    eos_token_id=1,
-    torch_dtype="bfloat16",
+)
+_MIXTRAL = _COMMON | dict(
+    architectures=["MixtralForCausalLM"],
+    model_type="mixtral",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    max_position_embeddings=32768,
+    rope_theta=1e6,
+    tie_word_embeddings=False,
+    sliding_window=None,
+    num_local_experts=8,
+    num_experts_per_tok=2,
 )
 
-# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B; a mixture of experts
+# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B; two mixtures of experts
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": _shape(2048, 8192, 16, 32, 64, True, 32.0),
     "3b": _shape(3072, 8192, 28, 24, 128, True, 32.0),
     "8b": _shape(4096, 14336, 32, 32, 128, False, 8.0),
-    "30b-a3b": _MIXTURE,
+    "30b-a3b": _QWEN3_MOE,
+    "8x7b": _MIXTRAL,
 }
 
 

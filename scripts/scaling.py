@@ -38,9 +38,8 @@ def points(center: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield sweep, {**center, **others, sweep: value}
 
 
-def is_there(rows: list[dict[str, Any]], sweep: str, sizes: dict[str, Any], setting: str) -> bool:
+def is_there(rows: list[dict[str, Any]], **point: Any) -> bool:
     """Whether a point has been measured, or has failed."""
-    point = {"sweep": sweep, "setting": setting, sweep: sizes[sweep]}
     return any(point.items() <= row.items() for row in rows)
 
 
@@ -58,7 +57,8 @@ def measure(args: argparse.Namespace) -> None:
         for sweep, sizes in points(center):
             folder = Path(temporary, str(sizes["layers"]))
             here = argparse.Namespace(**(vars(args) | sizes))
-            settings = [x for x in args.settings if not is_there(before, sweep, sizes, x)]
+            point = {"shape": args.shape, "sweep": sweep, sweep: sizes[sweep]}
+            settings = [x for x in args.settings if not is_there(before, **point, setting=x)]
             if settings and not folder.exists():
                 write_checkpoint(shape_of(here), folder)
             for setting in settings:

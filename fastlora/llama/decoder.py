@@ -118,7 +118,8 @@ def hidden_states(
         # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
         lora, mask = product_dtype(adapters[i], spec, x.dtype), seen[config.layer_types[i]]
         params = cast_start(base["layers"][i], x.dtype)
-        if use_compiled and (whole := stacked(params)) is not None:
+        backward = use_compiled and torch.is_grad_enabled()
+        if backward and (whole := stacked(params)) is not None:
             params = params | {"qkv": whole}
         rest = (params, lora, cos, sin, mask, keys[i])
         chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=keys[i] is not None)
