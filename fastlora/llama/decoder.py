@@ -29,8 +29,8 @@ from fastlora.llama.start import cast_start
 from fastlora.ops.cast import cast, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.dropout import fold
+from fastlora.ops.flash_attention import Spans, spans, takes
 from fastlora.ops.rms_norm import rms_norm
-from fastlora.ops.span_attention import Spans, spans, takes
 
 
 class Where(NamedTuple):
@@ -101,10 +101,10 @@ def hidden_states(
     x = embed(input_ids, adapter, base, spec)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     cos, sin = _tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
-    seen = _seen(spec, x, attention_mask, segment_ids, use_compiled)
+    fused = use_kernel(x, spec.kernels)
+    seen = _seen(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device)
-    fused = use_kernel(x, spec.kernels)
     stash = _stash(spec, x)
     if stash is None:
         levels = layer_levels(config, spec.recompute)
@@ -137,16 +137,16 @@ def _seen(
     x: Float[Tensor, "b t d"],
     attention_mask: Int[Tensor, "b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
-    use_compiled: bool,
+    fused: bool,
 ) -> dict[str, Bool[Tensor, "#b 1 t t"] | Spans | None]:
-    """What tokens see, by layer type. Spans where there is more to it than causal, whose SDPA
-    kernel takes half the time, and where a step must give the same bits twice."""
-    (b, t, _), hd, seen = x.shape, spec.config.head_dim, {}
-    able = use_compiled and x.is_cuda and attention_mask is None
-    able = able and takes(x.dtype, hd, t)
-    for kind, window in _windows(spec.config).items():
+    """What tokens see, by layer type; in spans where there is more to it than causal, and the
+    kernels of flash_attention take them."""
+    (b, t, _), config, seen = x.shape, spec.config, {}
+    able = fused and attention_mask is None
+    able = able and takes(x.dtype, config.num_attention_heads, config.head_dim, t)
+    for kind, window in _windows(config).items():
         narrow = segment_ids is not None or (window is not None and window < t)
-        if able and (narrow or spec.deterministic):
+        if able and narrow:
             first = first_seen(t, window, segment_ids, x.device)
             seen[kind] = spans(first.expand(b, t))
         else:

@@ -23,10 +23,12 @@ from fastlora.llama.params import (
 from fastlora.llama.spec import Spec
 from fastlora.llama.stacked import QKV
 from fastlora.llama.start import down, rank, up
+from fastlora.ops import flash_attention as flash
 from fastlora.ops.attention import attention
 from fastlora.ops.dora import row_norms
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.dropped_low import Masks
+from fastlora.ops.flash_attention import Spans, flash_attention
 from fastlora.ops.frozen_linear import frozen_linear
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.lora_linear import lora_linear
@@ -35,7 +37,6 @@ from fastlora.ops.lora_swiglu import lora_swiglu, takes
 from fastlora.ops.qat_linear import qat_linear
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.rope import apply_rope
-from fastlora.ops.span_attention import Spans, span_attention
 
 _SALT = {name: salt for salt, name in enumerate(TARGETS)}
 
@@ -247,6 +248,27 @@ def _fake_quantised(
     return qat_linear(x, weight, bias, lora.a, lora.b, magnitude, scaling, scheme)
 
 
+Heads = tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b kv t hd"], Float[Tensor, "b kv t hd"]]
+
+
+def _heads(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Heads:
+    """Normed, projected and split into heads, tokens before heads in memory; not rotated."""
+    b, t, _ = x.shape
+    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
+    qkv = project(normed, QKV, params, adapter, spec, key)
+    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
+    if "q_norm" in params:
+        q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
+        k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
 def queries_keys_values(
     x: Float[Tensor, "b t d"],
     params: LayerParams,
@@ -255,16 +277,9 @@ def queries_keys_values(
     sin: Float[Tensor, "#b t hd"],
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
-) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b kv t hd"], Float[Tensor, "b kv t hd"]]:
+) -> Heads:
     """Normed, projected, split into heads and rotated: what attention and a KV cache take."""
-    b, t, _ = x.shape
-    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
-    qkv = project(normed, QKV, params, adapter, spec, key)
-    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
-    if "q_norm" in params:
-        q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
-        k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
-    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q, k, v = _heads(x, params, adapter, spec, key)
     if spec.rope:
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     return q, k, v
@@ -293,12 +308,20 @@ def attention_block(
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
     """attention(norm(x)), which the caller adds to x."""
-    q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
-    if isinstance(mask, Spans):
-        heads = span_attention(q, k, v, mask)
-    else:
+    if isinstance(mask, Tensor) or not _flashes(x, spec):
+        assert not isinstance(mask, Spans), "decoder.py makes spans where the kernel takes them"
+        q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
         heads = attention(q, k, v, mask, deterministic=spec.deterministic)
+    else:
+        q, k, v = _heads(x, params, adapter, spec, key)
+        heads = flash_attention(q, k, v, (cos, sin) if spec.rope else None, mask)
     return attention_output(heads, params, adapter, spec, key)
+
+
+def _flashes(x: Float[Tensor, "b t d"], spec: LayerSpec) -> bool:
+    """Whether the Triton kernels of attention run, where there is no mask."""
+    heads, head_dim = spec.num_attention_heads, spec.head_dim
+    return spec.fused and flash.takes(x.dtype, heads, head_dim, x.shape[1])
 
 
 def mlp_block(

@@ -42,7 +42,7 @@ from fastlora.llama.layer import LayerSpec, attention_block, mlp_block
 from fastlora.llama.params import PROJECTIONS, LayerAdapter, LayerParams, projection_shape
 from fastlora.llama.spec import Recompute
 from fastlora.ops.dispatch import transforms_active
-from fastlora.ops.span_attention import Spans
+from fastlora.ops.flash_attention import Spans
 
 LEVELS = ("none", "selective", "mlp", "attention", "full")
 
@@ -56,7 +56,7 @@ _ATTENTION = {
     aten.bmm.default,  # SDPA's math backend and the reference: products and softmax
     aten._softmax.default,
     aten._safe_softmax.default,
-    torch.ops.higher_order.flex_attention,
+    torch.ops.fastlora.flash_attention.default,
 }
 _PRODUCTS = {
     torch.ops.fastlora.lora_linear.default,

@@ -51,8 +51,8 @@ def attention(
             (t == s), the case the flash kernels serve.
         deterministic: same bits every run. On CUDA every fused backward adds with atomics (flash,
             cuDNN and memory-efficient gave other bits on a second run; H200, torch 2.11), so there
-            it is the reference: [b, h, t, s] scores, some ten times the time. A training step in
-            16 bits has span_attention for it (llama/decoder.py).
+            it is the reference: [b, h, t, s] scores, some ten times the time. flash_attention.py,
+            which a training step in 16 bits runs, gives the same bits always.
     """
     if transforms_active() or (deterministic and q.is_cuda):
         return attention_reference(q, k, v, mask)

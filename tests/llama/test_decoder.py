@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import adapted, token_ids
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora import functional as FL
 from fastlora.llama import decoder
 from fastlora.llama.decoder import dropout_key, hidden_states, requires_grad, where
 from fastlora.llama.head import head
-from fastlora.ops.span_attention import Spans
+from fastlora.ops.flash_attention import Spans
 
 
 def test_masks_are_built_once_per_layer_type(pair):
@@ -24,32 +23,23 @@ def test_masks_are_built_once_per_layer_type(pair):
 
 
 @pytest.mark.parametrize(
-    ("packed", "padded", "window", "deterministic", "use_compiled", "spanned"),
+    ("packed", "padded", "window", "dtype", "fused", "spanned"),
     [
-        (True, False, None, False, True, True),
-        (False, False, 100, False, True, True),
-        (False, False, None, True, True, True),
-        (False, False, None, False, True, False),  # causal: SDPA is faster
-        (False, False, 256, False, True, False),  # a window of all there is
-        (True, True, None, False, True, False),
-        (True, False, None, False, False, False),  # eager: flex_attention would hold all scores
+        (True, False, None, torch.bfloat16, True, True),
+        (False, False, 100, torch.float16, True, True),
+        (False, False, None, torch.bfloat16, True, False),  # causal
+        (False, False, 256, torch.bfloat16, True, False),  # a window of all there is
+        (True, True, None, torch.bfloat16, True, False),
+        (True, False, None, torch.float32, True, False),
+        (True, False, None, torch.bfloat16, False, False),
     ],
 )
-def test_where_attention_runs_by_spans(
-    packed, padded, window, deterministic, use_compiled, spanned, monkeypatch, tiny
-):
-    cpu = torch.device("cpu")
-    for name in ("first_seen", "attention_mask_2d"):
-        real = getattr(decoder, name)
-        on_cpu = lambda *args, real=real: real(*args[:-1], cpu)
-        monkeypatch.setattr(decoder, name, on_cpu)
-    with FakeTensorMode():
-        x = torch.empty(2, 256, 128, device="cuda", dtype=torch.bfloat16)
+def test_where_attention_runs_by_spans(packed, padded, window, dtype, fused, spanned, tiny):
     kind = "full_attention" if window is None else "sliding_attention"
     config = replace(tiny.spec.config, head_dim=64, sliding_window=window, layer_types=(kind,) * 2)
-    spec = replace(tiny.spec, config=config, deterministic=deterministic)
-    ids = torch.ones(2, 256, dtype=torch.int64)
-    seen = decoder._seen(spec, x, ids if padded else None, ids if packed else None, use_compiled)
+    spec = replace(tiny.spec, config=config)
+    x, ids = torch.empty(2, 256, 128, dtype=dtype), torch.ones(2, 256, dtype=torch.int64)
+    seen = decoder._seen(spec, x, ids if padded else None, ids if packed else None, fused)
     assert isinstance(seen[kind], Spans) is spanned
 
 

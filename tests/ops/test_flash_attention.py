@@ -1,0 +1,273 @@
+"""flash_attention: spans say what a mask says; values and gradients err no more than plain torch
+under that mask does, against float64.
+
+Without a GPU it runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+"""
+
+import pytest
+import torch
+from conftest import adapted, relative_error, token_ids
+from torch import Tensor
+
+import fastlora
+from fastlora import functional as FL
+from fastlora.llama.positions import attention_mask_2d, first_seen
+from fastlora.ops.attention import attention_reference
+from fastlora.ops.flash_attention import Spans, flash_attention, spans, takes
+from fastlora.ops.rope import apply_rope
+
+pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
+
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
+
+
+def packed(t: int, *lengths: int) -> Tensor:
+    """One row of documents; the rest of it is padding, a document of its own."""
+    lengths = (*lengths, t - sum(lengths))
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+
+
+T = 320
+SEGMENTS = {
+    "none": None,
+    "one document": torch.stack([packed(T), packed(T)]),
+    "at blocks": torch.stack([packed(T, 64, 128), packed(T, 64)]),
+    "anywhere": torch.stack([packed(T, 1, 100, 3, 65, 30), packed(T, 130, 7)]),
+    "many": torch.stack([torch.arange(T) // 5, torch.arange(T)]),
+    "an id again": (torch.arange(T) // 50 % 2).expand(2, T),
+}
+WINDOWS = [None, 1, 50, 64, 200, T + 1]
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
+def test_spans_are_what_the_mask_says(segments, window):
+    cpu = torch.device("cpu")
+    made = spans(first_seen(T, window, segments, cpu).expand(2, T))
+    mask = attention_mask_2d(T, window, None, segments, cpu)
+    mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask[:, 0]
+    i = torch.arange(T)
+    assert ((i <= i[:, None]) & (i >= made.first[..., None])).equal(mask.expand(2, T, T))
+    assert ((i >= i[:, None]) & (i <= made.last[..., None])).equal(mask.mT.expand(2, T, T))
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in made)  # as kernels read them
+
+
+def drawn(shape, dtype) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor]]:
+    """(q, k, v as projections write them, the result's gradient, tables of other angles a row)."""
+    b, h, kv, t, hd = shape
+    gen = torch.Generator().manual_seed(0)
+    new = lambda n: torch.randn(b, t, n, hd, generator=gen, dtype=torch.float64)
+    *qkv, dy = (new(n).to(DEVICE, dtype).transpose(1, 2) for n in (h, kv, kv, h))
+    angles = 6 * torch.rand(b, t, hd // 2, generator=gen, dtype=torch.float64).repeat(1, 1, 2)
+    return qkv, dy, (angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype))
+
+
+def reference(q, k, v, rope, where: Spans | None) -> Tensor:
+    if rope is not None:
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    if where is None:
+        return attention_reference(q, k, v, None)
+    i = torch.arange(q.shape[2], device=q.device)
+    return attention_reference(
+        q, k, v, ((i <= i[:, None]) & (i >= where.first[..., None]))[:, None]
+    )
+
+
+def value_and_grads(fn, qkv, dy, rope, where):
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    y = fn(*leaves, rope, where)
+    return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+
+
+def seen(case: str, b: int, t: int) -> Spans | None:
+    """A case's spans: of one document, of several, of a window."""
+    first = {
+        "causal": None,
+        "documents": torch.stack([packed(t, t // 3, t // 2), packed(t, t // 7)])[:b],
+        "window": 20,
+    }[case]
+    if first is None:
+        return None
+    window, segments = (first, None) if isinstance(first, int) else (None, first)
+    found = first_seen(t, window, segments, torch.device("cpu")).expand(b, t)
+    return Spans(*(x.to(DEVICE) for x in spans(found)))
+
+
+# Within a tile, a whole number of tiles, more than one and a part; each head its own keys, groups,
+# one for all; head_dim of either set of tiles.
+SHAPES = [(2, 4, 2, 20, 16), (2, 2, 2, 128, 16), (1, 4, 1, 200, 64), (1, 2, 1, 150, 128)]
+
+
+@pytest.mark.parametrize("case", ["causal", "documents", "window"])
+@pytest.mark.parametrize("rotated", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, rotated, case):
+    qkv, dy, tables = drawn(shape, dtype)
+    where, rope = seen(case, shape[0], shape[3]), tables if rotated else None
+    wide = None if rope is None else tuple(x.double() for x in rope)
+    exact = value_and_grads(reference, [x.double() for x in qkv], dy.double(), wide, where)
+    plain = value_and_grads(reference, qkv, dy, rope, where)
+    fused = value_and_grads(flash_attention, qkv, dy, rope, where)
+    for found, other, truth in zip(fused, plain, exact, strict=True):
+        error = lambda x, truth=truth: (x.double() - truth).norm().item()
+        assert found.dtype == other.dtype and found.shape == other.shape
+        slack = 4 * torch.finfo(dtype).eps * truth.norm().item()
+        assert error(found) <= error(other) + slack
+    assert fused[0].transpose(1, 2).is_contiguous()  # o_proj reads it as it lies
+
+
+def test_one_token_sees_itself():
+    qkv, dy, rope = drawn((2, 4, 2, 1, 16), torch.float32)
+    y, dq, dk, dv = value_and_grads(flash_attention, qkv, dy, rope, None)
+    torch.testing.assert_close(y, qkv[2].repeat_interleave(2, 1))
+    torch.testing.assert_close(dv, dy.unflatten(1, (2, 2)).sum(2))
+    assert max(dq.abs().max(), dk.abs().max()) < 1e-6
+
+
+def test_tables_of_one_row_serve_all_rows():
+    qkv, dy, (cos, sin) = drawn((2, 2, 1, 40, 16), torch.float32)
+    one = value_and_grads(flash_attention, qkv, dy, (cos[:1], sin[:1]), None)
+    each = (cos[:1].expand(2, -1, -1), sin[:1].expand(2, -1, -1))
+    torch.testing.assert_close(one, value_and_grads(flash_attention, qkv, dy, each, None))
+
+
+def test_scores_of_any_size_leave_numbers():
+    """Where one score outweighs all others by far, and where all are very small or large."""
+    (q, k, v), dy, _ = drawn((1, 2, 1, 100, 16), torch.float32)
+    for factor in (0.0, 1e3, -1e3, 1e9):
+        found = value_and_grads(flash_attention, [q * factor, k, v], dy, None, None)
+        wanted = value_and_grads(reference, [q * factor, k, v], dy, None, None)
+        assert all(x.isfinite().all() for x in found)
+        torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+
+
+def test_heads_may_lie_anywhere():
+    qkv, dy, rope = drawn((2, 4, 2, 40, 16), torch.float32)
+    wanted = value_and_grads(flash_attention, qkv, dy, rope, None)
+    scattered = [x.contiguous() for x in qkv]
+    torch.testing.assert_close(
+        value_and_grads(flash_attention, scattered, dy.contiguous(), rope, None), wanted
+    )
+    whole = torch.cat([x.transpose(1, 2).flatten(2) for x in qkv], 2)  # one product's columns
+    apart = [x.unflatten(2, (-1, 16)).transpose(1, 2) for x in whole.split([64, 32, 32], 2)]
+    torch.testing.assert_close(value_and_grads(flash_attention, apart, dy, rope, None), wanted)
+
+
+def test_the_same_call_gives_the_same_bits():
+    qkv, dy, rope = drawn((2, 4, 2, 200, 16), torch.float32)
+    runs = [value_and_grads(flash_attention, qkv, dy, rope, None) for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+def test_a_second_derivative_is_refused():
+    qkv, dy, rope = drawn((1, 2, 1, 20, 16), torch.float32)
+    leaves = [x.requires_grad_() for x in qkv]
+    with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.func"):
+        torch.autograd.grad(flash_attention(*leaves, rope, None), leaves, dy, create_graph=True)
+
+
+def test_what_is_kept_is_of_the_tokens():
+    """No scores: q and k rotated, v, the result and one number for each query."""
+    qkv, _, rope = drawn((2, 4, 2, 150, 16), torch.float32)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        flash_attention(*(x.requires_grad_() for x in qkv), rope, None)
+    tables = sum(x.numel() for x in rope)
+    assert sum(x.numel() for x in kept) == 2 * 150 * ((4 + 2 + 2 + 4) * 16 + 4) + tables
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "head_dim", "t", "taken"),
+    [
+        (torch.bfloat16, 32, 64, 2048, True),
+        (torch.float16, 32, 128, 77, True),
+        (torch.float32, 32, 64, 2048, False),
+        (torch.bfloat16, 32, 80, 2048, False),
+        (torch.bfloat16, 32, 128, 2**19, False),
+    ],
+)
+def test_what_the_kernels_take(dtype, heads, head_dim, t, taken):
+    assert takes(dtype, heads, head_dim, t) is taken
+
+
+def test_the_number_of_launches_does_not_hang_on_the_documents():
+    """Nothing is read back: the same shapes from any packing."""
+    shapes = {tuple(x.shape for x in spans(packed(T, *p)[None])) for p in ((), (1, 2, 3))}
+    assert len(shapes) == 1
+
+
+# ── in the model ──────────────────────────────────────────────────────────────────────────
+
+IDS = token_ids(2, 30, vocab_size=96)
+FAMILIES = ["llama3.2", "qwen3", "smollm3", "mistral", "mixtral"]
+
+
+def gradients(model, segments=None, **how):
+    spec = model.with_spec(**how).spec
+    batch = {"input_ids": IDS, "labels": IDS}
+    batch |= {} if segments is None else {"segment_ids": segments}
+    return fastlora.value_and_grad(FL.loss)(model.adapter, model.base, spec, batch, seed=5)
+
+
+@pytest.fixture
+def taken(monkeypatch) -> None:
+    """The kernels take whatever a test is made of."""
+    for module in ("fastlora.llama.decoder.takes", "fastlora.llama.layer.flash.takes"):
+        monkeypatch.setattr(module, lambda *_: True)
+
+
+@pytest.fixture
+def called(monkeypatch, taken) -> list:
+    """The spans of each call."""
+    calls = []
+
+    def call(*args):
+        calls.append(args[-1])
+        return flash_attention(*args)
+
+    monkeypatch.setattr("fastlora.llama.layer.flash_attention", call)
+    return calls
+
+
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradients_are_those_without_the_kernels(family, packs, pair, called):
+    model = adapted(pair(family).model.to(DEVICE), r=3)
+    segments = torch.stack([packed(30, 11, 7), packed(30, 1)]) if packs else None
+    plain = gradients(model, segments, kernels="torch")
+    assert not called
+    fused = gradients(model, segments, kernels="triton")
+    windowed = "full_attention" not in model.spec.config.layer_types
+    assert called and all((x is not None) is (packs or windowed) for x in called)
+    assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 2e-4
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full", 0.4, 0.2])
+def test_every_policy_gives_the_same_gradients(recompute, pair, called):
+    model = adapted(pair("llama3.2").model.to(DEVICE), r=3)
+    wanted = gradients(model, kernels="triton", recompute="none")
+    found = gradients(model, kernels="triton", recompute=recompute)
+    assert relative_error(found[1], wanted[1]) <= 1e-6
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_compiled_layers_give_the_eager_gradients(recompute, pair, taken):
+    model = adapted(pair("llama3.2").model.to(DEVICE), r=3)
+    segments = torch.stack([packed(30, 11, 7), packed(30, 1)])
+    for given in (None, segments):
+        eager = gradients(model, given, kernels="triton", recompute=recompute)
+        compiled = gradients(model, given, kernels="triton", recompute=recompute, compile=True)
+        assert abs(compiled[0] - eager[0]) <= 1e-5
+        assert relative_error(compiled[1], eager[1]) <= 2e-4
+
+
+def test_a_mask_of_padding_goes_without(pair, called):
+    model = pair("llama3.2").model.to(DEVICE).with_spec(kernels="triton")
+    mask = torch.ones_like(IDS)
+    mask[0, :5] = 0
+    model(IDS.to(DEVICE), attention_mask=mask.to(DEVICE))
+    assert not called
