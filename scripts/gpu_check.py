@@ -30,10 +30,13 @@ from fastlora.data import read_rows
 from fastlora.hub import DEMO
 from fastlora.llama.recompute import offload_levels
 from fastlora.model import Model
+from fastlora.ops.attention import attention_reference
 from fastlora.ops.dropout import keep_mask
 from fastlora.ops.dropped_low import Masks, Segments, dropped_low_reference
+from fastlora.ops.flash_attention import flash_attention, spans
 from fastlora.ops.grouped_linear import grouped_lora_linear, grouped_lora_linear_reference
 from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference
+from fastlora.ops.rope import apply_rope
 
 Row = tuple[str, float, float]  # law, value, limit
 SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=704, max_position_embeddings=1024)
@@ -160,7 +163,7 @@ def gradients(
         plain_way: dict[str, Any] = dict(compile=False, recompute="none", kernels="torch")
         exact = adapted(folder, wider, beside, **plain_way)
         eager = adapted(folder, dtype, beside, **plain_way)
-        # span_attention's blocks of 128: some seen whole, some in part, some not at all.
+        # Spans: blocks that are seen whole, in part, and not at all.
         segments = (torch.arange(512, device="cuda") // 300).repeat(2, 1)
         cases = (("plain", 256, {}), ("packed", 512, {"segment_ids": segments}))
         for case, t, extra in cases:
@@ -207,14 +210,15 @@ def against_peft(folder: Path) -> Iterator[Row]:
 
 
 def bits(folder: Path) -> Iterator[Row]:
-    """deterministic=True: the same bits twice."""
-    model = adapted(folder, "bfloat16", deterministic=True)
-    ids = tokens(model, 4, 512)
-    batch = {"input_ids": ids, "labels": ids}
-    run = lambda: fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, batch)
-    first, second = run(), run()
-    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
-    yield "deterministic=True: leaves that differ", float(sum(not x.equal(y) for x, y in pairs)), 0
+    """The same bits twice: with the kernels always, without them under deterministic=True."""
+    for how in ({}, {"kernels": "torch", "deterministic": True}):
+        model = adapted(folder, "bfloat16", **how)
+        ids = tokens(model, 4, 512)
+        args = model.adapter, model.base, model.spec, {"input_ids": ids, "labels": ids}
+        first, second = (fastlora.value_and_grad(FL.loss)(*args) for _ in range(2))
+        pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+        differ = float(sum(not x.equal(y) for x, y in pairs))
+        yield f"{folder.name}: leaves that differ between two runs, {how or 'as it is'}", differ, 0
 
 
 def offloaded(folder: Path) -> Iterator[Row]:
@@ -373,6 +377,40 @@ def swiglu() -> Iterator[Row]:
             yield f"swiglu {n} x {f}, ranks {ranks}, {dtype}{label}", ratio, 1.2
 
 
+def flash() -> Iterator[Row]:
+    """Attention and its gradients, rotation included, against fp64, over plain torch's error."""
+    gen = torch.Generator().manual_seed(0)
+    shapes = ((2, 8, 2, 512, 64), (1, 4, 4, 700, 64), (2, 8, 2, 512, 128), (1, 4, 1, 333, 128))
+    for (b, h, kv, t, hd), case in product(shapes, ("causal", "documents", "window")):
+        wide = [
+            torch.randn(b, t, n, hd, generator=gen, dtype=torch.float64).cuda().transpose(1, 2)
+            for n in (h, kv, kv, h)
+        ]
+        angles = 6 * torch.rand(1, t, hd // 2, generator=gen, dtype=torch.float64).cuda()
+        angles, index = angles.repeat(1, 1, 2), torch.arange(t, device="cuda").expand(b, t)
+        first = index // 150 * 150 if case == "documents" else (index - 99).clamp(min=0)
+        where = None if case == "causal" else spans(first)
+        mask = (index[:, None] <= index[..., None]) & (index[:, None] >= first[..., None])
+        mask = None if case == "causal" else mask[:, None]
+
+        def plain(q, k, v, rope, mask=mask) -> Tensor:
+            return attention_reference(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
+
+        def fused(q, k, v, rope, where=where) -> Tensor:
+            return flash_attention(q, k, v, rope, where)
+
+        def run(dtype: torch.dtype, fn: Callable, wide=wide, angles=angles) -> list[Tensor]:
+            leaves = [x.to(dtype).requires_grad_() for x in wide[:3]]
+            result = fn(*leaves, (angles.cos().to(dtype), angles.sin().to(dtype)))
+            return [result.detach(), *torch.autograd.grad(result, leaves, wide[3].to(dtype))]
+
+        exact = run(torch.float64, plain)
+        for dtype in (torch.bfloat16, torch.float16):
+            errors = zip(run(dtype, fused), run(dtype, plain), exact, strict=True)
+            ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
+            yield f"flash {b} x {h} ({kv}) x {t} x {hd}, {case}, {dtype}", ratio, 1.2
+
+
 def dropped() -> Iterator[Row]:
     """Low-rank products under masks, and their gradients, against fp64, over plain torch's error;
     and how many elements a kernel keeps otherwise than keep_mask."""
@@ -497,7 +535,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     start = time.time()
     wrong = report(training()) if "training" in only else 0
-    wrong += report(chain(grouped(), swiglu(), dropped())) if "kernels" in only else 0
+    wrong += report(chain(grouped(), swiglu(), dropped(), flash())) if "kernels" in only else 0
     with tempfile.TemporaryDirectory() as name:
         for family in [x for x in FAMILIES if x in only]:
             wrong += report(of_family(family, Path(name) / family))

@@ -32,7 +32,7 @@ from fastlora.ops.flash_attention import Spans, flash_attention
 from fastlora.ops.frozen_linear import frozen_linear
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.lora_linear import lora_linear
-from fastlora.ops.lora_linears import Branch, lora_linears
+from fastlora.ops.lora_linears import Branch, joint_lora_linears, lora_linears
 from fastlora.ops.lora_swiglu import lora_swiglu, takes
 from fastlora.ops.qat_linear import qat_linear
 from fastlora.ops.rms_norm import rms_norm
@@ -269,6 +269,30 @@ def _heads(
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
+def _joint_heads(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t heads*hd"] | None]:
+    """`_heads`, and what receives their gradients side by side where their weights lie so and
+    nothing stands between the products and attention."""
+    plain = spec.qat_scheme is None and "q_norm" not in params
+    plain = plain and not any(isinstance(adapter.get(n), DoRA | BiasedLoRA) for n in QKV)
+    if "qkv" not in params or not plain:
+        return *_heads(x, params, adapter, spec, key), None
+    normed, scalings = (
+        rms_norm(x, params["input_layernorm"], spec.rms_norm_eps),
+        dict(spec.scalings),
+    )
+    matrices, masks = _downs(QKV, params, adapter, spec, key)
+    branches = [_branch(params[n], adapter.get(n), scalings.get(n, 1.0)) for n in QKV]
+    ys, joint = joint_lora_linears(normed, matrices, branches, masks, params["qkv"])
+    q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
+    return q, k, v, joint
+
+
 def queries_keys_values(
     x: Float[Tensor, "b t d"],
     params: LayerParams,
@@ -313,8 +337,8 @@ def attention_block(
         q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
         heads = attention(q, k, v, mask, deterministic=spec.deterministic)
     else:
-        q, k, v = _heads(x, params, adapter, spec, key)
-        heads = flash_attention(q, k, v, (cos, sin) if spec.rope else None, mask)
+        q, k, v, joint = _joint_heads(x, params, adapter, spec, key)
+        heads = flash_attention(q, k, v, (cos, sin) if spec.rope else None, mask, joint)
     return attention_output(heads, params, adapter, spec, key)
 
 

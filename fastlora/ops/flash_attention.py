@@ -80,7 +80,8 @@ def _(dout, q, k, v, out, lse, first, last, cos, sin):
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cos, sin, first, last):
+    def forward(ctx, joint, q, k, v, cos, sin, first, last):
+        ctx.joint = joint is not None
         if cos is not None:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out, lse = torch.ops.fastlora.flash_attention(q, k, v, first)
@@ -96,10 +97,12 @@ class _FlashAttention(torch.autograd.Function):
             )
         kept = ctx.saved_tensors
         grown = torch.ops.fastlora.flash_attention_backward(dout, *kept)
+        if ctx.joint:
+            return grown, *[None] * 7
         b, t, _ = grown.shape
         heads = [x.shape[1] for x in kept[:3]]
         parts = grown.view(b, t, sum(heads), -1).transpose(1, 2).split(heads, 1)
-        return *parts, None, None, None, None
+        return None, *parts, *[None] * 4
 
 
 # ── what the model calls ──────────────────────────────────────────────────────────────────
@@ -111,6 +114,7 @@ def flash_attention(
     v: Float[Tensor, "b kv t hd"],
     rope: tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]] | None,
     where: Spans | None,
+    joint: Float[Tensor, "b t heads*hd"] | None = None,
 ) -> Float[Tensor, "b h t hd"]:
     """softmax(R q (R k)' / sqrt(hd)) v over each query's span, R the rotation; tokens before heads
     in memory. Runs Triton kernels.
@@ -121,7 +125,8 @@ def flash_attention(
         v: values, likewise.
         rope: cos and sin of every position's angles, in q.dtype; None: nothing is rotated.
         where: what each query sees; None: all before it.
+        joint: receives the gradients of q, k and v side by side, in their place (lora_linears.py).
     """
     cos, sin = rope if rope is not None else (None, None)
     first, last = where if where is not None else (None, None)
-    return _FlashAttention.apply(q, k, v, cos, sin, first, last)  # pyright: ignore
+    return _FlashAttention.apply(joint, q, k, v, cos, sin, first, last)  # pyright: ignore

@@ -122,9 +122,10 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # not by name: see _LoRALinear
         """`keys` and `segments`: of the masks, where A sees x under masks; `whole`: all weights as
-        one, where they lie so; `tensors`: the weights' parts, so many as `weights` says for each; a
-        bias for each that `biases` says has one; B for each that has a scaling."""
-        x, a, keys, segments, whole, scalings, weights, biases, *tensors = inputs
+        one, where they lie so; `joint`: whether all ys receive their gradients through the tensor
+        that comes last; `tensors`: the weights' parts, so many as `weights` says for each; a bias
+        for each that `biases` says has one; B for each that has a scaling."""
+        x, a, keys, segments, whole, joint, scalings, weights, biases, *tensors = inputs
         ctx.set_materialize_grads(False)
         matrices, own_biases, bs = _sorted(tensors, scalings, weights, biases)
         if keys is None:
@@ -139,21 +140,32 @@ class _LoRALinears(torch.autograd.Function):
             else:
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
-        ctx.static = segments, scalings, weights, biases
+        ctx.static = segments, joint, scalings, weights, biases
         ctx.save_for_backward(None if a is None else x, a, keys, whole, low, *tensors)
-        return low, *ys
+        if not joint:
+            return *ys, low
+        ctx.mark_non_differentiable(*ys)
+        stands_for_all = x.new_empty(()).expand(x.shape[0], sum(y.shape[1] for y in ys))
+        # low, which may be None, comes last: dynamo (torch 2.13) counts outputs without the Nones
+        # when it looks for those that were marked.
+        return *ys, stands_for_all, low
 
     @staticmethod
-    def backward(ctx, dlow, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, a, keys, whole, low, *tensors = ctx.saved_tensors
-        segments, scalings, weights, biases = ctx.static
+        segments, joint, scalings, weights, biases = ctx.static
         matrices, _, bs = _sorted(tensors, scalings, weights, biases)
-        needs_x, needs_a, _, _, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_a, _, _, _, _, _, _, _, *needs = ctx.needs_input_grad
+        *dys, dlow = gradients
+        together = None
+        if joint:
+            *_, together = dys
+            dys = together.split([shape_of(from_parts(m))[0] for m in matrices], 1)
         stacked = whole is not None and needs_x and all(dy is not None for dy in dys)
-        if stacked:
+        if stacked and together is None:
             # One buffer, which Inductor has whatever makes dys write to.
-            dy = torch.cat(dys, 1)
-            dys = dy.split([dy.shape[1] for dy in dys], 1)
+            together = torch.cat(dys, 1)
+            dys = together.split([dy.shape[1] for dy in dys], 1)
         own = [
             (dy, b, columns, scaling)
             for dy, (b, columns), scaling in zip(dys, _columns(low, bs), scalings, strict=True)
@@ -167,7 +179,7 @@ class _LoRALinears(torch.autograd.Function):
             inner = torch.cat(each, 1) if len(each) > 1 else each[0]
             dlow = inner if dlow is None else dlow + inner
         through = dlow if keys is None else None  # under masks it is added below
-        terms = ([dy], [[whole]]) if stacked else (dys, matrices)
+        terms = ([together], [[whole]]) if stacked else (dys, matrices)
         dx = _input_gradient(through, a, *terms) if needs_x else None
         if keys is None or dlow is None:
             da = torch.mm(dlow.t(), x) if needs_a and dlow is not None else None
@@ -182,7 +194,7 @@ class _LoRALinears(torch.autograd.Function):
             None if dy is None else scaled_product(dy.t(), columns, scaling)
             for dy, _, columns, scaling in own
         ]
-        return dx, da, *[None] * 6, *(None for _ in range(sum(weights))), *dbiases, *dbs
+        return dx, da, *[None] * 7, *(None for _ in range(sum(weights))), *dbiases, *dbs
 
 
 def _sorted(tensors, scalings, weights, biases):
@@ -236,24 +248,55 @@ def lora_linears(
         whole: the branches' weights one under the other, where they lie so: their part of x's
             gradient is then one product.
     """
+    return _linears(x, matrices, branches, masks, whole, joint=False)[:2]
+
+
+def joint_lora_linears(
+    x: Float[Tensor, "*n d_in"],
+    matrices: Sequence[Float[Tensor, "_ d_in"]],
+    branches: Sequence[Branch],
+    masks: Masks | None,
+    whole: Float[Tensor, "d_out d_in"] | None,
+) -> tuple[list[Float[Tensor, "*n _"]], Float[Tensor, "*n d_out"] | None]:
+    """The ys of `lora_linears`, and a tensor that stands for all of them side by side where an op
+    that reads them all forms their gradients in one buffer.
+
+    It has their shape and no memory, and its gradient is theirs; they have none of their own.
+    None: they have their own, as without masks that a kernel takes, or under torch.func.
+    """
+    _, ys, joint = _linears(x, matrices, branches, masks, whole, joint=True)
+    return ys, joint
+
+
+def _linears(
+    x: Tensor,
+    matrices: Sequence[Tensor],
+    branches: Sequence[Branch],
+    masks: Masks | None,
+    whole: Tensor | None,
+    *,
+    joint: bool,
+) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     frozen = [part for branch in branches for part in parts(branch.weight)]
     if plain(*frozen):
-        return lora_linears_reference(x, matrices, branches, masks)
+        return *lora_linears_reference(x, matrices, branches, masks), None
     keys, segments = None, None
     if matrices and masks is not None:
         ranks = tuple(a.shape[0] for a in matrices)
         if not (masks.fused and takes(x.dtype, *ranks)):
-            return _one_by_one(x, matrices, branches, masks, frozen_linear, lora_linear)
+            return *_one_by_one(x, matrices, branches, masks, frozen_linear, lora_linear), None
         keys, segments = masks.keys, Segments(ranks, masks.slots, masks.p)
     a = None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
     if a is None and (len(branches) == 1 or not torch.is_grad_enabled()):
-        return None, [frozen_linear(x, branch.weight, branch.bias) for branch in branches]
-    low, *ys = _LoRALinears.apply(  # pyright: ignore
+        ys = [frozen_linear(x, branch.weight, branch.bias) for branch in branches]
+        return None, ys, None
+    *ys, low = _LoRALinears.apply(  # pyright: ignore
         x.reshape(-1, x.shape[-1]),
         a,
         keys,
         segments,
         whole,
+        joint,
         tuple(None if branch.b is None else branch.scaling for branch in branches),
         tuple(len(parts(branch.weight)) for branch in branches),
         tuple(branch.bias is not None for branch in branches),
@@ -262,4 +305,5 @@ def lora_linears(
         *(branch.b for branch in branches if branch.b is not None),
     )
     shaped = lambda y: y.view(*x.shape[:-1], y.shape[-1])
-    return None if low is None else shaped(low), [shaped(y) for y in ys]
+    low, ys = None if low is None else shaped(low), [shaped(y) for y in ys]
+    return low, ys[: len(branches)], ys[-1] if joint else None

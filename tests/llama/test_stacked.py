@@ -4,21 +4,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import adapted, token_ids
+from conftest import adapted, relative_error, token_ids
 
 import fastlora
 from fastlora import functional as FL
 from fastlora.llama import decoder
 from fastlora.llama.params import base_from_tensors, tensors_from_base
 from fastlora.llama.stacked import QKV, stack, stacked
+from fastlora.ops.flash_attention import flash_attention
 
 
 @pytest.fixture
 def together(pair):
     """together(family): the checkpoint's model, and the same as a load on CUDA lays it out."""
 
-    def of(family):
-        model = adapted(pair(family).model, r=4)
+    def of(family, **settings):
+        model = adapted(pair(family).model, **(settings or dict(r=4)))
         config = model.spec.config
         tensors = {n: t.clone() for n, t in tensors_from_base(config, model.base).items()}
         stack(config, tensors)
@@ -74,3 +75,47 @@ def test_gradients_are_the_same_and_made_of_one_product(together, family, monkey
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
     layers = ours.spec.config.num_hidden_layers
     assert [whole is not None for whole in seen] == [False] * layers + [True] * layers
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    ("family", "settings", "joined"),
+    [
+        ("llama_bias", dict(r=4, bias="all"), True),
+        ("llama3.2", dict(r=4, lora_dropout=0.3), True),
+        ("llama3.2", dict(r=4, target_modules=["v_proj"]), True),
+        ("llama3.2", dict(r=4, target_modules=["up_proj"]), True),
+        ("llama3.2", dict(r=4, use_dora=True), False),
+        ("llama_bias", dict(r=4, lora_bias=True), False),
+        ("qwen3", dict(r=4), False),  # norms between the products and attention
+    ],
+    ids=str,
+)
+def test_attention_gives_all_three_gradients_in_one_piece(
+    together, family, settings, joined, recompute, monkeypatch
+):
+    pytest.importorskip("triton")
+    for takes in ("fastlora.llama.decoder.takes", "fastlora.llama.layer.flash.takes"):
+        monkeypatch.setattr(takes, lambda *_: True)
+    given = []
+
+    def watched(*args):
+        given.append(args[-1] is not None)
+        return flash_attention(*args)
+
+    if recompute == "none":  # dynamo lets no checkpoint write to a list
+        monkeypatch.setattr("fastlora.llama.layer.flash_attention", watched)
+    apart, ours = together(family, **settings)
+    ids = token_ids(2, 12, vocab_size=96)
+    args, found = ({"input_ids": ids, "labels": ids},), []
+    for model, how in (
+        (apart, dict(kernels="torch", recompute="none")),
+        (ours, dict(kernels="triton", recompute=recompute, compile=True)),
+    ):
+        spec = model.with_spec(**how).spec
+        step = fastlora.value_and_grad(FL.loss)
+        found.append(step(model.adapter, model.base, spec, *args, seed=3))
+    assert abs(found[0][0] - found[1][0]) <= 1e-5
+    assert relative_error(found[1][1], found[0][1]) <= 2e-4
+    assert recompute != "none" or (given and set(given) == {joined})

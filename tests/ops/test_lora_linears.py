@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops.dequantize import dequantize
-from fastlora.ops.lora_linears import Branch, lora_linears, lora_linears_reference
+from fastlora.ops.lora_linears import (
+    Branch,
+    joint_lora_linears,
+    lora_linears,
+    lora_linears_reference,
+)
 from fastlora.quantized import quantize_4bit
 
 # Each layer's rank: 0 is a frozen one. With a bias where the number is even.
@@ -159,6 +164,27 @@ def test_torch_func_and_a_trained_weight_take_the_reference():
     branches[1].weight.requires_grad_()
     (g,) = torch.autograd.grad(loss(x), branches[1].weight)
     torch.testing.assert_close(g, dys[1].flatten(0, 1).t() @ x.flatten(0, 1))
+
+
+@pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("layout", [(4, 4, 4), (0, 3), (0, 0)])
+def test_all_gradients_may_come_in_one_tensor(layout, quantised, compile, fresh_dynamo):
+    x, matrices, branches, (_, *dys) = drawn(layout, quantised=quantised)
+    whole = None if quantised else torch.cat([b.weight for b in branches])
+
+    def joint(x, matrices, branches):
+        ys, stands_for_all = joint_lora_linears(x, matrices, branches, None, whole)
+        assert stands_for_all.shape == (2, 5, sum(y.shape[-1] for y in ys))
+        assert not any(y.requires_grad for y in ys) and stands_for_all.requires_grad
+        return stands_for_all, ys
+
+    fn = torch.compile(joint, fullgraph=True, backend="aot_eager") if compile else joint
+    one, all_, ys = [torch.cat(dys, -1)], [None, *dys], len(dys)
+    separate = value_and_grads(lora_linears, x, matrices, branches, all_, lambda i: i > 0)
+    first = lambda i: i == 0
+    found = value_and_grads(fn, x, matrices, branches, one + [None] * ys, first)
+    torch.testing.assert_close(found[1:], separate[len(matrices) > 0 :])
 
 
 def test_without_a_graph_the_frozen_layers_are_torchs_own():
