@@ -332,7 +332,7 @@ def attention_block(
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
     """attention(norm(x)), which the caller adds to x."""
-    if isinstance(mask, Tensor) or not _flashes(x, spec):
+    if isinstance(mask, Tensor) or not _flashes(x, spec, mask):
         assert not isinstance(mask, Spans), "decoder.py makes spans where the kernel takes them"
         q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
         heads = attention(q, k, v, mask, deterministic=spec.deterministic)
@@ -342,10 +342,13 @@ def attention_block(
     return attention_output(heads, params, adapter, spec, key)
 
 
-def _flashes(x: Float[Tensor, "b t d"], spec: LayerSpec) -> bool:
-    """Whether the Triton kernels of attention run, where there is no mask."""
-    heads, head_dim = spec.num_attention_heads, spec.head_dim
-    return spec.fused and flash.takes(x.dtype, heads, head_dim, x.shape[1])
+def _flashes(x: Float[Tensor, "b t d"], spec: LayerSpec, where: Spans | None) -> bool:
+    """Whether the Triton kernels of attention run: for spans, for the sake of the same bits, or
+    because they are the fastest."""
+    t, heads, head_dim = x.shape[1], spec.num_attention_heads, spec.head_dim
+    if not (spec.fused and flash.takes(x.dtype, heads, head_dim, t)):
+        return False
+    return where is not None or spec.deterministic or flash.pays(head_dim, t)
 
 
 def mlp_block(

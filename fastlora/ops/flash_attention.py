@@ -32,11 +32,22 @@ def spans(first: Int[Tensor, "b t"]) -> Spans:
     return Spans(first.to(torch.int32), last)
 
 
+# The longest rows, all of which is seen, for which the kernels took less time than cuDNN's, by
+# head_dim (H100; scripts/bench_results/2026-11-27-attention-lengths.txt). A longer one costs up to
+# 8 and 35 % more.
+_LONGEST = {64: 8192, 128: 2048}
+
+
 def takes(dtype: torch.dtype, heads: int, head_dim: int, t: int) -> bool:
-    """Whether the kernels were timed, and found right, for such queries on a CUDA GPU. They count
-    a row's elements in 32 bits."""
-    timed = dtype in (torch.float16, torch.bfloat16) and head_dim in (64, 128)
-    return timed and t * heads * head_dim < 2**31
+    """Whether the kernels were found right for such queries on a CUDA GPU. They count a row's
+    elements in 32 bits."""
+    known = dtype in (torch.float16, torch.bfloat16) and head_dim in _LONGEST
+    return known and t * heads * head_dim < 2**31
+
+
+def pays(head_dim: int, t: int) -> bool:
+    """Whether they are also the fastest there is where a query sees all before it."""
+    return t <= _LONGEST[head_dim]
 
 
 # ── op and derivative ─────────────────────────────────────────────────────────────────────

@@ -96,8 +96,8 @@ def test_attention_gives_all_three_gradients_in_one_piece(
     together, family, settings, joined, recompute, monkeypatch
 ):
     pytest.importorskip("triton")
-    for takes in ("fastlora.llama.decoder.takes", "fastlora.llama.layer.flash.takes"):
-        monkeypatch.setattr(takes, lambda *_: True)
+    for name in ("decoder.takes", "layer.flash.takes", "layer.flash.pays"):
+        monkeypatch.setattr(f"fastlora.llama.{name}", lambda *_: True)
     given = []
 
     def watched(*args):

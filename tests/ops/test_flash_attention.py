@@ -13,7 +13,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora.llama.positions import attention_mask_2d, first_seen
 from fastlora.ops.attention import attention_reference
-from fastlora.ops.flash_attention import Spans, flash_attention, spans, takes
+from fastlora.ops.flash_attention import Spans, flash_attention, pays, spans, takes
 from fastlora.ops.rope import apply_rope
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
@@ -193,6 +193,11 @@ def test_what_the_kernels_take(dtype, heads, head_dim, t, taken):
     assert takes(dtype, heads, head_dim, t) is taken
 
 
+def test_long_rows_that_are_seen_whole_are_left_to_cudnn():
+    assert pays(64, 8192) and pays(128, 2048)
+    assert not pays(64, 8193) and not pays(128, 2049)
+
+
 def test_the_number_of_launches_does_not_hang_on_the_documents():
     """Nothing is read back: the same shapes from any packing."""
     shapes = {tuple(x.shape for x in spans(packed(T, *p)[None])) for p in ((), (1, 2, 3))}
@@ -215,8 +220,8 @@ def gradients(model, segments=None, **how):
 @pytest.fixture
 def taken(monkeypatch) -> None:
     """The kernels take whatever a test is made of."""
-    for module in ("fastlora.llama.decoder.takes", "fastlora.llama.layer.flash.takes"):
-        monkeypatch.setattr(module, lambda *_: True)
+    for name in ("decoder.takes", "layer.flash.takes", "layer.flash.pays"):
+        monkeypatch.setattr(f"fastlora.llama.{name}", lambda *_: True)
 
 
 @pytest.fixture
@@ -224,9 +229,9 @@ def called(monkeypatch, taken) -> list:
     """The spans of each call."""
     calls = []
 
-    def call(*args):
-        calls.append(args[-1])
-        return flash_attention(*args)
+    def call(q, k, v, rope, where, joint):
+        calls.append(where)
+        return flash_attention(q, k, v, rope, where, joint)
 
     monkeypatch.setattr("fastlora.llama.layer.flash_attention", call)
     return calls
@@ -263,6 +268,18 @@ def test_compiled_layers_give_the_eager_gradients(recompute, pair, taken):
         compiled = gradients(model, given, kernels="triton", recompute=recompute, compile=True)
         assert abs(compiled[0] - eager[0]) <= 1e-5
         assert relative_error(compiled[1], eager[1]) <= 2e-4
+
+
+def test_where_they_do_not_pay_they_run_for_spans_and_for_the_same_bits(pair, called, monkeypatch):
+    monkeypatch.setattr("fastlora.llama.layer.flash.pays", lambda *_: False)
+    model = adapted(pair("llama3.2").model.to(DEVICE), r=3)
+    gradients(model, kernels="triton")
+    assert not called
+    gradients(model, kernels="triton", deterministic=True)
+    assert called and all(x is None for x in called)
+    called.clear()
+    gradients(model, packed(30, 11).expand(2, -1), kernels="triton")
+    assert called and all(x is not None for x in called)
 
 
 def test_a_mask_of_padding_goes_without(pair, called):
