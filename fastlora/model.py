@@ -64,7 +64,10 @@ class Model:
             compile: "auto" (on CUDA), True or False.
             kernels: "auto" (Triton kernels on CUDA), "torch" (none), or "triton": they must run, on
                 the CPU too, where TRITON_INTERPRET=1 is set.
-            deterministic: True also chooses attention kernels that give the same bits every run.
+            deterministic: True: the same bits every run. With the Triton kernels of attention (16
+                bits, heads of 64 or 128) it is so anyway, but for long rows of one document, which
+                then run up to a third longer in attention; elsewhere on CUDA attention is written
+                out, some ten times slower.
 
         Raises:
             ValueError: for any other value.

@@ -246,7 +246,6 @@ def played(folder: Path) -> Iterator[Row]:
             worst = max(worst, together(graphed(*args, seed=seed), plain))
             for leaf in tree_leaves(model.adapter):
                 leaf.mul_(0.9)
-        # Attention's backward pass adds in another order every time.
         yield f"cuda_graph: {policy}, against the same launched", worst, 1e-2
 
 
@@ -264,7 +263,6 @@ def again(folder: Path) -> Iterator[Row]:
             del litter
             step = fastlora.value_and_grad(FL.loss)
             found.append(step(model.adapter, model.base, model.spec, batch))
-    # Attention's backward pass adds in another order every time.
     worst = max(together(x, found[0]) for x in found)
     yield f"{folder.name}: full and offload again, over litter", worst, 1e-2
 
@@ -519,7 +517,7 @@ def training() -> Iterator[Row]:
         whole, history = train(output_dir=name, save_every=6, learning_rate=2e-3)
         resumed, _ = train(resume=f"{name}/checkpoint-6", learning_rate=2e-3)
     yield "training: last loss over the first", history.losses[-1] / history.losses[0], 0.95
-    # Fused attention adds in another order every run; the update is some 2 % of the adapter.
+    # Fused attention may add in another order every run; the update is some 2 % of the adapter.
     yield "training: resumed against whole", relative(resumed.adapter, whole.adapter), 1e-2
 
 

@@ -211,7 +211,7 @@ def training() -> Iterator[Row]:
             resumed, _ = train(resume=f"{name}/checkpoint-6")
         fall = history.losses[-1] / history.losses[0]
         yield f"{optimizer}: last loss over the first", fall, 0.95
-        # Fused attention adds in another order every run, and 8 bits make steps of it.
+        # Fused attention may add in another order every run, and 8 bits make steps of it.
         limit = 1e-2 if optimizer == "adamw" else 3e-2
         yield f"{optimizer}: resumed against whole", relative(resumed.adapter, whole.adapter), limit
 

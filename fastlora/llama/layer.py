@@ -276,17 +276,16 @@ def _joint_heads(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t heads*hd"] | None]:
-    """`_heads`, and what receives their gradients side by side where their weights lie so and
-    nothing stands between the products and attention."""
+    """`_heads`, and what receives their gradients side by side, where their weights lie so and
+    nothing stands between the products and attention: Inductor took 74 us a layer of 1B, 4 x 2048
+    tokens, to rotate them back and lay them so (H100)."""
     plain = spec.qat_scheme is None and "q_norm" not in params
     plain = plain and not any(isinstance(adapter.get(n), DoRA | BiasedLoRA) for n in QKV)
     if "qkv" not in params or not plain:
         return *_heads(x, params, adapter, spec, key), None
-    normed, scalings = (
-        rms_norm(x, params["input_layernorm"], spec.rms_norm_eps),
-        dict(spec.scalings),
-    )
+    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     matrices, masks = _downs(QKV, params, adapter, spec, key)
+    scalings = dict(spec.scalings)
     branches = [_branch(params[n], adapter.get(n), scalings.get(n, 1.0)) for n in QKV]
     ys, joint = joint_lora_linears(normed, matrices, branches, masks, params["qkv"])
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)

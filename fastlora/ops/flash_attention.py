@@ -34,7 +34,7 @@ def spans(first: Int[Tensor, "b t"]) -> Spans:
 
 # The longest rows, all of which is seen, for which the kernels took less time than cuDNN's, by
 # head_dim (H100; scripts/bench_results/2026-11-27-attention-lengths.txt). A longer one costs up to
-# 8 and 35 % more.
+# 8 and 28 % more.
 _LONGEST = {64: 8192, 128: 2048}
 
 

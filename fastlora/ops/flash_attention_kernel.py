@@ -21,8 +21,10 @@ from fastlora.ops.swiglu_kernel import precision
 
 # Without helper functions: see swiglu_kernel.py. Each walks three stretches of blocks: where spans
 # begin, which has to ask what is seen (where there are spans); where all is seen; and where they
-# end. Tokens beyond the last are the last again, which is not seen, or not stored. 1.4426950408 is
-# log2(e), -3e38 as good as no score.
+# end. Tokens beyond the last are the last again, which is not seen, or not stored; where a tile
+# divides the length (EVEN) nobody asks, and offsets within a row have 32 bits: a tenth of the time
+# each (scripts/bench_results/2026-11-27-attention-tiles.txt). 1.4426950408 is log2(e). -3e38 is as
+# good as no score, and leaves a number where a row's first blocks show it nothing.
 
 
 @triton.jit

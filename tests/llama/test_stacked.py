@@ -86,6 +86,7 @@ def test_gradients_are_the_same_and_made_of_one_product(together, family, monkey
         ("llama3.2", dict(r=4, lora_dropout=0.3), True),
         ("llama3.2", dict(r=4, target_modules=["v_proj"]), True),
         ("llama3.2", dict(r=4, target_modules=["up_proj"]), True),
+        ("llama3.2", dict(r=4, finetune_last_n_layers=1), True),  # the first without a gradient
         ("llama3.2", dict(r=4, use_dora=True), False),
         ("llama_bias", dict(r=4, lora_bias=True), False),
         ("qwen3", dict(r=4), False),  # norms between the products and attention
