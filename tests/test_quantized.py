@@ -132,6 +132,14 @@ def dense_twin(model: Model) -> Model:
     return replace(model, base=model.base | {"layers": layers})
 
 
+def exact_gradients(model: Model) -> Any:
+    """The adapter's gradients over the dequantised weights, in float64."""
+    twin = dense_twin(model)
+    wide = lambda tree: tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
+    args = wide(twin.adapter), wide(twin.base), twin.spec, BATCH
+    return fastlora.value_and_grad(FL.loss)(*args)[1]
+
+
 def weights(model: Model) -> dict[str, Any]:
     tensors = tensors_from_base(model.spec.config, model.base)
     return {name: tensors[name] for name in projection_weights(model.spec.config)}
@@ -439,15 +447,19 @@ def test_gradients_are_pefts_over_bitsandbytes(made, tmp_path):
     loss.backward()
     value, grads = fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, BATCH)
     torch.testing.assert_close(value, loss.detach(), rtol=1e-5, atol=1e-5)
+    exact = exact_gradients(model)
     for i, layer in enumerate(grads["layers"]):
         for name, (a, b) in layer.items():
             own = next(
                 m for n, m in theirs.named_modules() if n.endswith(f"layers.{i}.{_module(name)}")
             )
-            pairs = ((a, own.lora_A["default"]), (b, own.lora_B["default"]))
-            for ours, linear in pairs:
-                scale = linear.weight.grad.abs().max()
-                assert (ours - linear.weight.grad).abs().max() <= 1e-5 * max(1.0, scale)
+            truth = exact["layers"][i][name]
+            pairs = ((a, own.lora_A, truth.a), (b, own.lora_B, truth.b))
+            for ours, linears, true in pairs:
+                grad = linears["default"].weight.grad
+                # On some CPUs PEFT's own gradients are 2e-5 from those in float64.
+                room = 1e-5 * max(1.0, true.abs().max()) + (grad - true).abs().max()
+                assert (ours - grad).abs().max() <= room
 
 
 def _module(name: str) -> str:
@@ -541,7 +553,9 @@ def test_torch_func_sees_through(made):
     grads = both(lambda m: torch.func.grad(loss(m))(m.adapter, IDS))
     assert relative_error(*grads) <= 1e-5
     _, fast = fastlora.value_and_grad(loss(model))(model.adapter, IDS)
-    assert relative_error(fast, grads[0]) <= 1e-5
+    # Each sums in its own order: on some CPUs both are 1e-5 from the gradients in float64.
+    exact = exact_gradients(model)
+    assert relative_error(fast, exact) <= 1e-5 + 1.5 * relative_error(grads[0], exact)
     per_example = both(
         lambda m: torch.vmap(torch.func.grad(loss(m)), in_dims=(None, 0))(m.adapter, IDS[:, None])
     )

@@ -275,7 +275,7 @@ def _joint_heads(
     adapter: LayerAdapter,
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
-) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t heads*hd"] | None]:
+) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None]:
     """`_heads`, and what receives their gradients side by side, where their weights lie so and
     nothing stands between the products and attention: Inductor took 74 us a layer of 1B, 4 x 2048
     tokens, to rotate them back and lay them so (H100)."""

@@ -125,7 +125,7 @@ def flash_attention(
     v: Float[Tensor, "b kv t hd"],
     rope: tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]] | None,
     where: Spans | None,
-    joint: Float[Tensor, "b t heads*hd"] | None = None,
+    joint: Float[Tensor, "b t w"] | None = None,
 ) -> Float[Tensor, "b h t hd"]:
     """softmax(R q (R k)' / sqrt(hd)) v over each query's span, R the rotation; tokens before heads
     in memory. Runs Triton kernels.

@@ -314,7 +314,7 @@ def flash_backward(
     last: Int[Tensor, "b t"] | None,
     cos: Float[Tensor, "#b t hd"] | None,
     sin: Float[Tensor, "#b t hd"] | None,
-) -> Float[Tensor, "b t heads*hd"]:
+) -> Float[Tensor, "b t w"]:
     """The gradients of all heads of q, then of k, then of v, side by side, in q.dtype.
 
     With tables, q and k are rotated, and the gradients those of what was to be rotated. `last`,
