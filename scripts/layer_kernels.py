@@ -56,6 +56,7 @@ from fastlora.llama.params import (
     projection_shape,
 )
 from fastlora.llama.recompute import LEVELS, decoder_layer
+from fastlora.llama.stacked import QKV
 
 BANDWIDTH = 3.35e12  # bytes a second of an H100's HBM3
 H100 = SimpleNamespace(
@@ -174,9 +175,10 @@ def layer_arguments(args: argparse.Namespace, config: LlamaConfig) -> tuple[Any,
             params.setdefault(path[0], {})[path[1]] = new(*shape)
     adapter = {name: lora_of(config, name, args.rank, new) for name in targets_of(args, config)}
     x = new(args.batch, args.seq, config.hidden_size, grad=True)
-    table = new(1, args.seq, config.head_dim)
+    params["qkv"] = new(sum(params[name]["weight"].shape[0] for name in QKV), config.hidden_size)
+    cos, sin = (new(1, args.seq, config.head_dim) for _ in range(2))
     key = torch.empty((), dtype=torch.int64) if args.dropout else None
-    return x, params, adapter, table, table, None, key
+    return x, params, adapter, cos, sin, None, key
 
 
 def lora_of(config: LlamaConfig, name: str, r: int, new: Callable[..., Tensor]) -> Any:
