@@ -553,9 +553,9 @@ def test_torch_func_sees_through(made):
     grads = both(lambda m: torch.func.grad(loss(m))(m.adapter, IDS))
     assert relative_error(*grads) <= 1e-5
     _, fast = fastlora.value_and_grad(loss(model))(model.adapter, IDS)
-    # Each sums in its own order: on some CPUs both are 1e-5 from the gradients in float64.
-    exact = exact_gradients(model)
-    assert relative_error(fast, exact) <= 1e-5 + 1.5 * relative_error(grads[0], exact)
+    # On some CPUs either way of summing is itself 1e-5 from the gradients in float64.
+    room = 1e-5 + relative_error(grads[0], exact_gradients(model))
+    assert relative_error(fast, grads[0]) <= room
     per_example = both(
         lambda m: torch.vmap(torch.func.grad(loss(m)), in_dims=(None, 0))(m.adapter, IDS[:, None])
     )

@@ -91,19 +91,29 @@ def project(
 ) -> list[Float[Tensor, "b t d_out"]]:
     """The projections `names` of one x, each with its low-rank term where the adapter has one."""
     scalings = dict(spec.scalings)
-    record = lambda n: (params[n], adapter.get(n), scalings.get(n, 1.0))
     if spec.qat_scheme is not None:
-        return [_fake_quantised(x, *record(name), spec.qat_scheme) for name in names]
+        each = _records(names, params, adapter, scalings)
+        return [_fake_quantised(x, *record, spec.qat_scheme) for record in each]
     if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
     matrices, masks = _downs(names, params, adapter, spec, key)
-    branches = [_branch(*record(name)) for name in names]
+    branches = [_branch(*record) for record in _records(names, params, adapter, scalings)]
     whole = params.get("qkv") if names == QKV else None
     _, ys = lora_linears(x, matrices, branches, masks, whole)
     return [
         _with_vectors(y, params[name], adapter[name], scalings[name]) if name in adapter else y
         for name, y in zip(names, ys, strict=True)
     ]
+
+
+def _records(
+    names: tuple[str, ...],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    scalings: dict[str, float],
+) -> list[tuple[Linear, AdapterRecord | None, float]]:
+    """Of each projection its frozen part, its trained one and the factor of its low-rank term."""
+    return [(params[n], adapter.get(n), scalings.get(n, 1.0)) for n in names]
 
 
 def _branch(linear: Linear, lora: AdapterRecord | None, scaling: float) -> Branch:
@@ -285,8 +295,8 @@ def _joint_heads(
         return *_heads(x, params, adapter, spec, key), None
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     matrices, masks = _downs(QKV, params, adapter, spec, key)
-    scalings = dict(spec.scalings)
-    branches = [_branch(params[n], adapter.get(n), scalings.get(n, 1.0)) for n in QKV]
+    records = _records(QKV, params, adapter, dict(spec.scalings))
+    branches = [_branch(*record) for record in records]
     ys, joint = joint_lora_linears(normed, matrices, branches, masks, params["qkv"])
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
     return q, k, v, joint
@@ -331,23 +341,21 @@ def attention_block(
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
     """attention(norm(x)), which the caller adds to x."""
-    if isinstance(mask, Tensor) or not _flashes(x, spec, mask):
-        assert not isinstance(mask, Spans), "decoder.py makes spans where the kernel takes them"
-        q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
-        heads = attention(q, k, v, mask, deterministic=spec.deterministic)
-    else:
+    if isinstance(mask, Spans) or (mask is None and _flashes(x, spec)):
         q, k, v, joint = _joint_heads(x, params, adapter, spec, key)
         heads = flash_attention(q, k, v, (cos, sin) if spec.rope else None, mask, joint)
+    else:
+        q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
+        heads = attention(q, k, v, mask, deterministic=spec.deterministic)
     return attention_output(heads, params, adapter, spec, key)
 
 
-def _flashes(x: Float[Tensor, "b t d"], spec: LayerSpec, where: Spans | None) -> bool:
-    """Whether the Triton kernels of attention run: for spans, for the sake of the same bits, or
-    because they are the fastest."""
+def _flashes(x: Float[Tensor, "b t d"], spec: LayerSpec) -> bool:
+    """Whether the Triton kernels of attention run where each query sees all before it: for the sake
+    of the same bits, or because they are the fastest."""
     t, heads, head_dim = x.shape[1], spec.num_attention_heads, spec.head_dim
-    if not (spec.fused and flash.takes(x.dtype, heads, head_dim, t)):
-        return False
-    return where is not None or spec.deterministic or flash.pays(head_dim, t)
+    able = spec.fused and flash.takes(x.dtype, heads, head_dim, t)
+    return able and (spec.deterministic or flash.pays(head_dim, t))
 
 
 def mlp_block(

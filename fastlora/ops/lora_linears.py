@@ -258,11 +258,12 @@ def joint_lora_linears(
     masks: Masks | None,
     whole: Float[Tensor, "d_out d_in"] | None,
 ) -> tuple[list[Float[Tensor, "*n _"]], Float[Tensor, "*n d_out"] | None]:
-    """The ys of `lora_linears`, and a tensor that stands for all of them side by side where an op
-    that reads them all forms their gradients in one buffer.
+    """The ys of `lora_linears`, and a tensor that stands for all of them side by side, for an op
+    that reads them all and forms their gradients in one buffer.
 
-    It has their shape and no memory, and its gradient is theirs; they have none of their own.
-    None: they have their own, as without masks that a kernel takes, or under torch.func.
+    That tensor has their shape and dtype but no memory of its own; its gradient is theirs, and they
+    receive none. None in its place: they receive their own, as under torch.func, or where masks
+    have no kernel. The arguments are those of `lora_linears`.
     """
     _, ys, joint = _linears(x, matrices, branches, masks, whole, joint=True)
     return ys, joint

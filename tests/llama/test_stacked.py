@@ -109,14 +109,14 @@ def test_attention_gives_all_three_gradients_in_one_piece(
         monkeypatch.setattr("fastlora.llama.layer.flash_attention", watched)
     apart, ours = together(family, **settings)
     ids = token_ids(2, 12, vocab_size=96)
-    args, found = ({"input_ids": ids, "labels": ids},), []
+    batch, found = {"input_ids": ids, "labels": ids}, []
     for model, how in (
         (apart, dict(kernels="torch", recompute="none")),
         (ours, dict(kernels="triton", recompute=recompute, compile=True)),
     ):
         spec = model.with_spec(**how).spec
         step = fastlora.value_and_grad(FL.loss)
-        found.append(step(model.adapter, model.base, spec, *args, seed=3))
+        found.append(step(model.adapter, model.base, spec, batch, seed=3))
     assert abs(found[0][0] - found[1][0]) <= 1e-5
     assert relative_error(found[1][1], found[0][1]) <= 2e-4
     assert recompute != "none" or (given and set(given) == {joined})
