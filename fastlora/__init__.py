@@ -1,20 +1,21 @@
 """LoRA fine-tuning of Llama-family models as a functional PyTorch library."""
 
 from fastlora import functional
-from fastlora.adapter import lora
-from fastlora.checks import CheckpointError
-from fastlora.combine import combine, disable
-from fastlora.export import load_adapter
-from fastlora.gradients import value_and_grad
-from fastlora.initialize import initialize
+from fastlora.adapters.create import lora
+from fastlora.adapters.edits.combining import combine, disable
+from fastlora.adapters.edits.merging import merge
+from fastlora.adapters.edits.quantization import quantize
+from fastlora.adapters.edits.vocabulary import add_tokens
+from fastlora.adapters.init_from_data.dispatch import initialize
+from fastlora.errors import CheckpointError
+from fastlora.formats.peft.reading import load_adapter
 from fastlora.loading import load
-from fastlora.merging import merge
 from fastlora.model import Model
-from fastlora.planning import plan
-from fastlora.quantization import quantize
-from fastlora.tokenizer import Tokenizer
-from fastlora.training import History, train
-from fastlora.vocabulary import add_tokens
+from fastlora.runtime.gradients import value_and_grad
+from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.history import History
+from fastlora.training.loop import train
+from fastlora.training.planning.plan import plan
 
 __version__ = "0.1.0"
 

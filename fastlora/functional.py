@@ -5,7 +5,7 @@ torch.func transform every op runs its plain reference; outside, compiled region
 recomputation as `spec` says. The values are the same.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -13,21 +13,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastlora.llama.compiled import compiled, compiles
-from fastlora.llama.decoder import dropout_key, hidden_states
-from fastlora.llama.head import (
-    Head,
-    dropped_for_head,
-    head,
-    head_factors,
-    is_plain,
-    logits,
-)
-from fastlora.llama.params import Adapter, Base
-from fastlora.llama.positions import segment_starts
-from fastlora.llama.spec import Spec
+from fastlora.models.decoder import dropout_key, hidden_states
+from fastlora.models.head import Head, masked_for_head, head, head_factors, is_plain, logits
+from fastlora.models.params import Adapter, Base
+from fastlora.models.positions import segment_starts
+from fastlora.models.spec import Spec
+from fastlora.models.state import Batch, Seed, unpark_originals
 from fastlora.ops.dispatch import transforms_active, use_kernel
-from fastlora.ops.linear_cross_entropy import (
+from fastlora.ops.loss.linear_cross_entropy import (
     IGNORE,
     chunk_logprobs,
     chunk_value_and_grad,
@@ -38,10 +31,7 @@ from fastlora.ops.linear_cross_entropy import (
     label_logprobs_and_grad_kernel,
     linear_logprobs,
 )
-from fastlora.originals import with_originals
-
-Seed = int | Int[Tensor, ""] | None
-Batch = Mapping[str, Tensor]
+from fastlora.runtime.compiled import compiled, compiles
 
 
 def forward(
@@ -78,7 +68,7 @@ def forward(
         )
         optional = {name: x for name, x in given.items() if x is not None}
         return _row_by_row(own, base, spec, input_ids, optional, seed)
-    base = base if adapter is not None else with_originals(base)
+    base = base if adapter is not None else unpark_originals(base)
     hidden = hidden_states(
         adapter,
         base,
@@ -91,7 +81,7 @@ def forward(
     )
     found = head(adapter, base, spec)
     key = dropout_key(spec, seed, hidden.device)
-    return logits(hidden, dropped_for_head(hidden, found, spec, key), found, spec)
+    return logits(hidden, masked_for_head(hidden, found, spec, key), found, spec)
 
 
 def _row_by_row(
@@ -132,7 +122,7 @@ def token_logprobs(
         ValueError: spec.kernels is "triton" where no Triton kernel can run.
     """
     kernel = use_kernel(input_ids, spec.kernels)
-    base = base if adapter is not None else with_originals(base)
+    base = base if adapter is not None else unpark_originals(base)
     hidden = hidden_states(
         adapter,
         base,
@@ -179,7 +169,7 @@ def _trained_head(
     if kernel:
         value_and_grad = label_logprobs_and_grad_kernel
     params, structure = tree_flatten(found)
-    dropped = dropped_for_head(hidden, found, spec, key)
+    dropped = masked_for_head(hidden, found, spec, key)
     inputs = (hidden,) if dropped is hidden else (hidden, dropped)
 
     def logits_of(*tensors: Tensor) -> Tensor:

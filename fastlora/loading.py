@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from fastlora.bases import read_base
-from fastlora.checkpoint import DTYPES, read_json
-from fastlora.checks import CheckpointError, raise_problems
-from fastlora.export import load_adapter
-from fastlora.hub import find_folder
-from fastlora.llama.spec import Spec
+from fastlora.checkpoints.hub import find_folder
+from fastlora.checkpoints.reading import read_base
+from fastlora.checkpoints.tensors import DTYPES, read_json
+from fastlora.errors import CheckpointError, raise_problems
+from fastlora.formats.peft.reading import load_adapter
 from fastlora.model import Model
-from fastlora.tokenizer import Tokenizer
+from fastlora.models.spec import Spec
+from fastlora.text.tokenizer import Tokenizer
 
 
 def load(
@@ -119,7 +119,6 @@ def _tokenizer(folder: Path, adapter_folder: Path | None) -> Tokenizer | None:
 
 
 # ── arguments ─────────────────────────────────────────────────────────────────────────────
-
 _DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
 
 

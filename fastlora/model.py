@@ -9,32 +9,34 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fastlora import export, functional, generation, saving
-from fastlora.checks import raise_problems
-from fastlora.combine import disable
-from fastlora.functional import Batch, Seed
-from fastlora.llama.decoder import requires_grad
-from fastlora.llama.params import Adapter, Base, tensors_from_base
-from fastlora.llama.spec import Compile, Kernels, Recompute, Spec, is_recompute
-from fastlora.llama.start import equivalent, without_start
-from fastlora.ops.dispatch import kernel_problem, transforms_active
-from fastlora.ops.linear_cross_entropy import IGNORE
-from fastlora.originals import originals_away
-from fastlora.quantized import numel
-from fastlora.tokenizer import Tokenizer
+from fastlora import functional
+from fastlora.adapters.edits.combining import disable
+from fastlora.errors import raise_problems
+from fastlora.formats import merged
+from fastlora.formats.peft import writing
+from fastlora.generation import generate
+from fastlora.generation import sampling as sampling_rules
+from fastlora.generation.generate import check_generation
+from fastlora.models.decoder import requires_grad
+from fastlora.models.init_offset import fold_offset, without_offset
+from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
+from fastlora.models.names import tensors_from_base
+from fastlora.models.params import Adapter
+from fastlora.models.spec import Recompute
+from fastlora.models.state import Batch, ModelState, Seed, parked_originals
+from fastlora.ops.dispatch import Kernels, transforms_active
+from fastlora.ops.quant.weights import numel
+from fastlora.runtime.compiled import Compile
+from fastlora.text.tokenizer import Tokenizer
 
 KEEP: Any = object()  # "as it was", for settings whose None, False and "auto" all mean something
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model:
-    """A base, perhaps an adapter, and how to run them. Only `adapter`'s leaves are ever trained."""
-
-    spec: Spec
-    base: Base
-    adapter: Adapter | None = None
+class Model(ModelState):
+    """A base, an adapter if there is one, and how to run them. Only the adapter is ever trained."""
 
     # ── another Model ─────────────────────────────────────────────────────────────────────
 
@@ -46,7 +48,7 @@ class Model:
         """
         if adapter is None:
             return disable(self)
-        _check_adapter(self.adapter, adapter)
+        check_adapter(self.adapter, adapter)
         return dataclasses.replace(self, adapter=adapter)
 
     def with_spec(
@@ -76,14 +78,14 @@ class Model:
             recompute=recompute, compile=compile, kernels=kernels, deterministic=deterministic
         )
         changed = {name: value for name, value in given.items() if value is not KEEP}
-        problems = _spec_problems(changed, self.base["norm"].device)
+        problems = spec_problems(changed, self.base["norm"].device)
         raise_problems(ValueError, "with_spec cannot do this:", problems)
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changed))
 
     def to(self, device: torch.device | str) -> "Model":
         """The same model on another device; tensors already there are shared, not copied."""
         # Originals that wait in a file (lora's temporary_location) stay there.
-        waiting = {id(x) for x in originals_away(self.base).values()}
+        waiting = {id(x) for x in parked_originals(self.base).values()}
         move = lambda tree: tree_map(lambda x: x if id(x) in waiting else x.to(device), tree)
         adapter = None if self.adapter is None else move(self.adapter)
         return dataclasses.replace(self, base=move(self.base), adapter=adapter)
@@ -124,7 +126,7 @@ class Model:
         optional = dict(
             attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
         )
-        _check_inputs(self, {"input_ids": input_ids} | optional)
+        check_inputs(self, {"input_ids": input_ids} | optional)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._records()):
             return functional.forward(
                 self.adapter, self.base, self.spec, input_ids, seed=seed, **optional
@@ -136,7 +138,7 @@ class Model:
         Raises:
             ValueError: as `__call__`, and for missing or unknown entries of the batch.
         """
-        _check_batch(self, batch)
+        check_batch(self, batch)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._records()):
             return functional.loss(self.adapter, self.base, self.spec, batch, seed=seed)
 
@@ -175,14 +177,14 @@ class Model:
             ValueError: as `__call__`; also if prompt and new tokens together exceed
                 `spec.max_seq_length`, or a sampling value is out of range.
         """
-        sampling = generation.Sampling(
+        sampling = sampling_rules.Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
         )
-        _check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
-        _check_generation(self, input_ids, attention_mask, max_new_tokens, sampling)
+        check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
+        check_generation(self, input_ids, attention_mask, max_new_tokens, sampling)
         if eos_token_id is None:
             eos_token_id = self.spec.config.eos_token_id
-        return generation.generate(
+        return generate.generate(
             self.adapter,
             self.base,
             self.spec,
@@ -214,7 +216,7 @@ class Model:
             ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
         if eos_token_id is None:
             eos_token_id = sorted({*self.spec.config.eos_token_id, *tokenizer.eos_token_ids})
-        pieces = generation.TextStream(tokenizer.decode, stream)
+        pieces = generate.TextStream(tokenizer.decode, stream)
         device = self.base["norm"].device
         out = self.generate(
             torch.tensor([ids], dtype=torch.int64, device=device),
@@ -239,7 +241,7 @@ class Model:
         copies = {} if self.adapter is None else self.adapter.get("replaced", {})
         # PEFT trains a bias in its place, and a copy of anything else beside the original.
         twice = sum(x.numel() for name, x in copies.items() if self._is_of_bias(name))
-        whole = tensors_from_base(self.spec.config, without_start(self.base)).values()
+        whole = tensors_from_base(self.spec.config, without_offset(self.base)).values()
         return adapter - twice + sum(numel(x) for x in whole)
 
     def _is_of_bias(self, name: str) -> bool:
@@ -263,8 +265,8 @@ class Model:
         One that counts from start factors is written as what it is over the untouched base: an
         adapter of twice the rank.
         """
-        spec, adapter = equivalent(self.spec, self.base, self.adapter)
-        export.save_adapter(spec, self.base, adapter, Path(folder))
+        spec, adapter = fold_offset(self.spec, self.base, self.adapter)
+        writing.save_adapter(spec, self.base, adapter, Path(folder))
 
     def save_pretrained_merged(
         self,
@@ -273,7 +275,7 @@ class Model:
         save_method: str = "merged_16bit",
         *,
         base: str | Path = "auto",
-    ) -> saving.MergeReport | None:
+    ) -> merged.MergeReport | None:
         """Write a Hugging Face folder with the adapter folded in. See `saving.save_merged`.
 
         Args:
@@ -289,132 +291,11 @@ class Model:
             this model and the folder, read back; else None.
         """
         model = (self.spec, self.base, self.adapter)
-        return saving.save_merged(*model, folder, tokenizer, save_method, base)
+        return merged.save_merged(*model, folder, tokenizer, save_method, base)
 
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
         """Upload the adapter's PEFT folder to the Hub."""
-        spec, adapter = equivalent(self.spec, self.base, self.adapter)
-        export.push_to_hub(spec, self.base, adapter, repo_id, token=token, private=private)
-
-
-# ── checks ────────────────────────────────────────────────────────────────────────────────
-
-
-def _spec_problems(changed: dict[str, Any], device: torch.device) -> list[str]:
-    """What is wrong with new values of recompute, compile, kernels and deterministic."""
-    impossible = kernel_problem(device) if changed.get("kernels") == "triton" else None
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "recompute": (is_recompute, '"none", "selective", "full", "offload" or a number in [0, 1]'),
-        "compile": (lambda x: x == "auto" or isinstance(x, bool), '"auto", True or False'),
-        "kernels": (lambda x: x in ("auto", "torch", "triton"), '"auto", "torch" or "triton"'),
-        "deterministic": (lambda x: isinstance(x, bool), "True or False"),
-    }
-    return [
-        f"{name} must be {rules[name][1]}, got {value!r}"
-        for name, value in changed.items()
-        if not rules[name][0](value)
-    ] + ([impossible] if impossible else [])
-
-
-def _check_adapter(old: Adapter | None, new: Adapter) -> None:
-    if old is None:
-        raise ValueError(
-            "this model has no LoRA spec; call fastlora.lora or fastlora.load_adapter."
-        )
-    old_leaves, old_structure = tree_flatten(old)
-    new_leaves, new_structure = tree_flatten(new)
-    if old_structure != new_structure:
-        raise ValueError("with_adapter got a tree of another structure than model.adapter.")
-    shapes = [
-        f"leaf {i}: {tuple(n.shape)} {n.dtype}, expected {tuple(o.shape)} of a floating-point dtype"
-        for i, (o, n) in enumerate(zip(old_leaves, new_leaves, strict=True))
-        if n.shape != o.shape or not n.is_floating_point()
-    ]
-    raise_problems(ValueError, "with_adapter got tensors that do not fit model.adapter:", shapes)
-
-
-def _check_inputs(model: Model, inputs: dict[str, Tensor | None]) -> None:
-    """Shapes, dtypes, length and range of the [b, t] integer inputs of a forward pass."""
-    ids = inputs["input_ids"]
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids must be a non-empty int64 tensor [b, t], got {got}.")
-    problems = [
-        f"{name} must be an integer tensor {list(ids.shape)}, got {list(x.shape)} {x.dtype}"
-        for name, x in inputs.items()
-        if x is not None
-        and (
-            x.is_floating_point() or (x.shape != ids.shape and not _shared_positions(name, x, ids))
-        )
-    ]
-    if ids.shape[1] > (longest := model.spec.max_seq_length):
-        problems.append(
-            f"input_ids has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
-            "Load with a larger max_seq_length, or shorten the input: nothing is cut off in silence"
-        )
-    if (device := model.base["norm"].device) != ids.device:
-        problems.append(f"input_ids is on {ids.device}, the model on {device}; move one of them")
-    else:
-        problems += _range_problems(model, inputs)
-    raise_problems(ValueError, "the model cannot run this input:", problems)
-
-
-def _shared_positions(name: str, x: Tensor, ids: Tensor) -> bool:
-    return name == "position_ids" and x.shape == (1, ids.shape[1])
-
-
-def _range_problems(model: Model, inputs: dict[str, Tensor | None]) -> list[str]:
-    """Values that cannot be. Looks at them, so on CUDA it waits for the device."""
-    if transforms_active() or torch.compiler.is_compiling():
-        return []  # values are not to be looked at there
-    v = model.spec.config.vocab_size
-    rules: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
-        "input_ids": (lambda x: (x < 0) | (x >= v), f"ids of the vocabulary [0, {v})"),
-        "labels": (
-            lambda x: ((x < 0) | (x >= v)) & (x != IGNORE),
-            f"ids of the vocabulary [0, {v}), or {IGNORE}",
-        ),
-        "attention_mask": (lambda x: (x != 0) & (x != 1), "0 and 1"),
-        "position_ids": (lambda x: x < 0, "0 or more"),
-    }
-    problems = []
-    for name, (is_wrong, expected) in rules.items():
-        if (x := inputs.get(name)) is not None and bool((wrong := is_wrong(x)).any()):
-            values = sorted(set(x[wrong].tolist()))[:5]
-            problems.append(f"{name} holds {values}; expected {expected}")
-    return problems
-
-
-def _check_batch(model: Model, batch: Batch) -> None:
-    optional = ("attention_mask", "position_ids", "segment_ids")
-    known = {"input_ids", "labels", *optional}
-    problems = [f"missing {name}" for name in ("input_ids", "labels") if name not in batch]
-    problems += [f"unknown entry {name!r}" for name in sorted(set(batch) - known)]
-    raise_problems(ValueError, f"a batch is a dict of {sorted(known)}:", problems)
-    _check_inputs(model, {k: batch.get(k) for k in ("input_ids", "labels", *optional)})
-
-
-def _check_generation(
-    model: Model,
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    max_new_tokens: int,
-    sampling: generation.Sampling,
-) -> None:
-    problems = sampling.problems()
-    if (
-        isinstance(max_new_tokens, bool)
-        or not isinstance(max_new_tokens, int)
-        or max_new_tokens < 1
-    ):
-        problems.append(f"max_new_tokens must be a whole number >= 1, got {max_new_tokens!r}")
-    elif (total := input_ids.shape[1] + max_new_tokens) > model.spec.max_seq_length:
-        problems.append(
-            f"{input_ids.shape[1]} prompt tokens and max_new_tokens={max_new_tokens} make {total}; "
-            f"max_seq_length is {model.spec.max_seq_length}"
-        )
-    if attention_mask is not None and not bool(attention_mask[:, -1].all()):
-        problems.append("a row ends in padding; pad prompts on the left, so that all end together")
-    raise_problems(ValueError, "cannot generate:", problems)
+        spec, adapter = fold_offset(self.spec, self.base, self.adapter)
+        writing.push_to_hub(spec, self.base, adapter, repo_id, token=token, private=private)

@@ -40,7 +40,7 @@ from conftest import read_pair  # pyright: ignore[reportMissingImports]
 from models import FAMILIES  # pyright: ignore[reportMissingImports]
 from transformers.utils import logging
 
-from fastlora.ops.fake_quantize import SCHEMES
+from fastlora.ops.quant.fake_quantize import SCHEMES
 
 TOLERANCES = {"import": 1e-5, "export": 1e-5, "step": 1e-6, "other": 1e-5, "torchao": 1e-3}
 COLUMNS = ("import", "export", "step", "other")

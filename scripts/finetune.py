@@ -3,7 +3,7 @@
     python scripts/finetune.py                                     # the demo: minutes on two cores
     python scripts/finetune.py --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl
 
-Copy this file and change it: every step of a run stands here, in order, in `main`.
+Copy this file and change it: `main` shows the steps of a run in order.
 """
 
 import argparse
@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 import fastlora
-from fastlora.data import batches, count_trained_tokens, encode_rows, pack, read_rows
-
-# The demo's task: a function's signature in, the first line of its docstring out.
-DEMO = Path(fastlora.__file__).parent / "demo"
+from fastlora.checkpoints.hub import DEMO
+from fastlora.data.batches import batches, count_trained_tokens
+from fastlora.data.encoding import encode_rows
+from fastlora.data.packing import pack
+from fastlora.data.rows import read_rows
 
 
 def main() -> None:
@@ -35,7 +36,7 @@ def main() -> None:
     print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout)
 
-    # 2e-4 is usual for a model 2048 wide; narrower ones bear, and want, more.
+    # 2e-4 suits models of hidden size 2048; narrower models need a higher rate.
     width_rate = 2e-4 * 2048 / model.spec.config.hidden_size
     model, history = fastlora.train(
         model,
@@ -58,12 +59,12 @@ def main() -> None:
     difference = (model(ids) - reloaded(ids)).abs().max().item()
     verdict = f"largest difference of two logits: {difference:g}"
     if difference:
-        raise SystemExit(f"the model reloaded from {given.output} DIFFERS; {verdict}")
+        raise SystemExit(f"the model reloaded from {given.output} differs; {verdict}")
     print(f"\nsaved to {given.output}; the reloaded model agrees; {verdict}")
 
 
 def read_data(data: Path, eval_data: Path | None) -> tuple[list[dict], list[dict]]:
-    """Rows to train on and rows held out; where no file is given for these, one row in twenty."""
+    """Rows to train on, and held-out rows: those of `eval_data`, or one row in twenty of `data`."""
     rows = read_rows(data)
     if eval_data is None and data != DEMO / "train.jsonl":
         return [row for i, row in enumerate(rows) if i % 20], rows[::20]
@@ -72,7 +73,7 @@ def read_data(data: Path, eval_data: Path | None) -> tuple[list[dict], list[dict
 
 @torch.no_grad()
 def heldout_loss(model, tokenizer, rows: list[dict]) -> float:
-    """Mean of -log p over the tokens of the responses, in nats."""
+    """Mean of -log p over the tokens of the replies, in nats."""
     length = model.spec.max_seq_length
     examples = encode_rows(rows, tokenizer, max_seq_length=length)
     device, total, count = model.base["norm"].device, 0.0, 0
@@ -84,7 +85,7 @@ def heldout_loss(model, tokenizer, rows: list[dict]) -> float:
 
 
 def show_samples(model, tokenizer, rows: list[dict], number: int = 3) -> None:
-    """Greedy replies to held-out prompts, beside what the rows say."""
+    """Print greedy replies to held-out prompts beside the replies of the rows."""
     prompts = [
         (row["messages"][:-1], row["messages"][-1]["content"]) for row in rows if "messages" in row
     ]
@@ -101,14 +102,14 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="demo", help='"demo", a folder, or a Hub id')
     add("--data", type=Path, default=DEMO / "train.jsonl", help="JSONL: chat, prompt, Alpaca, text")
-    add("--eval-data", type=Path, help="JSONL; without it one row in twenty is held out")
+    add("--eval-data", type=Path, help="JSONL; default: hold out one row in twenty")
     add("--output", type=Path, default=Path("runs/adapter"), help="PEFT folder to write")
     add("--load-in-4bit", action="store_true", help="QLoRA: the base in NF4")
     add("--max-seq-length", type=int)
     add("--r", type=int, default=16)
     add("--epochs", type=float, default=2)
     add("--max-steps", type=int)
-    add("--batch-size", type=int, default=4, help="packed sequences a step")
+    add("--batch-size", type=int, default=4, help="packed sequences per step")
     add("--learning-rate", type=float, help="default: 2e-4 * 2048 / hidden_size")
     add("--seed", type=int, default=3407)
     return parser.parse_args()

@@ -1,4 +1,4 @@
-"""Let a model reply, token by token.
+"""Print a model's reply while it is generated.
 
 python scripts/generate.py --model runs/adapter "# shutil
 def copytree(src, dst):"
@@ -42,13 +42,13 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("prompt")
     add("--model", default="demo", help='"demo", a model or adapter folder, or a Hub id')
-    add("--load-in-4bit", action="store_true", help="the base in NF4")
+    add("--load-in-4bit", action="store_true", help="quantise the base to NF4")
     add("--system", help="system message")
-    add("--plain", action="store_true", help="continue the prompt as it is, without chat template")
+    add("--plain", action="store_true", help="continue the prompt, without chat template")
     add("--max-new-tokens", type=int, default=128)
     add("--temperature", type=float, default=0.0, help="0 is greedy")
     add("--top-p", type=float)
-    add("--seed", type=int, help="of the sampling")
+    add("--seed", type=int, help="seed of the sampling")
     return parser.parse_args()
 
 

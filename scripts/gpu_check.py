@@ -26,17 +26,17 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.data import read_rows
-from fastlora.hub import DEMO
-from fastlora.llama.recompute import offload_levels
+from fastlora.checkpoints.hub import DEMO
+from fastlora.data.rows import read_rows
 from fastlora.model import Model
-from fastlora.ops.attention import attention_reference
+from fastlora.models.levels import offload_levels
+from fastlora.ops.attention.attention import attention_reference
+from fastlora.ops.attention.flash import flash_attention, make_spans
+from fastlora.ops.attention.rope import apply_rope
 from fastlora.ops.dropout import keep_mask
-from fastlora.ops.dropped_low import Masks, Segments, dropped_low_reference
-from fastlora.ops.flash_attention import flash_attention, spans
-from fastlora.ops.grouped_linear import grouped_lora_linear, grouped_lora_linear_reference
-from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference
-from fastlora.ops.rope import apply_rope
+from fastlora.ops.linear.experts import grouped_lora_linear, grouped_lora_linear_reference
+from fastlora.ops.linear.masked_lora import Masks, Segments, masked_x_a_reference
+from fastlora.ops.swiglu.swiglu import lora_swiglu, lora_swiglu_reference
 
 Row = tuple[str, float, float]  # law, value, limit
 SIZES = dict(vocab_size=512, hidden_size=256, intermediate_size=704, max_position_embeddings=1024)
@@ -387,7 +387,7 @@ def flash() -> Iterator[Row]:
         angles = 6 * torch.rand(1, t, hd // 2, generator=gen, dtype=torch.float64).cuda()
         angles, index = angles.repeat(1, 1, 2), torch.arange(t, device="cuda").expand(b, t)
         first = index // 150 * 150 if case == "documents" else (index - 99).clamp(min=0)
-        where = None if case == "causal" else spans(first)
+        where = None if case == "causal" else make_spans(first)
         mask = (index[:, None] <= index[..., None]) & (index[:, None] >= first[..., None])
         mask = None if case == "causal" else mask[:, None]
 
@@ -422,14 +422,14 @@ def dropped() -> Iterator[Row]:
     )
     for n, d, ranks in sizes:
         wide = [new(n, d), *(0.3 * new(r, d) for r in ranks)]
-        dlow, dx, law = new(n, sum(ranks)), new(n, d), f"dropped_low {n} x {d}, ranks {ranks}"
+        dlow, dx, law = new(n, sum(ranks)), new(n, d), f"masked_x_a {n} x {d}, ranks {ranks}"
         keys = (2**40 + torch.arange(len(ranks))).cuda()
         # The second sees all of x, as start factors do.
         masks = Masks(keys, (0, -1, 2)[: len(ranks)], 0.1, True)
 
         def plain(dtype: torch.dtype, wide: list, dlow: Tensor, dx: Tensor, masks: Masks) -> list:
             leaves = [t.to(dtype).requires_grad_() for t in wide]
-            low = dropped_low_reference(leaves[0], leaves[1:], masks)
+            low = masked_x_a_reference(leaves[0], leaves[1:], masks)
             more, *da = torch.autograd.grad(low, leaves, dlow.to(dtype))
             return [low.detach(), dx.to(dtype) + more, torch.cat(da)]
 
@@ -438,8 +438,8 @@ def dropped() -> Iterator[Row]:
             a, ops, grown = torch.cat(matrices), torch.ops.fastlora, dx.to(dtype, copy=True)
             keys, ranks = masks.keys, tuple(m.shape[0] for m in matrices)
             segments = Segments(ranks, masks.slots, masks.p)
-            low = ops.dropped_low(x, a, keys, *segments)
-            da = ops.dropped_low_backward_(grown, x, dlow.to(dtype), a, keys, *segments, True)
+            low = ops.masked_x_a(x, a, keys, *segments)
+            da = ops.masked_x_a_backward_(grown, x, dlow.to(dtype), a, keys, *segments, True)
             return [low, grown, da]
 
         given = (wide, dlow, dx, masks)

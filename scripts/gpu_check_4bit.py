@@ -25,12 +25,13 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.data import read_rows
-from fastlora.hub import DEMO
-from fastlora.llama.params import projection_weights, tensors_from_base
+from fastlora.checkpoints.hub import DEMO
+from fastlora.data.rows import read_rows
 from fastlora.model import Model
-from fastlora.ops.dequantize import dense, dequantize
-from fastlora.quantized import Quantized, dequantize_by_bitsandbytes, quantize_4bit
+from fastlora.models.names import projection_weights, tensors_from_base
+from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, quantize_4bit
+from fastlora.ops.quant.dequantize import dense, dequantize
+from fastlora.ops.quant.weights import Quantized
 
 POLICIES: list[Any] = ["none", "selective", 0.4, "full", "offload"]
 

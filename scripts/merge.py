@@ -1,4 +1,4 @@
-"""Fold an adapter into its base, and write a Hugging Face folder that needs no adapter.
+"""Merge an adapter into its base and write a Hugging Face folder without an adapter.
 
 python scripts/merge.py runs/adapter runs/merged
 python scripts/merge.py runs/adapter runs/merged --load-in-4bit    # an adapter trained over 4 bits
@@ -21,8 +21,8 @@ def main() -> None:
     print(f"wrote {given.output} ({given.save_method})")
     if report:
         print(
-            f"the adapter was added to the {report.base} weights; read back, logits differ by at"
-            f" most {report.logit_difference:.3g} from the model in 4 bits"
+            f"the adapter was added to the {report.base} weights; the logits of the folder differ"
+            f" by at most {report.logit_difference:.3g} from the 4-bit model's"
         )
 
 
@@ -34,9 +34,9 @@ def arguments() -> argparse.Namespace:
     add("adapter", help="adapter folder or Hub id; it names its base")
     add("output", type=Path, help="folder to write")
     add("--save-method", default="merged_16bit", choices=("merged_16bit", "merged_4bit", "lora"))
-    add("--load-in-4bit", action="store_true", help="to compare with the model that was trained so")
-    add("--base", default="auto", help='then: "original", "dequantized" or the 16-bit folder')
-    add("--device", default="cpu", help="where to multiply; the CPU has the memory")
+    add("--load-in-4bit", action="store_true", help="the adapter was trained over a 4-bit base")
+    add("--base", default="auto", help='with --load-in-4bit: "original", "dequantized", a folder')
+    add("--device", default="cpu", help="device that merges; the CPU usually has more memory")
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
-"""Quantise a merged folder with torchao, as the adapter's qat_scheme trained it to be.
+"""Quantise a merged folder with torchao, with the scheme that qat_scheme trained for.
 
 python scripts/merge.py runs/adapter runs/merged
 python scripts/quantize.py runs/merged runs/int8 --scheme int8
 
-Needs torchao and transformers, which fastlora itself does not. The folder it writes is loaded by
-transformers' from_pretrained. int4 and the fp8 schemes need the GPU kernels that torchao packs for.
+Needs torchao and transformers, which fastlora does not install. transformers' from_pretrained loads
+the written folder. int4 and the fp8 schemes need a GPU that torchao has kernels for.
 """
 
 import argparse
@@ -30,11 +30,11 @@ def main() -> None:
 
 
 def quantise(merged: Path, output: Path, scheme: str, device: str) -> None:
-    """Write `output`: linear layers and head quantised, for int8-int4 the embedding too."""
+    """Write `output` with quantised linear layers and head; int8-int4 adds the embedding."""
     transformers = importlib.import_module("transformers")
     model, source = transformers.AutoModelForCausalLM.from_pretrained(merged, dtype="auto"), merged
     with TemporaryDirectory(dir=output.parent, prefix=".quantize-") as folder:
-        if model.config.tie_word_embeddings:  # head and embedding are rounded differently
+        if model.config.tie_word_embeddings:  # head and embedding are rounded in different ways
             model.config.tie_word_embeddings = False
             model.lm_head.weight = type(model.lm_head.weight)(model.lm_head.weight.detach().clone())
             model.save_pretrained(folder)
@@ -44,13 +44,13 @@ def quantise(merged: Path, output: Path, scheme: str, device: str) -> None:
             source, dtype="auto", quantization_config=how, device_map=device
         )
         model.save_pretrained(output)
-    for file in merged.iterdir():  # the tokenizer's
+    for file in merged.iterdir():  # copy the tokenizer files
         if not (output / file.name).exists() and ".safetensors" not in file.name:
             shutil.copy(file, output)
 
 
 def config(scheme: str) -> Any:
-    """torchao's config for a whole model; Unsloth's mapping (fastlora/ops/fake_quantize.py)."""
+    """torchao's config for all weights of a model; see fastlora/ops/quant/fake_quantize.py."""
     ao = importlib.import_module("torchao.quantization")
     granularity = importlib.import_module("torchao.quantization.granularity")
     torch = importlib.import_module("torch")
@@ -66,7 +66,7 @@ def config(scheme: str) -> Any:
             weight_dtype=torch.int4, weight_granularity=granularity.PerGroup(32)
         ),
     }[scheme]()
-    # Weights by name: "_default" would have transformers 5.23 quantise the biases as well.
+    # Name the weights: with "_default", transformers 5.23 would quantise the biases too.
     weights = {r"re:.*_proj\.weight": linear, "lm_head.weight": linear}
     if scheme == "int8-int4":
         weights["model.embed_tokens.weight"] = int8
@@ -81,7 +81,7 @@ def arguments() -> argparse.Namespace:
     add("merged", type=Path, help="folder of scripts/merge.py or save_pretrained_merged")
     add("output", type=Path, help="folder to write")
     add("--scheme", required=True, choices=SCHEMES, help="the adapter's qat_scheme")
-    add("--device", default="cpu", help="where to quantise")
+    add("--device", default="cpu", help="device that quantises")
     return parser.parse_args()
 
 

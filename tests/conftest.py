@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from fastlora.runtime import cuda_graph
+
 # Triton's interpreter, for the kernels' tests; transformers imports triton, which reads this then.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
@@ -19,11 +21,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 import fastlora
-from fastlora import cuda_graph
-from fastlora.cuda_graph import CUDAGraphed
-from fastlora.llama.compiled import _region as compiled_regions
 from fastlora.model import Model
-from fastlora.tree import leaves
+from fastlora.runtime.compiled import _region as compiled_regions
+from fastlora.runtime.cuda_graph import CUDAGraphed
+from fastlora.runtime.tree import leaves
 
 
 class Pair(NamedTuple):
@@ -97,7 +98,7 @@ def fresh_dynamo():
 def region_backend(monkeypatch, fresh_dynamo) -> Callable[[Any], None]:
     """region_backend(backend): what fastlora's own regions compile with from here on."""
 
-    return lambda backend: monkeypatch.setattr("fastlora.llama.compiled.backend", backend)
+    return lambda backend: monkeypatch.setattr("fastlora.runtime.compiled.backend", backend)
 
 
 def adapted(model: Model, seed: int = 0, **settings: Any) -> Model:

@@ -14,17 +14,12 @@ from peft import LoraConfig as PeftConfig
 from peft import LoraModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastlora.adapter import lora
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import (
-    PROJECTIONS,
-    base_from_tensors,
-    projection_path,
-    projection_shape,
-)
-from fastlora.llama.spec import Spec
+from fastlora.adapters.create import lora
 from fastlora.model import Model
-from fastlora.targets import module_names
+from fastlora.models.config_json import config_from_json
+from fastlora.models.names import base_from_tensors, module_names, projection_path, projection_shape
+from fastlora.models.params import PROJECTIONS
+from fastlora.models.spec import Spec
 
 ALL = list(PROJECTIONS)
 
@@ -94,7 +89,7 @@ def bare(family, **changed):
     kwargs = FAMILIES[family] | changed
     with torch.device("meta"):
         hf = AutoModelForCausalLM.from_config(AutoConfig.for_model(**kwargs))
-    config = LlamaConfig.from_hf(hf.config.to_dict())
+    config = config_from_json(hf.config.to_dict())
     base = base_from_tensors(config, dict(hf.state_dict()))
     return hf, Model(spec=Spec(config=config, name_or_path="x", max_seq_length=64), base=base)
 

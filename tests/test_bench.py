@@ -10,36 +10,39 @@ from pathlib import Path
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "scripts"
+LAYER_KERNELS = str(SCRIPTS / "bench" / "layer_kernels.py")
 
 
 @pytest.fixture
 def scripts(monkeypatch):
     """The scripts as modules, found as they find one another."""
+    monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     monkeypatch.syspath_prepend(str(SCRIPTS))
     names = ("bench", "profile_step", "scaling")
     yield [import_module(name) for name in names]
-    for name in (*names, "bench_steps", "random_checkpoint"):
+    for name in (*names, "measuring", "results", "bench_steps", "probe", "random_checkpoint"):
         sys.modules.pop(name, None)
 
 
 def test_floors_are_those_of_the_design(scripts):
     """design.md: 4 x parameters x tokens at 790 TFLOP/s, 51 ms for 1B and about 335 for 8B; and
     attention, of which the causal half counts."""
-    bench, *_ = scripts
+    measuring = import_module("measuring")
     for shape, products, attention in (("1b", 51.2, 4.9), ("8b", 311.3, 19.5)):
-        raw = bench.SHAPES[shape]
-        short = bench.floor_ms(raw, 4096, 2)  # as many tokens, next to no attention
+        raw = measuring.SHAPES[shape]
+        short = measuring.floor_ms(raw, 4096, 2)  # as many tokens, next to no attention
         assert short == pytest.approx(products, abs=0.1)
-        assert bench.floor_ms(raw, 4, 2048) - short == pytest.approx(attention, abs=0.1)
+        assert measuring.floor_ms(raw, 4, 2048) - short == pytest.approx(attention, abs=0.1)
 
 
-FACTS = {"shape": "1b", "batch": 4, "seq": 2048, "device": "a card"}
+FACTS = {"shape": "1b", "batch": 4, "seq": 2048, "card": "H200"}
 
 
 def row(setting, ms, **more):
     figures = {"ms": ms, "spread_ms": 1.0, "tokens_s": 10, "floor_ms": 50.0, "peak_gib": 3.5}
-    return FACTS | figures | {"setting": setting, "first_s": 9.0, "loss": [1.0, 0.5]} | more
+    return FACTS | figures | {"setting": setting, "first_s": 9.0, "last_loss": 0.5} | more
 
 
 def test_the_report_says_ratio_and_share_of_the_floor(scripts):
@@ -47,7 +50,7 @@ def test_the_report_says_ratio_and_share_of_the_floor(scripts):
     failed = {"setting": "liger", "error": ["no such package"]}
     text = bench.report(FACTS, [row("none", 100.0), row("unsloth", 125.0), failed], "unsloth")
     title, _, none, unsloth, liger = text.strip().split("\n")
-    assert title == "shape 1b, batch 4, seq 2048, device a card"
+    assert title == "shape 1b, batch 4, seq 2048, card H200"
     assert none.split()[-2:] == ["1.25", "50%"] and unsloth.split()[-2:] == ["1.00", "40%"]
     assert "no such package" in liger
     assert "1.25" not in bench.report(FACTS, [row("none", 100.0), row("hf", 125.0)], "unsloth")
@@ -55,9 +58,9 @@ def test_the_report_says_ratio_and_share_of_the_floor(scripts):
 
 def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
     """One that is not handed on would be measured at its default, in silence."""
-    bench, *_ = scripts
+    measuring = import_module("measuring")
     parser = ArgumentParser()
-    bench.add_step_arguments(parser)
+    measuring.add_step_arguments(parser)
     given = "--shape 8b --layers 3 --batch 1 --seq 512 --rank 8 --targets q_proj v_proj".split()
     given += "--dropout 0.1 --kernels torch --use-dora --lora-bias --load-in-4bit".split()
     given += "--documents 128 --cuda-graph --deterministic".split()
@@ -70,8 +73,8 @@ def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
     class Done:
         stdout, stderr = 'RESULT {"ms": 1}', ""
 
-    monkeypatch.setattr(bench.subprocess, "run", lambda c, **_: seen.update(command=c) or Done)
-    assert bench.in_own_process("none", Path("somewhere"), args) == {"ms": 1}
+    monkeypatch.setattr(measuring.subprocess, "run", lambda c, **_: seen.update(command=c) or Done)
+    assert measuring.in_own_process("none", Path("somewhere"), args) == {"ms": 1}
     parser.add_argument("--one")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--warm", type=int)
@@ -80,6 +83,52 @@ def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
         if name not in ("cache", "folder"):
             assert again[name] == value, name
     assert again["one"] == "none" and again["folder"] == Path("somewhere")
+
+
+def test_a_row_names_the_command_that_gives_it_again(scripts):
+    """With every option but the defaults, and without options that a peer does not have."""
+    measuring = import_module("measuring")
+    parser = ArgumentParser()
+    measuring.add_step_arguments(parser)
+    measuring.add_timing_arguments(parser)
+    command = lambda setting, given: measuring.command_of(setting, parser.parse_args(given.split()))
+    timing = "--steps 10 --warm 3"
+    assert command("none", "") == (
+        f"python scripts/bench.py --shape 1b --recompute none --peers {timing}"
+    )
+    given = "--shape 8b --batch 2 --targets q_proj v_proj --load-in-4bit --cuda-graph"
+    same = "python scripts/bench.py --shape 8b --batch 2 --targets q_proj v_proj --load-in-4bit"
+    assert command("0.4", given) == f"{same} --cuda-graph --recompute 0.4 --peers {timing}"
+    assert command("unsloth-gc", given) == f"{same} --recompute --peers unsloth-gc {timing}"
+
+
+def test_rows_are_appended_and_read_back(scripts, tmp_path):
+    results = import_module("results")
+    file = tmp_path / "rows.jsonl"
+    assert results.read(file) == []
+    rows = [results.row("python scripts/bench.py", {"ms": ms}) for ms in (1.0, 2.0)]
+    for new in rows:
+        results.append(file, new)
+    assert results.read(file) == rows
+    assert rows[0].keys() == {"date", "commit", "machine", "command", "figures"}
+    assert {"card", "torch"} <= rows[0]["machine"].keys()
+
+
+def test_every_cited_key_is_a_row_of_the_results(scripts):
+    """Comments and pages cite measurements by key; a row's format is that of results.row."""
+    rows = import_module("results").read(SCRIPTS / "bench" / "results.jsonl")
+    keys = [row["key"] for row in rows if "key" in row]
+    assert len(keys) == len(set(keys))
+    for row in rows:
+        assert {"date", "commit", "machine", "command", "figures"} <= row.keys()
+        assert all(isinstance(x, str | int | float) for x in row["figures"].values()), row
+    files = [*(ROOT / "fastlora").rglob("*.py"), *ROOT.glob("scripts/**/*.md"), ROOT / "README.md"]
+    cited = {
+        key
+        for file in files
+        for key in re.findall(r"\b[a-z0-9][a-z0-9.-]*-20\d\d-\d\d-\d\d\b", file.read_text())
+    }
+    assert cited and cited <= set(keys), cited - set(keys)
 
 
 def test_a_profile_counts_overlap_once(scripts):
@@ -105,7 +154,7 @@ def test_one_size_changes_at_a_time(scripts):
 
 
 def test_a_sweep_that_was_cut_off_goes_on(scripts):
-    """A point is there if it was measured or failed; how() writes `layers` only where it is set."""
+    """A point is there if it was measured or failed; rows of other sweeps do not count."""
     *_, scaling = scripts
     rows = [row("full", 100.0, sweep="rank", rank=8), row("none", 9.0, sweep="layers", layers=4)]
     rows += [{"sweep": "rank", "rank": 256, "setting": "full", "error": ["out of memory"]}]
@@ -134,7 +183,12 @@ def test_the_plot_is_drawn_with_gaps(scripts, tmp_path):
 @pytest.mark.compile
 def test_inductors_kernels_are_told_without_a_gpu(tmp_path):
     """And attention writes its gradients as they are read: none is rotated or joined after it."""
-    script = [sys.executable, str(SCRIPTS / "layer_kernels.py"), "--code", str(tmp_path / "code")]
+    script = [
+        sys.executable,
+        str(SCRIPTS / "bench" / "layer_kernels.py"),
+        "--code",
+        str(tmp_path / "code"),
+    ]
     told = subprocess.run(script, check=True, capture_output=True, text=True, timeout=300).stdout
     forward, backward = told.strip().split("backward: ")
     assert re.match(r"forward: \d+ kernels of Inductor's, at least \d+ us", forward)
@@ -151,7 +205,7 @@ def test_inductors_kernels_are_told_without_a_gpu(tmp_path):
 def test_no_kernel_of_a_mixture_reads_back_what_it_stored(shape):
     """Without ops/gradient_barrier.py one of each does: the gradient of RMSNorm over the keys, and
     of that before two experts. (In shorter sequences Inductor writes other kernels.)"""
-    script = [sys.executable, str(SCRIPTS / "layer_kernels.py"), "--shape", shape]
+    script = [sys.executable, LAYER_KERNELS, "--shape", shape]
     script += ["--recompute", "selective"]
     environ = os.environ | {"TRITON_INTERPRET": "0"}  # conftest.py's 1 would have it run kernels
     run = dict(check=True, capture_output=True, text=True, timeout=300, env=environ)

@@ -16,25 +16,23 @@ from models import mapped_from
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastlora.checkpoint import (
+from fastlora.checkpoints.atomic import atomic_write
+from fastlora.checkpoints.tensors import (
     INDEX,
     WEIGHTS,
     Entry,
-    atomic_write,
-    check_entries,
     read_entries,
     read_header,
     read_index,
     read_json,
     read_safetensors,
-    scan,
-    settle_head,
     write_json,
     write_safetensors,
     write_text,
 )
-from fastlora.checks import CheckpointError
-from fastlora.llama.params import EMBED_TOKENS, LM_HEAD
+from fastlora.checkpoints.weight_files import check_entries, resolve_tied_head, scan
+from fastlora.errors import CheckpointError
+from fastlora.models.names import EMBED_TOKENS, LM_HEAD
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -240,7 +238,7 @@ def with_head(folder: Path, **stored: torch.Tensor) -> dict[str, Entry]:
 
 
 def test_an_equal_head_is_tied(tmp_path):
-    entries, tied = settle_head(
+    entries, tied = resolve_tied_head(
         with_head(tmp_path, embedding=torch.ones(2, 3), head=torch.ones(2, 3)), True
     )
     assert tied and entries.keys() == {EMBED_TOKENS}
@@ -250,19 +248,21 @@ def test_an_equal_head_is_tied(tmp_path):
     "head", [torch.zeros(2, 3), torch.ones(3, 3), torch.ones(2, 3, dtype=torch.bfloat16)]
 )
 def test_a_different_head_is_its_own(tmp_path, head):
-    entries, tied = settle_head(with_head(tmp_path, embedding=torch.ones(2, 3), head=head), True)
+    entries, tied = resolve_tied_head(
+        with_head(tmp_path, embedding=torch.ones(2, 3), head=head), True
+    )
     assert not tied and entries.keys() == {EMBED_TOKENS, LM_HEAD}
 
 
 def test_a_head_alone_is_the_embedding(tmp_path):
-    entries, tied = settle_head(with_head(tmp_path, head=torch.ones(2, 3)), True)
+    entries, tied = resolve_tied_head(with_head(tmp_path, head=torch.ones(2, 3)), True)
     assert tied and entries[EMBED_TOKENS].key == LM_HEAD
     assert torch.equal(read_entries(entries)[EMBED_TOKENS], torch.ones(2, 3))
 
 
 def test_an_untied_model_keeps_its_entries(tmp_path):
     found = with_head(tmp_path, embedding=torch.ones(2, 3))
-    assert settle_head(found, False) == (found, False)
+    assert resolve_tied_head(found, False) == (found, False)
 
 
 # ── reading ───────────────────────────────────────────────────────────────────────────────

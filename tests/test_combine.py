@@ -25,12 +25,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional
-from fastlora.adapter import lora
-from fastlora.combine import combine, disable
-from fastlora.export import load_adapter, save_adapter
-from fastlora.llama.params import BiasedLoRA, projection_path
+from fastlora.adapters.create import lora
+from fastlora.adapters.edits.combining import combine, disable
+from fastlora.adapters.targets import resolve_targets
+from fastlora.formats.peft.reading import load_adapter
+from fastlora.formats.peft.writing import save_adapter
 from fastlora.model import Model
-from fastlora.targets import resolve_targets
+from fastlora.models.names import projection_path
+from fastlora.models.params import BiasedLoRA
 
 # The models that are combined: arguments of `lora`.
 EQUAL = (

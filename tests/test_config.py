@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from models import FAMILIES
 from transformers import AutoConfig
 
-from fastlora.llama.config import LlamaConfig
+from fastlora.models.config_json import config_from_json, config_to_json
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe")
 SIZES = dict(
@@ -83,7 +83,7 @@ def experts(c) -> dict:
 
 
 def assert_reads_as_transformers(raw: dict) -> None:
-    ours, theirs = asdict(LlamaConfig.from_hf(raw)), transformers_says(raw)
+    ours, theirs = asdict(config_from_json(raw)), transformers_says(raw)
     rope = theirs.pop("rope_parameters")
     assert {k: ours[k] for k in theirs} == theirs
     assert {k: ours["rope_parameters"][k] for k in rope} == rope
@@ -207,13 +207,13 @@ def test_rope_resolves_as_in_transformers(changed):
 
 def test_yarn_without_a_factor_takes_the_ratio_of_contexts():
     scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 512}
-    config = LlamaConfig.from_hf(raw_config(rope_scaling=scaling, max_position_embeddings=2048))
+    config = config_from_json(raw_config(rope_scaling=scaling, max_position_embeddings=2048))
     assert config.rope_parameters.factor == 4.0
 
 
 def test_one_mscale_alone_is_unused():
     scaling = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0}
-    rope = LlamaConfig.from_hf(raw_config(rope_scaling=scaling)).rope_parameters
+    rope = config_from_json(raw_config(rope_scaling=scaling)).rope_parameters
     assert (rope.mscale, rope.mscale_all_dim) == (None, None)
 
 
@@ -232,18 +232,18 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
     ids=str,
 )
 def test_given_rope_scaling_replaces_all_but_theta(stored):
-    config = LlamaConfig.from_hf(raw_config(**stored), rope_scaling=LINEAR)
-    expected = LlamaConfig.from_hf(raw_config(rope_theta=5e5, rope_scaling=LINEAR))
+    config = config_from_json(raw_config(**stored), rope_scaling=LINEAR)
+    expected = config_from_json(raw_config(rope_theta=5e5, rope_scaling=LINEAR))
     assert config.rope_parameters == expected.rope_parameters
-    assert_reads_as_transformers(config.to_hf())
+    assert_reads_as_transformers(config_to_json(config))
 
 
 def test_given_original_context_wins_over_the_files():
     raw = raw_config(original_max_position_embeddings=99)
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77}
-    config = LlamaConfig.from_hf(raw, rope_scaling=scaling)
+    config = config_from_json(raw, rope_scaling=scaling)
     assert config.rope_parameters.original_max_position_embeddings == 77
-    assert_reads_as_transformers(config.to_hf())
+    assert_reads_as_transformers(config_to_json(config))
 
 
 # ── ids and dtype ─────────────────────────────────────────────────────────────────────────
@@ -262,11 +262,11 @@ def test_given_original_context_wins_over_the_files():
 )
 def test_stop_ids_are_those_of_both_files(config, generation, expected):
     raw = raw_config(**config)
-    assert LlamaConfig.from_hf(raw, generation=generation).eos_token_id == expected
+    assert config_from_json(raw, generation=generation).eos_token_id == expected
 
 
 def test_a_negative_pad_id_is_none():
-    assert LlamaConfig.from_hf(raw_config(pad_token_id=-1)).pad_token_id is None
+    assert config_from_json(raw_config(pad_token_id=-1)).pad_token_id is None
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_a_negative_pad_id_is_none():
     ],
 )
 def test_dtype_has_two_names(fields, expected):
-    assert LlamaConfig.from_hf(raw_config(**fields)).dtype == expected
+    assert config_from_json(raw_config(**fields)).dtype == expected
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────
@@ -354,7 +354,7 @@ def test_dtype_has_two_names(fields, expected):
 )
 def test_what_cannot_be_run_is_refused_by_name(changed, words):
     with pytest.raises(ValueError, match=words):
-        LlamaConfig.from_hf(raw_config() | changed)
+        config_from_json(raw_config() | changed)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -362,13 +362,13 @@ def test_a_missing_size_is_named(name):
     raw = raw_config()
     del raw[name]
     with pytest.raises(ValueError, match=f"{name} is missing"):
-        LlamaConfig.from_hf(raw)
+        config_from_json(raw)
 
 
 def test_all_problems_are_listed_at_once():
     raw = raw_config(hidden_act="gelu", num_key_value_heads=5, rope_scaling={"type": "su"}, dtype=1)
     with pytest.raises(ValueError) as refused:
-        LlamaConfig.from_hf(raw)
+        config_from_json(raw)
     for words in ("hidden_act", "num_key_value_heads", "'su'", "dtype"):
         assert words in str(refused.value)
 
@@ -393,7 +393,7 @@ ROPE_FIELDS = ["rope_type", "type", "rope_theta", *LLAMA3, "beta_fast", "mscale"
 )
 def test_any_json_is_read_or_refused(model_type, changed, rope):
     try:
-        config = LlamaConfig.from_hf(raw_config(model_type, rope_parameters=rope) | changed)
+        config = config_from_json(raw_config(model_type, rope_parameters=rope) | changed)
     except ValueError:
         return
     assert hash(config) == hash(replace(config))
@@ -405,18 +405,18 @@ def test_any_json_is_read_or_refused(model_type, changed, rope):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_to_hf_reads_back_as_the_same_model(family):
-    config = LlamaConfig.from_hf(FAMILIES[family])
-    again = LlamaConfig.from_hf(config.to_hf())
+    config = config_from_json(FAMILIES[family])
+    again = config_from_json(config_to_json(config))
     assert replace(again, raw_json="") == replace(config, raw_json="")
 
 
 def test_to_hf_says_what_changed_and_keeps_the_rest():
     raw = raw_config(torch_dtype="float32", tie_word_embeddings=True, some_unknown_field=[1])
-    config = LlamaConfig.from_hf(raw)
+    config = config_from_json(raw)
     changed = replace(config, tie_word_embeddings=False, dtype="bfloat16", vocab_size=97)
     expected = dict(tie_word_embeddings=False, torch_dtype="bfloat16", vocab_size=97)
-    assert changed.to_hf() == raw | expected
-    theirs = AutoConfig.for_model(**changed.to_hf())
+    assert config_to_json(changed) == raw | expected
+    theirs = AutoConfig.for_model(**config_to_json(changed))
     assert theirs.dtype == torch.bfloat16
     assert theirs.vocab_size == 97
 
@@ -424,5 +424,5 @@ def test_to_hf_says_what_changed_and_keeps_the_rest():
 def test_the_record_is_hashable_and_leaves_its_source_alone():
     raw = raw_config(rope_scaling={"rope_type": "yarn", "factor": 4.0})
     before = json.dumps(raw)
-    assert hash(LlamaConfig.from_hf(raw)) == hash(LlamaConfig.from_hf(raw))
+    assert hash(config_from_json(raw)) == hash(config_from_json(raw))
     assert json.dumps(raw) == before

@@ -11,10 +11,10 @@ from conftest import adapted, same_bits, token_ids
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
-from fastlora import cuda_graph
 from fastlora import functional as FL
-from fastlora.cuda_graph import CUDAGraphed
-from fastlora.tree import leaves, with_leaves
+from fastlora.runtime import cuda_graph
+from fastlora.runtime.cuda_graph import CUDAGraphed
+from fastlora.runtime.tree import leaves, with_leaves
 
 
 def affine(tree, x, factor=2.0):

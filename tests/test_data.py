@@ -11,19 +11,14 @@ from hypothesis import strategies as st
 from test_tokenizer import CHATML, CHATML_MARKED, MISTRAL, THINKING, llama2, llama3, qwen
 from transformers import AutoTokenizer
 
-from fastlora.checks import CheckpointError
-from fastlora.data import (
-    IGNORED,
-    Example,
-    Packed,
-    batches,
-    count_batches,
-    count_trained_tokens,
-    encode_rows,
-    pack,
-    read_rows,
-)
-from fastlora.tokenizer import Tokenizer
+from fastlora.data.batches import batches, count_batches, count_trained_tokens
+from fastlora.data.encoding import encode_rows
+from fastlora.data.examples import Example, Packed
+from fastlora.data.packing import pack
+from fastlora.data.rows import read_rows
+from fastlora.errors import CheckpointError
+from fastlora.ops.loss.linear_cross_entropy import IGNORE as IGNORED
+from fastlora.text.tokenizer import Tokenizer
 
 CHAT = [
     {"role": "user", "content": "What is 12 + 34?"},

@@ -10,14 +10,15 @@ import jinja2
 import pytest
 from transformers import AutoTokenizer
 
-from fastlora.data import encode_rows
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import base_tensors
-from fastlora.tokenizer import Tokenizer
+from fastlora.data.encoding import encode_rows
+from fastlora.models.config import LlamaConfig
+from fastlora.models.config_json import config_from_json
+from fastlora.models.names import base_tensors
+from fastlora.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
-DEMO = ROOT / "fastlora" / "demo"
-sys.path.insert(0, str(ROOT / "scripts"))
+DEMO = ROOT / "fastlora" / "checkpoints" / "demo"
+sys.path.insert(0, str(ROOT / "scripts" / "make_demo"))
 import demo_data  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 FILES = (
@@ -52,7 +53,7 @@ def config() -> LlamaConfig:
     raw, generation = (
         json.loads((DEMO / name).read_text()) for name in ("config.json", "generation_config.json")
     )
-    return LlamaConfig.from_hf(raw, generation=generation)
+    return config_from_json(raw, generation=generation)
 
 
 def module_of(messages: list[dict[str, str]]) -> str:
@@ -135,7 +136,7 @@ def test_tokens_are_those_of_transformers(rows, tokenizer):
     other = AutoTokenizer.from_pretrained(DEMO)
     assert len(other) == tokenizer.vocab_size
     texts = [
-        (ROOT / "fastlora" / "checks.py").read_text(),
+        (ROOT / "fastlora" / "errors.py").read_text(),
         "\n\tnaïve — 12.5 %\n\n    x = '\\u20ac'\n",
     ]
     texts += [chat[0]["content"] for chat in rows["heldout"][:50]]

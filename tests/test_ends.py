@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.ops import linear_cross_entropy as ce
+from fastlora.ops.loss import linear_cross_entropy
 
 Q = ["q_proj", "v_proj", "down_proj"]
 BOTH = [*Q, "embed_tokens", "lm_head"]
@@ -93,8 +93,8 @@ def test_gradients_are_the_plain_ones_under_every_policy(recompute, model):
 
 def test_many_chunks_give_the_gradient_of_one(model, monkeypatch):
     _, plain = both_ways(model)
-    monkeypatch.setattr(ce, "_CHUNK_ELEMENTS", 4 * 96)  # 4 rows at a time
-    assert ce.rows_per_chunk(96) == 4
+    monkeypatch.setattr(linear_cross_entropy, "_CHUNK_ELEMENTS", 4 * 96)  # 4 rows at a time
+    assert linear_cross_entropy.rows_per_chunk(96) == 4
     fused, chunked_reference = both_ways(model)
     assert_same(fused, plain, 1e-11)
     assert_same(chunked_reference, plain, 1e-11)
@@ -109,7 +109,7 @@ def test_dropout_on_the_head_is_one_mask_however_the_loss_is_run(name, pair, mon
     labels = BATCH["labels"][:, 1:].flatten()
     whole = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels)
     torch.testing.assert_close(fused[0], whole, rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(ce, "_CHUNK_ELEMENTS", 4 * 96)
+    monkeypatch.setattr(linear_cross_entropy, "_CHUNK_ELEMENTS", 4 * 96)
     assert_same(both_ways(model, seed=5)[0], plain, 1e-11)
     other = FL.forward(model.adapter, model.base, model.spec, IDS, seed=6)
     assert not torch.allclose(logits, other)
@@ -117,9 +117,9 @@ def test_dropout_on_the_head_is_one_mask_however_the_loss_is_run(name, pair, mon
 
 def test_the_trained_heads_loss_never_holds_all_logits(pair, monkeypatch):
     model = made("LoRA on both", pair)
-    monkeypatch.setattr(ce, "_CHUNK_ELEMENTS", 4 * 96)
+    monkeypatch.setattr(linear_cross_entropy, "_CHUNK_ELEMENTS", 4 * 96)
     seen = []
-    plain = ce.label_logprobs
+    plain = linear_cross_entropy.label_logprobs
 
     def watched(logits, labels):
         seen.append(len(logits))

@@ -32,15 +32,18 @@ from test_export import (
 )
 from torch.utils._pytree import tree_leaves
 
-from fastlora.adapter import lora
-from fastlora.checks import CheckpointError
-from fastlora.combine import combine
-from fastlora.export import load_adapter, save_adapter
-from fastlora.llama.params import EXPERTS, ExpertLoRA, LoRA, projection_path, tensors_from_base
-from fastlora.loading import load, read_base
-from fastlora.merging import merge
-from fastlora.peft_keys import peft_state_dict
-from fastlora.saving import save_merged
+from fastlora.adapters.create import lora
+from fastlora.adapters.edits.combining import combine
+from fastlora.adapters.edits.merging import merge
+from fastlora.checkpoints.reading import read_base
+from fastlora.errors import CheckpointError
+from fastlora.formats.merged import save_merged
+from fastlora.formats.peft.names import peft_state_dict
+from fastlora.formats.peft.reading import load_adapter
+from fastlora.formats.peft.writing import save_adapter
+from fastlora.loading import load
+from fastlora.models.names import projection_path, tensors_from_base
+from fastlora.models.params import EXPERTS, ExpertLoRA, LoRA
 
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 NONE: list[str] = []

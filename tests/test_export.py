@@ -28,21 +28,23 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from fastlora import checkpoint as checkpoint_module
-from fastlora import functional, saving
-from fastlora.adapter import lora
-from fastlora.checks import CheckpointError
-from fastlora.export import load_adapter, push_to_hub, save_adapter
-from fastlora.factors import moves_base
-from fastlora.gradients import value_and_grad
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import base_from_tensors, projection_path, tensors_from_base
-from fastlora.llama.spec import Spec
-from fastlora.merging import merge
+from fastlora import functional
+from fastlora.adapters.create import lora
+from fastlora.adapters.edits.merging import merge
+from fastlora.adapters.init.from_weights import moves_base
+from fastlora.checkpoints import tensors
+from fastlora.errors import CheckpointError
+from fastlora.formats import tensors_out
+from fastlora.formats.merged import save_merged
+from fastlora.formats.peft.names import peft_state_dict
+from fastlora.formats.peft.reading import load_adapter
+from fastlora.formats.peft.writing import push_to_hub, save_adapter
 from fastlora.model import Model
-from fastlora.peft_keys import peft_state_dict
-from fastlora.saving import save_merged
-from fastlora.tokenizer import Tokenizer
+from fastlora.models.config_json import config_from_json
+from fastlora.models.names import base_from_tensors, projection_path, tensors_from_base
+from fastlora.models.spec import Spec
+from fastlora.runtime.gradients import value_and_grad
+from fastlora.text.tokenizer import Tokenizer
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -131,7 +133,7 @@ def hugging_face(family, dtype=torch.float32):
 
 def fast(family, dtype=torch.float32):
     folder, hf = checkpoint(family, dtype)
-    config = LlamaConfig.from_hf(json.loads((folder / "config.json").read_text()))
+    config = config_from_json(json.loads((folder / "config.json").read_text()))
     spec = Spec(config=config, name_or_path=str(folder), max_seq_length=128, compile=False)
     return Model(spec=spec, base=base_from_tensors(config, dict(hf.state_dict())))
 
@@ -690,19 +692,19 @@ def test_a_save_that_fails_half_way_leaves_no_weights_with_other_settings(tmp_pa
     """Equal shapes, another alpha: the old settings would be read with the new weights."""
     old, new = (randomised(lora(fast(FORWARD), r=4, lora_alpha=alpha)) for alpha in (4, 40))
     old.save_pretrained(tmp_path)
-    real = checkpoint_module.atomic_write
+    real = tensors.atomic_write
 
     def failing(path, write):
         if path.name == "adapter_config.json":
             raise OSError(28, "No space left on device")
         real(path, write)
 
-    monkeypatch.setattr(checkpoint_module, "atomic_write", failing)
+    monkeypatch.setattr(tensors, "atomic_write", failing)
     with pytest.raises(OSError, match="No space"):
         new.save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match="adapter_config"):
         load_adapter(fast(FORWARD), tmp_path)
-    monkeypatch.setattr(checkpoint_module, "atomic_write", real)
+    monkeypatch.setattr(tensors, "atomic_write", real)
     new.save_pretrained(tmp_path)
     assert torch.equal(logits(load_adapter(fast(FORWARD), tmp_path)), logits(new))
 
@@ -840,7 +842,7 @@ def test_a_float32_base_is_rounded_to_bfloat16_after_the_merge(tmp_path):
 def test_shards_hold_what_one_file_holds(tmp_path, monkeypatch):
     model = randomised(lora(fast(FORWARD, torch.bfloat16), r=4))
     save_merged(model.spec, model.base, model.adapter, tmp_path / "one")
-    monkeypatch.setattr(saving, "SHARD_BYTES", 10_000)
+    monkeypatch.setattr(tensors_out, "SHARD_BYTES", 10_000)
     save_merged(model.spec, model.base, model.adapter, tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 3

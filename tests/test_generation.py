@@ -19,7 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fastlora.generation import Sampling, TextStream, filtered, penalised
+from fastlora.generation.generate import TextStream
+from fastlora.generation.sampling import Sampling, filtered, penalised
 from fastlora.model import Model
 
 NEW = 24  # with a prompt of 9, past windows (5) and dynamic RoPE's context (16)

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fastlora import functional as FL
 from fastlora import value_and_grad
-from fastlora.llama.compiled import _region as compiled_regions
-from fastlora.llama.recompute import layer_levels
 from fastlora.model import Model
+from fastlora.models.levels import layer_levels
+from fastlora.runtime.compiled import _region as compiled_regions
 
 POLICIES = ["none", "selective", "full", "offload", 0.0, 0.2, 0.5, 0.8, 1.0]
 # One family for every branch of a layer: plain, biases, windows, q/k norms, layers without RoPE.

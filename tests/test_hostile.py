@@ -26,10 +26,10 @@ from tokenizers.models import WordLevel
 from torch.utils._pytree import tree_leaves
 
 import fastlora
-from fastlora.checks import CheckpointError
+from fastlora.errors import CheckpointError
 from fastlora.model import Model
-from fastlora.targets import module_names
-from fastlora.tokenizer import Tokenizer
+from fastlora.models.names import module_names
+from fastlora.text.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -266,7 +266,7 @@ def test_a_pattern_that_re_takes_for_ever_with_is_matched_or_refused_at_once(
 
 
 def test_a_pattern_that_takes_too_long_is_refused_by_name(broken_adapter, model, monkeypatch):
-    monkeypatch.setattr("fastlora.targets._SECONDS", 0.2)
+    monkeypatch.setattr("fastlora.adapters.patterns._REGEX_SECONDS", 0.2)
     edit(broken_adapter / CONFIG, target_modules=r"(.*?)*(.*?)*(?(1)Z|Y)")
     refused(lambda: fastlora.load_adapter(model, broken_adapter), "target_modules", "too long")
 

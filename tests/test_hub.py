@@ -18,9 +18,9 @@ import torch
 from huggingface_hub import snapshot_download
 from models import make_checkpoint
 
-from fastlora import checkpoint
-from fastlora.hub import resolve
-from fastlora.loading import read_base
+from fastlora.checkpoints import tensors
+from fastlora.checkpoints.hub import resolve
+from fastlora.checkpoints.reading import read_base
 
 COMMIT = "c0ffee" + "0" * 34
 
@@ -227,9 +227,9 @@ def test_a_repository_without_a_config_is_refused(hub, files, tmp_path):
 
 def test_an_index_that_leads_out_of_the_folder_fetches_nothing(hub, files, tmp_path):
     index = json.dumps({"weight_map": {"a": "../../evil.safetensors"}}).encode()
-    wanted = {"config.json": files["config.json"], checkpoint.INDEX: index}
+    wanted = {"config.json": files["config.json"], tensors.INDEX: index}
     hub.repos["someone/evil"] = wanted
-    with pytest.raises(checkpoint.CheckpointError, match="evil"):
+    with pytest.raises(tensors.CheckpointError, match="evil"):
         resolve("someone/evil", cache_dir=tmp_path)
 
 
@@ -263,7 +263,7 @@ def test_load_takes_a_hub_id_through_hf_endpoint(hub, files, tmp_path):
     )
     keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
     env = keep | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path)}
-    env["PYTHONPATH"] = str(Path(checkpoint.__file__).parents[1])
+    env["PYTHONPATH"] = str(Path(tensors.__file__).parents[1])
     result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "pytorch_model.bin" not in hub.fetched()

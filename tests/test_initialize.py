@@ -35,11 +35,15 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional
-from fastlora.adapter import lora
-from fastlora.export import load_adapter
-from fastlora.initialize import _gradients, _layers, _passes, _settled, initialize, updated
-from fastlora.llama.params import PROJECTIONS, projection_path
-from fastlora.peft_keys import peft_state_dict
+from fastlora.adapters.create import lora
+from fastlora.adapters.init_from_data.dispatch import initialize
+from fastlora.adapters.init_from_data.eva import _converged, updated
+from fastlora.adapters.init_from_data.layer_inputs import layer_rows, start_passes
+from fastlora.adapters.init_from_data.lora_ga import _gradients
+from fastlora.formats.peft.names import peft_state_dict
+from fastlora.formats.peft.reading import load_adapter
+from fastlora.models.names import projection_path
+from fastlora.models.params import PROJECTIONS
 
 
 def ids(*shape, seed=3):
@@ -282,9 +286,9 @@ def test_components_are_those_of_all_rows_at_once():
 def test_components_that_have_settled_are_left_alone():
     rows = [torch.randn(50, 8, generator=torch.Generator().manual_seed(s)) for s in range(4)]
     stream = lambda n: iter([{"q_proj": x} for x in rows[:n]])
-    two, four = (_settled(stream(n), {"q_proj": 3}, -1.0, 0)["q_proj"] for n in (2, 4))
+    two, four = (_converged(stream(n), {"q_proj": 3}, -1.0, 0)["q_proj"] for n in (2, 4))
     assert torch.equal(two.vh, four.vh)
-    assert not torch.equal(_settled(stream(4), {"q_proj": 3}, 1.0, 0)["q_proj"].vh, two.vh)
+    assert not torch.equal(_converged(stream(4), {"q_proj": 3}, 1.0, 0)["q_proj"].vh, two.vh)
 
 
 def test_a_projection_left_without_a_rank_loses_its_adapter(tmp_path):
@@ -382,7 +386,7 @@ def test_packed_documents_do_not_see_each_other():
 
 def inputs_of(model, data):
     with torch.no_grad():
-        for i, rows in _layers(model, _passes(model, data, use_label_mask=True)):
+        for i, rows in layer_rows(model, start_passes(model, data, use_label_mask=True)):
             yield i, list(rows)
 
 

@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
-from fastlora import hub
-from fastlora.checkpoint import INDEX, WEIGHTS
-from fastlora.checks import CheckpointError
-from fastlora.llama.params import EMBED_TOKENS, LM_HEAD, tensors_from_base
-from fastlora.loading import load, read_base
+from fastlora.checkpoints import hub
+from fastlora.checkpoints.reading import read_base
+from fastlora.checkpoints.tensors import INDEX, WEIGHTS
+from fastlora.errors import CheckpointError
+from fastlora.loading import load
 from fastlora.model import Model
+from fastlora.models.config_json import config_to_json
+from fastlora.models.names import EMBED_TOKENS, LM_HEAD, tensors_from_base
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -131,7 +133,7 @@ def test_a_given_dtype_converts_and_is_recorded(folder, dtype):
     name = str(dtype).removeprefix("torch.")
     assert {leaf.dtype for leaf in tree_leaves(model.base)} == {getattr(torch, name)}
     assert model.spec.config.dtype == name
-    assert model.spec.config.to_hf()["dtype"] == name
+    assert config_to_json(model.spec.config)["dtype"] == name
 
 
 def test_the_configs_dtype_wins_over_the_files_as_in_transformers(folder):
@@ -160,7 +162,7 @@ def test_a_stored_head_counts_where_it_differs_as_in_transformers(tied, scale):
     store_head(tied, scale)
     config, base = read_base(tied)
     assert config.tie_word_embeddings == (scale == 1.0) == ("lm_head" not in base)
-    assert config.to_hf()["tie_word_embeddings"] == (scale == 1.0)
+    assert config_to_json(config)["tie_word_embeddings"] == (scale == 1.0)
     assert_computes(load(tied, device="cpu")[0], AutoModelForCausalLM.from_pretrained(tied))
 
 

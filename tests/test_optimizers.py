@@ -6,9 +6,9 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fastlora
-from fastlora import checkpoint
-from fastlora.checks import CheckpointError
-from fastlora.optimizers import (
+from fastlora.checkpoints import tensors
+from fastlora.errors import CheckpointError
+from fastlora.training.optimizers import (
     fresh_state,
     make_optimizer,
     optimizer_problems,
@@ -99,7 +99,7 @@ def test_a_run_with_8_bit_moments_resumes_with_the_same_bits(tmp_path):
     assert again.losses == history.losses and history.losses[-1] < history.losses[0]
     pairs = zip(tree_leaves(whole.adapter), tree_leaves(resumed.adapter), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
-    state = checkpoint.read_safetensors(tmp_path / "parts/checkpoint-4/optimizer.safetensors")
+    state = tensors.read_safetensors(tmp_path / "parts/checkpoint-4/optimizer.safetensors")
     assert {x.dtype for k, x in state.items() if "state1" in k} == {torch.uint8}
     plain, _ = fastlora.train(
         model, tokenizer, ROWS, max_steps=4, lr_scheduler="constant", warmup_ratio=0.0,

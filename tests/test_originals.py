@@ -11,22 +11,17 @@ import torch
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.llama.spec import Outside
-from fastlora.originals import (
-    location_problems,
-    offload_originals,
-    originals_away,
-    unread,
-    with_originals,
-)
+from fastlora.adapters.parked_originals import location_problems, park_originals
+from fastlora.models.spec import Extras
+from fastlora.models.state import parked_originals, unpark_originals, unread
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(10)[None]
 
 
 def away(base, folder, *replaced, tied=False):
-    outside = Outside(replaced=replaced, tied=tied)
-    return offload_originals(base, outside, folder, always=True)
+    extras = Extras(replaced=replaced, tied=tied)
+    return park_originals(base, extras, folder, always=True)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +38,7 @@ def away(base, folder, *replaced, tied=False):
     ],
 )
 def test_what_nobody_reads_is_sent_away(family, replaced, tied, expected, pair):
-    assert unread(pair(family).model.base, Outside(replaced=replaced, tied=tied)) == expected
+    assert unread(pair(family).model.base, Extras(replaced=replaced, tied=tied)) == expected
 
 
 def test_the_file_has_a_name_of_its_own_and_goes_with_the_last_model(pair, tmp_path):
@@ -69,8 +64,8 @@ def test_the_file_has_a_name_of_its_own_and_goes_with_the_last_model(pair, tmp_p
 
 def test_a_model_with_originals_away_trains_merges_and_is_disabled(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "fastlora.adapter.offload_originals",
-        lambda base, outside, folder: offload_originals(base, outside, folder, always=True),
+        "fastlora.adapters.create.offload_originals",
+        lambda base, extras, folder: park_originals(base, extras, folder, always=True),
     )
     base = pair("llama2").model
     settings = dict(r=2, modules_to_save=["embed_tokens", "lm_head"])
@@ -91,8 +86,8 @@ def test_on_the_cpu_nothing_is_written(pair, tmp_path):
     model = fastlora.lora(
         pair("llama2").model, r=2, modules_to_save=["lm_head"], temporary_location=folder
     )
-    assert not folder.exists() and originals_away(model.base) == {}
-    assert with_originals(model.base) is model.base
+    assert not folder.exists() and parked_originals(model.base) == {}
+    assert unpark_originals(model.base) is model.base
 
 
 def test_a_location_is_looked_at_only_where_something_will_be_written(pair, tmp_path):
@@ -100,8 +95,8 @@ def test_a_location_is_looked_at_only_where_something_will_be_written(pair, tmp_
     (tmp_path / "file").write_text("")
     base = pair("llama2").model.base
     elsewhere = {**base, "norm": torch.empty(32, device="meta")}  # stands in for an accelerator
-    copied = Outside(replaced=(HEAD,))
-    assert location_problems(elsewhere, Outside(), tmp_path / "file") == []
+    copied = Extras(replaced=(HEAD,))
+    assert location_problems(elsewhere, Extras(), tmp_path / "file") == []
     assert location_problems(base, copied, tmp_path / "file") == []
     (problem,) = location_problems(elsewhere, copied, tmp_path / "file")
     assert "is a file; choose another name" in problem

@@ -36,13 +36,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from transformers import AutoModelForCausalLM
 
 import fastlora
-from fastlora import functional, saving
-from fastlora.adapter import lora
-from fastlora.checks import CheckpointError
-from fastlora.combine import combine, disable
-from fastlora.export import load_adapter
-from fastlora.merging import merge
-from fastlora.peft_keys import peft_state_dict
+from fastlora import functional
+from fastlora.adapters.create import lora
+from fastlora.adapters.edits.combining import combine, disable
+from fastlora.adapters.edits.merging import merge
+from fastlora.errors import CheckpointError
+from fastlora.formats.peft.names import peft_state_dict
+from fastlora.formats.peft.reading import load_adapter
 
 T, U, B = "llama3.2", "llama2", "llama_bias"  # tied, untied, with biases
 Q = ["q_proj", "v_proj", "down_proj"]
@@ -200,7 +200,7 @@ def test_names_shapes_dtypes_and_counts_are_pefts(case, dtype, tmp_path):
     ours = peft_state_dict(model.adapter, model.spec.lora)
     kind = lambda x: (tuple(x.shape), x.dtype)
     assert {k: kind(x) for k, x in ours.items()} == {k: kind(x) for k, x in theirs.items()}
-    if not (model.spec.lora.outside.tied and model.spec.lora.outside.embed_tokens):
+    if not (model.spec.lora.extras.tied and model.spec.lora.extras.embed_tokens):
         # There PEFT counts one tensor twice, by both of its names.
         counted = (model.num_parameters(trainable=True), model.num_parameters())
         assert counted == peft.get_nb_trainable_parameters()
@@ -232,7 +232,7 @@ def test_round_trips_are_bit_equal(case, tmp_path):
     again = load_adapter(fast(family), tmp_path / "once")
     again.save_pretrained(tmp_path / "twice")
     assert same_bits(again.adapter, model.adapter)
-    assert again.spec.lora.outside == model.spec.lora.outside
+    assert again.spec.lora.extras == model.spec.lora.extras
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "once" / name).read_bytes() == (tmp_path / "twice" / name).read_bytes()
 
@@ -273,8 +273,8 @@ def test_merging_equals_applying_and_transformers_reads_it(case, tmp_path):
     assert difference(logits(merged), logits(model), logits(fast(family))) <= 1e-5
     equal = "lm_head" not in merged.base
     assert merged.spec.config.tie_word_embeddings == equal
-    saving.save_merged(merged.spec, merged.base, None, tmp_path / "merged")
-    saving.save_merged(model.spec, model.base, model.adapter, tmp_path / "at once")
+    merged.save_merged(merged.spec, merged.base, None, tmp_path / "merged")
+    merged.save_merged(model.spec, model.base, model.adapter, tmp_path / "at once")
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("merged", "at once")]
     assert weights[0] == weights[1]
     theirs = hf_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float())
@@ -661,7 +661,7 @@ def test_what_cannot_be_is_refused_by_name(what):
 )
 def test_ids_may_come_in_any_collection_of_whole_numbers(ids):
     model = lora(fast(U), r=4, target_modules=Q, trainable_token_indices=ids)
-    assert model.spec.lora.outside.tokens == (("embed_tokens", (3, 7)),)
+    assert model.spec.lora.extras.tokens == (("embed_tokens", (3, 7)),)
     assert isinstance(hash(model.spec), int)
 
 

@@ -12,16 +12,20 @@ from jaxtyping import TypeCheckError
 from torch import Tensor
 
 import fastlora
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.params import base_from_tensors, base_tensors, projection_weights
-from fastlora.llama.spec import Spec
 from fastlora.model import Model
-from fastlora.planning import CHOICES, peak_bytes, plan, step_seconds
-from fastlora.quantized import NestedAbsmax, Weight4bit, empty_form
+from fastlora.models.config_json import config_from_json
+from fastlora.models.names import base_from_tensors, base_tensors, projection_weights
+from fastlora.models.spec import Spec
+from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
+from fastlora.training.planning.memory import peak_bytes
+from fastlora.training.planning.plan import CHOICES, plan
+from fastlora.training.planning.time import step_seconds
 
-RESULTS = Path(__file__).parents[1] / "scripts" / "bench_results"
-# File -> bytes a parameter that the benchmark held besides: old gradients, while it made new ones.
-# None: of code whose backward pass held a tensor of the MLP's width more; its times alone count.
+# Rows of scripts/bench.py with the kernels on: one recompute policy each, as `run` and figures.
+MEASURED_ROWS = Path(__file__).parent / "data" / "planning_rows.jsonl"
+# Run -> bytes per parameter that the benchmark held in addition: it kept the old gradients while it
+# computed new ones. None: in this run the backward pass held one more tensor of the MLP's width, so
+# only the times are compared.
 MEASURED: dict[str, int | None] = {
     "2026-11-26-h200-1b": 4,
     "2026-11-26-h200-8b": 4,
@@ -31,9 +35,6 @@ MEASURED: dict[str, int | None] = {
     "2026-11-26-peers-1b": 0,
     "2026-11-26-peers-8b": 0,
 }
-# Where "offload" sends what attention kept as well; before, it was "full" with inputs elsewhere.
-OF_TODAYS_OFFLOAD = ("2026-11-26-peers-1b", "2026-11-26-peers-8b")
-UNLIKE = {"use_dora", "lora_bias", "dropout", "targets", "cuda_graph"}  # not what is predicted
 SHAPES = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64),
     "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
@@ -52,7 +53,7 @@ def in_4bit(shape: tuple[int, ...]) -> Weight4bit:
 @cache
 def shaped(name: str, *, quantised: bool = False) -> Model:
     """A Llama of a real size, none of whose weights are there."""
-    config = LlamaConfig.from_hf(
+    config = config_from_json(
         dict(
             model_type="llama",
             vocab_size=128256,
@@ -75,30 +76,21 @@ def shaped(name: str, *, quantised: bool = False) -> Model:
 
 
 def rows() -> list[tuple[str, dict[str, Any]]]:
-    """(file, row) of every measured step of ours with the kernels on."""
-    found = []
-    for name in MEASURED:
-        for line in (RESULTS / f"{name}.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            setting = row["setting"]
-            ours = setting in ("none", "selective", "full", "offload") or setting[0].isdigit()
-            if setting == "offload" and name not in OF_TODAYS_OFFLOAD:
-                continue
-            if ours and row["kernels"] == "auto" and not UNLIKE & row.keys():
-                found.append((name, row))
-    return found
+    """(run, row) of every measured step."""
+    found = [json.loads(line) for line in MEASURED_ROWS.read_text().splitlines()]
+    return [(row["run"], row) for row in found]
 
 
 ROWS = rows()
 
 
-@pytest.mark.parametrize(("file", "row"), ROWS, ids=[f"{f} {r['setting']}" for f, r in ROWS])
-def test_predictions_are_near_what_was_measured(file, row):
+@pytest.mark.parametrize(("run", "row"), ROWS, ids=[f"{f} {r['setting']}" for f, r in ROWS])
+def test_predictions_are_near_what_was_measured(run, row):
     quantised = row.get("load_in_4bit", False)
     model = shaped(row["shape"], quantised=quantised)
     setting: Any = float(row["setting"]) if row["setting"][0].isdigit() else row["setting"]
     b, t = row.get("batch", 4), row.get("seq", 2048)
-    if (held := MEASURED[file]) is not None:
+    if (held := MEASURED[run]) is not None:
         peak = peak_bytes(model, setting, b, t) + held * model.num_parameters(trainable=True)
         assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.05)
     assert 1e3 * step_seconds(model, setting, b, t) == pytest.approx(row["ms"], rel=0.15)

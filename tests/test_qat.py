@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.llama.layer import layer_spec, project
-from fastlora.llama.params import tensors_from_base
-from fastlora.ops.fake_quantize import SCHEMES
+from fastlora.models.names import tensors_from_base
+from fastlora.models.projections import layer_spec, project
+from fastlora.ops.quant.fake_quantize import SCHEMES
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 import quantize

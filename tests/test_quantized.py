@@ -29,19 +29,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.checks import CheckpointError
-from fastlora.data import read_rows
-from fastlora.hub import DEMO
-from fastlora.llama.params import (
-    PROJECTIONS,
-    is_quantized,
-    projection_weights,
-    tensors_from_base,
-)
+from fastlora.checkpoints.hub import DEMO
+from fastlora.data.rows import read_rows
+from fastlora.errors import CheckpointError
 from fastlora.model import Model
-from fastlora.ops import frozen_linear, lora_linear
-from fastlora.ops.dequantize import dense, dequantize
-from fastlora.quantized import Quantized, Weight4bit, Weight8bit
+from fastlora.models.names import projection_weights, tensors_from_base
+from fastlora.models.params import PROJECTIONS, is_quantized
+from fastlora.ops.linear import frozen, lora
+from fastlora.ops.quant.dequantize import dense, dequantize
+from fastlora.ops.quant.weights import Quantized, Weight4bit, Weight8bit
 
 FAMILY = "llama_bias"
 IDS = token_ids(2, 11)
@@ -374,7 +370,7 @@ def test_what_cannot_be_in_4_bits_is_refused_before_any_work(made, monkeypatch):
         load(made("mixtral"), load_in_4bit=True)
     with pytest.raises((ValueError, TypeCheckError), match="load_in_4bit"):
         load(made(), load_in_4bit=1)
-    from fastlora import quantized
+    from fastlora.ops.quant import bitsandbytes as quantized
 
     def missing(name):
         raise ModuleNotFoundError(name)
@@ -519,7 +515,7 @@ def most_alive(monkeypatch) -> Callable[[], int]:
         most = max(most, sum(ref() is not None for ref in alive))
         return out
 
-    for module in (frozen_linear, lora_linear):
+    for module in (frozen, lora):
         monkeypatch.setattr(module, "dense", watched)
     return lambda: most if alive else -1
 
@@ -529,7 +525,7 @@ def test_a_dequantised_weight_lives_for_one_product(policy, made, most_alive):
     model = adapted(load(made(), load_in_4bit=True), r=4).with_spec(recompute=policy)
     fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, BATCH)
     assert most_alive() == 1
-    kept = [frozen_linear.dense(w, torch.float32) for w in weights(model).values()]
+    kept = [frozen.dense(w, torch.float32) for w in weights(model).values()]
     assert most_alive() == len(kept)  # the test can fail
 
 
@@ -816,7 +812,7 @@ def test_the_report_counts_start_factors_once(method, init, made, tmp_path):
 
 
 def test_a_failure_half_way_leaves_the_older_folder(made, tmp_path, monkeypatch):
-    from fastlora import saving
+    from fastlora.formats import merged as saving
 
     model = adapted(load(made(), load_in_4bit=True), r=4)
     monkeypatch.setattr(saving, "SHARD_BYTES", 20_000)
@@ -854,7 +850,7 @@ def test_matrices_without_an_adapter_keep_their_bytes(made, tmp_path):
 
 
 def test_a_tokenizer_is_written_before_the_folder_is_read_back(tmp_path, monkeypatch):
-    from fastlora import saving
+    from fastlora.formats import merged as saving
 
     model, tokenizer = fastlora.load("demo", load_in_4bit=True, device="cpu")
     monkeypatch.setattr(saving, "_difference", lambda *_: 1 / 0)
@@ -916,7 +912,7 @@ def test_merged_4_bit_is_read_by_transformers_and_by_us(family, quantised, made,
 
 
 def test_shards_keep_a_weight_and_its_statistics_together(made, tmp_path, monkeypatch):
-    from fastlora import saving
+    from fastlora.formats import merged as saving
 
     model = adapted(load(made(), load_in_4bit=True), r=4)
     model.save_pretrained_merged(tmp_path / "one", save_method="merged_4bit")
@@ -939,7 +935,7 @@ def test_a_mixture_is_refused_in_4_bits(made, tmp_path):
 
 def test_one_tensor_at_a_time_is_made(made, tmp_path, monkeypatch):
     """Merged matrices are let go before the next is made."""
-    from fastlora import merging
+    from fastlora.adapters.edits import merging
 
     alive: list[Any] = []
     most = 0

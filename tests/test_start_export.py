@@ -31,16 +31,17 @@ from test_export import (
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
-from fastlora import export, functional
-from fastlora.adapter import lora
-from fastlora.checks import CheckpointError
-from fastlora.export import load_adapter
-from fastlora.factors import _QUANTISERS, factors, int8_rounded, randomised_svd
-from fastlora.gradients import value_and_grad
-from fastlora.llama.params import projection_path
-from fastlora.llama.start import cast_start, starts
-from fastlora.merging import merge
-from fastlora.peft_keys import named_leaves, peft_state_dict
+from fastlora import functional
+from fastlora.adapters.create import lora
+from fastlora.adapters.edits.merging import merge
+from fastlora.adapters.init.from_weights import _QUANTISERS, factors, int8_rounded, randomised_svd
+from fastlora.errors import CheckpointError
+from fastlora.formats.peft import writing
+from fastlora.formats.peft.names import named_leaves, peft_state_dict
+from fastlora.formats.peft.reading import load_adapter
+from fastlora.models.init_offset import cast_offset, offsets
+from fastlora.models.names import projection_path
+from fastlora.runtime.gradients import value_and_grad
 
 # Arguments that mean the same to fastlora.lora and to peft.LoraConfig, over two layers.
 MOVING = {
@@ -100,7 +101,7 @@ def same_objects(one, other):
 
 
 def start_leaves(model):
-    return [x for params in model.base["layers"] for pair in starts(params).values() for x in pair]
+    return [x for params in model.base["layers"] for pair in offsets(params).values() for x in pair]
 
 
 # ── the values are PEFT's ─────────────────────────────────────────────────────────────────
@@ -154,8 +155,8 @@ def test_dropout_drops_inputs_of_the_adapter_only(use_dora):
     layers = []
     for params in model.base["layers"]:
         moved = {}
-        for name, start in starts(params).items():
-            rest = {k: x for k, x in params[name].items() if k != "start"}
+        for name, start in offsets(params).items():
+            rest = {k: x for k, x in params[name].items() if k != "offset"}
             moved[name] = rest | {"weight": rest["weight"] - 2 * start.b @ start.a}
         layers.append(params | moved)
     plain = dataclasses.replace(model, base=model.base | {"layers": tuple(layers)})
@@ -230,8 +231,8 @@ def test_a_seed_is_a_value():
 
 def test_start_factors_are_cast_with_the_adapter():
     params = lora(fast(FORWARD), r=4, init_lora_weights="pissa").base["layers"][0]
-    assert cast_start(params, torch.float32) is params
-    narrow = starts(cast_start(params, torch.bfloat16))
+    assert cast_offset(params, torch.float32) is params
+    narrow = offsets(cast_offset(params, torch.bfloat16))
     assert {x.dtype for pair in narrow.values() for x in pair} == {torch.bfloat16}
 
 
@@ -405,7 +406,7 @@ def test_the_export_says_twice_the_rank_and_the_same_scaling(tmp_path):
 def test_an_adapter_without_its_start_factors_is_not_saved(tmp_path):
     model = lora(fast(FORWARD), init_lora_weights="olora")
     with pytest.raises(ValueError, match=r"model\.save_pretrained"):
-        export.save_adapter(model.spec, model.base, model.adapter, tmp_path / "new")
+        writing.save_adapter(model.spec, model.base, model.adapter, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -13,8 +13,8 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
-from fastlora.checks import CheckpointError
-from fastlora.tokenizer import Tokenizer
+from fastlora.errors import CheckpointError
+from fastlora.text.tokenizer import Tokenizer
 
 CORPUS = [
     "The rank of a matrix is the number of independent rows. Don't you think so? 12 + 34 = 46!",

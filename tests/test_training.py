@@ -25,13 +25,18 @@ from models import make_checkpoint
 from torch.utils._pytree import tree_leaves
 
 import fastlora
-from fastlora import checkpoint, training
-from fastlora.checks import CheckpointError
-from fastlora.data import batches, encode_rows, pack
+from fastlora.checkpoints import tensors
+from fastlora.data.batches import batches
+from fastlora.data.encoding import encode_rows
+from fastlora.data.packing import pack
+from fastlora.errors import CheckpointError
+from fastlora.formats.peft.names import peft_state_dict
 from fastlora.functional import token_logprobs
 from fastlora.model import Model
-from fastlora.peft_keys import peft_state_dict
-from fastlora.training import History, dropout_seed, learning_rate_factor, train
+from fastlora.training import checkpoint, loop, settings, step
+from fastlora.training.history import History
+from fastlora.training.loop import train
+from fastlora.training.step import dropout_seed, learning_rate_factor
 
 ROOT = Path(__file__).parents[1]
 DEMO = ROOT / "fastlora" / "demo"
@@ -200,8 +205,8 @@ def test_packing_changes_neither_loss_nor_gradient(exact, tokenizer):
 def test_packed_sequences_are_as_long_as_max_seq_length(model, tokenizer, monkeypatch):
     seen = []
     shape = lambda *args, **kw: seen.append(args[3]["input_ids"].shape) or real(*args, **kw)
-    real = training.loss_sum
-    monkeypatch.setattr(training, "loss_sum", shape)
+    real = loop.loss_sum
+    monkeypatch.setattr(loop, "loss_sum", shape)
     train(model, tokenizer, ROWS, max_steps=1, batch_size=2, **QUIET)
     assert {s[1] for s in seen} == {64}
 
@@ -283,10 +288,10 @@ def test_prompts_are_trained_where_asked(model, tokenizer):
 
 
 def test_every_micro_batch_of_every_step_has_masks_of_its_own(base, tokenizer, monkeypatch):
-    seeds, real = [], training.loss_sum
+    seeds, real = [], loop.loss_sum
     number = lambda seed: None if seed is None else int(seed)
     record = lambda *args, **kw: seeds.append(number(kw.get("seed"))) or real(*args, **kw)
-    monkeypatch.setattr(training, "loss_sum", record)
+    monkeypatch.setattr(loop, "loss_sum", record)
     run = dict(max_steps=3, batch_size=2, gradient_accumulation_steps=2, packing=False, **QUIET)
     dropping = fastlora.lora(base, r=2, lora_dropout=0.5, target_modules=["q_proj"])
     train(dropping, tokenizer, ROWS, eval_data=ROWS[:1], seed=5, **run)
@@ -496,34 +501,34 @@ def test_a_run_that_is_played_back_has_the_same_bits(
     given = dict(packing=True, batch_size=1, gradient_accumulation_steps=2, max_steps=5, **QUIET)
     plain = train(model, tokenizer, ROWS, **given)
     assert not captures
-    monkeypatch.setattr(training, "_records", lambda *_: True)
+    monkeypatch.setattr(step, "use_cuda_graph", lambda *_: True)
     played = train(model, tokenizer, ROWS, **given)
     assert len(captures) == 1
     assert same_bits(plain[0].adapter, played[0].adapter)
     assert timeless(plain[1]) == timeless(played[1])
 
 
-def settings(**given) -> training.Settings:
+def settings(**given) -> settings.Settings:
     """train's own, but for these."""
-    names = [field.name for field in dataclasses.fields(training.Settings)]
-    return training.Settings(**{name: DEFAULTS[name] for name in names} | given)
+    names = [field.name for field in dataclasses.fields(settings.Settings)]
+    return settings.Settings(**{name: DEFAULTS[name] for name in names} | given)
 
 
 def test_what_is_large_or_of_many_shapes_is_not_recorded(model, base):
-    assert training._records(model.spec, "cuda", settings())
-    assert not training._records(model.spec, "cpu", settings())
-    assert not training._records(model.spec, "cuda", settings(packing=False))
-    assert not training._records(model.spec, "cuda", settings(batch_size=2**24))
+    assert step.use_cuda_graph(model.spec, "cuda", settings())
+    assert not step.use_cuda_graph(model.spec, "cpu", settings())
+    assert not step.use_cuda_graph(model.spec, "cuda", settings(packing=False))
+    assert not step.use_cuda_graph(model.spec, "cuda", settings(batch_size=2**24))
     offload = dataclasses.replace(model.spec, recompute="offload")
-    assert not training._records(offload, "cuda", settings())
+    assert not step.use_cuda_graph(offload, "cuda", settings())
     for given in (dict(trainable_token_indices=[5]), dict(qat_scheme="int8")):
         unlike = fastlora.lora(base, r=2, **given)
-        assert not training._records(unlike.spec, "cuda", settings())
+        assert not step.use_cuda_graph(unlike.spec, "cuda", settings())
 
 
 def test_a_mixture_is_not_recorded(pair):
     spec = adapted(pair("qwen3_moe").model, r=2).spec
-    assert not training._records(spec, "cuda", settings())
+    assert not step.use_cuda_graph(spec, "cuda", settings())
 
 
 def test_a_packed_bfloat16_run_resumes_with_the_same_bits(folder, tokenizer, tmp_path):
@@ -558,7 +563,7 @@ def test_a_kill_at_any_write_of_a_save_leaves_the_older_checkpoint(
     dropping, uninterrupted, tokenizer, tmp_path, monkeypatch
 ):
     """A checkpoint is five files; the process dies half-way through each in turn."""
-    real = checkpoint.atomic_write
+    real = tensors.atomic_write
     for fatal in range(5):
         folder, second = tmp_path / str(fatal), itertools.count()
 
@@ -568,11 +573,11 @@ def test_a_kill_at_any_write_of_a_save_leaves_the_older_checkpoint(
                 raise Killed
             real(path, write)
 
-        monkeypatch.setattr(checkpoint, "atomic_write", write)
+        monkeypatch.setattr(tensors, "atomic_write", write)
         with pytest.raises(Killed):
             long_run(dropping, tokenizer, folder)
-        monkeypatch.setattr(checkpoint, "atomic_write", real)
-        assert list(training._checkpoints(folder)) == [2]
+        monkeypatch.setattr(tensors, "atomic_write", real)
+        assert list(checkpoint._checkpoints(folder)) == [2]
         trained, history = long_run(dropping, tokenizer, folder, resume=True)
         assert same_bits(trained.adapter, uninterrupted[0].adapter)
         assert timeless(history) == timeless(uninterrupted[1])
@@ -678,7 +683,7 @@ def test_checkpoints_are_never_written_over(dropping, tokenizer, cut, tmp_path):
         long_run(dropping, tokenizer, cut, resume=cut / "checkpoint-2")
     assert files(cut) == before
     long_run(dropping, tokenizer, tmp_path / "other", resume=cut / "checkpoint-2")
-    assert list(training._checkpoints(tmp_path / "other")) == [4, 6]
+    assert list(checkpoint._checkpoints(tmp_path / "other")) == [4, 6]
 
 
 def test_resume_needs_a_whole_checkpoint(dropping, tokenizer, cut, tmp_path):
@@ -702,7 +707,7 @@ def test_a_broken_checkpoint_is_refused(dropping, tokenizer, cut, tmp_path, name
     elif name.endswith("json"):
         (saved / name).write_text('{"settings": 3}')
     else:
-        checkpoint.write_safetensors(saved / name, {"model.x": torch.zeros(2)})
+        tensors.write_safetensors(saved / name, {"model.x": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=name):
         long_run(dropping, tokenizer, tmp_path / "out", resume=saved)
     assert not (tmp_path / "out").exists()
@@ -793,7 +798,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_leaves_the_files(model, to
     run = dict(output_dir=tmp_path, save_every=1, max_steps=3, **QUIET)
     with pytest.raises(FloatingPointError, match="step 2: the loss is"):
         train(model, tokenizer, ROWS, learning_rate=1e30, **run)
-    assert list(training._checkpoints(tmp_path)) == [1]
+    assert list(checkpoint._checkpoints(tmp_path)) == [1]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
     broken = model.with_adapter(
         torch.utils._pytree.tree_map(lambda x: x.clone().fill_(torch.inf), model.adapter)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.hub import DEMO
-from fastlora.tokenizer import Tokenizer
+from fastlora.checkpoints.hub import DEMO
+from fastlora.text.tokenizer import Tokenizer
 
 NEW = ["<think>", "</think>", "<tool>"]
 

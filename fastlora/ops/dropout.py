@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+
+
 # `& _INDEX` changes no value: it keeps Inductor from folding the product of an arange into an
 # index, which may not hold it (torch 2.11, triton 3.6).
 _INDEX = 0x7FFFFFFF

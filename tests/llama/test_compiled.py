@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 
 from fastlora import functional as FL
 from fastlora import value_and_grad
-from fastlora.llama import compiled
-from fastlora.llama.compiled import compiles
-from fastlora.llama.recompute import layer_levels
 from fastlora.model import Model
+from fastlora.models.levels import layer_levels
+from fastlora.runtime import compiled
+from fastlora.runtime.compiled import compiles
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

@@ -8,15 +8,15 @@ from conftest import adapted, token_ids
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora import functional as FL
-from fastlora.llama import decoder
-from fastlora.llama.decoder import dropout_key, hidden_states, requires_grad, where
-from fastlora.llama.head import head
-from fastlora.ops.flash_attention import Spans
+from fastlora.models import decoder
+from fastlora.models.decoder import dropout_key, hidden_states, position_tables, requires_grad
+from fastlora.models.head import head
+from fastlora.ops.attention.flash import Spans
 
 
 def test_masks_are_built_once_per_layer_type(pair):
     config = pair("qwen2_window").model.spec.config
-    at = where(config, token_ids(2, 9, vocab_size=96), torch.float32, None, None, None)
+    at = position_tables(config, token_ids(2, 9, vocab_size=96), torch.float32, None, None, None)
     assert at.masks["full_attention"] is None
     assert at.masks["sliding_attention"].shape == (1, 1, 9, 9)
     assert set(at.masks) == set(config.layer_types)
@@ -39,7 +39,9 @@ def test_where_attention_runs_by_spans(packed, padded, window, dtype, fused, spa
     config = replace(tiny.spec.config, head_dim=64, sliding_window=window, layer_types=(kind,) * 2)
     spec = replace(tiny.spec, config=config)
     x, ids = torch.empty(2, 256, 128, dtype=dtype), torch.ones(2, 256, dtype=torch.int64)
-    seen = decoder._seen(spec, x, ids if padded else None, ids if packed else None, fused)
+    seen = decoder._attention_masks(
+        spec, x, ids if padded else None, ids if packed else None, fused
+    )
     assert isinstance(seen[kind], Spans) is spanned
 
 

@@ -18,9 +18,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora import functional as FL
 from fastlora import value_and_grad
-from fastlora.llama.experts import chosen_experts, collect, expert_mlp, routes, spread
-from fastlora.llama.recompute import LEVELS, kept_elements, layer_levels
 from fastlora.model import Model
+from fastlora.models.experts import chosen_experts, collect, expert_mlp, make_routes, spread
+from fastlora.models.levels import LEVELS, kept_elements, layer_levels
 
 MIXTURES = ["mixtral", "qwen3_moe", "qwen3_moe_mixed"]
 POLICIES = ["none", "selective", 0.4, 0.15, "full", "offload"]
@@ -65,19 +65,19 @@ def test_weights_are_a_softmax_over_all_experts():
 
 def test_routes_sort_the_tokens_copies_by_expert():
     indices = torch.tensor([[3, 1], [1, 0], [3, 0]])
-    where = routes(indices, 5)
-    assert where.ends.tolist() == [2, 4, 4, 6, 6] and where.ends.dtype == torch.int32
-    assert (where.order // 2).tolist() == [1, 2, 0, 1, 0, 2]  # in the tokens' order
-    assert torch.equal(where.order[where.place], torch.arange(6))
+    routes = make_routes(indices, 5)
+    assert routes.offsets.tolist() == [2, 4, 4, 6, 6] and routes.offsets.dtype == torch.int32
+    assert (routes.order // 2).tolist() == [1, 2, 0, 1, 0, 2]  # in the tokens' order
+    assert torch.equal(routes.order[routes.place], torch.arange(6))
     x = torch.randn(3, 4)
-    torch.testing.assert_close(collect(spread(x, where), where, 3), 2 * x)
+    torch.testing.assert_close(collect(spread(x, routes), routes, 3), 2 * x)
 
 
 def test_spread_and_collect_are_each_others_transpose():
-    where = routes(torch.tensor([[3, 1], [1, 0], [3, 0]]), 5)
+    routes = make_routes(torch.tensor([[3, 1], [1, 0], [3, 0]]), 5)
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     y = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
-    for fn, leaf in ((lambda x: spread(x, where), x), (lambda y: collect(y, where, 3), y)):
+    for fn, leaf in ((lambda x: spread(x, routes), x), (lambda y: collect(y, routes, 3), y)):
         assert torch.autograd.gradcheck(fn, leaf) and torch.autograd.gradgradcheck(fn, leaf)
 
 

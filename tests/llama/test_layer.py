@@ -7,8 +7,9 @@ from conftest import adapted, token_ids
 from torch.utils._pytree import tree_map
 
 from fastlora import functional as FL
-from fastlora.llama.layer import layer_spec, mlp_block, project
-from fastlora.llama.params import PROJECTIONS
+from fastlora.models.mlp import mlp_block
+from fastlora.models.params import PROJECTIONS
+from fastlora.models.projections import layer_spec, project
 from fastlora.ops.dropout import dropout, fold
 
 EVERY = tuple(PROJECTIONS)
@@ -32,8 +33,8 @@ def test_a_projection_is_base_plus_scaled_low_rank(name, key, model):
     key = None if key is None else torch.tensor(key)
     (y,) = project(x, (name,), params, adapter, layer_spec(model.spec, 0), key)
     masked = x if key is None else dropout(x, 0.3, fold(key, EVERY.index(name)))
-    low = masked @ adapter[name].a.t() @ adapter[name].b.t()
-    expected = x @ params[name]["weight"].t() + params[name]["bias"] + 6 / 4 * low
+    x_a = masked @ adapter[name].a.t() @ adapter[name].b.t()
+    expected = x @ params[name]["weight"].t() + params[name]["bias"] + 6 / 4 * x_a
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 

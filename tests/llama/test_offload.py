@@ -12,10 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.llama import decoder, offload
-from fastlora.llama.offload import Copies, HostStash
-from fastlora.llama.params import LoRA
+from fastlora.models import decoder
+from fastlora.models.params import LoRA
 from fastlora.ops.cast import cast, matrices_of
+from fastlora.runtime import host_offload
+from fastlora.runtime.host_offload import Copies, HostStash
 
 
 def matrices():
@@ -111,7 +112,7 @@ def stashes(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(decoder, "_stash", stash)
-    monkeypatch.setattr(offload, "_LEAST", 0)
+    monkeypatch.setattr(host_offload, "_LEAST", 0)
     return made
 
 
@@ -178,7 +179,7 @@ def stashed(x, *saved):
 
 
 def test_what_lives_on_anyway_stays_and_what_travels_returns_as_it_was(monkeypatch):
-    monkeypatch.setattr(offload, "_LEAST", 64)
+    monkeypatch.setattr(host_offload, "_LEAST", 64)
     base, turned, small = torch.rand(9, 9), torch.rand(6, 4).t(), torch.ones(3)
     slice = torch.rand(9, 9)[:, :4]
     saved = (base, base[:8], turned, turned, small, slice)

@@ -6,14 +6,8 @@ from conftest import token_ids
 from models import FAMILIES
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from fastlora.llama.positions import (
-    attention_mask_2d,
-    positions,
-    rope_frequencies,
-    rope_tables,
-    segment_starts,
-    sequence_lengths,
-)
+from fastlora.models.positions import attention_mask_2d, positions, segment_starts, sequence_lengths
+from fastlora.models.rope_tables import rope_frequencies, rope_tables
 
 CPU = torch.device("cpu")
 SEGMENTS = torch.tensor([[4, 4, 4, 0, 0, 4, 4], [1, 2, 3, 3, 3, 3, 3]])

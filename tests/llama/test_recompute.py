@@ -13,18 +13,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastlora.llama.config import LlamaConfig
-from fastlora.llama.decoder import where
-from fastlora.llama.layer import layer_spec
-from fastlora.llama.recompute import (
-    LEVELS,
-    decoder_layer,
-    kept_elements,
-    layer_levels,
-    mlp_chunks,
-    offload_levels,
-)
 from fastlora.model import Model
+from fastlora.models.config_json import config_from_json
+from fastlora.models.decoder import position_tables
+from fastlora.models.layer import decoder_layer
+from fastlora.models.levels import LEVELS, kept_elements, layer_levels, mlp_chunks, offload_levels
+from fastlora.models.projections import layer_spec
 
 # (columns in, columns out) of llama_head_dim's projections: all kinds differ.
 NAMES = {
@@ -44,7 +38,7 @@ class Layer:
         config, dtype = model.spec.config, model.base["norm"].dtype
         ids = token_ids(2, t, vocab_size=config.vocab_size)
         segments = (torch.arange(t) > 5).long().expand(2, t) if masked else None
-        at = where(config, ids, dtype, None, None, segments)
+        at = position_tables(config, ids, dtype, None, None, segments)
         self.x = torch.nn.functional.embedding(ids, model.base["embed_tokens"])
         self.adapter = {
             name: type(lora)(*(m.detach().requires_grad_() for m in lora))
@@ -152,9 +146,9 @@ def test_unadapted_projections_are_recomputed_like_the_others(level, pair, fresh
     torch._dynamo.reset()
     more -= count(graphs(layer, "none")[1], *products)
     # q itself is an op of its own; its low product, x A', is a plain one.
-    low = 1 if level in ("attention", "full") else 0
+    x_a = 1 if level in ("attention", "full") else 0
     plain = sum(AGAIN[level].values()) - AGAIN[level].get("q", 0)
-    assert more == plain + low
+    assert more == plain + x_a
 
 
 def most_wide_elements(graph: fx.Graph, width: int) -> int:
@@ -310,7 +304,7 @@ def test_a_name_is_one_level_for_all_layers(policy, pair):
 def test_attention_waits_in_host_memory_where_there_is_time_for_the_way(pair):
     of_8b = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128)
     heads = dict(num_attention_heads=32, num_key_value_heads=8)
-    large = LlamaConfig.from_hf(dict(model_type="llama", vocab_size=128256, **of_8b, **heads))
+    large = config_from_json(dict(model_type="llama", vocab_size=128256, **of_8b, **heads))
     levels = offload_levels(large, 8192, 2)
     assert {*levels} == {"mlp", "full"} and 22 <= levels.count("mlp") <= 28
     gaps = [i for i, level in enumerate(levels) if level == "full"]

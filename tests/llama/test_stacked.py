@@ -8,10 +8,10 @@ from conftest import adapted, relative_error, token_ids
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.llama import decoder
-from fastlora.llama.params import base_from_tensors, tensors_from_base
-from fastlora.llama.stacked import QKV, stack, stacked
-from fastlora.ops.flash_attention import flash_attention
+from fastlora.models import decoder
+from fastlora.models.fused_qkv import QKV, fuse_qkv, fused_qkv
+from fastlora.models.names import base_from_tensors, tensors_from_base
+from fastlora.ops.attention.flash import flash_attention
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def together(pair):
         model = adapted(pair(family).model, **(settings or dict(r=4)))
         config = model.spec.config
         tensors = {n: t.clone() for n, t in tensors_from_base(config, model.base).items()}
-        stack(config, tensors)
+        fuse_qkv(config, tensors)
         return model, replace(model, base=base_from_tensors(config, tensors))
 
     return of
@@ -31,8 +31,8 @@ def together(pair):
 def test_the_tree_is_as_it_was(together):
     apart, ours = together("llama_bias")
     for mine, theirs in zip(ours.base["layers"], apart.base["layers"], strict=True):
-        assert stacked(theirs) is None
-        whole, rows = stacked(mine), [theirs[name]["weight"] for name in QKV]
+        assert fused_qkv(theirs) is None
+        whole, rows = fused_qkv(mine), [theirs[name]["weight"] for name in QKV]
         assert whole is not None and whole.equal(torch.cat(rows))
         for name in QKV:
             assert mine[name]["weight"].equal(theirs[name]["weight"])
@@ -45,20 +45,20 @@ def test_what_does_not_lie_so_is_no_stack(together):
     _, ours = together("llama2")
     params = ours.base["layers"][0]
     swapped = params | {"q_proj": params["k_proj"], "k_proj": params["q_proj"]}
-    assert stacked(swapped) is None
+    assert fused_qkv(swapped) is None
     other = params | {"v_proj": {"weight": params["v_proj"]["weight"].clone()}}
-    assert stacked(other) is None
+    assert fused_qkv(other) is None
     trained = params | {"v_proj": {"weight": params["v_proj"]["weight"].detach().requires_grad_()}}
-    assert stacked(trained) is None
+    assert fused_qkv(trained) is None
 
 
 def test_a_quantised_base_stays_as_it_is(pair):
     model = fastlora.quantize(pair("llama2").model)
     tensors = tensors_from_base(model.spec.config, model.base)
     before = dict(tensors)
-    stack(model.spec.config, tensors)
+    fuse_qkv(model.spec.config, tensors)
     assert all(tensors[name] is x for name, x in before.items())
-    assert stacked(model.base["layers"][0]) is None
+    assert fused_qkv(model.base["layers"][0]) is None
 
 
 @pytest.mark.compile
@@ -66,7 +66,7 @@ def test_a_quantised_base_stays_as_it_is(pair):
 def test_gradients_are_the_same_and_made_of_one_product(together, family, monkeypatch):
     apart, ours = together(family)
     seen, real = [], decoder.stacked
-    monkeypatch.setattr(decoder, "stacked", lambda params: seen.append(real(params)) or seen[-1])
+    monkeypatch.setattr(decoder, "fused_qkv", lambda params: seen.append(real(params)) or seen[-1])
     ids = token_ids(2, 12, vocab_size=96)
     batch, found = {"input_ids": ids, "labels": ids}, []
     for model in (apart, ours):
@@ -106,7 +106,7 @@ def test_attention_gives_all_three_gradients_in_one_piece(
         return flash_attention(*args)
 
     if recompute == "none":  # dynamo lets no checkpoint write to a list
-        monkeypatch.setattr("fastlora.llama.layer.flash_attention", watched)
+        monkeypatch.setattr("fastlora.models.attention.flash_attention", watched)
     apart, ours = together(family, **settings)
     ids = token_ids(2, 12, vocab_size=96)
     batch, found = {"input_ids": ids, "labels": ids}, []

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora.ops.adapted_weight import adapted_weight
+from fastlora.ops.linear.merged_weight import adapted_weight
 
 SCALING = 0.7
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.ops.attention import attention, attention_reference
+from fastlora.ops.attention.attention import attention, attention_reference
 
 # (b, query heads, key heads, t, s, hd); t == s unless masked
 SHAPES = [(2, 4, 2, 7, 7, 12), (1, 1, 1, 1, 1, 2), (2, 6, 1, 13, 13, 8), (1, 4, 4, 5, 5, 16)]

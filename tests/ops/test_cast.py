@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastlora.llama.params import ExpertLoRA, LoRA
+from fastlora.models.params import ExpertLoRA, LoRA
 from fastlora.ops.cast import cast
 
 

@@ -7,18 +7,16 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from fastlora.ops.dequantize import dense, dequantize, dequantize_reference
-from fastlora.quantized import (
+from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, nf4_rounded, quantize_4bit
+from fastlora.ops.quant.dequantize import dense, dequantize, dequantize_reference
+from fastlora.ops.quant.weights import (
     BLOCK,
     NestedAbsmax,
     Weight4bit,
     Weight8bit,
-    dequantize_by_bitsandbytes,
     from_parts,
-    nf4_rounded,
     parts,
     quant_type,
-    quantize_4bit,
     shape_of,
 )
 
@@ -64,7 +62,7 @@ def test_bytes_statistics_and_values_are_bitsandbytes_own(kind, nested, shape, d
 @pytest.mark.parametrize(("kind", "nested"), KINDS)
 def test_kernel_gives_bitsandbytes_bits(kind, nested, shape, dtype):
     pytest.importorskip("triton", reason="requirements-test.txt has triton")
-    from fastlora.ops.dequantize_kernel import dequantize_4bit
+    from fastlora.ops.quant.dequantize_kernel import dequantize_4bit
 
     weight = drawn(shape, dtype)
     record = quantize_4bit(weight, quant_type=kind, nested=nested)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora.ops.dora import row_norms
+from fastlora.ops.linear.dora import row_norms
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL_DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
@@ -33,7 +33,7 @@ def test_norms_err_no_more_than_the_sum_in_float32(shape, dtype):
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(64, 48, 4), (5, 300, 3), (1, 1, 1), (33, 512, 40)])
 def test_the_kernel_errs_no_more_than_the_sum_in_float32(shape, dtype):
-    kernel = pytest.importorskip("fastlora.ops.row_norms_kernel")
+    kernel = pytest.importorskip("fastlora.ops.linear.dora_kernel")
     weight, a, b = (x.to(DEVICE) for x in tensors(*shape, dtype))
     assert kernel.takes(weight, a, b) and not kernel.takes(weight.double(), a, b)
     found = kernel.row_norms_fused(weight, a, b, 1.5)

@@ -11,17 +11,17 @@ from torch.utils._pytree import tree_leaves
 import fastlora
 from fastlora import functional as FL
 from fastlora.ops.dropout import dropout, keep_mask
-from fastlora.ops.dropped_low import (
+from fastlora.ops.linear import masked_lora_kernel
+from fastlora.ops.linear.lora_group import Branch, lora_linears, lora_linears_reference
+from fastlora.ops.linear.masked_lora import (
     Masks,
     Segments,
-    dropped_low_gradients_reference,
-    dropped_low_reference,
+    masked_x_a_gradients_reference,
+    masked_x_a_reference,
     takes,
 )
-from fastlora.ops.lora_linears import Branch, lora_linears, lora_linears_reference
 
 pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
-from fastlora.ops import dropped_low_kernel
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -53,18 +53,18 @@ def of_ops(x, matrices, masks, dlow, dx, needs_a=True):
     """(low, dx, dA) of the ops; dx a new tensor, or None where None is given."""
     a, dx = torch.cat(matrices), None if dx is None else dx.clone()
     keys, segments = masks.keys, Segments(tuple(m.shape[0] for m in matrices), *masks[1:3])
-    low = OPS.dropped_low(x, a, keys, *segments)
+    x_a = OPS.masked_x_a(x, a, keys, *segments)
     if dx is None:
-        return low, dx, OPS.dropped_low_backward(x, dlow, a, keys, *segments)
-    return low, dx, OPS.dropped_low_backward_(dx, x, dlow, a, keys, *segments, needs_a)
+        return x_a, dx, OPS.masked_x_a_backward(x, dlow, a, keys, *segments)
+    return x_a, dx, OPS.masked_x_a_backward_(dx, x, dlow, a, keys, *segments, needs_a)
 
 
 def of_reference(x, matrices, masks, dlow, dx):
     """The same by autograd through the reference."""
     x, matrices = x.detach().requires_grad_(), [m.detach().requires_grad_() for m in matrices]
-    low = dropped_low_reference(x, matrices, masks)
-    more, *da = torch.autograd.grad(low, [x, *matrices], dlow)
-    return low.detach(), dx + more, torch.cat(da)
+    x_a = masked_x_a_reference(x, matrices, masks)
+    more, *da = torch.autograd.grad(x_a, [x, *matrices], dlow)
+    return x_a.detach(), dx + more, torch.cat(da)
 
 
 def widened(args):
@@ -98,10 +98,10 @@ def test_the_masks_are_keep_mask_to_the_bit(key, p):
     matrices = [unit, unit, unit]
     dlow = torch.zeros(n, 3 * d, device=DEVICE)
     dlow[:, :d] = 1.0
-    low, dx, _ = of_ops(ones, matrices, masks, dlow, torch.zeros_like(ones))
-    assert torch.equal(low[:, :d], wanted) and torch.equal(dx, wanted)
+    x_a, dx, _ = of_ops(ones, matrices, masks, dlow, torch.zeros_like(ones))
+    assert torch.equal(x_a[:, :d], wanted) and torch.equal(dx, wanted)
     other = share * keep_mask(key + 1, n, d, p, key.device).float()
-    assert torch.equal(low[:, d : 2 * d], other) and torch.equal(low[:, 2 * d :], ones)
+    assert torch.equal(x_a[:, d : 2 * d], other) and torch.equal(x_a[:, 2 * d :], ones)
     rows = torch.eye(n, device=DEVICE)  # one row's gradient a column: dA is the masked x itself
     masks = masks._replace(slots=(0,))
     _, _, da = of_ops(ones, [torch.zeros(n, d, device=DEVICE)], masks, rows, None)
@@ -136,7 +136,7 @@ def test_the_written_derivative_is_autograds():
     args = drawn((9, 14, (3, 1, 2)), torch.float64, whole=(1,))
     x, matrices, masks, dlow, dx = args
     segments, a = Segments((3, 1, 2), *masks[1:3]), torch.cat(matrices)
-    found = dropped_low_gradients_reference(dlow, x, a, masks.keys, segments)
+    found = masked_x_a_gradients_reference(dlow, x, a, masks.keys, segments)
     torch.testing.assert_close((found[0] + dx, found[1]), of_reference(*args)[1:])
 
 
@@ -153,10 +153,10 @@ def test_the_operators_are_well_formed():
     tests = ("test_schema", "test_faketensor")
     lists = ([3, 2], [*masks.slots], masks.p)
     check = lambda op, *args: torch.library.opcheck(op.default, args, test_utils=tests)
-    check(OPS.dropped_low, x, a, keys, *lists)
-    check(OPS.dropped_low_backward, x, dlow, a, keys, *lists)
+    check(OPS.masked_x_a, x, a, keys, *lists)
+    check(OPS.masked_x_a_backward, x, dlow, a, keys, *lists)
     for needs_a in (True, False):
-        check(OPS.dropped_low_backward_, dx, x, dlow, a, keys, *lists, needs_a)
+        check(OPS.masked_x_a_backward_, dx, x, dlow, a, keys, *lists, needs_a)
 
 
 # ── in lora_linears ───────────────────────────────────────────────────────────────────────
@@ -181,16 +181,16 @@ def value_and_grads(fn, x, matrices, branches, masks, wanted="xab", only=None):
     leaf = lambda t, name: None if t is None else t.detach().requires_grad_(name in wanted)
     x, matrices = leaf(x, "x"), [leaf(m, "a") for m in matrices]
     branches = [b._replace(b=leaf(b.b, "b")) for b in branches]
-    low, ys = fn(x, matrices, branches, masks)
+    x_a, ys = fn(x, matrices, branches, masks)
     gen = torch.Generator().manual_seed(2)
     new = lambda y: torch.randn(y.shape, generator=gen, dtype=torch.float64).to(y)
-    pairs = [(y, new(y)) for y in (low, *ys)]
+    pairs = [(y, new(y)) for y in (x_a, *ys)]
     pairs = [pair for i, pair in enumerate(pairs) if only is None or i in only]
     outs, dys = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
     leaves = [x, *matrices, *(b.b for b in branches if b.b is not None)]
     leaves = [t for t in leaves if t.requires_grad]
     grads = torch.autograd.grad(outs, leaves, dys, allow_unused=True, materialize_grads=True)
-    return [y.detach() for y in (low, *ys)], grads
+    return [y.detach() for y in (x_a, *ys)], grads
 
 
 @pytest.mark.parametrize("fused", [True, False])
@@ -211,10 +211,10 @@ def test_an_output_that_nobody_reads_gives_no_gradient(only):
 
 def test_the_reference_is_dropout_and_a_product_for_each():
     x, matrices, branches, masks = linears("one frozen", fused=False)
-    low, ys = lora_linears(x, matrices, branches, masks)
+    x_a, ys = lora_linears(x, matrices, branches, masks)
     keys = [masks.keys[slot] for slot in masks.slots]
     own = [dropout(x, 0.3, key) @ a.t() for key, a in zip(keys, matrices, strict=True)]
-    torch.testing.assert_close(low, torch.cat(own, -1))
+    torch.testing.assert_close(x_a, torch.cat(own, -1))
     for y, branch, each in zip(ys, branches, (own[0], None, own[1]), strict=True):
         base = x @ branch.weight.t()
         torch.testing.assert_close(y, base if each is None else base + 1.5 * each @ branch.b.t())
@@ -251,8 +251,8 @@ def test_a_second_derivative_is_that_of_the_reference():
     for fn in (lora_linears, lora_linears_reference):
         x, matrices, branches, masks = linears("one frozen")
         leaves = [t.requires_grad_() for t in (x, *matrices)]
-        low, ys = fn(x, matrices, branches, masks)
-        value = sum(y.square().sum() for y in (low, *ys))
+        x_a, ys = fn(x, matrices, branches, masks)
+        value = sum(y.square().sum() for y in (x_a, *ys))
         grads = torch.autograd.grad(value, leaves, create_graph=True)
         found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
     assert relative_error(*found) < 1e-5
@@ -262,8 +262,8 @@ def test_torch_func_takes_the_reference():
     x, matrices, branches, masks = linears("all")
 
     def loss(x, keys, fn=lora_linears):
-        low, ys = fn(x, matrices, branches, masks._replace(keys=keys))
-        return low.square().sum() + sum(y.square().sum() for y in ys)
+        x_a, ys = fn(x, matrices, branches, masks._replace(keys=keys))
+        return x_a.square().sum() + sum(y.square().sum() for y in ys)
 
     keys = masks.keys
     expected = torch.func.grad(lambda x: loss(x, keys, lora_linears_reference))(x)
@@ -311,13 +311,13 @@ def gradients(model, **how):
 def calls(monkeypatch):
     """The number of segments of each launch of the forward kernel. Not the op itself: under a
     recompute policy torch looks for its overload, once in a process, by its name."""
-    made, fused = [], dropped_low_kernel.dropped_low_fused
+    made, fused = [], masked_lora_kernel.masked_x_a_fused
 
     def launch(x, a, keys, ranks, slots, p):
         made.append(len(ranks))
         return fused(x, a, keys, ranks, slots, p)
 
-    monkeypatch.setattr(dropped_low_kernel, "dropped_low_fused", launch)
+    monkeypatch.setattr(masked_lora_kernel, "masked_x_a_fused", launch)
     return made
 
 
@@ -336,9 +336,9 @@ def test_gradients_are_those_without_the_kernels(variant, recompute, pair, calls
 @pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("selective", 1), ("full", 2)])
 def test_policies_keep_the_product_with_the_others(recompute, runs, pair, monkeypatch):
     model = adapted(pair("llama2").model.to(DEVICE), r=3, lora_dropout=0.3)
-    made, fused = [], dropped_low_kernel.dropped_low_fused
+    made, fused = [], masked_lora_kernel.masked_x_a_fused
     launch = lambda *args: made.append(args) or fused(*args)
-    monkeypatch.setattr(dropped_low_kernel, "dropped_low_fused", launch)
+    monkeypatch.setattr(masked_lora_kernel, "masked_x_a_fused", launch)
     gradients(model, kernels="triton", recompute=recompute)
     inputs = 4 * model.spec.config.num_hidden_layers  # of q, k and v; of o; of gate and up; of down
     assert len(made) == runs * inputs

@@ -5,7 +5,7 @@ import torch
 from conftest import relative_error, same_bits
 from torchao_oracle import prepared_linear, straight_float8  # noqa: F401
 
-from fastlora.ops.fake_quantize import (
+from fastlora.ops.quant.fake_quantize import (
     SCHEMES,
     Quantiser,
     fake_quantize,
@@ -145,5 +145,5 @@ def test_compiled_it_rounds_alike(name, fresh_dynamo):
 
 def test_rows_in_chunks_are_the_whole(monkeypatch):
     w, quantiser = matrix(10, 128, torch.float32), Quantiser("fp8_int4_groups", 4, 128)
-    monkeypatch.setattr("fastlora.ops.fake_quantize._CHUNK_ELEMENTS", 3 * 128)
+    monkeypatch.setattr("fastlora.ops.quant.fake_quantize._CHUNK_ELEMENTS", 3 * 128)
     assert same_bits(fake_quantize_rows(w, quantiser), fake_quantize(w, quantiser))

@@ -11,10 +11,16 @@ from torch import Tensor
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.llama.positions import attention_mask_2d, first_seen
-from fastlora.ops.attention import attention_reference
-from fastlora.ops.flash_attention import Spans, flash_attention, pays, spans, takes
-from fastlora.ops.rope import apply_rope
+from fastlora.models.positions import attention_mask_2d, first_seen
+from fastlora.ops.attention.attention import attention_reference
+from fastlora.ops.attention.flash import (
+    Spans,
+    flash_attention,
+    kernel_is_faster,
+    kernel_supports,
+    make_spans,
+)
+from fastlora.ops.attention.rope import apply_rope
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
 
@@ -45,7 +51,7 @@ WINDOWS = [None, 1, 50, 64, 200, T + 1]
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
 def test_spans_are_what_the_mask_says(segments, window):
     cpu = torch.device("cpu")
-    made = spans(first_seen(T, window, segments, cpu).expand(2, T))
+    made = make_spans(first_seen(T, window, segments, cpu).expand(2, T))
     mask = attention_mask_2d(T, window, None, segments, cpu)
     mask = torch.ones(T, T, dtype=torch.bool).tril() if mask is None else mask[:, 0]
     i = torch.arange(T)
@@ -92,7 +98,7 @@ def seen(case: str, b: int, t: int) -> Spans | None:
         return None
     window, segments = (first, None) if isinstance(first, int) else (None, first)
     found = first_seen(t, window, segments, torch.device("cpu")).expand(b, t)
-    return Spans(*(x.to(DEVICE) for x in spans(found)))
+    return Spans(*(x.to(DEVICE) for x in make_spans(found)))
 
 
 # Within a tile, a whole number of tiles, more than one and a part; each head its own keys, groups,
@@ -190,17 +196,17 @@ def test_what_is_kept_is_of_the_tokens():
     ],
 )
 def test_what_the_kernels_take(dtype, heads, head_dim, t, taken):
-    assert takes(dtype, heads, head_dim, t) is taken
+    assert kernel_supports(dtype, heads, head_dim, t) is taken
 
 
 def test_long_rows_that_are_seen_whole_are_left_to_cudnn():
-    assert pays(64, 8192) and pays(128, 2048)
-    assert not pays(64, 8193) and not pays(128, 2049)
+    assert kernel_is_faster(64, 8192) and kernel_is_faster(128, 2048)
+    assert not kernel_is_faster(64, 8193) and not kernel_is_faster(128, 2049)
 
 
 def test_the_number_of_launches_does_not_hang_on_the_documents():
     """Nothing is read back: the same shapes from any packing."""
-    shapes = {tuple(x.shape for x in spans(packed(T, *p)[None])) for p in ((), (1, 2, 3))}
+    shapes = {tuple(x.shape for x in make_spans(packed(T, *p)[None])) for p in ((), (1, 2, 3))}
     assert len(shapes) == 1
 
 
@@ -233,7 +239,7 @@ def called(monkeypatch, taken) -> list:
         calls.append(where)
         return flash_attention(q, k, v, rope, where, joint)
 
-    monkeypatch.setattr("fastlora.llama.layer.flash_attention", call)
+    monkeypatch.setattr("fastlora.models.attention.flash_attention", call)
     return calls
 
 
@@ -271,7 +277,7 @@ def test_compiled_layers_give_the_eager_gradients(recompute, pair, taken):
 
 
 def test_where_they_do_not_pay_they_run_for_spans_and_for_the_same_bits(pair, called, monkeypatch):
-    monkeypatch.setattr("fastlora.llama.layer.flash.pays", lambda *_: False)
+    monkeypatch.setattr("fastlora.models.attention.flash.pays", lambda *_: False)
     model = adapted(pair("llama3.2").model.to(DEVICE), r=3)
     gradients(model, kernels="triton")
     assert not called

@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.dequantize import dequantize
-from fastlora.ops.frozen_linear import frozen_linear, frozen_linear_reference
-from fastlora.ops.lora_linear import lora_linear, lora_linear_reference
-from fastlora.quantized import Weight8bit, parts, quantize_4bit
+from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
+from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
+from fastlora.ops.quant.bitsandbytes import quantize_4bit
+from fastlora.ops.quant.dequantize import dequantize
+from fastlora.ops.quant.weights import Weight8bit, parts
 
 SCALING = 1.5
 
@@ -27,8 +28,8 @@ def drawn(kind: str, dtype=torch.float32, d_in=12, d_out=20, r=4):
         ),
     }[kind]()
     plain = dequantize(weight, dtype)
-    x, low, dy = new(2, 5, d_in), new(2, 5, r), new(2, 5, d_out)
-    return x, low, weight, plain, new(d_out), new(d_out, r), dy
+    x, x_a, dy = new(2, 5, d_in), new(2, 5, r), new(2, 5, d_out)
+    return x, x_a, weight, plain, new(d_out), new(d_out, r), dy
 
 
 def value_and_grads(fn, leaves: list[Tensor], dy: Tensor) -> list[Tensor]:
@@ -44,21 +45,21 @@ KINDS = ["nf4", "fp4", "int8"]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_is_the_dequantised_matrix_to_the_bit(kind, dtype, bias):
-    x, low, weight, plain, vector, b, dy = drawn(kind, dtype)
+    x, x_a, weight, plain, vector, b, dy = drawn(kind, dtype)
     vector = vector if bias else None
     ours = value_and_grads(lambda x: frozen_linear(x, weight, vector), [x], dy)
     theirs = value_and_grads(lambda x: frozen_linear(x, plain, vector), [x], dy)
     assert all(map(torch.equal, ours, theirs))
-    adapted = lambda w: lambda x, low, b: lora_linear(x, low, w, vector, b, SCALING)
-    ours, theirs = (value_and_grads(adapted(w), [x, low, b], dy) for w in (weight, plain))
+    adapted = lambda w: lambda x, x_a, b: lora_linear(x, x_a, w, vector, b, SCALING)
+    ours, theirs = (value_and_grads(adapted(w), [x, x_a, b], dy) for w in (weight, plain))
     assert all(map(torch.equal, ours, theirs))
 
 
 def test_a_trained_bias_gets_its_gradient():
-    x, low, weight, plain, bias, b, dy = drawn("nf4")
+    x, x_a, weight, plain, bias, b, dy = drawn("nf4")
     for fn in (
         lambda w: lambda v: frozen_linear(x, w, v),
-        lambda w: lambda v: lora_linear(x, low, w, v, b, SCALING),
+        lambda w: lambda v: lora_linear(x, x_a, w, v, b, SCALING),
     ):
         ours, theirs = (value_and_grads(fn(w), [bias], dy) for w in (weight, plain))
         torch.testing.assert_close(ours, theirs)
@@ -66,11 +67,11 @@ def test_a_trained_bias_gets_its_gradient():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_matrix_is_saved_for_the_backward_pass(kind):
-    x, low, weight, plain, bias, b, _ = drawn(kind)
+    x, x_a, weight, plain, bias, b, _ = drawn(kind)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
         frozen_linear(x.requires_grad_(), weight, bias)
-        lora_linear(x, low, weight, bias, b.requires_grad_(), SCALING)
+        lora_linear(x, x_a, weight, bias, b.requires_grad_(), SCALING)
         own = {p.data_ptr() for p in parts(weight)}
         assert saved and not [
             t for t in saved if t.shape[-2:] == plain.shape and t.data_ptr() not in own
@@ -82,17 +83,17 @@ def test_no_matrix_is_saved_for_the_backward_pass(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_derivatives_of_both_orders_equal_finite_differences(kind):
-    x, low, weight, _, bias, b, _ = drawn(kind, torch.float64, d_in=4, d_out=5, r=2)
+    x, x_a, weight, _, bias, b, _ = drawn(kind, torch.float64, d_in=4, d_out=5, r=2)
     leaves = [
-        t[:1].detach().requires_grad_() if t is not b else b.requires_grad_() for t in (x, low, b)
+        t[:1].detach().requires_grad_() if t is not b else b.requires_grad_() for t in (x, x_a, b)
     ]
-    fn = lambda x, low, b: lora_linear(x, low, weight, bias, b, SCALING) + frozen_linear(x, weight)
+    fn = lambda x, x_a, b: lora_linear(x, x_a, weight, bias, b, SCALING) + frozen_linear(x, weight)
     assert torch.autograd.gradcheck(fn, leaves) and torch.autograd.gradgradcheck(fn, leaves)
 
 
 def test_torch_func_takes_the_reference():
-    x, low, weight, plain, bias, b, dy = drawn("nf4")
-    loss = lambda w: lambda x, b: (lora_linear(x, low, w, bias, b, SCALING) * dy).sum()
+    x, x_a, weight, plain, bias, b, dy = drawn("nf4")
+    loss = lambda w: lambda x, b: (lora_linear(x, x_a, w, bias, b, SCALING) * dy).sum()
     grads = lambda w: torch.func.grad(loss(w), argnums=(0, 1))(x, b)
     torch.testing.assert_close(grads(weight), grads(plain))
     stack = torch.stack([b, -b])
@@ -103,11 +104,11 @@ def test_torch_func_takes_the_reference():
 
 
 def test_the_reference_is_torchs_own_linear_layer():
-    x, low, weight, plain, bias, b, _ = drawn("nf4")
+    x, x_a, weight, plain, bias, b, _ = drawn("nf4")
     torch.testing.assert_close(frozen_linear_reference(x, weight, bias), F.linear(x, plain, bias))
     torch.testing.assert_close(
-        lora_linear_reference(x, low, weight, bias, b, SCALING),
-        F.linear(x, plain, bias) + SCALING * F.linear(low, b),
+        lora_linear_reference(x, x_a, weight, bias, b, SCALING),
+        F.linear(x, plain, bias) + SCALING * F.linear(x_a, b),
     )
 
 
@@ -126,20 +127,20 @@ def test_the_operators_are_well_formed(kind):
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_compiled_gradient_equals_eager(kind, fresh_dynamo):
-    x, low, weight, _, bias, b, dy = drawn(kind)
+    x, x_a, weight, _, bias, b, dy = drawn(kind)
 
-    def both(x, low, b):
-        return lora_linear(x, low, weight, bias, b, SCALING) + frozen_linear(x, weight, bias)
+    def both(x, x_a, b):
+        return lora_linear(x, x_a, weight, bias, b, SCALING) + frozen_linear(x, weight, bias)
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
-    ours, eager = (value_and_grads(f, [x, low, b], dy) for f in (compiled, both))
+    ours, eager = (value_and_grads(f, [x, x_a, b], dy) for f in (compiled, both))
     torch.testing.assert_close(ours, eager)
 
 
 @pytest.mark.compile
 def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
-    x, low, weight, plain, bias, b, dy = drawn("nf4")
-    loss = lambda w: lambda b: (lora_linear(x, low, w, bias, b, SCALING) * dy).square().sum()
+    x, x_a, weight, plain, bias, b, dy = drawn("nf4")
+    loss = lambda w: lambda b: (lora_linear(x, x_a, w, bias, b, SCALING) * dy).square().sum()
     grad = torch.compile(torch.func.grad(loss(weight)), backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(grad(b), torch.func.grad(loss(plain))(b))
 
@@ -148,9 +149,9 @@ def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
 @pytest.mark.parametrize("kind", KINDS)
 def test_they_compile_where_nothing_requires_a_gradient(kind, fresh_dynamo):
     """Whatever the number of a weight's parts: dynamo counts arguments there."""
-    x, low, weight, _, bias, b, _ = drawn(kind)
+    x, x_a, weight, _, bias, b, _ = drawn(kind)
 
     def fn(x):
-        return lora_linear(x, low, weight, bias, b, SCALING) + frozen_linear(x, weight, bias)
+        return lora_linear(x, x_a, weight, bias, b, SCALING) + frozen_linear(x, weight, bias)
 
     torch.testing.assert_close(torch.compile(fn, fullgraph=True, backend="aot_eager")(x), fn(x))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.ops.grouped_linear import (
+from fastlora.ops.linear.experts import (
     grouped_linear,
     grouped_linear_reference,
     grouped_lora_linear,
@@ -22,34 +22,34 @@ def drawn(shape, dtype=torch.float32) -> list[Tensor]:
     gen = torch.Generator().manual_seed(0)
     new = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64).to(dtype)
     e, m = len(sizes), sum(sizes)
-    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    offsets = torch.tensor(sizes).cumsum(0).to(torch.int32)
     return [
         new(m, d_in),
         new(e, d_out, d_in),
         new(e, r, d_in),
         new(e, d_out, r),
-        ends,
+        offsets,
         new(m, d_out),
     ]
 
 
-def value_and_grads(fn, x, weight, a, b, ends, dy) -> list[Tensor]:
+def value_and_grads(fn, x, weight, a, b, offsets, dy) -> list[Tensor]:
     """y and the gradients of what LoRA trains through: x, a, b."""
     x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
-    y = fn(x, weight, a, b, ends, SCALING)
+    y = fn(x, weight, a, b, offsets, SCALING)
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), dy)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_reference_is_a_loop_over_groups(shape):
-    x, weight, a, b, ends, _ = drawn(shape, torch.float64)
-    starts = [0, *ends.tolist()[:-1]]
+    x, weight, a, b, offsets, _ = drawn(shape, torch.float64)
+    starts = [0, *offsets.tolist()[:-1]]
     merged = weight + SCALING * b @ a
     rows = lambda w: torch.cat(
-        [x[s:e] @ w[g].t() for g, (s, e) in enumerate(zip(starts, ends.tolist(), strict=True))]
+        [x[s:e] @ w[g].t() for g, (s, e) in enumerate(zip(starts, offsets.tolist(), strict=True))]
     )
-    torch.testing.assert_close(grouped_linear_reference(x, weight, ends), rows(weight))
-    ours = grouped_lora_linear_reference(x, weight, a, b, ends, SCALING)
+    torch.testing.assert_close(grouped_linear_reference(x, weight, offsets), rows(weight))
+    ours = grouped_lora_linear_reference(x, weight, a, b, offsets, SCALING)
     torch.testing.assert_close(ours, rows(merged))
 
 
@@ -75,40 +75,43 @@ def test_an_empty_groups_gradient_is_zero():
 
 @pytest.mark.parametrize("shape", SHAPES[:2])
 def test_derivatives_of_both_orders_equal_finite_differences(shape):
-    x, weight, a, b, ends, _ = drawn(shape, torch.float64)
-    fn = lambda x, a, b: grouped_lora_linear(x, weight, a, b, ends, SCALING)
+    x, weight, a, b, offsets, _ = drawn(shape, torch.float64)
+    fn = lambda x, a, b: grouped_lora_linear(x, weight, a, b, offsets, SCALING)
     leaves = [t.requires_grad_() for t in (x, a, b)]
     assert torch.autograd.gradcheck(fn, leaves)
     assert torch.autograd.gradgradcheck(fn, leaves)
-    plain = lambda x: grouped_linear(x, weight, ends)
+    plain = lambda x: grouped_linear(x, weight, offsets)
     assert torch.autograd.gradcheck(plain, x) and torch.autograd.gradgradcheck(plain, x)
 
 
 def test_a_weight_that_asks_for_a_gradient_gets_one():
-    x, weight, a, b, ends, dy = drawn(SHAPES[0], torch.float64)
+    x, weight, a, b, offsets, dy = drawn(SHAPES[0], torch.float64)
     weight.requires_grad_()
-    for y in (grouped_linear(x, weight, ends), grouped_lora_linear(x, weight, a, b, ends, SCALING)):
+    for y in (
+        grouped_linear(x, weight, offsets),
+        grouped_lora_linear(x, weight, a, b, offsets, SCALING),
+    ):
         (g,) = torch.autograd.grad(y, weight, dy)
         assert g[0].any() and not g[1].any()
 
 
 def test_rows_that_are_not_contiguous_are_the_same_rows():
-    x, weight, a, b, ends, _ = drawn(SHAPES[0])
-    strided = grouped_lora_linear(x.t().contiguous().t(), weight, a, b, ends, SCALING)
-    torch.testing.assert_close(strided, grouped_lora_linear(x, weight, a, b, ends, SCALING))
+    x, weight, a, b, offsets, _ = drawn(SHAPES[0])
+    strided = grouped_lora_linear(x.t().contiguous().t(), weight, a, b, offsets, SCALING)
+    torch.testing.assert_close(strided, grouped_lora_linear(x, weight, a, b, offsets, SCALING))
 
 
 def test_torch_func_takes_the_reference():
-    x, weight, a, b, ends, dy = drawn(SHAPES[0])
-    loss = lambda x, a, b: (grouped_lora_linear(x, weight, a, b, ends, SCALING) * dy).sum()
+    x, weight, a, b, offsets, dy = drawn(SHAPES[0])
+    loss = lambda x, a, b: (grouped_lora_linear(x, weight, a, b, offsets, SCALING) * dy).sum()
     grads = torch.func.grad(loss, argnums=(0, 1, 2))(x, a, b)
-    expected = value_and_grads(grouped_lora_linear, x, weight, a, b, ends, dy)[1:]
+    expected = value_and_grads(grouped_lora_linear, x, weight, a, b, offsets, dy)[1:]
     torch.testing.assert_close(list(grads), expected)
     other = torch.tensor([1, 1, 7, 8], dtype=torch.int32)
-    together = torch.func.vmap(lambda ends: grouped_linear(x, weight, ends))(
-        torch.stack((ends, other))
+    together = torch.func.vmap(lambda offsets: grouped_linear(x, weight, offsets))(
+        torch.stack((offsets, other))
     )
-    torch.testing.assert_close(together[0], grouped_linear(x, weight, ends))
+    torch.testing.assert_close(together[0], grouped_linear(x, weight, offsets))
     torch.testing.assert_close(together[1], grouped_linear(x, weight, other))
 
 
@@ -122,16 +125,16 @@ def test_the_compiled_gradient_equals_eager(fresh_dynamo):
 
 
 def test_the_operators_are_well_formed():
-    x, weight, a, b, ends, dy = drawn(SHAPES[0])
-    low = grouped_linear(x, a, ends)
-    for args in ((None, None, 0.0), (low, b, SCALING)):
+    x, weight, a, b, offsets, dy = drawn(SHAPES[0])
+    x_a = grouped_linear(x, a, offsets)
+    for args in ((None, None, 0.0), (x_a, b, SCALING)):
         torch.library.opcheck(
             torch.ops.fastlora.grouped_linear.default,
-            (x, weight, ends, *args),
+            (x, weight, offsets, *args),
             test_utils=("test_schema", "test_faketensor"),
         )
     torch.library.opcheck(
         torch.ops.fastlora.grouped_outer.default,
-        (dy, x, ends),
+        (dy, x, offsets),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -16,12 +16,12 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlora.ops import dropped_low_kernel, row_norms_kernel, softmax_kernel, swiglu_kernel
+from fastlora.ops import masked_x_a_kernel, row_norms_kernel, softmax_kernel, swiglu_kernel
 from fastlora.ops import flash_attention_kernel as flash
 
 bm, bn, warps, stages = swiglu_kernel._BACKWARD
 SWIGLU = dict(R=16, BM=bm, BN=bn, PRECISION="tf32")
-of_forward, of_backward = dropped_low_kernel._FORWARD, dropped_low_kernel._BACKWARD
+of_forward, of_backward = masked_x_a_kernel._FORWARD, masked_x_a_kernel._BACKWARD
 THREE = dict(RANKS=(16, 16, 8), SLOTS=(0, 2, -1), R=16, PRECISION="tf32")
 
 FLASH = {
@@ -57,13 +57,13 @@ KERNELS = [
         ]
     ),
     (
-        dropped_low_kernel._dropped_low_kernel,
+        masked_x_a_kernel._masked_x_a_kernel,
         dict(THREE, BM=of_forward[0], BK=of_forward[1]),
         of_forward[2],
     ),
     *(
         (
-            dropped_low_kernel._dropped_low_backward_kernel,
+            masked_x_a_kernel._masked_x_a_backward_kernel,
             dict(THREE, NEEDS_X=needs_x, NEEDS_A=needs_a, BM=of_backward[0], BN=of_backward[1]),
             of_backward[2],
         )

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.ops import linear_cross_entropy
-from fastlora.ops.linear_cross_entropy import (
+from fastlora.ops.loss import linear_cross_entropy
+from fastlora.ops.loss.linear_cross_entropy import (
     linear_logprobs,
     linear_logprobs_reference,
     rows_per_chunk,

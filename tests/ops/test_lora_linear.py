@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.ops.lora_linear import lora_linear, lora_linear_reference
+from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
 
 # (leading dimensions, d_in, d_out, r)
 SHAPES = [((2, 5), 12, 20, 4), ((7,), 33, 9, 1), ((1, 1), 1, 1, 1), ((2, 3, 4), 8, 8, 16)]
@@ -21,11 +21,11 @@ def drawn(shape, dtype=torch.float32, bias=True) -> list[Tensor | None]:
     return [new(*lead, d_in), new(*lead, r), new(d_out, d_in), b, new(d_out, r), new(*lead, d_out)]
 
 
-def value_and_grads(fn, x, low, weight, bias, b, dy) -> list[Tensor]:
+def value_and_grads(fn, x, x_a, weight, bias, b, dy) -> list[Tensor]:
     """y and the gradients of what LoRA trains through: x, low, b."""
-    x, low, b = (t.detach().requires_grad_() for t in (x, low, b))
-    y = fn(x, low, weight, bias, b, SCALING)
-    return [y.detach(), *torch.autograd.grad(y, (x, low, b), dy)]
+    x, x_a, b = (t.detach().requires_grad_() for t in (x, x_a, b))
+    y = fn(x, x_a, weight, bias, b, SCALING)
+    return [y.detach(), *torch.autograd.grad(y, (x, x_a, b), dy)]
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -52,18 +52,18 @@ def test_the_reference_is_a_linear_layer_with_another_weight():
 
 
 def test_derivatives_of_both_orders_equal_finite_differences():
-    x, low, weight, bias, b, _ = drawn(((2, 3), 4, 5, 2), torch.float64)
-    fn = lambda x, low, b: lora_linear(x, low, weight, bias, b, SCALING)
-    leaves = [t.requires_grad_() for t in (x, low, b)]
+    x, x_a, weight, bias, b, _ = drawn(((2, 3), 4, 5, 2), torch.float64)
+    fn = lambda x, x_a, b: lora_linear(x, x_a, weight, bias, b, SCALING)
+    leaves = [t.requires_grad_() for t in (x, x_a, b)]
     assert torch.autograd.gradcheck(fn, leaves)
     assert torch.autograd.gradgradcheck(fn, leaves)
 
 
 def test_a_weight_that_asks_for_a_gradient_gets_one():
-    x, low, weight, bias, b, dy = drawn(SHAPES[0], torch.float64)
+    x, x_a, weight, bias, b, dy = drawn(SHAPES[0], torch.float64)
     for leaf in (weight, bias):
         leaf.requires_grad_()
-        y = lora_linear(x, low, weight, bias, b, SCALING)
+        y = lora_linear(x, x_a, weight, bias, b, SCALING)
         (g,) = torch.autograd.grad(y, leaf, dy)
         assert g.any()
         leaf.requires_grad_(False)
@@ -71,11 +71,11 @@ def test_a_weight_that_asks_for_a_gradient_gets_one():
 
 @pytest.mark.parametrize("needed", ["x", "low", "b"])
 def test_one_needed_gradient_alone_is_right(needed):
-    x, low, weight, bias, b, dy = drawn(SHAPES[0])
-    given = {"x": x, "low": low, "b": b}
+    x, x_a, weight, bias, b, dy = drawn(SHAPES[0])
+    given = {"x": x, "low": x_a, "b": b}
     leaf = given[needed] = given[needed].requires_grad_()
     y = lora_linear(given["x"], given["low"], weight, bias, given["b"], SCALING)
-    expected = value_and_grads(lora_linear_reference, x, low, weight, bias, b, dy)
+    expected = value_and_grads(lora_linear_reference, x, x_a, weight, bias, b, dy)
     (g,) = torch.autograd.grad(y, leaf, dy)
     torch.testing.assert_close(g, expected[1 + list(given).index(needed)])
 
@@ -88,20 +88,20 @@ def test_inputs_are_not_written_to():
 
 
 def test_rows_that_are_not_contiguous_are_the_same_rows():
-    x, low, weight, bias, b, _ = drawn(SHAPES[0])
+    x, x_a, weight, bias, b, _ = drawn(SHAPES[0])
     turned = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)
-    strided = lora_linear(turned(x), turned(low), weight, bias, b, SCALING)
-    torch.testing.assert_close(strided, lora_linear(x, low, weight, bias, b, SCALING))
+    strided = lora_linear(turned(x), turned(x_a), weight, bias, b, SCALING)
+    torch.testing.assert_close(strided, lora_linear(x, x_a, weight, bias, b, SCALING))
 
 
 def test_torch_func_takes_the_reference():
-    x, low, weight, bias, b, dy = drawn(SHAPES[0])
-    loss = lambda x, low, b: (lora_linear(x, low, weight, bias, b, SCALING) * dy).sum()
-    grads = torch.func.grad(loss, argnums=(0, 1, 2))(x, low, b)
-    expected = value_and_grads(lora_linear_reference, x, low, weight, bias, b, dy)[1:]
+    x, x_a, weight, bias, b, dy = drawn(SHAPES[0])
+    loss = lambda x, x_a, b: (lora_linear(x, x_a, weight, bias, b, SCALING) * dy).sum()
+    grads = torch.func.grad(loss, argnums=(0, 1, 2))(x, x_a, b)
+    expected = value_and_grads(lora_linear_reference, x, x_a, weight, bias, b, dy)[1:]
     torch.testing.assert_close(list(grads), expected)
-    tangent = torch.func.jvp(lambda b: lora_linear(x, low, weight, bias, b, SCALING), (b,), (b,))[1]
-    torch.testing.assert_close(tangent, SCALING * low @ b.t())
+    tangent = torch.func.jvp(lambda b: lora_linear(x, x_a, weight, bias, b, SCALING), (b,), (b,))[1]
+    torch.testing.assert_close(tangent, SCALING * x_a @ b.t())
 
 
 @pytest.mark.compile
@@ -117,19 +117,19 @@ def test_the_compiled_gradient_equals_eager(bias, fresh_dynamo):
 @pytest.mark.compile
 def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
     """torch.compile(torch.func.grad(f)) drops the backward of an autograd.Function (torch 2.13)."""
-    x, low, weight, bias, b, dy = drawn(SHAPES[0])
-    loss = lambda low: (lora_linear(x, low, weight, bias, b, SCALING) * dy).sum()
+    x, x_a, weight, bias, b, dy = drawn(SHAPES[0])
+    loss = lambda x_a: (lora_linear(x, x_a, weight, bias, b, SCALING) * dy).sum()
     compiled = torch.compile(
-        lambda low: torch.func.grad(loss)(low), fullgraph=True, backend="aot_eager"
+        lambda x_a: torch.func.grad(loss)(x_a), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(compiled(low), SCALING * dy @ b)
+    torch.testing.assert_close(compiled(x_a), SCALING * dy @ b)
 
 
 def test_the_operator_is_well_formed():
-    x, low, weight, bias, b, _ = drawn(((6,), 12, 20, 4))
+    x, x_a, weight, bias, b, _ = drawn(((6,), 12, 20, 4))
     for given in (bias, None):
         torch.library.opcheck(
             torch.ops.fastlora.lora_linear.default,
-            (x, low, [weight], given, b, SCALING),
+            (x, x_a, [weight], given, b, SCALING),
             test_utils=("test_schema", "test_faketensor"),
         )

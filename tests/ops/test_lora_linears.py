@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastlora.ops.dequantize import dequantize
-from fastlora.ops.lora_linears import (
+from fastlora.ops.linear.lora_group import (
     Branch,
     joint_lora_linears,
     lora_linears,
     lora_linears_reference,
 )
-from fastlora.quantized import quantize_4bit
+from fastlora.ops.quant.bitsandbytes import quantize_4bit
+from fastlora.ops.quant.dequantize import dequantize
 
 # Each layer's rank: 0 is a frozen one. With a bias where the number is even.
 LAYOUTS = [(4, 4, 4), (4, 0, 2), (0, 0), (3,), (0, 1, 0, 5)]
@@ -51,8 +51,8 @@ def value_and_grads(fn, x, matrices, branches, grads, wanted=lambda i: True) -> 
     leaf = lambda t: None if t is None else t.detach().clone().requires_grad_()
     x, matrices = leaf(x), [leaf(m) for m in matrices]
     branches = [b._replace(bias=leaf(b.bias), b=leaf(b.b)) for b in branches]
-    low, ys = fn(x, matrices, branches)
-    out = [(y, g) for i, (y, g) in enumerate(zip([low, *ys], grads, strict=True)) if wanted(i)]
+    x_a, ys = fn(x, matrices, branches)
+    out = [(y, g) for i, (y, g) in enumerate(zip([x_a, *ys], grads, strict=True)) if wanted(i)]
     out = [(y, g) for y, g in out if y is not None]
     found = torch.autograd.grad(
         [y for y, _ in out],
@@ -61,7 +61,7 @@ def value_and_grads(fn, x, matrices, branches, grads, wanted=lambda i: True) -> 
         allow_unused=True,
         materialize_grads=True,
     )
-    return [*(y.detach() for y in [low, *ys] if y is not None), *found]
+    return [*(y.detach() for y in [x_a, *ys] if y is not None), *found]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -119,8 +119,8 @@ def test_derivatives_of_both_orders_equal_finite_differences():
 
     def fn(x, a_0, a_1, b_0, b_1):
         of = [b._replace(b=new) for b, new in zip(branches, (b_0, None, b_1), strict=True)]
-        low, ys = lora_linears(x, [a_0, a_1], of)
-        return low, *ys
+        x_a, ys = lora_linears(x, [a_0, a_1], of)
+        return x_a, *ys
 
     leaves = [leaf.requires_grad_() for leaf in leaves]
     assert torch.autograd.gradcheck(fn, leaves) and torch.autograd.gradgradcheck(fn, leaves)
@@ -152,8 +152,8 @@ def test_torch_func_and_a_trained_weight_take_the_reference():
     x, matrices, branches, (dlow, *dys) = drawn((4, 0, 2))
 
     def loss(x):
-        low, ys = lora_linears(x, matrices, branches)
-        return (low * dlow).sum() + sum((y * g).sum() for y, g in zip(ys, dys, strict=True))
+        x_a, ys = lora_linears(x, matrices, branches)
+        return (x_a * dlow).sum() + sum((y * g).sum() for y, g in zip(ys, dys, strict=True))
 
     expected = value_and_grads(lora_linears_reference, x, matrices, branches, [dlow, *dys])[4]
     torch.testing.assert_close(torch.func.grad(loss)(x), expected)
@@ -190,8 +190,8 @@ def test_all_gradients_may_come_in_one_tensor(layout, quantised, compile, fresh_
 def test_without_a_graph_the_frozen_layers_are_torchs_own():
     x, _, branches, _ = drawn((0, 0))
     with torch.no_grad():
-        low, ys = lora_linears(x, [], branches)
-    assert low is None
+        x_a, ys = lora_linears(x, [], branches)
+    assert x_a is None
     for y, b in zip(ys, branches, strict=True):
         assert torch.equal(y, F.linear(x, b.weight, b.bias))
 

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.ops.lora_swiglu import lora_swiglu, lora_swiglu_reference, takes
+from fastlora.ops.swiglu.swiglu import kernel_supports, lora_swiglu, lora_swiglu_reference
 
 pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
 
@@ -76,8 +76,8 @@ def test_without_a_down_projection_only_h_is_there():
     inputs, (dh, _) = drawn((9, 40, 4, 4, 4), torch.float32)
     *rest, _, _ = inputs
     leaves = leaves_of(rest)
-    h, low = lora_swiglu(*leaves, None, None, *SCALINGS)
-    assert low is None
+    h, x_a = lora_swiglu(*leaves, None, None, *SCALINGS)
+    assert x_a is None
     found = torch.autograd.grad(h, leaves, dh)
     again = leaves_of(rest)
     wanted = torch.autograd.grad(lora_swiglu_reference(*again, None, None, *SCALINGS)[0], again, dh)
@@ -122,8 +122,8 @@ def test_a_second_derivative_is_refused():
 
 
 def test_what_the_kernel_does_not_take():
-    assert takes(torch.bfloat16, 1, 16) and takes(torch.float32, 16)
-    assert not takes(torch.bfloat16, 16, 17) and not takes(torch.float64, 4)
+    assert kernel_supports(torch.bfloat16, 1, 16) and kernel_supports(torch.float32, 16)
+    assert not kernel_supports(torch.bfloat16, 16, 17) and not kernel_supports(torch.float64, 4)
 
 
 # ── in the model ──────────────────────────────────────────────────────────────────────────
@@ -158,7 +158,7 @@ def watched(monkeypatch):
         calls.append(args[0].shape)
         return original(*args)
 
-    monkeypatch.setattr("fastlora.llama.layer.lora_swiglu", call)
+    monkeypatch.setattr("fastlora.models.attention.lora_swiglu", call)
     return calls
 
 

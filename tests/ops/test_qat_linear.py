@@ -5,10 +5,10 @@ import torch
 from conftest import relative_error, same_bits
 from torchao_oracle import prepared_linear, straight_float8  # noqa: F401
 
-from fastlora.llama.params import DoRA, LoRA
-from fastlora.merging import merged_weight
-from fastlora.ops.fake_quantize import SCHEMES
-from fastlora.ops.qat_linear import qat_linear, qat_linear_reference
+from fastlora.adapters.edits.merging import merged_weight
+from fastlora.models.params import DoRA, LoRA
+from fastlora.ops.linear.qat import qat_linear, qat_linear_reference
+from fastlora.ops.quant.fake_quantize import SCHEMES
 
 SCALING = 1.5
 NAMES = ("x", "weight", "bias", "a", "b", "magnitude")
@@ -83,7 +83,7 @@ def test_bfloat16_gradients_are_the_references(scheme):
 def test_chunks_of_rows_change_nothing(scheme, monkeypatch):
     args = drawn(dora=True)
     whole = value_and_grads(qat_linear, args, scheme)
-    monkeypatch.setattr("fastlora.ops.fake_quantize._CHUNK_ELEMENTS", 7 * 128)
+    monkeypatch.setattr("fastlora.ops.quant.fake_quantize._CHUNK_ELEMENTS", 7 * 128)
     assert relative_error(value_and_grads(qat_linear, args, scheme), whole) < 1e-5
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from fastlora.ops.rope import apply_rope
+from fastlora.ops.attention.rope import apply_rope
 
 
 def drawn(b, n, t, hd, dtype=torch.float32):

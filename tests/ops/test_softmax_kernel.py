@@ -8,7 +8,7 @@ import torch
 from conftest import adapted
 
 from fastlora.ops.dispatch import use_kernel
-from fastlora.ops.linear_cross_entropy import (
+from fastlora.ops.loss.linear_cross_entropy import (
     chunk_value_and_grad,
     chunk_value_and_grad_kernel,
     linear_logprobs,
@@ -89,7 +89,7 @@ def test_the_kernel_is_what_a_model_runs(pair, monkeypatch):
     """with_spec(kernels="triton"): another path, the same loss and gradients."""
     import fastlora
     from fastlora import functional as FL
-    from fastlora.ops import softmax_kernel
+    from fastlora.ops.loss import softmax_kernel
 
     model = adapted(pair("llama2").model, r=4).to(DEVICE)
     ids = torch.arange(12, device=DEVICE).view(2, 6)

@@ -1,0 +1,256 @@
+"""Checkpoint files: checked before use, written whole or not at all.
+
+The only file that reads or writes safetensors. Everything is checked from headers and JSON alone,
+in milliseconds, before the first tensor is read.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fastlora.checkpoints.atomic import atomic_write
+from fastlora.errors import CheckpointError, raise_problems
+
+WEIGHTS = "model.safetensors"
+
+INDEX = "model.safetensors.index.json"
+
+
+# Of a JSON file. The longest in use, the index of DeepSeek-V3's 91,991 tensors, is 9 MB.
+JSON_BYTES = 32 * 2**20
+
+
+def first_line(error: Exception) -> str:
+    """Of a library's error, what fits into one of ours."""
+    return str(error).strip().split("\n")[0]
+
+
+# ── 1. JSON ───────────────────────────────────────────────────────────────────────────────
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: not UTF-8, not JSON, a name given twice, nested too deep, too long, or no
+            object.
+    """
+    if (size := path.stat().st_size) > JSON_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {JSON_BYTES:,}.")
+    try:
+        value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_names)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
+    return value
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError where it has a name twice. For json.loads's object_pairs_hook."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        twice = sorted(name[:80] for name, count in counts.items() if count > 1)
+        raise ValueError(f"given twice: {twice[:5]}")
+    return value
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """The weight_map of an index: tensor key -> file name, beside the index.
+
+    Raises:
+        CheckpointError: no weight_map, or a file name that leads out of the folder or is not a
+            safetensors file's.
+    """
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; expected tensor names and their files.")
+    problems = [
+        f"{key}: {file!r}; expected the name of a .safetensors file in this folder"
+        for key, file in weight_map.items()
+        if not _is_inside(file)
+    ]
+    raise_problems(CheckpointError, f"{path} names files that fastlora does not read:", problems)
+    return weight_map
+
+
+def _is_inside(file: Any) -> bool:
+    if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
+        return False
+    path = PurePosixPath(file.replace("\\", "/"))
+    short = len(file.encode(errors="surrogatepass")) <= 255  # a longer name no system opens
+    return short and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
+
+
+# ── 2. safetensors files ──────────────────────────────────────────────────────────────────
+class Entry(NamedTuple):
+    """One tensor of a safetensors file, as its header describes it."""
+
+    path: Path
+    key: str  # as the file spells it
+    dtype: str  # safetensors' name: "F32", "BF16", ...
+    shape: tuple[int, ...]
+
+
+def read_header(path: Path) -> dict[str, Entry]:
+    """Key -> what the header says of it; no tensor is read.
+
+    Raises:
+        CheckpointError: truncated, overlapping or uncovered bytes, a header that is no header, or
+            a key given twice.
+    """
+    with _safetensors_errors(path), safe_open(path, framework="pt") as file:
+        keys = file.keys()
+    # safetensors 0.8 checks all else, but of a key given twice it takes the last in silence. It
+    # takes 40 us to tell a tensor's dtype and shape, too, ten times as long as to read them here.
+    with path.open("rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        try:
+            header = json.loads(raw.read(size), object_pairs_hook=unique_names)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path}: in its header, {first_line(error)}.") from error
+    return {k: Entry(path, k, header[k]["dtype"], tuple(header[k]["shape"])) for k in keys}
+
+
+@contextmanager
+def _safetensors_errors(path: Path):
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file: {error}. Copy or download it again."
+        ) from error
+
+
+def entry_tensors(
+    entries: Mapping[str, Entry],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) file by file, read one at a time straight onto the device.
+
+    On the CPU, and without a change of dtype, the tensors are views of the mapped file (private:
+    what is written to them does not reach it), so that a base already on disk is not copied.
+    """
+    for path in dict.fromkeys(entry.path for entry in entries.values()):
+        with (
+            _safetensors_errors(path),
+            safe_open(path, framework="pt", device=str(device)) as file,
+        ):
+            for name, entry in entries.items():
+                if entry.path == path:
+                    yield name, file.get_tensor(entry.key).to(dtype=dtype)
+
+
+def read_entries(
+    entries: Mapping[str, Entry],
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Name -> tensor, as `entry_tensors` reads them, in the order of `entries`."""
+    tensors = dict(entry_tensors(entries, device=device, dtype=dtype))
+    return {name: tensors[name] for name in entries}
+
+
+def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of one file, checked as in `read_header`, placed as in `read_entries`."""
+    return read_entries(read_header(path), device=device)
+
+
+# ── 3. a checkpoint's tensors ─────────────────────────────────────────────────────────────
+
+# What a weight may be stored as.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+# ── 4. writing ────────────────────────────────────────────────────────────────────────────
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write an object as indented JSON, atomically; names stay in the order given."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Deferred(NamedTuple):
+    """A tensor that is made when its turn to be written comes, and let go after it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Mapping[str, Tensor | Deferred],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write tensors to a safetensors file, atomically.
+
+    One tensor at a time is brought to the host, so that memory grows by no more than the largest.
+    Views, aliases and non-contiguous tensors are written out as values of their own.
+
+    Args:
+        path: the file; its folder must exist.
+        tensors: key -> tensor, on any device, there or deferred; dtypes F64 to BF16, integers,
+            bool.
+        metadata: of the header; None is {"format": "pt"}, which transformers and PEFT expect.
+
+    Raises:
+        ValueError: a dtype that safetensors has no name for.
+    """
+    # Widest dtype first, so that every tensor starts at a multiple of its own size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header = _header(ordered, {"format": "pt"} if metadata is None else metadata)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for key, item in ordered:
+            tensor = item.make() if isinstance(item, Deferred) else item
+            assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, tuple(item.shape)), key
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data)
+
+    atomic_write(path, write)
+
+
+def _header(ordered: Iterable[tuple[str, Tensor | Deferred]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for key, tensor in ordered:
+        if tensor.dtype not in _NAMES:
+            raise ValueError(f"{key} is {tensor.dtype}; expected one of {list(_NAMES)}.")
+        start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
+        entries[key] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    return header + b" " * (-len(header) % 8)  # the first tensor starts at a multiple of 8 bytes

@@ -1,0 +1,114 @@
+"""One decoder layer, as pure functions: RMSNorm, attention, RMSNorm, SwiGLU, LoRA everywhere."""
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fastlora.models.fused_qkv import QKV
+from fastlora.models.params import BiasedLoRA, DoRA, LayerAdapter, LayerParams
+from fastlora.models.projections import LayerSpec, a_matrices, branch, project, projection_parts
+from fastlora.ops.attention import flash
+from fastlora.ops.attention.attention import attention
+from fastlora.ops.attention.flash import Spans, flash_attention
+from fastlora.ops.attention.rope import apply_rope
+from fastlora.ops.gradient_barrier import gradient_barrier
+from fastlora.ops.linear.lora_group import joint_lora_linears
+from fastlora.ops.rms_norm import rms_norm
+
+Heads = tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b kv t hd"], Float[Tensor, "b kv t hd"]]
+
+
+def _heads(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Heads:
+    """Normed, projected and split into heads, tokens before heads in memory; not rotated."""
+    b, t, _ = x.shape
+    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
+    qkv = project(normed, QKV, params, adapter, spec, key)
+    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
+    if "q_norm" in params:
+        q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
+        k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _joint_heads(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None]:
+    """`_heads`, and what receives their gradients side by side, where their weights lie so and
+    nothing stands between the products and attention: Inductor took 74 us a layer of 1B, 4 x 2048
+    tokens, to rotate them back and lay them so (H100)."""
+    plain = spec.qat_scheme is None and "q_norm" not in params
+    plain = plain and not any(isinstance(adapter.get(n), DoRA | BiasedLoRA) for n in QKV)
+    if "qkv" not in params or not plain:
+        return *_heads(x, params, adapter, spec, key), None
+    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
+    matrices, masks = a_matrices(QKV, params, adapter, spec, key)
+    records = projection_parts(QKV, params, adapter, dict(spec.scalings))
+    branches = [branch(*record) for record in records]
+    ys, joint = joint_lora_linears(normed, matrices, branches, masks, params["qkv"])
+    q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
+    return q, k, v, joint
+
+
+def queries_keys_values(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Heads:
+    """Normed, projected, split into heads and rotated: what attention and a KV cache take."""
+    q, k, v = _heads(x, params, adapter, spec, key)
+    if spec.rope:
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    return q, k, v
+
+
+def attention_output(
+    heads: Float[Tensor, "b h t hd"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """The output projection of the attended heads."""
+    joined = heads.transpose(1, 2).flatten(2)
+    return project(joined, ("o_proj",), params, adapter, spec, key)[0]
+
+
+def attention_block(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+    mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """attention(norm(x)), which the caller adds to x."""
+    if isinstance(mask, Spans) or (mask is None and _use_flash(x, spec)):
+        q, k, v, joint = _joint_heads(x, params, adapter, spec, key)
+        heads = flash_attention(q, k, v, (cos, sin) if spec.rope else None, mask, joint)
+    else:
+        q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
+        heads = attention(q, k, v, mask, deterministic=spec.deterministic)
+    return attention_output(heads, params, adapter, spec, key)
+
+
+def _use_flash(x: Float[Tensor, "b t d"], spec: LayerSpec) -> bool:
+    """Whether the Triton kernels of attention run where each query sees all before it: for the sake
+    of the same bits, or because they are the fastest."""
+    t, heads, head_dim = x.shape[1], spec.num_attention_heads, spec.head_dim
+    able = spec.fused and flash.kernel_supports(x.dtype, heads, head_dim, t)
+    return able and (spec.deterministic or flash.kernel_is_faster(head_dim, t))

@@ -1,0 +1,211 @@
+"""The whole decoder: embedding, layers, final norm. The head is its caller's business."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastlora.models.config import LlamaConfig
+from fastlora.models.embedding import embed
+from fastlora.models.fused_qkv import fused_qkv
+from fastlora.models.init_offset import cast_offset
+from fastlora.models.layer import decoder_layer
+from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
+from fastlora.models.names import with_replaced
+from fastlora.models.params import Adapter, Base, LayerAdapter
+from fastlora.models.positions import attention_mask_2d, first_seen, positions, sequence_lengths
+from fastlora.models.projections import layer_spec
+from fastlora.models.rope_tables import rope_tables
+from fastlora.models.spec import Spec
+from fastlora.ops.attention.flash import Spans, kernel_supports, make_spans
+from fastlora.ops.cast import cast, matrices_of
+from fastlora.ops.dispatch import transforms_active, use_kernel
+from fastlora.ops.dropout import fold
+from fastlora.ops.rms_norm import rms_norm
+from fastlora.runtime.compiled import compiled, compiles
+from fastlora.runtime.host_offload import Copies, HostStash
+
+
+class Positions(NamedTuple):
+    """What every layer of one forward pass shares: rotation tables and masks by layer type."""
+
+    cos: Float[Tensor, "#b t hd"]
+    sin: Float[Tensor, "#b t hd"]
+    masks: dict[str, Bool[Tensor, "#b 1 t t"] | None]
+
+
+def position_tables(
+    config: LlamaConfig,
+    input_ids: Int[Tensor, "b t"],
+    dtype: torch.dtype,
+    attention_mask: Int[Tensor, "b t"] | None,
+    position_ids: Int[Tensor, "#b t"] | None,
+    segment_ids: Int[Tensor, "b t"] | None,
+) -> Positions:
+    """Tables and masks for one batch; each mask is built once, however many layers use it."""
+    cos, sin = _tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
+    t, device = input_ids.shape[1], input_ids.device
+    masks = {
+        kind: attention_mask_2d(t, window, attention_mask, segment_ids, device)
+        for kind, window in _windows(config).items()
+    }
+    return Positions(cos, sin, masks)
+
+
+def _tables(
+    config: LlamaConfig,
+    input_ids: Int[Tensor, "b t"],
+    dtype: torch.dtype,
+    attention_mask: Int[Tensor, "b t"] | None,
+    position_ids: Int[Tensor, "#b t"] | None,
+    segment_ids: Int[Tensor, "b t"] | None,
+) -> tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]:
+    if position_ids is None:
+        position_ids = positions(input_ids, attention_mask, segment_ids)
+    lengths = sequence_lengths(position_ids, segment_ids)
+    return rope_tables(config, position_ids, lengths, dtype)
+
+
+def _windows(config: LlamaConfig) -> dict[str, int | None]:
+    """The layer types of a model, and how far back each looks."""
+    windows = {"full_attention": None, "sliding_attention": config.sliding_window}
+    return {kind: windows[kind] for kind in sorted(set(config.layer_types))}
+
+
+def layer_adapters(adapter: Adapter | None, config: LlamaConfig) -> tuple[LayerAdapter, ...]:
+    """One dict per layer; all empty for the base model."""
+    return ({},) * config.num_hidden_layers if adapter is None else adapter["layers"]
+
+
+def hidden_states(
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    *,
+    attention_mask: Int[Tensor, "b t"] | None = None,
+    position_ids: Int[Tensor, "#b t"] | None = None,
+    segment_ids: Int[Tensor, "b t"] | None = None,
+    seed: int | Int[Tensor, ""] | None = None,
+) -> Float[Tensor, "b t d"]:
+    """The final norm's output, in the base's dtype: what the head multiplies."""
+    config = spec.config
+    base = with_replaced(base, adapter, tied=spec.extras.tied)
+    x = embed(input_ids, adapter, base, spec)
+    use_compiled = compiles(spec.compile, x.device) and not transforms_active()
+    cos, sin = _tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
+    fused = use_kernel(x, spec.kernels)
+    seen = _attention_masks(spec, x, attention_mask, segment_ids, fused)
+    adapters = layer_adapters(adapter, config)
+    keys = layer_keys(spec, seed, x.device)
+    stash = _stash(spec, x)
+    if stash is None:
+        levels = layer_levels(config, spec.recompute)
+    else:
+        levels = offload_levels(config, input_ids.numel(), x.element_size())
+    for i, level in enumerate(levels):
+        if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
+            # Else the first adapted layer alone would see an input without gradient, and compile by
+            # itself: twice the compile time, to save one layer its input gradients of q, k and v.
+            x = _attach_to_graph(x) if requires_grad(adapters[i]) else x
+        # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
+        lora, mask = product_dtype(adapters[i], spec, x.dtype), seen[config.layer_types[i]]
+        params = cast_offset(base["layers"][i], x.dtype)
+        backward = use_compiled and torch.is_grad_enabled()
+        if backward and (whole := fused_qkv(params)) is not None:
+            params = params | {"qkv": whole}
+        rest = (params, lora, cos, sin, mask, keys[i])
+        chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=keys[i] is not None)
+        static = layer_spec(spec, i, fused=fused), level, chunks
+        run = partial(_run, decoder_layer, rest, static, use_compiled)
+        if stash is None:
+            x = run(x)
+        else:
+            x = stash.run(run, x, rest, Copies(matrices_of(adapters[i]), matrices_of(lora)))
+    return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+
+
+def _attention_masks(
+    spec: Spec,
+    x: Float[Tensor, "b t d"],
+    attention_mask: Int[Tensor, "b t"] | None,
+    segment_ids: Int[Tensor, "b t"] | None,
+    fused: bool,
+) -> dict[str, Bool[Tensor, "#b 1 t t"] | Spans | None]:
+    """What tokens see, by layer type; in spans where there is more to it than causal, and the
+    kernels of flash_attention take them."""
+    (b, t, _), config, seen = x.shape, spec.config, {}
+    able = fused and attention_mask is None
+    able = able and kernel_supports(x.dtype, config.num_attention_heads, config.head_dim, t)
+    for kind, window in _windows(config).items():
+        narrow = segment_ids is not None or (window is not None and window < t)
+        if able and narrow:
+            first = first_seen(t, window, segment_ids, x.device)
+            seen[kind] = make_spans(first.expand(b, t))
+        else:
+            seen[kind] = attention_mask_2d(t, window, attention_mask, segment_ids, x.device)
+    return seen
+
+
+class _AttachToGraph(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, anchor):
+        # The same memory, but no view: a graph of dynamic shapes is another for a view.
+        return x.new_empty(0).set_(x)
+
+    @staticmethod
+    def backward(ctx, dx):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return None, None
+
+
+def _attach_to_graph(x: Tensor) -> Tensor:
+    """x as a tensor that requires a gradient, which nobody gets. Not x.requires_grad_(): the graph
+    would keep a leaf to its end."""
+    anchor = torch.empty((), device=x.device, requires_grad=True)
+    return _AttachToGraph.apply(x, anchor)  # pyright: ignore[reportReturnType]
+
+
+def _stash(spec: Spec, x: Tensor) -> HostStash | None:
+    """Where layers put what they keep, if anywhere: torch.func refuses saved-tensor hooks."""
+    offload = spec.recompute == "offload" and x.is_cuda and not torch.compiler.is_compiling()
+    recording = torch.is_grad_enabled() and not transforms_active()
+    return HostStash(x.device) if offload and recording else None
+
+
+def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor) -> Tensor:
+    """fn(x, *rest, *static), compiled or not."""
+    return compiled(fn, (x, *rest), *static) if use_compiled else fn(x, *rest, *static)
+
+
+def requires_grad(tree: Any) -> bool:
+    """Whether any tensor of a tree (None: no tensor) is being differentiated."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
+
+
+def layer_keys(
+    spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
+) -> Sequence[Int[Tensor, ""] | None]:
+    """One key for each layer, all folded at once: the host launches some ten kernels, not ten a
+    layer. None where no mask will be drawn."""
+    key, n = dropout_key(spec, seed, device), spec.config.num_hidden_layers
+    return (None,) * n if key is None else fold(key, torch.arange(n, device=device)).unbind()
+
+
+def dropout_key(
+    spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
+) -> Int[Tensor, ""] | None:
+    """The seed as a tensor on the device, or None where no mask will be drawn."""
+    if seed is None or spec.lora is None or spec.lora.lora_dropout == 0.0:
+        return None
+    if isinstance(seed, Tensor):
+        return seed.to(device, torch.int64)
+    return torch.full((), seed, dtype=torch.int64, device=device)  # a copy would wait for the GPU
+
+
+def product_dtype(adapter: LayerAdapter, spec: Spec, dtype: torch.dtype) -> LayerAdapter:
+    """A layer's adapter as its products take it: a quantised sum rounds once, from the original."""
+    return adapter if spec.qat_scheme is not None else cast(adapter, dtype)

@@ -1,0 +1,137 @@
+"""A mixture of experts: every token through k of E SwiGLU networks, weighted by a router.
+
+Shazeer et al. 2017, arXiv:1701.06538, as Mixtral (arXiv:2401.04088, sec. 2.1) and Qwen3-MoE have
+it. The router's logits are a projection like any other (layer.py); from there on it is here.
+
+Tokens are sorted by expert, so that each expert reads consecutive rows (ops/grouped_linear.py), and
+no shape depends on where the router sends them. A token's weight enters before the down product,
+which is linear: the backward pass then never needs that product's output, k * d elements a token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.models.params import LayerAdapter
+from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear
+
+
+class Routes(NamedTuple):
+    """Where the k copies of every token go."""
+
+    order: Int[Tensor, "m"]  # sorted place -> copy; copy i is of token i // k
+    place: Int[Tensor, "m"]  # its inverse: copy -> sorted place
+    offsets: Int[Tensor, "e"]  # int32; number of the first place behind each expert
+
+
+def chosen_experts(
+    logits: Float[Tensor, "n e"], per_token: int, renormalise: bool
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """(weights, indices) of each token's experts; softmax over all experts, at least float32.
+
+    With `renormalise` the weights of a token sum to 1.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    weights, indices = logits.to(wide).softmax(-1).topk(per_token, dim=-1)
+    if renormalise:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, indices
+
+
+def make_routes(indices: Int[Tensor, "n k"], experts: int) -> Routes:
+    """The places of all copies, sorted by expert; copies of one expert in the tokens' order."""
+    expert = indices.flatten()
+    order = expert.argsort(stable=True)
+    place = torch.zeros_like(order).scatter(
+        0, order, torch.arange(order.shape[0], device=order.device)
+    )
+    offsets = (expert[:, None] <= torch.arange(experts, device=expert.device)).sum(0)
+    return Routes(order, place, offsets.to(torch.int32))
+
+
+def expert_mlp(
+    x: Float[Tensor, "b t d"],
+    logits: Float[Tensor, "b t e"],
+    experts: dict[str, Float[Tensor, "e _ _"]],
+    adapter: LayerAdapter,
+    scalings: dict[str, float],
+    per_token: int,
+    renormalise: bool,
+) -> Float[Tensor, "b t d"]:
+    """The weighted sum of each token's experts, in x.dtype; differentiable in x, logits, adapter.
+
+    Args:
+        x: the block's normed input.
+        logits: the router's.
+        experts: "gate_up_proj" [e, 2f, d], the gate's rows first, and "down_proj" [e, d, f].
+        adapter: the layer's; of it "experts.gate_up_proj" and "experts.down_proj" are read.
+        scalings: name in the adapter -> factor of its low-rank term.
+        per_token: experts a token goes through.
+        renormalise: whether their weights sum to 1.
+    """
+
+    def grouped(rows: Tensor, name: str) -> Tensor:
+        weight, key = experts[name], f"experts.{name}"
+        if key not in adapter:
+            return grouped_linear(rows, weight, routes.offsets)
+        lora = adapter[key]
+        return grouped_lora_linear(rows, weight, lora.a, lora.b, routes.offsets, scalings[key])
+
+    weights, indices = chosen_experts(logits.flatten(0, 1), per_token, renormalise)
+    routes = make_routes(indices, logits.shape[-1])
+    gate, up = grouped(spread(x.flatten(0, 1), routes), "gate_up_proj").chunk(2, dim=-1)
+    weighted = F.silu(gate) * up * weights.flatten()[routes.order].unsqueeze(-1)
+    down = grouped(weighted.to(x.dtype), "down_proj")
+    return collect(down, routes, indices.shape[0]).view(x.shape)
+
+
+# ── to the sorted places and back ─────────────────────────────────────────────────────────
+# Each is the other's transpose, and both are gathers. Autograd's own derivative of a gather adds
+# with atomics: slow in bf16, and other bits every run.
+def _gathered(x: Tensor, order: Tensor) -> Tensor:
+    return x[order // (order.shape[0] // x.shape[0])]
+
+
+def _summed(y: Tensor, place: Tensor, tokens: int) -> Tensor:
+    return y[place].view(tokens, -1, y.shape[-1]).sum(1)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, order, place):
+        ctx.save_for_backward(order, place)
+        ctx.tokens = x.shape[0]
+        return _gathered(x, order)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Collect.apply(dy, *ctx.saved_tensors, ctx.tokens), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, order, place, tokens):
+        ctx.save_for_backward(order, place)
+        return _summed(y, place, tokens)
+
+    @staticmethod
+    def backward(ctx, dx):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _Spread.apply(dx, *ctx.saved_tensors), None, None, None
+
+
+def spread(x: Float[Tensor, "n d"], routes: Routes) -> Float[Tensor, "m d"]:
+    """Every token's row, at each of its places."""
+    if transforms_active():
+        return _gathered(x, routes.order)
+    return _Spread.apply(x, routes.order, routes.place)  # pyright: ignore[reportReturnType]
+
+
+def collect(y: Float[Tensor, "m d"], routes: Routes, tokens: int) -> Float[Tensor, "n d"]:
+    """The sum over each token's places."""
+    if transforms_active():
+        return _summed(y, routes.place, tokens)
+    return _Collect.apply(y, routes.order, routes.place, tokens)  # pyright: ignore[reportReturnType]

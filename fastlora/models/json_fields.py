@@ -1,0 +1,91 @@
+"""json_fields."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+
+# ── reading one field ─────────────────────────────────────────────────────────────────────
+def is_int(low: int, high: int = 2**31 - 1) -> Callable[[Any], bool]:
+    return lambda x: type(x) is int and low <= x <= high  # type(): JSON's true is no 1
+
+
+def _is_positive(x: Any) -> bool:
+    # The bound keeps math.isfinite from overflowing on an integer of 400 digits.
+    return type(x) in (int, float) and 0 < x < 2**63 and math.isfinite(x)
+
+
+_EXPECTED: dict[str, Callable[[Any], bool]] = {
+    "a positive integer": is_int(1),
+    "a positive integer or null": lambda x: x is None or is_int(1)(x),
+    "an integer from 1 to 10000": is_int(1, 10_000),
+    "an integer from 0 to 10000": is_int(0, 10_000),
+    "an integer, 0 or more": is_int(0),
+    "a positive number": _is_positive,
+    "a positive number or null": lambda x: x is None or _is_positive(x),
+    "true or false": lambda x: type(x) is bool,
+}
+
+
+class Fields:
+    """A JSON object, checked field by field as it is read; `problems` collects what is wrong."""
+
+    def __init__(
+        self, raw: dict[str, Any], prefix: str = "", problems: list[str] | None = None
+    ) -> None:
+        self.raw = raw
+        self.prefix = prefix
+        self.problems = [] if problems is None else problems
+
+    def read(self, name: str, expected: str) -> Any:
+        """The field's value, or None where it is not what was expected."""
+        if name not in self.raw:
+            self.problems.append(f"{self.prefix}{name} is missing; expected {expected}")
+            return None
+        value = self.raw[name]
+        if not _EXPECTED[expected](value):
+            self.problems.append(f"{self.prefix}{name} is {show(value)}; expected {expected}")
+            return None
+        return float(value) if value is not None and "number" in expected else value
+
+    def refuse_unsupported(self) -> None:
+        """Settings that change what a model computes, to something fastlora does not compute."""
+        if (act := self.raw["hidden_act"]) != "silu":
+            self.problems.append(f"hidden_act is {show(act)}; only 'silu' is supported")
+        self.refuse_partial_rotary()
+        if problem := _quantization_problem(self.raw.get("quantization_config")):
+            self.problems.append(problem)
+
+    def refuse_partial_rotary(self) -> None:
+        if (factor := self.raw.get("partial_rotary_factor")) not in (None, 1):
+            self.problems.append(
+                f"{self.prefix}partial_rotary_factor is {show(factor)}; only 1 is supported"
+            )
+
+    def dtype(self) -> str:
+        """The config's dtype without torch's prefix; "float32" where the file gives none."""
+        name = next((v for k in ("dtype", "torch_dtype") if (v := self.raw.get(k))), "float32")
+        if isinstance(name, str) and (short := name.removeprefix("torch.")) in _DTYPES:
+            return short
+        self.problems.append(f"dtype is {show(name)}; expected one of {', '.join(_DTYPES)}")
+        return "float32"
+
+
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def show(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _quantization_problem(quantization: Any) -> str | None:
+    """bitsandbytes' is read off the weights themselves; transformers' old files lack its name."""
+    settings = quantization if isinstance(quantization, dict) else {}
+    method = settings.get("quant_method")
+    of_bitsandbytes = any(settings.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
+    if quantization is None or (of_bitsandbytes and method in (None, "bitsandbytes")):
+        return None
+    if method == "bitsandbytes":
+        return "quantization_config of bitsandbytes has neither load_in_4bit nor load_in_8bit"
+    return f"quantization_config: quant_method {show(method)} is not supported; 'bitsandbytes' is"

@@ -1,0 +1,119 @@
+"""rope_json."""
+
+from typing import Any, get_args
+
+from fastlora.models.config import LayerType, RopeParameters, RopeType
+from fastlora.models.json_fields import Fields, is_int, show
+
+# ── RoPE ──────────────────────────────────────────────────────────────────────────────────
+_ROPE_PLAIN = dict(
+    factor="a positive number",
+    original_max_position_embeddings="a positive integer",
+    low_freq_factor="a positive number",
+    high_freq_factor="a positive number",
+    attention_factor="a positive number or null",
+    beta_fast="a positive number",
+    beta_slow="a positive number",
+    mscale="a positive number or null",
+    mscale_all_dim="a positive number or null",
+    truncate="true or false",
+)
+
+_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        "factor",
+        "original_max_position_embeddings",
+        "low_freq_factor",
+        "high_freq_factor",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "beta_fast",
+        "beta_slow",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+
+
+def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters | None:
+    """Old and new spelling, resolved as transformers 5.23 does (modeling_rope_utils.py:775-866).
+
+    An old `rope_scaling` wins over `rope_parameters` whole; its theta is then the top level's.
+    """
+    raw, problems, max_positions = settings.raw, settings.problems, model["max_position_embeddings"]
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        problems.append(f"rope_parameters is {show(given)}; expected an object")
+        return None
+    if nested := [t for t in get_args(LayerType) if t in given]:
+        problems.append(f"rope_parameters has {nested}: RoPE per layer type is not supported")
+        return None
+    rope = Fields({"rope_theta": raw["rope_theta"], **given}, "rope_parameters.", problems)
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    if rope_type not in get_args(RopeType):
+        known = ", ".join(_ROPE_FIELDS)
+        problems.append(f"rope_type is {show(rope_type)}; expected one of {known}")
+        return None
+    rope.refuse_partial_rotary()
+    _fill_rope_defaults(
+        rope.raw, rope_type, raw.get("original_max_position_embeddings"), max_positions
+    )
+    read = {name: rope.read(name, _ROPE_PLAIN[name]) for name in _ROPE_FIELDS[rope_type]}
+    theta = rope.read("rope_theta", "a positive number")
+    _check_rope_order(read, problems)
+    if rope_type == "yarn" and theta == 1:
+        problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
+    if rope_type == "dynamic" and model["head_dim"] == 2:
+        problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
+    if problems:
+        return None
+    return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)
+
+
+def _fill_rope_defaults(
+    rope: dict[str, Any], rope_type: str, original: Any, max_positions: int | None
+) -> None:
+    if original is not None:
+        rope["original_max_position_embeddings"] = original
+    rope.setdefault("original_max_position_embeddings", max_positions)
+    if rope_type != "yarn":
+        return
+    original = rope["original_max_position_embeddings"]
+    if "factor" in rope and rope["factor"] is None and max_positions and is_int(1)(original):
+        rope["factor"] = max_positions / original
+    # Null and 0 both mean the default (betas), or that both mscales are unused.
+    rope["beta_fast"] = rope.get("beta_fast") or 32.0
+    rope["beta_slow"] = rope.get("beta_slow") or 1.0
+    both = rope.get("mscale") and rope.get("mscale_all_dim")
+    rope["mscale"], rope["mscale_all_dim"] = (
+        (rope["mscale"], rope["mscale_all_dim"]) if both else (None, None)
+    )
+    rope.setdefault("attention_factor", None)
+    rope.setdefault("truncate", True)
+
+
+def _check_rope_order(read: dict[str, Any], problems: list[str]) -> None:
+    x_a, high = read.get("low_freq_factor"), read.get("high_freq_factor")
+    if x_a and high and high <= x_a:
+        problems.append(
+            f"rope_parameters.high_freq_factor is {high}; expected more than low_freq_factor {x_a}"
+        )
+
+
+def with_rope_scaling(raw: dict[str, Any], rope_scaling: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the user's RoPE in it, in the old spelling, which every version reads."""
+    given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+    theta = given.get("rope_theta") if isinstance(given, dict) else None
+    kept = {k: v for k, v in raw.items() if k != "rope_parameters"}
+    if "original_max_position_embeddings" in rope_scaling:
+        kept.pop("original_max_position_embeddings", None)  # at top level it would win
+    if theta is not None:
+        kept["rope_theta"] = theta
+    return kept | {"rope_scaling": dict(rope_scaling)}

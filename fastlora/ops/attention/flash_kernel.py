@@ -1,0 +1,343 @@
+"""Triton kernels of `flash_attention`: softmax(q k' / sqrt(hd)) v over each query's span of keys,
+and its gradients (Dao 2023, arXiv:2307.08691), each in a pass that owns what it writes.
+
+dq is summed by the program of a block of queries, dk and dv by that of a block of keys and of all
+the query heads it serves. Scores are formed twice for it, and in exchange nothing is added by
+atomics, laid out anew or summed over heads afterwards, and two runs give the same bits.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.ops.swiglu.swiglu_kernel import precision
+
+# ── kernels ───────────────────────────────────────────────────────────────────────────────
+
+
+# Without helper functions: see swiglu_kernel.py. Each walks three stretches of blocks: where spans
+# begin, which has to ask what is seen (where there are spans); where all is seen; and where they
+# end. Tokens beyond the last are the last again, which is not seen, or not stored; where a tile
+# divides the length (EVEN) nobody asks, and offsets within a row have 32 bits: a tenth of the time
+# each (scripts/bench_results/2026-11-27-attention-tiles.txt). 1.4426950408 is log2(e). -3e38 is as
+# good as no score, and leaves a number where a row's first blocks show it nothing.
+@triton.jit
+def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, t, heads, scale, q_token, k_token, v_token,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # those that see most go first
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    query, d, j = top + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
+    here = tl.minimum(query, t - 1)
+    token = (row * t + here)[:, None]
+    q = tl.load(q_ptr + token * q_token + (head * D + d)[None, :])
+    k_at = k_ptr + row * t * k_token + (head // GROUP) * D
+    v_at = v_ptr + row * t * v_token + (head // GROUP) * D
+    begin, whole, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
+    first = tl.zeros((BM,), tl.int32)
+    if SPANS:
+        first = tl.load(first_ptr + row * t + here)
+        begin = tl.load(first_ptr + row * t + top) // BN * BN
+        whole = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
+        whole = tl.minimum(whole, diagonal)
+    best = tl.full((BM,), -3e38, tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    out = tl.zeros((BM, D), tl.float32)
+    factor = scale * 1.4426950408889634
+    for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
+        x_a = begin if stretch == 0 else whole if stretch == 1 else diagonal
+        high = whole if stretch == 0 else diagonal if stretch == 1 else end
+        for start in tl.range(x_a, high, BN, num_stages=STAGES):  # pyright: ignore
+            key = start + j
+            if stretch == 2 and not EVEN:
+                key = tl.minimum(key, t - 1)
+            k = tl.load(k_at + key[None, :] * k_token + d[:, None])
+            scores = tl.dot(q, k, input_precision=PRECISION)
+            if stretch != 1:
+                number = (start + j)[None, :]
+                seen = (number <= query[:, None]) & (number >= first[:, None])
+                scores = tl.where(seen, scores, -float("inf"))
+            better = tl.maximum(best, tl.max(scores, 1) * factor)
+            weights = tl.exp2(scores * factor - better[:, None])
+            shrink = tl.exp2(best - better)
+            total = total * shrink + tl.sum(weights, 1)
+            v = tl.load(v_at + key[:, None] * v_token + d[None, :])
+            out = out * shrink[:, None]
+            out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)
+            best = better
+    there = query < t
+    lse = best + tl.log2(total)
+    tl.store(lse_ptr + (row * heads + head) * t + query, lse, mask=there)
+    out = (out / total[:, None]).to(out_ptr.dtype.element_ty)
+    at = (row * t + query)[:, None] * (heads * D) + (head * D + d)[None, :]
+    tl.store(out_ptr + at, out, mask=there[:, None])
+
+
+@triton.jit
+def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, first_ptr, cos_ptr, sin_ptr, delta_ptr, dq_ptr,
+    t, heads, scale, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, ROPE: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
+    row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
+    query, d, j = top + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
+    here = tl.minimum(query, t - 1)
+    token, column = (row * t + here)[:, None], (head * D + d)[None, :]
+    q = tl.load(q_ptr + token * q_token + column)
+    out = tl.load(out_ptr + token * out_token + column)
+    dout = tl.load(dout_ptr + token * dout_token + column)
+    k_at = k_ptr + row * t * k_token + (head // GROUP) * D
+    v_at = v_ptr + row * t * v_token + (head // GROUP) * D
+    begin, whole, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
+    first = tl.zeros((BM,), tl.int32)
+    if SPANS:
+        first = tl.load(first_ptr + row * t + here)
+        begin = tl.load(first_ptr + row * t + top) // BN * BN
+        whole = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
+        whole = tl.minimum(whole, diagonal)
+    # What the softmax takes off each gradient of a weight: their sum over the weights.
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    at = (row * heads + head) * t + here
+    tl.store(delta_ptr + at, delta, mask=query < t)
+    lse = tl.load(lse_ptr + at)
+    factor = scale * 1.4426950408889634
+    dq = tl.zeros((BM, D), tl.float32)
+    for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
+        x_a = begin if stretch == 0 else whole if stretch == 1 else diagonal
+        high = whole if stretch == 0 else diagonal if stretch == 1 else end
+        for start in tl.range(x_a, high, BN, num_stages=STAGES):  # pyright: ignore
+            key = start + j
+            if stretch == 2 and not EVEN:
+                key = tl.minimum(key, t - 1)
+            k = tl.load(k_at + key[:, None] * k_token + d[None, :])
+            v = tl.load(v_at + key[:, None] * v_token + d[None, :])
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
+            weights = tl.exp2(scores * factor - lse[:, None])  # pyright: ignore
+            if stretch != 1:
+                number = (start + j)[None, :]
+                seen = (number <= query[:, None]) & (number >= first[:, None])
+                weights = tl.where(seen, weights, 0.0)
+            dscores = weights * (dweights - delta[:, None])  # pyright: ignore
+            dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
+    dq *= scale
+    there = (query < t)[:, None]
+    kind = dq_ptr.dtype.element_ty
+    dq_at = dq_ptr + (row * t + query)[:, None] * dq_token + head * D
+    if ROPE:
+        one, two = tl.split(tl.permute(tl.reshape(dq, (BM, 2, D // 2)), (0, 2, 1)))
+        half = tl.arange(0, D // 2)[None, :]
+        table = row * table_row + here.to(tl.int64)[:, None] * D + half
+        cos_1, cos_2 = tl.load(cos_ptr + table), tl.load(cos_ptr + table + D // 2)
+        sin_1, sin_2 = tl.load(sin_ptr + table), tl.load(sin_ptr + table + D // 2)
+        tl.store(dq_at + half, (one * cos_1 + two * sin_2).to(kind), mask=there)
+        tl.store(dq_at + D // 2 + half, (two * cos_2 - one * sin_1).to(kind), mask=there)
+    else:
+        tl.store(dq_at + d[None, :], dq.to(kind), mask=there)
+
+
+@triton.jit
+def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
+    t, heads, scale, q_token, k_token, v_token, dout_token, dkv_token, table_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, ROPE: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    kv_heads = heads // GROUP
+    top = tl.program_id(1) * BN
+    row, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
+    key, d, i = top + tl.arange(0, BN), tl.arange(0, D), tl.arange(0, BM)
+    here = tl.minimum(key, t - 1)
+    token, column = (row * t + here)[:, None], (kv_head * D + d)[None, :]
+    k, v = tl.load(k_ptr + token * k_token + column), tl.load(v_ptr + token * v_token + column)
+    diagonal, whole = top // BM * BM, tl.cdiv(top + BN, BM) * BM
+    last = tl.full((BN,), t - 1, tl.int32)
+    rest, end = t // BM * BM, t
+    if SPANS:
+        last = tl.load(last_ptr + row * t + here)
+        rest = (tl.load(last_ptr + row * t + top) + 1) // BM * BM
+        end = tl.load(last_ptr + row * t + tl.minimum(top + BN, t) - 1) + 1
+    rest = tl.maximum(rest, whole)
+    factor = scale * 1.4426950408889634
+    dk = tl.zeros((BN, D), tl.float32)
+    dv = tl.zeros((BN, D), tl.float32)
+    for member in range(GROUP):
+        head = kv_head * GROUP + member
+        q_at = q_ptr + row * t * q_token + head * D
+        dout_at = dout_ptr + row * t * dout_token + head * D
+        at = (row * heads + head) * t
+        for stretch in tl.static_range(0, 2 if EVEN and not SPANS else 3):  # pyright: ignore
+            x_a = diagonal if stretch == 0 else whole if stretch == 1 else rest
+            high = tl.minimum(whole, end) if stretch == 0 else rest if stretch == 1 else end
+            for start in tl.range(x_a, high, BM, num_stages=STAGES):  # pyright: ignore
+                query = start + i
+                if stretch != 1 and not EVEN:
+                    query = tl.minimum(query, t - 1)
+                own = query[:, None]
+                q = tl.load(q_at + own * q_token + d[None, :])
+                dout = tl.load(dout_at + own * dout_token + d[None, :])
+                lse = tl.load(lse_ptr + at + query)
+                delta = tl.load(delta_ptr + at + query)
+                scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
+                weights = tl.exp2(scores * factor - lse[None, :])
+                if stretch != 1:
+                    number = (start + i)[None, :]
+                    seen = (number >= key[:, None]) & (number <= last[:, None])
+                    weights = tl.where(seen, weights, 0.0)
+                dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
+                dscores = weights * (dweights - delta[None, :])
+                dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
+    dk *= scale
+    there = (key < t)[:, None]
+    kind = dk_ptr.dtype.element_ty
+    number = (row * t + key)[:, None]
+    tl.store(dv_ptr + number * dkv_token + kv_head * D + d[None, :], dv.to(kind), mask=there)
+    dk_at = dk_ptr + number * dkv_token + kv_head * D
+    if ROPE:
+        one, two = tl.split(tl.permute(tl.reshape(dk, (BN, 2, D // 2)), (0, 2, 1)))
+        half = tl.arange(0, D // 2)[None, :]
+        table = row * table_row + here.to(tl.int64)[:, None] * D + half
+        cos_1, cos_2 = tl.load(cos_ptr + table), tl.load(cos_ptr + table + D // 2)
+        sin_1, sin_2 = tl.load(sin_ptr + table), tl.load(sin_ptr + table + D // 2)
+        tl.store(dk_at + half, (one * cos_1 + two * sin_2).to(kind), mask=there)
+        tl.store(dk_at + D // 2 + half, (two * cos_2 - one * sin_1).to(kind), mask=there)
+    else:
+        tl.store(dk_at + d[None, :], dk.to(kind), mask=there)
+
+
+# ── launchers ─────────────────────────────────────────────────────────────────────────────
+# (queries, keys, warps, iterations whose loads are in flight, registers a thread where they are
+# held down) of a tile, by head_dim, as they were fastest on an H100; and where a block has less
+# than 160 KB of shared memory, the fastest of those that fit in 99.
+_TILES = {
+    64: {
+        "forward": (64, 64, 4, 3, 128),
+        "queries": (64, 64, 4, 3, None),
+        "keys": (32, 128, 4, 3, None),
+    },
+    128: {
+        "forward": (64, 64, 4, 3, None),
+        "queries": (128, 32, 8, 3, 128),
+        "keys": (32, 64, 4, 3, None),
+    },
+}
+
+_SMALL = {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)}
+
+
+def tile(which: str, head_dim: int, t: int, shared: int) -> tuple[int, int, dict]:
+    """(queries, keys, what a kernel is compiled for) of a tile, on a card that gives a block as
+    many bytes of shared memory; of "forward", "queries" or "keys"."""
+    wide = 128 if head_dim > 64 else 64
+    small = wide == 128 and shared < 160 * 1024
+    chosen = _TILES[wide] | (_SMALL if small else {})
+    bm, bn, warps, stages, registers = chosen[which]
+    even = t % bm == 0 and t % bn == 0
+    how = dict(BM=bm, BN=bn, EVEN=even, STAGES=stages, num_warps=warps)
+    return bm, bn, how if registers is None else how | dict(maxnreg=registers)
+
+
+def _tile(which: str, q: Float[Tensor, "b h t hd"]) -> tuple[int, int, dict]:
+    shared = 0
+    if q.is_cuda:
+        shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    return tile(which, q.shape[3], q.shape[2], shared)
+
+
+def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
+    """x, or a copy, so that rows, tokens, heads and channels follow one another, a token's heads
+    without gaps."""
+    t, hd = x.shape[2:]
+    laid = x.stride(3) == 1 and x.stride(1) == hd and x.stride(0) == t * x.stride(2)
+    return x if laid else x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _by_cudnn(
+    q: Float[Tensor, "b h t hd"], k: Float[Tensor, "b kv t hd"], v: Float[Tensor, "b kv t hd"]
+) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]] | None:
+    """What `flash_forward` returns, in the time of cuDNN's kernel, where it runs."""
+    shared = q.shape[1] != k.shape[1]
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, shared)
+    if not torch.backends.cuda.can_use_cudnn_attention(params):
+        return None
+    op = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_ = op(q, k, v, None, True, 0.0, True)
+    return _by_token(out), lse.view(q.shape[:3]) * 1.4426950408889634
+
+
+def flash_forward(
+    q: Float[Tensor, "b h t hd"],
+    k: Float[Tensor, "b kv t hd"],
+    v: Float[Tensor, "b kv t hd"],
+    first: Int[Tensor, "b t"] | None,
+) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]]:
+    """(attention in q.dtype, tokens before heads in memory; the log2 of each query's sum of
+    exponentials, float32). `first`, int32: the first key each query sees; None: all before it."""
+    (b, h, t, hd), kv = q.shape, k.shape[1]
+    q, k, v = _by_token(q), _by_token(k), _by_token(v)
+    # Of 8B's shapes, 8,192 tokens in rows of 2,048, it takes 258 us where ours takes 321; of 1B's
+    # 190 and 174 (H100; scripts/bench_results/2026-11-27-attention-lengths.txt).
+    if hd == 128 and first is None and q.is_cuda and (found := _by_cudnn(q, k, v)) is not None:
+        return found
+    out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
+    bm, _, how = _tile("forward", q)
+    _forward_kernel[(b * h, triton.cdiv(t, bm))](
+        q, k, v, q if first is None else first, out, lse, t, h, 1 / math.sqrt(hd),
+        q.stride(2), k.stride(2), v.stride(2),
+        GROUP=h // kv, D=hd, SPANS=first is not None,  # pyright: ignore
+        PRECISION=precision(q.dtype), **how,  # pyright: ignore
+    )  # fmt: skip
+    return out.transpose(1, 2), lse
+
+
+def flash_backward(
+    dout: Float[Tensor, "b h t hd"],
+    q: Float[Tensor, "b h t hd"],
+    k: Float[Tensor, "b kv t hd"],
+    v: Float[Tensor, "b kv t hd"],
+    out: Float[Tensor, "b h t hd"],
+    lse: Float[Tensor, "b h t"],
+    first: Int[Tensor, "b t"] | None,
+    last: Int[Tensor, "b t"] | None,
+    cos: Float[Tensor, "#b t hd"] | None,
+    sin: Float[Tensor, "#b t hd"] | None,
+) -> Float[Tensor, "b t w"]:
+    """The gradients of all heads of q, then of k, then of v, side by side, in q.dtype.
+
+    With tables, q and k are rotated, and the gradients those of what was to be rotated. `last`,
+    int32: the last query that sees each key; where there is `first`.
+    """
+    (b, h, t, hd), kv = q.shape, k.shape[1]
+    q, k, v, out, dout = (_by_token(x) for x in (q, k, v, out, dout))
+    grown = q.new_empty(b, t, (h + 2 * kv) * hd)
+    dq, dk, dv = grown.split([h * hd, kv * hd, kv * hd], 2)
+    delta = torch.empty_like(lse)
+    spans, rope = first is not None, cos is not None
+    tables = (q if cos is None else cos.contiguous(), q if sin is None else sin.contiguous())
+    table_row = t * hd if cos is not None and cos.shape[0] > 1 else 0
+    static = dict(GROUP=h // kv, D=hd, SPANS=spans, ROPE=rope, PRECISION=precision(q.dtype))
+    sizes = (t, h, 1 / math.sqrt(hd), q.stride(2), k.stride(2), v.stride(2))
+    bm, _, how = _tile("queries", q)
+    _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
+        q, k, v, out, dout, lse, first if spans else q, *tables, delta, dq,
+        *sizes, out.stride(2), dout.stride(2), grown.stride(1), table_row,
+        **static, **how,
+    )  # fmt: skip
+    _, bn, how = _tile("keys", q)
+    _key_value_gradient_kernel[(b * kv, triton.cdiv(t, bn))](
+        q, k, v, dout, lse, delta, last if spans else q, *tables, dk, dv,
+        *sizes, dout.stride(2), grown.stride(1), table_row,
+        **static, **how,
+    )  # fmt: skip
+    return grown

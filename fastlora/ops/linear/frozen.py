@@ -1,0 +1,91 @@
+"""A linear layer whose matrix nobody trains: y = x W' + bias, W dense or quantised.
+
+Of a quantised W each op makes the matrix, multiplies, and lets it go: the derivative keeps the
+bytes and makes it again. As ops of their own they are opaque to torch.compile, whose partitioner
+would find the matrix of the forward pass handy in the backward pass, 16 bits for 4.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.ops.dispatch import plain
+from fastlora.ops.quant.dequantize import dense
+from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+
+
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+def frozen_linear_reference(
+    x: Float[Tensor, "*n d_in"], weight: Weight, bias: Float[Tensor, "d_out"] | None
+) -> Float[Tensor, "*n d_out"]:
+    """The specification, differentiable any number of times; autograd keeps the whole matrix."""
+    return F.linear(x, dense(weight, x.dtype), bias)
+
+
+# ── 2. ops and derivative ─────────────────────────────────────────────────────────────────
+torch.library.define(
+    "fastlora::quantized_linear", "(Tensor x, Tensor[] weight, Tensor? bias) -> Tensor"
+)
+
+torch.library.define("fastlora::quantized_mm", "(Tensor y, Tensor[] weight) -> Tensor")
+
+
+@torch.library.impl("fastlora::quantized_linear", "CompositeExplicitAutograd")
+def _quantized_linear(x, weight, bias):
+    return F.linear(x, dense(from_parts(weight), x.dtype), bias)
+
+
+@torch.library.impl("fastlora::quantized_mm", "CompositeExplicitAutograd")
+def _quantized_mm(y, weight):
+    return torch.mm(y, dense(from_parts(weight), y.dtype))
+
+
+@torch.library.register_fake("fastlora::quantized_linear")
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], shape_of(from_parts(weight))[0])
+
+
+@torch.library.register_fake("fastlora::quantized_mm")
+def _(y, weight):
+    return y.new_empty(y.shape[0], shape_of(from_parts(weight))[1])
+
+
+def backward_product(dy: Float[Tensor, "n d_out"], *weight: Tensor) -> Float[Tensor, "n d_in"]:
+    """dy W, the input's gradient, of the parts of a weight; differentiable in dy."""
+    if len(weight) == 1 or torch.is_grad_enabled():  # create_graph=True
+        return torch.mm(dy, dense(from_parts(weight), dy.dtype))
+    return torch.ops.fastlora.quantized_mm(dy, list(weight))
+
+
+class _QuantizedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):  # not by name: see _LoRALinear
+        x, bias, *weight = inputs
+        ctx.save_for_backward(*weight)
+        return torch.ops.fastlora.quantized_linear(x, list(weight), bias)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        weight = ctx.saved_tensors
+        dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
+        dbias = dy.sum(0) if ctx.needs_input_grad[1] else None
+        return dx, dbias, *(None for _ in weight)
+
+
+# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+def frozen_linear(
+    x: Float[Tensor, "*n d_in"], weight: Weight, bias: Float[Tensor, "d_out"] | None = None
+) -> Float[Tensor, "*n d_out"]:
+    """x W' + bias in x.dtype; keeps no matrix for the backward pass that was not there before.
+
+    A dense weight is torch's own linear layer. No gradient flows to a quantised one; to the bias it
+    does where it asks for one.
+    """
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    if plain():
+        return frozen_linear_reference(x, weight, bias)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _QuantizedLinear.apply(flat, bias, *parts(weight))
+    return y.view(*x.shape[:-1], shape_of(weight)[0])  # pyright: ignore

@@ -1,0 +1,196 @@
+"""A linear layer as it will be once adapter and base are merged and quantised:
+y = fq(x) fq(m / n * (W + s B A))' + bias   (fq: ops/fake_quantize.py; m / n only for DoRA).
+
+The sum is the merge's own (adapted_weight.py), so what training sees is what torchao makes of the
+merged folder. Unsloth quantises base, A and B each by itself, and no file holds that product.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.ops.dispatch import plain
+from fastlora.ops.linear.merged_weight import adapted_weight, low_rank_sum
+from fastlora.ops.quant.fake_quantize import (
+    SCHEMES,
+    fake_quantize,
+    fake_quantize_backward,
+    rows_per_chunk,
+)
+
+
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+def qat_linear_reference(
+    x: Float[Tensor, "*n d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, "d_out"] | None,
+    a: Float[Tensor, "r d_in"] | None,
+    b: Float[Tensor, "d_out r"] | None,
+    magnitude: Float[Tensor, "d_out"] | None,
+    scaling: float,
+    scheme: str,
+) -> Float[Tensor, "*n d_out"]:
+    """The specification, differentiable in every tensor; keeps several copies of the weight."""
+    how = SCHEMES[scheme]
+    total = _total(weight, a, b, magnitude, scaling)
+    x = x if how.activation is None else fake_quantize(x, how.activation)
+    return F.linear(x, fake_quantize(total, how.weight), bias)
+
+
+def _total(
+    weight: Tensor, a: Tensor | None, b: Tensor | None, magnitude: Tensor | None, scaling: float
+) -> Tensor:
+    """What the quantiser takes: the merged matrix, or the base's own where nothing is adapted."""
+    if a is None or b is None:
+        return weight
+    return adapted_weight(weight, a, b, magnitude, scaling)
+
+
+# ── 2. op and derivative ──────────────────────────────────────────────────────────────────
+# Both directions are ops that nothing looks into. A recompute policy therefore finds one tensor to
+# keep, y, and none of the weight's size (the sum, its quantised form, the clipping masks: 16 bytes
+# and more per element of the base); the backward pass makes them again from W, A and B, which are
+# there anyway. Compiled and eager layers agree bit for bit on one input: written as plain torch,
+# Inductor's bfloat16 chain would round elsewhere and move values to the next quantisation step.
+# Rows of the weight go through in chunks of 2**24 elements; they are quantised independently.
+torch.library.define(
+    "fastlora::qat_linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor? magnitude,"
+    " float scaling, str scheme) -> Tensor",
+)
+
+torch.library.define(
+    "fastlora::qat_linear_backward",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor? a, Tensor? b, Tensor? magnitude,"
+    " float scaling, str scheme, bool needs_dx) -> Tensor[]",
+)
+
+
+def _rows(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
+
+
+def _chunks(weight: Tensor) -> list[slice]:
+    step = rows_per_chunk(weight.shape[1])
+    return [slice(i, i + step) for i in range(0, weight.shape[0], step)]
+
+
+@torch.library.impl("fastlora::qat_linear", "CompositeExplicitAutograd")
+def _qat_linear(x, weight, bias, a, b, magnitude, scaling, scheme):
+    quantised = _quantised_weight(weight, a, b, magnitude, scaling, scheme)
+    return F.linear(_quantised_input(x, scheme), quantised, bias)
+
+
+def _quantised_input(x, scheme):
+    how = SCHEMES[scheme].activation
+    return x if how is None else fake_quantize(x, how)
+
+
+def _quantised_weight(weight, a, b, magnitude, scaling, scheme):
+    quantised = torch.empty_like(weight)
+    for rows in _chunks(weight):
+        part = _total(weight[rows], a, _rows(b, rows), _rows(magnitude, rows), scaling)
+        quantised[rows] = fake_quantize(part, SCHEMES[scheme].weight)
+    return quantised
+
+
+@torch.library.register_fake("fastlora::qat_linear")
+def _(x, weight, bias, a, b, magnitude, scaling, scheme):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.impl("fastlora::qat_linear_backward", "CompositeExplicitAutograd")
+def _qat_linear_backward(dy, x, weight, a, b, magnitude, scaling, scheme, needs_dx):
+    dx = x.new_empty(0)
+    if needs_dx:
+        dx = torch.mm(dy, _quantised_weight(weight, a, b, magnitude, scaling, scheme))
+        how = SCHEMES[scheme].activation
+        dx = dx if how is None else fake_quantize_backward(x, dx, how)
+    if a is None:
+        return [dx]
+    x, da, db = _quantised_input(x, scheme), torch.zeros_like(a), torch.empty_like(b)
+    dmagnitude = [] if magnitude is None else [torch.empty_like(magnitude)]
+    for rows in _chunks(weight):
+        m, dm = _rows(magnitude, rows), [d[rows] for d in dmagnitude]
+        dsum = _sum_backward(dy[:, rows].t() @ x, weight[rows], a, b[rows], m, scaling, scheme, dm)
+        db[rows] = torch.mm(dsum, a.to(dsum.dtype).t()) * scaling
+        da += (torch.mm(b[rows].to(dsum.dtype).t(), dsum) * scaling).to(a.dtype)
+    return [dx, da, db, *dmagnitude]
+
+
+def _sum_backward(dquantised, weight, a, b, magnitude, scaling, scheme, dmagnitude):
+    """The gradient of W + s B A, from that of what the product took; fills dmagnitude[0]."""
+    total = low_rank_sum(weight, a, b, scaling)
+    gain = None
+    if magnitude is not None:
+        norm = total.norm(dim=-1)
+        gain = (magnitude.to(total.dtype) / norm).unsqueeze(-1)
+    scaled = (total if gain is None else total * gain).to(weight.dtype)
+    dscaled = fake_quantize_backward(scaled, dquantised, SCHEMES[scheme].weight).to(total.dtype)
+    if gain is None:
+        return dscaled
+    dmagnitude[0].copy_((dscaled * total).sum(-1) / norm)
+    return dscaled * gain
+
+
+@torch.library.register_fake("fastlora::qat_linear_backward")
+def _(dy, x, weight, a, b, magnitude, scaling, scheme, needs_dx):
+    dx = torch.empty_like(x) if needs_dx else x.new_empty(0)
+    return [dx, *(torch.empty_like(t) for t in (a, b, magnitude) if t is not None)]
+
+
+class _QATLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b, magnitude, scaling, scheme):
+        ctx.save_for_backward(x, weight, a, b, magnitude)
+        ctx.scaling, ctx.scheme = scaling, scheme
+        return torch.ops.fastlora.qat_linear(x, weight, bias, a, b, magnitude, scaling, scheme)
+
+    @staticmethod
+    def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph=True, but what follows is not differentiable
+            raise RuntimeError(
+                "the fused quantised projection has no second derivative; differentiate"
+                " fastlora.functional with torch.func, which runs the plain one."
+            )
+        needs_dx, dbias = ctx.needs_input_grad[0], None
+        if ctx.needs_input_grad[2]:
+            dbias = dy.sum(0)
+        dx, *rest = torch.ops.fastlora.qat_linear_backward(
+            dy, *ctx.saved_tensors, ctx.scaling, ctx.scheme, needs_dx
+        )
+        da, db, dmagnitude = (*rest, None, None, None)[:3]
+        return dx if needs_dx else None, None, dbias, da, db, dmagnitude, None, None
+
+
+# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+def qat_linear(
+    x: Float[Tensor, "*n d_in"],
+    weight: Float[Tensor, "d_out d_in"],
+    bias: Float[Tensor, "d_out"] | None,
+    a: Float[Tensor, "r d_in"] | None,
+    b: Float[Tensor, "d_out r"] | None,
+    magnitude: Float[Tensor, "d_out"] | None,
+    scaling: float,
+    scheme: str,
+) -> Float[Tensor, "*n d_out"]:
+    """The projection of a merged and quantised model, in x.dtype.
+
+    Keeps x for the backward pass, and no tensor of the weight's size.
+
+    Args:
+        x: input.
+        weight: frozen base matrix, in x.dtype.
+        bias: in x.dtype, or None.
+        a: down projection, in the adapter's own dtype; None where nothing is adapted.
+        b: up projection, likewise.
+        magnitude: DoRA's lengths, or None.
+        scaling: factor of the low-rank term (alpha / r).
+        scheme: a key of `fake_quantize.SCHEMES`.
+    """
+    if plain(weight):
+        return qat_linear_reference(x, weight, bias, a, b, magnitude, scaling, scheme)
+    flat = x.reshape(-1, x.shape[-1])
+    y = _QATLinear.apply(flat, weight, bias, a, b, magnitude, scaling, scheme)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,75 @@
+"""A row's label log-probability and its gradient by the logits, in one kernel.
+
+    logp = z[label] - lse(z),  d logp / d z = onehot(label) - exp(z - lse(z))
+
+The gradient overwrites the logits, as in Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989); maximum
+and sum are found in one pass (Milakov & Gimelshein 2018, arXiv:1805.02867).
+
+The specification is `chunk_logprobs` of linear_cross_entropy.py; tests/ops/test_softmax_kernel.py
+holds the kernel to it. This file imports triton, so it is imported where a kernel first runs.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+# ── kernel: one program per row ───────────────────────────────────────────────────────────
+@triton.jit
+def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)  # rows * V passes 2**31 at 16,744 rows of 128,256
+    z_ptr += row * V
+    wide = logp_ptr.dtype.element_ty
+    label = tl.load(label_ptr + row)
+    ignored = label == IGNORE
+    # Read before the first pass, whose reductions are barriers: the second pass writes over it.
+    chosen = tl.load(z_ptr + tl.where(ignored, 0, label)).to(wide)
+    top = tl.full((), float("-inf"), wide)
+    total = tl.full((), 0.0, wide)
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + column, mask=column < V, other=float("-inf")).to(wide)
+        new = tl.maximum(top, tl.max(z, 0))
+        total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
+        top = new
+    lse = top + tl.log(total)
+    tl.store(logp_ptr + row, tl.where(ignored, 0.0, chosen - lse))
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(z_ptr + column, mask=column < V, other=float("-inf")).to(wide)
+        dz = tl.where(column == label, 1.0, 0.0) - tl.exp(z - lse)
+        dz = tl.where(ignored, 0.0, dz)
+        tl.store(z_ptr + column, dz.to(z_ptr.dtype.element_ty), mask=column < V)
+
+
+# ── launcher ──────────────────────────────────────────────────────────────────────────────
+def block_and_warps(vocab_size: int) -> tuple[int, int]:
+    """Elements a program reads at once, and its warps; only the shape decides.
+
+    1,024 threads of 32 elements leave room for one program on a multiprocessor: so few rows are
+    under way that the second pass finds part of its row in the L2 cache. 512 x 128,256 in bf16 on
+    an H100: 150 µs, with blocks of 16,384 161, of 8,192 165; Inductor's kernel 224; a copy 95.
+    """
+    block = min(triton.next_power_of_2(vocab_size), 32768)
+    return block, max(1, block // 1024)
+
+
+def logprobs_and_dlogits_(
+    logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"], ignore: int
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
+    """(log-probabilities in at least float32, 0 where ignored; d logp / d logits).
+
+    The gradient is `logits` itself, overwritten. It is in the logits' dtype, 0 in ignored rows.
+
+    Args:
+        logits: contiguous.
+        labels: in [0, v), or `ignore`.
+        ignore: the label of rows that do not count.
+    """
+    n, v = logits.shape
+    logp = logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32))
+    block, warps = block_and_warps(v)
+    _logprob_kernel[(n,)](logits, labels, logp, v, ignore, BLOCK=block, num_warps=warps)  # pyright: ignore
+    return logp, logits

@@ -1,0 +1,89 @@
+"""A quantised matrix as it was: W = levels[number] * absmax of its block, rounded once.
+
+Read downward: the reference is the specification; the op is bitsandbytes on the CPU and our kernel
+on CUDA (dequantize_kernel.py), to the same bits. The op is opaque to torch.compile, and what calls
+it from a compiled layer (frozen_linear.py) is too: a graph never sees a dequantised matrix, so that
+no partitioner can keep one for the backward pass.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.ops.dispatch import triton_installed
+from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes
+from fastlora.ops.quant.weights import (
+    NESTED_BLOCK,
+    NestedAbsmax,
+    Quantized,
+    Weight,
+    Weight4bit,
+    Weight8bit,
+    from_parts,
+    parts,
+)
+
+
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+def dequantize_reference(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """The specification: float32 products, rounded to the record's dtype, then to `dtype`."""
+    if isinstance(weight, Weight8bit):  # as bitsandbytes: not a division by 127
+        return (weight.values * weight.scale[:, None] * (1 / 127)).to(dtype)
+    rows, columns, block, _ = weight.form.shape
+    numbers = torch.stack([weight.packed >> 4, weight.packed & 15], -1).flatten()[: rows * columns]
+    scales = _absmax(weight).repeat_interleave(block)[: rows * columns]
+    values = weight.levels[numbers.int()] * scales
+    return values.view(rows, columns).to(weight.form.dtype).to(dtype)
+
+
+def _absmax(weight: Weight4bit) -> Float[Tensor, "blocks"]:
+    absmax = weight.absmax
+    if not isinstance(absmax, NestedAbsmax):
+        return absmax
+    scale = absmax.scale.repeat_interleave(NESTED_BLOCK)[: len(absmax.values)]
+    return absmax.code[absmax.values.int()] * scale + absmax.offset
+
+
+# ── 2. op ─────────────────────────────────────────────────────────────────────────────────
+torch.library.define("fastlora::dequantize", "(Tensor[] weight, ScalarType dtype) -> Tensor")
+
+
+@torch.library.impl("fastlora::dequantize", "CompositeExplicitAutograd")
+def _dequantize(weight, dtype):
+    record = from_parts(weight)
+    assert not isinstance(record, Tensor)
+    if isinstance(record, Weight8bit):
+        return dequantize_reference(record, dtype)
+    if record.packed.is_cuda and triton_installed():
+        from fastlora.ops.quant.dequantize_kernel import dequantize_4bit  # noqa: PLC0415  imports triton
+
+        return dequantize_4bit(record, dtype)
+    # Of an odd number of columns bitsandbytes compiles a Python function at every new shape.
+    if not record.packed.is_cuda and record.form.shape[1] % 2:
+        return dequantize_reference(record, dtype)
+    return dequantize_by_bitsandbytes(record).to(dtype)
+
+
+@torch.library.register_fake("fastlora::dequantize")
+def _(weight, dtype):
+    shape = weight[0].shape if len(weight) == 2 else weight[2].shape[:2]
+    return weight[0].new_empty(shape, dtype=dtype)
+
+
+# ── 3. what others call ───────────────────────────────────────────────────────────────────
+def dequantize(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """The matrix in `dtype`, a new tensor on the weight's device. No gradient flows.
+
+    bitsandbytes' bits (0.50.2: dequantize_4bit, int8_vectorwise_dequant), rounded once more where
+    `dtype` is narrower than the record's.
+
+    Args:
+        weight: 4 or 8 bits.
+        dtype: float64, float32, bfloat16 or float16.
+    """
+    return torch.ops.fastlora.dequantize(parts(weight), dtype)
+
+
+def dense(weight: Weight, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
+    """The matrix itself: a dense one as it is, whatever its dtype; another dequantised."""
+    return weight if isinstance(weight, Tensor) else dequantize(weight, dtype)

@@ -1,0 +1,202 @@
+"""Triton kernels of `lora_swiglu`: the low-rank terms of gate and up, and SwiGLU, in one pass.
+
+Written out, s low B' is a tensor of the MLP's width, written and read again for each of gate and
+up; here it is a dot product over the rank inside the tile. The backward kernel forms h once more,
+so that nobody keeps it, and sums what A, B and DoRA's gains need over the rows of its tile while
+they are there: partial sums of a few chunks of rows, added by the caller, always in the same order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.ops.dispatch import rank_tile
+
+# ── kernels ───────────────────────────────────────────────────────────────────────────────
+
+
+# Without helper functions: the tests' type hook wraps every function, and Triton's interpreter then
+# looks for their names in the hook's module.
+@triton.jit
+def _swiglu_kernel(
+    g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, gains_ptr, h_ptr,
+    n, f, r_g, r_u, stride_low_g, stride_low_u, scaling_g, scaling_u,
+    HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
+    column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
+    far, wide = row.to(tl.int64), column.to(tl.int64)  # n f may pass 2**31
+    k, k_t = tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
+    here, at = (row < n) & (column < f), far * f + column
+    # [R, BN] and [BM, R]: zero beyond the rank
+    b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
+    b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
+    gate_x_a = tl.load(low_g_ptr + far * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
+    up_x_a = tl.load(low_u_ptr + far * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
+    g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
+    g += scaling_g * tl.dot(gate_x_a, b_g, input_precision=PRECISION)
+    u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
+    u += scaling_u * tl.dot(up_x_a, b_u, input_precision=PRECISION)
+    if HAS_GAINS:
+        g *= tl.load(gains_ptr + column, mask=column < f, other=0.0)
+        u *= tl.load(gains_ptr + f + column, mask=column < f, other=0.0)
+    h = g * tl.sigmoid(g) * u
+    tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
+    dh_ptr, dlow_ptr, a_ptr, g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, gains_ptr,
+    du_ptr, sums_ptr, dgains_ptr,
+    n, f, r_g, r_u, r_a, stride_dlow, stride_low_g, stride_low_u, scaling_g, scaling_u, chunk,
+    HAS_A: tl.constexpr, HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0) * BN + tl.arange(0, BN)
+    column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
+    wide, first = column.to(tl.int64), tl.program_id(1) * chunk
+    kind = dh_ptr.dtype.element_ty
+    b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
+    b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
+    if HAS_A:
+        a = tl.load(a_ptr + k_t * f + wide, mask=(column < f) & (k_t < r_a), other=0.0)
+    if HAS_GAINS:
+        gain_g = tl.load(gains_ptr + column, mask=column < f, other=0.0)
+        gain_u = tl.load(gains_ptr + f + column, mask=column < f, other=0.0)
+    dgain_g = tl.zeros((BN,), tl.float32)
+    dgain_u = tl.zeros((BN,), tl.float32)
+    db_g = tl.zeros((BN, R), tl.float32)
+    db_u = tl.zeros((BN, R), tl.float32)
+    da = tl.zeros((BN, R), tl.float32)
+    for start in tl.range(0, chunk, BM, num_stages=STAGES):  # pyright: ignore
+        row = (first + start + tl.arange(0, BM))[:, None]
+        far = row.to(tl.int64)
+        here, at = (row < n) & (column < f), far * f + column
+        gate_x_a = tl.load(
+            low_g_ptr + far * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0
+        )
+        up_x_a = tl.load(low_u_ptr + far * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
+        dh = tl.load(dh_ptr + at, mask=here, other=0.0).to(tl.float32)
+        if HAS_A:
+            dlow = tl.load(dlow_ptr + far * stride_dlow + k, mask=(row < n) & (k < r_a), other=0.0)
+            dh += tl.dot(dlow, a, input_precision=PRECISION)
+        g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
+        g += scaling_g * tl.dot(gate_x_a, b_g, input_precision=PRECISION)
+        u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
+        u += scaling_u * tl.dot(up_x_a, b_u, input_precision=PRECISION)
+        if HAS_GAINS:  # of the sums before them, g and u, the gains' gradients are made below
+            sum_g, sum_u = g, u
+            g, u = g * gain_g, u * gain_u
+        sigmoid = tl.sigmoid(g)
+        dg = dh * u * sigmoid * (1 + g * (1 - sigmoid))
+        du = dh * g * sigmoid
+        if HAS_GAINS:
+            dgain_g += tl.sum(dg * sum_g, 0)
+            dgain_u += tl.sum(du * sum_u, 0)
+            dg, du = dg * gain_g, du * gain_u
+        dg, du = dg.to(kind), du.to(kind)
+        tl.store(dh_ptr + at, dg, mask=here)  # where this program alone has read
+        tl.store(du_ptr + at, du, mask=here)
+        db_g += tl.dot(tl.trans(dg), gate_x_a, input_precision=PRECISION)
+        db_u += tl.dot(tl.trans(du), up_x_a, input_precision=PRECISION)
+        if HAS_A:
+            h = (g * sigmoid * u).to(kind)
+            da += tl.dot(tl.trans(h), dlow, input_precision=PRECISION)
+    size = f.to(tl.int64) * R
+    sums = tl.program_id(1) * 3 * size + number[:, None].to(tl.int64) * R + k
+    inside = number[:, None] < f
+    tl.store(sums_ptr + sums, db_g * scaling_g, mask=inside)
+    tl.store(sums_ptr + sums + size, db_u * scaling_u, mask=inside)
+    tl.store(sums_ptr + sums + 2 * size, da, mask=inside)
+    if HAS_GAINS:
+        at = tl.program_id(1) * 2 * f + number
+        tl.store(dgains_ptr + at, dgain_g, mask=number < f)
+        tl.store(dgains_ptr + at + f, dgain_u, mask=number < f)
+
+
+# ── launchers ─────────────────────────────────────────────────────────────────────────────
+# Tiles of an H100, 8192 rows and r = 16 (f = 8192 / 14336): forward 139 / 239 µs, where the two
+# low-rank terms and Inductor's SwiGLU take 245 / 419; at other (BM, BN, warps) 142 to 169. The
+# backward pass, (BM, BN, warps, iterations whose loads are in flight): in a 1B step 256 µs, and 331
+# where only what tl.dot reads is loaded ahead; Inductor's and the products take some 472. (32, 128,
+# 4, 3) takes 242, but spills registers, 6 KB a thread on sm_80, and in float32 wants 150 KB of
+# shared memory (scripts/bench_results/2026-11-26-swiglu-kernel.txt, 2026-11-27-swiglu-stages.txt).
+# With DoRA's gains, and in float32, loads ahead were not measured and are left to Triton.
+_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4, 3)
+
+_CHUNKS = 8
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies tensors of a dtype."""
+    return "ieee" if dtype == torch.float32 else "tf32"  # of 16-bit tensors nothing is rounded
+
+
+def swiglu(
+    g: Float[Tensor, "n f"],
+    u: Float[Tensor, "n f"],
+    gate_x_a: Float[Tensor, "n r_g"],
+    up_x_a: Float[Tensor, "n r_u"],
+    b_g: Float[Tensor, "f r_g"],
+    b_u: Float[Tensor, "f r_u"],
+    gains: Float[Tensor, "2 f"] | None,
+    scaling_g: float,
+    scaling_u: float,
+) -> Float[Tensor, "n f"]:
+    """silu(g + s_g low_g B_g') * (u + s_u low_u B_u'), each sum times its gain where there are
+    gains (float32), in g.dtype, summed in float32."""
+    (n, f), (bm, bn, warps) = g.shape, _FORWARD
+    h, r_g, r_u = torch.empty_like(g), gate_x_a.shape[1], up_x_a.shape[1]
+    _swiglu_kernel[(triton.cdiv(f, bn), triton.cdiv(n, bm))](
+        g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(), g if gains is None else gains, h,
+        n, f, r_g, r_u, gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u,
+        HAS_GAINS=gains is not None, R=rank_tile(r_g, r_u), BM=bm, BN=bn,  # pyright: ignore
+        PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
+    )  # fmt: skip
+    return h
+
+
+def swiglu_backward_(
+    dh: Float[Tensor, "n f"],
+    dlow: Float[Tensor, "n r_a"] | None,
+    a: Float[Tensor, "r_a f"] | None,
+    g: Float[Tensor, "n f"],
+    u: Float[Tensor, "n f"],
+    gate_x_a: Float[Tensor, "n r_g"],
+    up_x_a: Float[Tensor, "n r_u"],
+    b_g: Float[Tensor, "f r_g"],
+    b_u: Float[Tensor, "f r_u"],
+    gains: Float[Tensor, "2 f"] | None,
+    scaling_g: float,
+    scaling_u: float,
+) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"], Float[Tensor, "2 f"]]:
+    """(du, sums, dgains), and dg in place of dh, which is contiguous: with dh + dlow A for h's
+    gradient, those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
+    `rank_tile`, and those of the gains, zeros where there are none."""
+    (n, f), (bm, bn, warps, stages) = g.shape, _BACKWARD
+    if gains is not None or g.dtype == torch.float32:
+        stages = None
+    r_g, r_u, r_a = gate_x_a.shape[1], up_x_a.shape[1], 0 if a is None else a.shape[0]
+    r = rank_tile(r_g, r_u, r_a)
+    chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
+    chunks = triton.cdiv(n, chunk)
+    assert dh.is_contiguous(), dh.stride()
+    du = torch.empty_like(u)
+    sums = torch.empty((chunks, 3, f, r), dtype=torch.float32, device=g.device)
+    given = gains is not None
+    dgains = torch.empty((chunks if given else 0, 2, f), dtype=torch.float32, device=g.device)
+    if dlow is not None and dlow.stride(1) != 1:
+        dlow = dlow.contiguous()
+    _swiglu_backward_kernel[(triton.cdiv(f, bn), chunks)](
+        dh, g if dlow is None else dlow, g if a is None else a.contiguous(),
+        g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(), gains if given else g,
+        du, sums, dgains,
+        n, f, r_g, r_u, r_a, 0 if dlow is None else dlow.stride(0),
+        gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u, chunk,
+        HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn, STAGES=stages,  # pyright: ignore
+        PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
+    )  # fmt: skip
+    return du, sums.sum(0), dgains.sum(0)

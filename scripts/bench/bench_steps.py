@@ -1,0 +1,139 @@
+"""The training step that scripts/bench.py measures: fastlora's, and each peer's for the same work.
+
+A step is forward, backward and fused AdamW on the adapters. fastlora keeps adapters in fp32, as
+Unsloth does over a 4-bit base; the other peers keep them in bf16. Labels are the input tokens. A
+setting is one of fastlora's recompute policies, a number, "probe", or a peer's name, with "-gc" for
+gradient checkpointing.
+"""
+
+import argparse
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import torch
+from probe import probe_step
+from random_checkpoint import SHAPES
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+import fastlora
+from fastlora import functional as FL
+
+PEERS = ("hf", "liger", "unsloth")
+Step = Callable[[torch.Tensor], torch.Tensor]  # token ids [batch, seq] -> loss
+
+
+def step_of(args: argparse.Namespace) -> Step:
+    """Load the model of the setting `args.one` and return its step."""
+    if args.one == "probe":
+        return probe_step(SHAPES[args.shape], args.rank, "cuda")
+    return peer(args) if args.one.startswith(PEERS) else ours(args)
+
+
+def ours(args: argparse.Namespace) -> Step:
+    model, _ = fastlora.load(str(args.folder), load_in_4bit=args.load_in_4bit)
+    model = fastlora.lora(
+        model,
+        recompute=float(args.one) if args.one[0].isdigit() else args.one,
+        **settings(args),
+        lora_bias=args.lora_bias,
+    )
+    model = model.with_spec(kernels=args.kernels, deterministic=args.deterministic)
+    leaves, structure = tree_flatten(model.adapter)
+    params = [leaf.clone() for leaf in leaves]
+    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
+    value_and_grad = fastlora.value_and_grad(FL.loss, cuda_graph=args.cuda_graph)
+    steps, packing = 0, packed(args)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        nonlocal steps
+        steps += 1  # also the seed of this step's dropout
+        batch = {"input_ids": ids, "labels": ids} | packing
+        adapter = tree_unflatten(params, structure)
+        seed = torch.full((), steps, device=ids.device)
+        value, grads = value_and_grad(adapter, model.base, model.spec, batch, seed=seed)
+        for param, grad in zip(params, tree_leaves(grads), strict=True):
+            param.grad = grad
+        optimizer.step()
+        optimizer.zero_grad()
+        return value
+
+    return step
+
+
+def packed(args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The segment_ids of packed documents, if --documents is given."""
+    if not args.documents:
+        return {}
+    ids = torch.arange(args.seq, device="cuda") // args.documents
+    return {"segment_ids": ids.repeat(args.batch, 1)}
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """LoRA arguments that have the same names in fastlora, PEFT and Unsloth."""
+    optional = {"use_dora": True} if args.use_dora else {}
+    return dict(
+        r=args.rank,
+        lora_alpha=args.rank,
+        target_modules=args.targets,
+        lora_dropout=args.dropout,
+        **optional,
+    )
+
+
+def peer(args: argparse.Namespace) -> Step:
+    model = _unsloth(args) if args.one.startswith("unsloth") else _transformers(args)
+    params = [p for p in model.parameters() if p.requires_grad]
+    run = torch.compile(model) if args.one == "hf-compile" else model
+    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
+
+    def step(ids: torch.Tensor) -> torch.Tensor:
+        loss = run(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _transformers(args: argparse.Namespace) -> Any:
+    from peft import LoraConfig, get_peft_model  # noqa: PLC0415  peers are optional
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig  # noqa: PLC0415
+
+    if args.one.startswith("liger"):
+        import_module("liger_kernel.transformers").apply_liger_kernel_to_llama()
+    more = {}
+    if args.load_in_4bit:
+        more["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model = AutoModelForCausalLM.from_pretrained(
+        args.folder, dtype=torch.bfloat16, device_map={"": 0}, attn_implementation="sdpa", **more
+    )
+    model.config.use_cache = False
+    if args.one.endswith("-gc"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    config = LoraConfig(**settings(args), lora_bias=args.lora_bias, task_type="CAUSAL_LM")
+    return get_peft_model(model, config, autocast_adapter_dtype=False).train()
+
+
+def _unsloth(args: argparse.Namespace) -> Any:
+    of_unsloth = import_module("unsloth").FastLanguageModel  # patches transformers on import
+    model, _ = of_unsloth.from_pretrained(
+        str(args.folder),
+        max_seq_length=args.seq,
+        load_in_4bit=args.load_in_4bit,
+        dtype=torch.bfloat16,
+        local_files_only=True,
+    )
+    return of_unsloth.get_peft_model(
+        model,
+        **settings(args),
+        bias="none",
+        use_gradient_checkpointing="unsloth" if args.one.endswith("-gc") else False,
+    ).train()
