@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastlora.models.decoder import dropout_key, hidden_states
-from fastlora.models.head import Head, masked_for_head, head, head_factors, is_plain, logits
+from fastlora.models.head import Head, head, head_factors, is_plain, logits, masked_for_head
 from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
+from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
-from fastlora.models.state import Batch, Seed, unpark_originals
+from fastlora.models.state import Batch, Seed
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.loss.linear_cross_entropy import (
     IGNORE,

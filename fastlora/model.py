@@ -20,12 +20,12 @@ from fastlora.generation import generate
 from fastlora.generation import sampling as sampling_rules
 from fastlora.generation.generate import check_generation
 from fastlora.models.decoder import requires_grad
-from fastlora.models.init_offset import fold_offset, without_offset
 from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
 from fastlora.models.names import tensors_from_base
 from fastlora.models.params import Adapter
+from fastlora.models.self_contained import parked_originals, self_contained
 from fastlora.models.spec import Recompute
-from fastlora.models.state import Batch, ModelState, Seed, parked_originals
+from fastlora.models.state import Batch, ModelState, Seed
 from fastlora.ops.dispatch import Kernels, transforms_active
 from fastlora.ops.quant.weights import numel
 from fastlora.runtime.compiled import Compile
@@ -185,9 +185,7 @@ class Model(ModelState):
         if eos_token_id is None:
             eos_token_id = self.spec.config.eos_token_id
         return generate.generate(
-            self.adapter,
-            self.base,
-            self.spec,
+            self,
             input_ids,
             attention_mask=attention_mask,
             max_new_tokens=max_new_tokens,
@@ -241,7 +239,8 @@ class Model(ModelState):
         copies = {} if self.adapter is None else self.adapter.get("replaced", {})
         # PEFT trains a bias in its place, and a copy of anything else beside the original.
         twice = sum(x.numel() for name, x in copies.items() if self._is_of_bias(name))
-        whole = tensors_from_base(self.spec.config, without_offset(self.base)).values()
+        base = self_contained(self, unpark=False).base
+        whole = tensors_from_base(self.spec.config, base).values()
         return adapter - twice + sum(numel(x) for x in whole)
 
     def _is_of_bias(self, name: str) -> bool:
@@ -265,8 +264,7 @@ class Model(ModelState):
         One that counts from start factors is written as what it is over the untouched base: an
         adapter of twice the rank.
         """
-        spec, adapter = fold_offset(self.spec, self.base, self.adapter)
-        writing.save_adapter(spec, self.base, adapter, Path(folder))
+        writing.save_adapter(self, Path(folder))
 
     def save_pretrained_merged(
         self,
@@ -290,12 +288,10 @@ class Model(ModelState):
             For a model in 4 or 8 bits, what was taken and the largest difference of logits between
             this model and the folder, read back; else None.
         """
-        model = (self.spec, self.base, self.adapter)
-        return merged.save_merged(*model, folder, tokenizer, save_method, base)
+        return merged.save_merged(self, folder, tokenizer, save_method, base)
 
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
         """Upload the adapter's PEFT folder to the Hub."""
-        spec, adapter = fold_offset(self.spec, self.base, self.adapter)
-        writing.push_to_hub(spec, self.base, adapter, repo_id, token=token, private=private)
+        writing.push_to_hub(self, repo_id, token=token, private=private)

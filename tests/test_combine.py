@@ -115,7 +115,7 @@ class Mixed(NamedTuple):
 
 def write_folders(models, folder):
     for i, model in enumerate(models):
-        save_adapter(model.spec, model.base, model.adapter, folder / str(i))
+        save_adapter(model, folder / str(i))
 
 
 def peft_mixed(folder, weights, monkeypatch, combination_type, seed=0, **kwargs):
@@ -170,7 +170,7 @@ def test_what_was_combined_exports_to_peft(case, tmp_path):
     assert {t.scaling for targets in mixed.spec.lora.targets for t in targets} == {1.0}
     resolved = resolve_targets(mixed.spec.lora, mixed.spec.config, "not what it resolves to:")
     assert resolved == mixed.spec.lora
-    save_adapter(mixed.spec, mixed.base, mixed.adapter, tmp_path)
+    save_adapter(mixed, tmp_path)
     found, expected = hf_logits(peft_read(FORWARD, tmp_path)), logits(mixed)
     assert difference(found, expected, logits(fast(FORWARD))) <= 1e-5
     again = load_adapter(fast(FORWARD), tmp_path)

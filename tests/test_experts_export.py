@@ -175,7 +175,7 @@ def test_the_wrong_flattening_would_show(tmp_path):
 def test_round_trips_are_equal_to_the_bit(name, tmp_path):
     family, settings = CASES[name]
     model = randomised(lora(fast(family), **settings))
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     again = load_adapter(fast(family), tmp_path)
     pairs = zip(tree_leaves(again.adapter), tree_leaves(model.adapter), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
@@ -368,7 +368,7 @@ def test_a_merge_is_the_adapter(name):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe_mixed"])
 def test_merged_folders_spell_every_expert_and_load(family, tmp_path):
     model = randomised(lora(fast(family, torch.bfloat16), r=4, target_parameters=BOTH))
-    save_merged(model.spec, model.base, model.adapter, tmp_path)
+    save_merged(model, tmp_path)
     names = load_file(tmp_path / "model.safetensors").keys()
     make_checkpoint(family, tmp_path / "theirs", torch.bfloat16)
     assert names == load_file(tmp_path / "theirs" / "model.safetensors").keys()

@@ -219,7 +219,7 @@ def export_difference(family, folder, **settings):
 def peft_trainable(model, family, folder, settings):
     """PEFT's model with these very A and B; over its moved base where the init moves it."""
     if not moves_base(model.spec.lora.init_lora_weights):
-        save_adapter(model.spec, model.base, model.adapter, folder)
+        save_adapter(model, folder)
         return peft_read(family, folder, is_trainable=True)
     config = PeftConfig(**settings | {"lora_dropout": 0.0}, task_type="CAUSAL_LM")
     trainable = get_peft_model(hugging_face(family), config)
@@ -357,7 +357,7 @@ def test_keys_of_a_compiled_or_named_adapter_load(rename, tmp_path):
 
 def test_loading_replaces_the_adapter_and_leaves_the_model_as_it_was(tmp_path):
     first, second = (randomised(lora(fast(FORWARD), r=r), seed=r) for r in (2, 4))
-    save_adapter(second.spec, second.base, second.adapter, tmp_path)
+    save_adapter(second, tmp_path)
     before = logits(first)
     swapped = load_adapter(first, tmp_path)
     assert torch.equal(logits(swapped), logits(second))
@@ -549,7 +549,7 @@ def test_peft_reads_what_is_saved_for_every_family(family, tmp_path):
 @pytest.mark.parametrize("case", [c for c in CASES if c.split(",")[0] not in ("pissa", "olora")])
 def test_saved_keys_shapes_and_dtypes_are_those_of_peft(case, tmp_path):
     model = lora(fast(FORWARD), **CASES[case])
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     native = get_peft_model(hugging_face(FORWARD), PeftConfig(**CASES[case], task_type="CAUSAL_LM"))
     expected = {k: (t.shape, t.dtype) for k, t in get_peft_model_state_dict(native).items()}
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -569,7 +569,7 @@ def test_saved_patterns_may_be_written_again_in_any_order(order, tmp_path):
     # PEFT sorts the keys of what it read when it saves it.
     patterns = {r"layers\.1\.self_attn\.q_proj": 6, "q_proj": 2, "0.mlp.*": 5, r"\w+_proj": 3}
     model = lora(fast(FORWARD), r=4, rank_pattern=patterns, alpha_pattern=patterns)
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     for field in ("rank_pattern", "alpha_pattern"):
         edit(tmp_path, **{field: {k: config[field][k] for k in order(config[field])}})
@@ -583,7 +583,7 @@ def test_a_step_of_training_goes_on_in_peft_as_here(case, tmp_path):
 
 def test_transformers_own_loader_reads_it_too(tmp_path):
     model = randomised(lora(fast(FORWARD), r=4))
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     hf = hugging_face(FORWARD)
     hf.load_adapter(str(tmp_path))
     assert difference(hf_logits(hf), logits(model), logits(fast(FORWARD))) <= 1e-5
@@ -593,7 +593,7 @@ def test_transformers_own_loader_reads_it_too(tmp_path):
 def test_bfloat16_errs_no_more_than_peft(variant, tmp_path):
     half = randomised(lora(fast(FORWARD, torch.bfloat16), r=4, **variant), std=0.1)
     assert {t.dtype for t in tree_leaves(half.adapter)} == {torch.float32}
-    save_adapter(half.spec, half.base, half.adapter, tmp_path)
+    save_adapter(half, tmp_path)
     wide = dataclasses.replace(half, base=tree_map(lambda t: t.float(), half.base))
     exact, base = logits(wide), logits(dataclasses.replace(wide, adapter=None))
     assert (exact - base).abs().max() > 0.1
@@ -605,7 +605,7 @@ def test_bfloat16_errs_no_more_than_peft(variant, tmp_path):
 def test_round_trips_are_exact(tmp_path):
     peft_saved(FORWARD, tmp_path / "theirs", **CASES["both patterns, rslora"])
     first = load_adapter(fast(FORWARD), tmp_path / "theirs")
-    save_adapter(first.spec, first.base, first.adapter, tmp_path / "ours")
+    save_adapter(first, tmp_path / "ours")
     again = load_adapter(fast(FORWARD), tmp_path / "ours")
     assert again.spec.lora.targets == first.spec.lora.targets
     leaves = zip(tree_leaves(first.adapter), tree_leaves(again.adapter), strict=True)
@@ -616,7 +616,7 @@ def test_round_trips_are_exact(tmp_path):
 
 def test_the_folder_has_pefts_form(tmp_path):
     model = lora(fast(FORWARD), r=4, rank_pattern={"q_proj": 2})
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
     assert {f.name for f in tmp_path.iterdir()} == files
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
@@ -631,7 +631,7 @@ def test_a_card_names_the_base_only_where_the_hub_would_take_the_name(tmp_path):
     for name, named in (("meta-llama/Llama-3.2-1B", True), ("/data/base", False)):
         model = lora(fast(FORWARD), r=4)
         spec = dataclasses.replace(model.spec, name_or_path=name)
-        save_adapter(spec, model.base, model.adapter, tmp_path / str(named))
+        save_adapter(dataclasses.replace(model, spec=spec), tmp_path / str(named))
         card = (tmp_path / str(named) / "README.md").read_text()
         assert ("base_model:" in card.split("---")[1]) is named
         assert "library_name: peft" in card
@@ -640,14 +640,14 @@ def test_a_card_names_the_base_only_where_the_hub_would_take_the_name(tmp_path):
 def test_a_readme_that_is_there_stays(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     model = lora(fast(FORWARD), r=4)
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     assert (tmp_path / "README.md").read_text() == "mine"
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_files(call, tmp_path, monkeypatch):
     old, new = (randomised(lora(fast(FORWARD), r=4), seed=s) for s in (1, 2))
-    save_adapter(old.spec, old.base, old.adapter, tmp_path)
+    save_adapter(old, tmp_path)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
 
     def full_disk(*_):
@@ -656,7 +656,7 @@ def test_a_write_that_fails_leaves_the_old_files(call, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full_disk)
         with pytest.raises(OSError, match="No space"):
-            save_adapter(new.spec, new.base, new.adapter, tmp_path)
+            save_adapter(new, tmp_path)
     assert {f.name: f.read_bytes() for f in tmp_path.iterdir()} == before
 
 
@@ -666,7 +666,7 @@ def test_a_broken_adapter_is_not_saved(tmp_path):
     other = lora(fast(FORWARD), r=5).adapter
     for adapter, message in ((nan, "NaN"), (other, "shape"), (None, "no adapter")):
         with pytest.raises(ValueError, match=message):
-            save_adapter(model.spec, model.base, adapter, tmp_path / "new")
+            save_adapter(dataclasses.replace(model, adapter=adapter), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -676,7 +676,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path):
     base = Path(model.spec.name_or_path)
     for folder in (tmp_path / "file", tmp_path / "file" / "below", base):
         with pytest.raises(ValueError, match=folder.name):
-            save_adapter(model.spec, model.base, model.adapter, folder)
+            save_adapter(model, folder)
     assert not (base / "adapter_config.json").exists()
 
 
@@ -685,7 +685,7 @@ def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
     # Not chmod: root, who runs most containers, may write all the same.
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     with pytest.raises(PermissionError, match="not writable"):
-        save_adapter(model.spec, model.base, model.adapter, tmp_path / "new")
+        save_adapter(model, tmp_path / "new")
 
 
 def test_a_save_that_fails_half_way_leaves_no_weights_with_other_settings(tmp_path, monkeypatch):
@@ -725,7 +725,7 @@ def test_push_uploads_the_peft_folder(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     model = lora(fast(FORWARD), r=4)
-    url = push_to_hub(model.spec, model.base, model.adapter, "me/it", token="secret", private=True)
+    url = push_to_hub(model, "me/it", token="secret", private=True)
     assert url == "https://huggingface.co/me/it"
     assert seen["token"] == "secret" and seen["repo"] == ("me/it", True, True)
     assert seen["files"] == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -744,7 +744,7 @@ def test_merging_equals_applying(case):
 
 def test_merging_equals_pefts_merge(tmp_path):
     model = randomised(lora(fast(FORWARD), r=4))
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     theirs = peft_read(FORWARD, tmp_path).merge_and_unload().state_dict()
     ours = tensors_from_base(model.spec.config, merge(model).base)
     assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) <= 1e-6
@@ -813,7 +813,7 @@ def test_merging_nothing_is_refused():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_merged_folders_load_in_transformers(family, tmp_path):
     model = randomised(lora(fast(family, torch.bfloat16), r=4))
-    save_merged(model.spec, model.base, model.adapter, tmp_path)
+    save_merged(model, tmp_path)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto").eval()
     assert hf.dtype == torch.bfloat16
     merged = merge(model)
@@ -831,7 +831,7 @@ def test_merged_folders_load_in_transformers(family, tmp_path):
 
 def test_a_float32_base_is_rounded_to_bfloat16_after_the_merge(tmp_path):
     model = randomised(lora(fast(FORWARD), r=4))
-    save_merged(model.spec, model.base, model.adapter, tmp_path)
+    save_merged(model, tmp_path)
     merged = tensors_from_base(model.spec.config, merge(model).base)
     found = load_file(tmp_path / "model.safetensors")
     assert found.keys() == merged.keys()
@@ -841,9 +841,9 @@ def test_a_float32_base_is_rounded_to_bfloat16_after_the_merge(tmp_path):
 
 def test_shards_hold_what_one_file_holds(tmp_path, monkeypatch):
     model = randomised(lora(fast(FORWARD, torch.bfloat16), r=4))
-    save_merged(model.spec, model.base, model.adapter, tmp_path / "one")
+    save_merged(model, tmp_path / "one")
     monkeypatch.setattr(tensors_out, "SHARD_BYTES", 10_000)
-    save_merged(model.spec, model.base, model.adapter, tmp_path / "many")
+    save_merged(model, tmp_path / "many")
     shards = sorted((tmp_path / "many").glob("model-*.safetensors"))
     assert len(shards) > 3
     assert all(s.stat().st_size < 12_000 for s in shards)
@@ -858,7 +858,7 @@ def test_stop_ids_go_into_the_generation_config(tmp_path):
     model = fast(FORWARD)
     config = dataclasses.replace(model.spec.config, eos_token_id=(2, 5))
     spec = dataclasses.replace(model.spec, config=config)
-    save_merged(spec, model.base, None, tmp_path)
+    save_merged(dataclasses.replace(model, spec=spec, adapter=None), tmp_path)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert hf.generation_config.eos_token_id == [2, 5]
     assert hf.generation_config.bos_token_id == 1
@@ -866,7 +866,7 @@ def test_stop_ids_go_into_the_generation_config(tmp_path):
 
 def test_the_lora_method_writes_the_peft_folder(tmp_path):
     model = lora(fast(FORWARD), r=4)
-    save_merged(model.spec, model.base, model.adapter, tmp_path, save_method="lora")
+    save_merged(model, tmp_path, save_method="lora")
     assert (tmp_path / "adapter_config.json").is_file()
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -879,7 +879,7 @@ def test_the_tokenizer_goes_along(method, tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "in")
     model = lora(fast(FORWARD), r=4)
     tokenizer = Tokenizer.from_folder(tmp_path / "in", config_folder=Path(model.spec.name_or_path))
-    save_merged(model.spec, model.base, model.adapter, tmp_path / "out", tokenizer, method)
+    save_merged(model, tmp_path / "out", tokenizer, method)
     read = PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
     assert read("a rank of")["input_ids"] == [1, 2, 0]
 
@@ -887,7 +887,7 @@ def test_the_tokenizer_goes_along(method, tmp_path):
 def test_a_method_that_is_none_is_refused(tmp_path):
     model = fast(FORWARD)
     with pytest.raises(ValueError, match="merged_8bit"):
-        save_merged(model.spec, model.base, None, tmp_path, save_method="merged_8bit")
+        save_merged(dataclasses.replace(model, adapter=None), tmp_path, save_method="merged_8bit")
 
 
 def test_a_merged_model_never_lands_on_another(tmp_path):
@@ -895,19 +895,19 @@ def test_a_merged_model_never_lands_on_another(tmp_path):
     base = Path(model.spec.name_or_path)
     before = {f.name: f.read_bytes() for f in base.iterdir()}
     with pytest.raises(ValueError, match="loaded from"):
-        save_merged(model.spec, model.base, model.adapter, base)
+        save_merged(model, base)
     assert {f.name: f.read_bytes() for f in base.iterdir()} == before
-    save_adapter(model.spec, model.base, model.adapter, tmp_path)
+    save_adapter(model, tmp_path)
     # transformers would lay the adapter over the weights that hold it already.
     with pytest.raises(ValueError, match=r"adapter_config\.json"):
-        save_merged(model.spec, model.base, model.adapter, tmp_path)
+        save_merged(model, tmp_path)
 
 
 def test_a_broken_merge_writes_nothing(tmp_path):
     model = lora(fast(FORWARD), r=4)
     nan = tree_map(lambda t: t * float("nan"), model.adapter)
     with pytest.raises(ValueError, match="NaN"):
-        save_merged(model.spec, model.base, nan, tmp_path / "new")
+        save_merged(dataclasses.replace(model, adapter=nan), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 

@@ -12,8 +12,8 @@ import torch
 import fastlora
 from fastlora import functional as FL
 from fastlora.adapters.parked_originals import location_problems, park_originals
+from fastlora.models.self_contained import parked_originals, unpark_originals, unread
 from fastlora.models.spec import Extras
-from fastlora.models.state import parked_originals, unpark_originals, unread
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 IDS = torch.arange(10)[None]

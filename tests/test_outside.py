@@ -41,6 +41,7 @@ from fastlora.adapters.create import lora
 from fastlora.adapters.edits.combining import combine, disable
 from fastlora.adapters.edits.merging import merge
 from fastlora.errors import CheckpointError
+from fastlora.formats.merged import save_merged
 from fastlora.formats.peft.names import peft_state_dict
 from fastlora.formats.peft.reading import load_adapter
 
@@ -273,8 +274,8 @@ def test_merging_equals_applying_and_transformers_reads_it(case, tmp_path):
     assert difference(logits(merged), logits(model), logits(fast(family))) <= 1e-5
     equal = "lm_head" not in merged.base
     assert merged.spec.config.tie_word_embeddings == equal
-    merged.save_merged(merged.spec, merged.base, None, tmp_path / "merged")
-    merged.save_merged(model.spec, model.base, model.adapter, tmp_path / "at once")
+    save_merged(merged, tmp_path / "merged")
+    save_merged(model, tmp_path / "at once")
     weights = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("merged", "at once")]
     assert weights[0] == weights[1]
     theirs = hf_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").float())

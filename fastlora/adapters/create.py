@@ -30,8 +30,9 @@ from fastlora.adapters.targets import peft_targets, resolve_targets
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.params import DTYPES, PROJECTIONS, is_quantized
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import POLICIES, LoraConfig, Recompute, is_recompute
-from fastlora.models.state import StateT, unpark_originals
+from fastlora.models.state import StateT
 
 _CHECKPOINTING: dict[bool | str, Recompute] = {False: "none", True: "full", "unsloth": "selective"}
 
@@ -201,7 +202,7 @@ def lora(
         max_seq_length=max_seq_length or model.spec.max_seq_length,
     )
     dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]
-    base = unpark_originals(model.base)
+    base = self_contained(model).base
     adapter = init_adapter(spec, base, dtype, random_state)
     if init_lora_weights == "loftq" and is_quantized(base):
         spec, adapter = filled_with_loss(spec, base, adapter)

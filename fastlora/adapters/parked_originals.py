@@ -15,8 +15,8 @@ from torch import Tensor
 
 from fastlora.checkpoints.tensors import read_safetensors, write_safetensors
 from fastlora.models.params import Base
+from fastlora.models.self_contained import unread
 from fastlora.models.spec import Extras
-from fastlora.models.state import unread
 
 
 def park_originals(

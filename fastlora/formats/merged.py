@@ -32,11 +32,11 @@ from fastlora.formats.tensors_out import (
 )
 from fastlora.models.config import LlamaConfig
 from fastlora.models.config_json import config_to_json
-from fastlora.models.init_offset import fold_offset, without_offset
 from fastlora.models.names import projection_weights
-from fastlora.models.params import Adapter, Base, is_quantized
+from fastlora.models.params import Base, is_quantized
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Spec
-from fastlora.models.state import present
+from fastlora.models.state import ModelState, require_adapter
 from fastlora.text.tokenizer import Tokenizer
 
 METHODS = ("merged_16bit", "merged_4bit", "lora")
@@ -51,9 +51,7 @@ class MergeReport:
 
 
 def save_merged(
-    spec: Spec,
-    base: Base,
-    adapter: Adapter | None,
+    model: ModelState,
     folder: str | os.PathLike[str],
     tokenizer: Tokenizer | None = None,
     save_method: str = "merged_16bit",
@@ -75,9 +73,7 @@ def save_merged(
     All else is the base's own.
 
     Args:
-        spec: of the model.
-        base: its own.
-        adapter: to be folded in; None writes the base.
+        model: without an adapter its base is written.
         folder: is made if need be.
         tokenizer: written beside the model.
         save_method: "merged_16bit", "merged_4bit" or "lora".
@@ -98,44 +94,42 @@ def save_merged(
     """
     if save_method not in METHODS:
         raise ValueError(f"save_method={save_method!r}: expected one of {list(METHODS)}.")
-    if matrices != "auto" and not (is_quantized(base) and save_method != "lora"):
+    if matrices != "auto" and not (is_quantized(model.base) and save_method != "lora"):
         raise ValueError(
             f"base={matrices!r}: this says what to add the adapter of a model in 4 or 8 bits to"
             " when it is merged; leave it out here."
         )
-    spec, adapter = fold_offset(spec, base, adapter)
     if save_method == "lora":
-        save_adapter(spec, base, adapter, folder)
+        save_adapter(model, folder)
         taken = None
     else:
-        base = without_offset(base)  # the adapter counts from it now
+        model = self_contained(model)
         in_4bit = save_method == "merged_4bit"
-        taken = _write_merged(spec, base, adapter, writable(folder, spec), matrices, in_4bit)
+        taken = _write_merged(model, writable(folder, model.spec), matrices, in_4bit)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if taken is None or not is_quantized(base):
+    if taken is None or not is_quantized(model.base):
         return None
-    difference = largest_difference(spec, base, adapter, Path(folder))
+    difference = largest_difference(model, Path(folder))
     return MergeReport(base=taken, logit_difference=difference)
 
 
 def _write_merged(
-    spec: Spec,
-    base: Base,
-    adapter: Adapter | None,
+    model: ModelState,
     folder: Path,
     matrices: str | os.PathLike[str],
     in_4bit: bool,
 ) -> str:
     """Write the folder; gives what the adapter was added to."""
+    spec, base = model.spec, model.base
     if spec.lora is not None:
-        present(spec, adapter)
+        require_adapter(model)
     own = base["norm"].dtype
     dtype = own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
     if in_4bit:
         check_quantizable(spec.config, [dtype])
     taken, matrix = _matrices(spec, base, matrices, folder)
-    config, tensors, folded = merged_tensors(spec, base, adapter, matrix)
+    config, tensors, folded = merged_tensors(model, matrix)
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
 
     def make(name: str) -> Tensor:

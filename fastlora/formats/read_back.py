@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map
 
 from fastlora import functional
 from fastlora.checkpoints.reading import read_base
-from fastlora.models.params import Adapter, Base
+from fastlora.models.params import Base
 from fastlora.models.spec import Spec
-from fastlora.models.state import unpark_originals
+from fastlora.models.state import ModelState
 
 
 # ── read back ─────────────────────────────────────────────────────────────────────────────
@@ -31,16 +31,16 @@ class _LayerByLayer(Sequence):
         return tree_map(lambda x: x.to(self.device), self.layers[i])
 
 
-def largest_difference(spec: Spec, base: Base, adapter: Adapter | None, folder: Path) -> float:
+def largest_difference(model: ModelState, folder: Path) -> float:
     """Largest difference of logits between a model and what a folder holds."""
-    device = base["norm"].device
+    spec, device = model.spec, model.base["norm"].device
     config, found = read_base(folder)
     ends: Any = {k: x.to(device) for k, x in found.items() if isinstance(x, Tensor)}
     again = cast(Base, ends | {"layers": _LayerByLayer(found["layers"], device)})
     plain = replace(spec, compile=False)
     ids = _few_tokens(spec).to(device)
     with torch.no_grad():
-        ours = functional.forward(adapter, unpark_originals(base), plain, ids)
+        ours = functional.forward(model.adapter, model.base, plain, ids)
         theirs = functional.forward(None, again, replace(plain, config=config, lora=None), ids)
     return float((ours.double() - theirs.double()).abs().max())
 

@@ -14,9 +14,9 @@ from fastlora.generation.sampling import Sampling, choose
 from fastlora.models.decoder import product_dtype
 from fastlora.models.embedding import embedding_gain
 from fastlora.models.head import head
-from fastlora.models.init_offset import fold_into_adapter, without_offset
 from fastlora.models.names import with_replaced
-from fastlora.models.params import Adapter, Base
+from fastlora.models.params import Adapter
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Spec
 from fastlora.models.state import ModelState
 
@@ -47,9 +47,7 @@ def check_generation(
 
 @torch.no_grad()
 def generate(
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
+    model: ModelState,
     input_ids: Int[Tensor, "b t"],
     *,
     attention_mask: Int[Tensor, "b t"] | None = None,
@@ -64,9 +62,7 @@ def generate(
     A row that has stopped is filled with the config's pad_token_id, or the first stop id.
 
     Args:
-        adapter: what LoRA trained; None is the base model.
-        base: frozen weights.
-        spec: how to run them.
+        model: with or without an adapter.
         input_ids: prompts, padded on the left.
         attention_mask: 1 = real token; None means all are.
         max_new_tokens: tokens to add at most.
@@ -76,6 +72,8 @@ def generate(
         stream: called after every step with the new token of each row.
     """
     sampling = sampling or Sampling()
+    model = self_contained(model, unpark=model.adapter is None)
+    adapter, base, spec = model.adapter, model.base, model.spec
     b, t = input_ids.shape
     generator = torch.Generator(input_ids.device)
     if seed is None:
@@ -88,7 +86,6 @@ def generate(
     fill = pad if pad is not None else (eos_token_id[0] if eos_token_id else 0)
     if adapter is not None:  # once, not at every token
         dtype = base["norm"].dtype
-        adapter, base = fold_into_adapter(adapter, base), without_offset(base)
         base = with_replaced(base, adapter, tied=spec.extras.tied)
         layers = tuple(product_dtype(x, spec, dtype) for x in adapter["layers"])
         adapter = Adapter(**adapter | {"layers": layers})

@@ -37,6 +37,11 @@ def offsets(params: LayerParams) -> dict[str, LoRA]:
     return {name: linear["offset"] for name, linear in linears.items() if "offset" in linear}
 
 
+def has_offset(base: Base) -> bool:
+    """Whether any projection of the base has an initial offset."""
+    return any(map(offsets, base["layers"]))
+
+
 def with_offset(base: Base, layers: Sequence[Mapping[str, LoRA]]) -> Base:
     """The base with these start factors and no others. No tensor is copied."""
     plain = without_offset(base)
@@ -48,7 +53,7 @@ def with_offset(base: Base, layers: Sequence[Mapping[str, LoRA]]) -> Base:
 
 def without_offset(base: Base) -> Base:
     """The base alone, over the same tensors; itself where there are no start factors."""
-    if not any(map(offsets, base["layers"])):
+    if not has_offset(base):
         return base
     drop = lambda linear: {key: x for key, x in linear.items() if key != "offset"}
     layers = tuple(p | {name: drop(p[name]) for name in offsets(p)} for p in base["layers"])
@@ -120,7 +125,7 @@ def fold_offset(spec: Spec, base: Base, adapter: Adapter | None) -> tuple[Spec, 
 
     The very same where there are no start factors.
     """
-    if adapter is None or spec.lora is None or not any(map(offsets, base["layers"])):
+    if adapter is None or spec.lora is None or not has_offset(base):
         return spec, adapter
     return replace(spec, lora=double_rank(spec.lora)), fold_into_adapter(adapter, base)
 

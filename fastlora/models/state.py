@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxtyping import Int
 from torch import Tensor
 
-from fastlora.models.names import END_WEIGHTS
 from fastlora.models.params import Adapter, Base
-from fastlora.models.spec import Extras, LoraConfig, Spec
+from fastlora.models.spec import LoraConfig, Spec
 
 Seed = int | Int[Tensor, ""] | None
 Batch = Mapping[str, Tensor]
@@ -31,35 +30,12 @@ class ModelState:
 StateT = TypeVar("StateT", bound=ModelState)  # a verb returns the class that it was given
 
 
-def present(spec: Spec, adapter: Adapter | None) -> tuple[LoraConfig, Adapter]:
-    """The adapter and its settings.
+def require_adapter(model: ModelState) -> tuple[LoraConfig, Adapter]:
+    """The settings of a model's adapter, and the adapter.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: the model has no adapter.
     """
-    if spec.lora is None or adapter is None:
+    if model.spec.lora is None or model.adapter is None:
         raise ValueError("the model has no adapter; fastlora.lora or load_adapter gives it one.")
-    return spec.lora, adapter
-
-
-def unread(base: Base, extras: Extras) -> list[str]:
-    """Keys of the base that a model with these copies never reads: "embed_tokens", "lm_head"."""
-    copied = [key for key, name in END_WEIGHTS.items() if name in extras.replaced]
-    if "lm_head" in base:
-        return copied
-    # A tied matrix is read by whichever of the two has no copy.
-    return ["embed_tokens"] if (extras.tied and copied) or len(copied) == 2 else []
-
-
-def parked_originals(base: Base) -> dict[str, Tensor]:
-    """Key -> tensor, for what waits elsewhere than the base is."""
-    if base["norm"].device.type == "cpu":
-        return {}
-    return {k: base[k] for k in END_WEIGHTS if k in base and base[k].device.type == "cpu"}
-
-
-def unpark_originals(base: Base) -> Base:
-    """The base whole on its own device; itself where it is."""
-    away = {key: x.to(base["norm"].device) for key, x in parked_originals(base).items()}
-    whole: Any = {**base, **away} if away else base
-    return whole
+    return model.spec.lora, model.adapter

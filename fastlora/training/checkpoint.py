@@ -21,7 +21,7 @@ from fastlora.formats.peft.writing import WEIGHTS_FILE
 from fastlora.model import Model
 from fastlora.models.init_offset import fold_offset, unfold_offset, with_offset, without_offset
 from fastlora.models.names import projection_path
-from fastlora.models.state import unpark_originals
+from fastlora.models.self_contained import unpark_originals
 from fastlora.training.history import Record
 from fastlora.training.optimizers import fresh_state, restore_state, state_tensors
 from fastlora.training.run import Sequences, TrainingPlan

@@ -3,12 +3,12 @@
 scripts/bench/results.jsonl holds every figure that the benchmarks page cites. A row has these keys:
 
     date      "2026-11-29"
-    commit    short hash of the code that was measured, or null if nobody wrote it down
+    commit    short hash of the code that was measured, or null if it was not recorded
     machine   {"card": ..., "torch": ..., "triton": ...}, and the versions of other packages
     command   the command that gives these figures again
     figures   flat; the unit is part of each name: {"ms": 90.7, "peak_gib": 10.22}
     key       optional and unique; comments in the code cite a row by it
-    note      optional; what a reader must know before comparing this row with another
+    note      optional; differences from other rows that the command does not show
 """
 
 import datetime

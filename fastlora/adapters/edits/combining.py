@@ -26,10 +26,10 @@ from fastlora.adapters.edits.combine_checks import (
 )
 from fastlora.adapters.targets import with_targets
 from fastlora.errors import raise_problems
-from fastlora.models.init_offset import fold_offset, without_offset
 from fastlora.models.params import PROJECTIONS, Adapter, LayerAdapter, LoRA
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Target
-from fastlora.models.state import ModelState, StateT, unpark_originals
+from fastlora.models.state import ModelState, StateT
 
 
 class _Part(NamedTuple):
@@ -45,8 +45,8 @@ _Mix = Callable[[Sequence[_Part]], LoRA]
 
 def disable(model: StateT) -> StateT:
     """The base alone, over the same tensors; the given model keeps its adapter."""
-    spec, base = replace(model.spec, lora=None), unpark_originals(without_offset(model.base))
-    return replace(model, spec=spec, base=base, adapter=None)
+    model = self_contained(model)
+    return replace(model, spec=replace(model.spec, lora=None), adapter=None)
 
 
 def combine(
@@ -99,7 +99,7 @@ def combine(
     given = dict(
         density=density, majority_sign_method=majority_sign_method, svd_rank=svd_rank, seed=seed
     )
-    models = [_from_base(model) for model in models]
+    models = [self_contained(model) for model in models]
     problems = argument_problems(method, given) + weight_problems(weights, len(models))
     problems += combined_model_problems(models, method)
     raise_problems(ValueError, "fastlora.combine cannot do this:", problems)
@@ -135,15 +135,6 @@ def _parts(models: Sequence[ModelState], weights: Sequence[float]) -> list[dict[
                 found[target.name].append(_Part(weight * target.scaling, a, b))
         layers.append({name: parts for name, parts in found.items() if parts})
     return layers
-
-
-def _from_base(model: StateT) -> StateT:
-    """The model with its adapter counted from the base alone (llama/start.py)."""
-    spec, adapter = fold_offset(model.spec, model.base, model.adapter)
-    if adapter is model.adapter:
-        return model
-    base = without_offset(model.base)
-    return replace(model, spec=spec, base=base, adapter=adapter)
 
 
 def _largest_rank(model: ModelState) -> int:

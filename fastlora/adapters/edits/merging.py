@@ -17,7 +17,6 @@ from torch import Tensor
 from fastlora.checkpoints.originals import Matrices, dequantized
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
-from fastlora.models.init_offset import fold_offset, without_offset
 from fastlora.models.names import (
     EMBED_TOKENS,
     END_WEIGHTS,
@@ -29,8 +28,9 @@ from fastlora.models.names import (
     with_replaced,
 )
 from fastlora.models.params import Adapter, AdapterRecord, Base, BiasedLoRA, DoRA, ExpertLoRA, LoRA
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Extras, LoraConfig, Spec
-from fastlora.models.state import StateT, present, unpark_originals
+from fastlora.models.state import ModelState, StateT, require_adapter
 from fastlora.ops.linear.merged_weight import adapted_weight
 from fastlora.ops.quant.weights import Quantized
 
@@ -46,10 +46,10 @@ def merge(model: StateT) -> StateT:
     Raises:
         ValueError: if there is no adapter, or naming the weights that would become NaN or infinite.
     """
-    whole, adapter = fold_offset(model.spec, model.base, model.adapter)
-    _, adapter = present(whole, adapter)
+    model = self_contained(model)
+    require_adapter(model)
     matrix = dequantized(model.base["norm"].dtype)
-    config, tensors, folded = merged_tensors(whole, model.base, adapter, matrix)
+    config, tensors, folded = merged_tensors(model, matrix)
     check_finite(folded)
     base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
     spec = replace(model.spec, config=config, lora=None)
@@ -57,7 +57,7 @@ def merge(model: StateT) -> StateT:
 
 
 def merged_tensors(
-    spec: Spec, base: Base, adapter: Adapter | None, matrix: Matrices
+    model: ModelState, matrix: Matrices
 ) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Callable[[], Tensor]]]:
     """(config, name on disk -> tensor of the base, name -> its merged tensor when called).
 
@@ -65,16 +65,15 @@ def merged_tensors(
     merged tensors are functions, so that one exists at a time until somebody keeps them.
 
     Args:
-        spec: of the model.
-        base: its own.
-        adapter: None leaves the base as it is.
+        model: as `self_contained` gives it; without an adapter the base stays as it is.
         matrix: gives the dense matrix of a projection.
     """
+    spec, adapter = model.spec, model.adapter
     if adapter is None:
-        tensors = tensors_from_base(spec.config, without_offset(base))
+        tensors = tensors_from_base(spec.config, model.base)
         return spec.config, tensors, _unpacked(tensors, matrix)
     config = replace(spec.config, tie_word_embeddings=_stays_tied(spec.config, spec.extras))
-    whole = with_replaced(without_offset(unpark_originals(base)), adapter, tied=spec.extras.tied)
+    whole = with_replaced(model.base, adapter, tied=spec.extras.tied)
     if not config.tie_word_embeddings and "lm_head" not in whole:
         whole = whole.copy()
         whole["lm_head"] = whole["embed_tokens"]

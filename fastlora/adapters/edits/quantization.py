@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from fastlora.checkpoints.bnb_format import check_quantizable
-from fastlora.models.init_offset import without_offset
+from fastlora.models.init_offset import has_offset
 from fastlora.models.names import base_from_tensors, projection_weights, tensors_from_base
 from fastlora.models.params import is_quantized
 from fastlora.models.state import StateT
@@ -25,7 +25,7 @@ def quantize(model: StateT) -> StateT:
     if is_quantized(model.base):
         return model
     config = model.spec.config
-    if without_offset(model.base) is not model.base:
+    if has_offset(model.base):
         raise ValueError(
             "the adapter counts from what its initialisation took out of the base; merge it first,"
             " or load the base with load_in_4bit=True and initialise there."

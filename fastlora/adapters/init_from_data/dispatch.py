@@ -20,7 +20,8 @@ from fastlora.adapters.init_from_data.settings import (
 )
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import batches_problems
-from fastlora.models.state import Batch, StateT, parked_originals, unpark_originals
+from fastlora.models.self_contained import parked_originals, unpark_originals
+from fastlora.models.state import Batch, StateT
 
 
 def initialize(

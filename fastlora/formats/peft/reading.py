@@ -20,11 +20,12 @@ from fastlora.formats.peft.expert_layout import PREFIX, fuse_adapter, unpacked
 from fastlora.formats.peft.names import adapter_shapes, map_named, named_leaves, tensor_problems
 from fastlora.formats.peft.writing import CONFIG_FILE, WEIGHTS_FILE
 from fastlora.models.config import LlamaConfig
-from fastlora.models.init_offset import with_offset, without_offset
+from fastlora.models.init_offset import with_offset
 from fastlora.models.names import EMBED_TOKENS, END_WEIGHTS, LM_HEAD, tensors_from_base
 from fastlora.models.params import DTYPES, Base
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
-from fastlora.models.state import StateT, unpark_originals
+from fastlora.models.state import StateT
 from fastlora.ops.cast import cast as cast_matrices
 
 
@@ -60,7 +61,7 @@ def load_adapter(
         local_files_only=local_files_only,
     )
     config, lora, tensors, own = _contents(folder, model.spec.config)
-    base, changed = _with_own(without_offset(unpark_originals(model.base)), own, tensors, config)
+    base, changed = _with_own(self_contained(model).base, own, tensors, config)
     norm = base["norm"]
     dtype = torch.promote_types(norm.dtype, torch.float32)
 

@@ -19,17 +19,16 @@ from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.base_tensors import base_tensors_out
 from fastlora.formats.peft.config import edge_targets, peft_config, targets_by_name
 from fastlora.formats.peft.names import peft_state_dict, tensor_problems
-from fastlora.models.params import DTYPES, Adapter, Base
+from fastlora.models.params import DTYPES
+from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Spec
-from fastlora.models.state import present
+from fastlora.models.state import ModelState, require_adapter
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 # ── adapter out ───────────────────────────────────────────────────────────────────────────
-def save_adapter(
-    spec: Spec, base: Base, adapter: Adapter | None, folder: str | os.PathLike[str]
-) -> None:
+def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     """Write a PEFT folder: the weights, README.md and adapter_config.json, in this order.
 
     Tensors keep their dtype. An embedding and a head that are not those of the checkpoint any more
@@ -41,24 +40,25 @@ def save_adapter(
             to save), or the folder is a file or the base model's own.
         PermissionError: if the folder cannot be written to.
     """
-    lora, adapter = present(spec, adapter)
+    model = self_contained(model, unpark=False)
+    lora, adapter = require_adapter(model)
     if moves_base(lora.init_lora_weights):
         raise ValueError(
             f"an adapter that began as {lora.init_lora_weights!r} is not saved without its start"
             " factors: call model.save_pretrained(folder), which has them."
         )
     tensors = peft_state_dict(adapter, lora)
-    problems = tensor_problems(tensors, lora, spec.config, DTYPES.values())
+    problems = tensor_problems(tensors, lora, model.spec.config, DTYPES.values())
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
-    path = writable(folder, spec)
+    path = writable(folder, model.spec)
     path.mkdir(parents=True, exist_ok=True)
-    config = peft_config(spec, lora)
-    write_safetensors(path / WEIGHTS_FILE, tensors | base_tensors_out(spec, base))
+    config = peft_config(model.spec, lora)
+    write_safetensors(path / WEIGHTS_FILE, tensors | base_tensors_out(model.spec, model.base))
     # If what follows fails, new weights must not be read with an older adapter's settings.
     if (path / CONFIG_FILE).is_file() and _differs(path / CONFIG_FILE, config):
         (path / CONFIG_FILE).unlink()
     if not (path / "README.md").exists():
-        write_text(path / "README.md", _readme(spec, lora))
+        write_text(path / "README.md", _readme(model.spec, lora))
     write_json(path / CONFIG_FILE, config)
 
 
@@ -70,9 +70,7 @@ def _differs(path: Path, config: Mapping[str, Any]) -> bool:
 
 
 def push_to_hub(
-    spec: Spec,
-    base: Base,
-    adapter: Adapter | None,
+    model: ModelState,
     repo_id: str,
     *,
     token: str | None = None,
@@ -81,15 +79,13 @@ def push_to_hub(
     """Upload the PEFT folder to the Hub, creating the repository if need be; gives its URL.
 
     Args:
-        spec: of the model.
-        base: its own.
-        adapter: to upload.
+        model: with an adapter.
         repo_id: "user/name".
         token: None is the one huggingface_hub is logged in with.
         private: for a repository that is created here; None is the account's default.
     """
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(spec, base, adapter, folder)
+        save_adapter(model, folder)
         return upload(Path(folder), repo_id, token=token, private=private)
 
 
