@@ -1,4 +1,19 @@
-"""LoRA fine-tuning of Llama-family models as a functional PyTorch library."""
+"""LoRA fine-tuning of Llama-family models as a functional PyTorch library.
+
+A run, from a checkpoint to an adapter on disk:
+
+    model, tokenizer = fastlora.load("meta-llama/Llama-3.2-1B-Instruct", load_in_4bit=True)
+    model = fastlora.lora(model, r=16)                             # attach an adapter
+    print(fastlora.plan(model, batch_size=8, seq_length=2048))     # does it fit this GPU?
+    model, history = fastlora.train(model, tokenizer, "train.jsonl", output_dir="runs/first")
+    print(model.generate_text(tokenizer, "What is a rank?"))
+    model.save_pretrained("adapter")                               # PEFT reads this folder
+
+`Model` and `Tokenizer` are immutable: every function returns a new one. Between `load` and `train`,
+`add_tokens` extends the vocabulary and `initialize` sets the adapter from data. `load_adapter`
+reads an adapter; `combine`, `disable`, `merge` and `quantize` make another model of one.
+`functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
+"""
 
 from fastlora import functional
 from fastlora.adapters.create import lora

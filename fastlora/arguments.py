@@ -1,11 +1,12 @@
 """Rules for arguments: each is declared once, beside the argument or setting that it checks.
 
-A rule says which values are accepted and, in words, what is expected. `setting` puts a rule into a
-dataclass field, so that a record of settings checks itself; `argument_problems` checks arguments
-that belong to no record. Both give lines for `errors.raise_problems`, which shows all at once.
+A rule is a test of a value and the words for the error message. Settings records hold their rules
+in their fields: `setting` declares one, `setting_problems` checks them. `check_arguments` checks
+arguments that belong to no record. All problems of a call are reported together.
 """
 
 import math
+import operator
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
@@ -15,14 +16,14 @@ from fastlora.errors import raise_problems
 
 
 class Rule(NamedTuple):
-    """Which values an argument may have."""
+    """Which values an argument accepts."""
 
     accepts: Callable[[Any], bool]
     expected: str  # completes the sentence "expected ..."
 
 
 def whole_number(low: int, high: int | None = None) -> Rule:
-    """An int (not a bool) of at least `low`, and below `high` if that is given."""
+    """Rule: an int (not a bool) x with low <= x, and x < high if `high` is given."""
     fits = lambda x: type(x) is int and x >= low and (high is None or x < high)
     if high is None:
         return Rule(fits, f"a whole number >= {low}")
@@ -36,12 +37,12 @@ def number(
     low: float | None = None,
     high: float | None = None,
 ) -> Rule:
-    """A finite int or float (not a bool): greater than `above`, from `low`, up to `high`."""
+    """Rule: a finite int or float (not a bool) x with above < x and low <= x <= high."""
 
     def fits(x: Any) -> bool:
-        if type(x) not in (int, float):
+        if not isinstance(x, int | float) or isinstance(x, bool):  # numpy.float64 is a float
             return False
-        if type(x) is int and abs(x) >= 2**1023:  # math.isfinite overflows on larger ints
+        if isinstance(x, int) and abs(x) >= 2**1023:  # math.isfinite overflows on larger ints
             return False
         return (
             math.isfinite(x)
@@ -60,22 +61,26 @@ def number(
 
 
 def one_of(*values: str) -> Rule:
-    """One of these texts."""
+    """Rule: one of these texts."""
     return Rule(lambda x: type(x) is str and x in values, " or ".join(map(repr, values)))
 
 
 def optional(rule: Rule) -> Rule:
-    """None, or what `rule` accepts."""
+    """Rule: None, or a value that `rule` accepts."""
     return Rule(lambda x: x is None or rule.accepts(x), f"None or {rule.expected}")
 
 
 def instance(cls: type | tuple[type, ...], expected: str) -> Rule:
-    """An object of a class."""
+    """Rule: an instance of a class. `expected` names the class in the user's words."""
     return Rule(lambda x: isinstance(x, cls), expected)
 
 
 FLAG = Rule(lambda x: type(x) is bool, "True or False")
 TEXT = Rule(lambda x: isinstance(x, str), "a text")
+ENCODABLE_TEXT = Rule(  # a str may hold half of a surrogate pair, which UTF-8 does not encode
+    lambda x: isinstance(x, str) and x == x.encode(errors="replace").decode(),
+    "a text (without unpaired surrogates)",
+)
 RANDOM_SEED = whole_number(0, 2**64)  # what torch.Generator accepts
 FUNCTION = Rule(callable, "a function")
 
@@ -91,7 +96,7 @@ PATH = Rule(_is_path, "a path: a text that is not empty, or a pathlib.Path")
 
 
 def setting(rule: Rule, default: Any = MISSING) -> Any:
-    """A field of a dataclass of settings, with the rule that its value must follow."""
+    """A dataclass field with a default and the rule for its values. Without default: required."""
     return field(default=default, metadata={"rule": rule})
 
 
@@ -99,18 +104,18 @@ SettingsT = TypeVar("SettingsT")
 
 
 def settings_from(cls: type[SettingsT], arguments: Mapping[str, Any]) -> SettingsT:
-    """A record of settings from a function's arguments, by name: `settings_from(cls, locals())`."""
+    """A settings record, filled by name from arguments: `settings_from(cls, locals())`."""
     names = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
     return cls(**{name: arguments[name] for name in names})
 
 
 def rule_of(setting_field: Field) -> Rule:
-    """The rule that `setting` gave a field."""
+    """The rule of a field that was made by `setting`."""
     return setting_field.metadata["rule"]
 
 
 def setting_problems(settings: Any, only: Collection[str] | None = None) -> list[str]:
-    """A line for every field of a record of settings whose value breaks the field's rule.
+    """One line for each field of a settings record whose value breaks the field's rule.
 
     Args:
         settings: an instance of a dataclass whose fields were made by `setting`.
@@ -125,8 +130,36 @@ def setting_problems(settings: Any, only: Collection[str] | None = None) -> list
     )
 
 
+def method_problems(method: Any, settings: Any, used: Mapping[str, Collection[str]]) -> list[str]:
+    """Problems with a method and with settings that mean something to some methods only.
+
+    A setting that the method does not use must keep its default.
+
+    Args:
+        method: expected: a key of `used`.
+        settings: an instance of a dataclass whose fields were made by `setting`, with defaults.
+        used: method -> names of the fields that it uses.
+    """
+    changed = [f.name for f in fields(settings) if not _is_default(getattr(settings, f.name), f)]
+    problems = argument_problems({"method": (method, one_of(*used))})
+    if problems:
+        return problems + setting_problems(settings, changed)
+    unused = [name for name in changed if name not in used[method]]
+    problems = [
+        f"{name}={describe(getattr(settings, name))} means nothing to method={method!r}; leave it"
+        " out"
+        for name in unused
+    ]
+    return problems + setting_problems(settings, used[method])
+
+
+def _is_default(value: Any, setting_field: Field) -> bool:
+    default = setting_field.default
+    return value is default or (rule_of(setting_field).accepts(value) and value == default)
+
+
 def argument_problems(arguments: Mapping[str, tuple[Any, Rule]]) -> list[str]:
-    """A line for every argument whose value breaks its rule: name -> (value, rule)."""
+    """One line for each argument that breaks its rule. `arguments`: name -> (value, rule)."""
     return [
         f"{name}={describe(value)}: expected {rule.expected}"
         for name, (value, rule) in arguments.items()
@@ -135,14 +168,18 @@ def argument_problems(arguments: Mapping[str, tuple[Any, Rule]]) -> list[str]:
 
 
 def check_arguments(function: str, **arguments: tuple[Any, Rule]) -> None:
-    """Raise a ValueError that lists every argument of `function` whose value breaks its rule."""
+    """Check arguments given as name=(value, rule).
+
+    Raises:
+        ValueError: names `function` and lists every argument that breaks its rule.
+    """
     raise_problems(
         ValueError, f"{function} cannot use these arguments:", argument_problems(arguments)
     )
 
 
 def describe(value: Any) -> str:
-    """A value as an error message shows it: short, and with its class where repr hides it."""
+    """A value as error messages show it: short, with its class if repr does not tell it."""
     if value is None or isinstance(value, str | bytes | bool | int | float):
         return _short(value)
     name = type(value).__name__
@@ -150,6 +187,8 @@ def describe(value: Any) -> str:
         classes = ", ".join(type(item).__name__ for item in value[:4])
         simple = all(isinstance(item, str | int | float | None) for item in value)
         return _short(value) if simple else f"a {name} of ({classes})"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):  # a tensor or an array
+        return f"a {name} {list(value.shape)} of {value.dtype}"
     if type(value).__repr__ is object.__repr__ or hasattr(value, "__dataclass_fields__"):
         return f"an object of class {type(value).__module__}.{name}"
     return f"{_short(value)} ({name})"
@@ -161,3 +200,19 @@ def _short(value: Any) -> str:
     except Exception as error:  # noqa: BLE001  a repr of the user's may raise anything
         return f"an object of class {type(value).__name__} whose repr fails: {error!s:.80}"
     return shown if len(shown) <= 120 else f"{shown[:117]}..."
+
+
+def int_list(value: Any) -> Any:
+    """A row of whole numbers as a list of ints; anything else is returned unchanged.
+
+    Rows are iterables of ints (Python's or NumPy's), and arrays and tensors of one dimension.
+    """
+    if isinstance(value, str | bytes | Mapping):
+        return value
+    try:
+        items = value.tolist() if hasattr(value, "tolist") else list(value)
+        if any(isinstance(x, bool) for x in items):
+            return value
+        return [operator.index(x) for x in items]
+    except TypeError:
+        return value

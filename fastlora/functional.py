@@ -1,8 +1,11 @@
-"""Pure functions of (adapter, base, spec, ...): what torch.func and torch.compile transform.
+"""Pure functions of (adapter, base, spec, ...), which torch.func and torch.compile can transform.
 
-The adapter comes first, so that the first argument is the one to differentiate. Inside a
-torch.func transform every op runs its plain reference; outside, compiled regions, fused ops and
-recomputation as `spec` says. The values are the same.
+The adapter comes first, because the first argument is the one that is differentiated. Under a
+torch.func transform every op runs its differentiable reference. Otherwise compiled regions, fused
+ops and recomputation are used as `spec` says. The values are the same up to rounding.
+
+Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
+these would wait for the GPU. `Model`'s methods check values as well.
 """
 
 from collections.abc import Callable
@@ -13,8 +16,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fastlora.errors import raise_problems
 from fastlora.models.decoder import dropout_key, hidden_states
-from fastlora.models.head import Head, head, head_factors, is_plain, logits, masked_for_head
+from fastlora.models.head import (
+    Head,
+    head,
+    head_factors,
+    is_frozen_product,
+    logits,
+    masked_for_head,
+)
+from fastlora.models.input_checks import check_call, entry_problems
 from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
 from fastlora.models.self_contained import unpark_originals
@@ -50,39 +62,41 @@ def forward(
     """Logits, in the base's dtype.
 
     Args:
-        adapter: what LoRA trains; None is the base model.
+        adapter: the trained tensors; None computes the base model.
         base: frozen weights.
         spec: how to run them.
         input_ids: int64 in [0, v).
         attention_mask: 1 = real token; padding left or right.
-        position_ids: default: restart with each segment, count real tokens, else 0, 1, 2, ...
+        position_ids: default: with segment_ids, positions restart in each segment; with an
+            attention_mask, they count real tokens; else 0, 1, 2, ...
         segment_ids: packed documents; attention is causal within a run of equal ids.
-        adapter_ids: which of n adapters each row has, in [0, n): `adapter` is then a stack of them,
-            every leaf [n, ...]. One pass, in which the base's products are the batch's; attention
-            is written out (torch.vmap), so it holds [b, h, t, t] scores.
-        seed: of the LoRA dropout masks; None is no dropout.
+        adapter_ids: the number of each row's adapter, in [0, n). `adapter` is then a stack of n
+            adapters: every leaf is [n, ...]. All rows run in one pass, in which the base's products
+            are those of the whole batch. Attention runs under torch.vmap, as its reference, which
+            holds [b, h, t, t] scores.
+        seed: of the LoRA dropout masks; None: without dropout.
+
+    Raises:
+        ValueError: an argument has a wrong class, shape or dtype.
     """
-    if adapter_ids is not None:
-        own = tree_map(lambda x: x[adapter_ids], adapter)
-        given = dict(
-            attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
-        )
-        optional = {name: x for name, x in given.items() if x is not None}
-        return _row_by_row(own, base, spec, input_ids, optional, seed)
+    optional = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+    }
+    inputs = {"input_ids": input_ids, **optional}
+    check_call("functional.forward", adapter, base, spec, inputs, seed, adapter_ids)
+    if adapter is not None and adapter_ids is not None:
+        row_adapters = tree_map(lambda x: x[adapter_ids], adapter)
+        given = {name: x for name, x in optional.items() if x is not None}
+        return _row_by_row(row_adapters, base, spec, input_ids, given, seed)
+    # Parked originals are tensors of which the adapter has copies. Without it they are needed.
     base = base if adapter is not None else unpark_originals(base)
-    hidden = hidden_states(
-        adapter,
-        base,
-        spec,
-        input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        seed=seed,
-    )
-    found = head(adapter, base, spec)
+    hidden = hidden_states(adapter, base, spec, input_ids, seed=seed, **optional)
+    model_head = head(adapter, base, spec)
     key = dropout_key(spec, seed, hidden.device)
-    return logits(hidden, masked_for_head(hidden, found, spec, key), found, spec)
+    masked = masked_for_head(hidden, model_head, spec, key)
+    return logits(hidden, masked, model_head, spec)
 
 
 def _row_by_row(
@@ -115,52 +129,77 @@ def token_logprobs(
     segment_ids: Int[Tensor, "b t"] | None = None,
     seed: Seed = None,
 ) -> Float[Tensor, "b t"]:
-    """Log-probability of labels[:, i] given the tokens before i; at least float32.
+    """Log-probability of labels[:, i] given the tokens before i; float32 or wider.
 
-    0 at i = 0 and where the label is -100. The logits are never whole.
+    It is 0 at i = 0 and where the label is -100. The logits are computed in chunks of tokens, so
+    that [b, t, v] never exists.
+
+    Args:
+        adapter: the trained tensors; None computes the base model.
+        base: frozen weights.
+        spec: how to run them.
+        input_ids: int64 in [0, v).
+        labels: in [0, v), or -100.
+        attention_mask: as `forward`.
+        position_ids: as `forward`.
+        segment_ids: as `forward`.
+        seed: as `forward`.
 
     Raises:
-        ValueError: spec.kernels is "triton" where no Triton kernel can run.
+        ValueError: an argument has a wrong class, shape or dtype, or spec.kernels is "triton" on a
+            device that runs no Triton kernels.
     """
+    optional = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "segment_ids": segment_ids,
+    }
+    inputs = {"input_ids": input_ids, "labels": labels, **optional}
+    check_call("functional.token_logprobs", adapter, base, spec, inputs, seed)
+    return _token_logprobs(adapter, base, spec, input_ids, labels, optional, seed)
+
+
+def _token_logprobs(
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    labels: Int[Tensor, "b t"],
+    optional: dict[str, Tensor | None],
+    seed: Seed,
+) -> Float[Tensor, "b t"]:
     kernel = use_kernel(input_ids, spec.kernels)
     base = base if adapter is not None else unpark_originals(base)
-    hidden = hidden_states(
-        adapter,
-        base,
-        spec,
-        input_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        segment_ids=segment_ids,
-        seed=seed,
-    )
-    # Shift the labels, not the states: [b, t, d] stays contiguous, the last row is ignored.
+    hidden = hidden_states(adapter, base, spec, input_ids, seed=seed, **optional)
+    # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    found = head(adapter, base, spec)
-    choose = _frozen_head if is_plain(found) else _trained_head
+    model_head = head(adapter, base, spec)
+    logprobs = _frozen_head if is_frozen_product(model_head) else _trained_head
     key = dropout_key(spec, seed, hidden.device)
-    logp = choose(hidden.flatten(0, 1), found, spec, following.flatten(), key, kernel)
+    logp = logprobs(hidden.flatten(0, 1), model_head, spec, following.flatten(), key, kernel)
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
 
 
 def _frozen_head(
     hidden: Float[Tensor, "n d"],
-    found: Head,
+    model_head: Head,
     spec: Spec,
     labels: Int[Tensor, "n"],
     key: Int[Tensor, ""] | None,
     kernel: bool,
 ) -> Float[Tensor, "n"]:
     value, value_and_grad = _regions(spec, hidden, chunk_logprobs, chunk_value_and_grad)
+    # Only the gradient by the hidden states is needed. The forward pass computes it chunk by chunk,
+    # so that the backward pass needs no logits.
     if kernel:
         value_and_grad = chunk_value_and_grad_kernel
-    rows, weight = head_factors(hidden, found["weight"], spec)
+    rows, weight = head_factors(hidden, model_head["weight"], spec)
     return linear_logprobs(rows, weight, labels, value, value_and_grad)
 
 
 def _trained_head(
     hidden: Float[Tensor, "n d"],
-    found: Head,
+    model_head: Head,
     spec: Spec,
     labels: Int[Tensor, "n"],
     key: Int[Tensor, ""] | None,
@@ -169,20 +208,22 @@ def _trained_head(
     value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
     if kernel:
         value_and_grad = label_logprobs_and_grad_kernel
-    params, structure = tree_flatten(found)
-    dropped = masked_for_head(hidden, found, spec, key)
-    inputs = (hidden,) if dropped is hidden else (hidden, dropped)
+    # Tensors are passed flat, because each chunk is differentiated by them.
+    params, structure = tree_flatten(model_head)
+    masked = masked_for_head(hidden, model_head, spec, key)
+    inputs = (hidden,) if masked is hidden else (hidden, masked)
 
     def logits_of(*tensors: Tensor) -> Tensor:
-        rows, own = tensors[: len(inputs)], tree_unflatten(tensors[len(inputs) :], structure)
-        return logits(rows[0], rows[-1], own, spec)
+        rows = tensors[: len(inputs)]
+        tracked_head = tree_unflatten(tensors[len(inputs) :], structure)
+        return logits(rows[0], rows[-1], tracked_head, spec)
 
     vocab_size = spec.config.vocab_size
     return chunked_logprobs(logits_of, inputs, params, labels, vocab_size, value, value_and_grad)
 
 
 def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:
-    """The functions, each a compiled region where the spec says so."""
+    """The functions, each as a compiled region if the spec says so."""
     if not compiles(spec.compile, x.device) or transforms_active():
         return fns
     return tuple(lambda *args, fn=fn: compiled(fn, args) for fn in fns)
@@ -191,27 +232,56 @@ def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:
 def loss_sum(
     adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
-    """(sum of -log p over the trained tokens, their number): what gradient accumulation adds up."""
-    labels = trained_labels(batch)
-    optional = {k: batch.get(k) for k in ("attention_mask", "position_ids", "segment_ids")}
-    logp = token_logprobs(adapter, base, spec, batch["input_ids"], labels, seed=seed, **optional)
-    return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
+    """(sum of -log p over the trained tokens, their number), for gradient accumulation.
+
+    Args:
+        adapter: the trained tensors; None computes the base model.
+        base: frozen weights.
+        spec: how to run them.
+        batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
+        seed: of the LoRA dropout masks; None: without dropout.
+
+    Raises:
+        ValueError: as `token_logprobs`, and for missing or unknown entries of the batch.
+    """
+    return _loss_sum("functional.loss_sum", adapter, base, spec, batch, seed)
 
 
 def loss(
     adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
 ) -> Float[Tensor, ""]:
-    """Mean of -log p(label) over labels != -100, as Hugging Face's causal language models have it.
+    """Mean of -log p(label) over labels != -100, as in Hugging Face's causal language models.
 
-    With `segment_ids`, the first token of a document is no target: nothing before it is its own.
-    A batch without a single target has loss 0.
+    With `segment_ids`, the first token of each document is not trained: the tokens before it belong
+    to another document. The loss of a batch without any trained token is 0.
+
+    Args:
+        adapter: the trained tensors; None computes the base model.
+        base: frozen weights.
+        spec: how to run them.
+        batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
+        seed: of the LoRA dropout masks; None: without dropout.
+
+    Raises:
+        ValueError: as `loss_sum`.
     """
-    total, count = loss_sum(adapter, base, spec, batch, seed=seed)
+    total, count = _loss_sum("functional.loss", adapter, base, spec, batch, seed)
     return total / count.clamp(min=1)
 
 
+def _loss_sum(
+    function: str, adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, seed: Seed
+) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
+    check_call(function, adapter, base, spec, batch, seed)
+    labels = trained_labels(batch)
+    optional = {k: batch.get(k) for k in ("attention_mask", "position_ids", "segment_ids")}
+    logp = _token_logprobs(adapter, base, spec, batch["input_ids"], labels, optional, seed)
+    return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
+
+
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:
-    """The batch's labels, with the first token of every packed document ignored."""
+    """The batch's labels, with -100 at the first token of every packed document."""
     if batch.get("segment_ids") is None:
         return batch["labels"]
     return torch.where(segment_starts(batch["segment_ids"]), IGNORE, batch["labels"])

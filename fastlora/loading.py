@@ -1,4 +1,8 @@
-"""load(): from a name to a model on its device."""
+"""load(): read a model and its tokenizer from a folder, the Hub, or the shipped demo.
+
+A checkpoint's folder gives a model without an adapter. A PEFT adapter's folder names its base,
+which is loaded first.
+"""
 
 import os
 from pathlib import Path
@@ -6,14 +10,40 @@ from typing import Any
 
 import torch
 
-from fastlora.checkpoints.hub import find_folder
+from fastlora.arguments import (
+    FLAG,
+    Rule,
+    argument_problems,
+    describe,
+    instance,
+    optional,
+    whole_number,
+)
+from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
 from fastlora.checkpoints.reading import read_base
-from fastlora.checkpoints.tensors import DTYPES, read_json
+from fastlora.checkpoints.tensors import read_json
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.model import Model
+from fastlora.models.params import DTYPES
 from fastlora.models.spec import Spec
+from fastlora.runtime.devices import device_problem
 from fastlora.text.tokenizer import Tokenizer
+
+_RULES = {
+    "model_name": Rule(FOLDER_OR_ID.accepts, "a folder's path, a Hub id, or 'demo'"),
+    "max_seq_length": optional(whole_number(1)),
+    "dtype": Rule(
+        lambda x: (
+            (type(x) is str and x in ("auto", *DTYPES))
+            or (isinstance(x, torch.dtype) and x in DTYPES.values())
+        ),
+        f"'auto', a torch dtype or its name: {', '.join(DTYPES)}",
+    ),
+    "load_in_4bit": FLAG,
+    "rope_scaling": optional(instance(dict, "a dict with rope_type, factor, ...")),
+    **HUB_RULES,
+}
 
 
 def load(
@@ -29,10 +59,10 @@ def load(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> tuple[Model, Tokenizer | None]:
-    """A model and its tokenizer, from a folder, the Hub, or the package's own demo.
+    """Load a model and its tokenizer from a folder, the Hub, or the demo that ships with fastlora.
 
-    On the CPU, in the checkpoint's dtype, the weights are views of the mapped files: leave those
-    in place while the model lives.
+    On the CPU, in the checkpoint's dtype, the weights are memory-mapped: do not change or delete
+    the files while the model is in use.
 
     Args:
         model_name: a local folder in Hugging Face layout, a Hub id, a PEFT adapter's folder or id
@@ -40,41 +70,59 @@ def load(
         max_seq_length: longest input accepted, in tokens; None is the config's
             max_position_embeddings.
         dtype: of the base weights; "auto" is the checkpoint's.
-        load_in_4bit: the projections in NF4 with double quantisation, through bitsandbytes, one
-            tensor at a time on the device; embedding, head and norms stay as they are. A checkpoint
-            in 4 or 8 bits (bitsandbytes') is recognised by itself and never quantised again.
+        load_in_4bit: quantise the projections to NF4 with double quantisation, through
+            bitsandbytes, one tensor at a time on the device. Embedding, head and norms keep their
+            dtype. A checkpoint that bitsandbytes has quantised to 4 or 8 bits is recognised and
+            never quantised again.
         device: "auto" is CUDA if there is one, else the CPU.
-        rope_scaling: replaces the checkpoint's RoPE scaling; spelled as in config.json.
+        rope_scaling: replaces the checkpoint's RoPE scaling; keys as in config.json.
         token: Hub token; None uses the stored one.
         revision: branch, tag or commit on the Hub.
         cache_dir: where downloads are kept; None is huggingface_hub's cache.
         local_files_only: never use the network.
 
     Returns:
-        The model, and its tokenizer, or None where the folder has no tokenizer.json.
+        The model and its tokenizer. The tokenizer is None if the folder has no tokenizer.json.
 
     Raises:
-        ValueError: an argument that cannot be.
+        ValueError: an argument of a wrong type or value; lists all of them.
         ModuleNotFoundError: load_in_4bit without bitsandbytes.
-        FileNotFoundError: no such folder, repository, or file in it.
-        PermissionError: a gated repository.
-        CheckpointError: files that are there and wrong; all problems at once.
+        FileNotFoundError: the folder, the repository, or a file in it does not exist.
+        PermissionError: the repository is gated.
+        CheckpointError: files have wrong contents; lists all problems.
     """
-    _check_arguments(max_seq_length, dtype, load_in_4bit, device, rope_scaling)
+    given = {"model_name": model_name, "max_seq_length": max_seq_length, "dtype": dtype}
+    given |= {"load_in_4bit": load_in_4bit, "rope_scaling": rope_scaling, "token": token}
+    given |= {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
+    problems = argument_problems({name: (value, _RULES[name]) for name, value in given.items()})
+    if type(device) is str and device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if problem := device_problem(device, types=("cpu", "cuda")):
+        problems.append(problem)
+    raise_problems(ValueError, "fastlora.load cannot use these arguments:", problems)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name, adapter_folder = os.fspath(model_name), None
-    folder = find_folder(name, revision=revision, **hub)
+    try:
+        folder = find_folder(name, revision=revision, **hub)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"model_name={name!r}: {error}") from error
     if _is_adapter(folder):
         name, base_revision = _base_of(folder)
         folder, adapter_folder = find_folder(name, revision=base_revision, **hub), folder
     tokenizer = _tokenizer(folder, adapter_folder)
-    config, base = read_base(
-        folder,
-        dtype=None if dtype == "auto" else _as_dtype(dtype),
-        device=_as_device(device),
-        rope_scaling=rope_scaling,
-        quantize=load_in_4bit,
-    )
+    try:
+        config, base = read_base(
+            folder,
+            dtype=None if dtype == "auto" else DTYPES[str(dtype).removeprefix("torch.")],
+            device=torch.device(device),
+            rope_scaling=rope_scaling,
+            quantize=load_in_4bit,
+        )
+    except CheckpointError as error:
+        if rope_scaling is None:
+            raise
+        replaced = f"with rope_scaling={describe(rope_scaling)} in place of the file's: "
+        raise CheckpointError(f"{replaced}{error}") from error
     spec = Spec(
         config=config,
         name_or_path=name,
@@ -89,77 +137,27 @@ def _is_adapter(folder: Path) -> bool:
 
 
 def _base_of(adapter_folder: Path) -> tuple[str, str | None]:
-    """Name and revision of the base that an adapter was trained on."""
+    """Name and revision of an adapter's base, from its adapter_config.json."""
     path = adapter_folder / "adapter_config.json"
     raw = read_json(path)
     name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     if not isinstance(name, str) or not name or not isinstance(revision, str | None):
         raise CheckpointError(
-            f"{path} does not say what its base is: base_model_name_or_path is {name!r}, revision "
-            f"{revision!r}. Load the base, then fastlora.load_adapter(model, folder)."
+            f"{path} does not name its base: base_model_name_or_path is {name!r:.200}, revision "
+            f"{revision!r:.200}. Load the base, then fastlora.load_adapter(model, folder)."
         )
-    if not _is_name(name):
+    if not is_file_name(name):
         raise CheckpointError(
-            f"{path}: base_model_name_or_path is {name!r:.200}, which is no name of a folder or a "
+            f"{path}: base_model_name_or_path is {name!r:.200}, which cannot name a folder or a "
             "repository. Load the base, then fastlora.load_adapter(model, folder)."
         )
     return name, revision
 
 
-def _is_name(name: str) -> bool:
-    """Whether the system can be asked for it: it raises for text that is none, and long names."""
-    path = name.encode(errors="replace")
-    return path.decode() == name and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255
-
-
 def _tokenizer(folder: Path, adapter_folder: Path | None) -> Tokenizer | None:
-    """The adapter's own, which may have grown a chat template, before the base's."""
-    own = adapter_folder and Tokenizer.from_folder(adapter_folder, config_folder=folder)
-    return own or Tokenizer.from_folder(folder)
-
-
-# ── arguments ─────────────────────────────────────────────────────────────────────────────
-_DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in DTYPES.values())
-
-
-def _check_arguments(
-    max_seq_length: Any, dtype: Any, load_in_4bit: Any, device: Any, rope_scaling: Any
-) -> None:
-    problems = []
-    if max_seq_length is not None and (type(max_seq_length) is not int or max_seq_length < 1):
-        problems.append(f"max_seq_length={max_seq_length!r}: expected a positive integer or None")
-    if dtype != "auto" and _as_dtype(dtype) is None:
-        names = ", ".join(_DTYPE_NAMES)
-        problems.append(f"dtype={dtype!r}: expected 'auto', a torch dtype or its name: {names}")
-    if type(load_in_4bit) is not bool:
-        problems.append(f"load_in_4bit={load_in_4bit!r}: expected True or False")
-    try:
-        _as_device(device)
-    except ValueError as error:
-        problems.append(str(error))
-    if rope_scaling is not None and not isinstance(rope_scaling, dict):
-        problems.append(f"rope_scaling={rope_scaling!r}: expected a dict with rope_type, factor, …")
-    raise_problems(ValueError, "load was given:", problems)
-
-
-def _as_dtype(dtype: Any) -> torch.dtype | None:
-    if isinstance(dtype, str):
-        return getattr(torch, dtype) if dtype in _DTYPE_NAMES else None
-    return dtype if dtype in DTYPES.values() else None
-
-
-def _as_device(device: Any) -> torch.device:
-    """Raises ValueError where the device is neither the CPU nor a CUDA device of this machine."""
-    cuda = torch.cuda.is_available()
-    if device == "auto":
-        return torch.device("cuda" if cuda else "cpu")
-    try:
-        wanted = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device={device!r}: expected 'auto', 'cpu' or 'cuda[:n]'") from error
-    if wanted.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={device!r}: fastlora runs on 'cpu' and 'cuda'")
-    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-        found = f"{torch.cuda.device_count()} CUDA devices" if cuda else "no CUDA device"
-        raise ValueError(f"device={device!r}: torch finds {found} on this machine")
-    return wanted
+    """The adapter's tokenizer, which may have a newer chat template, else the base's."""
+    if adapter_folder is not None:
+        tokenizer = Tokenizer.from_folder(adapter_folder, config_folder=folder)
+        if tokenizer is not None:
+            return tokenizer
+    return Tokenizer.from_folder(folder)

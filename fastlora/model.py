@@ -1,50 +1,62 @@
-"""Model: the frozen value that users hold. Its methods call down; none changes its receiver."""
+"""Model: what users hold. Its methods check their arguments and call the wings below."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from fastlora import functional
 from fastlora.adapters.edits.combining import disable
+from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, Rule, check_arguments, one_of, optional
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
 from fastlora.formats.peft import writing
-from fastlora.generation import generate
-from fastlora.generation import sampling as sampling_rules
-from fastlora.generation.generate import check_generation
+from fastlora.generation.generate import check_generation, generate, stop_ids
+from fastlora.generation.sampling import Sampling
+from fastlora.generation.text import PROMPT, TextStream, encode_prompt
 from fastlora.models.decoder import requires_grad
 from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
-from fastlora.models.names import tensors_from_base
+from fastlora.models.moving import moved
+from fastlora.models.parameter_count import count_parameters
 from fastlora.models.params import Adapter
-from fastlora.models.self_contained import parked_originals, self_contained
 from fastlora.models.spec import Recompute
 from fastlora.models.state import Batch, ModelState, Seed
 from fastlora.ops.dispatch import Kernels, transforms_active
-from fastlora.ops.quant.weights import numel
 from fastlora.runtime.compiled import Compile
-from fastlora.text.tokenizer import Tokenizer
+from fastlora.runtime.devices import device_problem
+from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
-KEEP: Any = object()  # "as it was", for settings whose None, False and "auto" all mean something
+_REPO_ID = Rule(
+    lambda x: isinstance(x, str) and bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", x, re.ASCII)),
+    "the id of a Hub repository, such as 'user/name'",
+)
+
+_UNCHANGED: Any = object()  # default of settings for which None, False and "auto" are values
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Model(ModelState):
-    """A base, an adapter if there is one, and how to run them. Only the adapter is ever trained."""
+    """A frozen base, an optional adapter, and the spec that says how to run them.
 
-    # ── another Model ─────────────────────────────────────────────────────────────────────
+    `fastlora.load` makes one. Immutable: no method changes its receiver, and methods that seem to
+    change something return another Model over the same tensors. Only the adapter is ever trained.
+    """
+
+    # ── derived models ────────────────────────────────────────────────────────────────────
 
     def with_adapter(self, adapter: Adapter | None) -> "Model":
-        """The same model with another adapter's tensors of the same shapes; None: the base.
+        """The model with other adapter tensors of the same shapes; with None, the base model.
 
         Raises:
-            ValueError: if the tree, a shape or a dtype kind differs from the present adapter's.
+            ValueError: the model has no adapter, or the tree, a shape or the kind of a dtype
+                differs from its adapter's.
         """
         if adapter is None:
             return disable(self)
@@ -54,57 +66,58 @@ class Model(ModelState):
     def with_spec(
         self,
         *,
-        recompute: Recompute = KEEP,
-        compile: Compile = KEEP,
-        kernels: Kernels = KEEP,
-        deterministic: bool = KEEP,
+        recompute: Recompute = _UNCHANGED,
+        compile: Compile = _UNCHANGED,
+        kernels: Kernels = _UNCHANGED,
+        deterministic: bool = _UNCHANGED,
     ) -> "Model":
-        """The same tensors, run another way.
+        """The model with the same tensors and other settings of how to run it.
 
         Args:
             recompute: "none", "selective", "full", "offload" or a number in [0, 1].
             compile: "auto" (on CUDA), True or False.
-            kernels: "auto" (Triton kernels on CUDA), "torch" (none), or "triton": they must run, on
-                the CPU too, where TRITON_INTERPRET=1 is set.
-            deterministic: True: the same bits every run. With the Triton kernels of attention (16
-                bits, heads of 64 or 128) it is so anyway, but for long rows of one document, which
-                then run up to a third longer in attention; elsewhere on CUDA attention is written
-                out, some ten times slower.
+            kernels: "auto" (Triton kernels on CUDA), "torch" (none), or "triton" (always, on the
+                CPU only with TRITON_INTERPRET=1).
+            deterministic: True gives the same bits in every run. On CUDA, in 16 bits with heads of
+                64 or 128, attention on long unpacked rows takes up to a third longer; with other
+                dtypes or heads attention is about ten times slower.
 
         Raises:
-            ValueError: for any other value.
+            ValueError: a setting has another value, or Triton kernels cannot run here.
         """
         given = dict(
             recompute=recompute, compile=compile, kernels=kernels, deterministic=deterministic
         )
-        changed = {name: value for name, value in given.items() if value is not KEEP}
+        changed = {name: value for name, value in given.items() if value is not _UNCHANGED}
         problems = spec_problems(changed, self.base["norm"].device)
         raise_problems(ValueError, "with_spec cannot do this:", problems)
         return dataclasses.replace(self, spec=dataclasses.replace(self.spec, **changed))
 
     def to(self, device: torch.device | str) -> "Model":
-        """The same model on another device; tensors already there are shared, not copied."""
-        # Originals that wait in a file (lora's temporary_location) stay there.
-        waiting = {id(x) for x in parked_originals(self.base).values()}
-        move = lambda tree: tree_map(lambda x: x if id(x) in waiting else x.to(device), tree)
-        adapter = None if self.adapter is None else move(self.adapter)
-        return dataclasses.replace(self, base=move(self.base), adapter=adapter)
+        """The model on another device. Tensors that are there already are shared, not copied.
+
+        Raises:
+            ValueError: not a device of this machine.
+        """
+        problem = device_problem(device)
+        raise_problems(ValueError, "Model.to cannot do this:", [problem] if problem else [])
+        return moved(self, device)
 
     def for_training(self) -> "Model":
-        """A Model whose adapter leaves require gradients, so that `model(...)` records history.
+        """A model whose adapter leaves require gradients, so that `model(...)` records history.
 
-        The leaves are new tensor objects over the same memory: an optimiser that steps them in
-        place writes there. `train` and `value_and_grad` need none of this.
+        The leaves are new tensor objects over the same memory: an optimizer that updates them in
+        place changes the given model's adapter too. `train` and `value_and_grad` do not need this.
         """
-        track = lambda x: x.detach().requires_grad_()
-        return dataclasses.replace(self, adapter=self._map_adapter(track))
+        return self._map_adapter(lambda x: x.detach().requires_grad_())
 
     def for_inference(self) -> "Model":
-        """A Model that records no autograd history."""
-        return dataclasses.replace(self, adapter=self._map_adapter(lambda x: x.detach()))
+        """A model that records no autograd history."""
+        return self._map_adapter(lambda x: x.detach())
 
-    def _map_adapter(self, fn: Callable[[Tensor], Tensor]) -> Adapter | None:
-        return None if self.adapter is None else tree_map(fn, self.adapter)
+    def _map_adapter(self, fn: Callable[[Tensor], Tensor]) -> "Model":
+        adapter = None if self.adapter is None else tree_map(fn, self.adapter)
+        return dataclasses.replace(self, adapter=adapter)
 
     # ── running it ────────────────────────────────────────────────────────────────────────
 
@@ -119,15 +132,22 @@ class Model(ModelState):
     ) -> Float[Tensor, "b t v"]:
         """Logits, in the base's dtype. See `functional.forward`.
 
+        Args:
+            input_ids: int64 in [0, v).
+            attention_mask: 1 = real token, 0 = padding, left or right.
+            position_ids: None counts real tokens, from 0 in each segment.
+            segment_ids: packed documents; attention is causal within a run of equal ids.
+            seed: of LoRA dropout; None applies no dropout.
+
         Raises:
-            ValueError: for a wrong shape or dtype, an id outside the vocabulary, or an input
+            ValueError: a wrong type, shape or dtype, an id outside the vocabulary, or an input
                 longer than `spec.max_seq_length`.
         """
         optional = dict(
             attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
         )
         check_inputs(self, {"input_ids": input_ids} | optional)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._records()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._records_history()):
             return functional.forward(
                 self.adapter, self.base, self.spec, input_ids, seed=seed, **optional
             )
@@ -135,14 +155,19 @@ class Model(ModelState):
     def loss(self, batch: Batch, *, seed: Seed = None) -> Float[Tensor, ""]:
         """Mean of -log p over labels != -100. See `functional.loss`.
 
+        Args:
+            batch: input_ids and labels [b, t]; optional attention_mask, position_ids, segment_ids.
+            seed: of LoRA dropout; None applies no dropout.
+
         Raises:
             ValueError: as `__call__`, and for missing or unknown entries of the batch.
         """
         check_batch(self, batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._records()):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._records_history()):
             return functional.loss(self.adapter, self.base, self.spec, batch, seed=seed)
 
-    def _records(self) -> bool:
+    def _records_history(self) -> bool:
+        # In grad mode the layers save activations, which is waste if nothing needs a gradient.
         return transforms_active() or requires_grad((self.adapter, self.base))
 
     def generate(
@@ -159,68 +184,77 @@ class Model(ModelState):
         seed: int | None = None,
         stream: Callable[[Int[Tensor, "b"]], None] | None = None,
     ) -> Int[Tensor, "b t_new"]:
-        """Prompt and continuation [b, t + new], new <= max_new_tokens. See `generation.generate`.
+        """Prompt and continuation [b, t + new] with new <= max_new_tokens, int64.
+
+        A row that has stopped is filled with the config's pad_token_id, or else the first stop id.
 
         Args:
-            input_ids: prompts; shorter ones padded on the left.
-            attention_mask: 1 = real token.
+            input_ids: prompts; shorter ones are padded on the left.
+            attention_mask: 1 = real token; None means all are.
             max_new_tokens: tokens to add at most.
-            temperature: 0 is greedy.
-            top_k: sample among the k likeliest only.
-            top_p: sample among the likeliest that together reach this probability.
-            repetition_penalty: divides the positive scores of ids already seen; 1 is none.
-            eos_token_id: stops a row; None is the checkpoint's own, () is never.
+            temperature: 0 always takes the likeliest token.
+            top_k: sample among the k likeliest tokens only.
+            top_p: sample among the likeliest tokens that together reach this probability.
+            repetition_penalty: divides positive scores of ids already seen, multiplies negative
+                ones; 1 changes nothing.
+            eos_token_id: ids that stop a row; None uses the checkpoint's, () stops no row.
             seed: of the sampling; None draws fresh entropy.
             stream: called after every step with the new token of each row.
 
         Raises:
             ValueError: as `__call__`; also if prompt and new tokens together exceed
-                `spec.max_seq_length`, or a sampling value is out of range.
+                `spec.max_seq_length`, a prompt is padded on the right, or a setting is out of
+                range.
         """
-        sampling = sampling_rules.Sampling(
+        sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
         )
         check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
-        check_generation(self, input_ids, attention_mask, max_new_tokens, sampling)
-        if eos_token_id is None:
-            eos_token_id = self.spec.config.eos_token_id
-        return generate.generate(
-            self,
-            input_ids,
-            attention_mask=attention_mask,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            eos_token_id=(eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id),
-            seed=seed,
-            stream=stream,
+        check_generation(
+            self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, seed, stream
+        )
+        stop = stop_ids(eos_token_id, default=self.spec.config.eos_token_id)
+        return generate(
+            self, input_ids, attention_mask, max_new_tokens, sampling, stop, seed, stream
         )
 
     def generate_text(
         self,
         tokenizer: Tokenizer,
-        prompt: str | Sequence[dict[str, Any]],
+        prompt: str | Sequence[Mapping[str, Any]],
         *,
-        stream: Callable[[str], None] | None = None,
+        stream: Callable[[str], Any] | None = None,
         eos_token_id: int | Sequence[int] | None = None,
-        **same: Any,
+        **settings: Any,
     ) -> str:
-        """The continuation of a text, or the reply to a list of chat messages, without its prompt.
+        """The continuation of a text, or the reply to a chat, without the prompt.
 
-        Takes what `generate` takes; `stream` is called with pieces of text that join to the result.
+        Args:
+            tokenizer: the model's.
+            prompt: a text, or a list of messages with role and content.
+            stream: called with pieces of text that join to the result.
+            eos_token_id: ids that stop; None uses the checkpoint's and the tokenizer's.
+            settings: as for `generate`.
+
+        Raises:
+            ValueError: as `generate`; also if the prompt has no token, or its chat template fails.
         """
-        if isinstance(prompt, str):
-            ids = tokenizer.encode(prompt)
-        else:
-            ids = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
+        check_arguments(
+            "Model.generate_text",
+            tokenizer=(tokenizer, TOKENIZER),
+            prompt=(prompt, PROMPT),
+            stream=(stream, optional(FUNCTION)),
+        )
+        ids = encode_prompt(tokenizer, prompt)
         if eos_token_id is None:
-            eos_token_id = sorted({*self.spec.config.eos_token_id, *tokenizer.eos_token_ids})
-        pieces = generate.TextStream(tokenizer.decode, stream)
-        device = self.base["norm"].device
+            ids_of_both = {*self.spec.config.eos_token_id, *tokenizer.eos_token_ids}
+            eos_token_id = sorted(i for i in ids_of_both if 0 <= i < self.spec.config.vocab_size)
+        pieces = TextStream(tokenizer.decode, stream)
         out = self.generate(
-            torch.tensor([ids], dtype=torch.int64, device=device),
+            torch.tensor([ids], dtype=torch.int64, device=self.base["norm"].device),
             eos_token_id=eos_token_id,
             stream=pieces,
-            **same,
+            **settings,
         )
         pieces.finish()
         return tokenizer.decode(out[0, len(ids) :].tolist())
@@ -228,70 +262,88 @@ class Model(ModelState):
     # ── counting and saving ───────────────────────────────────────────────────────────────
 
     def num_parameters(self, trainable: bool = False) -> int:
-        """Number of elements of base and adapter together, or of the adapter alone.
+        """Number of parameters of base and adapter together, or of the adapter alone.
 
-        Start factors are neither, and a quantised matrix counts what it stands for: the numbers are
-        PEFT's.
+        The numbers are PEFT's: a quantised matrix counts the elements that it approximates.
         """
-        adapter = sum(x.numel() for x in tree_leaves(self.adapter) if isinstance(x, Tensor))
-        if trainable:
-            return adapter
-        copies = {} if self.adapter is None else self.adapter.get("replaced", {})
-        # PEFT trains a bias in its place, and a copy of anything else beside the original.
-        twice = sum(x.numel() for name, x in copies.items() if self._is_of_bias(name))
-        base = self_contained(self, unpark=False).base
-        whole = tensors_from_base(self.spec.config, base).values()
-        return adapter - twice + sum(numel(x) for x in whole)
-
-    def _is_of_bias(self, name: str) -> bool:
-        """Whether a copy comes from `bias` and not from modules_to_save."""
-        module, _, leaf = name.rpartition(".")
-        lora = self.spec.lora
-        saved = lora is not None and any(module.endswith(n) for n in lora.modules_to_save)
-        return leaf == "bias" and not saved
+        check_arguments("Model.num_parameters", trainable=(trainable, FLAG))
+        return count_parameters(self)[0 if trainable else 1]
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's line."""
-        trainable, total = self.num_parameters(trainable=True), self.num_parameters()
-        print(  # noqa: T201  api.md says that this one prints
+        """Print PEFT's line: trainable parameters, all parameters, and their ratio."""
+        trainable, total = count_parameters(self)
+        print(  # noqa: T201  printing is what this method is for
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the adapter as a PEFT folder. See `export.save_adapter`.
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the adapter as a PEFT folder, which PEFT loads over the untouched checkpoint.
 
-        One that counts from start factors is written as what it is over the untouched base: an
-        adapter of twice the rank.
+        An adapter with an initial offset (PiSSA and others) is written at twice its rank, with the
+        offset folded in.
+
+        Raises:
+            ValueError: before any file is written, if the model has no adapter, a tensor holds NaN
+                or infinity, or `folder` is not a path, is a file, or is the base model's folder.
+            PermissionError: the folder cannot be written to.
         """
-        writing.save_adapter(self, Path(folder))
+        check_arguments("Model.save_pretrained", folder=(folder, PATH))
+        writing.save_adapter(self, folder)
 
     def save_pretrained_merged(
         self,
-        folder: str | Path,
+        folder: str | os.PathLike[str],
         tokenizer: Tokenizer | None = None,
         save_method: str = "merged_16bit",
         *,
-        base: str | Path = "auto",
+        base: str | os.PathLike[str] = "auto",
     ) -> merged.MergeReport | None:
-        """Write a Hugging Face folder with the adapter folded in. See `saving.save_merged`.
+        """Write a Hugging Face folder with the adapter merged into the base weights.
 
         Args:
-            folder: is made if need be.
-            tokenizer: written beside the model.
+            folder: created if it does not exist.
+            tokenizer: written next to the model; None writes none.
             save_method: "merged_16bit", "merged_4bit" or "lora".
-            base: of a model in 4 or 8 bits, what the adapter is added to: "original" (the matrices
-                in 16 bits, from what `load` was given), their folder, "dequantized", or "auto":
-                the original where it is still at hand.
+            base: only for a model in 4 or 8 bits: the weights that the adapter is added to.
+                "original": those in 16 bits, from what `load` was given; a folder that has them;
+                "dequantized": those that the model computes with; "auto": the original ones if
+                they can still be read.
 
         Returns:
-            For a model in 4 or 8 bits, what was taken and the largest difference of logits between
-            this model and the folder, read back; else None.
+            For a model in 4 or 8 bits, which weights were used, and the largest difference between
+            the logits of this model and of the written folder. Otherwise None.
+
+        Raises:
+            ValueError: before any file is written, if an argument is wrong, a merged weight is NaN
+                or infinite, or the folder must not be overwritten.
+            FileNotFoundError: the original weights do not exist.
+            CheckpointError: the original weights belong to another model.
+            PermissionError: the folder cannot be written to.
         """
+        check_arguments(
+            "Model.save_pretrained_merged",
+            folder=(folder, PATH),
+            tokenizer=(tokenizer, optional(TOKENIZER)),
+            save_method=(save_method, merged.SAVE_METHOD),
+            base=(base, PATH),
+        )
         return merged.save_merged(self, folder, tokenizer, save_method, base)
 
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
-        """Upload the adapter's PEFT folder to the Hub."""
+        """Upload the adapter's PEFT folder to the Hub.
+
+        Args:
+            repo_id: "user/name"; created if it does not exist.
+            token: Hub token; None uses the stored one.
+            private: of a new repository; None is the account's default.
+        """
+        check_arguments(
+            "Model.push_to_hub",
+            repo_id=(repo_id, _REPO_ID),
+            token=(token, optional(TEXT)),
+            private=(private, optional(FLAG)),
+        )
         writing.push_to_hub(self, repo_id, token=token, private=private)

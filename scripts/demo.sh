@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job: fine-tune the embedded demo model, offline once the packages are there.
+# Fine-tune the demo model in the package. Needs no network once the packages are installed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh: a virtual environment of pinned packages, made once.
+# Sourced by demo.sh, docs.sh and test.sh: makes a virtual environment of pinned packages once.
 #   environment NAME REQUIREMENTS
 environment() {
     local folder=".venv-$1" stamp

@@ -20,15 +20,19 @@ from fastlora.data.rows import read_rows
 
 
 def main() -> None:
-    given = arguments()
-    rows, heldout = read_data(given.data, given.eval_data)
+    args = parse_arguments()
+    rows, heldout = read_data(args.data, args.eval_data)
     # Most CPUs compute bfloat16 slower than float32.
     dtype = "auto" if torch.cuda.is_available() else "float32"
-    how: dict = dict(max_seq_length=given.max_seq_length, load_in_4bit=given.load_in_4bit)
-    base, tokenizer = fastlora.load(given.model, dtype=dtype, **how)
+    base, tokenizer = fastlora.load(
+        args.model,
+        dtype=dtype,
+        max_seq_length=args.max_seq_length,
+        load_in_4bit=args.load_in_4bit,
+    )
     if tokenizer is None:
-        raise SystemExit(f"{given.model} has no tokenizer.json; training on text needs one.")
-    model = fastlora.lora(base, r=given.r, lora_alpha=given.r, random_state=given.seed)
+        raise SystemExit(f"{args.model} has no tokenizer.json; training on text needs one.")
+    model = fastlora.lora(base, r=args.r, lora_alpha=args.r, random_state=args.seed)
     model.print_trainable_parameters()
     print(f"{len(rows):,} rows to train on, {len(heldout):,} held out")
 
@@ -36,31 +40,31 @@ def main() -> None:
     print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout)
 
-    # 2e-4 suits models of hidden size 2048; narrower models need a higher rate.
-    width_rate = 2e-4 * 2048 / model.spec.config.hidden_size
+    # 2e-4 suits models of hidden size 2048; narrower models need a higher learning rate.
+    scaled_rate = 2e-4 * 2048 / model.spec.config.hidden_size
     model, history = fastlora.train(
         model,
         tokenizer,
         rows,
-        num_epochs=given.epochs,
-        max_steps=given.max_steps,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate or width_rate,
-        seed=given.seed,
+        num_epochs=args.epochs,
+        max_steps=args.max_steps,
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate or scaled_rate,
+        seed=args.seed,
     )
 
     after = heldout_loss(model, tokenizer, heldout)
     print(f"\nafter {len(history.steps)} steps: held-out loss {after:.3f}, it was {before:.3f}")
     show_samples(model, tokenizer, heldout)
 
-    model.save_pretrained(given.output)
-    reloaded = fastlora.load_adapter(base, given.output)
+    model.save_pretrained(args.output)
+    reloaded = fastlora.load_adapter(base, args.output)
     ids = torch.tensor([tokenizer.encode("def reload(adapter):")]).to(base.base["norm"].device)
     difference = (model(ids) - reloaded(ids)).abs().max().item()
     verdict = f"largest difference of two logits: {difference:g}"
     if difference:
-        raise SystemExit(f"the model reloaded from {given.output} differs; {verdict}")
-    print(f"\nsaved to {given.output}; the reloaded model agrees; {verdict}")
+        raise SystemExit(f"the model reloaded from {args.output} differs; {verdict}")
+    print(f"\nsaved to {args.output}; the reloaded model agrees; {verdict}")
 
 
 def read_data(data: Path, eval_data: Path | None) -> tuple[list[dict], list[dict]]:
@@ -95,7 +99,7 @@ def show_samples(model, tokenizer, rows: list[dict], number: int = 3) -> None:
         print(f"  {shown}\n    model: {reply!r}\n    row:   {expected!r}")
 
 
-def arguments() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

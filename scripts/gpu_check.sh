@@ -1,8 +1,22 @@
 #!/usr/bin/env bash
-# What CI cannot show: compiled bf16 on a CUDA GPU. Needs torch, transformers, peft and bitsandbytes;
-# prints two tables.
+# Run the checks of tests/gpu on a CUDA GPU, which CI does not have. Each prints rows of a law, its
+# value and its limit. With OUT set, the rows are also written to $OUT/gpu_rows_<process>.txt.
+#   bash scripts/gpu_check.sh [PART...]
+# Parts: kernels training llama3.2 mistral qwen2 qwen3 mixtral qwen3_moe offload 4bit-training
+# 4bit-llama3.2 4bit-qwen2. Without PART all of them run in one process. Several processes with
+# different parts may share one GPU. Needs torch, transformers, peft, bitsandbytes and pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=".:tests${PYTHONPATH:+:$PYTHONPATH}"
-python3 scripts/gpu_check.py "$@"
-python3 scripts/gpu_check_4bit.py
+python3 - <<'PYTHON'
+from importlib.util import find_spec
+
+needed = ("torch", "transformers", "peft", "bitsandbytes", "pytest")
+if missing := [name for name in needed if find_spec(name) is None]:
+    raise SystemExit(f"gpu_check.sh needs {', '.join(missing)}: pip install {' '.join(missing)}")
+import torch
+
+if not torch.cuda.is_available():
+    raise SystemExit("gpu_check.sh needs a CUDA GPU; torch finds none here.")
+print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
+PYTHON
+python3 -m pytest -m gpu tests/gpu -s -p no:cacheprovider "${@/#/--part=}"

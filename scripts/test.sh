@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything CI asks: lint, types, tests with shape checks, tests under torch.compile.
+# Run what CI runs: lint, types, tests with shape checks, and tests under torch.compile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh

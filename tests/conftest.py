@@ -1,57 +1,29 @@
-"""What several test files share: tiny checkpoints, read once here and once by transformers."""
+"""Fixtures that several folders of tests use: tiny checkpoints read by both libraries."""
 
-import copy
 import os
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 from fastlora.runtime import cuda_graph
 
-# Triton's interpreter, for the kernels' tests; transformers imports triton, which reads this then.
+# Triton's interpreter runs the kernels where no GPU is. Triton reads this when transformers
+# imports it, so it comes before the imports below.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
-from models import make_checkpoint
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-from transformers import PreTrainedModel
+from torch.utils._pytree import tree_map
 
-import fastlora
 from fastlora.model import Model
 from fastlora.runtime.compiled import _region as compiled_regions
 from fastlora.runtime.cuda_graph import CUDAGraphed
 from fastlora.runtime.tree import leaves
-
-
-class Pair(NamedTuple):
-    """One checkpoint, read by both sides."""
-
-    folder: Path
-    model: Model
-    oracle: PreTrainedModel
-
-    def fresh_oracle(self) -> PreTrainedModel:
-        """A copy: dynamic RoPE remembers the longest input it has seen."""
-        return copy.deepcopy(self.oracle)
-
-    @torch.no_grad()
-    def theirs(self, input_ids: Tensor, **inputs: Any) -> Tensor:
-        """transformers' logits."""
-        return self.fresh_oracle()(input_ids, **inputs).logits
-
-
-def read_pair(family: str, folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Pair:
-    """Write a checkpoint of a family, and read it with transformers and with fastlora.
-
-    128 tokens are allowed, beyond dynamic RoPE's trained 16.
-    """
-    oracle = make_checkpoint(family, folder, dtype, config=config)
-    model, _ = fastlora.load(folder, max_seq_length=128, device="cpu")
-    return Pair(folder, model, oracle)
+from oracles.checkpoints import make_checkpoint
+from oracles.pairs import Pair, read_pair, read_tiny
+from oracles.quantized_bases import FAMILY, oracle
 
 
 @pytest.fixture(scope="session")
@@ -77,14 +49,6 @@ def shallow(tmp_path_factory) -> Model:
     return read_tiny(tmp_path_factory.mktemp("shallow"), num_hidden_layers=1)
 
 
-def read_tiny(folder: Path, **config: Any) -> Model:
-    sizes = dict(vocab_size=24, hidden_size=16, intermediate_size=20)
-    heads = dict(num_attention_heads=2, num_key_value_heads=1)
-    make_checkpoint("llama2", folder, config=sizes | heads | config)
-    model, _ = fastlora.load(folder, dtype="float64", device="cpu")
-    return adapted(model, r=2, lora_dropout=0.2)
-
-
 @pytest.fixture
 def fresh_dynamo():
     """Forget what other tests compiled: dynamo's limit of 8 graphs counts per code object."""
@@ -99,41 +63,6 @@ def region_backend(monkeypatch, fresh_dynamo) -> Callable[[Any], None]:
     """region_backend(backend): what fastlora's own regions compile with from here on."""
 
     return lambda backend: monkeypatch.setattr("fastlora.runtime.compiled.backend", backend)
-
-
-def adapted(model: Model, seed: int = 0, **settings: Any) -> Model:
-    """The model with LoRA whose A and B are both random, in the base's dtype or wider."""
-    model = fastlora.lora(model, **settings)
-    wide = torch.promote_types(model.base["norm"].dtype, torch.float32)
-    return model.with_adapter(randomised(tree_map(lambda x: x.to(wide), model.adapter), seed))
-
-
-def randomised(tree: Any, seed: int, std: float = 0.2) -> Any:
-    """A tree of the same shapes and dtypes, drawn from a normal distribution."""
-    gen = torch.Generator().manual_seed(seed)
-    return tree_map(lambda x: std * torch.randn(x.shape, generator=gen, dtype=x.dtype), tree)
-
-
-def token_ids(*shape: int, seed: int = 0, vocab_size: int = 24) -> Tensor:
-    """Random ids."""
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
-
-
-def relative_error(actual: Any, expected: Any) -> float:
-    """Largest over the leaves of |actual - expected|max / |expected|max; inf where a leaf is zero
-    that should not be, so that a dropped gradient cannot pass."""
-    errors = []
-    pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
-    for a, e in pairs:
-        assert a.shape == e.shape
-        errors.append(((a - e).abs().max() / e.abs().max()).item() if e.any() else float("inf"))
-    return max(errors)
-
-
-def same_bits(actual: Any, expected: Any) -> bool:
-    """Whether two trees are equal bit for bit, signed zeros apart."""
-    pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
-    return all(torch.equal(a, e) for a, e in pairs)
 
 
 @pytest.fixture
@@ -155,3 +84,30 @@ def captures(monkeypatch):
     monkeypatch.setattr(CUDAGraphed, "_capture", capture)
     monkeypatch.setattr(cuda_graph, "_check_devices", lambda given: None)
     return made
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory):
+    """dense_folder(family, dtype): the folder of a checkpoint in 16 or 32 bits."""
+
+    @cache
+    def of(family: str = FAMILY, dtype: torch.dtype = torch.float32) -> Path:
+        folder = tmp_path_factory.mktemp(family)
+        make_checkpoint(family, folder, dtype)
+        return folder
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def quantised_folder(dense_folder, tmp_path_factory):
+    """quantised_folder(kind, dtype): a folder that transformers wrote in 4 or 8 bits."""
+
+    @cache
+    def of(kind: str, dtype: torch.dtype = torch.float32, storage: str = "uint8") -> Path:
+        folder = tmp_path_factory.mktemp("stored")
+        more = {} if kind == "int8" else {"bnb_4bit_quant_storage": storage}
+        oracle(dense_folder(FAMILY, dtype), kind, dtype, **more).save_pretrained(folder)
+        return folder
+
+    return of

@@ -1,4 +1,4 @@
-"""What scripts/bench.py and its companions compute; what they measure needs a GPU."""
+"""The arithmetic and the tables of scripts/bench.py and scripts/bench/. Measuring needs a GPU."""
 
 import os
 import re
@@ -17,7 +17,7 @@ LAYER_KERNELS = str(SCRIPTS / "bench" / "layer_kernels.py")
 
 @pytest.fixture
 def scripts(monkeypatch):
-    """The scripts as modules, found as they find one another."""
+    """The scripts as modules, with the sys.path that they run with."""
     monkeypatch.syspath_prepend(str(SCRIPTS / "bench"))
     monkeypatch.syspath_prepend(str(SCRIPTS))
     names = ("bench", "profile_step", "scaling")
@@ -26,13 +26,12 @@ def scripts(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_floors_are_those_of_the_design(scripts):
-    """design.md: 4 x parameters x tokens at 790 TFLOP/s, 51 ms for 1B and about 335 for 8B; and
-    attention, of which the causal half counts."""
+def test_the_floor_counts_products_and_causal_attention(scripts):
+    """4 x parameters x tokens at 790 TFLOP/s, and the causal half of attention."""
     measuring = import_module("measuring")
     for shape, products, attention in (("1b", 51.2, 4.9), ("8b", 311.3, 19.5)):
         raw = measuring.SHAPES[shape]
-        short = measuring.floor_ms(raw, 4096, 2)  # as many tokens, next to no attention
+        short = measuring.floor_ms(raw, 4096, 2)  # as many tokens, almost no attention
         assert short == pytest.approx(products, abs=0.1)
         assert measuring.floor_ms(raw, 4, 2048) - short == pytest.approx(attention, abs=0.1)
 
@@ -45,7 +44,7 @@ def row(setting, ms, **more):
     return FACTS | figures | {"setting": setting, "first_s": 9.0, "last_loss": 0.5} | more
 
 
-def test_the_report_says_ratio_and_share_of_the_floor(scripts):
+def test_the_report_gives_ratio_and_share_of_the_floor(scripts):
     bench, *_ = scripts
     failed = {"setting": "liger", "error": ["no such package"]}
     text = bench.report(FACTS, [row("none", 100.0), row("unsloth", 125.0), failed], "unsloth")
@@ -57,7 +56,7 @@ def test_the_report_says_ratio_and_share_of_the_floor(scripts):
 
 
 def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
-    """One that is not handed on would be measured at its default, in silence."""
+    """An argument that is not passed on would be measured at its default."""
     measuring = import_module("measuring")
     parser = ArgumentParser()
     measuring.add_step_arguments(parser)
@@ -66,7 +65,7 @@ def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
     given += "--documents 128 --cuda-graph --deterministic".split()
     args = parser.parse_args(given)
     for name, value in vars(args).items():
-        assert name == "folder" or value != parser.get_default(name), f"{name}: give it here too"
+        assert name == "folder" or value != parser.get_default(name), f"{name}: give it a value"
     args.steps, args.warm, args.cache = 7, 2, None
     seen = {}
 
@@ -153,8 +152,8 @@ def test_one_size_changes_at_a_time(scripts):
     assert len(measured) == len(set(measured)) == 23
 
 
-def test_a_sweep_that_was_cut_off_goes_on(scripts):
-    """A point is there if it was measured or failed; rows of other sweeps do not count."""
+def test_an_interrupted_sweep_continues(scripts):
+    """A point is skipped if it was measured or failed; rows of other sweeps do not count."""
     *_, scaling = scripts
     rows = [row("full", 100.0, sweep="rank", rank=8), row("none", 9.0, sweep="layers", layers=4)]
     rows += [{"sweep": "rank", "rank": 256, "setting": "full", "error": ["out of memory"]}]
@@ -181,8 +180,8 @@ def test_the_plot_is_drawn_with_gaps(scripts, tmp_path):
 
 
 @pytest.mark.compile
-def test_inductors_kernels_are_told_without_a_gpu(tmp_path):
-    """And attention writes its gradients as they are read: none is rotated or joined after it."""
+def test_inductors_kernels_are_listed_without_a_gpu(tmp_path):
+    """No kernel rotates or concatenates attention's gradients: attention writes the final ones."""
     script = [
         sys.executable,
         str(SCRIPTS / "bench" / "layer_kernels.py"),
@@ -196,18 +195,18 @@ def test_inductors_kernels_are_told_without_a_gpu(tmp_path):
         "fastlora.lora_swiglu_backward" in backward and "triton" in (tmp_path / "code").read_text()
     )
     assert "fastlora.flash_attention_backward" in backward
-    rows = re.findall(r"(?m)^ +(\d+\.\d) +\d+\.\d +(.*)$", backward)  # MiB and what Inductor wrote
+    rows = re.findall(r"(?m)^ +(\d+\.\d) +\d+\.\d +(.*)$", backward)  # MiB, and the kernel's name
     assert rows and all(float(size) < 2 or "cat" not in what for size, what in rows)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("shape", ["30b-a3b", "8x7b"])
 def test_no_kernel_of_a_mixture_reads_back_what_it_stored(shape):
-    """Without ops/gradient_barrier.py one of each does: the gradient of RMSNorm over the keys, and
-    of that before two experts. (In shorter sequences Inductor writes other kernels.)"""
+    """Without ops/gradient_barrier.py one kernel of each shape would: the gradient of RMSNorm over
+    the keys, and of the RMSNorm before two experts. Shorter sequences give other kernels."""
     script = [sys.executable, LAYER_KERNELS, "--shape", shape]
     script += ["--recompute", "selective"]
-    environ = os.environ | {"TRITON_INTERPRET": "0"}  # conftest.py's 1 would have it run kernels
+    environ = os.environ | {"TRITON_INTERPRET": "0"}  # conftest.py's 1 would run kernels
     run = dict(check=True, capture_output=True, text=True, timeout=300, env=environ)
     told = subprocess.run(script, **run).stdout
     assert "backward: " in told and "settle_" in told

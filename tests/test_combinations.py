@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from conftest import adapted, token_ids
 
 import fastlora
+from oracles.pairs import adapted
+from oracles.trees import token_ids
 
 IDS = token_ids(2, 7, vocab_size=96)
 BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

@@ -1,79 +1,251 @@
-"""The architecture is a test: who may import whom, and what `import fastlora` costs."""
+"""The layout of the package: who imports whom, sizes of files, the cost of `import fastlora`."""
 
 import ast
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parents[1] / "fastlora"
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastlora"
 
-# The building, ground floor first. A file imports only from floors below its own.
+# The wings (folders) and single files of the package, lowest first. A file imports only from its
+# own wing and from floors below. A new wing or file needs a place here.
 FLOORS = [
-    {"checks", "atomic", "quantized", "chat_template", "tree"},
-    {"tokenizer", "ops", "cuda_graph"},
-    {"llama"},
-    {"gradients", "checkpoint", "factors", "optimizers"},
-    {"quantized_keys", "hub"},
-    {"expert_keys", "outside", "originals"},
-    {"functional", "data", "bases", "peft_keys"},
-    {"loftq", "targets", "first_weights"},
-    {"adapter"},
-    {"generation", "merging", "combine", "initialize", "vocabulary", "quantization"},
-    {"export"},
-    {"saving"},
+    {"errors"},
+    {"arguments", "ops"},
+    {"runtime"},
+    {"models"},
+    {"functional", "checkpoints"},
+    {"text"},
+    {"adapters"},
+    {"formats", "generation", "data"},
     {"model"},
-    {"loading", "training", "planning"},
+    {"loading", "training"},
     {"__init__"},
 ]
-FLOOR = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+FLOOR = {part: level for level, parts in enumerate(FLOORS) for part in parts}
+Graph = dict[str, set[str]]  # file -> files that it imports, relative to the package
 
 
-def imported(node: ast.AST) -> list[str]:
-    """Rooms of fastlora that an import statement enters."""
-    names: list[str] = []
-    if isinstance(node, ast.ImportFrom) and node.module == "fastlora":
-        names = [f"fastlora.{alias.name}" for alias in node.names]  # from fastlora import export
-    elif isinstance(node, ast.ImportFrom):
-        names = [node.module or ""]
-    elif isinstance(node, ast.Import):
-        names = [alias.name for alias in node.names]
-    return [[*n.split("."), "__init__"][1] for n in names if n.split(".")[0] == "fastlora"]
+def python_files(package: Path) -> dict[str, ast.Module]:
+    """Relative path -> syntax tree."""
+    return {
+        path.relative_to(package).as_posix(): ast.parse(path.read_text())
+        for path in sorted(package.rglob("*.py"))
+    }
 
 
-def upward(package: Path) -> list[str]:
-    """Every import that does not point downward."""
-    wrong = []
-    for path in sorted(package.rglob("*.py")):
-        here = path.relative_to(package).parts[0].removesuffix(".py")
-        if here == "demo":  # data, no code
+def imported_names(tree: ast.AST) -> Iterator[str]:
+    """Dotted names that a module imports, inside functions too: "torch", "fastlora.ops.cast"."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def import_graph(package: Path) -> Graph:
+    """Which file imports which. `from fastlora.ops import cast` leads to ops/cast.py."""
+    files = python_files(package)
+    graph: Graph = {}
+    for here, tree in files.items():
+        graph[here] = set()
+        for name in imported_names(tree):
+            first, *parts = name.split(".")
+            if first != "fastlora":
+                continue
+            for k in range(len(parts), -1, -1):
+                path = "/".join(parts[:k])
+                found = {f"{path}.py", f"{path}/__init__.py".lstrip("/")} & files.keys()
+                if found:
+                    graph[here] |= found
+                    break
+    return graph
+
+
+def part_of(file: str) -> str:
+    """The wing or single file: "ops/cast.py" -> "ops", "model.py" -> "model"."""
+    return file.split("/")[0].removesuffix(".py")
+
+
+def upward_imports(graph: Graph) -> list[str]:
+    """Imports between wings that do not point downward."""
+    return [
+        f"{here} -> {there}"
+        for here, targets in graph.items()
+        for there in sorted(targets)
+        if part_of(here) != part_of(there) and FLOOR[part_of(there)] >= FLOOR[part_of(here)]
+    ]
+
+
+def circle(graph: Graph) -> list[str]:
+    """The files of one import circle, or an empty list."""
+    done: set[str] = set()
+
+    def visit(file: str, path: list[str]) -> list[str]:
+        if file in path:
+            return [*path[path.index(file) :], file]
+        if file in done:
+            return []
+        for there in sorted(graph[file]):
+            if found := visit(there, [*path, file]):
+                return found
+        done.add(file)
+        return []
+
+    for file in graph:
+        if found := visit(file, []):
+            return found
+    return []
+
+
+def reachable(graph: Graph, start: str) -> set[str]:
+    """Files that importing `start` executes, with the __init__.py of every folder on the way.
+
+    The package's first __init__.py is left out: it imports everything, and Python runs it before
+    any part of the package.
+    """
+    seen, waiting = set(), [start]
+    while waiting:
+        file = waiting.pop()
+        if file in seen or file == "__init__.py":
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            wrong += [
-                f"{path.relative_to(package)}:{node.lineno} {here} -> {there}"
-                for there in imported(node)
-                if there != here and FLOOR[there] >= FLOOR[here]
-            ]
-    return wrong
+        seen.add(file)
+        waiting += graph[file]
+        waiting += [
+            f"{folder.as_posix()}/__init__.py"
+            for folder in Path(file).parents
+            if f"{folder.as_posix()}/__init__.py" in graph
+        ]
+    return seen
+
+
+GRAPH = import_graph(PACKAGE)
 
 
 def test_imports_point_downward():
-    assert not (wrong := upward(PACKAGE)), "imports must point downward:\n" + "\n".join(wrong)
+    assert not (wrong := upward_imports(GRAPH)), "imports must point downward:\n" + "\n".join(wrong)
 
 
-def test_an_upward_import_would_be_seen(tmp_path):
-    (tmp_path / "gradients.py").write_text(
-        "from fastlora import checks\nfrom fastlora.export import x\n"
+def test_no_imports_form_a_circle():
+    assert not (found := circle(GRAPH)), " -> ".join(found)
+
+
+def test_an_upward_import_is_found(tmp_path):
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "model.py").touch()
+    (tmp_path / "errors.py").touch()
+    (tmp_path / "ops/cast.py").write_text(
+        "from fastlora import errors\ndef f():\n    from fastlora.model import Model\n"
     )
-    assert upward(tmp_path) == ["gradients.py:2 gradients -> export"]
+    graph = import_graph(tmp_path)
+    assert graph["ops/cast.py"] == {"errors.py", "model.py"}
+    assert upward_imports(graph) == ["ops/cast.py -> model.py"]
 
 
-def test_every_room_has_a_floor_and_every_floor_its_rooms():
-    rooms = {
-        p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.suffix == ".py" or p.is_dir()
+def test_a_circle_within_a_wing_is_found(tmp_path):
+    (tmp_path / "ops").mkdir()
+    for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"ops/{name}.py").write_text(f"from fastlora.ops.{other} import x\n")
+    assert circle(import_graph(tmp_path)) == ["ops/a.py", "ops/b.py", "ops/c.py", "ops/a.py"]
+
+
+def test_every_wing_and_single_file_has_a_floor():
+    assert {part_of(file) for file in GRAPH} == set(FLOOR)
+
+
+def test_the_package_has_at_most_12_wings_and_8_single_files():
+    wings = {part_of(file) for file in GRAPH if "/" in file}
+    single = {file for file in GRAPH if "/" not in file and file != "__init__.py"}
+    assert len(wings) <= 12
+    assert len(single) <= 8
+
+
+def test_no_file_is_longer_than_350_lines():
+    """Kernels, whose parts share many local names, may be longer."""
+    lines = {file: len((PACKAGE / file).read_text().splitlines()) for file in GRAPH}
+    assert not {f: n for f, n in lines.items() if n > 350 and not f.endswith("_kernel.py")}
+
+
+def test_every_folder_has_a_docstring():
+    """The docstring of a folder's __init__.py says what the folder is about."""
+    files = python_files(PACKAGE)
+    folders = {Path(file).parent.as_posix() for file in files}
+    without = [
+        folder
+        for folder in sorted(folders)
+        if not (init := files.get(f"{folder}/__init__.py".removeprefix("./")))
+        or not ast.get_docstring(init)
+    ]
+    assert not without
+
+
+# Modules and methods with which Python code reaches files.
+FILE_MODULES = {"io", "pathlib", "shutil", "tempfile", "mmap", "pickle", "safetensors"}
+FILE_MODULES |= {"huggingface_hub", "json"}
+FILE_CALLS = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "mkdir", "unlink"}
+# It hashes the source of the operators for the key of the compile cache.
+MAY_READ_SOURCE = "runtime/compiled.py"
+
+
+def file_access(tree: ast.AST) -> set[str]:
+    """Modules and calls in a syntax tree that read or write files."""
+    modules = {name.split(".")[0] for name in imported_names(tree)}
+    calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    return modules & FILE_MODULES | {
+        call
+        for call in calls
+        if call.split(".")[-1] in FILE_CALLS
+        or call in {"torch.load", "torch.save"}
+        or (call.startswith("os.") and not call.startswith(("os.environ.", "os.fspath")))
     }
-    assert rooms - {"__pycache__", "demo", "py.typed"} == set(FLOOR)
+
+
+def test_functional_reaches_no_code_that_reads_or_writes_files():
+    files = python_files(PACKAGE)
+    reached = reachable(GRAPH, "functional.py")
+    assert not {part_of(file) for file in reached} - {
+        "functional", "models", "runtime", "ops", "arguments", "errors",
+    }  # fmt: skip
+    found = {file: file_access(files[file]) for file in sorted(reached - {MAY_READ_SOURCE})}
+    assert not {file: access for file, access in found.items() if access}
+
+
+def test_file_access_is_found():
+    assert file_access(ast.parse("from pathlib import Path\nPath('x').read_text()")) == {
+        "pathlib", "Path('x').read_text",
+    }  # fmt: skip
+    assert file_access(ast.parse("torch.save(x, f)\nwith open(f): pass")) == {"torch.save", "open"}
+    assert file_access(ast.parse("os.replace(a, b); os.environ.get('X')")) == {"os.replace"}
+    assert not file_access(ast.parse("import torch\ntorch.cat(x).sum()"))
+
+
+# ── the tests' own layout ─────────────────────────────────────────────────────────────────
+
+TESTS = {path: path.read_text() for path in sorted((ROOT / "tests").rglob("*.py"))}
+
+
+def test_no_test_file_is_longer_than_400_lines():
+    assert not {str(p): n for p, text in TESTS.items() if (n := len(text.splitlines())) > 400}
+
+
+def test_no_test_module_imports_another():
+    """What tests share is in tests/oracles; scripts import no tests."""
+    modules = {path.stem for path in TESTS if path.stem.startswith("test_")} | {"conftest"}
+    scripts = {path: path.read_text() for path in sorted((ROOT / "scripts").rglob("*.py"))}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for path, text in (TESTS | scripts).items()
+        for name in imported_names(ast.parse(text))
+        if set(name.split(".")) & (modules | ({"oracles"} if path in scripts else set()))
+    ]
+    assert not wrong
+
+
+# ── the cost of an import ─────────────────────────────────────────────────────────────────
 
 
 def run(code: str) -> str:
@@ -82,7 +254,7 @@ def run(code: str) -> str:
         check=True,
         capture_output=True,
         text=True,
-        cwd=PACKAGE.parent,
+        cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"},
         timeout=120,
     ).stdout

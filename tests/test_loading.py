@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import FAMILIES, make_checkpoint, mapped_from, respell
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
@@ -24,6 +23,7 @@ from fastlora.loading import load
 from fastlora.model import Model
 from fastlora.models.config_json import config_to_json
 from fastlora.models.names import EMBED_TOKENS, LM_HEAD, tensors_from_base
+from oracles.checkpoints import FAMILIES, make_checkpoint, mapped_from, respell
 
 ROOT = str(Path(__file__).parents[1])
 
@@ -84,7 +84,7 @@ def tied(tmp_path) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_tensor_is_the_files(family, dtype, tmp_path):
+def test_tensors_equal_those_in_the_file(family, dtype, tmp_path):
     model = make_checkpoint(family, tmp_path, dtype)
     assert_holds(tmp_path, weights(model))
     respell(tmp_path)
@@ -136,13 +136,13 @@ def test_a_given_dtype_converts_and_is_recorded(folder, dtype):
     assert config_to_json(model.spec.config)["dtype"] == name
 
 
-def test_the_configs_dtype_wins_over_the_files_as_in_transformers(folder):
+def test_the_configs_dtype_overrides_the_files_as_in_transformers(folder):
     edit_json(folder / "config.json", dtype="bfloat16")
     assert_holds(folder, weights(AutoModelForCausalLM.from_pretrained(folder)))
     assert read_base(folder)[0].dtype == "bfloat16"
 
 
-def test_without_a_dtype_in_the_config_the_files_is_kept(tmp_path):
+def test_without_a_dtype_in_the_config_the_files_dtype_is_kept(tmp_path):
     make_checkpoint("llama2", tmp_path, torch.float16)
     edit_json(tmp_path / "config.json", dtype=None)
     config, base = read_base(tmp_path)
@@ -158,7 +158,7 @@ def store_head(folder: Path, scale: float) -> None:
 
 
 @pytest.mark.parametrize("scale", [1.0, 1.5])
-def test_a_stored_head_counts_where_it_differs_as_in_transformers(tied, scale):
+def test_a_stored_head_is_used_if_it_differs_as_in_transformers(tied, scale):
     store_head(tied, scale)
     config, base = read_base(tied)
     assert config.tie_word_embeddings == (scale == 1.0) == ("lm_head" not in base)
@@ -181,7 +181,7 @@ def test_an_untied_model_without_a_head_is_refused(folder):
 # ── refusals ──────────────────────────────────────────────────────────────────────────────
 
 
-def test_every_wrong_tensor_is_named_at_once_and_none_is_made_up(folder):
+def test_all_wrong_tensors_are_named_together(folder):
     up = "model.layers.0.mlp.up_proj.weight"
 
     def spoil(tensors):
@@ -223,7 +223,7 @@ def test_a_truncated_file_is_refused_in_a_moment(folder):
         (dict(num_attention_heads="4"), "num_attention_heads"),
     ],
 )
-def test_a_config_that_cannot_be_run_is_named_with_its_file(folder, changed, words):
+def test_an_unsupported_config_is_refused_with_file_and_field(folder, changed, words):
     edit_json(folder / "config.json", **changed)
     with pytest.raises(CheckpointError, match=rf"config\.json(.|\n)*{words}"):
         read_base(folder)
@@ -273,18 +273,18 @@ def test_all_wrong_arguments_are_listed_at_once():
 
 
 @pytest.mark.parametrize("device", ["tpu", "meta", "mps", "cuda:99"])
-def test_a_device_that_is_not_there_is_refused(device, folder):
+def test_a_device_that_this_machine_lacks_is_refused(device, folder):
     with pytest.raises(ValueError, match=device):
         load(folder, device=device)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, "float8", "torch.float32", ""])
-def test_a_dtype_that_is_no_weights_is_refused(dtype, folder):
+def test_a_dtype_that_weights_cannot_have_is_refused(dtype, folder):
     with pytest.raises(ValueError, match="dtype="):
         load(folder, dtype=dtype)
 
 
-def test_demo_is_the_packages_own(folder, monkeypatch, tmp_path):
+def test_the_name_demo_means_the_shipped_demo(folder, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "DEMO", folder)
     monkeypatch.chdir(tmp_path)
     make_checkpoint("qwen3", tmp_path / "demo")
@@ -325,7 +325,7 @@ def test_an_adapters_folder_loads_on_its_base(folder, adapter):
     assert_computes(model, theirs)
 
 
-def test_an_adapters_base_is_found_from_the_working_directory(folder, adapter, monkeypatch):
+def test_a_relative_base_name_starts_from_the_working_directory(folder, adapter, monkeypatch):
     edit_json(adapter / "adapter_config.json", base_model_name_or_path="model")
     monkeypatch.chdir(folder.parent)
     assert load(adapter, device="cpu")[0].spec.name_or_path == "model"
@@ -349,12 +349,13 @@ def test_a_models_folder_with_an_adapter_config_is_a_model(folder, adapter):
 def test_host_memory_stays_under_the_largest_tensor(tmp_path):
     """64 MB of weights, mapped: anonymous memory grows by less than the largest tensor (16 MB).
 
-    scripts/measure_load.py shows the same for 2.5 GB.
+    scripts/bench/measure_load.py shows the same for 2.5 GB.
     """
     big = dict(vocab_size=16384, hidden_size=256, intermediate_size=4096, num_hidden_layers=8)
     make_checkpoint("llama2", tmp_path, config=big)
     code = (
-        "import re, sys; from pathlib import Path; from fastlora.loading import read_base\n"
+        "import re, sys; from pathlib import Path\n"
+        "from fastlora.checkpoints.reading import read_base\n"
         "def anonymous():\n"
         "    status = Path('/proc/self/status').read_text()\n"
         "    return int(re.search(r'RssAnon:\\s+(\\d+)', status)[1]) * 1024\n"

@@ -1,4 +1,4 @@
-"""Model: a value whose methods change nothing, refuse early, and print what PEFT prints."""
+"""Model: methods change nothing, bad input is refused before work, and PEFT's line is printed."""
 
 import dataclasses
 import math
@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import adapted, randomised, same_bits, token_ids
 from peft import LoraConfig, get_peft_model
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
+from oracles.pairs import adapted
+from oracles.trees import randomised, same_bits, token_ids
 
 VOCAB = 96
 
@@ -35,7 +36,7 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids(), "labels": ids()}
 
 
-# ── another Model, never this one ─────────────────────────────────────────────────────────
+# ── derived models ────────────────────────────────────────────────────────────────────────
 
 
 def test_a_model_is_frozen(model):
@@ -85,12 +86,12 @@ def test_with_adapter_names_every_leaf_that_does_not_fit(model):
         model.with_adapter({"layers": model.adapter["layers"][:1]})
 
 
-def test_a_base_takes_no_adapter_without_a_spec(model, base):
+def test_a_model_without_lora_settings_refuses_an_adapter(model, base):
     with pytest.raises(ValueError, match=r"fastlora\.lora"):
         base.with_adapter(model.adapter)
 
 
-def test_with_spec_changes_what_it_is_given_and_no_tensor(model):
+def test_with_spec_changes_the_given_settings_and_no_tensor(model):
     changed = model.with_spec(recompute=0.5, compile=False, kernels="torch", deterministic=True)
     assert changed.base is model.base and changed.adapter is model.adapter
     spec = dataclasses.replace(
@@ -112,14 +113,14 @@ WRONG_SPECS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("wrong", WRONG_SPECS, ids=str)
-def test_with_spec_refuses_what_cannot_be(wrong, model):
+def test_with_spec_refuses_wrong_values(wrong, model):
     (name,) = wrong
     # Under the import hook jaxtyping may be first to refuse a value of the wrong type.
     with pytest.raises((ValueError, TypeError), match=name):
         model.with_spec(**wrong)
 
 
-def test_with_spec_names_everything_at_once(model, monkeypatch):
+def test_with_spec_reports_all_problems_together(model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"recompute(.|\n)*kernels"):
         model.with_spec(recompute=2.0, kernels="triton")
@@ -191,9 +192,11 @@ def test_methods_work_under_torch_func(model):
     torch.testing.assert_close(grads, expected, rtol=1e-3, atol=1e-5)
 
 
-# ── what is refused, before any work ──────────────────────────────────────────────────────
+# ── bad input ─────────────────────────────────────────────────────────────────────────────
+
 
 INTS = torch.ones(2, 6, dtype=torch.int64)
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty": ({"input_ids": ids(2, 0)}, "non-empty"),
     "negative": ({"input_ids": ids() - 200}, r"input_ids holds.*\[0, 96\)"),
@@ -224,7 +227,7 @@ def test_a_wrong_batch_is_refused_before_any_work(case, model, no_work):
     changed, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         model.loss(batch() | changed)
-    # Of a call's arguments the import hook refuses wrong shapes first, with an error of its own.
+    # In a run with the import hook, jaxtyping refuses the other wrong shapes with its own error.
     if changed.keys() == {"input_ids"}:
         with pytest.raises(ValueError, match=message):
             model(**changed)
@@ -236,7 +239,7 @@ def test_a_missing_entry_is_named(missing, model, no_work):
         model.loss({k: v for k, v in batch().items() if k != missing})
 
 
-def test_every_wrong_shape_is_said_at_once_then_every_wrong_value(model, no_work):
+def test_all_wrong_shapes_are_reported_together_then_all_wrong_values(model, no_work):
     wrong = dict(attention_mask=INTS[:, :5], segment_ids=INTS[:, :4])
     with pytest.raises(ValueError, match=r"attention_mask(.|\n)*segment_ids"):
         model.loss(batch() | wrong)
@@ -269,7 +272,7 @@ def test_saving_without_an_adapter_is_refused(base, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama2", "llama3.2", "qwen2", "smollm3"])
 @pytest.mark.parametrize("r, targets", [(4, ["q_proj", "v_proj"]), (1, "all-linear")])
-def test_the_printed_line_is_pefts(family, r, targets, pair, capsys):
+def test_the_printed_line_equals_pefts(family, r, targets, pair, capsys):
     """To the character; r = 1 and all-linear vary the number of digits."""
     one = pair(family)
     config = LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM")

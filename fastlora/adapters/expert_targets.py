@@ -1,4 +1,4 @@
-"""expert_targets."""
+"""Targets of mixtures of experts: names of transformers 4 in target_modules, and parameters."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import (
-    EXPERT_SPELLINGS,
     FUSED_GATE_UP,
     base_tensors,
-    former_names,
+    expert_spelling,
     is_mixture,
+    legacy_expert_names,
 )
 from fastlora.models.params import PROJECTIONS
 from fastlora.models.spec import LoraConfig
@@ -22,71 +22,79 @@ def translate_targets(
     modules: Collection[str],
     matches: Callable[[str], bool],
 ) -> tuple[LoraConfig, list[str]]:
-    """(settings without names of transformers 4, problems), as peft 0.21.2 translates them
-    (utils/transformers_weight_conversion.py:402).
+    """(settings with transformers 4's names of experts as target_parameters, problems).
 
-    In transformers 4 every expert's matrices were modules of their own; their names become target
-    parameters. Gate and up are one tensor now: twice the rank, and twice alpha, keep each half's
-    own. PEFT translates by bare name, so that a regex reaches every layer, and a dense MLP in a
-    model of mixtures gets no adapter at all.
+        target_modules ("q_proj", "gate_proj", "up_proj"), r 8
+    ->  target_modules ("q_proj",), target_parameters ("gate_up_proj",),
+        rank_pattern {".*\\.gate_up_proj": 16}
+
+    The translation is that of peft 0.21.2 (utils/transformers_weight_conversion.py:402). In
+    transformers 4 the matrices of each expert were separate modules. Now gate and up are one
+    tensor, which gets twice the rank and twice alpha, so that each half keeps its rank and scaling.
+    PEFT translates bare names: a regex reaches every layer, and a dense MLP in a mixture's model
+    gets no adapter.
 
     Args:
         settings: as given.
-        config: the model's shape; a dense family's settings come back as they are.
+        config: the model's shape; settings for a dense family are returned unchanged.
         modules: names of all modules.
         matches: whether `target_modules`, as given, matches a name.
     """
     if not is_mixture(config):
         return settings, []
-    _, (gate, up, down) = EXPERT_SPELLINGS[config.model_type]
-    new = {"gate": "gate.weight", gate: FUSED_GATE_UP, up: FUSED_GATE_UP, down: "down_proj"}
-    targets = _target_names(settings.target_modules, config, new, modules, matches)
+    gate, up, down = expert_spelling(config).matrices
+    new_names = {"gate": "gate.weight", gate: FUSED_GATE_UP, up: FUSED_GATE_UP, down: "down_proj"}
+    targets = _bare_targets(settings.target_modules, config, new_names, modules, matches)
     if not targets and isinstance(settings.target_modules, str):
-        return settings, []  # for the error that the pattern matches nothing
-    old = {t: next((o for o in new if f".{t}".endswith(f".{o}")), None) for t in targets}
-    present = [o for o in (gate, up) if o in old.values()]
-    if len(present) == 1:
-        missing = up if present == [gate] else gate
+        return settings, []  # match_problems reports that the pattern matches nothing
+    old_names = {
+        t: next((old for old in new_names if f".{t}".endswith(f".{old}")), None) for t in targets
+    }
+    halves = [old for old in (gate, up) if old in old_names.values()]
+    if len(halves) == 1:
+        missing = up if halves == [gate] else gate
         return settings, [
-            f"target_modules has {present[0]!r} without {missing!r}, but the experts hold both in"
-            f" one tensor, {FUSED_GATE_UP!r}; name both, or target_parameters=['{FUSED_GATE_UP}']."
+            f"target_modules has {halves[0]!r} without {missing!r}, but the experts hold both in"
+            f" one tensor, {FUSED_GATE_UP!r}; name both, or target_parameters=['{FUSED_GATE_UP}']"
         ]
     ranks, alphas = dict(settings.rank_pattern), dict(settings.alpha_pattern)
-    if present:
+    if halves:
         pattern = rf".*\.{re.escape(FUSED_GATE_UP)}"
         ranks |= {pattern: 2 * settings.r}
         alphas |= {pattern: 2 * settings.lora_alpha}
-    added = dict.fromkeys(new[o] for o in old.values() if o)
+    parameters = dict.fromkeys(new_names[old] for old in old_names.values() if old)
     translated = replace(
         settings,
-        target_modules=tuple(t for t in targets if old[t] is None),
-        target_parameters=(*settings.target_parameters, *added),
+        target_modules=tuple(t for t in targets if old_names[t] is None),
+        target_parameters=(*settings.target_parameters, *parameters),
         rank_pattern=tuple(ranks.items()),
         alpha_pattern=tuple(alphas.items()),
     )
     return translated, []
 
 
-def _target_names(
+def _bare_targets(
     rule: tuple[str, ...] | str,
     config: LlamaConfig,
-    new: Mapping[str, str],
+    new_names: Mapping[str, str],
     modules: Collection[str],
     matches: Callable[[str], bool],
 ) -> tuple[str, ...]:
-    """`target_modules` as bare names, where it is a regex, "all-linear", or the default seven."""
+    """`target_modules` as bare names, also if it is a regex, "all-linear" or the default."""
     attention = [n for n, module in PROJECTIONS.items() if module == "self_attn"]
     if rule == "all-linear":
-        return (*attention, *new)
+        return (*attention, *new_names)
     if isinstance(rule, tuple):
-        # lora()'s own default: where the experts have other names, PEFT leaves them alone.
-        names_none = set(rule) == set(PROJECTIONS) and "w1" in new
-        return tuple(attention) if names_none else rule
+        # The default of lora() names Llama's MLP. If the experts have other names (Mixtral's w1,
+        # w2 and w3), PEFT does not adapt them.
+        is_default = set(rule) == set(PROJECTIONS)
+        names_no_expert = is_default and not new_names.keys() & PROJECTIONS.keys()
+        return tuple(attention) if names_no_expert else rule
     parameters = list(base_tensors(config))
-    ends = [m.rpartition(".")[2] for m in (*modules, *parameters) if matches(m)]
-    ends += [m.rpartition(".")[2] for m in former_names(config) if matches(m)]
-    known = {m.rpartition(".")[2] for m in modules} | set(new)
-    return tuple(e for e in dict.fromkeys(ends) if e in known)
+    matched = [m.rpartition(".")[2] for m in (*modules, *parameters) if matches(m)]
+    matched += [m.rpartition(".")[2] for m in legacy_expert_names(config) if matches(m)]
+    known = {m.rpartition(".")[2] for m in modules} | set(new_names)
+    return tuple(name for name in dict.fromkeys(matched) if name in known)
 
 
 def matched_parameters(settings: LoraConfig, config: LlamaConfig) -> list[str]:

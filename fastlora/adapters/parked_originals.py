@@ -1,7 +1,7 @@
-"""Where a trained copy's frozen original waits: in a memory-mapped file instead of the accelerator.
+"""Parks the frozen originals of trained embeddings and heads in a memory-mapped file on the host.
 
-Embedding and head of an 8B model are 1 GiB each. While copies of them are trained nobody reads the
-originals, but `merge` and `disable` must find them again, exact.
+Embedding and head of an 8B model take 1 GiB each. While copies of them are trained, nothing reads
+the originals, but `merge` and `disable` need them back exactly (models/self_contained.py).
 """
 
 import os
@@ -18,49 +18,55 @@ from fastlora.models.params import Base
 from fastlora.models.self_contained import unread
 from fastlora.models.spec import Extras
 
+DEFAULT_PARKING_FOLDER = "_fastlora_temporary_saved_buffers"
+
 
 def park_originals(
     base: Base, extras: Extras, folder: str | os.PathLike[str], *, always: bool = False
 ) -> Base:
-    """The base with what nobody reads memory-mapped on the host; itself on the CPU.
+    """The base with the tensors that nothing reads mapped from files on the host.
+
+        {"embed_tokens": E on the device, ...}  ->  {"embed_tokens": E mapped from a file, ...}
+
+    A base on the CPU is returned as it is.
 
     Args:
         base: on one device.
-        outside: what is trained in the base's place.
-        folder: made if need be; gets a file for each, of a name of its own, which is removed when
-            the last model over it has gone (the name may go earlier: the mapping outlives it).
-        always: on the CPU as well.
+        extras: says of which tensors copies are trained.
+        folder: created if it does not exist. Each tensor gets a file with an unused name, which is
+            removed when the last model that uses it is gone. On Linux a mapping stays readable even
+            if the file is removed earlier.
+        always: park on the CPU too (for tests).
 
     Raises:
-        OSError: if the folder cannot be written to.
+        OSError: the folder cannot be written to.
     """
-    keys = unread(base, extras) if always else _to_send(base, extras)
+    keys = unread(base, extras) if always else _keys_to_park(base, extras)
     if not keys:
         return base
     Path(folder).mkdir(parents=True, exist_ok=True)
-    whole: Any = {**base, **{key: _mapped(key, base[key], folder) for key in keys}}
-    return whole
-
-
-def _to_send(base: Base, extras: Extras) -> list[str]:
-    """What of `unread` is on an accelerator."""
-    return [] if base["norm"].device.type == "cpu" else unread(base, extras)
+    parked: Any = {**base, **{key: _mapped(key, base[key], folder) for key in keys}}
+    return parked
 
 
 def location_problems(base: Base, extras: Extras, folder: str | os.PathLike[str]) -> list[str]:
-    """Why `offload_originals` could not write to a folder, which need not be there; nothing where
-    it would not write."""
-    if not _to_send(base, extras):
+    """Why `park_originals` could not write to a folder; empty if it would not write at all."""
+    if not _keys_to_park(base, extras):
         return []
     given, path = f"temporary_location={os.fspath(folder)!r}", Path(folder).absolute()
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
-        return [f"{given}: {nearest} is a file; choose another name."]
+        return [f"{given}: {nearest} is a file; choose another name"]
     writable = os.access(nearest, os.W_OK | os.X_OK)
-    return [] if writable else [f"{given}: {nearest} is not writable for you."]
+    return [] if writable else [f"{given}: you may not write to {nearest}; choose another folder"]
+
+
+def _keys_to_park(base: Base, extras: Extras) -> list[str]:
+    return [] if base["norm"].device.type == "cpu" else unread(base, extras)
 
 
 def _mapped(key: str, tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
+    """The tensor, mapped from a new file that is removed together with it."""
     handle, name = tempfile.mkstemp(prefix=f"{key}-", suffix=".safetensors", dir=folder)
     os.close(handle)
     try:

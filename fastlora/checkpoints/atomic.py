@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all."""
+"""atomic_write(): writes a file completely, or leaves the old one unchanged."""
 
 import os
 import secrets
@@ -8,10 +8,10 @@ from typing import BinaryIO
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Replace `path` by what `write` puts into a file, whole or not at all.
+    """Replace the file `path` by what `write` puts into the file object that it is given.
 
-    The bytes go to a temporary name in the same folder, reach the disk, and are then renamed. If
-    `write` raises, or the process dies, the old file stays as it was.
+    The bytes go to a temporary file in the same folder, are flushed to the disk, and only then get
+    the final name. If `write` raises or the process dies, the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -27,8 +27,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut: it lives in the folder, which is synced by itself."""
-    if os.name == "nt":  # Windows opens no folders
+    """Flush a folder's entries to the disk, so that renames in it survive a power cut."""
+    if os.name == "nt":  # Windows does not open folders
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

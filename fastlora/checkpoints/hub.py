@@ -1,6 +1,7 @@
-"""The Hugging Face Hub: a checkpoint's folder down, an adapter's folder up.
+"""The Hugging Face Hub: downloads of checkpoints and adapters, uploads of adapters.
 
-huggingface_hub is imported where it is used: 0.22 s of import time for those who never ask the Hub.
+huggingface_hub is imported inside functions: it takes 0.22 s, which users of local folders need not
+wait for.
 """
 
 import os
@@ -10,9 +11,10 @@ from glob import escape
 from pathlib import Path
 from typing import Any
 
+from fastlora.arguments import FLAG, PATH, Rule, instance, optional
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, first_line, read_index
 
-# What is fetched of a Hub repository: never a pickle, never weights of another framework.
+# Files fetched from a Hub repository: no pickles, and no weights of other frameworks.
 CHECKPOINT_FILES = (
     "config.json",
     "generation_config.json",
@@ -27,21 +29,43 @@ CHECKPOINT_FILES = (
     WEIGHTS,
 )
 
+# Fetched last. A folder without one of these does not load, so an interrupted download is not
+# mistaken for a complete folder (for example one whose model has no tokenizer).
+_FETCHED_LAST = ("config.json", "adapter_config.json")
 
-# Fetched last: a folder without one of these does not load, so that an interrupted download is
-# never taken for a whole folder (a tokenizer that did not arrive would be "no tokenizer").
-_SEALS = ("config.json", "adapter_config.json")
+DEMO = Path(__file__).parent / "demo"  # the model that the package contains
 
-DEMO = Path(__file__).parent / "demo"  # ships with the package
+
+def is_file_name(name: str) -> bool:
+    """Whether the file system accepts a name: UTF-8, under 4096 bytes, each part at most 255."""
+    path = name.encode(errors="replace")
+    return path.decode() == name and len(path) < 4096 and max(map(len, path.split(b"/"))) <= 255
+
+
+FOLDER_OR_ID = Rule(
+    lambda x: PATH.accepts(x) and is_file_name(os.fspath(x)), "a folder's path or a Hub id"
+)
+
+# Rules for the arguments of `fetch_folder` that users pass to `load` and `load_adapter`.
+HUB_RULES = {
+    "token": optional(instance((str, bool), "a text, True or False")),
+    "revision": optional(Rule(lambda x: isinstance(x, str) and x != "", "a branch, tag or commit")),
+    "cache_dir": optional(PATH),
+    "local_files_only": FLAG,
+}
 
 
 def find_folder(name: str, **hub: Any) -> Path:
-    """The folder of what `load` was given: the demo's, or that of `resolve`, whose arguments these
-    are."""
-    return DEMO if name == "demo" else resolve(name, **hub)
+    """The folder for a `model_name` of `load`: the demo's for "demo", else as `fetch_folder`.
+
+    Args:
+        name: "demo", a local folder or a Hub id.
+        hub: keyword arguments of `fetch_folder`.
+    """
+    return DEMO if name == "demo" else fetch_folder(name, **hub)
 
 
-def resolve(
+def fetch_folder(
     name: str | os.PathLike[str],
     *,
     files: Sequence[str] = CHECKPOINT_FILES,
@@ -50,20 +74,21 @@ def resolve(
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """The folder of a checkpoint or adapter: `name` itself if it is one, else the Hub's, cached.
+    """The local folder of a checkpoint or adapter, downloaded into the cache if necessary.
 
     Args:
-        name: a local folder or a Hub id ("owner/model").
-        files: names or patterns of what to fetch; of an index, its shards come with it.
+        name: a local folder, which is returned unchanged, or a Hub id ("owner/model").
+        files: names or patterns of files to download. With an index come the shards that it names.
         token: Hub token; None uses the one that `hf auth login` stored.
         revision: branch, tag or commit; None is "main". Ignored for a local folder.
-        cache_dir: None is huggingface_hub's own cache.
-        local_files_only: use the cache and ask nothing of the network.
+        cache_dir: None is huggingface_hub's cache.
+        local_files_only: use the cache only, never the network.
 
     Raises:
-        FileNotFoundError: no such folder or repository, or not in the cache while offline.
+        FileNotFoundError: there is no such folder or repository, or, without the network, it is not
+            in the cache.
         PermissionError: the repository is gated, or the token may not read it.
-        ConnectionError: the download broke off; another call resumes it.
+        ConnectionError: the download was interrupted; another call resumes it.
     """
     if (folder := Path(name)).is_dir():
         return folder
@@ -86,22 +111,24 @@ def resolve(
 def _download(name: str, files: Sequence[str], revision: str | None, **hub: Any) -> Path:
     from huggingface_hub import snapshot_download  # noqa: PLC0415
 
-    first = [f for f in files if f not in _SEALS]
+    first = [f for f in files if f not in _FETCHED_LAST]
     folder = Path(snapshot_download(name, allow_patterns=first, revision=revision, **hub))
-    hub["revision"] = folder.name  # the commit: a push in between must not mix two versions
+    # The folder's name is the commit. The next calls ask for it, because a push between two calls
+    # would mix two versions.
+    hub["revision"] = folder.name
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         shards = sorted(set(read_index(folder / INDEX).values()))
         snapshot_download(name, allow_patterns=[escape(s) for s in shards], **hub)
-    if seals := [f for f in files if f in _SEALS]:
-        snapshot_download(name, allow_patterns=seals, **hub)
-        if not any((folder / f).is_file() for f in seals):
-            raise FileNotFoundError(f"the Hub repository {name!r} has no {' or '.join(seals)}.")
+    if last := [f for f in files if f in _FETCHED_LAST]:
+        snapshot_download(name, allow_patterns=last, **hub)
+        if not any((folder / f).is_file() for f in last):
+            raise FileNotFoundError(f"the Hub repository {name!r} has no {' or '.join(last)}.")
     return folder
 
 
 @contextmanager
 def _hub_errors(name: str):
-    """Turns huggingface_hub's errors into Python's own, with the id and the cure."""
+    """Replace huggingface_hub's errors by Python's, with the Hub id and the cure."""
     from huggingface_hub import errors  # noqa: PLC0415
 
     try:
@@ -120,24 +147,28 @@ def _hub_errors(name: str):
         ) from error
     except errors.HFValidationError as error:
         raise FileNotFoundError(
-            f"there is no folder {name!r} here, and that is no Hub id: {first_line(error)}"
+            f"there is no folder {name!r} here, and it is not a valid Hub id: {first_line(error)}"
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is not whole in the cache, and the Hub was not asked or not reached; load "
-            f"it once with a connection and local_files_only=False. {first_line(error)}"
+            f"{name!r} is not complete in the cache, and the Hub was not asked or not reached; load"
+            f" it once with a connection and local_files_only=False. {first_line(error)}"
         ) from error
     except (errors.HfHubHTTPError, errors.HTTPError) as error:  # pyright: ignore
         status = getattr(getattr(error, "response", None), "status_code", None)
         kind = PermissionError if status in (401, 403) else ConnectionError
         raise kind(
-            f"fetching {name!r} from the Hub failed: {first_line(error)}. What has arrived is "
-            "kept; try again, with a token=... that may read it if it is private."
+            f"fetching {name!r} from the Hub failed: {first_line(error)}. The files fetched so far "
+            "are kept; try again, and if the repository is private, pass a token=... that may read "
+            "it."
         ) from error
 
 
 def upload(folder: Path, repo_id: str, *, token: str | None, private: bool | None) -> str:
-    """Put a folder's files into a Hub repository, created if need be; gives its URL."""
+    """Upload a folder's files to a Hub repository and return its URL.
+
+    The repository is created if it does not exist; `private` applies only then.
+    """
     from huggingface_hub import HfApi  # noqa: PLC0415
 
     api = HfApi(token=token)

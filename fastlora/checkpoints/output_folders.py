@@ -1,4 +1,4 @@
-"""output_folders."""
+"""Checks on the folder that a model is to be written to, made before any file is written."""
 
 import os
 from pathlib import Path
@@ -6,16 +6,22 @@ from pathlib import Path
 from fastlora.models.spec import Spec
 
 
-# ── where to write ────────────────────────────────────────────────────────────────────────
-def writable(folder: str | os.PathLike[str], spec: Spec) -> Path:
-    """The folder as a path, once it is clear that it may be written to."""
+def writable_folder(folder: str | os.PathLike[str], spec: Spec) -> Path:
+    """The folder as a Path, if the model may be written to it.
+
+    Raises:
+        ValueError, PermissionError: as `folder_error` returns them.
+    """
     if error := folder_error(Path(folder), spec):
         raise error
     return Path(folder)
 
 
 def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
-    """Why nothing of this model may or can be written to a folder; nothing is touched."""
+    """The reason why this model must not, or cannot, be written to a folder; None if it can.
+
+    The folder need not exist. Nothing is created or changed.
+    """
     if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
         return ValueError(f"{path} is the folder the base was loaded from; choose another.")
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())

@@ -1,4 +1,8 @@
-"""A base from a Hugging Face folder: config.json and safetensors, checked before use."""
+"""read_base(): a folder in Hugging Face layout -> config and base tree, checked before use.
+
+Names, shapes, dtypes and quantised weights are checked from headers (weight_files.py,
+bnb_reading.py); only then are tensors read.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -8,13 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.checkpoints.bnb_format import (
-    check_quantizable,
-    quantizable,
-    quantized_problems,
-    read_quantized,
-    split_quantized,
-)
+from fastlora.checkpoints.bnb_format import check_quantizable, quantizable, split_quantized
+from fastlora.checkpoints.bnb_reading import quantized_problems, read_quantized
 from fastlora.checkpoints.expert_layout import Piece, pieces
 from fastlora.checkpoints.tensors import DTYPES, Entry, entry_tensors, read_json
 from fastlora.checkpoints.weight_files import check_entries, resolve_tied_head, scan
@@ -35,75 +34,6 @@ from fastlora.ops.quant.dequantize import dequantize
 from fastlora.ops.quant.weights import Quantized, Weight
 
 
-def read_model(
-    folder: Any,
-    entries: Mapping[str, Entry],
-    config: LlamaConfig,
-    *,
-    device: torch.device | str,
-    dtype: torch.dtype | None = None,
-    quantize: bool = False,
-) -> dict[str, Weight]:
-    """Name in the tree -> tensor, of `checkpoint.scan`'s entries, all checked before any is read.
-
-    Pieces go one at a time into the tensor they are part of; on the CPU, what is one tensor in the
-    file stays a view of it. A projection stored in 4 or 8 bits is a record of its bytes as they
-    are; a head stored so is dequantised.
-
-    Args:
-        folder: for messages.
-        entries: the files' tensors.
-        config: the model's shape.
-        device: where the tensors go.
-        dtype: of dense tensors; None is the file's.
-        quantize: put the projections into 4 bits, one at a time, on the device; a checkpoint that
-            has any in 4 or 8 bits stays as it is.
-
-    Raises:
-        CheckpointError: as `checkpoint.check_entries` does, in the file's own names.
-        ValueError: if `quantize` cannot be.
-    """
-    dense, stored = split_quantized(entries)
-    parts = {n: part for n, part in pieces(config, entries.keys()).items() if n not in stored}
-    matrices = {n: s for n, s in base_tensors(config).items() if n in quantizable(config)}
-    wrong = quantized_problems(stored, matrices)
-    check_entries(folder, dense, {name: part.shape for name, part in parts.items()}, wrong)
-    packed = {}
-    projections = projection_weights(config)
-    if quantize and not any(n in stored for n in projections):
-        packed = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
-        check_quantizable(config, packed.values())
-    keep = lambda name, tensor: quantize_4bit(tensor) if name in packed else tensor
-    tensors: dict[str, Any] = _whole_tensors(dense, parts, config, device, dtype, keep)
-    tensors |= read_quantized(stored, device=device)
-    if isinstance(tensors.get(LM_HEAD), Quantized):
-        tensors[LM_HEAD] = dequantize(tensors[LM_HEAD], tensors[EMBED_TOKENS].dtype)
-    return {name: tensors[name] for name in base_tensors(config)}
-
-
-def _whole_tensors(
-    entries: Mapping[str, Entry],
-    parts: Mapping[str, Piece],
-    config: LlamaConfig,
-    device: torch.device | str,
-    dtype: torch.dtype | None,
-    keep: Callable[[str, Tensor], Any],
-) -> dict[str, Any]:
-    """Name in the tree -> what `keep` makes of its tensor, one at a time."""
-    shapes, tensors = base_tensors(config), {}
-    for key, tensor in entry_tensors(entries, device=device, dtype=dtype):
-        name, index, _ = parts[key]
-        if not index:
-            tensors[name] = keep(name, tensor)
-        else:
-            if name not in tensors:
-                kind = dtype or DTYPES[entries[key].dtype]
-                tensors[name] = torch.empty(shapes[name], dtype=kind, device=device)
-            tensors[name][index] = tensor
-        del tensor  # what was put into 4 bits goes before the next one comes
-    return tensors
-
-
 def read_base(
     folder: Path,
     *,
@@ -112,37 +42,39 @@ def read_base(
     rope_scaling: dict[str, Any] | None = None,
     quantize: bool = False,
 ) -> tuple[LlamaConfig, Base]:
-    """Config and weights of a Hugging Face folder; the config tells what was really loaded.
+    """Read config and weights of a folder in Hugging Face layout.
 
-    Its `tie_word_embeddings` is False where the file holds a head of its own, its `dtype` that of
-    the weights.
+    The config describes what was loaded: `tie_word_embeddings` is False if the file has a head that
+    differs from the embedding, and `dtype` is the weights'.
 
     Args:
         folder: holds config.json and safetensors.
-        dtype: None is the one that config.json names, else the embedding's own.
-        device: where the tensors go.
+        dtype: of dense weights. None is the dtype that config.json names, or else the embedding's.
+        device: where the tensors go. On the CPU, dense tensors whose dtype does not change are
+            views of the memory-mapped files.
         rope_scaling: as in `config_from_json`.
-        quantize: as load's `load_in_4bit`.
+        quantize: quantise the projections to 4 bits; `load`'s `load_in_4bit`.
 
     Raises:
-        FileNotFoundError: config.json or weights are not there.
-        CheckpointError: a file is wrong, or they do not fit each other.
-        ValueError: if `quantize` cannot be.
+        FileNotFoundError: config.json or the weights do not exist.
+        CheckpointError: a file is wrong, or config and weights do not fit each other.
+        ValueError: `quantize` for a model that cannot be quantised.
+        ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     raw, config = _read_config(folder, rope_scaling)
     entries, tied = resolve_tied_head(scan(folder), config.tie_word_embeddings)
     config = replace(config, tie_word_embeddings=tied)
     if dtype is None and (raw.get("dtype") or raw.get("torch_dtype")):
         dtype = getattr(torch, config.dtype)
-    elif dtype is None and EMBED_TOKENS in entries:  # an unknown dtype is refused below
+    elif dtype is None and EMBED_TOKENS in entries:  # check_entries refuses an unknown dtype
         dtype = DTYPES.get(entries[EMBED_TOKENS].dtype)
     if raw.get("quantization_config") and not split_quantized(entries)[1]:
         raise CheckpointError(
             f"{folder / 'config.json'} has a quantization_config, but no weight is quantised;"
             " delete it there, or copy the weights that belong to it."
         )
-    tensors = read_model(folder, entries, config, device=device, dtype=dtype, quantize=quantize)
-    if torch.device(device).type == "cuda":  # on the CPU they are views of the file
+    tensors = _read_weights(folder, entries, config, device=device, dtype=dtype, quantize=quantize)
+    if torch.device(device).type == "cuda":  # on the CPU, fusing would copy views of the file
         fuse_qkv(config, tensors)
     base = base_from_tensors(config, tensors)
     loaded = str(base["embed_tokens"].dtype).removeprefix("torch.")
@@ -152,6 +84,7 @@ def read_base(
 def _read_config(
     folder: Path, rope_scaling: dict[str, Any] | None
 ) -> tuple[dict[str, Any], LlamaConfig]:
+    """(config.json's object, the config made of it and of generation_config.json)."""
     path, generation = folder / "config.json", folder / "generation_config.json"
     if not path.is_file():
         raise FileNotFoundError(
@@ -159,9 +92,67 @@ def _read_config(
             "PEFT adapter's with adapter_config.json."
         )
     raw = read_json(path)
-    ids = read_json(generation) if generation.is_file() else None
+    generation_settings = read_json(generation) if generation.is_file() else None
     try:
-        config = config_from_json(raw, generation=ids, rope_scaling=rope_scaling)
+        config = config_from_json(raw, generation=generation_settings, rope_scaling=rope_scaling)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return raw, config
+
+
+def _read_weights(
+    folder: Path,
+    entries: Mapping[str, Entry],
+    config: LlamaConfig,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    quantize: bool,
+) -> dict[str, Weight]:
+    """Name in the tree -> weight, for all of `base_tensors`. Checks all entries, then reads.
+
+    A projection that is stored in 4 or 8 bits keeps its bytes; a head that is stored so is
+    dequantised. `quantize` leaves a checkpoint unchanged in which any projection is quantised.
+    """
+    dense, stored = split_quantized(entries)
+    parts = {n: part for n, part in pieces(config, entries.keys()).items() if n not in stored}
+    matrices = {n: s for n, s in base_tensors(config).items() if n in quantizable(config)}
+    wrong = quantized_problems(stored, matrices)
+    check_entries(folder, dense, {name: part.shape for name, part in parts.items()}, wrong)
+    to_4bit = {}
+    projections = projection_weights(config)
+    if quantize and not any(n in stored for n in projections):
+        to_4bit = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
+        check_quantizable(config, to_4bit.values())
+    convert = lambda name, tensor: quantize_4bit(tensor) if name in to_4bit else tensor
+    tensors = _read_dense(dense, parts, config, device, dtype, convert)
+    tensors |= read_quantized(stored, device=device)
+    if isinstance(tensors.get(LM_HEAD), Quantized):
+        tensors[LM_HEAD] = dequantize(tensors[LM_HEAD], tensors[EMBED_TOKENS].dtype)
+    return {name: tensors[name] for name in base_tensors(config)}
+
+
+def _read_dense(
+    entries: Mapping[str, Entry],
+    parts: Mapping[str, Piece],
+    config: LlamaConfig,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+    convert: Callable[[str, Tensor], Any],
+) -> dict[str, Any]:
+    """Name in the tree -> `convert(name, tensor)`; one tensor at a time is on the device besides.
+
+    Pieces of an experts' tensor are copied into it one by one.
+    """
+    shapes, tensors = base_tensors(config), {}
+    for key, tensor in entry_tensors(entries, device=device, dtype=dtype):
+        name, index, _ = parts[key]
+        if not index:
+            tensors[name] = convert(name, tensor)
+        else:
+            if name not in tensors:
+                piece_dtype = dtype or DTYPES[entries[key].dtype]
+                tensors[name] = torch.empty(shapes[name], dtype=piece_dtype, device=device)
+            tensors[name][index] = tensor
+        del tensor  # else a matrix in 16 bits would stay on the device while the next one is read
+    return tensors

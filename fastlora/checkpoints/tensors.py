@@ -1,7 +1,7 @@
-"""Checkpoint files: checked before use, written whole or not at all.
+"""JSON and safetensors files: checked when they are read, replaced atomically when written.
 
-The only file that reads or writes safetensors. Everything is checked from headers and JSON alone,
-in milliseconds, before the first tensor is read.
+This is the only file that reads or writes safetensors. Headers and JSON are checked in
+milliseconds, before the first tensor is read.
 """
 
 import json
@@ -19,30 +19,36 @@ from torch import Tensor
 from fastlora.checkpoints.atomic import atomic_write
 from fastlora.errors import CheckpointError, raise_problems
 
-WEIGHTS = "model.safetensors"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
-INDEX = "model.safetensors.index.json"
+# Dtypes that a weight may be stored in, by safetensors' names.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
+# The longest JSON file in use, the index of DeepSeek-V3's 91,991 tensors, is 9 MB.
+_MAX_JSON_BYTES = 32 * 2**20
 
-# Of a JSON file. The longest in use, the index of DeepSeek-V3's 91,991 tensors, is 9 MB.
-JSON_BYTES = 32 * 2**20
+# ── JSON ──────────────────────────────────────────────────────────────────────────────────
 
 
 def first_line(error: Exception) -> str:
-    """Of a library's error, what fits into one of ours."""
+    """The first line of an error's message: other libraries' messages can be very long."""
     return str(error).strip().split("\n")[0]
 
 
-# ── 1. JSON ───────────────────────────────────────────────────────────────────────────────
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
     Raises:
-        CheckpointError: not UTF-8, not JSON, a name given twice, nested too deep, too long, or no
-            object.
+        CheckpointError: not UTF-8, not JSON, not an object, a name given twice, nested too deeply,
+            or longer than 32 MiB.
     """
-    if (size := path.stat().st_size) > JSON_BYTES:
-        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {JSON_BYTES:,}.")
+    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {_MAX_JSON_BYTES:,}.")
     try:
         value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
@@ -53,7 +59,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError where it has a name twice. For json.loads's object_pairs_hook."""
+    """A JSON object as a dict, for `object_pairs_hook` of json.loads.
+
+    Raises:
+        ValueError: a name is given twice. json.loads itself would silently keep the last value.
+    """
     value = dict(pairs)
     if len(value) < len(pairs):
         counts = Counter(name for name, _ in pairs)
@@ -63,11 +73,11 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """The weight_map of an index: tensor key -> file name, beside the index.
+    """The weight_map of an index: tensor key -> name of a file in the index's folder.
 
     Raises:
-        CheckpointError: no weight_map, or a file name that leads out of the folder or is not a
-            safetensors file's.
+        CheckpointError: no weight_map, or a name that leads out of the folder or does not end in
+            .safetensors.
     """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -85,31 +95,33 @@ def _is_inside(file: Any) -> bool:
     if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
         return False
     path = PurePosixPath(file.replace("\\", "/"))
-    short = len(file.encode(errors="surrogatepass")) <= 255  # a longer name no system opens
+    short = len(file.encode(errors="surrogatepass")) <= 255  # the limit of common file systems
     return short and not path.is_absolute() and ".." not in path.parts and ":" not in path.parts[0]
 
 
-# ── 2. safetensors files ──────────────────────────────────────────────────────────────────
+# ── reading safetensors ───────────────────────────────────────────────────────────────────
+
+
 class Entry(NamedTuple):
-    """One tensor of a safetensors file, as its header describes it."""
+    """One tensor of a safetensors file, as the file's header describes it."""
 
     path: Path
-    key: str  # as the file spells it
+    key: str  # the tensor's name in the file
     dtype: str  # safetensors' name: "F32", "BF16", ...
     shape: tuple[int, ...]
 
 
 def read_header(path: Path) -> dict[str, Entry]:
-    """Key -> what the header says of it; no tensor is read.
+    """Key -> entry, for every tensor of a file. No tensor is read.
 
     Raises:
-        CheckpointError: truncated, overlapping or uncovered bytes, a header that is no header, or
-            a key given twice.
+        CheckpointError: truncated, overlapping or unused bytes, an invalid header, or a key given
+            twice.
     """
     with _safetensors_errors(path), safe_open(path, framework="pt") as file:
         keys = file.keys()
-    # safetensors 0.8 checks all else, but of a key given twice it takes the last in silence. It
-    # takes 40 us to tell a tensor's dtype and shape, too, ten times as long as to read them here.
+    # safetensors 0.8 has now checked the file, except for keys given twice, of which it silently
+    # takes the last. Its own calls for dtype and shape take 40 us a tensor, ten times this parser.
     with path.open("rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         try:
@@ -125,7 +137,7 @@ def _safetensors_errors(path: Path):
         yield
     except SafetensorError as error:
         raise CheckpointError(
-            f"{path} is not a whole safetensors file: {error}. Copy or download it again."
+            f"{path} is not a complete safetensors file: {error}. Copy or download it again."
         ) from error
 
 
@@ -135,10 +147,11 @@ def entry_tensors(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) file by file, read one at a time straight onto the device.
+    """Yield (name, tensor), file by file. Each tensor is read directly onto the device.
 
-    On the CPU, and without a change of dtype, the tensors are views of the mapped file (private:
-    what is written to them does not reach it), so that a base already on disk is not copied.
+    On the CPU, if the dtype does not change, tensors are views of the memory-mapped file and take
+    no memory of their own. The mapping is private: writing to such a tensor does not change the
+    file.
     """
     for path in dict.fromkeys(entry.path for entry in entries.values()):
         with (
@@ -156,39 +169,31 @@ def read_entries(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
 ) -> dict[str, Tensor]:
-    """Name -> tensor, as `entry_tensors` reads them, in the order of `entries`."""
+    """Name -> tensor, read as by `entry_tensors`, in the order of `entries`."""
     tensors = dict(entry_tensors(entries, device=device, dtype=dtype))
     return {name: tensors[name] for name in entries}
 
 
 def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of one file, checked as in `read_header`, placed as in `read_entries`."""
+    """All tensors of one file. Checks as `read_header`, views as `entry_tensors`."""
     return read_entries(read_header(path), device=device)
 
 
-# ── 3. a checkpoint's tensors ─────────────────────────────────────────────────────────────
-
-# What a weight may be stored as.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+# ── writing ───────────────────────────────────────────────────────────────────────────────
 
 
-# ── 4. writing ────────────────────────────────────────────────────────────────────────────
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, atomically."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write an object as indented JSON, atomically; names stay in the order given."""
+    """Write an object as indented JSON, atomically, with its names in the given order."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
+# Names of dtypes in headers.
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -199,11 +204,16 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {
 
 
 class Deferred(NamedTuple):
-    """A tensor that is made when its turn to be written comes, and let go after it."""
+    """A tensor that does not exist yet: its dtype and shape, and the function that computes it.
+
+    `write_safetensors` writes the header from dtype and shape. It then calls `compute` for one
+    tensor at a time, writes the result and drops it, so that a model larger than the free memory
+    can be written.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-    make: Callable[[], Tensor]
+    compute: Callable[[], Tensor]
 
 
 def write_safetensors(
@@ -213,26 +223,26 @@ def write_safetensors(
 ) -> None:
     """Write tensors to a safetensors file, atomically.
 
-    One tensor at a time is brought to the host, so that memory grows by no more than the largest.
-    Views, aliases and non-contiguous tensors are written out as values of their own.
+    Tensors are copied to the host one at a time: the extra memory is that of the largest one.
+    Tensors that share memory are each written in full.
 
     Args:
         path: the file; its folder must exist.
-        tensors: key -> tensor, on any device, there or deferred; dtypes F64 to BF16, integers,
-            bool.
-        metadata: of the header; None is {"format": "pt"}, which transformers and PEFT expect.
+        tensors: key -> tensor on any device, or Deferred. Floating-point dtypes of 16 to 64 bits,
+            signed integers, uint8 and bool.
+        metadata: for the header; None is {"format": "pt"}, which transformers and PEFT expect.
 
     Raises:
-        ValueError: a dtype that safetensors has no name for.
+        ValueError: a tensor has another dtype.
     """
-    # Widest dtype first, so that every tensor starts at a multiple of its own size.
+    # Widest dtype first, so that every tensor starts at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header = _header(ordered, {"format": "pt"} if metadata is None else metadata)
 
     def write(file: BinaryIO) -> None:
         file.write(len(header).to_bytes(8, "little") + header)
         for key, item in ordered:
-            tensor = item.make() if isinstance(item, Deferred) else item
+            tensor = item.compute() if isinstance(item, Deferred) else item
             assert (tensor.dtype, tuple(tensor.shape)) == (item.dtype, tuple(item.shape)), key
             flat = tensor.detach().cpu().contiguous().reshape(-1)
             file.write(flat.view(torch.uint8).numpy().data)
@@ -244,11 +254,11 @@ def _header(ordered: Iterable[tuple[str, Tensor | Deferred]], metadata: Mapping[
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for key, tensor in ordered:
-        if tensor.dtype not in _NAMES:
-            raise ValueError(f"{key} is {tensor.dtype}; expected one of {list(_NAMES)}.")
+        if tensor.dtype not in _DTYPE_NAMES:
+            raise ValueError(f"{key} is {tensor.dtype}; expected one of {list(_DTYPE_NAMES)}.")
         start, end = end, end + math.prod(tensor.shape) * tensor.dtype.itemsize
         entries[key] = {
-            "dtype": _NAMES[tensor.dtype],
+            "dtype": _DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [start, end],
         }

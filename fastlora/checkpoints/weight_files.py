@@ -1,4 +1,9 @@
-"""weight_files."""
+"""The tensors of a checkpoint's folder, found and compared with the model's from headers alone.
+
+scan                name -> entry, for one file or shards with an index
+resolve_tied_head   whether embedding and head are one matrix
+check_entries       every difference from what the model needs, in one error
+"""
 
 from collections.abc import Iterable, Mapping
 from operator import itemgetter
@@ -20,31 +25,32 @@ from fastlora.models.names import EMBED_TOKENS, LM_HEAD
 
 
 def scan(folder: Path) -> dict[str, Entry]:
-    """Name -> entry for every tensor of a folder, one file or shards, from their headers.
+    """Name -> entry, for every tensor of a folder. Reads headers only.
 
-    Names are those of `params.base_tensors`: a base model's keys get their "model." prefix. Old
-    Llamas' rotary_emb.inv_freq is left out: it is computed from the config.
+    Names are those of `names.base_tensors`: the keys of a model without a head (transformers'
+    LlamaModel) get the prefix "model.". `rotary_emb.inv_freq`, which old Llamas stored, is left out
+    because it is computed from the config.
 
     Raises:
-        FileNotFoundError: no weights, or a shard that the index names is not there.
-        CheckpointError: a broken file, or shards and index that disagree.
+        FileNotFoundError: the folder has no weights, or lacks a shard that its index names.
+        CheckpointError: a file is broken, or shards and index disagree.
     """
     entries: dict[str, Entry] = {}
     problems: list[str] = []
     for path, listed in _weight_files(folder).items():
         try:
-            found = {k: e for k, e in read_header(path).items() if not _is_stale(k)}
+            header = {k: e for k, e in read_header(path).items() if not _is_computed(k)}
         except CheckpointError as error:
             problems.append(str(error))
             continue
         if listed is not None:
             problems += [
-                f"{k}: not in {path.name}, where {INDEX} has it" for k in listed - found.keys()
+                f"{k}: not in {path.name}, where {INDEX} has it" for k in listed - header.keys()
             ]
             problems += [
-                f"{k}: in {path.name}, where {INDEX} has not" for k in found.keys() - listed
+                f"{k}: in {path.name}, where {INDEX} has not" for k in header.keys() - listed
             ]
-        for key, entry in found.items():
+        for key, entry in header.items():
             name = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
             if name in entries:
                 problems.append(
@@ -55,12 +61,16 @@ def scan(folder: Path) -> dict[str, Entry]:
     return entries
 
 
-def _is_stale(key: str) -> bool:
+def _is_computed(key: str) -> bool:
+    """Whether a tensor is computed from the config and not read."""
     return key.endswith("rotary_emb.inv_freq")
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """Files -> the keys an index puts there, or None; one file goes before an index, as in HF."""
+    """File -> the keys that the index says it holds; None for the only file of a folder.
+
+    If the folder has both model.safetensors and an index, the index is ignored, as in transformers.
+    """
     if (path := folder / WEIGHTS).is_file():
         return {path: None}
     if not (folder / INDEX).is_file():
@@ -71,7 +81,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         )
     keys: dict[Path, set[str]] = {}
     for key, file in sorted(read_index(folder / INDEX).items(), key=itemgetter(1)):
-        keys.setdefault(folder / file, set()).update([] if _is_stale(key) else [key])
+        keys.setdefault(folder / file, set()).update([] if _is_computed(key) else [key])
     if missing := [path.name for path in keys if not path.is_file()]:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise FileNotFoundError(
@@ -82,23 +92,29 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def resolve_tied_head(entries: dict[str, Entry], tied: bool) -> tuple[dict[str, Entry], bool]:
-    """The entries of a model whose config says `tied`, and whether its head really is.
+    """Decide whether a model's head is tied to its embedding. Returns (entries, tied).
 
-    As in transformers 5 (modeling_utils.py:2571): a stored head that equals the embedding, or that
-    stands alone, is the tied matrix; one that differs from it is a head of its own.
+    If the config says `tied` and a head is stored nevertheless, its values decide, as in
+    transformers 5 (modeling_utils.py:2571):
+
+        embedding only        ->  unchanged, tied
+        head only             ->  the head's entry under the embedding's name, tied
+        both, equal           ->  the head's entry dropped, tied
+        both, different       ->  unchanged, not tied
     """
     if not tied or LM_HEAD not in entries:
         return entries, tied
     rest = {name: entry for name, entry in entries.items() if name != LM_HEAD}
     if EMBED_TOKENS not in entries:
         return rest | {EMBED_TOKENS: entries[LM_HEAD]}, True
-    return (rest, True) if _same(entries[EMBED_TOKENS], entries[LM_HEAD]) else (entries, False)
+    equal = _same_bytes(entries[EMBED_TOKENS], entries[LM_HEAD])
+    return (rest, True) if equal else (entries, False)
 
 
-def _same(a: Entry, b: Entry) -> bool:
+def _same_bytes(a: Entry, b: Entry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    tensors = read_entries({"a": a, "b": b}).values()  # mapped: compared without a copy
+    tensors = read_entries({"a": a, "b": b}).values()  # memory-mapped: no copies
     return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in tensors))
 
 
@@ -108,27 +124,29 @@ def check_entries(
     expected: Mapping[str, tuple[int, ...]],
     more: Iterable[str] = (),
 ) -> None:
-    """Compare names, shapes and dtypes with the model's; report every difference at once.
+    """Compare names, shapes and dtypes of stored tensors with the model's.
 
     Args:
         folder: for the message.
-        entries: what the files have.
-        expected: what the model needs.
-        more: problems that were found already.
+        entries: the stored tensors.
+        expected: name -> shape, of all tensors of the model.
+        more: problems that the caller has found, reported with the others.
 
     Raises:
-        CheckpointError: on any difference. Nothing missing is ever initialised.
+        CheckpointError: lists every difference. A missing tensor is never initialised instead.
     """
-    at = lambda name: f"{entries[name].key} in {entries[name].path.name}"
+    shown = lambda name: f"{entries[name].key} in {entries[name].path.name}"
     problems = [f"missing     {n} {shape}" for n, shape in expected.items() if n not in entries]
-    problems += [f"unexpected  {at(n)} {e.shape}" for n, e in entries.items() if n not in expected]
     problems += [
-        f"shape       {at(n)}: file has {e.shape}, model needs {expected[n]}"
+        f"unexpected  {shown(n)} {e.shape}" for n, e in entries.items() if n not in expected
+    ]
+    problems += [
+        f"shape       {shown(n)}: file has {e.shape}, model needs {expected[n]}"
         for n, e in entries.items()
         if n in expected and e.shape != expected[n]
     ]
     problems += [
-        f"dtype       {at(n)}: file has {e.dtype}, expected one of {', '.join(DTYPES)}"
+        f"dtype       {shown(n)}: file has {e.dtype}, expected one of {', '.join(DTYPES)}"
         for n, e in entries.items()
         if n in expected and e.dtype not in DTYPES
     ]

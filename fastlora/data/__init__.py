@@ -1,0 +1,10 @@
+"""From rows of training data to batches of tensors.
+
+In reading order: rows.py reads files and dicts; encoding.py turns each row into token ids and
+labels, with replies.py, which finds what the assistant says in a rendered chat; packing.py joins
+documents into sequences of one length; batches.py shuffles, pads and stacks. examples.py defines
+the records that the files exchange.
+
+Labels are aligned with their tokens, and the loss shifts by one. A label is the token itself if
+the token is trained and -100 if it is not; the first label of every document is -100.
+"""

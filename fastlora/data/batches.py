@@ -1,4 +1,4 @@
-"""batches."""
+"""batches(): one epoch of shuffled batches, and counts of batches and trained tokens."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlora.arguments import check_arguments, whole_number
 from fastlora.data.examples import Example, Packed
 from fastlora.data.packing import padded_to
-from fastlora.ops.loss.linear_cross_entropy import IGNORE as IGNORED
+from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
 
-# ── 4. batches ────────────────────────────────────────────────────────────────────────────
 def batches(
     sequences: Sequence[Example] | Sequence[Packed],
     batch_size: int,
@@ -22,20 +22,29 @@ def batches(
     pad_token_id: int = 0,
     max_seq_length: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """One epoch in batches on the CPU, from batch number `start` (the first is 0) on.
+    """One epoch of batches on the CPU.
 
-    The order is a function of `seed` and `epoch` alone, from a generator of its own; `seed=None`
-    keeps the order given. The last batch may be smaller. Packed sequences give input_ids, labels
-    and segment_ids; examples give input_ids, labels and attention_mask, padded on the right to the
-    longest of the batch, rounded up to a multiple of 8 but to no more than `max_seq_length`.
+    The order depends on `seed` and `epoch` only. The last batch may be smaller. All tensors are
+    int64 [b, t]. Packed sequences give input_ids, labels and segment_ids. Examples give input_ids,
+    labels and attention_mask, padded on the right to the longest of the batch, rounded up to a
+    multiple of 8 but to no more than `max_seq_length`.
+
+    Args:
+        sequences: examples, or packed sequences of one length.
+        batch_size: sequences in a batch.
+        seed: of a private random generator; None keeps the order given.
+        epoch: its number; each has another order.
+        start: the number of batches to leave out at the beginning.
+        pad_token_id: what `input_ids` are padded with.
+        max_seq_length: a bound on the rounding to a multiple of 8.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected at least 1.")
+    check_arguments("batches", batch_size=(batch_size, whole_number(1)))
+    # Sequences are shuffled by index; none is copied before its batch is due.
     order = np.arange(len(sequences))
     if seed is not None:
         order = np.random.default_rng([seed, epoch]).permutation(order)
-    for at in range(start * batch_size, len(order), batch_size):
-        chosen = [sequences[i] for i in order[at : at + batch_size]]
+    for first in range(start * batch_size, len(order), batch_size):
+        chosen = [sequences[i] for i in order[first : first + batch_size]]
         columns = _collate(chosen, pad_token_id, max_seq_length)
         yield {name: torch.from_numpy(np.stack(column)) for name, column in columns.items()}
 
@@ -43,19 +52,20 @@ def batches(
 def _collate(
     chosen: Sequence[Example | Packed], pad_token_id: int, max_seq_length: int | None
 ) -> dict[str, list[np.ndarray]]:
+    """Name of a batch entry -> one array for each sequence, all of the same length."""
     longest = max(len(sequence.input_ids) for sequence in chosen)
+    # Tensor cores in 16 bits want sizes divisible by 8, and fewer lengths mean fewer compilations.
     length = -(-longest // 8) * 8
     if max_seq_length is not None:
         length = max(longest, min(length, max_seq_length))
+    fills = {"input_ids": pad_token_id, "labels": IGNORE, "attention_mask": 0}
     columns: dict[str, list[np.ndarray]] = {}
     for sequence in chosen:
-        ones = np.ones_like(sequence.input_ids)
         row = {"input_ids": sequence.input_ids, "labels": sequence.labels}
         if isinstance(sequence, Packed):
             row["segment_ids"] = sequence.segment_ids
         else:
-            fills = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
-            row["attention_mask"] = ones
+            row["attention_mask"] = np.ones_like(sequence.input_ids)
             row = {name: padded_to(values, length, fills[name]) for name, values in row.items()}
         for name, values in row.items():
             columns.setdefault(name, []).append(values)
@@ -63,10 +73,11 @@ def _collate(
 
 
 def count_batches(sequences: Sequence[Example] | Sequence[Packed], batch_size: int) -> int:
-    """Batches in one epoch, the last partial one included."""
+    """Batches in one epoch, including a last one that is not full."""
     return -(-len(sequences) // batch_size)
 
 
 def count_trained_tokens(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a batch that the loss is a mean over: labels but the first of a row, not -100."""
-    return int((batch["labels"][:, 1:] != IGNORED).sum())
+    """The number of tokens that a batch's loss is a mean over: labels that are not -100, without
+    the first column, which no token predicts."""
+    return int((batch["labels"][:, 1:] != IGNORE).sum())

@@ -1,17 +1,13 @@
-"""Rows to training batches: reading, chat templates and response masks, packing, shuffling.
-
-Read downward, in the order of a run: `read_rows` -> `encode_rows` -> `pack` (or not) -> `batches`.
-A label is the token itself where it is trained and -100 where it is not; labels lie beside their
-tokens (the loss shifts by one), so the first label of every document is -100.
-"""
+"""encode_rows(): token ids and labels of training rows, by the kind of each row."""
 
 from collections.abc import Sequence
 
-from fastlora.data.examples import Example, TrainOn, make_example
+from fastlora.arguments import check_arguments, whole_number
+from fastlora.data.examples import TRAIN_ON, Example, TrainOn, make_example
 from fastlora.data.replies import encode_chat
-from fastlora.data.rows import Row, row_kind, row_refusal
+from fastlora.data.rows import Row, row_kind, row_problem
 from fastlora.errors import raise_problems
-from fastlora.ops.loss.linear_cross_entropy import IGNORE as IGNORED
+from fastlora.ops.loss.linear_cross_entropy import IGNORE
 from fastlora.text.tokenizer import Tokenizer
 
 
@@ -25,22 +21,30 @@ def encode_rows(
 ) -> list[Example]:
     """Token ids and labels of every row, in order.
 
-    `train_on="responses"` trains what the assistant says, the token that ends its turn included,
-    and nothing else; plain text is trained whole. Where the template has no {% generation %} block,
-    a reply is what follows the prompt that generation would start from.
-
-    With `split_text`, for packing, a {"text"} row that is too long becomes several examples of
-    `max_seq_length` tokens (the last one shorter). Each starts with the last token of the one
-    before, so every token but the first is trained once. Nothing else is split, nothing cut off.
+    Args:
+        rows: as `read_rows` returns them.
+        tokenizer: the model's.
+        train_on: "responses" trains what the assistant says, including the token that ends its
+            turn, and nothing else. "all" trains every token. Plain text is always trained in full.
+            If the chat template has no {% generation %} block, a reply is the text that follows the
+            prompt from which generation would start.
+        max_seq_length: the most tokens that an example may have.
+        split_text: for packing. A {"text"} row that is too long becomes several examples of
+            `max_seq_length` tokens (the last one is shorter). Each begins with the last token of
+            the example before it, so that every token but the first is trained once. Rows of other
+            kinds are never split, and nothing is cut off.
 
     Raises:
-        ValueError: rows that are longer than `max_seq_length`, that have nothing to train, or that
-            the chat template refuses or hides the replies of: all of them, with their numbers.
+        ValueError: rows are longer than `max_seq_length`, have no token to train, or are refused by
+            the chat template, or their replies cannot be found in the rendered chat. The message
+            lists all such rows by number.
     """
-    if train_on not in ("responses", "all"):
-        raise ValueError(f'train_on={train_on!r}: expected "responses" or "all".')
-    if max_seq_length < 2:
-        raise ValueError(f"max_seq_length={max_seq_length}: expected at least 2.")
+    check_arguments(
+        "encode_rows",
+        train_on=(train_on, TRAIN_ON),
+        max_seq_length=(max_seq_length, whole_number(2)),
+    )
+    # A bad row does not stop the loop: all of them are reported together.
     examples, problems = [], []
     for number, row in enumerate(rows, 1):
         try:
@@ -60,7 +64,7 @@ def encode_rows(
 
 
 def _encode_row(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
-    if wrong := row_refusal(row):
+    if wrong := row_problem(row):
         raise ValueError(wrong)
     match row_kind(row):
         case "messages":
@@ -82,55 +86,59 @@ def _encode_row(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
 def _checked(example: Example, max_seq_length: int) -> Example:
     if (t := len(example.input_ids)) > max_seq_length:
         raise ValueError(f"{t} tokens, {t - max_seq_length} more than max_seq_length")
-    if (example.labels == IGNORED).all():
+    if (example.labels == IGNORE).all():
         raise ValueError("no token to train: the reply is empty or there is none")
     return example
 
 
 def _split(example: Example, max_seq_length: int) -> list[Example]:
     ids = example.input_ids.tolist()
+    # Neighbours share one token: the last of one is the untrained first of the next.
     starts = range(0, len(ids) - 1, max_seq_length - 1) if len(ids) > 1 else (0,)
     pieces = (ids[start : start + max_seq_length] for start in starts)
     return [make_example(piece, [True] * len(piece)) for piece in pieces]
 
 
 def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """`ids` and the tokenizer's first end-of-text id, unless one of them is there already."""
-    ends = tokenizer.eos_token_ids
-    return ids + list(ends[:1]) if ends and (not ids or ids[-1] not in ends) else ids
+    """`ids` with the tokenizer's first end-of-text id appended, unless they end with one."""
+    eos_ids = tokenizer.eos_token_ids
+    ends_already = not eos_ids or (ids and ids[-1] in eos_ids)
+    return ids if ends_already else ids + list(eos_ids[:1])
 
 
-# ── prompt and completion ──
 def _encode_completion(
     prompt: str, completion: str, tokenizer: Tokenizer, train_on: TrainOn
 ) -> Example:
     """BOS (if the tokenizer adds it), prompt, completion, end of text."""
     if not completion:
         raise ValueError("no token to train: the completion is empty")
-    head = tokenizer.encode(prompt, add_special_tokens=False)
+    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+    # Whether the tokenizer adds BOS shows in any text.
     first = tokenizer.encode("a")[:1]
-    if first == [tokenizer.bos_token_id] and head[:1] != first:
-        head = first + head
-    tail = _with_eos(_continuation(prompt, completion, tokenizer), tokenizer)
-    return make_example(head + tail, [train_on == "all"] * len(head) + [True] * len(tail))
+    if first == [tokenizer.bos_token_id] and prompt_ids[:1] != first:
+        prompt_ids = first + prompt_ids
+    completion_ids = _with_eos(_continuation(prompt, completion, tokenizer), tokenizer)
+    trained = [train_on == "all"] * len(prompt_ids) + [True] * len(completion_ids)
+    return make_example(prompt_ids + completion_ids, trained)
 
 
 def _continuation(prompt: str, completion: str, tokenizer: Tokenizer) -> list[int]:
     """Ids of `completion` as they follow the ids of `prompt`, which generation will see unchanged.
 
-    Encoded in one piece, tokens can reach across the boundary; encoded alone, SentencePiece would
-    put a space in front. So: behind the prompt where its ids stay what they are, else behind a line
-    break or a full stop, which the completion may not grow together with, else alone.
+    If both were encoded as one text, a token could reach across the boundary; if the completion
+    were encoded alone, SentencePiece would put a space before it. So we encode the completion after
+    the prompt if that leaves the prompt's ids unchanged; else after a line break or a full stop,
+    with which it is unlikely to merge; else alone.
     """
     for before in (prompt, "\n", ".", ""):
-        head = tokenizer.encode(before, add_special_tokens=False)
+        ids_before = tokenizer.encode(before, add_special_tokens=False)
         both = tokenizer.encode(before + completion, add_special_tokens=False)
-        if both[: len(head)] == head:
+        if both[: len(ids_before)] == ids_before:
             break
-    return both[len(head) :]
+    return both[len(ids_before) :]
 
 
-# The two prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT): models that
+# The two prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT). Models that
 # were tuned on this format expect it word for word.
 _ALPACA_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further "
@@ -145,13 +153,13 @@ _ALPACA_NO_INPUT = (
 
 
 def _encode_instruction(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
-    """A chat of two turns where the tokenizer has a template, Alpaca's prompt where it has none."""
-    instruction, given = row["instruction"], row.get("input") or ""
+    """A chat of two turns if the tokenizer has a chat template, else Alpaca's prompt."""
+    instruction, context = row["instruction"], row.get("input") or ""
     if not tokenizer.chat_templates:
-        text = _ALPACA_INPUT if given else _ALPACA_NO_INPUT
-        prompt = text.format(instruction=instruction, input=given)
+        text = _ALPACA_INPUT if context else _ALPACA_NO_INPUT
+        prompt = text.format(instruction=instruction, input=context)
         return _encode_completion(prompt, row["output"], tokenizer, train_on)
-    question = f"{instruction}\n\n{given}" if given else instruction
+    question = f"{instruction}\n\n{context}" if context else instruction
     turns = (("user", question), ("assistant", row["output"]))
     messages = [{"role": role, "content": content} for role, content in turns]
     return encode_chat(messages, 0, tokenizer, train_on)

@@ -1,4 +1,4 @@
-"""examples."""
+"""The records of encoded data: one document, or several packed into one sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +7,37 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from fastlora.ops.loss.linear_cross_entropy import IGNORE as IGNORED
+from fastlora.arguments import one_of
+from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
 TrainOn = Literal["responses", "all"]
+TRAIN_ON = one_of("responses", "all")
 
 
-# ── 2. rows -> tokens ─────────────────────────────────────────────────────────────────────
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One document: its tokens, and the labels beside them."""
+    """The tokens of one document, and a label for each."""
+
+    input_ids: Int64[np.ndarray, "t"]
+    labels: Int64[np.ndarray, "t"]  # the token if it is trained, else -100
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Packed:
+    """Several documents in one sequence, with padding at its end."""
 
     input_ids: Int64[np.ndarray, "t"]
     labels: Int64[np.ndarray, "t"]
+    segment_ids: Int64[np.ndarray, "t"]  # documents are 1, 2, ...; padding is 0
 
 
 def make_example(ids: Sequence[int], trained: Sequence[bool] | np.ndarray) -> Example:
+    """An example from token ids and a flag for each: whether the token is trained.
+
+    The first token is never trained: no token comes before it, and in a packed sequence the token
+    before it belongs to another document.
+    """
     input_ids = np.array(ids, dtype=np.int64)
-    labels = np.where(np.asarray(trained, dtype=bool), input_ids, IGNORED)
-    labels[:1] = IGNORED  # nothing comes before it, and in a pack another document does
+    labels = np.where(np.asarray(trained, dtype=bool), input_ids, IGNORE)
+    labels[:1] = IGNORE
     return Example(input_ids, labels)
-
-
-# ── 3. tokens -> sequences of one length ──────────────────────────────────────────────────
-@dataclass(frozen=True, slots=True, eq=False)
-class Packed:
-    """Several documents in one sequence. Padding is a segment of its own, number 0, at the end."""
-
-    input_ids: Int64[np.ndarray, "t"]
-    labels: Int64[np.ndarray, "t"]
-    segment_ids: Int64[np.ndarray, "t"]  # documents are 1, 2, …

@@ -1,4 +1,4 @@
-"""rows."""
+"""read_rows(): training rows from a file or from dicts, with every bad row reported."""
 
 import json
 import os
@@ -6,63 +6,90 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from fastlora.arguments import PATH, Rule
 from fastlora.errors import CheckpointError, raise_problems
 
 Row = Mapping[str, Any]
+RowKind = Literal["messages", "prompt", "instruction", "text"]
 
+# The keys that make a row of each kind. A row is of the first kind that it has all keys of: rows of
+# Alpaca's own file have a "text" as well as an instruction.
+REQUIRED_KEYS: dict[RowKind, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "text": ("text",),
+}
 
-# ── 1. rows ───────────────────────────────────────────────────────────────────────────────
 ROW_KINDS = (
     '{"messages": [{"role", "content"}, …]}, {"prompt", "completion"}, '
     '{"instruction", "input", "output"} or {"text"}'
 )
 
 
-def read_rows(data: str | os.PathLike[str] | Iterable[Row]) -> list[dict[str, Any]]:
+def _is_data(value: Any) -> bool:
+    iterable = hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
+    return PATH.accepts(value) or (iterable and not isinstance(value, str | bytes | Mapping))
+
+
+DATA = Rule(
+    _is_data,
+    "the path of a .jsonl or .json file, or an iterable of dicts (one of a dict's data sets)",
+)
+
+
+def read_rows(
+    data: str | os.PathLike[str] | Iterable[Row], *, name: str = "data"
+) -> list[dict[str, Any]]:
     """Training rows from a .jsonl or .json file, or from any iterable of dicts, as a new list.
 
     A .jsonl file holds one object per line (empty lines are skipped), a .json file one list of
-    objects. A row may have more keys than its kind needs; the first kind of `ROW_KINDS` that it has
-    all keys of is taken.
+    objects. A row may have more keys than its kind requires.
+
+    Args:
+        data: the path of a file, or the rows.
+        name: what error messages call rows that do not come from a file.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: a file that is not JSON, with file and line numbers.
-        ValueError: rows of no known kind, with their numbers (the first is 1) and their keys; no
-            rows at all.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is not JSON; the message names the file and the lines.
+        ValueError: there are no rows, or some are of none of the kinds in `REQUIRED_KEYS`; the
+            message gives their numbers (the first row is 1) and their keys.
     """
-    rows = list(_read_file(Path(data)) if isinstance(data, str | os.PathLike) else data)
-    name = str(data) if isinstance(data, str | os.PathLike) else "the data"
+    from_file = isinstance(data, str | os.PathLike)
+    rows = list(_read_file(Path(data)) if from_file else data)
+    source = str(data) if from_file else name
     if not rows:
-        raise ValueError(f"{name} holds no rows; expected at least one of {ROW_KINDS}.")
-    problems = [f"row {n}: {wrong}" for n, row in enumerate(rows, 1) if (wrong := row_refusal(row))]
+        raise ValueError(f"{source} holds no rows; expected at least one of {ROW_KINDS}.")
+    problems = [f"row {n}: {wrong}" for n, row in enumerate(rows, 1) if (wrong := row_problem(row))]
     raise_problems(
-        ValueError, f"{name}: rows of no known kind:", problems, f"Expected {ROW_KINDS}."
+        ValueError, f"{source} has rows that cannot be read:", problems, f"Expected {ROW_KINDS}."
     )
     return [dict(row) for row in rows]
 
 
 def _read_file(path: Path) -> list[Any]:
     if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"{path}: expected a file that ends in .jsonl or .json.")
+        raise ValueError(f"{path}: expected a file whose name ends in .jsonl or .json.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Rows are read from .jsonl or .json files.")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # some editors of Windows write a mark in front
+        text = path.read_text(encoding="utf-8-sig")  # Windows editors may write a byte order mark
         rows = json.loads(text) if path.suffix == ".json" else _read_lines(path, text)
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON in UTF-8: {error}") from error
     if not isinstance(rows, list):
         raise CheckpointError(
-            f"{path} holds a {type(rows).__name__}, expected a list of objects. A file with one "
-            "object per line is called .jsonl."
+            f"{path} holds a {type(rows).__name__}, expected a list of objects. Name a file with "
+            "one object per line .jsonl."
         )
     return rows
 
 
 def _read_lines(path: Path, text: str) -> list[Any]:
     rows, problems = [], []
-    for number, line in enumerate(text.split("\n"), 1):  # splitlines would cut at U+2028 in strings
+    # Not splitlines: it also splits at U+2028, which JSON strings may hold.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -78,41 +105,31 @@ def _read_lines(path: Path, text: str) -> list[Any]:
     return rows
 
 
-def row_refusal(row: Any) -> str | None:
-    """Why a row cannot be read, or None."""
+def row_problem(row: Any) -> str | None:
+    """Why a row cannot be read; None for a good row."""
     if not isinstance(row, Mapping):
         return f"a {type(row).__name__}, not a dict: {row!r:.60}"
     if row.get("tools"):
-        return "has tools, which no template is given; put them into the system message"
-    columns: dict[str | None, tuple[str, ...]] = {
-        "messages": ("messages",),
-        "prompt": ("prompt", "completion"),
-        "instruction": ("instruction", "output"),
-        "text": ("text",),
-    }
+        return "has tools, which are not passed to chat templates; put them into the system message"
     if (kind := row_kind(row)) is None:
         return f"keys {sorted(map(str, row))}"
-    values = {key: row[key] for key in columns[kind]}
+    values = {key: row[key] for key in REQUIRED_KEYS[kind]}
     if kind == "messages" or (kind == "prompt" and not isinstance(row["prompt"], str)):
-        return next(filter(None, (_chat_refusal(k, v) for k, v in values.items())), None)
+        return next(filter(None, (_chat_problem(k, v) for k, v in values.items())), None)
     if kind == "instruction":
         values["input"] = row.get("input") or ""
     wrong = [f"{k} is a {type(v).__name__}" for k, v in values.items() if not isinstance(v, str)]
     return f"{', '.join(wrong)}, expected text" if wrong else None
 
 
-def row_kind(row: Row) -> Literal["messages", "prompt", "instruction", "text"] | None:
-    # Alpaca's own file has a "text" beside its three columns, so the order matters.
-    if "messages" in row:
-        return "messages"
-    if "prompt" in row and "completion" in row:
-        return "prompt"
-    if "instruction" in row and "output" in row:
-        return "instruction"
-    return "text" if "text" in row else None
+def row_kind(row: Row) -> RowKind | None:
+    """The first kind that the row has all keys of, or None."""
+    return next(
+        (kind for kind, keys in REQUIRED_KEYS.items() if all(key in row for key in keys)), None
+    )
 
 
-def _chat_refusal(key: str, messages: Any) -> str | None:
+def _chat_problem(key: str, messages: Any) -> str | None:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         return f"{key} must be a list of at least one message; got {messages!r:.60}"
     for number, message in enumerate(messages, 1):

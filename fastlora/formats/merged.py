@@ -1,4 +1,4 @@
-"""save_merged(): a model out to a Hugging Face folder, its adapter folded in, in 16 or 4 bits."""
+"""save_merged(): a model as a Hugging Face folder, with its adapter merged, in 16 or 4 bits."""
 
 import math
 import os
@@ -13,41 +13,48 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters.edits.merging import merged_tensors
+from fastlora.arguments import check_arguments, one_of
 from fastlora.checkpoints.atomic import sync_folder
 from fastlora.checkpoints.bnb_format import QUANTIZATION_CONFIG, check_quantizable
-from fastlora.checkpoints.originals import Matrices, dequantized, original, source_folder
-from fastlora.checkpoints.output_folders import writable
+from fastlora.checkpoints.output_folders import writable_folder
 from fastlora.checkpoints.tensors import INDEX, Deferred, write_json, write_safetensors
+from fastlora.checkpoints.unquantized import (
+    MatrixSource,
+    dequantized_matrices,
+    source_folder,
+    unquantized_matrices,
+)
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.writing import CONFIG_FILE, save_adapter
 from fastlora.formats.read_back import largest_difference
 from fastlora.formats.tensors_out import (
-    dense_tensors,
-    finite_parts,
-    is_unchanged,
-    mostly_4bit,
-    packed_parts,
+    deferred_tensors,
+    file_tensors,
+    finite_statistics,
+    max_bytes_4bit,
     shard_tensors,
     tensor_bytes,
+    unchanged_4bit,
 )
 from fastlora.models.config import LlamaConfig
 from fastlora.models.config_json import config_to_json
 from fastlora.models.names import projection_weights
-from fastlora.models.params import Base, is_quantized
+from fastlora.models.params import is_quantized
 from fastlora.models.self_contained import self_contained
-from fastlora.models.spec import Spec
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.text.tokenizer import Tokenizer
 
-METHODS = ("merged_16bit", "merged_4bit", "lora")
+SAVE_METHOD = one_of("merged_16bit", "merged_4bit", "lora")
+
+_BASE_CHOICES = '"auto", "original", "dequantized" or the folder of the checkpoint in 16 bits'
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MergeReport:
-    """What became of a model in 4 or 8 bits that was saved merged."""
+    """How a model in 4 or 8 bits was merged, and how far the written folder is from it."""
 
-    base: str  # "original" or "dequantized": what the adapter was added to
-    logit_difference: float  # largest, between this model and the folder read back, on 32 tokens
+    base: str  # "original" or "dequantized": the weights that the adapter was added to
+    logit_difference: float  # largest difference of logits between model and folder, on 32 tokens
 
 
 def save_merged(
@@ -55,113 +62,116 @@ def save_merged(
     folder: str | os.PathLike[str],
     tokenizer: Tokenizer | None = None,
     save_method: str = "merged_16bit",
-    matrices: str | os.PathLike[str] = "auto",
+    base: str | os.PathLike[str] = "auto",
 ) -> MergeReport | None:
-    """Write a folder that transformers and fastlora load, with the adapter folded in.
+    """Write a folder that transformers and fastlora load, with the adapter merged.
 
-    "merged_16bit" writes model.safetensors (shards with an index above 5 GB), config.json,
-    generation_config.json and the tokenizer's files. A bfloat16 or float16 base keeps its dtype, a
-    wider one is rounded to bfloat16, once, after the merge. "merged_4bit" puts the projections of
-    that into NF4 with double quantisation, as transformers writes it for bitsandbytes. One tensor
-    at a time is made, twice: to see that it is finite, and to be written. The files take the place
-    of older ones together, when all are whole: the disk holds both for a moment. Without an adapter
-    (after `merge`) the base is written. "lora" writes the PEFT folder and the tokenizer's files.
-
-    A base in 4 or 8 bits has lost what its checkpoint had. The adapter is added to the projections
-    in 16 bits that it was quantised from ("original"), which may be better and is not the model
-    that was trained, or to those that it computes with ("dequantized"), which is, up to rounding.
-    All else is the base's own.
+    The files replace older ones at the end and all together, so the disk needs room for both.
 
     Args:
-        model: without an adapter its base is written.
-        folder: is made if need be.
-        tokenizer: written beside the model.
-        save_method: "merged_16bit", "merged_4bit" or "lora".
-        matrices: of a quantised base: "original", from what `load` was given; "dequantized"; the
-            folder of the checkpoint in 16 bits; or "auto": the original where it is still at hand.
+        model: without an adapter (after `merge`), its base is written.
+        folder: created if it does not exist.
+        tokenizer: written next to the model; None writes none.
+        save_method:
+            "merged_16bit": model.safetensors (shards with an index above 5 GB), config.json and
+            generation_config.json. A bfloat16 or float16 base keeps its dtype. A wider one is
+            rounded to bfloat16 once, after merging.
+            "merged_4bit": the same with the projections in NF4 with double quantisation, as
+            transformers writes it for bitsandbytes.
+            "lora": the PEFT folder.
+        base: only for a base in 4 or 8 bits: the projections that the adapter is added to.
+            "original": those in 16 bits, from the folder that `load` was given, or from the folder
+            given here. The result may be better, but is not the model that was trained.
+            "dequantized": those that the model computes with. The result is the model that was
+            trained, up to rounding.
+            "auto": "original" if that folder still exists and matches, else "dequantized".
 
     Returns:
-        For a quantised base, which matrices were taken, and how far the folder, read back, is from
-        the model; else None.
+        For a quantised base that was merged, the base that was used and the largest difference
+        between the logits of the model and of the written folder. Otherwise None.
 
     Raises:
-        ValueError: before any file is written, if a merged weight would be NaN or infinite, the
-            folder is a file or the one the base was loaded or is to be read from, or holds other
-            model files that a reader might take for this model's; for a mixture in "merged_4bit".
-        FileNotFoundError: the original matrices are not there.
-        CheckpointError: they are others.
-        PermissionError: if the folder cannot be written to.
+        ValueError: before any file is written, if `save_method` is unknown, `base` has no meaning
+            for this model, a merged weight would be NaN or infinite, the model is a mixture and the
+            method "merged_4bit", or the folder is a file, is read as the base, or holds other model
+            files that a reader could mistake for this model's.
+        FileNotFoundError: the original weights do not exist.
+        CheckpointError: the original weights belong to another model.
+        PermissionError: the folder cannot be written to.
     """
-    if save_method not in METHODS:
-        raise ValueError(f"save_method={save_method!r}: expected one of {list(METHODS)}.")
-    if matrices != "auto" and not (is_quantized(model.base) and save_method != "lora"):
+    check_arguments("save_merged", save_method=(save_method, SAVE_METHOD))
+    merges_quantized = is_quantized(model.base) and save_method != "lora"
+    if base != "auto" and not merges_quantized:
         raise ValueError(
-            f"base={matrices!r}: this says what to add the adapter of a model in 4 or 8 bits to"
-            " when it is merged; leave it out here."
+            f"base={base!r}: expected 'auto'. Other values choose the weights that are merged when"
+            " the base is in 4 or 8 bits and save_method is not 'lora'."
         )
     if save_method == "lora":
         save_adapter(model, folder)
-        taken = None
+        base_used = None
     else:
         model = self_contained(model)
         in_4bit = save_method == "merged_4bit"
-        taken = _write_merged(model, writable(folder, model.spec), matrices, in_4bit)
+        base_used = _write_merged(model, writable_folder(folder, model.spec), base, in_4bit)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    if taken is None or not is_quantized(model.base):
+    if base_used is None or not merges_quantized:
         return None
     difference = largest_difference(model, Path(folder))
-    return MergeReport(base=taken, logit_difference=difference)
+    return MergeReport(base=base_used, logit_difference=difference)
 
 
 def _write_merged(
-    model: ModelState,
-    folder: Path,
-    matrices: str | os.PathLike[str],
-    in_4bit: bool,
+    model: ModelState, folder: Path, base: str | os.PathLike[str], in_4bit: bool
 ) -> str:
-    """Write the folder; gives what the adapter was added to."""
-    spec, base = model.spec, model.base
+    """Write weights and settings. Returns "original" or "dequantized"."""
+    spec = model.spec
     if spec.lora is not None:
         require_adapter(model)
-    own = base["norm"].dtype
-    dtype = own if own in (torch.bfloat16, torch.float16) else torch.bfloat16
+    base_dtype = model.base["norm"].dtype
+    dtype = base_dtype if base_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     if in_4bit:
         check_quantizable(spec.config, [dtype])
-    taken, matrix = _matrices(spec, base, matrices, folder)
-    config, tensors, folded = merged_tensors(model, matrix)
+    base_used, matrix_source = _matrix_source(model, base, folder)
+    config, tensors, merged = merged_tensors(model, matrix_source)
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
 
-    def make(name: str) -> Tensor:
-        return (folded[name]() if name in folded else tensors[name]).detach().to(dtype)
+    def compute(name: str) -> Tensor:
+        return (merged[name]() if name in merged else tensors[name]).detach().to(dtype)
 
-    stored = dense_tensors(config, make, dtype)
-    packed = projection_weights(config) if in_4bit else []
-    sizes = {n: mostly_4bit(x) if n in packed else tensor_bytes(x) for n, x in stored.items()}
+    deferred = deferred_tensors(config, compute, dtype)
+    to_4bit = projection_weights(config) if in_4bit else []
+    sizes = {n: max_bytes_4bit(x) if n in to_4bit else tensor_bytes(x) for n, x in deferred.items()}
     shards = shard_tensors(sizes)
     _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
-    kept = is_unchanged(spec, tensors, dtype) if in_4bit and taken == "dequantized" else {}
-    parts = finite_parts(packed, folded, make, kept)
-    groups = {n: packed_parts(n, x, parts.get(n), kept.get(n)) for n, x in stored.items()}
-    files = {f: {k: x for n in names for k, x in groups[n].items()} for f, names in shards.items()}
-    count = sum(math.prod(x.shape) for x in stored.values())
-    quantization = QUANTIZATION_CONFIG | {"bnb_4bit_compute_dtype": config.dtype}
-    more = {"quantization_config": quantization} if in_4bit else {}
-    _write_together(folder, files, count, _generation_config(config), config_to_json(config) | more)
-    return taken
+    keep = in_4bit and base_used == "dequantized"
+    unchanged = unchanged_4bit(spec, tensors, dtype) if keep else {}
+    statistics = finite_statistics(to_4bit, merged, compute, unchanged)
+    entries = {
+        n: file_tensors(n, x, statistics.get(n), unchanged.get(n)) for n, x in deferred.items()
+    }
+    files = {f: {k: x for n in names for k, x in entries[n].items()} for f, names in shards.items()}
+    parameters = sum(math.prod(x.shape) for x in deferred.values())
+    config_json = config_to_json(config)
+    if in_4bit:
+        quantization = QUANTIZATION_CONFIG | {"bnb_4bit_compute_dtype": config.dtype}
+        config_json = config_json | {"quantization_config": quantization}
+    _replace_files(folder, files, parameters, _generation_config(config), config_json)
+    return base_used
 
 
-def _write_together(
+def _replace_files(
     folder: Path,
     files: Mapping[str, Mapping[str, Tensor | Deferred]],
-    count: int,
+    parameters: int,
     generation: Mapping[str, Any],
     config: Mapping[str, Any],
 ) -> None:
-    """Write weights, index and settings beside the folder's files, then put them in their place.
+    """Write weights, index and settings to a temporary sub-folder, then move them into place.
 
-    A failure leaves what was there. An older config.json goes first and the new one comes last:
-    between the two, the folder is no model.
+    An error while writing leaves the folder's old files unchanged. The old config.json is removed
+    before the first move and the new one is moved last: if the process dies in between, the folder
+    does not load, instead of loading a mixture of two models.
     """
     folder.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
@@ -171,7 +181,7 @@ def _write_together(
         if len(files) > 1:
             total = sum(tensor_bytes(x) for items in files.values() for x in items.values())
             weight_map = {key: file for file, items in files.items() for key in items}
-            metadata = {"total_size": total, "total_parameters": count}
+            metadata = {"total_size": total, "total_parameters": parameters}
             write_json(staging / INDEX, {"metadata": metadata, "weight_map": weight_map})
         write_json(staging / "generation_config.json", generation)
         write_json(staging / "config.json", config)
@@ -182,39 +192,36 @@ def _write_together(
         sync_folder(folder)
     finally:
         shutil.rmtree(staging)
-        if not any(folder.iterdir()):  # made here, for nothing
+        if not any(folder.iterdir()):  # created above; nothing was written
             folder.rmdir()
 
 
-def _matrices(
-    spec: Spec, base: Base, given: str | os.PathLike[str], to: Path
-) -> tuple[str, Matrices]:
-    """(what the adapter is added to, the function that gives it)."""
-    dequantised = "dequantized", dequantized(base["norm"].dtype)
-    if given == "dequantized" or not is_quantized(base):
-        return dequantised
+def _matrix_source(
+    model: ModelState, base: str | os.PathLike[str], output: Path
+) -> tuple[str, MatrixSource]:
+    """("original" or "dequantized", the source of the projections that the adapter is added to)."""
+    dequantized = "dequantized", dequantized_matrices(model.base["norm"].dtype)
+    if base == "dequantized" or not is_quantized(model.base):
+        return dequantized
     try:
-        named = isinstance(given, str) and given in ("auto", "original")
-        folder = source_folder(spec) if named else _given_folder(given)
-        found = original(spec.config, folder, base)
+        named = isinstance(base, str) and base in ("auto", "original")
+        folder = source_folder(model.spec) if named else _given_folder(base)
+        original = unquantized_matrices(model.spec.config, folder, model.base)
     except (FileNotFoundError, CheckpointError) as error:
-        if given == "auto":
-            return dequantised
-        raise type(error)(f"base={given!r}: {error} Or take {_CHOICES}.") from error
-    if to.resolve() == folder.resolve():
-        raise ValueError(f"{to} is where the original matrices are read from; choose another.")
-    return "original", found
+        if base == "auto":
+            return dequantized
+        raise type(error)(f"base={base!r}: {error} Or pass {_BASE_CHOICES}.") from error
+    if output.resolve() == folder.resolve():
+        raise ValueError(f"{output} is where the original matrices are read from; choose another.")
+    return "original", original
 
 
-_CHOICES = '"auto", "original", "dequantized" or the folder of the checkpoint in 16 bits'
-
-
-def _given_folder(given: Any) -> Path:
-    if not isinstance(given, str | os.PathLike) or not os.fspath(given):
-        raise ValueError(f"base={given!r:.200}: expected {_CHOICES}.")
-    if not Path(given).is_dir():
-        raise FileNotFoundError(f"no such folder: {os.fspath(given)!r:.200}.")
-    return Path(given)
+def _given_folder(base: Any) -> Path:
+    if not isinstance(base, str | os.PathLike) or not os.fspath(base):
+        raise ValueError(f"base={base!r:.200}: expected {_BASE_CHOICES}.")
+    if not Path(base).is_dir():
+        raise FileNotFoundError(f"no such folder: {os.fspath(base)!r:.200}.")
+    return Path(base)
 
 
 def _generation_config(config: LlamaConfig) -> dict[str, Any]:
@@ -227,9 +234,14 @@ def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     return {name: value for name, value in ids.items() if value not in (None, [])}
 
 
-def _check_no_other_model(folder: Path, ours: set[str]) -> None:
-    """Refuse a folder with weights that readers would prefer, or lay over, the ones written."""
-    kinds = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", CONFIG_FILE)
-    others = sorted({p.name for kind in kinds for p in folder.glob(kind)} - ours)
+def _check_no_other_model(folder: Path, written: set[str]) -> None:
+    """Refuse a folder with weights that a reader would prefer to, or apply to, the written ones.
+
+    Args:
+        folder: need not exist.
+        written: names of the weight files that will be written, which may exist.
+    """
+    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", CONFIG_FILE)
+    others = sorted({p.name for pattern in patterns for p in folder.glob(pattern)} - written)
     cure = "Choose an empty folder, or delete these files first."
     raise_problems(ValueError, f"{folder} holds files of another model:", others, cure)

@@ -1,4 +1,4 @@
-"""read_back."""
+"""largest_difference(): how far a written folder is from the model that was written."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,9 +17,26 @@ from fastlora.models.spec import Spec
 from fastlora.models.state import ModelState
 
 
-# ── read back ─────────────────────────────────────────────────────────────────────────────
-class _LayerByLayer(Sequence):
-    """Layers of a mapped file, of which one at a time is on a device."""
+def largest_difference(model: ModelState, folder: Path) -> float:
+    """Largest absolute difference between the logits of a model and of a folder's, on 32 tokens.
+
+    Layers of the folder stay on the host and are moved to the device one at a time.
+    """
+    spec, device = model.spec, model.base["norm"].device
+    config, written = read_base(folder)
+    moved: Any = {k: x.to(device) for k, x in written.items() if isinstance(x, Tensor)}
+    base = cast(Base, moved | {"layers": _LayersOnDemand(written["layers"], device)})
+    # Compiling takes longer than these two passes.
+    eager = replace(spec, compile=False)
+    ids = _token_ids(spec).to(device)
+    with torch.no_grad():
+        expected = functional.forward(model.adapter, model.base, eager, ids)
+        actual = functional.forward(None, base, replace(eager, config=config, lora=None), ids)
+    return float((expected.double() - actual.double()).abs().max())
+
+
+class _LayersOnDemand(Sequence):
+    """The layers of a base tree; indexing moves one to a device."""
 
     def __init__(self, layers: Sequence[Any], device: torch.device):
         self.layers, self.device = layers, device
@@ -31,21 +48,7 @@ class _LayerByLayer(Sequence):
         return tree_map(lambda x: x.to(self.device), self.layers[i])
 
 
-def largest_difference(model: ModelState, folder: Path) -> float:
-    """Largest difference of logits between a model and what a folder holds."""
-    spec, device = model.spec, model.base["norm"].device
-    config, found = read_base(folder)
-    ends: Any = {k: x.to(device) for k, x in found.items() if isinstance(x, Tensor)}
-    again = cast(Base, ends | {"layers": _LayerByLayer(found["layers"], device)})
-    plain = replace(spec, compile=False)
-    ids = _few_tokens(spec).to(device)
-    with torch.no_grad():
-        ours = functional.forward(model.adapter, model.base, plain, ids)
-        theirs = functional.forward(None, again, replace(plain, config=config, lora=None), ids)
-    return float((ours.double() - theirs.double()).abs().max())
-
-
-def _few_tokens(spec: Spec) -> Int[Tensor, "1 t"]:
-    """Ids from all over the vocabulary, the same every time."""
+def _token_ids(spec: Spec) -> Int[Tensor, "1 t"]:
+    """Ids spread over the vocabulary, the same for every call: multiples of a large prime."""
     t = min(32, spec.max_seq_length)
     return (7919 * torch.arange(1, t + 1) % spec.config.vocab_size)[None]

@@ -1,4 +1,4 @@
-"""One decoder layer, as pure functions: RMSNorm, attention, RMSNorm, SwiGLU, LoRA everywhere."""
+"""The attention half of a decoder layer: RMSNorm, q, k and v, RoPE, attention, o."""
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -24,12 +24,17 @@ def _heads(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Heads:
-    """Normed, projected and split into heads, tokens before heads in memory; not rotated."""
+    """q, k and v of the normed input, split into heads and not rotated.
+
+    In memory they are [b, t, h, hd]; the results are transposed views.
+    """
     b, t, _ = x.shape
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     qkv = project(normed, QKV, params, adapter, spec, key)
     q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
     if "q_norm" in params:
+        # Without the barrier Inductor would fuse these norms' gradients with RoPE's, in a kernel
+        # that may read values before they are written (ops/gradient_barrier.py).
         q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
         k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -42,12 +47,17 @@ def _joint_heads(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None]:
-    """`_heads`, and what receives their gradients side by side, where their weights lie so and
-    nothing stands between the products and attention: Inductor took 74 us a layer of 1B, 4 x 2048
-    tokens, to rotate them back and lay them so (H100)."""
-    plain = spec.qat_scheme is None and "q_norm" not in params
-    plain = plain and not any(isinstance(adapter.get(n), DoRA | BiasedLoRA) for n in QKV)
-    if "qkv" not in params or not plain:
+    """`_heads`, and one tensor whose gradient is dq, dk and dv side by side; None: there is none.
+
+    Attention's backward kernel writes its three results into one buffer, which the fused product of
+    q, k and v then reads. Otherwise Inductor takes 74 us per layer of 1B at 4 x 2048 tokens to
+    rotate them back and to copy them together (H100). This needs fused weights, and products whose
+    results go to attention unchanged.
+    """
+    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3.
+    unchanged = spec.qat_scheme is None and "q_norm" not in params
+    unchanged = unchanged and not any(isinstance(adapter.get(n), DoRA | BiasedLoRA) for n in QKV)
+    if "qkv" not in params or not unchanged:
         return *_heads(x, params, adapter, spec, key), None
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     matrices, masks = a_matrices(QKV, params, adapter, spec, key)
@@ -67,9 +77,9 @@ def queries_keys_values(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Heads:
-    """Normed, projected, split into heads and rotated: what attention and a KV cache take."""
+    """q, k and v of the normed input, split into heads and rotated, for attention and KV caches."""
     q, k, v = _heads(x, params, adapter, spec, key)
-    if spec.rope:
+    if spec.rope:  # SmolLM3 leaves it out in every fourth layer
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
     return q, k, v
 
@@ -81,9 +91,9 @@ def attention_output(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
-    """The output projection of the attended heads."""
-    joined = heads.transpose(1, 2).flatten(2)
-    return project(joined, ("o_proj",), params, adapter, spec, key)[0]
+    """The output projection of attention's result."""
+    merged = heads.transpose(1, 2).flatten(2)
+    return project(merged, ("o_proj",), params, adapter, spec, key)[0]
 
 
 def attention_block(
@@ -96,8 +106,10 @@ def attention_block(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
-    """attention(norm(x)), which the caller adds to x."""
+    """o(attention(norm(x))), which the caller adds to x."""
+    # Spans are made only for the Triton kernels. Plain causal attention may be faster by SDPA.
     if isinstance(mask, Spans) or (mask is None and _use_flash(x, spec)):
+        # These kernels rotate q and k themselves.
         q, k, v, joint = _joint_heads(x, params, adapter, spec, key)
         heads = flash_attention(q, k, v, (cos, sin) if spec.rope else None, mask, joint)
     else:
@@ -107,8 +119,10 @@ def attention_block(
 
 
 def _use_flash(x: Float[Tensor, "b t d"], spec: LayerSpec) -> bool:
-    """Whether the Triton kernels of attention run where each query sees all before it: for the sake
-    of the same bits, or because they are the fastest."""
+    """Whether the Triton kernels compute plain causal attention.
+
+    They do if results must be deterministic, or if they are faster than SDPA.
+    """
     t, heads, head_dim = x.shape[1], spec.num_attention_heads, spec.head_dim
-    able = spec.fused and flash.kernel_supports(x.dtype, heads, head_dim, t)
-    return able and (spec.deterministic or flash.kernel_is_faster(head_dim, t))
+    supported = spec.fused and flash.kernel_supports(x.dtype, heads, head_dim, t)
+    return supported and (spec.deterministic or flash.kernel_is_faster(head_dim, t))

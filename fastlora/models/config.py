@@ -1,4 +1,4 @@
-"""What a Llama-family checkpoint is, without its weights: the shape that config.json gives."""
+"""LlamaConfig: the shape of a Llama-like checkpoint, without its weights."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -10,10 +10,10 @@ LayerType = Literal["full_attention", "sliding_attention"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeParameters:
-    """Rotary position embedding settings, with every default resolved.
+    """Settings of rotary position embeddings, with every default filled in.
 
-    Field names are those of transformers 5's `rope_parameters`; old files that say `rope_theta` and
-    `rope_scaling` are read into the same record.
+    Field names are those of transformers 5's `rope_parameters`. Files in the older spelling, with
+    `rope_theta` and `rope_scaling`, are read into the same record.
     """
 
     rope_type: RopeType = "default"
@@ -32,11 +32,13 @@ class RopeParameters:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LlamaConfig:
-    """Static shape of a Llama-family model. Hashable, so torch.compile may specialise on it.
+    """Static shape of a Llama-like model. It is hashable, so torch.compile may specialise on it.
 
-    Field names are those of Hugging Face's config.json: one vocabulary from disk to error message.
-    Family differences are settled here, once, as per-layer facts; nothing later asks for
-    `model_type`.
+    Field names are those of Hugging Face's config.json. Differences between families are facts of
+    the model or of each layer here (`qk_norm`, `layer_types`, `sparse_layers`, ...), and the
+    decoder reads only these. `model_type` is the key of the family's record
+    (families/registry.py). Once the config is read, that record is asked for names only: those of
+    experts in files, of tokenizer classes, and of PEFT's default targets.
     """
 
     model_type: str
@@ -52,19 +54,19 @@ class LlamaConfig:
     rope_parameters: RopeParameters
     tie_word_embeddings: bool
     attention_bias: bool  # q_proj, k_proj, v_proj have a bias
-    attention_output_bias: bool  # o_proj has one (Llama: as the others; Qwen2: never)
+    attention_output_bias: bool  # o_proj has one (Llama: if the others have; Qwen2: never)
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over head_dim on q and k before RoPE (Qwen3)
     layer_types: tuple[LayerType, ...]  # one entry per layer
-    sliding_window: int | None  # positions a sliding layer sees, itself included
-    no_rope_layers: tuple[int, ...]  # one entry per layer, 1 = has RoPE (SmolLM3's spelling)
-    sparse_layers: tuple[bool, ...]  # one entry per layer: a mixture of experts, or one dense MLP
-    num_local_experts: int  # of a sparse layer; 0 where no layer is sparse
+    sliding_window: int | None  # positions that a sliding layer sees, the query's included
+    no_rope_layers: tuple[int, ...]  # one entry per layer; 1 = has RoPE (SmolLM3's spelling)
+    sparse_layers: tuple[bool, ...]  # one entry per layer; True: mixture of experts, False: one MLP
+    num_local_experts: int  # in each sparse layer; 0 if no layer is sparse
     num_experts_per_tok: int
-    norm_topk_prob: bool  # the chosen experts' weights are made to sum to 1
-    moe_intermediate_size: int  # of one expert
+    norm_topk_prob: bool  # the chosen experts' weights are scaled to sum to 1
+    moe_intermediate_size: int  # width of one expert
     bos_token_id: int | None
-    eos_token_id: tuple[int, ...]  # config.json and generation_config.json together
+    eos_token_id: tuple[int, ...]  # of config.json and generation_config.json together
     pad_token_id: int | None
     dtype: str  # of the weights: "float32", "bfloat16", "float16" or "float64"
-    raw_json: str = field(repr=False)  # config.json as it was read, for the export of merged models
+    raw_json: str = field(repr=False)  # unchanged text of config.json, for exports of merged models

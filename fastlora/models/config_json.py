@@ -1,78 +1,26 @@
-"""config.json to LlamaConfig and back."""
+"""config.json -> LlamaConfig, and back."""
 
 import json
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from fastlora.errors import raise_problems
 from fastlora.models.config import LayerType, LlamaConfig
-from fastlora.models.families import DEFAULTS, FAMILIES
+from fastlora.models.families.family import SHARED_DEFAULTS, Family
+from fastlora.models.families.registry import FAMILIES
 from fastlora.models.json_fields import Fields, is_int, show
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
 
+# Bounds on sizes that become lengths of tuples and lists of names: a wrong file must not fill the
+# memory. DeepSeek-V3 has 14,848 experts in all its layers.
+_MAX_TOTAL_EXPERTS = 100_000
 
-def config_from_json(
-    raw: dict[str, Any],
-    *,
-    generation: dict[str, Any] | None = None,
-    rope_scaling: dict[str, Any] | None = None,
-) -> LlamaConfig:
-    """The record of a config.json, read as transformers 5.23 reads it.
-
-    Args:
-        raw: config.json. Its JSON types are not trusted.
-        generation: generation_config.json; its stop ids join the config's.
-        rope_scaling: replaces the file's RoPE settings, all but `rope_theta`, which stays the
-            file's unless the dict gives one. Spelled as in config.json: rope_type, factor, ...
-
-    Raises:
-        ValueError: listing every field that is missing, impossible, or means something that
-            fastlora's model does not compute.
-    """
-    _check_family(raw.get("model_type"))
-    if rope_scaling:
-        raw = with_rope_scaling(raw, rope_scaling)
-    defaults, fixed = FAMILIES[raw["model_type"]]
-    settings = Fields({**DEFAULTS, **defaults, **raw, **fixed})
-    settings.refuse_unsupported()
-    read = {name: settings.read(name, expected) for name, expected in _PLAIN_FIELDS.items()}
-    read |= _attention_heads(settings, read)
-    read |= _layer_fields(settings, read["num_hidden_layers"])
-    read |= _expert_fields(settings, read["num_hidden_layers"])
-    read |= _token_ids(raw, generation or {}, defaults, settings.problems)
-    read["rope_parameters"] = rope_parameters(settings, read)
-    read["dtype"] = settings.dtype()
-    cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
-    raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
-    return LlamaConfig(**read, model_type=raw["model_type"], raw_json=json.dumps(raw))
-
-
-def config_to_json(config: LlamaConfig) -> dict[str, Any]:
-    """config.json for a folder of this model in full precision: the file as read, with what
-    fastlora changed."""
-    raw = json.loads(config.raw_json)
-    raw.pop("quantization_config", None)
-    # Both names where both are there: transformers 5 prefers dtype, 4 reads torch_dtype.
-    for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
-        raw[name] = config.dtype
-    changed = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
-    return raw | changed
-
-
-def _check_family(model_type: Any) -> None:
-    known = ", ".join(FAMILIES)
-    if model_type not in tuple(FAMILIES):  # a tuple: the file may hold something unhashable
-        raise ValueError(
-            f"model_type is {show(model_type)}, but fastlora knows {known}; "
-            "is this a Llama-like language model?"
-        )
-
-
-# The fields that stand in the record as they stand in the file.
-_PLAIN_FIELDS = dict(
+# Fields that LlamaConfig has under the same name and with the same value -> what is expected.
+_COPIED_FIELDS = dict(
     vocab_size="a positive integer",
     hidden_size="a positive integer",
     intermediate_size="a positive integer",
-    num_hidden_layers="an integer from 1 to 10000",  # it sizes tuples: not to be believed blindly
+    num_hidden_layers="an integer from 1 to 10000",
     max_position_embeddings="a positive integer",
     rms_norm_eps="a positive number",
     tie_word_embeddings="true or false",
@@ -81,11 +29,71 @@ _PLAIN_FIELDS = dict(
 )
 
 
-# ── what several fields say together ──────────────────────────────────────────────────────
-def _attention_heads(settings: Fields, read: dict[str, Any]) -> dict[str, Any]:
-    """Head counts, head_dim and what goes with attention's projections."""
+def config_from_json(
+    raw: dict[str, Any],
+    *,
+    generation: dict[str, Any] | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+) -> LlamaConfig:
+    """Read a config.json as transformers 5.23 reads it.
+
+    Args:
+        raw: config.json. Its JSON types are not trusted.
+        generation: generation_config.json; its stop ids are added to those of config.json.
+        rope_scaling: replaces the file's RoPE settings except `rope_theta`, which is replaced only
+            if the dict has it. Spelled as in config.json: rope_type, factor, ...
+
+    Raises:
+        ValueError: listing every field that is missing, impossible, or asks for something that
+            fastlora's model does not compute.
+    """
+    family = _family(raw.get("model_type"))
+    if rope_scaling:
+        raw = with_rope_scaling(raw, rope_scaling)
+    # A family's fixed values come last: they hold although the file may say something else, as in
+    # transformers' model classes, which do not read these fields.
+    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed})
+    settings.refuse_unsupported()
+    read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
+    read |= _attention_fields(settings, read, family)
+    read |= _layer_fields(settings, read["num_hidden_layers"], family)
+    read |= _expert_fields(settings, read["num_hidden_layers"], family)
+    read |= _token_ids(raw, generation or {}, family.defaults, settings.problems)
+    read["rope_parameters"] = rope_parameters(settings, read)
+    read["dtype"] = settings.dtype()
+    cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
+    raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
+    return LlamaConfig(**read, model_type=family.name, raw_json=json.dumps(raw))
+
+
+def config_to_json(config: LlamaConfig) -> dict[str, Any]:
+    """config.json for a folder of this model in full precision.
+
+    It is the file that was read, with the fields that fastlora may have changed.
+    """
+    raw = json.loads(config.raw_json)
+    raw.pop("quantization_config", None)
+    # If the file has both names, both are set: transformers 5 prefers dtype, 4 reads torch_dtype.
+    for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
+        raw[name] = config.dtype
+    changed = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
+    return raw | changed
+
+
+def _family(model_type: Any) -> Family:
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
+    raise ValueError(
+        f"model_type is {show(model_type)}, but fastlora knows {', '.join(FAMILIES)}; "
+        "is this a Llama-like language model?"
+    )
+
+
+def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) -> dict[str, Any]:
+    """Head counts, head_dim, and the norms and biases of attention."""
     hidden, problems = read["hidden_size"], settings.problems
     heads = settings.read("num_attention_heads", "a positive integer")
+    # Before grouped-query attention files had no such field, or null: one key head per query head.
     kv_heads = settings.read("num_key_value_heads", "a positive integer or null") or heads
     head_dim = settings.read("head_dim", "a positive integer or null")
     if heads and kv_heads and heads % kv_heads:
@@ -105,105 +113,49 @@ def _attention_heads(settings: Fields, read: dict[str, Any]) -> dict[str, Any]:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        attention_output_bias=read["attention_bias"] and settings.raw["model_type"] != "qwen2",
-        qk_norm=settings.raw["model_type"] in ("qwen3", "qwen3_moe"),
+        attention_output_bias=read["attention_bias"] and family.o_proj_bias,
+        qk_norm=family.qk_norm,
     )
 
 
-def _layer_fields(settings: Fields, n: int | None) -> dict[str, Any]:
-    """Which layers rotate, and which see a window; `sliding_window` is None where none does."""
+def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:
+    """Which layers use RoPE and which a sliding window; the window is None if no layer uses it."""
     window = settings.read("sliding_window", "a positive integer or null")
+    # Qwen's files give a window and switch it off.
     if not settings.read("use_sliding_window", "true or false"):
         window = None
     first = settings.read("max_window_layers", "an integer, 0 or more")
-    if n is None or first is None:
+    if layers is None or first is None:
         return dict(layer_types=None, sliding_window=None, no_rope_layers=None)
-    ropes = _no_rope_layers(settings, n)
-    # SmolLM3 gives its window to the layers without RoPE, the others to the last ones.
-    smollm3 = settings.raw["model_type"] == "smollm3"
-    slides = [window and (not ropes[i] if smollm3 else i >= first) for i in range(n)]
-    types = tuple("sliding_attention" if s else "full_attention" for s in slides)
+    has_rope = _no_rope_layers(settings, layers)
+    slides = [not has_rope[i] if family.window_without_rope else i >= first for i in range(layers)]
+    types = tuple("sliding_attention" if window and s else "full_attention" for s in slides)
     if (given := settings.raw["layer_types"]) is not None:
-        types = _given_layer_types(settings, given, types, window)
+        types = _given_layer_types(settings, given, types, window, family)
     return dict(
         layer_types=types,
         sliding_window=window if "sliding_attention" in types else None,
-        no_rope_layers=ropes,
+        no_rope_layers=has_rope,
     )
 
 
-def _expert_fields(settings: Fields, n: int | None) -> dict[str, Any]:
-    """The mixture's sizes, and which layers are one.
-
-    `output_router_logits`, `router_aux_loss_coef` and `router_jitter_noise` are not read: they
-    change nothing in the logits, and fastlora's loss is the cross-entropy alone.
-    """
-    raw = settings.raw
-    experts = _expert_count(settings)
-    if experts == 0 or n is None:
-        none = dict(num_experts_per_tok=0, norm_topk_prob=False, moe_intermediate_size=0)
-        return none | dict(num_local_experts=0, sparse_layers=(False,) * (n or 0))
-    per_token = settings.read("num_experts_per_tok", "a positive integer")
-    if experts and per_token and per_token > experts:
-        settings.problems.append(
-            f"num_experts_per_tok is {per_token}; expected at most the {experts} experts there are"
-        )
-    size = "intermediate_size" if raw["model_type"] == "mixtral" else "moe_intermediate_size"
-    step = settings.read("decoder_sparse_step", "a positive integer") or 1
-    dense = raw["mlp_only_layers"] or []
-    if not isinstance(dense, list) or any(type(i) is not int for i in dense):
-        settings.problems.append(f"mlp_only_layers is {show(dense)}; expected layer numbers")
-        dense = []
-    sparse = tuple(i not in dense and (i + 1) % step == 0 for i in range(n))
-    if (total := (experts or 0) * sum(sparse)) > _MOST_EXPERTS:
-        settings.problems.append(
-            f"{experts} experts in each of {sum(sparse)} layers are {total:,}; expected at most"
-            f" {_MOST_EXPERTS:,}"
-        )
-    return dict(
-        num_local_experts=experts,
-        num_experts_per_tok=per_token,
-        norm_topk_prob=settings.read("norm_topk_prob", "true or false"),
-        moe_intermediate_size=settings.read(size, "a positive integer"),
-        sparse_layers=sparse,
-    )
-
-
-# They size lists of names. DeepSeek-V3 has 14,848.
-_MOST_EXPERTS = 100_000
-
-
-# Spellings of their number: transformers' alias of a class's own field wins over that.
-_EXPERT_COUNTS = {
-    "mixtral": ("num_experts", "num_local_experts"),
-    "qwen3_moe": ("num_local_experts", "num_experts"),
-}
-
-
-def _expert_count(settings: Fields) -> int | None:
-    for name in _EXPERT_COUNTS.get(settings.raw["model_type"], ()):
-        if name in settings.raw:
-            return settings.read(name, "an integer from 0 to 10000")
-    return 0
-
-
-def _no_rope_layers(settings: Fields, n: int) -> tuple[int, ...]:
+def _no_rope_layers(settings: Fields, layers: int) -> tuple[int, ...]:
     given = settings.raw["no_rope_layers"]
     if given is None:
         interval = settings.read("no_rope_layer_interval", "a positive integer or null")
-        return tuple(int(interval is None or (i + 1) % interval != 0) for i in range(n))
+        return tuple(int(interval is None or (i + 1) % interval != 0) for i in range(layers))
     entries = given if isinstance(given, list) else []
-    # transformers documents "at least" one entry per layer: the rest are not used.
-    if len(entries) < n or any(type(x) is not int or x not in (0, 1) for x in entries):
+    # transformers documents "at least" one entry per layer, and does not use the rest.
+    if len(entries) < layers or any(type(x) is not int or x not in (0, 1) for x in entries):
         settings.problems.append(
-            f"no_rope_layers is {show(given)}; expected 0 or 1 for each of the {n} layers"
+            f"no_rope_layers is {show(given)}; expected 0 or 1 for each of the {layers} layers"
         )
-        return (1,) * n
-    return tuple(entries[:n])
+        return (1,) * layers
+    return tuple(entries[:layers])
 
 
 def _given_layer_types(
-    settings: Fields, given: Any, derived: tuple[str, ...], window: int | None
+    settings: Fields, given: Any, derived: tuple[str, ...], window: int | None, family: Family
 ) -> tuple[str, ...]:
     known, n = get_args(LayerType), len(derived)
     if not isinstance(given, list) or len(given) != n or any(t not in known for t in given):
@@ -214,21 +166,79 @@ def _given_layer_types(
     if "sliding_attention" in given and window is None:
         settings.problems.append(
             "layer_types has sliding_attention, but there is no window; "
-            "expected sliding_window, and use_sliding_window true where the family has it"
+            "expected sliding_window, and use_sliding_window true if the family has that field"
         )
-    if settings.raw["model_type"] == "mistral" and tuple(given) != derived:
+    if family.same_layer_types and tuple(given) != derived:
         settings.problems.append(
-            "layer_types differs between layers; in a mistral model sliding_window holds for all"
+            f"layer_types is {show(given)}; in a {family.name} model sliding_window holds for all"
+            " layers, so leave layer_types out"
         )
     return tuple(given)
 
 
+def _expert_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:
+    """The sizes of the mixture of experts, and which layers have one.
+
+    `output_router_logits`, `router_aux_loss_coef` and `router_jitter_noise` are not read: they do
+    not change the logits, and fastlora's loss is the cross-entropy only.
+    """
+    experts = _expert_count(settings, family)
+    if family.experts is None or experts == 0 or layers is None:
+        return dict(
+            num_local_experts=0,
+            num_experts_per_tok=0,
+            norm_topk_prob=False,
+            moe_intermediate_size=0,
+            sparse_layers=(False,) * (layers or 0),
+        )
+    # experts is None here if the count was wrong; go on, to report the other fields as well.
+    per_token = settings.read("num_experts_per_tok", "a positive integer")
+    if experts and per_token and per_token > experts:
+        settings.problems.append(
+            f"num_experts_per_tok is {per_token}; expected at most the {experts} experts there are"
+        )
+    sparse = _sparse_layers(settings, layers)
+    if (total := (experts or 0) * sum(sparse)) > _MAX_TOTAL_EXPERTS:
+        settings.problems.append(
+            f"{experts} experts in each of {sum(sparse)} layers are {total:,}; expected at most"
+            f" {_MAX_TOTAL_EXPERTS:,}"
+        )
+    return dict(
+        num_local_experts=experts,
+        num_experts_per_tok=per_token,
+        norm_topk_prob=settings.read("norm_topk_prob", "true or false"),
+        moe_intermediate_size=settings.read(family.experts.size_field, "a positive integer"),
+        sparse_layers=sparse,
+    )
+
+
+def _expert_count(settings: Fields, family: Family) -> int | None:
+    for name in () if family.experts is None else family.experts.count_fields:
+        if name in settings.raw:
+            return settings.read(name, "an integer from 0 to 10000")
+    return 0
+
+
+def _sparse_layers(settings: Fields, layers: int) -> tuple[bool, ...]:
+    step = settings.read("decoder_sparse_step", "a positive integer") or 1
+    dense = settings.raw["mlp_only_layers"] or []
+    if not isinstance(dense, list) or any(type(i) is not int for i in dense):
+        settings.problems.append(f"mlp_only_layers is {show(dense)}; expected layer numbers")
+        dense = []
+    return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
+
+
 def _token_ids(
-    raw: dict[str, Any], generation: dict[str, Any], defaults: dict[str, Any], problems: list[str]
+    raw: dict[str, Any],
+    generation: dict[str, Any],
+    defaults: Mapping[str, Any],
+    problems: list[str],
 ) -> dict[str, Any]:
-    """Special ids of both files; a negative id is Llama-1's spelling of none."""
+    """Special ids of both files. Llama 1 writes a negative id for "none"."""
 
     def ids(name: str) -> list[int]:
+        # The family's default counts only if neither file has the field: Llama's eos 2 would be
+        # wrong beside a generation_config.json that says 128009.
         sources = [d for d in (raw, generation) if name in d] or [defaults]
         values: list[Any] = []
         for value in (d.get(name) for d in sources):

@@ -1,4 +1,4 @@
-"""The whole decoder: embedding, layers, final norm. The head is its caller's business."""
+"""The decoder: embedding, layers and final norm. Callers apply the head (head.py) to its output."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,7 +31,7 @@ from fastlora.runtime.host_offload import Copies, HostStash
 
 
 class Positions(NamedTuple):
-    """What every layer of one forward pass shares: rotation tables and masks by layer type."""
+    """Tensors that all layers of one forward pass share: RoPE tables, and masks by layer type."""
 
     cos: Float[Tensor, "#b t hd"]
     sin: Float[Tensor, "#b t hd"]
@@ -46,17 +46,17 @@ def position_tables(
     position_ids: Int[Tensor, "#b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Positions:
-    """Tables and masks for one batch; each mask is built once, however many layers use it."""
-    cos, sin = _tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
+    """RoPE tables and attention masks for one batch. Each mask is built once for all layers."""
+    cos, sin = _rope_tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
     t, device = input_ids.shape[1], input_ids.device
     masks = {
-        kind: attention_mask_2d(t, window, attention_mask, segment_ids, device)
-        for kind, window in _windows(config).items()
+        layer_type: attention_mask_2d(t, window, attention_mask, segment_ids, device)
+        for layer_type, window in _windows(config).items()
     }
     return Positions(cos, sin, masks)
 
 
-def _tables(
+def _rope_tables(
     config: LlamaConfig,
     input_ids: Int[Tensor, "b t"],
     dtype: torch.dtype,
@@ -71,13 +71,13 @@ def _tables(
 
 
 def _windows(config: LlamaConfig) -> dict[str, int | None]:
-    """The layer types of a model, and how far back each looks."""
+    """The layer types of a model -> their sliding window; None: all earlier tokens."""
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
-    return {kind: windows[kind] for kind in sorted(set(config.layer_types))}
+    return {layer_type: windows[layer_type] for layer_type in sorted(set(config.layer_types))}
 
 
 def layer_adapters(adapter: Adapter | None, config: LlamaConfig) -> tuple[LayerAdapter, ...]:
-    """One dict per layer; all empty for the base model."""
+    """One dict per layer; empty dicts for the base model."""
     return ({},) * config.num_hidden_layers if adapter is None else adapter["layers"]
 
 
@@ -92,14 +92,26 @@ def hidden_states(
     segment_ids: Int[Tensor, "b t"] | None = None,
     seed: int | Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "b t d"]:
-    """The final norm's output, in the base's dtype: what the head multiplies."""
+    """The final norm's output, in the base's dtype: the input of the head.
+
+    Args:
+        adapter: the trained tensors; None computes the base model.
+        base: frozen weights.
+        spec: how to run them.
+        input_ids: int64 in [0, v).
+        attention_mask: 1 = real token; padding left or right.
+        position_ids: default: see `positions.positions`.
+        segment_ids: packed documents.
+        seed: of the LoRA dropout masks; None: without dropout.
+    """
     config = spec.config
+    # Trained copies take the originals' places in the tree, so no layer needs to know of them.
     base = with_replaced(base, adapter, tied=spec.extras.tied)
     x = embed(input_ids, adapter, base, spec)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
-    cos, sin = _tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
+    cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
-    seen = _attention_masks(spec, x, attention_mask, segment_ids, fused)
+    masks = _attention_masks(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device)
     stash = _stash(spec, x)
@@ -109,15 +121,17 @@ def hidden_states(
         levels = offload_levels(config, input_ids.numel(), x.element_size())
     for i, level in enumerate(levels):
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
-            # Else the first adapted layer alone would see an input without gradient, and compile by
-            # itself: twice the compile time, to save one layer its input gradients of q, k and v.
+            # Without this, the input of the first adapted layer would be the only one that does not
+            # require a gradient, and that layer would need a separate compiled graph. That is
+            # twice the compile time, and would save the dx of q, k and v in one layer.
             x = _attach_to_graph(x) if requires_grad(adapters[i]) else x
-        # Cast here and not all at once: the GPU starts on layer 0 while the host casts the others.
-        lora, mask = product_dtype(adapters[i], spec, x.dtype), seen[config.layer_types[i]]
+        # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
+        lora, mask = product_dtype(adapters[i], spec, x.dtype), masks[config.layer_types[i]]
         params = cast_offset(base["layers"][i], x.dtype)
+        # Only a compiled backward pass uses the fused weights' single product.
         backward = use_compiled and torch.is_grad_enabled()
-        if backward and (whole := fused_qkv(params)) is not None:
-            params = params | {"qkv": whole}
+        if backward and (qkv := fused_qkv(params)) is not None:
+            params = params | {"qkv": qkv}
         rest = (params, lora, cos, sin, mask, keys[i])
         chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=keys[i] is not None)
         static = layer_spec(spec, i, fused=fused), level, chunks
@@ -136,25 +150,31 @@ def _attention_masks(
     segment_ids: Int[Tensor, "b t"] | None,
     fused: bool,
 ) -> dict[str, Bool[Tensor, "#b 1 t t"] | Spans | None]:
-    """What tokens see, by layer type; in spans where there is more to it than causal, and the
-    kernels of flash_attention take them."""
-    (b, t, _), config, seen = x.shape, spec.config, {}
-    able = fused and attention_mask is None
-    able = able and kernel_supports(x.dtype, config.num_attention_heads, config.head_dim, t)
-    for kind, window in _windows(config).items():
-        narrow = segment_ids is not None or (window is not None and window < t)
-        if able and narrow:
+    """Layer type -> attention mask; None if attention is only causal.
+
+    Documents and windows are Spans, which need no [b, 1, t, t] mask, if the kernels of
+    ops/attention/flash.py run and no row is padded.
+    """
+    (b, t, _), config, masks = x.shape, spec.config, {}
+    spans_work = (
+        fused
+        and attention_mask is None
+        and kernel_supports(x.dtype, config.num_attention_heads, config.head_dim, t)
+    )
+    for layer_type, window in _windows(config).items():
+        only_causal = segment_ids is None and (window is None or window >= t)
+        if spans_work and not only_causal:
             first = first_seen(t, window, segment_ids, x.device)
-            seen[kind] = make_spans(first.expand(b, t))
+            masks[layer_type] = make_spans(first.expand(b, t))
         else:
-            seen[kind] = attention_mask_2d(t, window, attention_mask, segment_ids, x.device)
-    return seen
+            masks[layer_type] = attention_mask_2d(t, window, attention_mask, segment_ids, x.device)
+    return masks
 
 
 class _AttachToGraph(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, anchor):
-        # The same memory, but no view: a graph of dynamic shapes is another for a view.
+        # The same memory, but not a view: dynamo would make another dynamic graph for a view.
         return x.new_empty(0).set_(x)
 
     @staticmethod
@@ -163,14 +183,21 @@ class _AttachToGraph(torch.autograd.Function):
 
 
 def _attach_to_graph(x: Tensor) -> Tensor:
-    """x as a tensor that requires a gradient, which nobody gets. Not x.requires_grad_(): the graph
-    would keep a leaf to its end."""
+    """x as a tensor that requires a gradient, which is then dropped.
+
+    x.requires_grad_() would make x a leaf, which the graph keeps to the end of the backward pass.
+    """
     anchor = torch.empty((), device=x.device, requires_grad=True)
     return _AttachToGraph.apply(x, anchor)  # pyright: ignore[reportReturnType]
 
 
 def _stash(spec: Spec, x: Tensor) -> HostStash | None:
-    """Where layers put what they keep, if anywhere: torch.func refuses saved-tensor hooks."""
+    """Host memory for the activations that layers keep; None: they stay on the device.
+
+    torch.func refuses saved-tensor hooks, so its transforms run without a stash.
+    """
+    # Without gradients no activation is kept. Inside the caller's torch.compile its partitioner
+    # decides.
     offload = spec.recompute == "offload" and x.is_cuda and not torch.compiler.is_compiling()
     recording = torch.is_grad_enabled() and not transforms_active()
     return HostStash(x.device) if offload and recording else None
@@ -182,15 +209,17 @@ def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor
 
 
 def requires_grad(tree: Any) -> bool:
-    """Whether any tensor of a tree (None: no tensor) is being differentiated."""
+    """Whether any tensor of a tree requires a gradient. None is a tree without tensors."""
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
 
 
 def layer_keys(
     spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
 ) -> Sequence[Int[Tensor, ""] | None]:
-    """One key for each layer, all folded at once: the host launches some ten kernels, not ten a
-    layer. None where no mask will be drawn."""
+    """One dropout key per layer; Nones without dropout.
+
+    All keys are folded at once: that takes some ten kernel launches instead of ten per layer.
+    """
     key, n = dropout_key(spec, seed, device), spec.config.num_hidden_layers
     return (None,) * n if key is None else fold(key, torch.arange(n, device=device)).unbind()
 
@@ -198,14 +227,18 @@ def layer_keys(
 def dropout_key(
     spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
 ) -> Int[Tensor, ""] | None:
-    """The seed as a tensor on the device, or None where no mask will be drawn."""
+    """The seed as a tensor on the device; None without dropout."""
     if seed is None or spec.lora is None or spec.lora.lora_dropout == 0.0:
         return None
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64)
-    return torch.full((), seed, dtype=torch.int64, device=device)  # a copy would wait for the GPU
+    # torch.tensor would copy from pageable host memory, which waits for the GPU.
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def product_dtype(adapter: LayerAdapter, spec: Spec, dtype: torch.dtype) -> LayerAdapter:
-    """A layer's adapter as its products take it: a quantised sum rounds once, from the original."""
+    """A layer's adapter with its matrices in `dtype`.
+
+    Fake quantisation gets the original dtype, so that W + s B A is rounded only once.
+    """
     return adapter if spec.qat_scheme is not None else cast(adapter, dtype)

@@ -1,4 +1,4 @@
-"""The tokens' rows of the embedding, with what an adapter does to them."""
+"""The embedding, with its LoRA, DoRA or trained rows."""
 
 import torch
 import torch.nn.functional as F
@@ -18,29 +18,30 @@ def embed(
     spec: Spec,
     gain: Float[Tensor, "d"] | None = None,
 ) -> Float[Tensor, "b t d"]:
-    """What enters the first layer, in the base's dtype.
+    """The input of the first layer, in the base's dtype.
+
+    Under fake quantisation only the rows that are read are quantised: each row has its own scale.
 
     Args:
         input_ids: int64 in [0, v).
-        adapter: LoRA on the embedding adds scaling * B A[:, id]; trained rows stand in for the
-            base's; None, or neither, is the base alone.
-        base: with the adapter's copies in it (`params.with_replaced`).
+        adapter: LoRA on the embedding adds scaling * B A[:, id]; trained rows replace the base's.
+        base: with the adapter's copies in it (`names.with_replaced`).
         spec: how to run them.
-        gain: of `embedding_gain`, where the caller has it already.
-
-    Under fake quantisation the rows are quantised by themselves, which is all that a row's own
-    scale needs.
+        gain: the result of `embedding_gain`, if the caller has it already.
     """
     x, scheme = F.embedding(input_ids, base["embed_tokens"]), spec.qat_scheme
-    if scheme is not None and (how := SCHEMES[scheme].embedding) is not None:
-        x = fake_quantize(x, how)
+    # Of all schemes only "int8-int4" quantises the embedding.
+    if scheme is not None and (number_format := SCHEMES[scheme].embedding) is not None:
+        x = fake_quantize(x, number_format)
     if adapter is None:
         return x
     if "embed_tokens" in adapter:
         lora, scaling = adapter["embed_tokens"], _scaling(spec)
+        # A maps one-hot ids, so x A' is a row of A': [r, v] is read as an embedding of width r.
         x_a = F.embedding(input_ids, lora.a.t())
         y = x + scaling * F.linear(x_a, lora.b)
         gain = embedding_gain(adapter, base, spec) if gain is None else gain
+        # A and B are float32 over a base in 16 bits, so the sum is rounded once, here.
         x = (y if gain is None else gain * y).to(x.dtype)
     if (rows := adapter.get("tokens", {}).get("embed_tokens")) is not None:
         ids, v = dict(spec.extras.tokens)["embed_tokens"], base["embed_tokens"].shape[0]
@@ -49,10 +50,11 @@ def embed(
 
 
 def embedding_gain(adapter: Adapter | None, base: Base, spec: Spec) -> Float[Tensor, "d"] | None:
-    """DoRA's magnitude over the length of each of the matrix's columns; None without DoRA."""
+    """DoRA's magnitude divided by the norm of each column of the matrix; None without DoRA."""
     lora = None if adapter is None else adapter.get("embed_tokens")
     if not isinstance(lora, DoRA):
         return None
+    # PEFT adapts the transposed matrix here, so its rows are the embedding's columns.
     norms = row_norms(base["embed_tokens"].t(), lora.a, lora.b, _scaling(spec))
     return lora.magnitude / norms
 
@@ -69,9 +71,12 @@ def _with_rows(
     ids: tuple[int, ...],
     vocab_size: int,
 ) -> Float[Tensor, "b t d"]:
-    """x with the trained rows where the input has one of `ids`: no copy of the whole matrix."""
-    place = torch.full((vocab_size,), -1, device=input_ids.device)
-    place[torch.tensor(ids, device=place.device)] = torch.arange(len(ids), device=place.device)
-    found = place[input_ids]
-    trained = F.embedding(found.clamp(min=0), rows).to(x.dtype)
-    return torch.where((found >= 0).unsqueeze(-1), trained, x)
+    """x with the trained row at every token whose id is in `ids`. The matrix is not copied."""
+    row_of_id = torch.full((vocab_size,), -1, device=input_ids.device)
+    numbers = torch.arange(len(ids), device=row_of_id.device)
+    row_of_id[torch.tensor(ids, device=row_of_id.device)] = numbers
+    row = row_of_id[input_ids]
+    # Tokens without a trained row look up row 0, and torch.where discards it. Selecting the tokens
+    # by a mask instead would make the host wait for the GPU, to learn their number.
+    trained = F.embedding(row.clamp(min=0), rows).to(x.dtype)
+    return torch.where((row >= 0).unsqueeze(-1), trained, x)

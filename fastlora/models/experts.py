@@ -1,11 +1,12 @@
-"""A mixture of experts: every token through k of E SwiGLU networks, weighted by a router.
+"""A mixture of experts: every token goes through k of E SwiGLU networks, weighted by a router.
 
-Shazeer et al. 2017, arXiv:1701.06538, as Mixtral (arXiv:2401.04088, sec. 2.1) and Qwen3-MoE have
-it. The router's logits are a projection like any other (layer.py); from there on it is here.
+Shazeer et al. 2017, arXiv:1701.06538, in the form of Mixtral (arXiv:2401.04088, sec. 2.1) and
+Qwen3-MoE. The router's logits are computed like any other projection (mlp.py).
 
-Tokens are sorted by expert, so that each expert reads consecutive rows (ops/grouped_linear.py), and
-no shape depends on where the router sends them. A token's weight enters before the down product,
-which is linear: the backward pass then never needs that product's output, k * d elements a token.
+Tokens are sorted by expert, so that each expert reads consecutive rows (ops/linear/experts.py) and
+no shape depends on the router's choices. We multiply a token's weight in before the down product,
+which is linear, and not after it. Then the backward pass does not need that product's output, k * d
+elements per token.
 """
 
 from typing import NamedTuple
@@ -21,11 +22,11 @@ from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear
 
 
 class Routes(NamedTuple):
-    """Where the k copies of every token go."""
+    """The order in which the k copies of all tokens are sorted by expert."""
 
-    order: Int[Tensor, "m"]  # sorted place -> copy; copy i is of token i // k
-    place: Int[Tensor, "m"]  # its inverse: copy -> sorted place
-    offsets: Int[Tensor, "e"]  # int32; number of the first place behind each expert
+    order: Int[Tensor, "m"]  # sorted row -> copy; copy i belongs to token i // k
+    place: Int[Tensor, "m"]  # its inverse: copy -> sorted row
+    offsets: Int[Tensor, "e"]  # int32; for each expert, the number of the row after its last
 
 
 def chosen_experts(
@@ -43,7 +44,7 @@ def chosen_experts(
 
 
 def make_routes(indices: Int[Tensor, "n k"], experts: int) -> Routes:
-    """The places of all copies, sorted by expert; copies of one expert in the tokens' order."""
+    """Sort all copies by expert; copies for one expert stay in the order of the tokens."""
     expert = indices.flatten()
     order = expert.argsort(stable=True)
     place = torch.zeros_like(order).scatter(
@@ -62,16 +63,18 @@ def expert_mlp(
     per_token: int,
     renormalise: bool,
 ) -> Float[Tensor, "b t d"]:
-    """The weighted sum of each token's experts, in x.dtype; differentiable in x, logits, adapter.
+    """The weighted sum of each token's experts, in x.dtype.
+
+    It is differentiable in x, logits and adapter.
 
     Args:
         x: the block's normed input.
-        logits: the router's.
+        logits: of the router.
         experts: "gate_up_proj" [e, 2f, d], the gate's rows first, and "down_proj" [e, d, f].
-        adapter: the layer's; of it "experts.gate_up_proj" and "experts.down_proj" are read.
+        adapter: of the layer; "experts.gate_up_proj" and "experts.down_proj" are read.
         scalings: name in the adapter -> factor of its low-rank term.
-        per_token: experts a token goes through.
-        renormalise: whether their weights sum to 1.
+        per_token: number of experts per token.
+        renormalise: whether the weights of a token's experts are scaled to sum to 1.
     """
 
     def grouped(rows: Tensor, name: str) -> Tensor:
@@ -89,9 +92,11 @@ def expert_mlp(
     return collect(down, routes, indices.shape[0]).view(x.shape)
 
 
-# ── to the sorted places and back ─────────────────────────────────────────────────────────
-# Each is the other's transpose, and both are gathers. Autograd's own derivative of a gather adds
-# with atomics: slow in bf16, and other bits every run.
+# `spread` copies tokens to their sorted rows and `collect` sums them back. Each is the transpose of
+# the other, and both are gathers. Autograd's derivative of a gather adds with atomics, which is
+# slow in bf16 and gives different bits every run, so we define both derivatives ourselves.
+
+
 def _gathered(x: Tensor, order: Tensor) -> Tensor:
     return x[order // (order.shape[0] // x.shape[0])]
 
@@ -124,14 +129,14 @@ class _Collect(torch.autograd.Function):
 
 
 def spread(x: Float[Tensor, "n d"], routes: Routes) -> Float[Tensor, "m d"]:
-    """Every token's row, at each of its places."""
+    """Copies of every token's row, sorted by expert."""
     if transforms_active():
         return _gathered(x, routes.order)
     return _Spread.apply(x, routes.order, routes.place)  # pyright: ignore[reportReturnType]
 
 
 def collect(y: Float[Tensor, "m d"], routes: Routes, tokens: int) -> Float[Tensor, "n d"]:
-    """The sum over each token's places."""
+    """For each token the sum of its k sorted rows."""
     if transforms_active():
         return _summed(y, routes.place, tokens)
     return _Collect.apply(y, routes.order, routes.place, tokens)  # pyright: ignore[reportReturnType]

@@ -1,4 +1,4 @@
-"""From hidden states to logits: the head, with what an adapter does to it."""
+"""The head: hidden states to logits, with LoRA, DoRA, trained rows or a trained copy."""
 
 from typing import NotRequired, TypedDict
 
@@ -18,39 +18,39 @@ from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize, fake_quanti
 
 
 class Head(TypedDict):
-    """What turns a hidden state into logits. A pytree of tensors."""
+    """The tensors that turn hidden states into logits. A pytree."""
 
     weight: Float[Tensor, "v d"]
-    lora: NotRequired[LoRA | BiasedLoRA]  # matrices in the weight's dtype
-    gain: NotRequired[Float[Tensor, "v"]]  # DoRA's magnitude over the norm: once, for all chunks
-    rows: NotRequired[Float[Tensor, "n d"]]  # trained, in place of the weight's
-    ids: NotRequired[Int[Tensor, "n"]]  # which rows these are
+    lora: NotRequired[LoRA | BiasedLoRA]  # its matrices in the weight's dtype
+    gain: NotRequired[Float[Tensor, "v"]]  # DoRA's magnitude / norm, computed once for all chunks
+    rows: NotRequired[Float[Tensor, "n d"]]  # trained rows, used instead of the weight's
+    ids: NotRequired[Int[Tensor, "n"]]  # the numbers of these rows
 
 
 def head(adapter: Adapter | None, base: Base, spec: Spec) -> Head:
-    """The head of a model: its own matrix or the embedding's, and the adapter's part in it."""
-    whole = with_replaced(base, adapter, tied=spec.extras.tied)
-    weight = whole["lm_head"] if "lm_head" in whole else whole["embed_tokens"]
-    found: Head = {"weight": weight}  # dynamo takes no constructor of a TypedDict
+    """The head of a model: its matrix (a tied model's embedding), and the adapter's tensors."""
+    merged_base = with_replaced(base, adapter, tied=spec.extras.tied)
+    weight = merged_base.get("lm_head", merged_base["embed_tokens"])
+    parts: Head = {"weight": weight}  # dynamo rejects the call Head(weight=weight)
     if adapter is None:
-        return found
+        return parts
     if (lora := _lora(adapter, spec)) is not None:
         narrow = cast({"lm_head": lora}, weight.dtype)["lm_head"]
         if isinstance(narrow, DoRA):
             norms = row_norms(weight, narrow.a, narrow.b, _scaling(spec))
-            found["gain"], narrow = narrow.magnitude / norms, LoRA(narrow.a, narrow.b)
-        found["lora"] = narrow
-    end = "embed_tokens" if spec.extras.shared_rows else "lm_head"
-    if (rows := adapter.get("tokens", {}).get(end)) is not None:
-        ids = dict(spec.extras.tokens)[end]
-        found["rows"], found["ids"] = rows, torch.tensor(ids, device=rows.device)
-    return found
+            parts["gain"], narrow = narrow.magnitude / norms, LoRA(narrow.a, narrow.b)
+        parts["lora"] = narrow
+    module = "embed_tokens" if spec.extras.shared_rows else "lm_head"
+    if (rows := adapter.get("tokens", {}).get(module)) is not None:
+        ids = dict(spec.extras.tokens)[module]
+        parts["rows"], parts["ids"] = rows, torch.tensor(ids, device=rows.device)
+    return parts
 
 
 def _lora(adapter: Adapter, spec: Spec) -> LoRA | BiasedLoRA | DoRA | None:
     if spec.extras.tied and "embed_tokens" in adapter:
-        own = adapter["embed_tokens"]
-        return LoRA(own.b.t(), own.a.t())
+        lora = adapter["embed_tokens"]
+        return LoRA(lora.b.t(), lora.a.t())  # the head is the embedding's matrix transposed
     return adapter.get("lm_head")
 
 
@@ -59,55 +59,57 @@ def _scaling(spec: Spec) -> float:
     return spec.extras.lm_head.scaling
 
 
-def is_plain(found: Head) -> bool:
-    """Whether the logits are one product with a matrix that nobody trains."""
-    return found.keys() == {"weight"} and not found["weight"].requires_grad
+def is_frozen_product(parts: Head) -> bool:
+    """Whether the logits are one product with a matrix that is not trained."""
+    return parts.keys() == {"weight"} and not parts["weight"].requires_grad
 
 
 def masked_for_head(
-    hidden: Float[Tensor, "*n d"], found: Head, spec: Spec, key: Int[Tensor, ""] | None
+    hidden: Float[Tensor, "*n d"], parts: Head, spec: Spec, key: Int[Tensor, ""] | None
 ) -> Float[Tensor, "*n d"]:
-    """What the head's A multiplies: hidden under the head's own dropout mask, or itself."""
-    if key is None or "lora" not in found or spec.lora is None:
+    """The input of the head's A: `hidden` under a dropout mask, or `hidden` itself."""
+    if key is None or "lora" not in parts or spec.lora is None:
         return hidden
+    # Keys 0, 1, ... are those of the layers.
     return dropout(hidden, spec.lora.lora_dropout, fold(key, spec.config.num_hidden_layers))
 
 
 def logits(
-    hidden: Float[Tensor, "*n d"], dropped: Float[Tensor, "*n d"], found: Head, spec: Spec
+    hidden: Float[Tensor, "*n d"], dropped: Float[Tensor, "*n d"], parts: Head, spec: Spec
 ) -> Float[Tensor, "*n v"]:
-    """The logits of any rows, in their dtype.
+    """The logits of any rows of hidden states, in their dtype.
 
     Args:
         hidden: the final norm's output.
-        dropped: the same, or what `masked_for_head` makes of it.
-        found: of `head`.
+        dropped: the result of `masked_for_head` for it.
+        parts: the result of `head`.
         spec: the model's.
     """
-    if spec.qat_scheme is not None:
-        return F.linear(*head_factors(hidden, found["weight"], spec))
-    if "lora" in found:
-        linear: Linear = {"weight": found["weight"]}
-        lora, scaling = found["lora"], _scaling(spec)
+    if spec.qat_scheme is not None:  # lora() refuses it together with an adapted head
+        return F.linear(*head_factors(hidden, parts["weight"], spec))
+    if "lora" in parts:
+        linear: Linear = {"weight": parts["weight"]}
+        lora, scaling = parts["lora"], _scaling(spec)
         masked, x_a = None if dropped is hidden else dropped, F.linear(dropped, lora.a)
-        if "gain" in found:
+        if "gain" in parts:
             assert isinstance(lora, LoRA), type(lora)
-            y = dora_linear(hidden, masked, x_a, linear, lora, found["gain"], scaling)
+            y = dora_linear(hidden, masked, x_a, linear, lora, parts["gain"], scaling)
         else:
             y = adapted_linear(hidden, masked, x_a, linear, lora, scaling)
     else:
-        y = F.linear(hidden, found["weight"])
-    if "rows" in found and "ids" in found:
-        y = y.index_copy(-1, found["ids"], F.linear(hidden, found["rows"].to(hidden.dtype)))
+        y = F.linear(hidden, parts["weight"])
+    if "rows" in parts and "ids" in parts:
+        # Trained rows of the head are columns of the logits. They take the place of the base's.
+        y = y.index_copy(-1, parts["ids"], F.linear(hidden, parts["rows"].to(hidden.dtype)))
     return y
 
 
 def head_factors(
     hidden: Float[Tensor, "*n d"], weight: Float[Tensor, "v d"], spec: Spec
 ) -> tuple[Float[Tensor, "*n d"], Float[Tensor, "v d"]]:
-    """(rows, matrix) whose product is a plain head's logits: as they are, or both fake quantised.
+    """(rows, matrix) whose product is the logits, fake quantised if the spec says so.
 
-    A quantised matrix is a new tensor, a tied one too: the embedding keeps its own rounding.
+    The quantised matrix is a new tensor. A tied model's embedding is rounded separately.
     """
     if spec.qat_scheme is None:
         return hidden, weight

@@ -1,4 +1,9 @@
-"""input_checks."""
+"""Checks of models, specs and batches, for every function that takes them.
+
+Classes, names, shapes and dtypes are checked everywhere, by `call_problems` in functional.py and by
+`input_problems` elsewhere: this takes microseconds and works under torch.func and torch.compile.
+`input_problems` also checks device, length and values. Looking at values waits for the GPU.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -7,83 +12,172 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
+from fastlora.arguments import FLAG, Rule, argument_problems, describe, instance, one_of
 from fastlora.errors import raise_problems
 from fastlora.models.params import Adapter
 from fastlora.models.spec import Spec, is_recompute
-from fastlora.models.state import Batch, ModelState
+from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
+MODEL = instance(
+    ModelState,
+    "a fastlora.Model (fastlora.load returns a pair: write"
+    " `model, tokenizer = fastlora.load(...)` and pass model)",
+)
 
-# ── checks ────────────────────────────────────────────────────────────────────────────────
-def spec_problems(changed: dict[str, Any], device: torch.device) -> list[str]:
-    """What is wrong with new values of recompute, compile, kernels and deterministic."""
-    impossible = kernel_problem(device) if changed.get("kernels") == "triton" else None
-    rules: dict[str, tuple[Callable[[Any], bool], str]] = {
-        "recompute": (is_recompute, '"none", "selective", "full", "offload" or a number in [0, 1]'),
-        "compile": (lambda x: x == "auto" or isinstance(x, bool), '"auto", True or False'),
-        "kernels": (lambda x: x in ("auto", "torch", "triton"), '"auto", "torch" or "triton"'),
-        "deterministic": (lambda x: isinstance(x, bool), "True or False"),
-    }
-    return [
-        f"{name} must be {rules[name][1]}, got {value!r}"
-        for name, value in changed.items()
-        if not rules[name][0](value)
-    ] + ([impossible] if impossible else [])
+# The choices of a spec that `Model.with_spec` changes.
+SPEC_CHOICES = {
+    "recompute": Rule(is_recompute, '"none", "selective", "full", "offload" or a number in [0, 1]'),
+    "compile": Rule(
+        lambda x: type(x) is bool or (type(x) is str and x == "auto"), '"auto", True or False'
+    ),
+    "kernels": one_of("auto", "torch", "triton"),
+    "deterministic": FLAG,
+}
+
+# Entries of a batch, all of shape [b, t]. position_ids may be [1, t], shared by all rows.
+BATCH_ENTRIES = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
 
 
-def check_adapter(old: Adapter | None, new: Adapter) -> None:
+def spec_problems(changed: Mapping[str, Any], device: torch.device) -> list[str]:
+    """Problems with new values of recompute, compile, kernels and deterministic."""
+    problems = argument_problems({name: (x, SPEC_CHOICES[name]) for name, x in changed.items()})
+    asks_for_triton = changed.get("kernels") == "triton"
+    if asks_for_triton and (impossible := kernel_problem(device)):
+        problems.append(impossible)
+    return problems
+
+
+def check_adapter(old: Adapter | None, new: Any) -> None:
+    """Check that `new` can take the place of a model's adapter.
+
+    Raises:
+        ValueError: the model has no adapter, or a tree, shape or dtype differs.
+    """
     if old is None:
         raise ValueError(
             "this model has no LoRA spec; call fastlora.lora or fastlora.load_adapter."
         )
+    # The structure includes the class of each record, so LoRA does not replace DoRA.
     old_leaves, old_structure = tree_flatten(old)
     new_leaves, new_structure = tree_flatten(new)
     if old_structure != new_structure:
-        raise ValueError("with_adapter got a tree of another structure than model.adapter.")
+        raise ValueError(
+            f"adapter={_shown(new)}: with_adapter needs a tree of the same structure as"
+            " model.adapter."
+        )
     shapes = [
-        f"leaf {i}: {tuple(n.shape)} {n.dtype}, expected {tuple(o.shape)} of a floating-point dtype"
+        f"leaf {i}: {_shown(n)}, expected {tuple(o.shape)} of a floating-point dtype"
         for i, (o, n) in enumerate(zip(old_leaves, new_leaves, strict=True))
-        if n.shape != o.shape or not n.is_floating_point()
+        if not isinstance(n, Tensor) or n.shape != o.shape or not n.is_floating_point()
     ]
     raise_problems(ValueError, "with_adapter got tensors that do not fit model.adapter:", shapes)
 
 
-def check_inputs(model: ModelState, inputs: dict[str, Tensor | None]) -> None:
-    """Shapes, dtypes, length and range of the [b, t] integer inputs of a forward pass."""
-    ids = inputs["input_ids"]
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
-        got = f"{tuple(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
-        raise ValueError(f"input_ids must be a non-empty int64 tensor [b, t], got {got}.")
-    problems = [
-        f"{name} must be an integer tensor {list(ids.shape)}, got {list(x.shape)} {x.dtype}"
-        for name, x in inputs.items()
-        if x is not None
-        and (
-            x.is_floating_point() or (x.shape != ids.shape and not _shared_positions(name, x, ids))
-        )
-    ]
-    if ids.shape[1] > (longest := model.spec.max_seq_length):
+def check_inputs(model: ModelState, inputs: Mapping[str, Any]) -> None:
+    """Check the integer inputs of a forward pass, by name; None means that one is not given.
+
+    Raises:
+        ValueError: listing every wrong class, shape, dtype, device, length and value.
+    """
+    problems = input_problems(model.spec, inputs, model.base["norm"].device)
+    raise_problems(ValueError, "the model cannot run this input:", problems)
+
+
+def check_batch(model: ModelState, batch: Any) -> None:
+    """Check a batch for a loss: its entries, and then as `check_inputs`.
+
+    Raises:
+        ValueError: as `check_inputs`, and for missing or unknown entries.
+    """
+    raise_problems(
+        ValueError, f"a batch is a dict of {sorted(BATCH_ENTRIES)}:", entry_problems(batch)
+    )
+    check_inputs(model, batch)
+
+
+def batches_problems(spec: Spec, batches: Sequence[Any], needed: tuple[str, ...]) -> list[str]:
+    """Problems with batches of data, each of which needs these entries and a real token."""
+    if not batches:
+        return ["batches is empty: expected at least one dict with input_ids."]
+    problems = []
+    for i, batch in enumerate(batches):
+        wrong = entry_problems(batch, needed) or input_problems(spec, batch)
+        # The statistics divide by the number of real tokens.
+        if not wrong and (mask := batch.get("attention_mask")) is not None and not mask.any():
+            wrong = ["attention_mask has no real token"]
+        problems += [f"batches[{i}]: {problem}" for problem in wrong]
+    return problems
+
+
+def entry_problems(
+    batch: Any, needed: tuple[str, ...] = ("input_ids", "labels"), name: str = "batch"
+) -> list[str]:
+    """Problems with the names of a batch's entries."""
+    if not isinstance(batch, Mapping):
+        return [f"{name}={_shown(batch)}: expected a dict of tensors, {', '.join(needed)}, ..."]
+    problems = [f"missing {entry}" for entry in needed if batch.get(entry) is None]
+    unknown = [entry for entry in batch if entry not in BATCH_ENTRIES]
+    return problems + [f"unknown entry {entry!r}" for entry in unknown]
+
+
+def input_problems(
+    spec: Spec, inputs: Mapping[str, Any], device: torch.device | None = None
+) -> list[str]:
+    """Problems with the inputs of a forward pass, by name.
+
+    Args:
+        spec: the model's.
+        inputs: "input_ids" and, if they are not None, other BATCH_ENTRIES.
+        device: the model's; None: inputs on any device are accepted.
+    """
+    problems = tensor_problems(inputs)
+    has_wrong_tensors, ids = bool(problems), inputs["input_ids"]
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        return problems
+    if ids.shape[1] > (longest := spec.max_seq_length):
         problems.append(
             f"input_ids has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
             "Load with a larger max_seq_length, or shorten the input: nothing is cut off in silence"
         )
-    if (device := model.base["norm"].device) != ids.device:
+    # Comparisons of values across devices would raise torch's own error, without the cure.
+    if device is not None and device != ids.device:
         problems.append(f"input_ids is on {ids.device}, the model on {device}; move one of them")
-    else:
-        problems += _range_problems(model, inputs)
-    raise_problems(ValueError, "the model cannot run this input:", problems)
+        return problems
+    return problems if has_wrong_tensors else problems + _value_problems(spec, inputs)
 
 
-def _shared_positions(name: str, x: Tensor, ids: Tensor) -> bool:
-    return name == "position_ids" and x.shape == (1, ids.shape[1])
+def tensor_problems(inputs: Mapping[str, Any]) -> list[str]:
+    """Problems with classes, shapes and dtypes of the inputs of a forward pass. Reads no values."""
+    ids = inputs["input_ids"]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
+        return [f"input_ids must be a non-empty int64 tensor [b, t], got {_shown(ids)}."]
+    problems = []
+    for name, x in inputs.items():
+        if name == "input_ids" or (x is None and name != "labels"):
+            continue
+        if not isinstance(x, Tensor) or _is_not_integer(x) or not _fits(name, x, ids):
+            expected = list(ids.shape)
+            problems.append(f"{name} must be an integer tensor {expected}, got {_shown(x)}")
+    return problems
 
 
-def _range_problems(model: ModelState, inputs: dict[str, Tensor | None]) -> list[str]:
-    """Values that cannot be. Looks at them, so on CUDA it waits for the device."""
+def _is_not_integer(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
+
+
+def _fits(name: str, x: Tensor, ids: Tensor) -> bool:
+    """Whether an input has the shape of input_ids; position_ids may be one row for all."""
+    return x.shape == ids.shape or (name == "position_ids" and x.shape == (1, ids.shape[1]))
+
+
+def _value_problems(spec: Spec, inputs: Mapping[str, Tensor | None]) -> list[str]:
+    """Values out of range. On CUDA this waits for the device."""
+    # Tensors have no values under a transform or while torch.compile traces.
     if transforms_active() or torch.compiler.is_compiling():
-        return []  # values are not to be looked at there
-    v = model.spec.config.vocab_size
+        return []
+    v = spec.config.vocab_size
     rules: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         "input_ids": (lambda x: (x < 0) | (x >= v), f"ids of the vocabulary [0, {v})"),
         "labels": (
@@ -101,53 +195,77 @@ def _range_problems(model: ModelState, inputs: dict[str, Tensor | None]) -> list
     return problems
 
 
-def check_batch(model: ModelState, batch: Batch) -> None:
-    optional = ("attention_mask", "position_ids", "segment_ids")
-    known = {"input_ids", "labels", *optional}
-    problems = [f"missing {name}" for name in ("input_ids", "labels") if name not in batch]
-    problems += [f"unknown entry {name!r}" for name in sorted(set(batch) - known)]
-    raise_problems(ValueError, f"a batch is a dict of {sorted(known)}:", problems)
-    check_inputs(model, {k: batch.get(k) for k in ("input_ids", "labels", *optional)})
+def check_call(
+    function: str,
+    adapter: Any,
+    base: Any,
+    spec: Any,
+    inputs: Mapping[str, Any],
+    seed: Any = None,
+    adapter_ids: Any = None,
+) -> None:
+    """Check the arguments of a pure function of (adapter, base, spec, inputs). Reads no values.
+
+    Args:
+        function: its name, for the error.
+        adapter: expected: None or an adapter tree.
+        base: expected: a base tree.
+        spec: expected: a Spec.
+        inputs: tensors by name; see `tensor_problems`.
+        seed: expected: None, an int, or an integer tensor without dimensions.
+        adapter_ids: expected: None, or an integer tensor [b] that says which adapter of a stack
+            each row has.
+
+    Raises:
+        ValueError: listing every argument that is wrong.
+    """
+    problems = _tree_problems(adapter, base, spec) + tensor_problems(inputs)
+    if not _is_seed(seed):
+        problems.append(
+            f"seed={_shown(seed)}: expected None, an int, or an integer tensor without dimensions"
+        )
+    if adapter_ids is not None and not problems:
+        problems = _adapter_id_problems(adapter, adapter_ids, inputs["input_ids"].shape[:1])
+    raise_problems(ValueError, f"{function} cannot use these arguments:", problems)
 
 
-def batches_problems(spec: Spec, batches: Sequence[Any], method: str) -> list[str]:
-    if not batches:
-        return ["batches is empty: expected at least one dict with input_ids."]
+def _is_seed(seed: Any) -> bool:
+    # Under torch.func.vmap over seeds, each is a tensor without dimensions too.
+    if isinstance(seed, Tensor):
+        return seed.dim() == 0 and not _is_not_integer(seed)
+    return seed is None or (isinstance(seed, int) and not isinstance(seed, bool))
+
+
+def _adapter_id_problems(adapter: Any, adapter_ids: Any, rows: torch.Size) -> list[str]:
+    if adapter is None:
+        return ["adapter_ids is given, but adapter is None; pass a stack of adapters"]
+    is_tensor = isinstance(adapter_ids, Tensor) and not _is_not_integer(adapter_ids)
+    if is_tensor and adapter_ids.shape == rows:
+        return []
+    expected = f"an integer tensor {list(rows)}, one number for each row"
+    return [f"adapter_ids must be {expected}, got {_shown(adapter_ids)}"]
+
+
+def _tree_problems(adapter: Any, base: Any, spec: Any) -> list[str]:
     problems = []
-    for i, batch in enumerate(batches):
-        if not isinstance(batch, Mapping):
-            problems.append(
-                f"batches[{i}] is a {type(batch).__name__}; expected a dict of tensors."
-            )
-        else:
-            problems += [f"batches[{i}]: {p}" for p in _one_batch_problems(spec, batch, method)]
-    return problems
-
-
-_ENTRIES = ("input_ids", "labels", "attention_mask", "position_ids", "segment_ids")
-
-
-def _one_batch_problems(spec: Spec, batch: Mapping[str, Any], method: str) -> list[str]:
-    needed = ("input_ids", "labels") if method == "lora_ga" else ("input_ids",)
-    problems = [f"missing {name}" for name in needed if name not in batch]
-    problems += [f"unknown entry {name!r}" for name in sorted(batch.keys() - set(_ENTRIES))]
+    if adapter is not None and not (isinstance(adapter, dict) and "layers" in adapter):
+        problems.append(f"adapter={_shown(adapter)}: expected model.adapter, or None for the base")
+    if not (isinstance(base, dict) and "layers" in base and "embed_tokens" in base):
+        problems.append(f"base={_shown(base)}: expected model.base")
+    if not isinstance(spec, Spec):
+        problems.append(f"spec={_shown(spec)}: expected model.spec")
+    # Only the number of layers is compared: a walk over all tensors would slow down every step.
     if problems:
         return problems
-    ids = batch["input_ids"]
-    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64 or not ids.numel():
-        return ["input_ids must be a non-empty int64 tensor [b, t]"]
-    shapes = (tuple(ids.shape), (1, ids.shape[1]))
-    problems = [
-        f"{name} must be an integer tensor {list(ids.shape)}"
-        for name, x in batch.items()
-        if not isinstance(x, Tensor)
-        or x.is_floating_point()
-        or tuple(x.shape) not in shapes[: 1 + (name == "position_ids")]
-    ]
-    if ids.shape[1] > spec.max_seq_length:
-        problems.append(f"{ids.shape[1]} tokens a row; max_seq_length is {spec.max_seq_length}")
-    if "attention_mask" in batch and not problems and not batch["attention_mask"].any():
-        problems.append("attention_mask has no real token")
-    if int(ids.min()) < 0 or int(ids.max()) >= spec.config.vocab_size:
-        problems.append(f"ids outside the vocabulary [0, {spec.config.vocab_size})")
+    layers = spec.config.num_hidden_layers
+    for name, tree in (("adapter", adapter), ("base", base)):
+        if tree is not None and len(tree["layers"]) != layers:
+            problems.append(f"{name} has {len(tree['layers'])} layers, but spec says {layers}")
     return problems
+
+
+def _shown(x: Any) -> str:
+    """Describe an argument without the values of its tensors."""
+    if isinstance(x, Tensor):
+        return f"a tensor {list(x.shape)} {x.dtype}"
+    return f"a dict with keys {[*x][:6]}" if isinstance(x, dict) else describe(x)

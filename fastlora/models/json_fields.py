@@ -1,17 +1,17 @@
-"""json_fields."""
+"""Fields: reads a JSON object field by field and collects what is wrong with it."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
 
-# ── reading one field ─────────────────────────────────────────────────────────────────────
 def is_int(low: int, high: int = 2**31 - 1) -> Callable[[Any], bool]:
-    return lambda x: type(x) is int and low <= x <= high  # type(): JSON's true is no 1
+    """A test for integers from `low` to `high`. JSON's true and false are not integers."""
+    return lambda x: type(x) is int and low <= x <= high
 
 
 def _is_positive(x: Any) -> bool:
-    # The bound keeps math.isfinite from overflowing on an integer of 400 digits.
+    # The upper bound keeps math.isfinite from overflowing on an integer of 400 digits.
     return type(x) in (int, float) and 0 < x < 2**63 and math.isfinite(x)
 
 
@@ -26,19 +26,35 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "true or false": lambda x: type(x) is bool,
 }
 
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 class Fields:
-    """A JSON object, checked field by field as it is read; `problems` collects what is wrong."""
+    """A JSON object whose fields are checked when they are read.
+
+    `problems` collects a line for everything that is wrong, so that the caller can report all at
+    once.
+    """
 
     def __init__(
         self, raw: dict[str, Any], prefix: str = "", problems: list[str] | None = None
     ) -> None:
+        """Wrap an object.
+
+        Args:
+            raw: the parsed object. Its values may be of any JSON type.
+            prefix: written before field names in problems: "rope_parameters.".
+            problems: list to add to; None starts a new one.
+        """
         self.raw = raw
         self.prefix = prefix
         self.problems = [] if problems is None else problems
 
     def read(self, name: str, expected: str) -> Any:
-        """The field's value, or None where it is not what was expected."""
+        """The field's value, or None (and a problem) if it is missing or not `expected`.
+
+        Numbers are returned as float, integers as int.
+        """
         if name not in self.raw:
             self.problems.append(f"{self.prefix}{name} is missing; expected {expected}")
             return None
@@ -49,7 +65,7 @@ class Fields:
         return float(value) if value is not None and "number" in expected else value
 
     def refuse_unsupported(self) -> None:
-        """Settings that change what a model computes, to something fastlora does not compute."""
+        """Add a problem for each setting that asks for a computation that fastlora lacks."""
         if (act := self.raw["hidden_act"]) != "silu":
             self.problems.append(f"hidden_act is {show(act)}; only 'silu' is supported")
         self.refuse_partial_rotary()
@@ -57,13 +73,14 @@ class Fields:
             self.problems.append(problem)
 
     def refuse_partial_rotary(self) -> None:
+        """Add a problem if RoPE rotates only a part of each head."""
         if (factor := self.raw.get("partial_rotary_factor")) not in (None, 1):
             self.problems.append(
                 f"{self.prefix}partial_rotary_factor is {show(factor)}; only 1 is supported"
             )
 
     def dtype(self) -> str:
-        """The config's dtype without torch's prefix; "float32" where the file gives none."""
+        """The config's dtype without the prefix "torch."; "float32" if the file has none."""
         name = next((v for k in ("dtype", "torch_dtype") if (v := self.raw.get(k))), "float32")
         if isinstance(name, str) and (short := name.removeprefix("torch.")) in _DTYPES:
             return short
@@ -71,16 +88,18 @@ class Fields:
         return "float32"
 
 
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
-
-
 def show(value: Any) -> str:
+    """A value's repr, cut to 60 characters."""
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _quantization_problem(quantization: Any) -> str | None:
-    """bitsandbytes' is read off the weights themselves; transformers' old files lack its name."""
+    """Why a quantization_config is refused; None if it is absent or of bitsandbytes.
+
+    The details of bitsandbytes' formats are read from the weights. Old files of transformers lack
+    its quant_method.
+    """
     settings = quantization if isinstance(quantization, dict) else {}
     method = settings.get("quant_method")
     of_bitsandbytes = any(settings.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))

@@ -1,26 +1,8 @@
-"""What the backward pass computes again, decided operation by operation.
+"""One decoder layer, run at a recompute level (levels.py).
 
-A layer runs at one of five levels, from most memory to least. Elements kept per token (d hidden,
-q and kv the widths of the query and key projections, f the MLP's):
-
-    none       everything autograd (or Inductor's min-cut partitioner) wants
-    selective  x, q, k, v, attention, o, gate, up       again: norms, RoPE, SwiGLU, casts
-    mlp        x, q, k, v, attention, o                 again: + gate and up products
-    attention  x, attention                             again: + q, k, v and o products
-    full       x                                        again: + attention itself
-
-A sparse layer keeps k f in place of f (k experts per token, f of one expert), and at every level
-the k experts chosen: chosen again from logits that a compiled graph rounds otherwise, a token near
-a tie would go another way in the backward pass.
-
-Freeing one element of any projection costs the same arithmetic (2 * d_in operations), attention
-costs more, so this order is the cheapest first. A policy name is one level for all layers, but for
-"offload" (`offload_levels`; "full" where there is nowhere to send things). A number is a budget,
-met by moving layers down one level at a time, the first layers first: the backward pass reaches
-them last, when most memory is free again.
-
-Built on torch's selective activation checkpointing, which works the same eager and inside
-torch.compile (there the partitioner then drops what no backward node reads).
+The level decides, operation by operation, which results are kept for the backward pass. We use
+torch's selective activation checkpointing, which works eagerly and inside torch.compile. There the
+partitioner then drops results that no backward node reads.
 """
 
 from collections.abc import Callable
@@ -68,7 +50,9 @@ _LINEAR_OPS = {
 }
 
 
-# At every level: the choice of experts, 12 bytes for each of a token's, and DoRA's norms.
+# Kept at every level: DoRA's norms, and which experts each token goes to (12 bytes per expert). If
+# the choice were recomputed, a compiled graph might round the logits differently and send a token
+# that is near a tie to another expert in the backward pass.
 _ALWAYS_KEPT = {aten.topk.default, torch.ops.fastlora.row_norms.default}
 
 _KEPT = {
@@ -83,8 +67,11 @@ def _policy(level: str, _: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 
 def _contexts(level: str) -> Callable[[], Any]:
-    """torch's contexts for what a level keeps, in a form that its compile cache takes: without
-    `cache_hash`, or with a policy that does not pickle, no graph that recomputes is ever cached."""
+    """torch's checkpoint contexts for a level, made so that its compile cache accepts the graphs.
+
+    Graphs with recomputation are cached on disk only if the contexts have a `cache_hash` and the
+    policy can be pickled.
+    """
     contexts = partial(create_selective_checkpoint_contexts, partial(_policy, level))
     kept = sorted(str(op) for op in _KEPT[level])
     contexts.cache_hash = f"fastlora keeps {kept}"  # pyright: ignore[reportAttributeAccessIssue]
@@ -95,8 +82,8 @@ _CONTEXTS = {level: _contexts(level) for level in _KEPT}
 
 
 def _recomputed(fn: Callable[..., Tensor], level: str, *xs: Tensor) -> Tensor:
-    """fn(*xs), keeping for the backward pass only xs and what the level's ops produced."""
-    # No op here reads a random state (ops/dropout.py), so none needs preserving.
+    """fn(*xs). The backward pass gets xs and the results of the level's kept ops."""
+    # Dropout computes its masks from keys (ops/dropout.py), so no random state needs preserving.
     out = checkpoint(
         fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
     )
@@ -116,8 +103,20 @@ def decoder_layer(
     level: str,
     chunks: int = 1,
 ) -> Float[Tensor, "b t d"]:
-    """One decoder layer at a level, its MLP in `chunks` of tokens. Levels change memory and time;
-    eager, never a bit."""
+    """One decoder layer. Levels change memory and time; run eagerly, they do not change one bit.
+
+    Args:
+        x: the layer's input.
+        params: the layer's part of the base, with projections' offsets in x.dtype.
+        adapter: the layer's part of the adapter, in the dtype of `decoder.product_dtype`.
+        cos: RoPE table.
+        sin: RoPE table.
+        mask: see `decoder.Positions`; None is causal attention.
+        key: of the dropout masks; None: without dropout.
+        spec: the layer's settings.
+        level: one of `levels.LEVELS`.
+        chunks: in how many chunks of tokens the MLP runs (`levels.mlp_chunks`).
+    """
 
     def attend(x: Tensor) -> Tensor:
         return attention_block(x, params, adapter, cos, sin, mask, spec, key)
@@ -125,23 +124,23 @@ def decoder_layer(
     def mlp(x: Tensor, attended: Tensor) -> Tensor:
         if chunks == 1:
             return mlp_block(x + attended, params, adapter, spec, key)
-        each = zip(_pieces(x, chunks), _pieces(attended, chunks), strict=True)
-        pieces = [mlp_block(own + more, params, adapter, spec, key) for own, more in each]
+        pairs = zip(_pieces(x, chunks), _pieces(attended, chunks), strict=True)
+        pieces = [mlp_block(before + o, params, adapter, spec, key) for before, o in pairs]
         return torch.cat(pieces, 1).view(x.shape)
 
-    # torch.func refuses saved-tensor hooks, and keeps what it needs by itself.
+    # torch.func refuses the saved-tensor hooks of checkpointing.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
         return mlp(x, attend(x))
     if level == "mlp":
-        # x and o, not their sum, which Inductor's kernel would write for the backward pass in its
-        # first loop and read again in its second (ops/gradient_barrier.py).
+        # Keep x and o and not their sum. To keep the sum, Inductor's kernel would write it in its
+        # first loop and read it in its second, which may race (ops/gradient_barrier.py).
         return _recomputed(mlp, "full", x, _recomputed(attend, "selective", x))
     return _recomputed(lambda x: mlp(x, attend(x)), level, x)
 
 
 def _pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:
-    """All rows' tokens one after the other, cut; the last piece takes what is left over."""
+    """The tokens of all rows in `chunks` pieces; the last piece also has the remainder."""
     flat = x.reshape(1, -1, x.shape[-1])
     size = flat.shape[1] // chunks
-    ends = [*(size * i for i in range(1, chunks)), flat.shape[1]]
-    return [flat[:, begin:end] for begin, end in pairwise([0, *ends])]
+    bounds = [*(size * i for i in range(chunks)), flat.shape[1]]
+    return [flat[:, begin:end] for begin, end in pairwise(bounds)]

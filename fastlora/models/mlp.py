@@ -1,4 +1,4 @@
-"""mlp."""
+"""The MLP half of a decoder layer: RMSNorm and SwiGLU, or a mixture of experts."""
 
 from typing import TypeGuard
 
@@ -34,10 +34,12 @@ def mlp_block(
 ) -> Float[Tensor, "b t d"]:
     """x + SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up).
 
-    In a sparse layer, x + the weighted SwiGLUs of each token's experts.
+    In a sparse layer: x + the weighted sum of the SwiGLUs of each token's experts.
     """
     normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
     if "experts" in params:
+        # The gradient of `normed` is a sum over a token's experts. Fused with RMSNorm's gradient it
+        # was wrong in one step of some five on an H100 (ops/gradient_barrier.py).
         normed = gradient_barrier(normed)
         (logits,) = project(normed, (ROUTER,), params, adapter, spec, key)
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
@@ -56,20 +58,25 @@ def _can_fuse_swiglu(
     dtype: torch.dtype,
     key: Int[Tensor, ""] | None,
 ) -> bool:
-    """Whether gate and up both carry LoRA that the kernel takes, or both DoRA without dropout."""
+    """Whether the SwiGLU kernel supports this layer.
+
+    gate and up must both carry LoRA, or both DoRA without dropout, of small ranks.
+    """
     if not spec.fused or spec.qat_scheme is not None:
         return False
+    # One kernel reads both, so both must be of one class. DoRA under dropout multiplies W with the
+    # masked input too, which is not the product that the kernel gets.
     gate, up = (adapter.get(name) for name in ("gate_proj", "up_proj"))
     if type(gate) is not type(up) or (isinstance(gate, DoRA) and key is not None):
         return False
     pairs = ((gate, params["gate_proj"]), (up, params["up_proj"]))
-    return all(_is_small(lora, linear, dtype) for lora, linear in pairs)
+    return all(_kernel_supports(lora, linear, dtype) for lora, linear in pairs)
 
 
-def _is_small(
+def _kernel_supports(
     lora: AdapterRecord | None, linear: Linear, dtype: torch.dtype
 ) -> TypeGuard[LoRA | DoRA]:
-    # DoRA scales what the bias is then added to; the kernel has no bias of its own.
+    # DoRA scales the product before the base's bias is added. The kernel adds no bias.
     if not (isinstance(lora, LoRA) or (isinstance(lora, DoRA) and "bias" not in linear)):
         return False
     return kernel_supports(dtype, rank_with_offset(lora, linear))
@@ -82,8 +89,10 @@ def _gate_up(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> tuple[list[Float[Tensor, "b t _"]], list[Float[Tensor, "b t f"]]]:
-    """The low-rank halves and the base products of gate and up, which SwiGLU adds."""
+    """(x A' of gate and up, their base products). The SwiGLU kernel adds the low-rank terms."""
     names = ("gate_proj", "up_proj")
+    # Branches without B: their low-rank terms are left to the SwiGLU kernel, which reads g and u
+    # anyway.
     branches = [Branch(params[name]["weight"], params[name].get("bias")) for name in names]
     matrices, masks = a_matrices(names, params, adapter, spec, key)
     x_a, ys = lora_linears(x, matrices, branches, masks)
@@ -98,30 +107,30 @@ def _fused_mlp(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "b t d"]:
-    """SwiGLU with the low-rank terms of gate and up inside its kernel, then the down projection."""
+    """SwiGLU by its kernel, which also adds gate's and up's low-rank terms; then down_proj."""
     names, scalings = ["gate_proj", "up_proj"], dict(spec.scalings)
     (gate_x_a, up_x_a), (g, u) = _gate_up(x, params, adapter, spec, key)
     b_g, b_u = (b_with_offset(adapter[name], params[name]) for name in names)
     s_g, s_u = (scalings[name] for name in names)
-    gains = _dora_scales(names, params, adapter, scalings)
-    own, linear = adapter.get("down_proj"), params["down_proj"]
-    # With dropout it has an input of its own, h under a mask.
-    if key is not None or not _is_small(own, linear, x.dtype):
-        h, _ = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, None, gains, s_g, s_u)
+    scales = _dora_scales(names, params, adapter, scalings)
+    down, linear = adapter.get("down_proj"), params["down_proj"]
+    # The kernel can also compute h A' of down_proj, but not for h under a dropout mask.
+    if key is not None or not _kernel_supports(down, linear, x.dtype):
+        h, _ = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, None, scales, s_g, s_u)
         return project(h, ("down_proj",), params, adapter, spec, key)[0]
-    a = a_with_offset(own, linear)
-    h, x_a = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, a, gains, s_g, s_u)
+    a = a_with_offset(down, linear)
+    h, x_a = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, a, scales, s_g, s_u)
     assert x_a is not None
-    return adapted_linear(h, None, x_a, linear, own, scalings["down_proj"])
+    return adapted_linear(h, None, x_a, linear, down, scalings["down_proj"])
 
 
 def _dora_scales(
     names: list[str], params: LayerParams, adapter: LayerAdapter, scalings: dict[str, float]
 ) -> Float[Tensor, "2 f"] | None:
-    """DoRA's m / n of two projections in float32; None where they carry plain LoRA."""
-    gains = [
+    """DoRA's m / n of two projections in float32; None if they carry LoRA."""
+    scales = [
         dora_scale(params[name], lora, scalings[name]).float()
         for name in names
         if isinstance(lora := adapter[name], DoRA)
     ]
-    return torch.stack(gains) if gains else None
+    return torch.stack(scales) if scales else None

@@ -1,80 +1,29 @@
-"""names."""
+"""The names and shapes of a model's tensors on disk, and the way between them and the base tree.
+
+Names are those of transformers 5, in which the matrices of all experts are one tensor. Files that
+have one tensor per expert are translated by checkpoints/expert_layout.py.
+"""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fastlora.models.config import LlamaConfig
+from fastlora.models.families.family import Experts
+from fastlora.models.families.registry import family_of
 from fastlora.models.params import EXPERTS, PROJECTIONS, TARGETS, Adapter, Base, LayerParams
 from fastlora.ops.quant.weights import Weight
 
+EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+NORM = "model.norm.weight"
 
-def module_names(config: LlamaConfig) -> list[str]:
-    """Every module that transformers' model of this shape has: what patterns are matched with."""
-    attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    inner = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
-    inner += [f"self_attn.{n}" for n in attention]
-    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
-    names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
-    for layer in range(config.num_hidden_layers):
-        own = [*inner, *mlps[config.sparse_layers[layer]]]
-        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in own)]
-        names += [
-            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
-        ]
-    return [*names, "lm_head"]
+# Keys of embedding and head in the trees -> their names on disk.
+EDGE_WEIGHTS = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
 
-
-# model_type -> the sparse block's module in files that spell every expert, and its gate, up, down.
-EXPERT_SPELLINGS = {
-    "mixtral": ("block_sparse_moe", ("w1", "w3", "w2")),
-    "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj")),
-}
-
-
-# ── 1. targets ────────────────────────────────────────────────────────────────────────────
-def is_mixture(config: LlamaConfig) -> bool:
-    """Whether the family is one of mixtures, for which PEFT translates targets."""
-    return config.model_type in EXPERT_SPELLINGS
-
-
+# The last part of the name of the tensor that holds all experts' gates and ups.
 FUSED_GATE_UP = "gate_up_proj"
 
 
-def former_names(config: LlamaConfig) -> list[str]:
-    """What a regex may call experts' matrices: as PEFT asks it, without an expert's number."""
-    if not is_mixture(config):
-        return []
-    homes = [
-        projection_path(layer, EXPERTS[0]).rpartition(".")[0]
-        for layer, sparse in enumerate(config.sparse_layers)
-        if sparse
-    ]
-    return [f"{home}.{name}" for home in homes for name in EXPERT_SPELLINGS[config.model_type][1]]
-
-
-def expert_matrices(config: LlamaConfig, name: str) -> Iterator[tuple[int, slice, tuple[int, int]]]:
-    """(number among gate, up, down; rows in one expert's matrix; shape) of a tensor's matrices."""
-    d, f = config.hidden_size, config.moe_intermediate_size
-    if name == "experts.down_proj":
-        yield 2, slice(None), (d, f)
-    else:
-        yield 0, slice(0, f), (f, d)
-        yield 1, slice(f, 2 * f), (f, d)
-
-
-EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"  # names on disk
-
-
-# Key in the trees -> the same, of the two ends of the model.
-END_WEIGHTS = {"embed_tokens": EMBED_TOKENS, "lm_head": LM_HEAD}
-
-
-def projection_path(layer: int, name: str) -> str:
-    """Hugging Face's module name of a projection: "model.layers.3.self_attn.q_proj".
-
-    Of an experts' tensor, its parameter name: "model.layers.3.mlp.experts.down_proj".
-    """
-    return f"model.layers.{layer}.{TARGETS[name]}.{name}"
+# Names and shapes of projections.
 
 
 def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
@@ -84,10 +33,18 @@ def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
     return tuple(n for n in TARGETS if PROJECTIONS.get(n) != "mlp")
 
 
+def projection_path(layer: int, name: str) -> str:
+    """Hugging Face's module name of a projection: "model.layers.3.self_attn.q_proj".
+
+    For a tensor of experts its parameter name: "model.layers.3.mlp.experts.down_proj".
+    """
+    return f"model.layers.{layer}.{TARGETS[name]}.{name}"
+
+
 def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
-    """(d_out, d_in) of a projection; of an experts' tensor, for each of its experts."""
+    """(d_out, d_in) of a projection; for a tensor of experts, of each expert's matrix."""
     d, f = config.hidden_size, config.intermediate_size
-    experts, of_expert = config.num_local_experts, config.moe_intermediate_size
+    experts, expert_f = config.num_local_experts, config.moe_intermediate_size
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {
@@ -99,16 +56,17 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
         "up_proj": (f, d),
         "down_proj": (d, f),
         "gate": (experts, d),
-        "experts.gate_up_proj": (2 * of_expert, d),
-        "experts.down_proj": (d, of_expert),
+        "experts.gate_up_proj": (2 * expert_f, d),
+        "experts.down_proj": (d, expert_f),
     }[name]
 
 
 def target_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
-    """(d_out, d_in) of a projection, the head, or the embedding, which maps one-hot tokens."""
+    """(d_out, d_in) of a projection, of the head, or of the embedding as a map of one-hot ids."""
     v, d = config.vocab_size, config.hidden_size
-    ends = {"embed_tokens": (d, v), "lm_head": (v, d)}
-    return ends[name] if name in ends else projection_shape(config, name)
+    # PEFT's embedding LoRA has A [r, v] and B [d, r], as if of a linear layer with d_in = v.
+    edges = {"embed_tokens": (d, v), "lm_head": (v, d)}
+    return edges[name] if name in edges else projection_shape(config, name)
 
 
 def projection_bias(config: LlamaConfig, name: str) -> bool:
@@ -120,11 +78,81 @@ def projection_bias(config: LlamaConfig, name: str) -> bool:
     return config.attention_bias if PROJECTIONS[name] == "self_attn" else config.mlp_bias
 
 
+def projection_weights(config: LlamaConfig) -> list[str]:
+    """Names on disk of all projections' matrices: the tensors that `load_in_4bit` quantises."""
+    return [
+        f"{projection_path(layer, name)}.weight"
+        for layer in range(config.num_hidden_layers)
+        for name in layer_targets(config, layer)
+        if name in PROJECTIONS
+    ]
+
+
+def module_names(config: LlamaConfig) -> list[str]:
+    """Every module that transformers' model of this shape has; target patterns match these."""
+    attention = ["q_norm", "k_norm"] if config.qk_norm else []
+    common = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+    common += [f"self_attn.{n}" for n in attention]
+    # By sparse or not; act_fn has no parameters, but a regex may match it, as it may in PEFT.
+    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
+    names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
+    for layer in range(config.num_hidden_layers):
+        inner = [*common, *mlps[config.sparse_layers[layer]]]
+        names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in inner)]
+        names += [
+            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
+        ]
+    return [*names, "lm_head"]
+
+
+# Names of experts, which PEFT and transformers 4 name one by one.
+
+
+def is_mixture(config: LlamaConfig) -> bool:
+    """Whether the family is one of mixtures of experts, for which PEFT translates targets."""
+    return family_of(config).experts is not None
+
+
+def expert_spelling(config: LlamaConfig) -> Experts:
+    """How the family of a mixture of experts (`is_mixture`) names experts one by one."""
+    experts = family_of(config).experts
+    assert experts is not None, f"{config.model_type} has no experts"
+    return experts
+
+
+def legacy_expert_names(config: LlamaConfig) -> list[str]:
+    """Names that a regex may use for experts' matrices, without the expert's number, as in PEFT."""
+    if not is_mixture(config):
+        return []
+    modules = [
+        projection_path(layer, EXPERTS[0]).rpartition(".")[0]
+        for layer, sparse in enumerate(config.sparse_layers)
+        if sparse
+    ]
+    return [f"{module}.{name}" for module in modules for name in expert_spelling(config).matrices]
+
+
+def expert_matrices(config: LlamaConfig, name: str) -> Iterator[tuple[int, slice, tuple[int, int]]]:
+    """The matrices that one expert has in a tensor of experts.
+
+    Yields:
+        (0, 1 or 2 for gate, up or down; the matrix's rows in the tensor; its shape).
+    """
+    d, f = config.hidden_size, config.moe_intermediate_size
+    if name == "experts.down_proj":
+        yield 2, slice(None), (d, f)
+    else:
+        yield 0, slice(0, f), (f, d)
+        yield 1, slice(f, 2 * f), (f, d)
+
+
+# The base tree and its tensors on disk.
+
+
 def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tuple[str, tuple]]:
     """Path in the layer's tree -> (name on disk, shape), for every tensor of one decoder layer.
 
-    Experts have transformers 5's names, whose tensors hold all experts; what files spell expert by
-    expert is expert_keys.py's business.
+    ("q_proj", "weight") -> ("model.layers.3.self_attn.q_proj.weight", (q, d)), for example.
     """
     prefix = f"model.layers.{layer}."
     tensors: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
@@ -135,7 +163,7 @@ def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tupl
             tensors[n,] = (f"{prefix}self_attn.{n}.weight", (config.head_dim,))
     for n in layer_targets(config, layer):
         path, shape = projection_path(layer, n), projection_shape(config, n)
-        if n in EXPERTS:
+        if n in EXPERTS:  # transformers 5 registers these as parameters: no ".weight"
             tensors[tuple(n.split("."))] = (path, (config.num_local_experts, *shape))
             continue
         tensors[n, "weight"] = (f"{path}.weight", shape)
@@ -145,40 +173,37 @@ def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tupl
 
 
 def base_tensors(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-    """Name on disk -> shape, for every tensor of the model; a tied head is not among them."""
+    """Name on disk -> shape, for every tensor of the model. A tied head has no entry."""
     matrix = (config.vocab_size, config.hidden_size)
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": matrix}
+    shapes: dict[str, tuple[int, ...]] = {EMBED_TOKENS: matrix}
     for layer in range(config.num_hidden_layers):
         shapes |= dict(layer_tensors(config, layer).values())
-    shapes["model.norm.weight"] = (config.hidden_size,)
+    shapes[NORM] = (config.hidden_size,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = matrix
+        shapes[LM_HEAD] = matrix
     return shapes
 
 
-def projection_weights(config: LlamaConfig) -> list[str]:
-    """Names on disk of all projections' matrices: what `load_in_4bit` puts into 4 bits."""
-    return [
-        f"{projection_path(layer, name)}.weight"
-        for layer in range(config.num_hidden_layers)
-        for name in layer_targets(config, layer)
-        if name in PROJECTIONS
-    ]
-
-
 def base_from_tensors(config: LlamaConfig, tensors: Mapping[str, Weight]) -> Base:
-    """The tree, from tensors under their names on disk. No tensor is copied.
+    """Build the tree from tensors by their names on disk. No tensor is copied.
 
-    A projection's may be quantised.
+        {"model.embed_tokens.weight": E,              {"embed_tokens": E,
+         "model.layers.0.self_attn.q_proj.weight": W,  "layers": ({"q_proj": {"weight": W},
+         "model.layers.0.input_layernorm.weight": n,               "input_layernorm": n}, ...),
+         "model.norm.weight": N, ...}              ->  "norm": N, ...}
+
+    Args:
+        config: the model's shape.
+        tensors: every name of `base_tensors`. Weights of projections may be quantised.
     """
-    whole: dict[str, Any] = {
-        "embed_tokens": tensors["model.embed_tokens.weight"],
+    base: dict[str, Any] = {
+        "embed_tokens": tensors[EMBED_TOKENS],
         "layers": tuple(_layer(config, i, tensors) for i in range(config.num_hidden_layers)),
-        "norm": tensors["model.norm.weight"],
+        "norm": tensors[NORM],
     }
     if not config.tie_word_embeddings:
-        whole["lm_head"] = tensors["lm_head.weight"]
-    return Base(**whole)
+        base["lm_head"] = tensors[LM_HEAD]
+    return Base(**base)
 
 
 def _layer(config: LlamaConfig, layer: int, tensors: Mapping[str, Weight]) -> LayerParams:
@@ -192,46 +217,52 @@ def _layer(config: LlamaConfig, layer: int, tensors: Mapping[str, Weight]) -> La
 
 
 def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Any]:
-    """The inverse of `base_from_tensors`: name on disk -> tensor, views of the tree's leaves.
+    """The inverse of `base_from_tensors`: name on disk -> the tree's leaf, not copied.
 
-    A quantised projection's is its record.
+    A quantised weight is returned as its record.
     """
-    tensors: dict[str, Any] = {
-        "model.embed_tokens.weight": base["embed_tokens"],
-        "model.norm.weight": base["norm"],
-    }
+    tensors: dict[str, Any] = {EMBED_TOKENS: base["embed_tokens"], NORM: base["norm"]}
     for i, params in enumerate(base["layers"]):
         for path, (name, _) in layer_tensors(config, i).items():
             leaf = params[path[0]]
             tensors[name] = leaf if len(path) == 1 else leaf[path[1]]
     if "lm_head" in base:
-        tensors["lm_head.weight"] = base["lm_head"]
+        tensors[LM_HEAD] = base["lm_head"]
     return tensors
 
 
-# ── copies in place of the base's tensors ─────────────────────────────────────────────────
 def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
-    """The base with an adapter's trained copies where its own tensors were; itself without any.
+    """Put an adapter's trained copies into the base, in place of the originals.
+
+        base    {"layers": ({"input_layernorm": n, "q_proj": {"weight": W, "bias": c}, ...},)}
+        adapter {"replaced": {"model.layers.0.input_layernorm.weight": n1,
+                              "model.layers.0.self_attn.q_proj.bias": c1}}
+    ->  base    {"layers": ({"input_layernorm": n1, "q_proj": {"weight": W, "bias": c1}, ...},)}
 
     Args:
         base: with all its tensors.
-        adapter: may hold copies.
-        tied: whether a tied head follows a copy of the embedding; else it keeps the base's.
+        adapter: with or without copies. Without any, `base` itself is returned.
+        tied: whether a tied head uses a copy of the embedding; False: it keeps the original.
     """
     copies = {} if adapter is None else adapter.get("replaced", {})
     if not copies:
         return base
-    layers, whole = list(base["layers"]), base.copy()
+    layers, new_base = list(base["layers"]), base.copy()
+    # Layers are dicts that other models may share, so each change makes new dicts on its path.
     for name, copy in copies.items():
         *_, module, leaf = name.split(".")
         if name.startswith("model.layers."):
-            params = layers[int(name.split(".")[2])]
-            own = params[module]
-            value = {**own, leaf: copy} if isinstance(own, dict) else copy
-            layers[int(name.split(".")[2])] = params | {module: value}
+            layer = int(name.split(".")[2])
+            params = layers[layer]
+            old = params[module]
+            layers[layer] = params | {
+                module: {**old, leaf: copy} if isinstance(old, dict) else copy
+            }
         else:
-            whole[module] = copy
-    if EMBED_TOKENS in copies and not tied and "lm_head" not in whole:
-        whole["lm_head"] = base["embed_tokens"]
-    whole["layers"] = tuple(layers)
-    return whole
+            new_base[module] = copy
+    # PEFT unties a head whose embedding is copied, unless ensure_weight_tying is given: the head
+    # goes on with the original.
+    if EMBED_TOKENS in copies and not tied and "lm_head" not in new_base:
+        new_base["lm_head"] = base["embed_tokens"]
+    new_base["layers"] = tuple(layers)
+    return new_base

@@ -1,7 +1,22 @@
-"""The two trees of a model, and the one place that knows their names on disk.
+"""The two trees of a model, base and adapter: nested dicts and tuples whose leaves are tensors.
 
-Base and adapter are pytrees whose every leaf is a tensor: what a model lacks (a bias, an untied
-head) is an absent key, never None, so torch.utils._pytree and torch.func take them as they are.
+A model of two layers, adapted by LoRA on q_proj and v_proj:
+
+    base    {"embed_tokens": [v, d],
+             "layers": ({"input_layernorm": [d], "post_attention_layernorm": [d],
+                         "q_proj": {"weight": [q, d]}, "k_proj": {"weight": [kv, d]},
+                         "v_proj": {"weight": [kv, d]}, "o_proj": {"weight": [d, q]},
+                         "gate_proj": {"weight": [f, d]}, "up_proj": {"weight": [f, d]},
+                         "down_proj": {"weight": [d, f]}},
+                        {...}),
+             "norm": [d],
+             "lm_head": [v, d]}
+
+    adapter {"layers": ({"q_proj": LoRA(a=[r, d], b=[q, r]), "v_proj": LoRA(a=[r, d], b=[kv, r])},
+                        {...})}
+
+An absent key means that the model has no such tensor: a projection without bias or adapter, a tied
+head. None never stands for it, so torch.utils._pytree and torch.func accept the trees.
 """
 
 from typing import Any, NamedTuple, NotRequired, TypedDict
@@ -12,13 +27,13 @@ from torch import Tensor
 
 from fastlora.ops.quant.weights import Quantized, Weight
 
+# Names of dtypes in config.json and in arguments.
 DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
 }
-
 
 # Every linear layer of a decoder layer -> the module that holds it in Hugging Face's naming.
 PROJECTIONS = {
@@ -31,30 +46,20 @@ PROJECTIONS = {
     "down_proj": "mlp",
 }
 
-
-# What a sparse layer has in place of the MLP's: the router, and all experts' matrices together.
+# A sparse layer has these instead of the MLP's three: the router, and two tensors that hold the
+# matrices of all experts.
 ROUTER = "gate"
-
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
-
-# All that may carry an adapter -> the module that holds it.
+# Everything in a layer that may carry an adapter -> the module that holds it.
 TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp")
 
 
 class LoRA(NamedTuple):
-    """One adapted projection: delta_W = scaling * b @ a. The scaling lives in the spec."""
+    """One adapted projection: delta_W = scaling * b @ a. The scaling is in the spec."""
 
     a: Float[Tensor, "r d_in"]
     b: Float[Tensor, "d_out r"]
-
-
-class Linear(TypedDict):
-    """One frozen linear layer, in torch's [out, in] layout."""
-
-    weight: Weight  # [d_out, d_in], dense or quantised
-    bias: NotRequired[Float[Tensor, "d_out"]]
-    start: NotRequired[LoRA]  # frozen too; subtracted wherever an adapter is (llama/start.py)
 
 
 class BiasedLoRA(NamedTuple):
@@ -66,7 +71,7 @@ class BiasedLoRA(NamedTuple):
 
 
 class DoRA(NamedTuple):
-    """A LoRA with a trained length for each row of the sum (ops/dora.py)."""
+    """A LoRA with a trained length for each row of W + scaling * b @ a (ops/linear/dora.py)."""
 
     a: Float[Tensor, "r d_in"]
     b: Float[Tensor, "d_out r"]
@@ -80,20 +85,29 @@ class ExpertLoRA(NamedTuple):
     b: Float[Tensor, "e d_out r"]
 
 
-# How one projection is adapted. The vectors stay float32 where the matrices are cast to multiply.
+# How one projection is adapted. Matrices are cast to the activations' dtype before they multiply;
+# bias and magnitude stay float32.
 AdapterRecord = LoRA | BiasedLoRA | DoRA | ExpertLoRA
 
 
-# One decoder layer: "input_layernorm", "post_attention_layernorm", with qk_norm also "q_norm" and
-# "k_norm" -> weight [d or hd]; each name of PROJECTIONS -> Linear. A sparse layer has, in place of
-# the MLP's three, "gate" -> {"weight": [e, d]} and "experts" -> {"gate_up_proj": [e, 2f, d], the
-# gate's rows first, "down_proj": [e, d, f]}. While a layer runs, "qkv" may be a view of q_proj's,
-# k_proj's and v_proj's weights as one (llama/stacked.py).
+class Linear(TypedDict):
+    """One frozen linear layer, in torch's [out, in] layout."""
+
+    weight: Weight  # [d_out, d_in], dense or quantised
+    bias: NotRequired[Float[Tensor, "d_out"]]
+    # Frozen factors whose product is subtracted together with an adapter (init_offset.py).
+    offset: NotRequired[LoRA]
+
+
+# One decoder layer of the base, as drawn above, by name. With qk_norm it also has "q_norm" and
+# "k_norm" [hd]. A sparse layer has, instead of the MLP's three:
+#     "gate": {"weight": [e, d]},
+#     "experts": {"gate_up_proj": [e, 2f, d], the gate's rows first, "down_proj": [e, d, f]}
+# While a layer runs, "qkv" may be a view of the weights of q_proj, k_proj and v_proj as one matrix
+# (fused_qkv.py).
 LayerParams = dict[str, Any]
 
-
-# Name in TARGETS -> record: ExpertLoRA for EXPERTS, for the others all of one kind. A name that is
-# absent carries no adapter.
+# Name in TARGETS -> record. Experts have ExpertLoRA; all other records of a model are of one class.
 LayerAdapter = dict[str, AdapterRecord]
 
 
@@ -107,12 +121,15 @@ class Base(TypedDict):
 
 
 class Adapter(TypedDict):
-    """What is trained: one dict per decoder layer, empty where nothing is adapted, and what
-    spec.Outside says of embedding, head and single tensors."""
+    """The tensors that are trained.
+
+    "layers" has one dict per decoder layer, empty if nothing in it is adapted. The other keys hold
+    what `spec.Extras` describes: adapters of embedding and head, and copies of single tensors.
+    """
 
     layers: tuple[LayerAdapter, ...]
     embed_tokens: NotRequired[LoRA | DoRA]  # of the transposed matrix: a [r, v], b [d, r]
-    lm_head: NotRequired[LoRA | BiasedLoRA | DoRA]  # absent where it is the embedding's
+    lm_head: NotRequired[LoRA | BiasedLoRA | DoRA]  # absent if the head shares the embedding's
     replaced: NotRequired[dict[str, Tensor]]  # name on disk -> trained copy, in the base's dtype
     tokens: NotRequired[dict[str, Float[Tensor, "_ d"]]]  # "embed_tokens", "lm_head" -> rows
 

@@ -1,4 +1,4 @@
-"""Where each token stands and what it may see: position ids, RoPE tables, attention masks."""
+"""Positions of tokens, and which tokens each may attend to."""
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +11,12 @@ def positions(
     attention_mask: Int[Tensor, "b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Int[Tensor, "#b t"]:
-    """Where the user gave none: positions restart with each segment and count real tokens."""
+    """Default positions: they restart with each segment, or count the real tokens of a row."""
     index = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     if segment_ids is not None:
-        return index - _document_begins(segment_ids)
+        return index - _document_starts(segment_ids)
     if attention_mask is not None:
+        # Padding before the first real token would get -1.
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     return index
 
@@ -26,18 +27,19 @@ def segment_starts(segment_ids: Int[Tensor, "b t"]) -> Bool[Tensor, "b t"]:
     return torch.cat((first, segment_ids[:, 1:] != segment_ids[:, :-1]), dim=1)
 
 
-def _document_begins(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
-    """For each token the index of its document's first. An id that comes again is another one."""
+def _document_starts(segment_ids: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+    """For each token the index of its document's first token. Every run of an id is a document."""
     index = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    # The running maximum carries each start forward to the tokens after it.
     return torch.where(segment_starts(segment_ids), index, 0).cummax(-1).values
 
 
 def first_seen(
     t: int, window: int | None, segment_ids: Int[Tensor, "b t"] | None, device: torch.device
 ) -> Int[Tensor, "#b t"]:
-    """For each query the index of the first key it may see; the last is its own."""
+    """For each query the index of the first key that it attends to; the last key is its own."""
     index = torch.arange(t, device=device)[None]
-    first = torch.zeros_like(index) if segment_ids is None else _document_begins(segment_ids)
+    first = torch.zeros_like(index) if segment_ids is None else _document_starts(segment_ids)
     return first if window is None else torch.maximum(first, index - window + 1)
 
 
@@ -48,14 +50,22 @@ def attention_mask_2d(
     segment_ids: Int[Tensor, "b t"] | None,
     device: torch.device,
 ) -> Bool[Tensor, "#b 1 t t"] | None:
-    """True where query i may see key j; None where that is plain causal.
+    """True where query i attends to key j; None if attention is only causal.
 
-    A token sees itself always, padding included, so that no softmax row is empty.
+    Every token, padding too, attends to itself, so that no softmax row is empty.
+
+    Args:
+        t: tokens in a row.
+        window: how many keys a query sees, its own included; None: no limit.
+        attention_mask: 1 = real token.
+        segment_ids: packed documents.
+        device: of the result.
     """
     if (window is None or window >= t) and attention_mask is None and segment_ids is None:
         return None
     i = torch.arange(t, device=device)
     first = first_seen(t, window, segment_ids, device)
+    # first is [b, t] by query; its new last dimension is broadcast over the keys.
     allowed = (i[:, None] >= i) & (i >= first[..., None])
     if attention_mask is not None:
         allowed = allowed & (attention_mask[:, None, :].bool() | (i[:, None] == i))
@@ -65,11 +75,12 @@ def attention_mask_2d(
 def sequence_lengths(
     position_ids: Int[Tensor, "b t"], segment_ids: Int[Tensor, "b t"] | None
 ) -> Int[Tensor, "b #t"]:
-    """Length of each token's sequence: of its row, or of its document in a packed row."""
+    """The length of each token's sequence: its row, or its document if rows are packed."""
     if segment_ids is None:
         return position_ids.amax(-1, keepdim=True) + 1
     t = segment_ids.shape[1]
     index = torch.arange(t, device=segment_ids.device)
-    ends = F.pad(segment_starts(segment_ids)[:, 1:], (0, 1), value=True)
-    last = torch.where(ends, index, t - 1).flip(-1).cummin(-1).values.flip(-1)
+    is_last = F.pad(segment_starts(segment_ids)[:, 1:], (0, 1), value=True)
+    # Index of the last token of each token's document: a running minimum from the right.
+    last = torch.where(is_last, index, t - 1).flip(-1).cummin(-1).values.flip(-1)
     return position_ids.expand_as(segment_ids).gather(1, last) + 1

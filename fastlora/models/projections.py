@@ -1,4 +1,4 @@
-"""projections."""
+"""The linear layers of a decoder layer with their LoRA, DoRA, biases and fake quantisation."""
 
 from dataclasses import dataclass
 
@@ -28,12 +28,13 @@ from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.linear.masked_lora import Masks
 from fastlora.ops.linear.qat import qat_linear
 
-_SALT = {name: salt for salt, name in enumerate(TARGETS)}
+# Number folded into a layer's dropout key, so that every projection has its own mask.
+_DROPOUT_SALT = {name: salt for salt, name in enumerate(TARGETS)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """What one layer needs to know. Layers with equal specs share one compiled graph."""
+    """The settings of one layer. Layers with equal settings share one compiled graph."""
 
     num_attention_heads: int
     num_key_value_heads: int
@@ -46,12 +47,18 @@ class LayerSpec:
     deterministic: bool
     num_experts_per_tok: int
     norm_topk_prob: bool
-    fused: bool  # whether Triton kernels run inside
-    replaced: tuple[str, ...]  # tensors that are trained copies: gradients make another graph
+    fused: bool  # whether Triton kernels run
+    replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
 
 
 def layer_spec(spec: Spec, layer: int, *, fused: bool = False) -> LayerSpec:
-    """The part of `spec` that layer number `layer` depends on; `fused`: with Triton kernels."""
+    """The part of `spec` that a layer depends on.
+
+    Args:
+        spec: the model's.
+        layer: number of the layer.
+        fused: whether Triton kernels run.
+    """
     config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
     copies = [name for name in spec.extras.replaced if name.startswith(prefix)]
     return LayerSpec(
@@ -64,6 +71,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False) -> LayerSpec:
         lora_dropout=lora.lora_dropout if lora else 0.0,
         qat_scheme=spec.qat_scheme,
         deterministic=spec.deterministic,
+        # 0 in dense layers, which do not depend on it.
         num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
         norm_topk_prob=config.norm_topk_prob,
         fused=fused,
@@ -79,17 +87,29 @@ def project(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> list[Float[Tensor, "b t d_out"]]:
-    """The projections `names` of one x, each with its low-rank term where the adapter has one."""
+    """The projections `names` of x, each with its low-rank term if the adapter has one.
+
+    Args:
+        x: the projections' common input.
+        names: keys of TARGETS that the layer has.
+        params: of the layer.
+        adapter: of the layer.
+        spec: of the layer.
+        key: of the layer's dropout masks; None: without dropout.
+    """
     scalings = dict(spec.scalings)
+    # Fake quantisation rounds W + s B A, so the sum of the matrices must be computed. Otherwise we
+    # add the products of x with W and with A and B, which costs less.
     if spec.qat_scheme is not None:
-        each = projection_parts(names, params, adapter, scalings)
-        return [_fake_quantised(x, *record, spec.qat_scheme) for record in each]
+        parts = projection_parts(names, params, adapter, scalings)
+        return [_fake_quantised(x, *part, spec.qat_scheme) for part in parts]
     if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
+    # All A's are multiplied with x in one product (ops/linear/lora_group.py).
     matrices, masks = a_matrices(names, params, adapter, spec, key)
-    branches = [branch(*record) for record in projection_parts(names, params, adapter, scalings)]
-    whole = params.get("qkv") if names == QKV else None
-    _, ys = lora_linears(x, matrices, branches, masks, whole)
+    branches = [branch(*part) for part in projection_parts(names, params, adapter, scalings)]
+    fused_weight = params.get("qkv") if names == QKV else None
+    _, ys = lora_linears(x, matrices, branches, masks, fused_weight)
     return [
         _add_bias_or_magnitude(y, params[name], adapter[name], scalings[name])
         if name in adapter
@@ -104,11 +124,15 @@ def projection_parts(
     adapter: LayerAdapter,
     scalings: dict[str, float],
 ) -> list[tuple[Linear, AdapterRecord | None, float]]:
-    """Of each projection its frozen part, its trained one and the factor of its low-rank term."""
+    """For each projection (its frozen layer, its adapter or None, its low-rank term's factor)."""
     return [(params[n], adapter.get(n), scalings.get(n, 1.0)) for n in names]
 
 
 def branch(linear: Linear, lora: AdapterRecord | None, scaling: float) -> Branch:
+    """The arguments of one projection for ops/linear/lora_group.py.
+
+    DoRA's bias is left out: it is added after the product is scaled (`_add_bias_or_magnitude`).
+    """
     weight, bias = linear["weight"], linear.get("bias")
     if lora is None:
         return Branch(weight, bias)
@@ -124,20 +148,23 @@ def a_matrices(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> tuple[list[Float[Tensor, "_ d_in"]], Masks | None]:
-    """Every A, and the masks through which they see x: each projection has its own, and start
-    factors, part of the base, have none."""
+    """(every A, the dropout masks of their inputs).
+
+    Each projection has its own mask. A0 of an initial offset belongs to the base and has none.
+    """
     matrices, slots = [], []
     for name in names:
         if name in adapter:
             matrices.append(adapter[name].a)
-            slots.append(_SALT[name])
+            slots.append(_DROPOUT_SALT[name])
             if "offset" in params[name]:
                 matrices.append(params[name]["offset"].a)
-                slots.append(-1)
+                slots.append(-1)  # no mask
     if key is None:
         return matrices, None
-    # Those of all names: a compiled layer forms them once, in one launch.
-    keys = fold(key, torch.arange(len(_SALT), device=key.device))
+    # The keys of all names are the same tensor for all calls in a layer, so a compiled layer
+    # computes them once, in one launch.
+    keys = fold(key, torch.arange(len(_DROPOUT_SALT), device=key.device))
     return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
 
 
@@ -149,11 +176,11 @@ def _with_masked_base(
     spec: LayerSpec,
     key: Int[Tensor, ""],
 ) -> Float[Tensor, "b t d_out"]:
-    """A projection that may carry DoRA, which under dropout multiplies W with the masked x too."""
+    """A projection that may carry DoRA. Under dropout, DoRA multiplies W with the masked x too."""
     linear, lora = params[name], adapter.get(name)
     if not isinstance(lora, DoRA):
         return project(x, (name,), params, adapter, spec, key)[0]
-    dropped = dropout(x, spec.lora_dropout, fold(key, _SALT[name]))
+    dropped = dropout(x, spec.lora_dropout, fold(key, _DROPOUT_SALT[name]))
     x_a, scaling = F.linear(dropped, lora.a), dict(spec.scalings)[name]
     return adapted_linear(x, dropped, x_a, linear, lora, scaling)
 
@@ -166,7 +193,16 @@ def adapted_linear(
     lora: AdapterRecord,
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
-    """One projection with its low-rank term, in x.dtype."""
+    """One projection with its low-rank term, in x.dtype.
+
+    Args:
+        x: the projection's input.
+        dropped: x under the adapter's dropout mask; None without dropout.
+        x_a: (dropped or x) times A', or [A; A0]'.
+        linear: the frozen layer.
+        lora: its adapter.
+        scaling: factor of the low-rank term.
+    """
     if isinstance(lora, DoRA):
         gain = dora_scale(linear, lora, scaling)
         return dora_linear(x, dropped, x_a, linear, lora, gain, scaling)
@@ -179,15 +215,18 @@ def adapted_linear(
 def _add_bias_or_magnitude(
     y: Float[Tensor, "*n d_out"], linear: Linear, lora: AdapterRecord, scaling: float
 ) -> Float[Tensor, "*n d_out"]:
-    """An adapted product (of DoRA: without the base's bias) with the adapter's own vectors, which
-    enter in their own, wider dtype; in y.dtype."""
+    """Apply the adapter's vectors to an adapted product y; the result has y.dtype.
+
+    BiasedLoRA adds its bias. DoRA scales y, which must not contain the base's bias, and then adds
+    the latter. Both compute in the dtype of the adapter's vectors.
+    """
     if isinstance(lora, DoRA):
         return _scaled(y, dora_scale(linear, lora, scaling), linear.get("bias"))
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
 
 
 def dora_scale(linear: Linear, lora: DoRA, scaling: float) -> Float[Tensor, "d_out"]:
-    """DoRA's m / n."""
+    """DoRA's m / n: magnitude over the row norms of W + scaling * B A."""
     a, b = a_with_offset(lora, linear), b_with_offset(lora, linear)
     return lora.magnitude / row_norms(linear["weight"], a, b, scaling)
 
@@ -210,13 +249,16 @@ def dora_linear(
     gain: Float[Tensor, "d_out"],
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
-    """`gain` (m / n) times the adapted product; what a dropout mask hides keeps the base's
-    length."""
+    """DoRA: `gain` (m / n) times the adapted product, plus the base's bias.
+
+    Under dropout, y = W x + (gain - 1) W dropped + gain * scaling * B A dropped, as in PEFT.
+    """
     weight, bias = linear["weight"], linear.get("bias")
     b = b_with_offset(lora, linear)
     if dropped is None:
         return _scaled(lora_linear(x, x_a, weight, None, b, scaling), gain, bias)
     base, masked = _frozen(x, linear, bias, scaling), _frozen(dropped, linear, None, scaling)
+    # x_a is without the offset's A0 here, because `_frozen` subtracts the offset.
     update = scaling * F.linear(x_a, lora.b)
     return (base + (gain - 1) * masked + gain * update).to(x.dtype)
 
@@ -227,7 +269,7 @@ def _frozen(
     bias: Float[Tensor, "d_out"] | None,
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
-    """The base's product less that of its start factors."""
+    """The base's product, minus that of its initial offset."""
     y = frozen_linear(x, linear["weight"], bias)
     if "offset" not in linear:
         return y
@@ -241,14 +283,14 @@ def _fake_quantised(
     scaling: float,
     scheme: str,
 ) -> Float[Tensor, "b t d_out"]:
-    """One projection as merging and quantising would leave it, adapted or not."""
+    """One projection as it would compute after merging and quantising."""
     weight, bias = linear["weight"], linear.get("bias")
     assert isinstance(weight, Tensor), "lora() refuses qat_scheme over a quantised base"
-    if lora is None:
+    if lora is None:  # merging leaves it alone, but it is quantised too
         return qat_linear(x, weight, bias, None, None, None, scaling, scheme)
-    if isinstance(lora, BiasedLoRA):
+    if isinstance(lora, BiasedLoRA):  # merging adds this bias to the base's
         wide = torch.promote_types(lora.bias.dtype, torch.float32)
-        of_lora = scaling * lora.bias.to(wide)
-        bias = (of_lora if bias is None else bias + of_lora).to(x.dtype)
+        lora_bias = scaling * lora.bias.to(wide)
+        bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
     magnitude = lora.magnitude if isinstance(lora, DoRA) else None
     return qat_linear(x, weight, bias, lora.a, lora.b, magnitude, scaling, scheme)

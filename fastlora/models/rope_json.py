@@ -1,12 +1,11 @@
-"""rope_json."""
+"""RoPE settings of a config.json, in the old and the new spelling -> RopeParameters."""
 
 from typing import Any, get_args
 
 from fastlora.models.config import LayerType, RopeParameters, RopeType
 from fastlora.models.json_fields import Fields, is_int, show
 
-# ── RoPE ──────────────────────────────────────────────────────────────────────────────────
-_ROPE_PLAIN = dict(
+_EXPECTED = dict(
     factor="a positive number",
     original_max_position_embeddings="a positive integer",
     low_freq_factor="a positive number",
@@ -19,7 +18,8 @@ _ROPE_PLAIN = dict(
     truncate="true or false",
 )
 
-_ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+# rope_type -> the fields that it reads, besides rope_theta.
+_FIELDS_OF_TYPE: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -43,9 +43,17 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters | None:
-    """Old and new spelling, resolved as transformers 5.23 does (modeling_rope_utils.py:775-866).
+    """Read both spellings as transformers 5.23 does (modeling_rope_utils.py:775-866).
 
-    An old `rope_scaling` wins over `rope_parameters` whole; its theta is then the top level's.
+    If a file has `rope_scaling`, its `rope_parameters` is ignored, and theta is the top-level
+    `rope_theta`.
+
+    Args:
+        settings: the whole config.json, with defaults.
+        model: fields read so far; "max_position_embeddings" and "head_dim" are used.
+
+    Returns:
+        None if any field so far is wrong; `settings.problems` then says which.
     """
     raw, problems, max_positions = settings.raw, settings.problems, model["max_position_embeddings"]
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
@@ -55,23 +63,26 @@ def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters |
     if nested := [t for t in get_args(LayerType) if t in given]:
         problems.append(f"rope_parameters has {nested}: RoPE per layer type is not supported")
         return None
+    # theta may be inside the object (transformers 5) or at top level (older files, and defaults).
     rope = Fields({"rope_theta": raw["rope_theta"], **given}, "rope_parameters.", problems)
+    # Old files say "type". If a file says both, transformers reads rope_type.
     rope_type = given.get("rope_type", given.get("type", "default"))
     if rope_type not in get_args(RopeType):
-        known = ", ".join(_ROPE_FIELDS)
+        known = ", ".join(_FIELDS_OF_TYPE)
         problems.append(f"rope_type is {show(rope_type)}; expected one of {known}")
         return None
     rope.refuse_partial_rotary()
     _fill_rope_defaults(
         rope.raw, rope_type, raw.get("original_max_position_embeddings"), max_positions
     )
-    read = {name: rope.read(name, _ROPE_PLAIN[name]) for name in _ROPE_FIELDS[rope_type]}
+    read = {name: rope.read(name, _EXPECTED[name]) for name in _FIELDS_OF_TYPE[rope_type]}
     theta = rope.read("rope_theta", "a positive number")
-    _check_rope_order(read, problems)
+    _check_frequency_order(read, problems)
     if rope_type == "yarn" and theta == 1:
         problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
     if rope_type == "dynamic" and model["head_dim"] == 2:
         problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
+    # A problem of any field, not only of RoPE's: the values above may be None then.
     if problems:
         return None
     return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)
@@ -80,7 +91,7 @@ def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters |
 def _fill_rope_defaults(
     rope: dict[str, Any], rope_type: str, original: Any, max_positions: int | None
 ) -> None:
-    if original is not None:
+    if original is not None:  # a top-level value wins over the one inside the object
         rope["original_max_position_embeddings"] = original
     rope.setdefault("original_max_position_embeddings", max_positions)
     if rope_type != "yarn":
@@ -88,7 +99,7 @@ def _fill_rope_defaults(
     original = rope["original_max_position_embeddings"]
     if "factor" in rope and rope["factor"] is None and max_positions and is_int(1)(original):
         rope["factor"] = max_positions / original
-    # Null and 0 both mean the default (betas), or that both mscales are unused.
+    # Null and 0 both mean the default for the betas. One mscale without the other is not used.
     rope["beta_fast"] = rope.get("beta_fast") or 32.0
     rope["beta_slow"] = rope.get("beta_slow") or 1.0
     both = rope.get("mscale") and rope.get("mscale_all_dim")
@@ -99,16 +110,22 @@ def _fill_rope_defaults(
     rope.setdefault("truncate", True)
 
 
-def _check_rope_order(read: dict[str, Any], problems: list[str]) -> None:
-    x_a, high = read.get("low_freq_factor"), read.get("high_freq_factor")
-    if x_a and high and high <= x_a:
+def _check_frequency_order(read: dict[str, Any], problems: list[str]) -> None:
+    low, high = read.get("low_freq_factor"), read.get("high_freq_factor")
+    if low and high and high <= low:
         problems.append(
-            f"rope_parameters.high_freq_factor is {high}; expected more than low_freq_factor {x_a}"
+            f"rope_parameters.high_freq_factor is {high}; expected more than low_freq_factor {low}"
         )
 
 
 def with_rope_scaling(raw: dict[str, Any], rope_scaling: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the user's RoPE in it, in the old spelling, which every version reads."""
+    """A config.json with the user's RoPE settings, in the old spelling.
+
+    Every version of transformers reads the old spelling. Drawn for a file in the new one:
+
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, ...}
+        -> {"rope_theta": 5e5, "rope_scaling": rope_scaling, ...}
+    """
     given = raw.get("rope_scaling") or raw.get("rope_parameters") or {}
     theta = given.get("rope_theta") if isinstance(given, dict) else None
     kept = {k: v for k, v in raw.items() if k != "rope_parameters"}

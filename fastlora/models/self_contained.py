@@ -1,13 +1,13 @@
-"""self_contained(): a model without the two things that only the library knows how to read.
+"""self_contained(): prepares a model for other programs and for functions that make new models.
 
 A running model may differ from (checkpoint's base, PEFT adapter) in two ways:
 
 - an initial offset: frozen factors A0 and B0 in the base's linear layers (init_offset.py);
-- parked originals: embedding and head, of which a copy is trained, wait in a file on the host
-  (adapters/parked_originals.py writes it).
+- parked originals: embedding and head, of which a copy is trained, are mapped from a file on the
+  host (adapters/parked_originals.py writes it).
 
-Every function that hands a model to another program or makes another model of it calls
-`self_contained` first, and need not know of either.
+Every function that hands a model to another program, or makes another model of it, calls
+`self_contained` first. Such functions need not know of offsets and parked originals.
 """
 
 from dataclasses import replace
@@ -16,20 +16,20 @@ from typing import Any
 from torch import Tensor
 
 from fastlora.models.init_offset import fold_offset, without_offset
-from fastlora.models.names import END_WEIGHTS
+from fastlora.models.names import EDGE_WEIGHTS
 from fastlora.models.params import Base
 from fastlora.models.spec import Extras
 from fastlora.models.state import StateT
 
 
 def self_contained(model: StateT, *, unpark: bool = True) -> StateT:
-    """The model that computes the same with nothing but a checkpoint's base and an adapter.
+    """The same function, expressed with only a checkpoint's base and an adapter.
 
-    The given model itself if it has neither an initial offset nor parked originals.
+    A model without an initial offset and parked originals is returned as the same object.
 
-        base    {"q_proj": {"weight": W, "offset": (A0, B0)}}      {"q_proj": {"weight": W}}
-        adapter {"q_proj": (A, B)}, rank r                    ->   {"q_proj": ([A; A0], [B, -B0])}, 2r
-        base    {"embed_tokens": on the host}                      {"embed_tokens": on the device}
+        base    {"q_proj": {"weight": W, "offset": (A0, B0)}}   ->  {"q_proj": {"weight": W}}
+        adapter {"q_proj": (A, B)} of rank r      ->  {"q_proj": ([A; A0], [B, -B0])} of rank 2r
+        base    {"embed_tokens": on the host}     ->  {"embed_tokens": on the device}
 
     Args:
         model: any model.
@@ -40,29 +40,34 @@ def self_contained(model: StateT, *, unpark: bool = True) -> StateT:
     base = without_offset(model.base)
     if unpark:
         base = unpark_originals(base)
+    # Each step returns the object that it was given if there is nothing to do.
     if base is model.base and adapter is model.adapter:
         return model
     return replace(model, spec=spec, base=base, adapter=adapter)
 
 
 def unread(base: Base, extras: Extras) -> list[str]:
-    """Keys of the base that a model with these copies never reads: "embed_tokens", "lm_head"."""
-    copied = [key for key, name in END_WEIGHTS.items() if name in extras.replaced]
+    """Keys of the base's tensors that a model with these trained copies never reads.
+
+    They may be "embed_tokens", "lm_head" or both.
+    """
+    copied = [key for key, name in EDGE_WEIGHTS.items() if name in extras.replaced]
     if "lm_head" in base:
         return copied
-    # A tied matrix is read by whichever of the two has no copy.
+    # One matrix serves as embedding and head. Whichever of the two has no copy still reads it.
     return ["embed_tokens"] if (extras.tied and copied) or len(copied) == 2 else []
 
 
 def parked_originals(base: Base) -> dict[str, Tensor]:
-    """Key -> tensor, for what waits elsewhere than the base is."""
+    """Key -> tensor, for embedding and head if they are on the CPU and the base is not."""
+    # The final norm is never parked, so it shows the device of the base.
     if base["norm"].device.type == "cpu":
         return {}
-    return {k: base[k] for k in END_WEIGHTS if k in base and base[k].device.type == "cpu"}
+    return {k: base[k] for k in EDGE_WEIGHTS if k in base and base[k].device.type == "cpu"}
 
 
 def unpark_originals(base: Base) -> Base:
-    """The base whole on its own device; itself where it is."""
-    away = {key: x.to(base["norm"].device) for key, x in parked_originals(base).items()}
-    whole: Any = {**base, **away} if away else base
-    return whole
+    """The base with all its tensors on one device; the same object if they are there already."""
+    returned = {key: x.to(base["norm"].device) for key, x in parked_originals(base).items()}
+    complete: Any = {**base, **returned} if returned else base
+    return complete

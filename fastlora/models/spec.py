@@ -1,4 +1,4 @@
-"""Everything about a model that is not a tensor: frozen, hashable, passed whole."""
+"""Spec: everything about a model that is not a tensor. Frozen and hashable."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ POLICIES = ("none", "selective", "full", "offload")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """One projection that carries LoRA, with its patterns already resolved."""
+    """One adapted matrix, with its rank and scaling."""
 
     name: str  # of params.TARGETS: "q_proj", "gate", "experts.down_proj"
     r: int
@@ -24,21 +24,23 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extras:
-    """What an adapter trains beside its projections, with every name and pattern resolved."""
+    """The tensors that an adapter trains besides LoRA on projections."""
 
-    embed_tokens: Target | None = None  # LoRA on the embedding, and on the head
-    lm_head: Target | None = None
-    tied: bool = False  # the head's LoRA or copy is the embedding's, transposed
+    embed_tokens: Target | None = None  # LoRA on the embedding
+    lm_head: Target | None = None  # LoRA on the head
+    tied: bool = False  # the head uses the embedding's LoRA (transposed) or trained copy
     replaced: tuple[str, ...] = ()  # names on disk of tensors of which a copy is trained
-    # "embed_tokens" and "lm_head" -> the ids whose rows are trained, in the order of the rows.
+    # ("embed_tokens" or "lm_head", the ids whose rows are trained, in the order of the rows).
     tokens: tuple[tuple[str, tuple[int, ...]], ...] = ()
-    shared_rows: bool = False  # the head of a tied model has the embedding's trained rows too
+    shared_rows: bool = False  # the head of a tied model uses the embedding's trained rows too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraConfig:
-    """LoRA settings as the user gave them (PEFT's names), and what they resolved to: `targets` in
-    the layers, `extras` elsewhere."""
+    """LoRA settings under PEFT's names, and the tensors that they resolve to.
+
+    `targets` are the adapted matrices of the layers, `extras` everything outside of them.
+    """
 
     r: int
     lora_alpha: float
@@ -54,38 +56,37 @@ class LoraConfig:
     lora_bias: bool = False  # B has a bias
     use_dora: bool = False
     target_parameters: tuple[str, ...] = ()
-    qat_scheme: str | None = None  # a key of ops.fake_quantize.SCHEMES
+    qat_scheme: str | None = None  # a key of ops.quant.fake_quantize.SCHEMES
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
-    # Ids of the embedding, or (module, ids) pairs.
-    trainable_token_indices: tuple[Any, ...] = ()
+    trainable_token_indices: tuple[Any, ...] = ()  # ids of the embedding, or (module, ids) pairs
     extras: Extras = Extras()
     targets: tuple[tuple[Target, ...], ...]  # one tuple per layer, in params.TARGETS order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
-    """How to run a model: its shape, its adapter's shape, and the choices that touch no tensor."""
+    """How to run a model: its shape, its adapter's settings, and the choices of `with_spec`."""
 
     config: LlamaConfig
-    name_or_path: str  # what load() was given; the adapter's base_model_name_or_path
+    name_or_path: str  # what load() was given; saved as base_model_name_or_path
     max_seq_length: int
     lora: LoraConfig | None = None
     recompute: Recompute = "selective"
     compile: Compile = "auto"
     kernels: Kernels = "auto"
     deterministic: bool = False
-    changed: tuple[str, ...] = ()  # names of base tensors that are not the checkpoint's any more
+    changed: tuple[str, ...] = ()  # names of base tensors that differ from the checkpoint's
 
     @property
     def extras(self) -> Extras:
-        """What is trained beside the projections; nothing without an adapter."""
+        """The tensors trained besides LoRA on projections; empty without an adapter."""
         return Extras() if self.lora is None else self.lora.extras
 
     @property
     def qat_scheme(self) -> str | None:
-        """How the model is fake quantised; None: not at all."""
+        """How the model is fake quantised; None: it is not."""
         return None if self.lora is None else self.lora.qat_scheme
 
 

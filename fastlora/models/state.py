@@ -1,4 +1,8 @@
-"""ModelState: what a model is made of, and what every verb of the library takes and returns."""
+"""ModelState: the parts of a model. Every function that changes a model takes and returns one.
+
+`fastlora.Model` adds methods to this record. The methods call functions all over the library, and
+these functions take a ModelState, so that they need not import the methods.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,18 +20,14 @@ Batch = Mapping[str, Tensor]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ModelState:
-    """A base, an adapter if there is one, and how to run them.
-
-    `fastlora.Model` adds methods to this record. Functions that take a model take a ModelState, so
-    that they need not import the methods, which call them.
-    """
+    """A base, an adapter (None: the base alone), and how to run them."""
 
     spec: Spec
     base: Base
     adapter: Adapter | None = None
 
 
-StateT = TypeVar("StateT", bound=ModelState)  # a verb returns the class that it was given
+StateT = TypeVar("StateT", bound=ModelState)  # functions return the class that they were given
 
 
 def require_adapter(model: ModelState) -> tuple[LoraConfig, Adapter]:
@@ -37,5 +37,7 @@ def require_adapter(model: ModelState) -> tuple[LoraConfig, Adapter]:
         ValueError: the model has no adapter.
     """
     if model.spec.lora is None or model.adapter is None:
-        raise ValueError("the model has no adapter; fastlora.lora or load_adapter gives it one.")
+        raise ValueError(
+            "the model has no adapter; fastlora.lora or fastlora.load_adapter attaches one."
+        )
     return model.spec.lora, model.adapter

@@ -1,4 +1,8 @@
-"""Which implementation an op runs: its fused one, or the plain reference that torch.func needs."""
+"""Choosing an op's implementation: a fused kernel, or the reference that torch.func needs.
+
+Also here: the two properties of tl.dot, its smallest tile and its precision, that several Triton
+launchers share.
+"""
 
 import os
 from functools import cache
@@ -14,35 +18,40 @@ Kernels = Literal["auto", "torch", "triton"]
 def transforms_active() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, ...) is being applied right now.
 
-    Under a transform an op's own backward is refused or, compiled, silently dropped
-    (pytorch#193279, torch 2.13): there the reference is not a fallback but the only right answer.
-    The one private torch call of the package that asks for this lives here; dynamo traces it.
+    Under a transform, torch refuses a custom backward in eager mode and silently drops it in
+    compiled code (pytorch#193279, torch 2.13). Ops must then run their reference to be correct.
+    This function holds the package's only call of the private torch API for this; dynamo traces it.
     """
     return torch._C._are_functorch_transforms_active()
 
 
-def plain(*frozen: Tensor | None) -> bool:
-    """Whether an op that gives no gradient to `frozen` must run as its differentiable reference.
+def needs_reference(*frozen: Tensor | None) -> bool:
+    """Whether an op must run as its differentiable reference.
 
-    True under torch.func, and when somebody differentiates what LoRA holds frozen (the base
-    training of scripts/make_demo.py does).
+    True under torch.func, and when the caller asks for gradients of `frozen`, tensors to which the
+    fused op gives none (scripts/make_demo.py trains base weights, for example).
     """
     return transforms_active() or any(t is not None and t.requires_grad for t in frozen)
 
 
 def rank_tile(*ranks: int) -> int:
-    """The power of two, at least 16, that a Triton kernel's tl.dot takes for ranks up to it."""
+    """Smallest power of two that holds the largest rank; at least 16, the minimum of tl.dot."""
     return max(16, 1 << (max(ranks) - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The `input_precision` that kernels pass to tl.dot for a dtype."""
+    return "ieee" if dtype == torch.float32 else "tf32"  # "tf32" rounds no 16-bit input
 
 
 @cache
 def triton_installed() -> bool:
-    """Whether kernels can be written at all; nothing is imported."""
+    """Whether triton is installed. Does not import it."""
     return find_spec("triton") is not None
 
 
 def kernel_problem(device: torch.device) -> str | None:
-    """Why a Triton kernel cannot run on a device, and the cure; None where it can."""
+    """Why Triton kernels cannot run on this device, and the cure; None if they can."""
     if not triton_installed():
         return 'kernels="triton" needs triton, which is not installed; pip install triton'
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -55,13 +64,14 @@ def kernel_problem(device: torch.device) -> str | None:
 
 
 def use_kernel(x: Tensor, kernels: Kernels) -> bool:
-    """Whether an op should launch its Triton kernel for x, or run its plain form.
+    """Whether an op should launch its Triton kernel for x instead of plain torch code.
 
-    "auto" is yes on CUDA, "triton" on the CPU too (in Triton's interpreter). Never under torch.func
-    (see `transforms_active`), nor inside somebody else's torch.compile, which writes its own.
+    "auto" means yes on CUDA; "triton" means yes on the CPU too (in Triton's interpreter). The
+    answer is always no under torch.func (see `transforms_active`) and inside the caller's own
+    torch.compile, where Inductor generates the kernels.
 
     Raises:
-        ValueError: "triton" where no kernel can run.
+        ValueError: if `kernels` is "triton" and no kernel can run on x's device.
     """
     if kernels == "torch" or transforms_active() or torch.compiler.is_compiling():
         return False

@@ -10,8 +10,9 @@ def rms_norm(
 ) -> Float[Tensor, "*n d"]:
     """RMS-normalise the last axis. Statistics in at least float32, result in x.dtype.
 
-    Rounds to x.dtype before the weight is applied, as Llama does: the other order differs in bf16.
-    Plain torch on purpose: Inductor fuses it with the residual add before and the casts after.
+    The normalised value is rounded to x.dtype before it is multiplied with the weight, as in
+    Hugging Face's Llama; the other order gives different bits in bf16. This is plain torch, because
+    Inductor then fuses it with the residual add before it and the casts after it.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

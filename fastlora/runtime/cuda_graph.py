@@ -1,9 +1,11 @@
-"""A function of tensors whose launches are recorded in a CUDA graph and played back.
+"""CUDAGraphed: records a function's launches in a CUDA graph and replays them.
 
-The host needs some 1.5 ms for a layer, forward and backward; where the GPU needs less, it waits.
-Played back, a step is one launch. What a recording reads has fixed addresses: an argument that was
-in the same place twice (base weights, an adapter that the optimiser writes to) is read there,
-anything else is copied into memory of the recording's own. Results are copied out.
+The host needs some 1.5 ms to launch a layer's forward and backward pass. If the GPU needs less, it
+waits. A replayed step is one launch.
+
+A recording reads from fixed addresses. An argument that had the same address in two calls (base
+weights, an adapter that the optimizer updates in place) is read there. Any other argument is copied
+into memory that belongs to the recording. Results are copied out.
 """
 
 from collections import OrderedDict
@@ -15,38 +17,45 @@ from torch import Tensor
 
 from fastlora.runtime.tree import leaves, with_leaves
 
-# Recordings share the memory of their steps but keep results and copied inputs apart.
-_MOST_RECORDINGS = 8
+# Recordings share the memory of intermediate tensors. Each has its own results and copied inputs.
+_MAX_RECORDINGS = 8
 
 
-class _Seen(NamedTuple):
-    """A call that ran plainly: held, so that nothing new can come to lie at its addresses."""
+class _FirstCall(NamedTuple):
+    """The leaves of a call that was run without recording.
+
+    We keep references so that their memory is not reused before the next call compares addresses.
+    """
 
     inputs: list[Any]
-    moved: frozenset[int]  # inputs that have been seen in two places
+    moved: frozenset[int]  # numbers of inputs that are known to change their address
 
 
 class _Recording(NamedTuple):
-    inputs: list[Any]  # what the graph reads
+    inputs: list[Any]  # the leaves that the graph reads
     moved: frozenset[int]  # the numbers of those that are copies
     replay: Callable[[], None]
-    results: Any  # a tree of what the graph writes
+    results: Any  # the tree of tensors that the graph writes
 
 
 class CUDAGraphed:
-    """fn, recorded at the second call with arguments of the same shapes, dtypes and other values,
-    played back from the third on.
+    """fn, recorded at the second call with arguments alike, and replayed from the third call on.
 
-    `fn` takes and gives dicts, tuples and lists of tensors, all on one CUDA device; what else is
-    among the arguments is part of the recording, and a new value makes another. It must not wait
-    for the GPU, and a number that changes (a seed, a count of tokens) must come as a tensor. Holds
-    the memory of one call of fn as long as it lives.
+    Arguments are alike if they have the same structure, shapes and dtypes, and equal values where
+    they are not tensors. `fn` takes and returns dicts, tuples and lists of tensors, all on one CUDA
+    device. It must not wait for the GPU. Numbers that change (a seed, a count of tokens) must be
+    tensors: a new value of a Python number makes another recording. The object holds the memory of
+    one call of fn.
     """
 
     def __init__(self, fn: Callable[..., Any]) -> None:
-        """Nothing is run or allocated."""
+        """Wrap a function. Nothing is run or allocated.
+
+        Args:
+            fn: the function, as described above.
+        """
         self.fn = fn
-        self.calls: OrderedDict[Hashable, _Seen | _Recording] = OrderedDict()
+        self.calls: OrderedDict[Hashable, _FirstCall | _Recording] = OrderedDict()
         self.pool: Any = None  # memory that all recordings use, one at a time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -54,7 +63,7 @@ class CUDAGraphed:
 
         Raises:
             ValueError: a tensor is not on a CUDA device, or an argument cannot be hashed.
-            RuntimeError: fn does what cannot be recorded.
+            RuntimeError: fn does something that a CUDA graph cannot record.
         """
         given = [*leaves((args, kwargs))]
         key = _key((args, kwargs))
@@ -63,19 +72,19 @@ class CUDAGraphed:
             moved = _moved(call, given)
             if moved <= call.moved:
                 self._keep(key, call)
-                return _played(call, given)
-            call = _Seen(given, moved)  # something lies elsewhere now: record anew
+                return _replayed(call, given)
+            call = _FirstCall(given, moved)  # an input has a new address: make a new recording
         if call is None:
             _check_devices(given)
-            self._keep(key, _Seen(given, frozenset()))
+            self._keep(key, _FirstCall(given, frozenset()))
             return self.fn(*args, **kwargs)
         recording = self._record(given, _moved(call, given), args, kwargs)
         self._keep(key, recording)
-        return _played(recording, given)
+        return _replayed(recording, given)
 
-    def _keep(self, key: Hashable, call: _Seen | _Recording) -> None:
+    def _keep(self, key: Hashable, call: _FirstCall | _Recording) -> None:
         self.calls[key] = call
-        while len(self.calls) > _MOST_RECORDINGS:
+        while len(self.calls) > _MAX_RECORDINGS:
             self.calls.popitem(last=False)
 
     def _record(self, given: list, moved: frozenset[int], args: Any, kwargs: Any) -> _Recording:
@@ -85,7 +94,7 @@ class CUDAGraphed:
         return _Recording(inputs, moved, replay, results)
 
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """(what plays run's launches, the results it writes to)."""
+        """(a function that replays the launches of `run`, the results that they write to)."""
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=self.pool):
@@ -101,7 +110,7 @@ class CUDAGraphed:
 
 
 def _key(tree: Any) -> Hashable:
-    """A tree's names and sizes, shapes and dtypes, and whatever is no tensor, as it is."""
+    """A tree with every tensor replaced by its shape, strides and dtype, as a hashable value."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype
     if isinstance(tree, dict):
@@ -116,34 +125,36 @@ def _key(tree: Any) -> Hashable:
     return tree
 
 
-def _moved(call: _Seen | _Recording, given: list[Any]) -> frozenset[int]:
-    """Which of the inputs are known not to stay where they are."""
+def _moved(call: _FirstCall | _Recording, given: list[Any]) -> frozenset[int]:
+    """Numbers of the inputs that are known to change their address between calls."""
     pairs = enumerate(zip(call.inputs, given, strict=True))
     return call.moved | {
-        i for i, (old, new) in pairs if old is not new and i not in call.moved and _apart(old, new)
+        i
+        for i, (old, new) in pairs
+        if old is not new and i not in call.moved and _differ_in_address(old, new)
     }
 
 
-def _apart(old: Any, new: Any) -> bool:
+def _differ_in_address(old: Any, new: Any) -> bool:
     return isinstance(new, Tensor) and old.data_ptr() != new.data_ptr()
 
 
-def _played(recording: _Recording, given: list[Any]) -> Any:
-    """One playback on these inputs; results that no later one writes to."""
+def _replayed(recording: _Recording, given: list[Any]) -> Any:
+    """Replay a recording on these inputs. The results are copies, which no later replay changes."""
     if recording.moved:
         copied = [recording.inputs[i] for i in recording.moved]
         torch._foreach_copy_(copied, [given[i].detach() for i in recording.moved])  # pyright: ignore
     recording.replay()
     written = [*leaves(recording.results)]
-    own = [torch.empty_like(x) for x in written]
-    torch._foreach_copy_(own, written)  # pyright: ignore[reportPrivateImportUsage]
-    return with_leaves(recording.results, iter(own))
+    copies = [torch.empty_like(x) for x in written]
+    torch._foreach_copy_(copies, written)  # pyright: ignore[reportPrivateImportUsage]
+    return with_leaves(recording.results, iter(copies))
 
 
 def _check_devices(given: list[Any]) -> None:
     elsewhere = {str(x.device) for x in given if isinstance(x, Tensor) and not x.is_cuda}
     if elsewhere:
         raise ValueError(
-            f"cuda_graph=True records what runs on a CUDA device, and there are tensors on"
-            f" {', '.join(sorted(elsewhere))}; move them there, or leave cuda_graph out."
+            f"cuda_graph=True records work on a CUDA device, but there are tensors on"
+            f" {', '.join(sorted(elsewhere))}; move them to CUDA, or leave cuda_graph out."
         )

@@ -1,18 +1,18 @@
-"""recompute="offload": what a layer needs again waits elsewhere, or is made again.
+"""HostStash: activations wait for the backward pass in pinned host memory (recompute="offload").
 
-What a layer keeps waits for the backward pass in pinned host memory: its input, and where there is
-time for the way (`recompute.offload_levels`) what its attention kept as well. The adapters'
-matrices in the products' dtype (84 MB of an 8B model at rank 16) are cast again from the ones that
-are trained.
+A layer's input is sent to the host, and for as many layers as the transfer has time for
+(`levels.offload_levels`) also the activations of its attention. The adapter's matrices in the
+compute dtype (84 MB for an 8B model at rank 16) are not sent but cast again from the trained ones.
 
-Activations travel on a stream of their own, overlapped both ways: layer i's leave while layer i + 1
-computes, and return while layer i + 1's backward pass runs. 1B shapes, 8,192 tokens: 32 MiB for an
-input, about 0.6 ms over PCIe 5, against more than 1.5 ms of compute.
+Activations are copied on a separate stream, overlapped with compute in both directions: those of
+layer i are sent while layer i + 1 computes, and return during the backward pass of layer i + 1. For
+1B shapes and 8,192 tokens an input is 32 MiB, about 0.6 ms over PCIe 5, against more than 1.5 ms of
+compute.
 
-Nothing is allocated on that stream, and no memory is given back under it: a tensor on its way out
-stays referenced until the compute stream has waited for its copy, one layer later. (With
-Tensor.record_stream, and returns allocated on the copy stream, the allocator held 9.8 GiB where
-"full" held 4.4; H100, 1B, torch 2.11.)
+No memory is allocated on the copy stream or freed while it is in use: a tensor that is being sent
+stays referenced until the compute stream has waited for its copy, one layer later. With
+Tensor.record_stream, and returning tensors allocated on the copy stream, the allocator held 9.8 GiB
+where "full" held 4.4 (H100, 1B, torch 2.11).
 """
 
 from collections import deque
@@ -26,38 +26,48 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.ops.cast import copied
 
-# Smaller ones are not worth a copy: attention's log-sum-exp, experts' choices. Bytes.
-_LEAST = 2**20
+# Smaller tensors stay on the device: attention's log-sum-exp, the choice of experts.
+_MIN_BYTES = 2**20
 
+# Address, shape, strides and dtype: two live tensors with the same ones hold the same values.
 Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
 
 
 class HostStash:
-    """What the layers of one forward pass keep. Lives as long as its autograd graph."""
+    """The kept activations of one forward pass. It lives as long as its autograd graph."""
 
     def __init__(self, device: torch.device) -> None:
-        """An empty stash with a copy stream of its own, of CUDA; the CPU's streams do nothing."""
+        """Make an empty stash with a new copy stream.
+
+        Args:
+            device: of the activations. On the CPU streams do nothing.
+        """
         self.device = device
         self.streams: Any = torch.get_device_module(device)
         self.copying = self.streams.Stream()
         self.host: list[list[Tensor]] = []  # copies, by layer
-        self.leaving: deque[tuple[int, Tensor, Any]] = deque()  # layer, and when its copy is done
+        self.leaving: deque[tuple[int, Tensor, Any]] = deque()  # (layer, tensor, copy's event)
+        # (layer, index) -> (tensor, its copy's event), for tensors on their way back.
         self.returning: dict[tuple[int, int], tuple[Tensor, Any]] = {}
-        self.called: set[int] = set()  # layers whose return has begun once
+        self.called: set[int] = set()  # layers whose tensors have been called back once
 
     def run(
         self, layer: Callable[[Tensor], Tensor], x: Tensor, others: Any, copies: "Copies"
     ) -> Tensor:
-        """layer(x), with what it saves for the backward pass replaced: activations by host copies,
-        the adapter's matrices by word of how to make them.
+        """layer(x), with the tensors that autograd saves replaced.
+
+        Activations are replaced by host copies, and cast matrices of the adapter by (copies,
+        index), from which they are cast again.
 
         Args:
-            layer: the rest of its arguments bound.
+            layer: a function of x only.
             x: its input.
-            others: a tree of what it is bound to, which lives on anyway and stays.
-            copies: the adapter's matrices among these.
+            others: a tree of the layer's other arguments. Their tensors stay on the device, because
+                the caller keeps them anyway.
+            copies: the adapter's cast matrices among these.
         """
-        # By address: autograd keeps `pack` as long as the graph, and with it whatever it refers to.
+        # By address and not by reference: autograd keeps `pack`, and all that it refers to, as long
+        # as the graph.
         stay = {
             t.untyped_storage().data_ptr() for t in tree_leaves(others) if isinstance(t, Tensor)
         }
@@ -67,7 +77,7 @@ class HostStash:
         def pack(saved: Tensor) -> Tensor | tuple[Any, int]:
             if (which := copies.index(saved)) is not None:
                 return copies, which
-            if not self._travels(saved) or saved.untyped_storage().data_ptr() in stay:
+            if not self._is_worth_sending(saved) or saved.untyped_storage().data_ptr() in stay:
                 return saved
             place = _place(saved)
             if place not in sent:
@@ -83,41 +93,47 @@ class HostStash:
         home, index = packed
         return home.again(index) if isinstance(home, Copies) else self._fetch(home, index)
 
-    def _travels(self, x: Tensor) -> bool:
-        """Large, and dense: a copy of a slice would lie otherwise than its original."""
+    def _is_worth_sending(self, x: Tensor) -> bool:
+        """Whether x is large and dense. A slice's copy would have other strides than the slice."""
+        # A dense tensor has as many elements as the memory between its first and its last.
         span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        return x.device == self.device and x.nbytes >= _LEAST and x.numel() == span
+        return x.device == self.device and x.nbytes >= _MIN_BYTES and x.numel() == span
 
     def _send(self, layer: int, x: Tensor) -> int:
+        # Copies to pageable memory are not asynchronous.
         pin = self.device.type == "cuda"
         copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=pin)
         self.copying.wait_stream(self.streams.current_stream())
         with self.streams.stream(self.copying):
             copy.copy_(x.detach(), non_blocking=True)
             done = self.copying.record_event()
-        self._settle(layer - 1)
+        self._release_sent(layer - 1)
         self.leaving.append((layer, x.detach(), done))
         self.host[layer].append(copy)
         return len(self.host[layer]) - 1
 
-    def _settle(self, layer: int) -> None:
-        """Let go of what is leaving layers below this one, the compute stream behind it."""
+    def _release_sent(self, layer: int) -> None:
+        """Drop sent tensors of the layers before this one, after the compute stream has waited."""
         while self.leaving and self.leaving[0][0] < layer:
             *_, done = self.leaving.popleft()
             self.streams.current_stream().wait_event(done)
 
     def _fetch(self, layer: int, index: int) -> Tensor:
-        self._settle(len(self.host))
-        self._call(layer)
+        self._release_sent(len(self.host))
+        self._call_back(layer)
         back, done = self.returning.pop((layer, index), None) or self._return(layer, index)
         self.streams.current_stream().wait_event(done)
+        # Start on the next layer of the backward pass while this one computes.
         below = next((i for i in reversed(range(layer)) if self.host[i]), None)
         if below is not None:
-            self._call(below)
+            self._call_back(below)
         return back
 
-    def _call(self, layer: int) -> None:
-        """Begin the return of all that a layer keeps; once, for a graph is seldom walked again."""
+    def _call_back(self, layer: int) -> None:
+        """Start copying all of a layer's tensors back, once per graph.
+
+        A second backward pass through the same graph copies each tensor when it is needed.
+        """
         if layer not in self.called:
             self.called.add(layer)
             for i in range(len(self.host[layer])):
@@ -132,20 +148,20 @@ class HostStash:
             return back, self.copying.record_event()
 
     def __del__(self) -> None:
-        """A graph that is dropped before its backward pass: what is under way must arrive first."""
+        """Wait for copies in flight, in case the graph is dropped before its backward pass."""
         for *_, done in (*self.leaving, *self.returning.values()):
             self.streams.current_stream().wait_event(done)
 
 
 class Copies:
-    """A layer's matrices in the products' dtype: found again by address, made again by a cast."""
+    """A layer's adapter matrices in the compute dtype, recognised by address and cast again."""
 
     def __init__(self, trained: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        """No reference to the copies is kept.
+        """Remember the addresses of the copies. No reference to them is kept.
 
         Args:
-            trained: the matrices in their own dtype.
-            copies: the same, cast; those that are no copies are left to autograd.
+            trained: the matrices in the dtype in which they are trained.
+            copies: the same matrices, cast. Those that needed no cast are left to autograd.
         """
         pairs = [(m, c) for m, c in zip(trained, copies, strict=True) if m is not c]
         self.trained = [m.detach() for m, _ in pairs]
@@ -155,14 +171,14 @@ class Copies:
         self.made: dict[int, Tensor] = {}
 
     def index(self, saved: Tensor) -> int | None:
-        """Which of the copies a tensor is, or None."""
+        """The number of the copy that a tensor is, or None."""
         return self.places.get(_place(saved))
 
     def again(self, index: int) -> Tensor:
-        """That copy; all are made in one launch, and each is given out once.
+        """Make a copy again. All are made in one launch, and each is handed out once.
 
         Raises:
-            RuntimeError: if what they are made from was written to since.
+            RuntimeError: a trained matrix was written to since the forward pass.
         """
         if index not in self.made:
             if self.versions != [m._version for m in self.trained]:
@@ -175,5 +191,5 @@ class Copies:
 
 
 def _place(x: Tensor) -> Place:
-    """Where a tensor lies and how: its transpose has the same address."""
+    """A tensor's address and layout. The address alone is not enough: x.t() has the same."""
     return x.data_ptr(), x.shape, x.stride(), x.dtype

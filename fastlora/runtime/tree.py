@@ -1,7 +1,7 @@
-"""Walking nested dicts, tuples and lists by hand, where torch's pytree is too slow for each step.
+"""Walk nested dicts, tuples and lists, faster than torch's pytree.
 
-tree_flatten builds the whole list and a description: 2 ms of the host's time for the adapters of a
-1B model, which is half of what a small step takes.
+tree_flatten also builds a description of the tree. That takes 2 ms of the host's time for the
+adapters of a 1B model, half of a small step.
 """
 
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def leaves(tree: Any) -> Iterator[Any]:
-    """Whatever is no dict, tuple (a NamedTuple too) or list, depth first."""
+    """Everything that is not a dict, list, tuple or NamedTuple, depth first."""
     if isinstance(tree, dict):
         tree = tuple(tree.values())
     if isinstance(tree, tuple | list):
@@ -20,12 +20,13 @@ def leaves(tree: Any) -> Iterator[Any]:
 
 
 def with_leaves(tree: Any, new: Iterator[Any]) -> Any:
-    """The same tree with other leaves, taken in the order of `leaves`."""
+    """The same tree with the leaves `new`, given in the order of `leaves`."""
     if isinstance(tree, dict):
         return {name: with_leaves(item, new) for name, item in tree.items()}
     if isinstance(tree, tuple | list):
         items = [with_leaves(item, new) for item in tree]
         if isinstance(tree, list):
             return items
+        # A NamedTuple takes its fields as arguments, a tuple takes one iterable.
         return type(tree)(*items) if hasattr(tree, "_fields") else tuple(items)
     return next(new)

@@ -1,4 +1,8 @@
-"""special_tokens."""
+"""Special and added tokens of a folder, collected from four files by transformers' rules.
+
+tokenizer_config.json, special_tokens_map.json, added_tokens.json and tokenizer.json may all declare
+tokens, and may contradict each other.
+"""
 
 import re
 from collections.abc import Mapping
@@ -10,12 +14,13 @@ from tokenizers import Tokenizer as Backend
 
 from fastlora.errors import CheckpointError, raise_problems
 
-# ── 2. from the files of a folder ─────────────────────────────────────────────────────────
-_SPECIAL = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+_SPECIAL_NAMES = "bos_token eos_token unk_token sep_token pad_token cls_token mask_token".split()
+
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 
-class _SpecialTokens(NamedTuple):
-    """What a folder says of its special and added tokens, before they are added."""
+class SpecialTokens(NamedTuple):
+    """The tokens that a folder declares, before they are added to a backend."""
 
     named: dict[str, AddedToken]  # "bos_token" -> token
     extra: list[AddedToken]  # special tokens without a name
@@ -24,11 +29,20 @@ class _SpecialTokens(NamedTuple):
 
 def read_special_tokens(
     folder: Path, parsed: Mapping[str, Any], defaults: Mapping[str, str | None]
-) -> _SpecialTokens:
-    """Special tokens from all four files, by transformers' order of precedence.
+) -> SpecialTokens:
+    """The declared tokens, by transformers' order of precedence.
 
-    tokenizer_config.json with an "added_tokens_decoder" is complete by itself; without one,
-    special_tokens_map.json overrules it, and added_tokens.json and tokenizer.json add to it.
+    If tokenizer_config.json has an "added_tokens_decoder", the other files are ignored. Otherwise
+    special_tokens_map.json overrules tokenizer_config.json, and added_tokens.json and
+    tokenizer.json add tokens.
+
+    Args:
+        folder: for error messages.
+        parsed: file name -> parsed JSON.
+        defaults: special tokens of a folder that names none: "bos_token" -> token or None.
+
+    Raises:
+        CheckpointError: a token that is neither text nor an object with text under "content".
     """
     settings = parsed.get("tokenizer_config.json", {})
     complete = "added_tokens_decoder" in settings
@@ -36,7 +50,7 @@ def read_special_tokens(
         settings = {**settings, **_special_tokens_map(settings, parsed)}
     problems: list[str] = []
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
-    named = {name: settings.get(name, defaults.get(name)) for name in _SPECIAL}
+    named = {name: settings.get(name, defaults.get(name)) for name in _SPECIAL_NAMES}
     named |= {
         k: v for k, v in settings.items() if k.endswith("_token") and isinstance(v, str | dict)
     }
@@ -57,7 +71,7 @@ def read_special_tokens(
     )
     by_content = {token.content: token for token in declared.values()}
     named = {name: by_content.get(token.content, token) for name, token in named.items()}
-    return _SpecialTokens(named, extra, declared)
+    return SpecialTokens(named, extra, declared)
 
 
 def _named_in(parsed: Mapping[str, Any]) -> str:
@@ -66,7 +80,7 @@ def _named_in(parsed: Mapping[str, Any]) -> str:
 
 
 def _special_tokens_map(settings: Mapping[str, Any], parsed: Mapping[str, Any]) -> dict[str, Any]:
-    """special_tokens_map.json, less its nameless tokens where tokenizer_config.json has such."""
+    """special_tokens_map.json; without its nameless tokens if tokenizer_config.json has some."""
     tokens = dict(parsed.get("special_tokens_map.json", {}))
     if {"extra_special_tokens", "additional_special_tokens"} & settings.keys():
         tokens.pop("additional_special_tokens", None)
@@ -76,45 +90,54 @@ def _special_tokens_map(settings: Mapping[str, Any], parsed: Mapping[str, Any]) 
 def _declared_tokens(
     parsed: Mapping[str, Any], complete: bool, special: set[str], problems: list[str]
 ) -> dict[int, AddedToken]:
-    """Added tokens by id: of tokenizer_config.json, or of the two files that came before it."""
+    """Added tokens by id, from tokenizer_config.json or else from the two older files."""
     if complete:
         entries = parsed["tokenizer_config.json"]["added_tokens_decoder"]
-        where = "tokenizer_config.json: added_tokens_decoder"
+        source = "tokenizer_config.json: added_tokens_decoder"
     else:
         contents = parsed.get("added_tokens.json", {})
         flags = {t: {"normalized": t not in special, "special": t in special} for t in contents}
         pairs = [(str(i), {"content": t, **flags[t]}) for t, i in contents.items()]
         added = parsed["tokenizer.json"].get("added_tokens") or []
         pairs += [(str(t["id"]), t) for t in added if isinstance(t, dict) and "id" in t]
-        entries, where = dict(pairs), "added_tokens.json"
+        entries, source = dict(pairs), "added_tokens.json"
     is_id = re.compile("[0-9]{1,10}").fullmatch
     if not isinstance(entries, dict) or not all(is_id(i) for i in entries):
-        problems.append(f"{where}: ids must be whole numbers; got {entries!r:.200}")
+        problems.append(f"{source}: ids must be whole numbers; got {entries!r:.200}")
         return {}
-    return {int(i): _token(token, f"{where}, {i}", problems) for i, token in entries.items()}
+    return {int(i): _token(token, f"{source}, {i}", problems) for i, token in entries.items()}
 
 
-def _token(value: Any, where: str, problems: list[str], special: bool = False) -> AddedToken:
-    """An added token from its content or its record; anything else goes to `problems`."""
+def _token(value: Any, source: str, problems: list[str], special: bool = False) -> AddedToken:
+    """An added token from its content or its JSON object. Anything else adds to `problems`."""
     if isinstance(value, str):
         return AddedToken(value, special=special)
     if not (isinstance(value, dict) and isinstance(value.get("content"), str)):
-        problems.append(f"{where}: {value!r:.200}")
+        problems.append(f"{source}: {value!r:.200}")
         return AddedToken("", special=special)
-    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
-    flags = {k: value[k] for k in names if k in value}
+    flags = {k: value[k] for k in _FLAGS if k in value}
     if wrong := [k for k, v in flags.items() if type(v) is not bool]:
-        problems.append(f"{where}: {', '.join(wrong)} must be true or false; got {value!r:.200}")
+        problems.append(f"{source}: {', '.join(wrong)} must be true or false; got {value!r:.200}")
         return AddedToken("", special=special)
     token = AddedToken(value["content"], **flags)
     token.special = token.special or special
     return token
 
 
-def add_special_tokens(backend: Backend, tokens: _SpecialTokens, all_special: bool) -> None:
-    """Add to a fresh `backend`, in place: the declared tokens by id, then whatever is missing.
+def token_flags(token: AddedToken) -> dict[str, Any]:
+    """The JSON object of an added token, without its id."""
+    return {name: getattr(token, name) for name in ("content", *_FLAGS)}
 
-    A token that the vocabulary lacks gets the next free id, whatever id was declared for it.
+
+def add_special_tokens(backend: Backend, tokens: SpecialTokens, all_special: bool) -> None:
+    """Add tokens to a new `backend`, in place: the declared ones by id, then the remaining ones.
+
+    A token that is not in the vocabulary gets the next free id, even if another was declared.
+
+    Args:
+        backend: changed.
+        tokens: of `read_special_tokens`.
+        all_special: mark all of them as special, as transformers' Qwen2Tokenizer does.
     """
     names = {token.content for token in tokens.named.values()}
     known = {t.content for t in backend.get_added_tokens_decoder().values()}
@@ -131,9 +154,13 @@ def add_special_tokens(backend: Backend, tokens: _SpecialTokens, all_special: bo
 def find_eos_token_ids(
     folder: Path, parsed: Mapping[str, Any], backend: Backend, eos_token: str | None
 ) -> tuple[int, ...]:
-    """Every id that ends a text, the tokenizer's own first, without repetition."""
-    own = None if eos_token is None else backend.token_to_id(eos_token)
-    ids = [] if own is None else [own]
+    """All ids that end a text: the tokenizer's first, then those of the two configuration files.
+
+    Raises:
+        CheckpointError: an eos_token_id that is not an integer or a list of integers.
+    """
+    eos_id = None if eos_token is None else backend.token_to_id(eos_token)
+    ids = [] if eos_id is None else [eos_id]
     problems = []
     for name in ("generation_config.json", "config.json"):
         given = parsed.get(name, {}).get("eos_token_id")
@@ -143,5 +170,5 @@ def find_eos_token_ids(
                 f"{name}: eos_token_id is {given!r:.200}, expected an integer or a list of them"
             )
         ids += listed
-    raise_problems(CheckpointError, f"{folder} names end-of-text ids that are none:", problems)
+    raise_problems(CheckpointError, f"{folder} has wrong end-of-text ids:", problems)
     return tuple(dict.fromkeys(ids))

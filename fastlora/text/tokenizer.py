@@ -1,71 +1,111 @@
-"""Text to token ids and back, and chats to text, as a Hugging Face folder says it.
+"""Text to token ids and back, and chats to text, as a Hugging Face folder defines it.
 
-The oracle is transformers 5.23: for the same folder, `Tokenizer.from_folder` gives the ids, the
-decoded texts and the rendered chats of `AutoTokenizer.from_pretrained`. Read downward: what callers
-use, and how the files of a folder become one tokenizer.
+For the same folder, `Tokenizer.from_folder` gives the ids, decoded texts and rendered chats of
+transformers 5.23's `AutoTokenizer.from_pretrained`, which the tests compare with.
 """
 
-import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
+from fastlora.arguments import (
+    ENCODABLE_TEXT,
+    FLAG,
+    PATH,
+    TEXT,
+    Rule,
+    check_arguments,
+    instance,
+    int_list,
+    optional,
+)
 from fastlora.checkpoints.atomic import atomic_write
-from fastlora.text.chat_template import ChatTemplate
-from fastlora.text.tokenizer_files import read_tokenizer_files, tokenizer_files
+from fastlora.text.chat_template import (
+    MESSAGES,
+    ChatTemplate,
+    Messages,
+    Span,
+    render,
+    render_replies,
+)
+from fastlora.text.tokenizer_files import read_tokenizer_files, tokenizer_files, with_added_tokens
 
-Messages = Sequence[Mapping[str, Any]]
+TOKEN_IDS = Rule(
+    lambda ids: type(ids) is list and all(type(i) is int and 0 <= i < 2**32 for i in ids),
+    "a list of token ids, whole numbers in [0, 2**32); decode one row of a batch at a time",
+)
 
-Span = tuple[int, int]  # characters [start, end)
-
-
-# Written around {% generation %} blocks to find them again; private-use characters, which no
-# vocabulary gives a meaning to, around a word, so that a user's text does not hold them by chance.
-_MARKS = ("\ue0f0generation\ue0f1", "\ue0f1generation\ue0f0")
+TEXTS = Rule(
+    lambda x: isinstance(x, list | tuple) and all(map(ENCODABLE_TEXT.accepts, x)),
+    "a list of texts (without unpaired surrogates)",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Tokenizer:
-    """A tokenizer as its folder describes it. Built by `from_folder`; holds no open file."""
+    """A tokenizer as its folder describes it. `from_folder` reads it; no file stays open."""
 
     backend: Backend = field(repr=False)
     special_tokens: Mapping[str, str]  # "bos_token" -> "<s>", …: the variables of a chat template
     eos_token_ids: tuple[int, ...]  # the tokenizer's, generation_config.json's and config.json's
     chat_templates: Mapping[str, ChatTemplate] = field(repr=False)
     clean_up_spaces: bool
-    files: Mapping[str, bytes] = field(repr=False)  # as they were read, for `save_pretrained`
+    files: Mapping[str, bytes] = field(repr=False)  # name -> contents, for `save_pretrained`
 
     @classmethod
-    def from_folder(cls, folder: Path, *, config_folder: Path | None = None) -> "Tokenizer | None":
+    def from_folder(
+        cls, folder: str | os.PathLike[str], *, config_folder: str | os.PathLike[str] | None = None
+    ) -> "Tokenizer | None":
         """The tokenizer of a folder in Hugging Face layout; None if it has no tokenizer.json.
 
-        config.json and generation_config.json are read from `config_folder` where it is given: an
-        adapter's folder has a tokenizer and no model configuration.
+        Args:
+            folder: has the tokenizer's files.
+            config_folder: has config.json and generation_config.json; None is `folder`. An
+                adapter's folder has a tokenizer but no model configuration.
 
         Raises:
-            CheckpointError: a file that is there and wrong, all of them at once.
+            ValueError: an argument is not a path.
+            CheckpointError: files are unreadable or have wrong contents; lists all of them.
         """
+        check_arguments(
+            "Tokenizer.from_folder",
+            folder=(folder, PATH),
+            config_folder=(config_folder, optional(PATH)),
+        )
+        folder = Path(folder)
         if not (folder / "tokenizer.json").is_file():
             return None
-        parts = read_tokenizer_files(folder, folder if config_folder is None else config_folder)
-        return cls(**parts._asdict())
+        configs = folder if config_folder is None else Path(config_folder)
+        return cls(**read_tokenizer_files(folder, configs)._asdict())
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids. Special tokens written out in `text` become their ids, as in transformers."""
+        """Token ids. Special tokens written out in `text` become their ids, as in transformers.
+
+        Raises:
+            ValueError: an argument of another type.
+        """
+        check_arguments(
+            "Tokenizer.encode",
+            text=(text, ENCODABLE_TEXT),
+            add_special_tokens=(add_special_tokens, FLAG),
+        )
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
-        """Ids without added special tokens, and the characters of `text` each of them stands for.
+        """Ids without added special tokens, and for each id the characters of `text` it covers.
 
-        The spans leave no gap: bytes of one character share its span, and the leading spaces that
-        ByteLevel's `trim_offsets` cuts off a token's span are given back to it.
+        The spans leave no gap: tokens that share a character have overlapping spans, and a token
+        gets back the leading spaces that ByteLevel's `trim_offsets` cuts off its span.
+
+        Raises:
+            ValueError: `text` is not a text.
         """
+        check_arguments("Tokenizer.encode_with_offsets", text=(text, ENCODABLE_TEXT))
         encoding = self.backend.encode(text, add_special_tokens=False)
         spans, reached = [], 0
         for start, end in encoding.offsets:
@@ -74,8 +114,18 @@ class Tokenizer:
         return encoding.ids, spans
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Text of `ids`. Ids beyond the vocabulary (rows that pad an embedding) are left out."""
-        text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """The text of one row of ids. Ids beyond the vocabulary, which pad embeddings, are skipped.
+
+        Raises:
+            ValueError: `ids` is not a row of whole numbers >= 0.
+        """
+        ids = int_list(ids)
+        check_arguments(
+            "Tokenizer.decode",
+            ids=(ids, TOKEN_IDS),
+            skip_special_tokens=(skip_special_tokens, FLAG),
+        )
+        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return _clean_up(text) if self.clean_up_spaces else text
 
     @overload
@@ -109,8 +159,17 @@ class Tokenizer:
         """A chat's token ids, or its text with `tokenize=False`.
 
         The text is encoded without added special tokens: templates write BOS themselves.
-        `chat_template` names one of `chat_templates`. Raises as `render_chat` does.
+
+        Args:
+            messages: dicts with "role" and "content".
+            add_generation_prompt: end with the beginning of the assistant's next message.
+            tokenize: False returns the text.
+            chat_template: a name in `chat_templates`; None is "default".
+
+        Raises:
+            ValueError: as `render_chat`.
         """
+        check_arguments("Tokenizer.apply_chat_template", tokenize=(tokenize, FLAG))
         text = self.render_chat(
             messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template
         )
@@ -126,56 +185,66 @@ class Tokenizer:
         """A chat's text, rendered in jinja2's sandbox.
 
         Raises:
-            ValueError: no (such) template, no messages, messages that are not JSON values, or a
-                template that refuses them or tries something unsafe.
+            ValueError: no such template, no messages, messages that are not JSON values, a template
+                that fails with them or tries something unsafe, or an argument of another type.
         """
-        return self._render(self._template(chat_template), messages, add_generation_prompt)
+        check_arguments(
+            "Tokenizer.render_chat",
+            messages=(messages, MESSAGES),
+            add_generation_prompt=(add_generation_prompt, FLAG),
+            chat_template=(chat_template, optional(TEXT)),
+        )
+        return render(
+            self._template(chat_template),
+            messages,
+            self.special_tokens,
+            add_generation_prompt=add_generation_prompt,
+        )
 
     def render_replies(
         self, messages: Messages, *, chat_template: str | None = None
     ) -> tuple[str, list[Span]] | None:
-        """A chat's text and the spans its template wrote inside `{% generation %}` blocks.
+        """A chat's text and the spans that its template writes inside `{% generation %}` blocks.
 
-        None if the template has no such block. Raises as `render_chat` does.
+        None if the template has no such block.
+
+        Raises:
+            ValueError: as `render_chat`.
         """
-        template = self._template(chat_template)
-        if not re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template.text):
-            return None
-        marked = self._render(template, messages, False, marks=_MARKS)
-        text, spans, start = "", [], 0
-        for piece in re.split(f"({'|'.join(_MARKS)})", marked):
-            if piece == _MARKS[0]:
-                start = len(text)
-            elif piece == _MARKS[1]:
-                spans.append((start, len(text)))
-            else:
-                text += piece
-        if text != self.render_chat(messages, chat_template=chat_template):
-            raise ValueError(
-                f"{template.source}: what a {{% generation %}} block writes is changed afterwards "
-                "(a filter around it?), so the replies cannot be found. Move the block outwards."
-            )
-        return text, spans
+        check_arguments(
+            "Tokenizer.render_replies",
+            messages=(messages, MESSAGES),
+            chat_template=(chat_template, optional(TEXT)),
+        )
+        return render_replies(self._template(chat_template), messages, self.special_tokens)
 
     def with_tokens(self, tokens: Sequence[str], *, special: bool = False) -> "Tokenizer":
-        """A tokenizer that knows these texts as well, at the next free ids, in this order.
+        """A tokenizer with these tokens added, at the next free ids, in this order.
 
-        Found before any other token, as transformers' `add_tokens` has them. Texts that are tokens
-        already keep their ids. The given tokenizer is unchanged.
+        As with transformers' `add_tokens`, a text is searched for them before any other token is.
+        Texts that are tokens already keep their ids. The given tokenizer is unchanged.
+
+        Raises:
+            ValueError: an argument of another type.
         """
+        check_arguments("Tokenizer.with_tokens", tokens=(tokens, TEXTS), special=(special, FLAG))
         backend = Backend.from_str(self.backend.to_str())
-        backend.encode_special_tokens = self.backend.encode_special_tokens  # which it does not keep
+        backend.encode_special_tokens = self.backend.encode_special_tokens  # to_str drops it
         new = [AddedToken(t, normalized=not special, special=special) for t in tokens]
         (backend.add_special_tokens if special else backend.add_tokens)(new)
-        return replace(self, backend=backend, files=_with_added_tokens(self.files, backend))
+        return replace(self, backend=backend, files=with_added_tokens(self.files, backend))
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the files this tokenizer was read from, one by one under a temporary name.
+        """Write the files that this tokenizer was read from, each atomically.
 
-        A tokenizer class that only config.json told is written into tokenizer_config.json, so that
-        transformers chooses the same beside no config.json. Files of another tokenizer in `folder`
-        that would overrule these are removed.
+        If only config.json named the tokenizer's class, tokenizer_config.json names it now, so that
+        transformers chooses the same class without config.json. Files of another tokenizer in
+        `folder` that would overrule the written ones are removed.
+
+        Raises:
+            ValueError: `folder` is not a path.
         """
+        check_arguments("Tokenizer.save_pretrained", folder=(folder, PATH))
         folder = Path(folder)
         for name, data in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +254,7 @@ class Tokenizer:
                 path.unlink()
 
     def __len__(self) -> int:
-        """Size of the whole vocabulary, added tokens included."""
+        """Size of the vocabulary, added tokens included."""
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     @property
@@ -195,46 +264,31 @@ class Tokenizer:
 
     @property
     def bos_token(self) -> str | None:
+        """The token that begins a text."""
         return self.special_tokens.get("bos_token")
 
     @property
     def eos_token(self) -> str | None:
+        """The token that ends a text."""
         return self.special_tokens.get("eos_token")
 
     @property
     def bos_token_id(self) -> int | None:
+        """The id of `bos_token`."""
         return self._id("bos_token")
 
     @property
     def pad_token_id(self) -> int:
-        """The tokenizer's own padding id, else its first end-of-text id, else 0.
+        """The tokenizer's padding id, else its first end-of-text id, else 0.
 
-        Any id will do: padding is told by the attention mask and the labels, never by its id.
+        Any id works: attention mask and labels say what is padding, never the id.
         """
-        own = self._id("pad_token")
-        return own if own is not None else next(iter(self.eos_token_ids), 0)
+        pad_id = self._id("pad_token")
+        return pad_id if pad_id is not None else next(iter(self.eos_token_ids), 0)
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
-
-    def _render(
-        self,
-        template: ChatTemplate,
-        messages: Sequence[Any],
-        add_generation_prompt: bool,
-        marks: tuple[str, str] = ("", ""),
-    ) -> str:
-        from fastlora.text.chat_template import render  # noqa: PLC0415  jinja2 takes 50 ms to import
-
-        return render(
-            template.text,
-            messages,
-            self.special_tokens,
-            source=template.source,
-            add_generation_prompt=add_generation_prompt,
-            marks=marks,
-        )
 
     def _template(self, name: str | None) -> ChatTemplate:
         if not self.chat_templates:
@@ -246,32 +300,13 @@ class Tokenizer:
         chosen = "default" if name is None else name
         if chosen not in self.chat_templates:
             raise ValueError(
-                f"no chat template is named {chosen!r}; this tokenizer has "
-                f"{sorted(self.chat_templates)}. Name one of them with chat_template=…"
+                f"chat_template={name!r}: this tokenizer has no template named {chosen!r}, only "
+                f"{sorted(self.chat_templates)}"
             )
         return self.chat_templates[chosen]
 
 
-def _with_added_tokens(files: Mapping[str, bytes], backend: Backend) -> dict[str, bytes]:
-    """The files with the backend's added tokens, wherever a reader looks for them.
-
-    All of them: some may have come from other files, which are read after tokenizer.json and would
-    then find their ids taken.
-    """
-    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
-    entries = {
-        i: {name: getattr(token, name) for name in flags}
-        for i, token in sorted(backend.get_added_tokens_decoder().items())
-    }
-    whole = json.loads(files["tokenizer.json"])
-    whole["added_tokens"] = [{"id": i, **entry} for i, entry in entries.items()]
-    changed = {"tokenizer.json": whole}
-    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
-    if settings.get("added_tokens_decoder"):
-        settings["added_tokens_decoder"] = {str(i): entry for i, entry in entries.items()}
-        changed["tokenizer_config.json"] = settings
-    as_bytes = lambda value: json.dumps(value, ensure_ascii=False, indent=2).encode()
-    return {**files, **{name: as_bytes(value) for name, value in changed.items()}}
+TOKENIZER = instance(Tokenizer, "a fastlora.Tokenizer, as fastlora.load returns it")
 
 
 def _clean_up(text: str) -> str:

@@ -1,35 +1,24 @@
-"""The files of a Hugging Face folder that describe its tokenizer, read and checked."""
+"""The files of a Hugging Face folder that describe its tokenizer: read, checked and extended."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
+from tokenizers import models
 
 from fastlora.errors import CheckpointError, raise_problems
+from fastlora.text.backend import REBUILT_CLASSES, make_backend, tokenizer_class
 from fastlora.text.chat_template import ChatTemplate
-from fastlora.text.special_tokens import add_special_tokens, find_eos_token_ids, read_special_tokens
-
-# Tokenizer classes that transformers 5 does not read from tokenizer.json as it stands: it takes the
-# vocabulary, merges, post-processor and added tokens, and sets up the rest itself. Name -> the
-# special tokens of a folder that names none.
-_REBUILT = {
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "GPT2Tokenizer": {
-        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-        "pad_token": None,
-    },
-    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
-}
-
-
-# Qwen2's split of text into words (Qwen/Qwen2-0.5B, tokenizer.json): as GPT-4's, one digit a time.
-_QWEN2_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+from fastlora.text.special_tokens import (
+    add_special_tokens,
+    find_eos_token_ids,
+    read_special_tokens,
+    token_flags,
 )
+
+_MAX_FILE_BYTES = 128 * 2**20  # Gemma 3's tokenizer.json has 33 MB
 
 
 class TokenizerParts(NamedTuple):
@@ -43,7 +32,24 @@ class TokenizerParts(NamedTuple):
     files: Mapping[str, bytes]
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Every file of `folder` that affects its tokenizer, in a fixed order."""
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    names += ("added_tokens.json", "chat_template.jinja")
+    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    return [path for name in names if (path := folder / name).is_file()] + more
+
+
 def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
+    """The parts of a folder's tokenizer.
+
+    Args:
+        folder: has a tokenizer.json.
+        config_folder: where config.json and generation_config.json are, if there are any.
+
+    Raises:
+        CheckpointError: a file is unreadable or has wrong contents.
+    """
     files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in tokenizer_files(folder)}
     configs = {
         name: (config_folder / name).read_bytes()
@@ -52,30 +58,20 @@ def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
     }
     parsed = _parse(folder, {**files, **configs})
     settings = parsed.get("tokenizer_config.json", {})
-    wrong = [
-        f"{name}: tokenizer_class is {given!r:.200}, expected a name"
-        for name in ("tokenizer_config.json", "config.json")
-        if not isinstance(given := parsed.get(name, {}).get("tokenizer_class"), str | None)
-    ]
-    raise_problems(CheckpointError, f"{folder} names no tokenizer:", wrong)
-    byte_level = b'"ByteLevel"' in files["tokenizer.json"]
-    class_name = _tokenizer_class(settings, parsed.get("config.json", {}), byte_level)
+    class_name = _class_name(folder, parsed, files["tokenizer.json"])
     try:
-        backend = _backend(class_name, files["tokenizer.json"], parsed["tokenizer.json"], settings)
-    except Exception as error:  # tokenizers raises bare Exception for all that is wrong in the file
+        raw = parsed["tokenizer.json"]
+        backend = make_backend(class_name, files["tokenizer.json"], raw, settings)
+    except Exception as error:  # tokenizers raises bare Exception for anything wrong in the file
         raise CheckpointError(
             f"{folder / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads: "
             f"{error}. Download it again, or upgrade tokenizers."
         ) from error
     padding = parsed["tokenizer.json"].get("padding") or {}
-    defaults = {"pad_token": padding.get("pad_token"), **_REBUILT.get(class_name, {})}
+    defaults = {"pad_token": padding.get("pad_token"), **REBUILT_CLASSES.get(class_name, {})}
     special = read_special_tokens(folder, parsed, defaults)
     add_special_tokens(backend, special, all_special=class_name == "Qwen2Tokenizer")
     backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
-
-    if class_name != _tokenizer_class(settings, {}, byte_level):
-        told = {**settings, "tokenizer_class": class_name}
-        files["tokenizer_config.json"] = json.dumps(told, indent=2, ensure_ascii=False).encode()
     named = {name: str(token) for name, token in special.named.items()}
     return TokenizerParts(
         backend=backend,
@@ -83,31 +79,43 @@ def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
         eos_token_ids=find_eos_token_ids(folder, parsed, backend, named.get("eos_token")),
         chat_templates=_chat_templates(folder, files, settings),
         clean_up_spaces=_cleans_up(backend, settings),
-        files=files,
+        files=_with_class(files, settings, class_name),
     )
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    """Every file of `folder` that has a say in its tokenizer, in a fixed order."""
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-    names += ("added_tokens.json", "chat_template.jinja")
-    more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-    return [path for name in names if (path := folder / name).is_file()] + more
+def with_added_tokens(files: Mapping[str, bytes], backend: Backend) -> dict[str, bytes]:
+    """The files with all added tokens of `backend`, in every place where a reader looks for them.
+
+    Tokens that came from other files are written into tokenizer.json too: readers open the other
+    files later and would find the tokens' ids taken by the new ones.
+    """
+    entries = {
+        i: token_flags(token) for i, token in sorted(backend.get_added_tokens_decoder().items())
+    }
+    tokenizer = json.loads(files["tokenizer.json"])
+    tokenizer["added_tokens"] = [{"id": i, **entry} for i, entry in entries.items()]
+    changed = {"tokenizer.json": tokenizer}
+    settings = json.loads(files.get("tokenizer_config.json", b"{}"))
+    if settings.get("added_tokens_decoder"):
+        settings["added_tokens_decoder"] = {str(i): entry for i, entry in entries.items()}
+        changed["tokenizer_config.json"] = settings
+    return {**files, **{name: _as_json(value) for name, value in changed.items()}}
 
 
-_MOST_BYTES = 128 * 2**20  # of one file; Gemma 3's tokenizer.json has 33 MB
+def _as_json(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=2).encode()
 
 
 def _parse(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """JSON files -> dicts, after every file has shown that it can be read."""
+    """File name -> dict for JSON files, text for others. Reports all unreadable files together."""
     parsed, problems = {}, []
     for name, data in files.items():
-        if len(data) > _MOST_BYTES:
-            problems.append(f"{name}: {len(data):,} bytes; expected at most {_MOST_BYTES:,}")
+        if len(data) > _MAX_FILE_BYTES:
+            problems.append(f"{name}: {len(data):,} bytes; expected at most {_MAX_FILE_BYTES:,}")
             continue
         try:
             parsed[name] = json.loads(data) if name.endswith(".json") else data.decode()
-            if b"\\u" in data:  # half a surrogate pair is JSON and no text
+            if b"\\u" in data:  # JSON may escape half a surrogate pair, which UTF-8 does not encode
                 json.dumps(parsed[name], ensure_ascii=False).encode()
         except (ValueError, RecursionError) as error:  # JSON's and UTF-8's errors are ValueErrors
             problems.append(f"{name}: {error!s:.200}")
@@ -123,88 +131,46 @@ def _parse(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
     return parsed
 
 
-def _tokenizer_class(
-    settings: Mapping[str, Any], config: Mapping[str, Any], byte_level: bool
-) -> str:
-    """The class AutoTokenizer would choose; all but those in _REBUILT read tokenizer.json as it is.
+def _class_name(folder: Path, parsed: Mapping[str, Any], tokenizer_json: bytes) -> str:
+    """`backend.tokenizer_class` of a folder, after a check of the names that its files declare."""
+    wrong = [
+        f"{name}: tokenizer_class is {given!r:.200}, expected a name"
+        for name in ("tokenizer_config.json", "config.json")
+        if not isinstance(given := parsed.get(name, {}).get("tokenizer_class"), str | None)
+    ]
+    raise_problems(CheckpointError, f"{folder} does not name its tokenizer's class:", wrong)
+    settings, config = (parsed.get(n, {}) for n in ("tokenizer_config.json", "config.json"))
+    return tokenizer_class(settings, config, _is_byte_level(tokenizer_json))
 
-    "LlamaTokenizer" beside a byte-level tokenizer.json is a wrong name of many Llama-3 folders. For
-    "qwen2" transformers trusts no declared class; Mistral's folders it always reads as they are.
+
+def _is_byte_level(tokenizer_json: bytes) -> bool:
+    return b'"ByteLevel"' in tokenizer_json
+
+
+def _with_class(
+    files: Mapping[str, bytes], settings: Mapping[str, Any], class_name: str
+) -> dict[str, bytes]:
+    """The files, with a class that only config.json declares written to tokenizer_config.json.
+
+    An adapter's folder has no config.json; transformers must choose the same class there.
     """
-    declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
-    declared = declared.removesuffix("Fast")
-    model_type = config.get("model_type")
-    if model_type == "qwen2":
-        return "Qwen2Tokenizer"
-    if not declared and model_type in ("qwen3", "qwen2_moe", "qwen3_moe"):
-        return "Qwen2Tokenizer"
-    as_it_is = model_type in ("mistral", "mixtral") or (declared == "LlamaTokenizer" and byte_level)
-    return declared if declared in _REBUILT and not as_it_is else "PreTrainedTokenizerFast"
-
-
-def _backend(
-    class_name: str, text: bytes, raw: dict[str, Any], settings: Mapping[str, Any]
-) -> Backend:
-    """tokenizer.json as it stands, or what a class of _REBUILT makes of it; no tokens added yet."""
-    model = raw["model"]
-    if class_name not in _REBUILT or model.get("type", "BPE") != "BPE":
-        backend = Backend.from_str(text.decode())
-    else:
-        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        build = {"LlamaTokenizer": _llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2}
-        backend = build[class_name](model["vocab"], merges, settings)
-        # A file without vocabulary parses in no time, and its post-processor is the one wanted.
-        bare = {**raw, "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
-        if (post_processor := Backend.from_str(json.dumps(bare)).post_processor) is not None:
-            backend.post_processor = post_processor
-    backend.no_truncation()  # whatever the file says: nothing is cut off in silence,
-    backend.no_padding()  # and padding is the batch's business
-    return backend
-
-
-def _llama(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
-    """SentencePiece's way: "▁" for spaces, one in front, bytes for what the vocabulary lacks."""
-    prefix = settings.get("add_prefix_space")
-    scheme = "always" if settings.get("legacy", False) else "first"
-    backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
-    backend.pre_tokenizer = pre_tokenizers.Metaspace(
-        replacement="▁", prepend_scheme="never" if prefix is False else scheme, split=False
-    )
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    strip = [] if prefix is False else [decoders.Strip(content=" ", left=1)]
-    backend.decoder = decoders.Sequence(steps + strip)
-    return backend
-
-
-def _gpt2(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
-    backend = Backend(models.BPE(vocab=vocab, merges=merges))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
-        add_prefix_space=bool(settings.get("add_prefix_space"))
-    )
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _qwen2(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
-    words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated", invert=False)
-    prefix = bool(settings.get("add_prefix_space"))
-    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
-    backend = Backend(models.BPE(vocab=vocab, merges=merges))
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])
-    backend.decoder = decoders.ByteLevel()
-    return backend
+    if class_name == tokenizer_class(settings, {}, _is_byte_level(files["tokenizer.json"])):
+        return dict(files)
+    return {
+        **files,
+        "tokenizer_config.json": _as_json({**settings, "tokenizer_class": class_name}),
+    }
 
 
 def _chat_templates(
     folder: Path, files: Mapping[str, bytes], settings: Mapping[str, Any]
 ) -> dict[str, ChatTemplate]:
-    """Templates by name: those in .jinja files, or else those in tokenizer_config.json."""
+    """Templates by name: those of the .jinja files, else those in tokenizer_config.json."""
     templates = {}
     for name, data in files.items():
         if name.endswith(".jinja"):
             key = "default" if name == "chat_template.jinja" else Path(name).stem
-            # Universal newlines, as when a file is opened as text.
+            # Universal newlines, as when Python opens a file as text.
             text = data.decode().replace("\r\n", "\n").replace("\r", "\n")
             templates[key] = ChatTemplate(text, str(folder / name))
     if templates:
@@ -223,7 +189,10 @@ def _chat_templates(
 
 
 def _cleans_up(backend: Backend, settings: Mapping[str, Any]) -> bool:
-    """Whether to clean up decoded text. Meant for word-level vocabularies; BPE text it damages."""
+    """Whether decoded text is cleaned up, which is right for word-level vocabularies.
+
+    BPE text would be damaged, so there the folder has to ask for it twice.
+    """
     forced = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
     wanted = settings.get("clean_up_tokenization_spaces")
     is_bpe = isinstance(backend.model, models.BPE)

@@ -1,34 +1,75 @@
-"""history."""
+"""History: the figures of every step of a run, and those that the progress bar shows."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastlora.model import Model
+from fastlora.arguments import Rule, describe, number, setting, setting_problems, whole_number
+from fastlora.errors import raise_problems
 from fastlora.models.state import Batch
 
-Record = dict[str, Any]  # one step of the history: what `log` is called with
+Record = dict[str, Any]  # the figures of one step, with which `log` is called
+
+# What every record holds. A step after which eval_data was evaluated has an "eval_loss" too.
+_RECORD_RULES: dict[str, Rule] = {
+    "step": whole_number(1),
+    "loss": number(),
+    "learning_rate": number(low=0),
+    "tokens": whole_number(1),
+    "seconds": number(low=0),
+    "grad_norm": number(low=0),
+}
+_EVAL_LOSS = number()
 
 
-# ── 1. what a run is made of ──────────────────────────────────────────────────────────────
+def _column(rule: Rule) -> Any:
+    """A dataclass field: a tuple whose items all follow a rule."""
+    accepts = lambda x: isinstance(x, tuple) and all(map(rule.accepts, x))
+    return setting(Rule(accepts, f"a tuple whose items are each {rule.expected}"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class History:
-    """What happened, one entry per optimiser step, a resumed run's earlier steps included."""
+    """The figures of a run, one entry for each optimizer step. A resumed run has its earlier steps
+    too.
 
-    steps: tuple[int, ...]  # 1, 2, 3, ...
-    losses: tuple[float, ...]  # mean of -log p over the step's trained tokens, before its update
-    learning_rates: tuple[float, ...]
-    tokens: tuple[int, ...]  # trained tokens: what the loss is a mean over
-    seconds: tuple[float, ...]  # wall time, without evaluation and saving
-    grad_norms: tuple[float, ...]  # Euclidean, of the whole gradient, before clipping
-    eval_steps: tuple[int, ...]  # the steps after which eval_data was evaluated
-    eval_losses: tuple[float, ...]  # mean of -log p over all its trained tokens, no dropout
+    Raises:
+        ValueError: a field is not a tuple of such numbers.
+    """
+
+    steps: tuple[int, ...] = _column(_RECORD_RULES["step"])
+    """1, 2, 3, ..."""
+    losses: tuple[float, ...] = _column(_RECORD_RULES["loss"])
+    """Mean of -log p over the step's trained tokens, before its update."""
+    learning_rates: tuple[float, ...] = _column(_RECORD_RULES["learning_rate"])
+    tokens: tuple[int, ...] = _column(_RECORD_RULES["tokens"])
+    """Trained tokens of the step: the loss is a mean over them."""
+    seconds: tuple[float, ...] = _column(_RECORD_RULES["seconds"])
+    """Wall time of the step, without evaluation and saving."""
+    grad_norms: tuple[float, ...] = _column(_RECORD_RULES["grad_norm"])
+    """Euclidean norm of the adapter's gradient, before clipping."""
+    eval_steps: tuple[int, ...] = _column(_RECORD_RULES["step"])
+    """The steps after which eval_data was evaluated."""
+    eval_losses: tuple[float, ...] = _column(_EVAL_LOSS)
+    """Mean of -log p over all trained tokens of eval_data, without dropout."""
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        raise_problems(
+            ValueError, "fastlora.History cannot use these arguments:", setting_problems(self)
+        )
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> "History":
-        """The columns of what `log` was called with."""
+        """The history of a run from its records, which `log` was called with.
+
+        Raises:
+            ValueError: a record lacks a figure.
+        """
+        problems = record_problems(records)
+        raise_problems(ValueError, "History.of cannot use these records:", problems)
         column = lambda name: tuple(record[name] for record in records)
         evaluated = [record for record in records if "eval_loss" in record]
         return cls(
@@ -43,15 +84,40 @@ class History:
         )
 
 
-def bar_postfix(record: Record, micro_batches: Sequence[Batch], model: Model) -> dict[str, str]:
-    """What the bar shows beside the step. Tokens are all but the padding: what the model reads."""
-    real = sum(
+def record_problems(records: Any) -> list[str]:
+    """A line for every figure of the records that is missing or is not the number it should be."""
+    if not isinstance(records, Sequence) or isinstance(records, str | bytes):
+        return [f"records={describe(records)}: expected a list of dicts"]
+    # Records may come from a checkpoint that was edited by hand.
+    problems = []
+    for index, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            problems.append(f"records[{index}]={describe(record)}: expected a dict")
+            continue
+        rules = _RECORD_RULES | ({"eval_loss": _EVAL_LOSS} if "eval_loss" in record else {})
+        problems += [
+            f"records[{index}], {name}={describe(record.get(name))}: expected {rule.expected}"
+            for name, rule in rules.items()
+            if not rule.accepts(record.get(name))
+        ]
+    return problems
+
+
+def progress_figures(
+    record: Record, micro_batches: Sequence[Batch], device: torch.device
+) -> dict[str, str]:
+    """The figures of a step as the progress bar shows them: name -> text.
+
+    The tokens per second count all tokens that the model reads, without padding.
+    """
+    # Packed batches mark padding by segment 0, others by a zero in the attention mask.
+    tokens = sum(
         int((b["attention_mask" if "attention_mask" in b else "segment_ids"] > 0).sum())
         for b in micro_batches
     )
-    shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{real / record['seconds']:.0f}"}
+    shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{tokens / record['seconds']:.0f}"}
     if "eval_loss" in record:
         shown["eval"] = f"{record['eval_loss']:.4f}"
-    if (device := model.base["norm"].device).type == "cuda":
+    if device.type == "cuda":
         shown["peak"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
     return shown

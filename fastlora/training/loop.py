@@ -1,9 +1,11 @@
-"""train(): rows in, a trained adapter and its history out.
+"""train(): check, encode the data, run the steps, save the adapter.
 
-Read downward: what a run is made of; the run; one optimiser step; checkpoints; what is refused.
-A run is a pure function of its arguments. The order of the data comes from (seed, epoch), the
-dropout masks from (seed, step, micro-batch), and no generator has a state that could be lost: that
-is why a checkpoint needs nothing but the adapter, the optimiser's moments and the history.
+A run is a pure function of its arguments. The order of the data depends on (seed, epoch), dropout
+masks depend on (seed, step, micro-batch), and no random generator carries state from one step to
+the next. A checkpoint therefore needs nothing but the adapter, the optimizer's state and the
+history.
+
+To change the loop, copy `_run_steps`.
 """
 
 import os
@@ -11,37 +13,29 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from time import perf_counter
 
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from fastlora.checkpoints.output_folders import folder_error
+from fastlora.arguments import settings_from
 from fastlora.data.rows import Row
-from fastlora.errors import raise_problems
-from fastlora.model import Model
+from fastlora.formats.peft.writing import save_adapter
+from fastlora.models.state import StateT
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.checkpoint import (
-    check_not_behind,
     checkpoint_to_resume,
+    refuse_to_overwrite,
     restore_checkpoint,
     run_identity,
     save_checkpoint,
 )
-from fastlora.training.history import History, Record, bar_postfix
-from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
-from fastlora.training.run import TrainingPlan, make_plan
-from fastlora.training.settings import (
-    Settings,
-    companion_problems,
-    mask_problems,
-    model_problems,
-    setting_problems,
-)
-from fastlora.training.step import Learner, evaluate, make_learner, optimizer_step, use_cuda_graph
+from fastlora.training.history import History, Record, progress_figures
+from fastlora.training.learner import Learner, make_learner
+from fastlora.training.run import Run, prepare_run
+from fastlora.training.settings import Settings, check_train_arguments
+from fastlora.training.step import evaluate, optimizer_step
 
 
-# ── 2. the run ────────────────────────────────────────────────────────────────────────────
 def train(
-    model: Model,
+    model: StateT,
     tokenizer: Tokenizer | None,
     data: str | os.PathLike[str] | Iterable[Row],
     *,
@@ -65,122 +59,122 @@ def train(
     seed: int = 3407,
     log: Callable[[Record], object] | None = None,
     progress: bool = True,
-) -> tuple[Model, History]:
-    """(The model with a trained adapter, the history); the given model's tensors are not written.
+) -> tuple[StateT, History]:
+    """The model with a trained adapter, and the history. The given model's tensors are not changed.
 
-    The loss of a step is the mean over the trained tokens of all its micro-batches together, so
-    that batch_size x gradient_accumulation_steps counts and not how it is split. The same arguments
-    give the same bits on the CPU, resumed or not.
+    The loss of a step is the mean over the trained tokens of all its micro-batches together, so the
+    result depends on batch_size x gradient_accumulation_steps and not on how it is split. The same
+    arguments give the same bits on the CPU, whether the run was resumed or not.
 
     Args:
         model: with an adapter (`fastlora.lora`).
         tokenizer: the model's.
-        data: a .jsonl or .json file or dicts; see `data.read_rows`.
+        data: a .jsonl or .json file, or dicts; see `data.read_rows`.
         eval_data: the same; evaluated after the last step, and every `eval_every` steps.
-        output_dir: gets the adapter at the end, as a PEFT folder, and the checkpoints.
-        max_steps: optimiser steps; goes before `num_epochs`.
+        output_dir: a folder for the trained adapter, in PEFT's format, and for checkpoints.
+        max_steps: optimizer steps; overrides `num_epochs`.
         num_epochs: passes over the data; may be a fraction.
-        batch_size: sequences in a micro-batch; a full step has `gradient_accumulation_steps` times
+        batch_size: sequences in a micro-batch. A full step has `gradient_accumulation_steps` times
             as many.
         gradient_accumulation_steps: micro-batches in a step.
         learning_rate: the highest of the run.
-        lr_scheduler: "cosine" or "linear" down to 0, or "constant", after the warm-up.
+        lr_scheduler: after the warm-up, "cosine" or "linear" decay to 0, or "constant".
         warmup_ratio: share of all steps over which the rate rises from 0, rounded up.
-        weight_decay: AdamW's, of A and B alike.
-        max_grad_norm: longer gradients are scaled down to it; None or 0 is never.
-        optimizer: "adamw": torch's, betas (0.9, 0.999), eps 1e-8. "adamw_8bit": its moments in 8
-            bits, through bitsandbytes. "paged_adamw_8bit": those in memory that CUDA moves to the
-            host when the GPU is full; on CUDA only.
-        packing: fill sequences of exactly `model.spec.max_seq_length` tokens with whole rows that
-            do not see each other; over-long plain text is split. Attention's mask takes
-            batch_size x max_seq_length**2 bytes: lower max_seq_length to what is to be trained on.
-            Without packing a batch is padded to its longest row.
+        weight_decay: AdamW's, for A and B alike.
+        max_grad_norm: gradients with a larger norm are scaled down to it; None or 0: no clipping.
+        optimizer: "adamw": torch's, betas (0.9, 0.999), eps 1e-8. "adamw_8bit": with 8-bit moments,
+            from bitsandbytes. "paged_adamw_8bit": with 8-bit moments that CUDA moves to host memory
+            when the GPU is full; on CUDA only.
+        packing: fill sequences of exactly `model.spec.max_seq_length` tokens with complete rows
+            that do not attend to each other; plain text that is too long is split. Where the
+            attention kernels do not run (on the CPU, in float32, for head sizes other than 64 and
+            128), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses more
+            than 8 GiB of it on every device. Lower max_seq_length to a length that your rows fill.
+            Without packing, a batch is padded to its longest row.
         train_on: "responses" or "all"; see `data.encode_rows`.
         eval_every: steps.
-        save_every: steps; output_dir/checkpoint-N is an adapter folder with what `resume` needs.
-            The last step is saved too.
-        resume: True goes on from the newest whole checkpoint in `output_dir`, a path from that one.
-        seed: of the data's order and the dropout masks.
+        save_every: steps. output_dir/checkpoint-N is an adapter folder with the files that `resume`
+            needs. The last step is saved too.
+        resume: True continues from the newest complete checkpoint in `output_dir`, a path from that
+            checkpoint.
+        seed: of the order of the data and of dropout.
         log: called after every step with a dict of step, loss, learning_rate, tokens, seconds and
-            grad_norm, as in `History`, and eval_loss where there was an evaluation.
-        progress: a bar on stderr, with loss, tokens (trained or not) per second and peak memory.
+            grad_norm, as in `History`, and eval_loss after an evaluation.
+        progress: show a bar on stderr with the loss, tokens (trained or not) per second and peak
+            memory.
 
     Raises:
-        ValueError: listing every argument that cannot be, every row that cannot be trained on, or
-            every setting in which a resumed run differs from its checkpoint.
-        ModuleNotFoundError: an optimiser of bitsandbytes, which is not installed.
-        FileNotFoundError: no such data, or nothing to resume from.
-        CheckpointError: a file of rows or a checkpoint that is broken.
-        FloatingPointError: if a loss or gradient is NaN or infinite; files stay as they are.
+        ValueError: listing every argument of a wrong type or value, every unusable row, or every
+            setting in which a resumed run differs from its checkpoint.
+        ModuleNotFoundError: the optimizer belongs to bitsandbytes, which is not installed.
+        FileNotFoundError: the file of rows or the checkpoint to resume from does not exist.
+        CheckpointError: a file of rows or a checkpoint is broken.
+        FloatingPointError: a loss or gradient is NaN or infinite; files stay unchanged.
     """
-    settings = Settings(
-        max_steps=max_steps,
-        num_epochs=num_epochs,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        learning_rate=learning_rate,
-        lr_scheduler=lr_scheduler,
-        warmup_ratio=warmup_ratio,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        optimizer=optimizer,
-        packing=packing,
-        train_on=train_on,
-        eval_every=eval_every,
-        save_every=save_every,
-        seed=seed,
+    # Must come first: locals() may hold nothing but the arguments.
+    settings = settings_from(Settings, locals())
+    check_train_arguments(
+        settings,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        eval_data=eval_data,
+        output_dir=output_dir,
+        resume=resume,
+        log=log,
+        progress=progress,
     )
+    assert tokenizer is not None
     folder = None if output_dir is None else Path(output_dir)
-    problems = setting_problems(settings) + model_problems(model, tokenizer)
-    problems += companion_problems(settings, eval_data, folder, resume)
-    if optimizer in OPTIMIZERS:
-        problems += optimizer_problems(optimizer, tree_leaves(model.adapter or {}))
-    if folder is not None and (error := folder_error(folder, model.spec)):
-        problems.append(f"output_dir: {error}")  # found out before training and not after it
-    problems += mask_problems(settings, model.spec.max_seq_length)
-    if log is not None and not callable(log):
-        problems.append(f"log={log!r}: expected None or a function of one dict")
-    raise_problems(ValueError, "fastlora.train cannot do this:", problems, shown=20)
-    run = make_plan(model, tokenizer, settings, data, eval_data)
-    cuda_graph = use_cuda_graph(model.spec, model.base["norm"].device.type, settings)
-    learner = make_learner(model, optimizer, weight_decay, cuda_graph=cuda_graph)
-    source = checkpoint_to_resume(resume, folder)
-    records: list[Record] = []
-    if source is not None:
-        learner, records = restore_checkpoint(source, learner, run_identity(run, model), run.steps)
-    check_not_behind(folder, len(records), source)
+
+    # Every row is encoded before the first step, so a bad row is reported within seconds.
+    run = prepare_run(model.spec, tokenizer, settings, data, eval_data)
+    learner, records = make_learner(model, settings), []
+    # Restoring compares the run with the checkpoint's, so it needs the encoded data.
+    checkpoint = checkpoint_to_resume(resume, folder)
+    if checkpoint is not None:
+        learner, records = restore_checkpoint(checkpoint, learner, run)
+    refuse_to_overwrite(folder, len(records), checkpoint)
 
     _run_steps(run, learner, records, folder, log, progress)
+
     if folder is not None:
-        learner.model.save_pretrained(folder)
+        save_adapter(learner.model, folder)
     return learner.model, History.of(records)
 
 
 def _run_steps(
-    run: TrainingPlan,
+    run: Run,
     learner: Learner,
     records: list[Record],
     folder: Path | None,
     log: Callable[[Record], object] | None,
     progress: bool,
 ) -> None:
-    """The steps that `records` lacks: appends to it, and writes to the learner's tensors."""
-    s, done, total = run.settings, len(records), run.steps
+    """Run the steps that `records` does not have yet. Each writes to the learner's tensors and
+    appends its figures to `records`; evaluation and checkpoints follow when they are due."""
+    s, done = run.settings, len(records)
+    # Training changes none of it, so it is computed once for all checkpoints.
     identity = run_identity(run, learner.model) if s.save_every else {}
-    due = lambda step, every: step == total or (every is not None and step % every == 0)
-    with tqdm(total=total, initial=done, disable=not progress, unit="step") as bar:
+    # The last step is always due.
+    is_due = lambda step, every: step == run.steps or (every is not None and step % every == 0)
+    steps = zip(range(done + 1, run.steps + 1), run.micro_batches(done), strict=False)
+    with tqdm(total=run.steps, initial=done, disable=not progress, unit="step") as bar:
         started = perf_counter()
-        for step, micro in zip(range(done + 1, total + 1), run.micro_batches(done), strict=False):
-            record = optimizer_step(run, learner, step, micro)
+        for step, micro_batches in steps:
+            record = optimizer_step(run, learner, step, micro_batches)
+            # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = perf_counter() - started
-            if run.eval_sequences and due(step, s.eval_every):
+            if run.eval_sequences and is_due(step, s.eval_every):
                 record["eval_loss"] = evaluate(run, learner.model, step)
             records.append(record)
-            if folder is not None and s.save_every and due(step, s.save_every):
+            if folder is not None and s.save_every and is_due(step, s.save_every):
                 save_checkpoint(folder / f"checkpoint-{step}", learner, identity, records)
             if progress:
-                bar.set_postfix(bar_postfix(record, micro, learner.model), refresh=False)
+                device = learner.model.base["norm"].device
+                bar.set_postfix(progress_figures(record, micro_batches, device), refresh=False)
             bar.update()
             if log is not None:
-                log(dict(record))
+                log(dict(record))  # a copy: log may change it
+            # Evaluation, saving and log are not counted; the next step's batch is.
             started = perf_counter()

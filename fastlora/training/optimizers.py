@@ -1,7 +1,7 @@
-"""The optimisers that `train` knows: AdamW, its moments in float32 or (bitsandbytes) in 8 bits.
+"""The optimizers that `train` knows: AdamW with moments in float32, or in 8 bits (bitsandbytes).
 
-Each is an object of another library; here is what `train` asks of it: to be made, and to have its
-state saved and restored, tensor by tensor, so that a resumed run has the bits of the other.
+Each is an object of another library. `train` creates it here, and saves and restores its state
+tensor by tensor, so that a resumed run has the same bits as an uninterrupted one.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,46 +14,51 @@ from fastlora.ops.quant.bitsandbytes import bitsandbytes
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
-_OF_8BIT = {"torch.float32", "torch.bfloat16", "torch.float16"}
+_DTYPES_OF_BITSANDBYTES = {"torch.float32", "torch.bfloat16", "torch.float16"}
 
-_TABLES = ("qmap1", "qmap2")  # bitsandbytes' own, the same for every tensor
+# Entries of bitsandbytes' state that are the same constant tables for every tensor: not saved.
+_TABLES = ("qmap1", "qmap2")
 
 
 def optimizer_problems(name: str, leaves: Sequence[Tensor]) -> list[str]:
-    """Why an optimiser cannot train these tensors.
+    """Why an optimizer cannot train these tensors.
 
     Raises:
-        ModuleNotFoundError: if it is bitsandbytes' and that is not installed.
+        ModuleNotFoundError: the optimizer belongs to bitsandbytes, which is not installed.
     """
     if name == "adamw":
         return []
-    bitsandbytes("bitsandbytes.optim")
+    bitsandbytes("bitsandbytes.optim")  # raises now, not in the middle of train
     problems = []
     if name.startswith("paged") and not all(leaf.is_cuda for leaf in leaves):
         problems.append(
             f"optimizer={name!r} keeps its state in memory that CUDA pages out, and the model is on"
             " the CPU; expected 'adamw' or 'adamw_8bit'"
         )
-    if wrong := sorted({str(leaf.dtype) for leaf in leaves} - _OF_8BIT):
-        problems.append(f"optimizer={name!r} steps {sorted(_OF_8BIT)}; the adapter has {wrong}")
+    if wrong := sorted({str(leaf.dtype) for leaf in leaves} - _DTYPES_OF_BITSANDBYTES):
+        problems.append(
+            f"optimizer={name!r} trains {sorted(_DTYPES_OF_BITSANDBYTES)}; the adapter has {wrong}"
+        )
     return problems
 
 
 def make_optimizer(
     name: str, leaves: Sequence[Tensor], weight_decay: float
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas (0.9, 0.999) and eps 1e-8; the
-    rate, 0, is to be set before every step.
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas (0.9, 0.999) and eps 1e-8.
+
+    Its learning rate is 0; set it before every step.
 
     Args:
-        name: "adamw": torch's, fused on CUDA. "adamw_8bit": both moments in blocks of 256 numbers
-            of 8 bits (Dettmers et al. 2022, arXiv:2110.02861), of tensors of 4,096 elements and
-            more. "paged_adamw_8bit": the same in memory that the driver moves to the host when the
-            device is full.
-        leaves: written to by every step.
+        name: "adamw": torch's, fused on CUDA. "adamw_8bit": tensors of 4,096 elements or more have
+            both moments in 8 bits, in blocks of 256 numbers (Dettmers et al. 2022,
+            arXiv:2110.02861). "paged_adamw_8bit": the same in memory that the driver moves to the
+            host when the device is full.
+        leaves: the tensors that every step writes to.
         weight_decay: of all leaves.
     """
     if name == "adamw":
+        # One kernel for all leaves; torch has it for CUDA tensors.
         fused = all(leaf.is_cuda for leaf in leaves)
         return torch.optim.AdamW(leaves, lr=0.0, weight_decay=weight_decay, fused=fused)
     make = bitsandbytes("bitsandbytes.optim").AdamW
@@ -62,22 +67,25 @@ def make_optimizer(
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Tensor]:
-    """Name -> tensor, of one leaf's state after a step; bitsandbytes' count of steps as one too."""
+    """The state of one leaf after a step: name -> tensor.
+
+    bitsandbytes counts steps in an int, which becomes a tensor too.
+    """
     state = {k: v for k, v in optimizer.state[leaf].items() if k not in _TABLES}
     return {k: v if isinstance(v, Tensor) else torch.tensor(v) for k, v in state.items()}
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Tensor]:
-    """`state_tensors` of a leaf that has not been stepped yet, whose state this makes."""
+    """Create the state of a leaf before its first step; returns its `state_tensors`."""
     if isinstance(optimizer, torch.optim.AdamW):
         moments = {name: torch.zeros_like(leaf) for name in ("exp_avg", "exp_avg_sq")}
-        # Where torch's fused kernel wants it.
+        # torch's fused kernel needs the count on the leaf's device, the others on the CPU.
         step = torch.zeros((), device=leaf.device if optimizer.defaults["fused"] else "cpu")
         optimizer.state[leaf] = {"step": step, **moments}
     else:
         group = optimizer.param_groups[0]
         index = next(i for i, p in enumerate(group["params"]) if p is leaf)
-        of_bitsandbytes: Any = optimizer
+        of_bitsandbytes: Any = optimizer  # its types do not declare init_state
         of_bitsandbytes.init_state(group, leaf, 0, index)
     return state_tensors(optimizer, leaf)
 
@@ -85,7 +93,7 @@ def fresh_state(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Ten
 def restore_state(
     optimizer: torch.optim.Optimizer, leaf: Tensor, saved: Mapping[str, Tensor]
 ) -> None:
-    """Put saved tensors, of `state_tensors`, where `fresh_state` made room."""
+    """Copy saved `state_tensors` into the state that `fresh_state` created."""
     state = optimizer.state[leaf]
     for name, value in saved.items():
         if isinstance(state[name], Tensor):

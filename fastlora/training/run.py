@@ -1,4 +1,4 @@
-"""run."""
+"""Run: the settings and encoded data of a training run, and the micro-batches of each step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,52 +11,62 @@ from fastlora.data.encoding import encode_rows
 from fastlora.data.examples import Example, Packed
 from fastlora.data.packing import pack
 from fastlora.data.rows import read_rows
-from fastlora.model import Model
+from fastlora.models.spec import Spec
 from fastlora.models.state import Batch
+from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.settings import Settings, check_vocabulary
 
 Sequences = list[Example] | list[Packed]
 
 
-class TrainingPlan(NamedTuple):
-    """Settings and encoded data: with the model, all that the result depends on."""
+class Run(NamedTuple):
+    """Everything, besides the model, that the result of a run depends on."""
 
     settings: Settings
     sequences: Sequences
     eval_sequences: Sequences
-    batches: Callable[..., Iterator[Batch]]  # data.batches, with the padding settled
+    batches: Callable[..., Iterator[Batch]]  # data.batches with this run's padding
 
     @property
     def steps_per_epoch(self) -> int:
-        """An epoch's last step may be smaller; none reaches into the next epoch."""
+        """The last step of an epoch may have fewer sequences; no step reaches into the next one."""
         s = self.settings
         return count_batches(self.sequences, s.batch_size * s.gradient_accumulation_steps)
 
     @property
     def steps(self) -> int:
+        """Optimizer steps of the whole run."""
         s = self.settings
         return s.max_steps or math.ceil(s.num_epochs * self.steps_per_epoch)
 
-    def micro_batches(self, start: int) -> Iterator[list[Batch]]:
-        """Endlessly, the micro-batches of each step after the first `start` ones."""
+    def micro_batches(self, done: int) -> Iterator[list[Batch]]:
+        """Without end, the micro-batches of each step after the first `done` steps."""
         s = self.settings
-        epoch, done = divmod(start, self.steps_per_epoch)
-        for e in count(epoch):
-            first = done * s.gradient_accumulation_steps if e == epoch else 0
-            stream = self.batches(self.sequences, s.batch_size, seed=s.seed, epoch=e, start=first)
+        # A resumed run starts within an epoch; every later epoch starts at its first batch.
+        first_epoch, steps_done = divmod(done, self.steps_per_epoch)
+        for epoch in count(first_epoch):
+            start = steps_done * s.gradient_accumulation_steps if epoch == first_epoch else 0
+            stream = self.batches(
+                self.sequences, s.batch_size, seed=s.seed, epoch=epoch, start=start
+            )
+            # The last list of an epoch may be shorter; an empty one ends the epoch.
             while step := list(islice(stream, s.gradient_accumulation_steps)):
                 yield step
 
 
-def make_plan(
-    model: Model, tokenizer: Any, settings: Settings, data: Any, eval_data: Any
-) -> TrainingPlan:
-    spec = model.spec
-    padding = dict(pad_token_id=tokenizer.pad_token_id, max_seq_length=spec.max_seq_length)
+def prepare_run(
+    spec: Spec, tokenizer: Tokenizer, settings: Settings, data: Any, eval_data: Any
+) -> Run:
+    """Read, encode and pack the rows of `data` and of `eval_data`, which may be None.
 
-    def sequences(data: Any) -> Sequences:
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: as `read_rows` and `encode_rows`; ValueError
+            also for a tokenizer whose ids exceed the model's vocabulary.
+    """
+
+    def sequences(data: Any, name: str) -> Sequences:
         examples = encode_rows(
-            read_rows(data),
+            read_rows(data, name=name),
             tokenizer,
             train_on=settings.train_on,  # pyright: ignore[reportArgumentType]  (checked)
             max_seq_length=spec.max_seq_length,
@@ -65,7 +75,11 @@ def make_plan(
         check_vocabulary(examples, spec.config.vocab_size)
         if not settings.packing:
             return examples
-        return pack(examples, spec.max_seq_length, pad_token_id=padding["pad_token_id"])
+        return pack(examples, spec.max_seq_length, pad_token_id=tokenizer.pad_token_id)
 
-    held_out = [] if eval_data is None else sequences(eval_data)
-    return TrainingPlan(settings, sequences(data), held_out, partial(batches, **padding))
+    # eval_data before data, which may be long: an error in it is reported earlier.
+    eval_sequences = [] if eval_data is None else sequences(eval_data, "eval_data")
+    padded_batches = partial(
+        batches, pad_token_id=tokenizer.pad_token_id, max_seq_length=spec.max_seq_length
+    )
+    return Run(settings, sequences(data, "data"), eval_sequences, padded_batches)

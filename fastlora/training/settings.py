@@ -1,19 +1,34 @@
-"""settings."""
+"""The arguments of train(): each setting with its rule, and the checks that run before any work."""
 
-import math
-import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from fastlora.data.examples import Example
-from fastlora.model import Model
-from fastlora.text.tokenizer import Tokenizer
-from fastlora.training.optimizers import OPTIMIZERS
+from fastlora.arguments import (
+    FLAG,
+    FUNCTION,
+    PATH,
+    Rule,
+    argument_problems,
+    number,
+    one_of,
+    optional,
+    setting,
+    setting_problems,
+    whole_number,
+)
+from fastlora.checkpoints.output_folders import folder_error
+from fastlora.data.examples import TRAIN_ON, Example
+from fastlora.data.rows import DATA
+from fastlora.errors import raise_problems
+from fastlora.models.input_checks import MODEL
+from fastlora.models.state import ModelState
+from fastlora.text.tokenizer import TOKENIZER
+from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 
 SCHEDULERS = ("cosine", "linear", "constant")
 
@@ -22,110 +37,120 @@ _LARGEST_MASK_GIB = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The arguments of `train` that are numbers and choices, under their names there."""
+    """The arguments of `train` that are numbers and choices, under the same names."""
 
-    max_steps: int | None
-    num_epochs: float
-    batch_size: int
-    gradient_accumulation_steps: int
-    learning_rate: float
-    lr_scheduler: str
-    warmup_ratio: float
-    weight_decay: float
-    max_grad_norm: float | None
-    optimizer: str
-    packing: bool
-    train_on: str
-    eval_every: int | None
-    save_every: int | None
-    seed: int
-
-
-# ── 5. what is refused ────────────────────────────────────────────────────────────────────
-def _is_whole(x: Any, low: int) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x >= low
+    max_steps: int | None = setting(optional(whole_number(1)))
+    num_epochs: float = setting(number(above=0))
+    batch_size: int = setting(whole_number(1))
+    gradient_accumulation_steps: int = setting(whole_number(1))
+    learning_rate: float = setting(number(above=0))
+    lr_scheduler: str = setting(one_of(*SCHEDULERS))
+    warmup_ratio: float = setting(number(low=0, high=1))
+    weight_decay: float = setting(number(low=0))
+    max_grad_norm: float | None = setting(
+        Rule(optional(number(low=0)).accepts, "a number > 0; or None or 0 for no clipping")
+    )
+    optimizer: str = setting(one_of(*OPTIMIZERS))
+    packing: bool = setting(FLAG)
+    train_on: str = setting(TRAIN_ON)
+    eval_every: int | None = setting(optional(whole_number(1)))
+    save_every: int | None = setting(optional(whole_number(1)))
+    seed: int = setting(whole_number(0))  # NumPy takes seeds of any size
 
 
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+_RESUME = Rule(
+    lambda x: FLAG.accepts(x) or PATH.accepts(x), "True, False or the path of a checkpoint"
+)
 
 
-_OPTIONAL_COUNT = (lambda x: x is None or _is_whole(x, 1), "None or a whole number >= 1")
+def check_train_arguments(
+    settings: Settings,
+    *,
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    eval_data: Any,
+    output_dir: Any,
+    resume: Any,
+    log: Any,
+    progress: Any,
+) -> None:
+    """Check every argument of `train` before any work is done or file written.
 
-_COUNT = (lambda x: _is_whole(x, 1), "a whole number >= 1")
-
-_POSITIVE = (lambda x: _is_number(x) and x > 0, "a number > 0")
-
-
-# Argument -> (whether a value can be, what is expected).
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "max_steps": _OPTIONAL_COUNT,
-    "num_epochs": _POSITIVE,
-    "batch_size": _COUNT,
-    "gradient_accumulation_steps": _COUNT,
-    "learning_rate": _POSITIVE,
-    "lr_scheduler": (lambda x: x in SCHEDULERS, " or ".join(map(repr, SCHEDULERS))),
-    "warmup_ratio": (lambda x: _is_number(x) and 0 <= x <= 1, "a number from 0 to 1"),
-    "weight_decay": (lambda x: _is_number(x) and x >= 0, "a number >= 0"),
-    "max_grad_norm": (
-        lambda x: x is None or (_is_number(x) and x >= 0),
-        "a number > 0; or None or 0 for no clipping",
-    ),
-    "optimizer": (lambda x: x in OPTIMIZERS, " or ".join(map(repr, OPTIMIZERS))),
-    "packing": (lambda x: isinstance(x, bool), "True or False"),
-    "train_on": (lambda x: x in ("responses", "all"), "'responses' or 'all'"),
-    "eval_every": _OPTIONAL_COUNT,
-    "save_every": _OPTIONAL_COUNT,
-    "seed": (lambda x: _is_whole(x, 0), "a whole number >= 0"),
-}
-
-
-def setting_problems(settings: Settings) -> list[str]:
-    return [
-        f"{name}={value!r}: expected {_RULES[name][1]}"
-        for name, value in asdict(settings).items()
-        if not _RULES[name][0](value)
-    ]
-
-
-def model_problems(model: Model, tokenizer: Tokenizer | None) -> list[str]:
-    problems = []
-    if model.adapter is None:
-        problems.append("model has no adapter to train; call fastlora.lora(model) first")
-    elif any(x.dtype == torch.float16 for x in tree_leaves(model.adapter)):
-        # B starts at zero, so A's first gradient is zero, and 0 / (sqrt(0) + eps) is NaN.
-        problems.append(
-            "model's adapter is float16, or copies of a float16 base, where AdamW's eps = 1e-8 is "
-            "0; expected fastlora.lora(..., adapter_dtype='float32') and a bfloat16 base"
-        )
+    Raises:
+        ValueError: listing every argument that `train` cannot use, with what is expected.
+        ModuleNotFoundError: the optimizer belongs to bitsandbytes, which is not installed.
+    """
+    # All problems are collected first, so that one error names them all.
+    problems = setting_problems(settings)
+    problems += argument_problems(
+        {
+            "model": (model, MODEL),
+            "tokenizer": (tokenizer, TOKENIZER),
+            "data": (data, DATA),
+            "eval_data": (eval_data, optional(DATA)),
+            "output_dir": (output_dir, optional(PATH)),
+            "resume": (resume, _RESUME),
+            "log": (log, optional(FUNCTION)),
+            "progress": (progress, FLAG),
+        }
+    )
     if tokenizer is None:
+        problems.append("tokenizer is None; does the model's folder have a tokenizer.json?")
+    problems += _companion_problems(settings, eval_data, output_dir, resume)
+    # The remaining checks look into the model.
+    if isinstance(model, ModelState):
+        problems += _model_problems(settings, model)
+        problems += mask_problems(settings, model.spec.max_seq_length)
+        # Report an unwritable folder now, not after hours of training.
+        if PATH.accepts(output_dir) and (error := folder_error(Path(output_dir), model.spec)):
+            problems.append(f"output_dir: {error}")
+    raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
+
+
+def _companion_problems(
+    settings: Settings, eval_data: Any, output_dir: Any, resume: Any
+) -> list[str]:
+    """Arguments that mean nothing without another one."""
+    problems = []
+    if settings.eval_every is not None and eval_data is None:
+        problems.append(f"eval_every={settings.eval_every!r} without eval_data; give the rows")
+    if settings.save_every is not None and output_dir is None:
+        problems.append(f"save_every={settings.save_every!r} without output_dir; name a folder")
+    if resume is True and output_dir is None:
         problems.append(
-            "tokenizer is None; rows cannot become tokens without one. Has the model's folder a "
-            "tokenizer.json?"
+            "resume=True without output_dir; name the folder, or the checkpoint in resume=..."
         )
     return problems
 
 
-def companion_problems(
-    settings: Settings, eval_data: Any, folder: Path | None, resume: Any
-) -> list[str]:
-    """Arguments that mean nothing without another."""
-    problems = []
-    if settings.eval_every is not None and eval_data is None:
-        problems.append(f"eval_every={settings.eval_every!r} without eval_data")
-    if settings.save_every is not None and folder is None:
-        problems.append(f"save_every={settings.save_every!r} without output_dir")
-    if resume is True and folder is None:
-        problems.append("resume=True without output_dir; name it, or the checkpoint in resume=...")
-    if not isinstance(resume, bool | str | os.PathLike):
-        problems.append(f"resume={resume!r}: expected True, False or the path of a checkpoint")
+def _model_problems(settings: Settings, model: ModelState) -> list[str]:
+    """Why this model's adapter cannot be trained with these settings."""
+    if model.adapter is None:
+        return ["model has no adapter to train; call fastlora.lora(model) first"]
+    leaves, problems = tree_leaves(model.adapter), []
+    if any(x.dtype == torch.float16 for x in leaves):
+        # B is zero at first, so A's first gradient is zero, and 0 / (sqrt(0) + eps) is NaN.
+        problems.append(
+            "model's adapter has float16 tensors, in which AdamW's eps = 1e-8 is 0; expected"
+            " fastlora.lora(..., adapter_dtype='float32') and a bfloat16 base"
+        )
+    if isinstance(settings.optimizer, str) and settings.optimizer in OPTIMIZERS:
+        problems += optimizer_problems(settings.optimizer, leaves)
     return problems
 
 
 def mask_problems(settings: Settings, length: int) -> list[str]:
-    """A context of 131,072 tokens, never lowered, would ask for a mask of 16 GiB a sequence."""
-    if settings.packing is not True or not _is_whole(settings.batch_size, 1):
+    """Refuse packing if an attention mask [b, t, t] of one byte an element would exceed 8 GiB.
+
+    Such a mask is built only where the attention kernels do not run: on the CPU, in float32, and
+    for head sizes other than 64 and 128. The check does not look at device or dtype and refuses
+    the same shapes everywhere. A model that was loaded at a context of 131,072 tokens would ask for
+    16 GiB a sequence.
+    """
+    if settings.packing is not True or type(settings.batch_size) is not int:
         return []
+    # bool elements of one byte; the mask has one entry for all heads.
     gib = settings.batch_size * length**2 / 2**30
     if gib <= _LARGEST_MASK_GIB:
         return []
@@ -137,6 +162,7 @@ def mask_problems(settings: Settings, length: int) -> list[str]:
 
 
 def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
+    """Raise a ValueError if the tokenizer gave an id that the model's vocabulary does not have."""
     largest = max(int(example.input_ids.max()) for example in examples)
     if largest >= vocab_size:
         raise ValueError(

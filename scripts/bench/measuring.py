@@ -46,7 +46,7 @@ def measure(args: argparse.Namespace) -> dict:
     first = time.perf_counter() - start
     for _ in range(args.warm):
         step(ids)
-    # A CUDA graph allocates its memory while it is recorded: then the peak covers the whole run.
+    # A CUDA graph allocates its memory during recording, so its peak covers all steps.
     if not args.cuda_graph or is_peer(args.one):
         torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]

@@ -7,6 +7,10 @@
 `train` trains every parameter with fastlora's functions and writes a Hugging Face folder; copy its
 model.safetensors to fastlora/checkpoints/demo. The base model reads source text only: no chat rows
 and no held-out module.
+
+The shipped model has 3,541,824 parameters in 7 layers. It was trained with --epochs 12 on CPython
+3.11.7 (9.0 MB, 2.46 million tokens), which took 30 s on one H200, and has a held-out loss of 3.00
+nats per token. More epochs overfit: 20 gave 3.36 and 32 gave 3.32.
 """
 
 import argparse
@@ -38,7 +42,7 @@ from fastlora.runtime.gradients import value_and_grad
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "fastlora" / "checkpoints" / "demo"
-TOKENS = ROOT / ".carry"  # git-ignored; travels to the GPU machine
+TOKENS = ROOT / ".carry"  # git-ignored
 
 TOKEN_IDS = {
     f"{name}_token_id": SPECIAL_TOKENS.index(token)

@@ -35,7 +35,7 @@ def test_norms_err_no_more_than_the_sum_in_float32(shape, dtype):
 def test_the_kernel_errs_no_more_than_the_sum_in_float32(shape, dtype):
     kernel = pytest.importorskip("fastlora.ops.linear.dora_kernel")
     weight, a, b = (x.to(DEVICE) for x in tensors(*shape, dtype))
-    assert kernel.takes(weight, a, b) and not kernel.takes(weight.double(), a, b)
+    assert kernel.kernel_supports(weight, a, b) and not kernel.kernel_supports(weight.double(), a, b)
     found = kernel.row_norms_fused(weight, a, b, 1.5)
     plain = (weight.float() + 1.5 * b.float() @ a.float()).norm(dim=-1)
     wanted = exact(weight, a, b, 1.5)

@@ -5,7 +5,6 @@ Without a GPU they run in Triton's interpreter, in fp32 and fp16; bf16 needs a G
 
 import pytest
 import torch
-from conftest import adapted, relative_error, token_ids
 from torch.utils._pytree import tree_leaves
 
 import fastlora
@@ -18,8 +17,10 @@ from fastlora.ops.linear.masked_lora import (
     Segments,
     masked_x_a_gradients_reference,
     masked_x_a_reference,
-    takes,
+    kernel_supports,
 )
+from oracles.pairs import adapted
+from oracles.trees import relative_error, token_ids
 
 pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
 
@@ -38,46 +39,46 @@ SHAPES = [
 OPS = torch.ops.fastlora
 
 
-def drawn(shape, dtype, p=0.3, whole=()):
+def drawn(shape, dtype, p=0.3, unmasked=()):
     """x, every A, their masks (none for the numbers in `whole`), dlow and a dx to add to."""
     n, d, ranks = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
     keys = torch.arange(9, device=DEVICE) * 12345 + 2**33 - 7
-    slots = tuple(-1 if i in whole else 2 + i for i in range(len(ranks)))
+    slots = tuple(-1 if i in unmasked else 2 + i for i in range(len(ranks)))
     matrices = [0.3 * new(r, d) for r in ranks]
     return new(n, d), matrices, Masks(keys, slots, p, True), new(n, sum(ranks)), new(n, d)
 
 
-def of_ops(x, matrices, masks, dlow, dx, needs_a=True):
+def of_ops(x, matrices, masks, dx_a, dx, needs_a=True):
     """(low, dx, dA) of the ops; dx a new tensor, or None where None is given."""
     a, dx = torch.cat(matrices), None if dx is None else dx.clone()
     keys, segments = masks.keys, Segments(tuple(m.shape[0] for m in matrices), *masks[1:3])
     x_a = OPS.masked_x_a(x, a, keys, *segments)
     if dx is None:
-        return x_a, dx, OPS.masked_x_a_backward(x, dlow, a, keys, *segments)
-    return x_a, dx, OPS.masked_x_a_backward_(dx, x, dlow, a, keys, *segments, needs_a)
+        return x_a, dx, OPS.masked_x_a_backward(x, dx_a, a, keys, *segments)
+    return x_a, dx, OPS.masked_x_a_backward_(dx, x, dx_a, a, keys, *segments, needs_a)
 
 
-def of_reference(x, matrices, masks, dlow, dx):
+def of_reference(x, matrices, masks, dx_a, dx):
     """The same by autograd through the reference."""
     x, matrices = x.detach().requires_grad_(), [m.detach().requires_grad_() for m in matrices]
     x_a = masked_x_a_reference(x, matrices, masks)
-    more, *da = torch.autograd.grad(x_a, [x, *matrices], dlow)
+    more, *da = torch.autograd.grad(x_a, [x, *matrices], dx_a)
     return x_a.detach(), dx + more, torch.cat(da)
 
 
 def widened(args):
-    x, matrices, masks, dlow, dx = args
-    return x.double(), [m.double() for m in matrices], masks, dlow.double(), dx.double()
+    x, matrices, masks, dx_a, dx = args
+    return x.double(), [m.double() for m in matrices], masks, dx_a.double(), dx.double()
 
 
 @pytest.mark.parametrize("p", [1e-6, 0.1, 0.5, 0.95])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, p):
-    whole = (1,) if len(shape[2]) > 2 else ()
-    args = drawn(shape, dtype, p, whole)
+    unmasked = (1,) if len(shape[2]) > 2 else ()
+    args = drawn(shape, dtype, p, unmasked)
     exact, plain = of_reference(*widened(args)), of_reference(*args)
     for found, other, truth in zip(of_ops(*args), plain, exact, strict=True):
         error = lambda t, truth=truth: (t.double() - truth).norm().item()
@@ -96,9 +97,9 @@ def test_the_masks_are_keep_mask_to_the_bit(key, p):
     ones, unit = torch.ones(n, d, device=DEVICE), torch.eye(d, device=DEVICE)
     masks = Masks(torch.stack([key, key + 1]), (0, 1, -1), p, True)
     matrices = [unit, unit, unit]
-    dlow = torch.zeros(n, 3 * d, device=DEVICE)
-    dlow[:, :d] = 1.0
-    x_a, dx, _ = of_ops(ones, matrices, masks, dlow, torch.zeros_like(ones))
+    dx_a = torch.zeros(n, 3 * d, device=DEVICE)
+    dx_a[:, :d] = 1.0
+    x_a, dx, _ = of_ops(ones, matrices, masks, dx_a, torch.zeros_like(ones))
     assert torch.equal(x_a[:, :d], wanted) and torch.equal(dx, wanted)
     other = share * keep_mask(key + 1, n, d, p, key.device).float()
     assert torch.equal(x_a[:, d : 2 * d], other) and torch.equal(x_a[:, 2 * d :], ones)
@@ -109,21 +110,21 @@ def test_the_masks_are_keep_mask_to_the_bit(key, p):
 
 
 def test_tensors_need_not_be_contiguous():
-    x, matrices, masks, dlow, dx = drawn((70, 96, (3, 20)), torch.float32)
-    straight = of_ops(x, matrices, masks, dlow, dx)
+    x, matrices, masks, dx_a, dx = drawn((70, 96, (3, 20)), torch.float32)
+    straight = of_ops(x, matrices, masks, dx_a, dx)
     far = lambda t: torch.cat([t, t], 1)[:, : t.shape[1]]
     across = lambda t: t.t().contiguous().t()
     for change in (far, across):
-        bent = of_ops(change(x), [across(m) for m in matrices], masks, change(dlow), dx)
+        bent = of_ops(change(x), [across(m) for m in matrices], masks, change(dx_a), dx)
         assert all(map(torch.equal, bent, straight))
 
 
 def test_what_is_not_needed_is_not_made():
-    x, matrices, masks, dlow, dx = drawn((70, 96, (3, 20)), torch.float32)
-    _, both_dx, both_da = of_ops(x, matrices, masks, dlow, dx)
-    _, none, da = of_ops(x, matrices, masks, dlow, None)
+    x, matrices, masks, dx_a, dx = drawn((70, 96, (3, 20)), torch.float32)
+    _, both_dx, both_da = of_ops(x, matrices, masks, dx_a, dx)
+    _, none, da = of_ops(x, matrices, masks, dx_a, None)
     assert none is None and torch.equal(da, both_da)
-    _, alone, empty = of_ops(x, matrices, masks, dlow, dx, needs_a=False)
+    _, alone, empty = of_ops(x, matrices, masks, dx_a, dx, needs_a=False)
     assert torch.equal(alone, both_dx) and empty.shape == (0, 96)
 
 
@@ -133,30 +134,30 @@ def test_the_same_call_gives_the_same_bits():
 
 
 def test_the_written_derivative_is_autograds():
-    args = drawn((9, 14, (3, 1, 2)), torch.float64, whole=(1,))
-    x, matrices, masks, dlow, dx = args
+    args = drawn((9, 14, (3, 1, 2)), torch.float64, unmasked=(1,))
+    x, matrices, masks, dx_a, dx = args
     segments, a = Segments((3, 1, 2), *masks[1:3]), torch.cat(matrices)
-    found = masked_x_a_gradients_reference(dlow, x, a, masks.keys, segments)
+    found = masked_x_a_gradients_reference(dx_a, x, a, masks.keys, segments)
     torch.testing.assert_close((found[0] + dx, found[1]), of_reference(*args)[1:])
 
 
 def test_what_the_kernels_take():
-    assert takes(torch.bfloat16, 16, 16, 16) and takes(torch.float16, 200)
-    assert takes(torch.bfloat16, 64, 3, 1) and not takes(torch.bfloat16, 65, 64, 1)
-    assert takes(torch.float32, 16, 16, 16, 1) and not takes(torch.float32, 17, 1, 1)
-    assert not takes(torch.bfloat16, 257) and not takes(torch.float64, 4)
+    assert kernel_supports(torch.bfloat16, 16, 16, 16) and kernel_supports(torch.float16, 200)
+    assert kernel_supports(torch.bfloat16, 64, 3, 1) and not kernel_supports(torch.bfloat16, 65, 64, 1)
+    assert kernel_supports(torch.float32, 16, 16, 16, 1) and not kernel_supports(torch.float32, 17, 1, 1)
+    assert not kernel_supports(torch.bfloat16, 257) and not kernel_supports(torch.float64, 4)
 
 
 def test_the_operators_are_well_formed():
-    x, matrices, masks, dlow, dx = drawn((9, 14, (3, 2)), torch.float32)
+    x, matrices, masks, dx_a, dx = drawn((9, 14, (3, 2)), torch.float32)
     a, keys = torch.cat(matrices), masks.keys
     tests = ("test_schema", "test_faketensor")
     lists = ([3, 2], [*masks.slots], masks.p)
     check = lambda op, *args: torch.library.opcheck(op.default, args, test_utils=tests)
     check(OPS.masked_x_a, x, a, keys, *lists)
-    check(OPS.masked_x_a_backward, x, dlow, a, keys, *lists)
+    check(OPS.masked_x_a_backward, x, dx_a, a, keys, *lists)
     for needs_a in (True, False):
-        check(OPS.masked_x_a_backward_, dx, x, dlow, a, keys, *lists, needs_a)
+        check(OPS.masked_x_a_backward_, dx, x, dx_a, a, keys, *lists, needs_a)
 
 
 # ── in lora_linears ───────────────────────────────────────────────────────────────────────

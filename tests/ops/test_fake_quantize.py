@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from conftest import relative_error, same_bits
-from torchao_oracle import prepared_linear, straight_float8  # noqa: F401
 
 from fastlora.ops.quant.fake_quantize import (
     SCHEMES,
@@ -12,6 +10,8 @@ from fastlora.ops.quant.fake_quantize import (
     fake_quantize_backward,
     fake_quantize_rows,
 )
+from oracles.torchao_side import prepared_linear
+from oracles.trees import relative_error, same_bits
 
 QUANTISERS = {
     "int4": SCHEMES["int4"].weight,
@@ -95,7 +95,7 @@ def test_zeros_stay_zeros_and_have_finite_gradients(name):
     [("weight", s) for s in SCHEMES]
     + [("activation", s) for s in SCHEMES if SCHEMES[s].activation],
 )
-def test_gradients_are_torchaos(part, scheme, kind, straight_float8):  # noqa: F811
+def test_gradients_are_torchaos(part, scheme, kind, straight_float8):
     quantiser = getattr(SCHEMES[scheme], part)
     x = matrix(6, 128, torch.float32, kind).requires_grad_()
     dy = torch.randn(6, 128, generator=torch.Generator().manual_seed(1))

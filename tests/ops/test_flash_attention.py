@@ -6,7 +6,6 @@ Without a GPU it runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GP
 
 import pytest
 import torch
-from conftest import adapted, relative_error, token_ids
 from torch import Tensor
 
 import fastlora
@@ -21,6 +20,8 @@ from fastlora.ops.attention.flash import (
     make_spans,
 )
 from fastlora.ops.attention.rope import apply_rope
+from oracles.pairs import adapted
+from oracles.trees import relative_error, token_ids
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
 
@@ -70,20 +71,20 @@ def drawn(shape, dtype) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor]]:
     return qkv, dy, (angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype))
 
 
-def reference(q, k, v, rope, where: Spans | None) -> Tensor:
+def reference(q, k, v, rope, spans: Spans | None) -> Tensor:
     if rope is not None:
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    if where is None:
+    if spans is None:
         return attention_reference(q, k, v, None)
     i = torch.arange(q.shape[2], device=q.device)
     return attention_reference(
-        q, k, v, ((i <= i[:, None]) & (i >= where.first[..., None]))[:, None]
+        q, k, v, ((i <= i[:, None]) & (i >= spans.first[..., None]))[:, None]
     )
 
 
-def value_and_grads(fn, qkv, dy, rope, where):
+def value_and_grads(fn, qkv, dy, rope, spans):
     leaves = [x.detach().requires_grad_() for x in qkv]
-    y = fn(*leaves, rope, where)
+    y = fn(*leaves, rope, spans)
     return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
 
 
@@ -112,11 +113,11 @@ SHAPES = [(2, 4, 2, 20, 16), (2, 2, 2, 128, 16), (1, 4, 1, 200, 64), (1, 2, 1, 1
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, rotated, case):
     qkv, dy, tables = drawn(shape, dtype)
-    where, rope = seen(case, shape[0], shape[3]), tables if rotated else None
+    spans, rope = seen(case, shape[0], shape[3]), tables if rotated else None
     wide = None if rope is None else tuple(x.double() for x in rope)
-    exact = value_and_grads(reference, [x.double() for x in qkv], dy.double(), wide, where)
-    plain = value_and_grads(reference, qkv, dy, rope, where)
-    fused = value_and_grads(flash_attention, qkv, dy, rope, where)
+    exact = value_and_grads(reference, [x.double() for x in qkv], dy.double(), wide, spans)
+    plain = value_and_grads(reference, qkv, dy, rope, spans)
+    fused = value_and_grads(flash_attention, qkv, dy, rope, spans)
     for found, other, truth in zip(fused, plain, exact, strict=True):
         error = lambda x, truth=truth: (x.double() - truth).norm().item()
         assert found.dtype == other.dtype and found.shape == other.shape
@@ -157,8 +158,8 @@ def test_heads_may_lie_anywhere():
     torch.testing.assert_close(
         value_and_grads(flash_attention, scattered, dy.contiguous(), rope, None), wanted
     )
-    whole = torch.cat([x.transpose(1, 2).flatten(2) for x in qkv], 2)  # one product's columns
-    apart = [x.unflatten(2, (-1, 16)).transpose(1, 2) for x in whole.split([64, 32, 32], 2)]
+    fused = torch.cat([x.transpose(1, 2).flatten(2) for x in qkv], 2)  # one product's columns
+    apart = [x.unflatten(2, (-1, 16)).transpose(1, 2) for x in fused.split([64, 32, 32], 2)]
     torch.testing.assert_close(value_and_grads(flash_attention, apart, dy, rope, None), wanted)
 
 
@@ -235,9 +236,9 @@ def called(monkeypatch, taken) -> list:
     """The spans of each call."""
     calls = []
 
-    def call(q, k, v, rope, where, joint):
-        calls.append(where)
-        return flash_attention(q, k, v, rope, where, joint)
+    def call(q, k, v, rope, spans, joint):
+        calls.append(spans)
+        return flash_attention(q, k, v, rope, spans, joint)
 
     monkeypatch.setattr("fastlora.models.attention.flash_attention", call)
     return calls

@@ -33,8 +33,8 @@ def drawn(layout, dtype=torch.float32, quantised=False):
         branches.append(Branch(weight, bias, new(width, r) if r else None, 1.5))
     matrices = [new(r, D_IN) for r in layout if r]
     dys = [new(2, 5, width) for _, width in zip(layout, WIDTHS, strict=False)]
-    dlow = new(2, 5, sum(layout)) if any(layout) else None
-    return new(2, 5, D_IN), matrices, branches, [dlow, *dys]
+    dx_a = new(2, 5, sum(layout)) if any(layout) else None
+    return new(2, 5, D_IN), matrices, branches, [dx_a, *dys]
 
 
 def as_(dtype, x, matrices, branches, grads):
@@ -149,13 +149,13 @@ def test_the_gradient_of_x_is_one_op():
 
 
 def test_torch_func_and_a_trained_weight_take_the_reference():
-    x, matrices, branches, (dlow, *dys) = drawn((4, 0, 2))
+    x, matrices, branches, (dx_a, *dys) = drawn((4, 0, 2))
 
     def loss(x):
         x_a, ys = lora_linears(x, matrices, branches)
-        return (x_a * dlow).sum() + sum((y * g).sum() for y, g in zip(ys, dys, strict=True))
+        return (x_a * dx_a).sum() + sum((y * g).sum() for y, g in zip(ys, dys, strict=True))
 
-    expected = value_and_grads(lora_linears_reference, x, matrices, branches, [dlow, *dys])[4]
+    expected = value_and_grads(lora_linears_reference, x, matrices, branches, [dx_a, *dys])[4]
     torch.testing.assert_close(torch.func.grad(loss)(x), expected)
     each = torch.func.vmap(
         torch.func.grad(lambda x: lora_linears(x, matrices, branches)[1][1].sum())
@@ -171,13 +171,13 @@ def test_torch_func_and_a_trained_weight_take_the_reference():
 @pytest.mark.parametrize("layout", [(4, 4, 4), (0, 3), (0, 0)])
 def test_all_gradients_may_come_in_one_tensor(layout, quantised, compile, fresh_dynamo):
     x, matrices, branches, (_, *dys) = drawn(layout, quantised=quantised)
-    whole = None if quantised else torch.cat([b.weight for b in branches])
+    fused_weight = None if quantised else torch.cat([b.weight for b in branches])
 
     def joint(x, matrices, branches):
-        ys, stands_for_all = joint_lora_linears(x, matrices, branches, None, whole)
-        assert stands_for_all.shape == (2, 5, sum(y.shape[-1] for y in ys))
-        assert not any(y.requires_grad for y in ys) and stands_for_all.requires_grad
-        return stands_for_all, ys
+        ys, placeholder = joint_lora_linears(x, matrices, branches, None, fused_weight)
+        assert placeholder.shape == (2, 5, sum(y.shape[-1] for y in ys))
+        assert not any(y.requires_grad for y in ys) and placeholder.requires_grad
+        return placeholder, ys
 
     fn = torch.compile(joint, fullgraph=True, backend="aot_eager") if compile else joint
     one, all_, ys = [torch.cat(dys, -1)], [None, *dys], len(dys)
@@ -220,8 +220,8 @@ def test_it_compiles_where_nothing_requires_a_gradient(layout, fresh_dynamo):
 
 
 def test_the_operator_is_well_formed():
-    _, (a,), branches, (dlow, dy) = drawn((3,))
-    args = ([dlow.flatten(0, 1), dy.flatten(0, 1)], [a, branches[0].weight], [1, 1])
+    _, (a,), branches, (dx_a, dy) = drawn((3,))
+    args = ([dx_a.flatten(0, 1), dy.flatten(0, 1)], [a, branches[0].weight], [1, 1])
     torch.library.opcheck(
         torch.ops.fastlora.sum_of_products.default,
         args,
@@ -238,12 +238,12 @@ def test_the_operator_is_well_formed():
 def test_weights_that_lie_together_make_one_product(layout, unused, dtype):
     """Of the gradient of x; an output that nobody reads leaves them apart."""
     x, matrices, branches, grads = drawn(layout, dtype)
-    whole = torch.cat([branch.weight for branch in branches])
-    rows = whole.split([branch.weight.shape[0] for branch in branches])
+    fused_weight = torch.cat([branch.weight for branch in branches])
+    rows = fused_weight.split([branch.weight.shape[0] for branch in branches])
     branches = [b._replace(weight=own) for b, own in zip(branches, rows, strict=True)]
     only = partial(value_and_grads, wanted=lambda i: i != unused)
     with Watch() as watch:
-        found = only(partial(lora_linears, whole=whole), x, matrices, branches, grads)
+        found = only(partial(lora_linears, fused_weight=fused_weight), x, matrices, branches, grads)
     args = (x, matrices, branches, grads)
     exact = only(lora_linears_reference, *as_(torch.float64, *args))
     plain = only(lora_linears_reference, *args)

@@ -5,12 +5,13 @@ Without a GPU it runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GP
 
 import pytest
 import torch
-from conftest import adapted, relative_error, token_ids
 from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
 from fastlora.ops.swiglu.swiglu import kernel_supports, lora_swiglu, lora_swiglu_reference
+from oracles.pairs import adapted
+from oracles.trees import relative_error, token_ids
 
 pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
 
@@ -42,11 +43,11 @@ def drawn(shape, dtype, gained=False):
     return inputs, (new(n, f), new(n, r_a))
 
 
-def run(fn, inputs, dh, dlow):
+def run(fn, inputs, dh, dh_a):
     """(results, gradients)."""
     leaves = leaves_of(inputs)
     results = fn(*leaves, *SCALINGS)
-    gradients = torch.autograd.grad(results, [x for x in leaves if x is not None], (dh, dlow))
+    gradients = torch.autograd.grad(results, [x for x in leaves if x is not None], (dh, dh_a))
     return [x.detach() for x in results], gradients
 
 
@@ -58,11 +59,11 @@ def leaves_of(inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, gained):
-    inputs, (dh, dlow) = drawn(shape, dtype, gained)
+    inputs, (dh, dh_a) = drawn(shape, dtype, gained)
     wide = [None if x is None else x.double() for x in inputs]
-    exact = run(lora_swiglu_reference, wide, dh.double(), dlow.double())
-    plain = run(lora_swiglu_reference, inputs, dh, dlow)
-    fused = run(lora_swiglu, inputs, dh, dlow)
+    exact = run(lora_swiglu_reference, wide, dh.double(), dh_a.double())
+    plain = run(lora_swiglu_reference, inputs, dh, dh_a)
+    fused = run(lora_swiglu, inputs, dh, dh_a)
     leaves = map(tree_leaves, (fused, plain, exact))
     for found, other, truth in zip(*leaves, strict=True):
         error = lambda x, truth=truth: (x.double() - truth).norm().item()
@@ -76,8 +77,8 @@ def test_without_a_down_projection_only_h_is_there():
     inputs, (dh, _) = drawn((9, 40, 4, 4, 4), torch.float32)
     *rest, _, _ = inputs
     leaves = leaves_of(rest)
-    h, x_a = lora_swiglu(*leaves, None, None, *SCALINGS)
-    assert x_a is None
+    h, h_a = lora_swiglu(*leaves, None, None, *SCALINGS)
+    assert h_a is None
     found = torch.autograd.grad(h, leaves, dh)
     again = leaves_of(rest)
     wanted = torch.autograd.grad(lora_swiglu_reference(*again, None, None, *SCALINGS)[0], again, dh)
@@ -85,8 +86,8 @@ def test_without_a_down_projection_only_h_is_there():
 
 
 def test_only_one_of_the_results_may_be_used():
-    inputs, (dh, dlow) = drawn((9, 40, 4, 4, 4), torch.float32, gained=True)
-    for i, d in enumerate((dh, dlow)):
+    inputs, (dh, dh_a) = drawn((9, 40, 4, 4, 4), torch.float32, gained=True)
+    for i, d in enumerate((dh, dh_a)):
         pairs = []
         for fn in (lora_swiglu, lora_swiglu_reference):
             leaves = leaves_of(inputs)
@@ -98,8 +99,8 @@ def test_only_one_of_the_results_may_be_used():
 
 
 def test_the_same_call_gives_the_same_bits():
-    inputs, (dh, dlow) = drawn((300, 130, 8, 8, 8), torch.float32, gained=True)
-    one, two = (tree_leaves(run(lora_swiglu, inputs, dh, dlow)) for _ in range(2))
+    inputs, (dh, dh_a) = drawn((300, 130, 8, 8, 8), torch.float32, gained=True)
+    one, two = (tree_leaves(run(lora_swiglu, inputs, dh, dh_a)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
@@ -114,11 +115,11 @@ def test_neither_h_nor_an_adapted_product_is_kept():
 
 
 def test_a_second_derivative_is_refused():
-    inputs, (dh, dlow) = drawn((5, 7, 1, 2, 3), torch.float32)
+    inputs, (dh, dh_a) = drawn((5, 7, 1, 2, 3), torch.float32)
     leaves = leaves_of(inputs)
     with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.func"):
         results = lora_swiglu(*leaves, *SCALINGS)
-        torch.autograd.grad(results, leaves[:-1], (dh, dlow), create_graph=True)
+        torch.autograd.grad(results, leaves[:-1], (dh, dh_a), create_graph=True)
 
 
 def test_what_the_kernel_does_not_take():

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from conftest import relative_error, same_bits
-from torchao_oracle import prepared_linear, straight_float8  # noqa: F401
 
 from fastlora.adapters.edits.merging import merged_weight
 from fastlora.models.params import DoRA, LoRA
 from fastlora.ops.linear.qat import qat_linear, qat_linear_reference
 from fastlora.ops.quant.fake_quantize import SCHEMES
+from oracles.torchao_side import prepared_linear
+from oracles.trees import relative_error, same_bits
 
 SCALING = 1.5
 NAMES = ("x", "weight", "bias", "a", "b", "magnitude")
@@ -64,7 +64,7 @@ def test_value_is_torchaos_layer_on_what_merge_writes(scheme, dtype, dora):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_are_torchaos(scheme, dora, straight_float8):  # noqa: F811
+def test_gradients_are_torchaos(scheme, dora, straight_float8):
     args = drawn(dora=dora)
     expected = value_and_grads(torchao_linear, args, scheme)
     for fn in (qat_linear, qat_linear_reference):

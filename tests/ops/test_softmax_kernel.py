@@ -5,7 +5,6 @@ Without a GPU it runs in Triton's interpreter, in fp32, fp16 and fp64; bf16 need
 
 import pytest
 import torch
-from conftest import adapted
 
 from fastlora.ops.dispatch import use_kernel
 from fastlora.ops.loss.linear_cross_entropy import (
@@ -13,6 +12,7 @@ from fastlora.ops.loss.linear_cross_entropy import (
     chunk_value_and_grad_kernel,
     linear_logprobs,
 )
+from oracles.pairs import adapted
 
 pytest.importorskip("triton", reason="the kernel's tests need triton: requirements-test.txt has it")
 

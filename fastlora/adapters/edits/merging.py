@@ -14,12 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.checkpoints.originals import Matrices, dequantized
+from fastlora.checkpoints.unquantized import MatrixSource, dequantized_matrices
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import (
+    EDGE_WEIGHTS,
     EMBED_TOKENS,
-    END_WEIGHTS,
     LM_HEAD,
     base_from_tensors,
     projection_bias,
@@ -48,7 +48,7 @@ def merge(model: StateT) -> StateT:
     """
     model = self_contained(model)
     require_adapter(model)
-    matrix = dequantized(model.base["norm"].dtype)
+    matrix = dequantized_matrices(model.base["norm"].dtype)
     config, tensors, folded = merged_tensors(model, matrix)
     check_finite(folded)
     base = base_from_tensors(config, tensors | {name: fold() for name, fold in folded.items()})
@@ -57,7 +57,7 @@ def merge(model: StateT) -> StateT:
 
 
 def merged_tensors(
-    model: ModelState, matrix: Matrices
+    model: ModelState, matrix: MatrixSource
 ) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Callable[[], Tensor]]]:
     """(config, name on disk -> tensor of the base, name -> its merged tensor when called).
 
@@ -87,7 +87,7 @@ def merged_tensors(
     return config, tensors, folded
 
 
-def _unpacked(tensors: Mapping[str, Any], matrix: Matrices) -> dict[str, Callable[[], Tensor]]:
+def _unpacked(tensors: Mapping[str, Any], matrix: MatrixSource) -> dict[str, Callable[[], Tensor]]:
     """Name -> the dense matrix when called, for all that is quantised."""
     packed = {name: x for name, x in tensors.items() if isinstance(x, Quantized)}
     return {name: partial(matrix, name, weight) for name, weight in packed.items()}
@@ -120,7 +120,7 @@ def merged_experts(
 
 
 def _folded(
-    spec: Spec, base: Base, adapter: Adapter, matrix: Matrices
+    spec: Spec, base: Base, adapter: Adapter, matrix: MatrixSource
 ) -> dict[str, Callable[[], Tensor]]:
     """Name on disk -> its merged weight when called, for every adapted projection.
 
@@ -164,7 +164,7 @@ def _folded_ends(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable
         folded[LM_HEAD] = partial(merged_weight, base["lm_head"], lora, scaling)
     for end, rows in adapter.get("tokens", {}).items():
         ids = dict(extras.tokens)[end]
-        for name in (EMBED_TOKENS, LM_HEAD) if extras.shared_rows else (END_WEIGHTS[end],):
+        for name in (EMBED_TOKENS, LM_HEAD) if extras.shared_rows else (EDGE_WEIGHTS[end],):
             if (matrix := matrices[name]) is not None:
                 folded[name] = partial(merged_rows, matrix, ids, rows)
     return folded

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.errors import raise_problems
-from fastlora.models.names import END_WEIGHTS
+from fastlora.models.names import EDGE_WEIGHTS
 from fastlora.models.params import Base
 from fastlora.models.state import StateT
 from fastlora.text.tokenizer import Tokenizer
@@ -55,11 +55,11 @@ def add_tokens(
 
     grown = tokenizer.with_tokens(new, special=special)
     ids = [cast(int, grown.backend.token_to_id(token)) for token in new]
-    present = [key for key in END_WEIGHTS if key in model.base]
+    present = [key for key in EDGE_WEIGHTS if key in model.base]
     matrices = {key: _with_mean_rows(model.base[key], ids) for key in present}
     base = cast(Base, {**model.base, **matrices})
     v = base["embed_tokens"].shape[0]
-    changed = dict.fromkeys((*model.spec.changed, *(END_WEIGHTS[key] for key in present)))
+    changed = dict.fromkeys((*model.spec.changed, *(EDGE_WEIGHTS[key] for key in present)))
     config = replace(model.spec.config, vocab_size=v)
     spec = replace(model.spec, config=config, changed=tuple(changed))
     return replace(model, spec=spec, base=base), grown, ids

@@ -1,4 +1,4 @@
-"""An adapter's first weights: drawn, or read off the weights of the base."""
+"""First values of A and B that are drawn at random."""
 
 import math
 from typing import Any
@@ -23,11 +23,15 @@ from fastlora.ops.quant.dequantize import dense
 
 
 def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) -> Adapter:
-    """Fresh weights for every target of `spec.lora`, drawn in float32 on the CPU, layer by layer.
+    """A fresh adapter for every target of `spec.lora`, on the base's device.
 
-    B is zero, so the model starts equal to its base, unless `init_lora_weights` is False. A DoRA
-    magnitude is the norm of what it scales, at least float32, so it changes nothing at first. The
-    bounds are kaiming_uniform_'s with a = sqrt(5): 1 / sqrt(fan_in) (peft 0.21.2, layer.py:332).
+        spec.lora.targets (("q_proj" of rank r, ...), ...)
+    ->  {"layers": ({"q_proj": LoRA(a=[r, d], b=[q, r]), ...}, ...)}
+
+    Values are drawn in float32 on the CPU, layer by layer. B is zero, so the model starts equal to
+    its base, unless `init_lora_weights` is False. A DoRA magnitude, in at least float32, is the
+    norm of the row that it scales, so it changes nothing at first. The bounds 1 / sqrt(fan_in) are
+    those of kaiming_uniform_ with a = sqrt(5) (peft 0.21.2, layer.py:332).
     """
     assert spec.lora is not None, spec
     config, init = spec.lora, spec.lora.init_lora_weights
@@ -37,32 +41,35 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
         d_out, d_in = target_shape(spec.config, target.name)
         if target.name in EXPERTS:
             n = spec.config.num_local_experts
-            pairs = [_first_weights(init, target.r, d_in, d_out, generator, n) for _ in range(n)]
+            pairs = [_first_pair(init, target.r, d_in, d_out, generator, n) for _ in range(n)]
             return ExpertLoRA(*(torch.stack(m).to(device, dtype) for m in zip(*pairs, strict=True)))
         if target.name == "embed_tokens":
-            a, b = _first_rows(init, target.r, d_in, d_out, generator)
+            a, b = _first_embedding_pair(init, target.r, d_in, d_out, generator)
         else:
-            a, b = _first_weights(init, target.r, d_in, d_out, generator)
+            a, b = _first_pair(init, target.r, d_in, d_out, generator)
         a, b = a.to(device, dtype), b.to(device, dtype)
         if config.lora_bias:
             bias = torch.zeros(d_out) if init else _uniform((d_out,), target.r, generator)
             return BiasedLoRA(a, b, bias.to(device, dtype))
         if config.use_dora:
             weight = adapted_matrix(base, layer, target.name)
-            wide = torch.promote_types(dtype, torch.float32)
-            return DoRA(a, b, row_norms(weight, a, b, target.scaling).to(wide))
+            magnitude_dtype = torch.promote_types(dtype, torch.float32)
+            return DoRA(a, b, row_norms(weight, a, b, target.scaling).to(magnitude_dtype))
         return LoRA(a, b)
 
     layers = tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
-    ends = {t.name: t for t in (spec.extras.embed_tokens, spec.extras.lm_head) if t}
+    edge_targets = {t.name: t for t in (spec.extras.embed_tokens, spec.extras.lm_head) if t}
     if spec.extras.tied:
-        ends.pop("lm_head", None)
-    rest: Any = {name: fresh(None, t) for name, t in ends.items()}
-    return Adapter(layers=layers, **rest, **first_tensors(spec.config, spec.extras, base, dtype))
+        edge_targets.pop("lm_head", None)
+    edges: Any = {name: fresh(None, t) for name, t in edge_targets.items()}
+    return Adapter(layers=layers, **edges, **first_tensors(spec.config, spec.extras, base, dtype))
 
 
 def adapted_matrix(base: Base, layer: int | None, name: str) -> torch.Tensor:
-    """What a target adapts, as [d_out, d_in]; an embedding maps one-hot tokens to hidden states."""
+    """The matrix [d_out, d_in] that a target adapts, dequantised if need be.
+
+    An embedding is returned transposed: it maps one-hot tokens to hidden states.
+    """
     if layer is not None:
         return dense(base["layers"][layer][name]["weight"], base["norm"].dtype)
     if name == "embed_tokens":
@@ -70,24 +77,24 @@ def adapted_matrix(base: Base, layer: int | None, name: str) -> torch.Tensor:
     return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
 
 
-def _first_rows(
+def _first_embedding_pair(
     init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) of an embedding: B normal, A zero unless `init` is False (peft 0.21.2, layer.py:352).
 
-    "pissa", "loftq" and the like are about products with a dense input, and mean True here.
+    Other values of `init` concern dense inputs and mean True here.
     """
     shape = (r, d_in)
     a = torch.zeros(shape) if init else torch.randn(shape, generator=generator)
     return a, torch.randn(d_out, r, generator=generator)
 
 
-def _first_weights(
+def _first_pair(
     init: bool | str, r: int, d_in: int, d_out: int, generator: torch.Generator, experts: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B); PEFT's B of several experts is one matrix, whose fan-in is all their ranks."""
+    """(A, B). In PEFT the B of all experts is one matrix, whose fan-in is r times their number."""
     if init == "orthogonal":
-        return orthogonal_pair(r, d_in, d_out, generator)
+        return _orthogonal_pair(r, d_in, d_out, generator)
     if init == "gaussian":
         a = torch.randn(r, d_in, generator=generator) / r
     else:
@@ -99,13 +106,13 @@ def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) ->
     return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
 
 
-def orthogonal_pair(
+def _orthogonal_pair(
     r: int, d_in: int, d_out: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(A, B) with B A = 0 and neither zero: they span orthogonal halves of the rank's space.
+    """(A, B) with B A = 0 and neither zero.
 
-    The recipe of peft 0.21.2 (layer.py:603): rows of one random orthogonal [r, r] matrix, the even
-    ones for A, the odd ones for B, times normal matrices, over 10.
+    The recipe of peft 0.21.2 (layer.py:603): of a random orthogonal [r, r] matrix, the even rows
+    are for A and the odd rows for B. They are multiplied by normal matrices and divided by 10.
     """
     q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
     a = (torch.randn(d_in, r // 2, generator=generator) @ q[0::2]).T / 10

@@ -96,7 +96,8 @@ def initialize(
     raise_problems(ValueError, heading, choice_problems(method, choices))
     raise_problems(ValueError, heading, fresh_adapter_problems(model, method, choices))
     found = list(batches)
-    raise_problems(ValueError, heading, batches_problems(model.spec, found, method))
+    needed = ("input_ids", "labels") if method == "lora_ga" else ("input_ids",)
+    raise_problems(ValueError, heading, batches_problems(model.spec, found, needed))
     device = model.base["norm"].device
     found = [{name: x.to(device) for name, x in batch.items()} for batch in found]
     whole = replace(model, base=unpark_originals(model.base))

@@ -1,1 +1,1 @@
-"""__init__."""
+"""The demo model's files; `fastlora.load("demo")` reads them. scripts/make_demo/ makes them."""

@@ -1,4 +1,13 @@
-"""base_tensors."""
+"""Embedding and head of the base, in an adapter's file.
+
+A PEFT file holds them, besides the adapter, if they differ from the checkpoint's: after the
+vocabulary has grown, or if PEFT saved with save_embedding_layers. The key depends on what adapts
+the module:
+
+    base_model.model.lm_head.base_layer.weight                  LoRA
+    base_model.model.lm_head.token_adapter.base_layer.weight    trained rows
+    base_model.model.lm_head.weight                             nothing
+"""
 
 from collections.abc import Collection, Mapping
 
@@ -7,33 +16,42 @@ from torch import Tensor
 
 from fastlora.adapters.extras import EDGE_MODULES
 from fastlora.formats.peft.expert_layout import PREFIX
-from fastlora.formats.peft.names import BASE_KEYS, MODULES
+from fastlora.formats.peft.names import MODULE_OF
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import EMBED_TOKENS, LM_HEAD
 from fastlora.models.params import Base
 from fastlora.models.spec import LoraConfig, Spec
 
+_WITH_LORA, _WITH_ROWS, _ALONE = (
+    "base_layer.weight",
+    "token_adapter.base_layer.weight",
+    "weight",
+)
 
-# ── 3. an embedding and a head of the base's own ──────────────────────────────────────────
+
 def base_tensors_out(spec: Spec, base: Base) -> dict[str, Tensor]:
-    """Key -> tensor, for embedding and head where they are not those of the checkpoint any more.
+    """PEFT's key -> tensor, for the embedding and the head that the file must hold.
 
-    A tied pair is written twice, as PEFT does. What has a trained copy is not written.
+    These are the ones in `spec.changed`, except those of which the adapter has a trained copy. A
+    tied matrix is written twice, as PEFT does.
     """
     if spec.lora is None or not spec.changed:
         return {}
     extras = spec.lora.extras
-    own = {EMBED_TOKENS: base["embed_tokens"], LM_HEAD: base.get("lm_head", base["embed_tokens"])}
-    rows = {end for end, _ in extras.tokens} | ({"lm_head"} if extras.shared_rows else set())
+    matrices = {
+        EMBED_TOKENS: base["embed_tokens"],
+        LM_HEAD: base.get("lm_head", base["embed_tokens"]),
+    }
+    with_rows = {key for key, _ in extras.tokens} | ({"lm_head"} if extras.shared_rows else set())
     tensors = {}
-    for end, module in MODULES.items():
+    for key, module in MODULE_OF.items():
         name = f"{module}.weight"
         copied = name in extras.replaced or (extras.tied and EMBED_TOKENS in extras.replaced)
         if copied or (name not in spec.changed and "lm_head" in base):
             continue
-        with_lora = getattr(extras, end) is not None
-        how = BASE_KEYS[0] if with_lora else BASE_KEYS[1] if end in rows else BASE_KEYS[2]
-        tensors[f"{PREFIX}{module}.{how}"] = own[name]
+        with_lora = getattr(extras, key) is not None
+        leaf = _WITH_LORA if with_lora else _WITH_ROWS if key in with_rows else _ALONE
+        tensors[f"{PREFIX}{module}.{leaf}"] = matrices[name]
     return tensors
 
 
@@ -44,47 +62,51 @@ def take_base_tensors(
     *,
     tied: bool,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], list[str]]:
-    """(a file's tensors but those of the base, name on disk -> base's own tensors, problems).
+    """Separate a file's tensors: (the adapter's by key, the base's by name on disk, problems).
+
+        {"...lm_head.base_layer.weight": W, "...lm_head.lora_A.weight": A, ...}
+    ->  {"...lm_head.lora_A.weight": A, ...}, {"lm_head.weight": W}, []
 
     Args:
-        tensors: key -> tensor.
-        lora: the adapter's settings; what these make a trained copy is not the base's.
-        dtypes: what a matrix may be stored as.
-        tied: whether the base's head is its embedding.
+        tensors: PEFT's key -> tensor.
+        lora: the adapter's settings. A tensor that they say is a trained copy is the adapter's.
+        dtypes: accepted dtypes.
+        tied: whether the base's head is its embedding. Then only the embedding is returned.
     """
-    rest, found, problems = dict(tensors), {}, []
-    twin = {EMBED_TOKENS, LM_HEAD} if lora.extras.tied else set()
+    of_adapter, of_base, problems = dict(tensors), {}, []
+    both = {EMBED_TOKENS, LM_HEAD} if lora.extras.tied else set()
     copies = {*lora.extras.replaced}
-    copies |= twin if copies & twin else set()
+    copies |= both if copies & both else set()
     for key, name in _base_keys().items():
-        if key not in rest or name in copies:
+        if key not in of_adapter or name in copies:
             continue
-        if name in found:
+        if name in of_base:
             problems.append(f"twice       {key}: the base's matrix is there under another key too")
-        found[name] = tensor = rest.pop(key)
+        of_base[name] = tensor = of_adapter.pop(key)
         if tensor.dtype not in dtypes:
-            problems.append(f"dtype       {key}: {tensor.dtype}, no floating-point matrix")
+            problems.append(f"dtype       {key}: {tensor.dtype} is not a floating-point dtype")
         elif not tensor.isfinite().all():
             problems.append(f"NaN or inf  {key}")
-    if tied and len(found) == 2 and not torch.equal(found[EMBED_TOKENS], found[LM_HEAD]):
+    if tied and len(of_base) == 2 and not torch.equal(of_base[EMBED_TOKENS], of_base[LM_HEAD]):
         problems.append(
             f"two heads   {PREFIX}lm_head's matrix is not the embedding's, but the base has one for"
             " both; load a base whose tie_word_embeddings is false"
         )
-    if tied and found:
-        found = {EMBED_TOKENS: next(iter(found.values()))}
-    return rest, found, problems
+    if tied and of_base:
+        of_base = {EMBED_TOKENS: next(iter(of_base.values()))}
+    return of_adapter, of_base, problems
 
 
 def _base_keys() -> dict[str, str]:
-    """Every key that a base's embedding or head may have -> name on disk."""
-    return {f"{PREFIX}{m}.{how}": f"{m}.weight" for m in EDGE_MODULES for how in BASE_KEYS}
+    """Every key that the base's embedding or head may have -> its name on disk."""
+    leaves = (_WITH_LORA, _WITH_ROWS, _ALONE)
+    return {f"{PREFIX}{m}.{leaf}": f"{m}.weight" for m in EDGE_MODULES for leaf in leaves}
 
 
-def vocabulary_rows(tensors: Mapping[str, Tensor], config: LlamaConfig) -> tuple[int, list[str]]:
-    """(vocabulary of the model a file was saved from, problems): rows of its matrices.
+def vocabulary_size(tensors: Mapping[str, Tensor], config: LlamaConfig) -> tuple[int, list[str]]:
+    """(size of the vocabulary that a file was saved with, problems), from the rows of its matrices.
 
-    Never less than the base's: then the shapes are reported.
+    Never less than the base's vocabulary: a smaller one is reported as a problem.
     """
     keys = _base_keys()
     rows = {k: tensors[k].shape[0] for k in keys if k in tensors and tensors[k].dim() == 2}
@@ -103,7 +125,7 @@ def vocabulary_rows(tensors: Mapping[str, Tensor], config: LlamaConfig) -> tuple
     if v > config.vocab_size and not config.tie_word_embeddings:
         if len({k.removeprefix(PREFIX).startswith("lm_head") for k in rows}) < 2:
             problems.append(
-                f"rows        {v} of {next(iter(rows))}, {config.vocab_size} of the base, and the"
+                f"rows        {next(iter(rows))} has {v}, the base {config.vocab_size}, and the"
                 " file holds only one of embedding and head"
             )
     if v < config.vocab_size:

@@ -1,4 +1,20 @@
-"""expert_layout."""
+"""Adapters of experts, as PEFT stores them, and how files name every expert.
+
+PEFT adapts the tensor of all experts as one parameter, and stores A and B as matrices:
+
+    tree  ExpertLoRA(a [e, r, d_in], b [e, d_out, r])
+    file  lora_A.weight [e * r, d_in]    expert by expert
+          lora_B.weight [d_out, r * e]   rank by rank: column i * e + j is column i of expert j's B
+
+It wraps the module of a parameter, once for each adapted parameter, in the order in which they are
+registered. If both gate_up_proj and down_proj are adapted, gate_up_proj is the inner one, and only
+the nesting tells them apart:
+
+    ...mlp.experts.base_layer.lora_A.weight     experts.gate_up_proj
+    ...mlp.experts.lora_A.weight                experts.down_proj
+
+Older files name every expert and matrix (`fuse_adapter`).
+"""
 
 import re
 from collections.abc import Collection, Mapping
@@ -8,19 +24,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import EXPERT_SPELLINGS, expert_matrices, is_mixture, projection_path
+from fastlora.models.names import expert_matrices, expert_spelling, is_mixture, projection_path
 from fastlora.models.params import EXPERTS
 from fastlora.models.spec import LoraConfig, Target
 
-# ── 3. an adapter's files ─────────────────────────────────────────────────────────────────
-# PEFT wraps the module that holds a parameter, once for each parameter, in the order they are
-# registered: of gate_up_proj and down_proj the first is the inner one, and only the nesting says
-# which is which. A is expert-major [e * r, d_in], B rank-major [d_out, r * e].
-PREFIX = "base_model.model."  # of all of PEFT's keys
+PREFIX = "base_model.model."  # every key of a PEFT file begins with it
 
 
 def adapter_path(layer: int, name: str, adapted: Collection[str]) -> str:
-    """Module name of a target's A and B, in a layer that adapts the targets `adapted`."""
+    """PEFT's module name for a target, in a layer in which the targets `adapted` are adapted."""
     if name not in EXPERTS:
         return projection_path(layer, name)
     module = projection_path(layer, name).rpartition(".")[0]
@@ -28,13 +40,13 @@ def adapter_path(layer: int, name: str, adapted: Collection[str]) -> str:
     return f"{module}.base_layer" if inner else module
 
 
-def packed(key: str, leaf: Float[Tensor, "e _ _"]) -> Float[Tensor, "_ _"]:
-    """An ExpertLoRA's a or b as PEFT's matrix, which of the two the key says."""
+def pack_experts(key: str, leaf: Float[Tensor, "e _ _"]) -> Float[Tensor, "_ _"]:
+    """An ExpertLoRA's a or b as PEFT's matrix. The key says which of the two it is."""
     return leaf.flatten(0, 1) if _is_a(key) else leaf.permute(1, 2, 0).flatten(1)
 
 
-def unpacked(key: str, matrix: Float[Tensor, "_ _"], experts: int) -> Float[Tensor, "e _ _"]:
-    """PEFT's matrix as an ExpertLoRA's a or b: a view."""
+def unpack_experts(key: str, matrix: Float[Tensor, "_ _"], experts: int) -> Float[Tensor, "e _ _"]:
+    """The inverse of `pack_experts`, as a view of the matrix."""
     if _is_a(key):
         return matrix.view(experts, -1, matrix.shape[1])
     return matrix.view(matrix.shape[0], -1, experts).permute(2, 0, 1)
@@ -45,7 +57,7 @@ def _is_a(key: str) -> bool:
 
 
 def packed_shape(field: str, r: int, shape: tuple[int, int], experts: int) -> tuple[int, int]:
-    """The shape of `packed`, for experts' matrices of `shape`."""
+    """The shape of `pack_experts` of field "a" or "b", for experts whose matrices have `shape`."""
     d_out, d_in = shape
     return (r * experts, d_in) if field == "a" else (d_out, r * experts)
 
@@ -53,44 +65,52 @@ def packed_shape(field: str, r: int, shape: tuple[int, int], experts: int) -> tu
 def fuse_adapter(
     tensors: Mapping[str, Tensor], lora: LoraConfig, config: LlamaConfig
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """(tensors under PEFT's present names, problems), from a file that may spell every expert.
+    """Rename a file's tensors to PEFT's present names. Returns (tensors, problems).
 
-    Of gate and up of an expert, A is stacked and B block-diagonal, so that each keeps its own rank.
+    Gate and up of an expert become one matrix. A is stacked and B is block-diagonal, so that each
+    keeps its own rank:
+
+        experts.3.w1.lora_A [r, d], .lora_B [f, r]  \\      A = [A1; A3]        [2r, d]
+        experts.3.w3.lora_A [r, d], .lora_B [f, r]  /  ->  B = [B1 0; 0 B3]    [2f, 2r]
+
+    In other keys only the module's old name changes ("block_sparse_moe" to "mlp"). Files of models
+    without experts are returned unchanged.
     """
     if not is_mixture(config):
         return dict(tensors), []
-    module, _ = EXPERT_SPELLINGS[config.model_type]
+    module = expert_spelling(config).module
     one_by_one = re.compile(rf"{re.escape(PREFIX)}model\.layers\.\d+\.{module}\.experts\.\d+\.")
-    spelled = {k for k in tensors if one_by_one.match(k)}
-    fused = {k.replace(f".{module}.", ".mlp."): t for k, t in tensors.items() if k not in spelled}
+    legacy = {k for k in tensors if one_by_one.match(k)}
+    fused = {k.replace(f".{module}.", ".mlp."): t for k, t in tensors.items() if k not in legacy}
     problems, used = [], set()
-    for layer, targets in enumerate(lora.targets if spelled else ()):
+    for layer, targets in enumerate(lora.targets if legacy else ()):
         adapted = [t.name for t in targets]
         for target in targets:
             if target.name not in EXPERTS:
                 continue
-            expected = _expert_shapes(config, layer, target)
+            expected = _legacy_shapes(config, layer, target)
             wrong = _differences(tensors, expected)
             problems += wrong
             used |= expected.keys()
             if not wrong:
                 path = PREFIX + adapter_path(layer, target.name, adapted)
-                a, b = _stacked(tensors, expected, config.num_local_experts)
+                a, b = _stack_experts(tensors, expected, config.num_local_experts)
                 for key, leaf in ((f"{path}.lora_A.weight", a), (f"{path}.lora_B.weight", b)):
-                    fused[key] = packed(key, leaf)
-    return fused, problems + [f"unexpected  {k}" for k in sorted(spelled - used)]
+                    fused[key] = pack_experts(key, leaf)
+    return fused, problems + [f"unexpected  {k}" for k in sorted(legacy - used)]
 
 
-def _expert_shapes(config: LlamaConfig, layer: int, target: Target) -> dict[str, tuple[int, int]]:
-    """Key -> shape, expert by expert, A before B, gate before up."""
-    module, spelled = EXPERT_SPELLINGS[config.model_type]
+def _legacy_shapes(config: LlamaConfig, layer: int, target: Target) -> dict[str, tuple[int, int]]:
+    """Key -> shape of every expert's A and B; A before B, gate before up, expert by expert."""
+    module, matrix_names = expert_spelling(config)[:2]
     matrices = list(expert_matrices(config, target.name))
     r = target.r // len(matrices)
+    prefix = f"{PREFIX}model.layers.{layer}.{module}.experts"
     return {
-        f"{PREFIX}model.layers.{layer}.{module}.experts.{e}.{spelled[m]}.lora_{side}.weight": s
+        f"{prefix}.{e}.{matrix_names[m]}.lora_{side}.weight": shape
         for e in range(config.num_local_experts)
         for m, _, (d_out, d_in) in matrices
-        for side, s in (("A", (r, d_in)), ("B", (d_out, r)))
+        for side, shape in (("A", (r, d_in)), ("B", (d_out, r)))
     }
 
 
@@ -105,11 +125,12 @@ def _differences(
     ]
 
 
-def _stacked(
+def _stack_experts(
     tensors: Mapping[str, Tensor], keys: Collection[str], experts: int
 ) -> tuple[Float[Tensor, "e r d_in"], Float[Tensor, "e d_out r"]]:
-    found = [tensors[k] for k in keys]
-    each = len(found) // experts
-    parts = [found[i : i + each] for i in range(0, len(found), each)]
+    """(a, b) of an ExpertLoRA, from tensors in the order of `_legacy_shapes`."""
+    ordered = [tensors[k] for k in keys]
+    per_expert = len(ordered) // experts
+    parts = [ordered[i : i + per_expert] for i in range(0, len(ordered), per_expert)]
     a = torch.stack([torch.cat(part[0::2]) for part in parts])
     return a, torch.stack([torch.block_diag(*part[1::2]) for part in parts])

@@ -1,4 +1,8 @@
-"""reading."""
+"""load_adapter(): any PEFT LoRA folder that PEFT can read for this base.
+
+The folder is read and checked first (`_read_contents`); then the model is built from it. Nothing is
+unpickled. Settings that fastlora does not support are refused by name.
+"""
 
 import os
 import re
@@ -11,48 +15,69 @@ import torch
 from torch import Tensor
 
 from fastlora.adapters.init.from_weights import weight_factors
-from fastlora.checkpoints.hub import resolve
+from fastlora.arguments import check_arguments
+from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, fetch_folder
 from fastlora.checkpoints.tensors import read_json, read_safetensors
 from fastlora.errors import CheckpointError, raise_problems
-from fastlora.formats.peft.base_tensors import take_base_tensors, vocabulary_rows
-from fastlora.formats.peft.config import REPEATABLE_INITS, config_from_peft
-from fastlora.formats.peft.expert_layout import PREFIX, fuse_adapter, unpacked
+from fastlora.formats.peft.base_tensors import take_base_tensors, vocabulary_size
+from fastlora.formats.peft.config_reading import REPEATABLE_INITS, config_from_peft
+from fastlora.formats.peft.expert_layout import PREFIX, fuse_adapter, unpack_experts
 from fastlora.formats.peft.names import adapter_shapes, map_named, named_leaves, tensor_problems
 from fastlora.formats.peft.writing import CONFIG_FILE, WEIGHTS_FILE
 from fastlora.models.config import LlamaConfig
 from fastlora.models.init_offset import with_offset
-from fastlora.models.names import EMBED_TOKENS, END_WEIGHTS, LM_HEAD, tensors_from_base
-from fastlora.models.params import DTYPES, Base
+from fastlora.models.input_checks import MODEL
+from fastlora.models.names import EDGE_WEIGHTS, EMBED_TOKENS, LM_HEAD, tensors_from_base
+from fastlora.models.params import DTYPES, Adapter, Base
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import StateT
 from fastlora.ops.cast import cast as cast_matrices
 
 
-# ── adapter in ────────────────────────────────────────────────────────────────────────────
 def load_adapter(
     model: StateT,
     folder_or_id: str | os.PathLike[str],
     *,
-    token: str | None = None,
+    token: str | bool | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
 ) -> StateT:
-    """The model's base with the adapter of a PEFT folder, in place of any it carried.
+    """The model's base with the adapter of a PEFT folder. An adapter of the model is replaced.
 
-    Tensors become float32 (float64 over a float64 base), as PEFT casts them, copies of whole
-    tensors the base's dtype; the device is the base's. A folder with an embedding or a head of its
-    own (PEFT's save_embedding_layers, a vocabulary that grew) gives the model a base that has it.
-    Keys of a compiled model ("_orig_mod.") and keys with PEFT's adapter name (".default.") are read
-    as what they stand for.
+    Keys that PEFT writes for a compiled model ("_orig_mod.") or with its adapter's name
+    (".default.") are accepted. If the folder also holds the base's embedding or head (after the
+    vocabulary has grown), the model gets these too.
+
+    Args:
+        model: its base is the one that the adapter was trained on.
+        folder_or_id: a local folder or a Hub id.
+        token: Hub token; None uses the stored one.
+        revision: branch, tag or commit on the Hub.
+        cache_dir: where downloads are kept; None is huggingface_hub's cache.
+        local_files_only: never use the network.
+
+    Returns:
+        A model on the base's device. Factors, magnitudes and trained rows are float32, or float64
+        if the base is, as PEFT casts them; copies of complete tensors have the base's dtype.
 
     Raises:
-        FileNotFoundError: if the folder, its config or its weights are not there.
-        CheckpointError: naming file and key of everything in it that is wrong, or that this version
-            cannot represent. Nothing is ever unpickled: an adapter_model.bin is refused.
+        ValueError: an argument of a wrong type; lists all of them.
+        FileNotFoundError: the folder, its config or its weights do not exist.
+        CheckpointError: lists every wrong or unsupported setting and tensor of the folder. An
+            adapter_model.bin is refused, because reading a pickle can run code.
     """
-    folder = resolve(
+    check_arguments(
+        "fastlora.load_adapter",
+        model=(model, MODEL),
+        folder_or_id=(folder_or_id, FOLDER_OR_ID),
+        token=(token, HUB_RULES["token"]),
+        revision=(revision, HUB_RULES["revision"]),
+        cache_dir=(cache_dir, HUB_RULES["cache_dir"]),
+        local_files_only=(local_files_only, HUB_RULES["local_files_only"]),
+    )
+    folder = fetch_folder(
         folder_or_id,
         files=(CONFIG_FILE, WEIGHTS_FILE),
         token=token,
@@ -60,20 +85,10 @@ def load_adapter(
         cache_dir=cache_dir,
         local_files_only=local_files_only,
     )
-    config, lora, tensors, own = _contents(folder, model.spec.config)
-    base, changed = _with_own(self_contained(model).base, own, tensors, config)
-    norm = base["norm"]
-    dtype = torch.promote_types(norm.dtype, torch.float32)
-
-    def read(key: str, shape: tuple[int, ...]) -> Tensor:
-        x = tensors[key]
-        if ".mlp.experts." in key:
-            x = unpacked(key, x, config.num_local_experts)
-        # Copies: what was read is a view of the file. Whole tensors keep the base's dtype.
-        kind = norm.dtype if key.endswith((".weight", ".bias")) and ".lora_" not in key else dtype
-        return x.to(norm.device, kind, copy=True).contiguous()
-
-    adapter = map_named(read, adapter_shapes(lora, config))
+    contents = _read_contents(folder, model.spec.config)
+    config, lora = contents.config, contents.lora
+    base, changed = _with_base_tensors(self_contained(model).base, contents)
+    adapter = _adapter_tree(contents, base["norm"])
     matrices = tensors_from_base(config, base)
     leaves = named_leaves(adapter) | {name: matrices[name] for name in changed}
     problems = [
@@ -83,78 +98,61 @@ def load_adapter(
     changed = tuple(dict.fromkeys((*model.spec.changed, *changed)))
     spec = replace(model.spec, config=config, lora=lora, changed=changed)
     if lora.init_lora_weights in REPEATABLE_INITS:
-        found = weight_factors(spec, base, torch.Generator(), (4, 1))  # neither draws nor quantises
-        base = with_offset(base, [cast_matrices(x, dtype) for x in found])
+        # The same decomposition of the base's weights as when training began. These methods draw no
+        # random numbers, so the generator has no effect.
+        offsets = weight_factors(spec, base, torch.Generator())
+        dtype = _factor_dtype(base["norm"])
+        base = with_offset(base, [cast_matrices(x, dtype) for x in offsets])
     return replace(model, spec=spec, base=base, adapter=adapter)
+
+
+# ── the folder's contents ─────────────────────────────────────────────────────────────────
 
 
 class _Contents(NamedTuple):
     """An adapter's folder, read and checked against a base's config."""
 
-    config: LlamaConfig  # with the vocabulary that the file has
+    config: LlamaConfig  # the base's, with the vocabulary of the file
     lora: LoraConfig
-    tensors: dict[str, Tensor]  # PEFT's key -> the adapter's
-    own: dict[str, Tensor]  # name on disk -> the base's embedding and head that the file brings
+    tensors: dict[str, Tensor]  # PEFT's key -> tensor of the adapter
+    base_tensors: dict[str, Tensor]  # name on disk -> embedding and head of the base
 
 
-def _contents(folder: Path, present: LlamaConfig) -> _Contents:
-    raw = read_json(_file(folder, CONFIG_FILE))
-    path = _file(folder, WEIGHTS_FILE)
-    tensors, problems = _canonical(read_safetensors(path))
-    v, of_vocabulary = vocabulary_rows(tensors, present)
-    config, tied = replace(present, vocab_size=v), present.tie_word_embeddings
+def _read_contents(folder: Path, base_config: LlamaConfig) -> _Contents:
+    raw = read_json(_existing_file(folder, CONFIG_FILE))
+    path = _existing_file(folder, WEIGHTS_FILE)
+    tensors, problems = _canonical_keys(read_safetensors(path))
+    v, vocabulary_problems = vocabulary_size(tensors, base_config)
+    config, tied = replace(base_config, vocab_size=v), base_config.tie_word_embeddings
     lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
-    tensors, own, of_base = take_base_tensors(tensors, lora, DTYPES.values(), tied=tied)
-    if v > present.vocab_size and not (own or _reads_copies_only(lora, tied)):
-        of_base.append(
-            f"rows        {v}, {present.vocab_size} of the base, but the file holds no matrix of"
-            " the base itself: save it with save_embedding_layers=True"
+    tensors, base_tensors, base_problems = take_base_tensors(
+        tensors, lora, DTYPES.values(), tied=tied
+    )
+    if v > base_config.vocab_size and not (base_tensors or _reads_copies_only(lora, tied)):
+        base_problems.append(
+            f"rows        {v}, the base has {base_config.vocab_size}, but the file holds no matrix"
+            " of the base itself: save it with save_embedding_layers=True"
         )
-    tensors, of_experts = fuse_adapter(tensors, lora, config)
-    problems += of_vocabulary + of_base
-    problems += of_experts or tensor_problems(tensors, lora, config, DTYPES.values())
+    tensors, expert_problems = fuse_adapter(tensors, lora, config)
+    problems += vocabulary_problems + base_problems
+    problems += expert_problems or tensor_problems(tensors, lora, config, DTYPES.values())
     cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
     raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
-    return _Contents(config, lora, tensors, own)
+    return _Contents(config, lora, tensors, base_tensors)
 
 
-def _reads_copies_only(lora: LoraConfig, tied: bool) -> bool:
-    """Whether copies stand in for every matrix of embedding and head, so that a base without the
-    new rows is never read."""
-    copies = {EMBED_TOKENS, LM_HEAD} & {*lora.extras.replaced}
-    return len(copies) == 2 or (tied and lora.extras.tied and bool(copies))
+def _existing_file(folder: Path, name: str) -> Path:
+    """The path of a file of the folder.
 
-
-def _with_own(
-    base: Base, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], config: LlamaConfig
-) -> tuple[Base, list[str]]:
-    """(the base with the embedding and head that a file brings, names of those that it changes).
-
-    Where the vocabulary grew and only a trained copy is there, the base has its values too: rows
-    that it never had are known from nowhere else.
+    Raises:
+        CheckpointError: the weights are a pickle.
+        FileNotFoundError: the file does not exist; names sub-folders that have it.
     """
-    names = {name: key for key, name in END_WEIGHTS.items() if key in base}
-    changed: dict[str, Tensor] = {}
-    for name, key in names.items():
-        brought = own.get(name)
-        if brought is None and base[key].shape[0] < config.vocab_size:
-            brought = tensors.get(f"{PREFIX}{name}")
-        if brought is None:
-            continue
-        value = brought.to(base["norm"].device, base["norm"].dtype, copy=True)
-        if value.shape != base[key].shape or not torch.equal(value, base[key]):
-            changed[key] = value
-    whole: Any = {**base, **changed}
-    return whole, [name for name, key in names.items() if key in changed]
-
-
-def _file(folder: Path, name: str) -> Path:
-    """A file of the folder; where it is not there, the error says what is."""
     if (path := folder / name).is_file():
         return path
     if name == WEIGHTS_FILE and (pickled := folder / "adapter_model.bin").is_file():
         raise CheckpointError(
-            f"{pickled} is a pickle, which can run code when it is read, so fastlora does not;"
+            f"{pickled} is a pickle. Reading a pickle can run code, so fastlora does not read it;"
             " convert it once where you trust it: peft_model.save_pretrained(folder) writes"
             f" {WEIGHTS_FILE}."
         )
@@ -163,18 +161,77 @@ def _file(folder: Path, name: str) -> Path:
     raise FileNotFoundError(f"{folder} has no {name}; {cure}")
 
 
-def _canonical(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors under PEFT's plain names, without compile's and the adapter's name in between."""
+def _canonical_keys(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(tensors under the keys that names.py knows, problems)."""
     renamed, problems = {}, []
     for key, tensor in tensors.items():
         plain = key.replace("_orig_mod.", "")
         plain = re.sub(r"\.lora_(\w+)\.default\b", r".lora_\1", plain)
-        # Beside bias="all", or a vocabulary that grew, PEFT writes a module that is saved whole
-        # twice more, and takes neither of the two for the copy.
-        own = re.sub(r"\.(original_module|modules_to_save)\.(bias|weight)$", r".\2", plain)
-        if own != plain and own in tensors:
+        # With bias="all" or a grown vocabulary, PEFT writes a module of modules_to_save three times
+        # and reads only the key without these parts.
+        short = re.sub(r"\.(original_module|modules_to_save)\.(bias|weight)$", r".\2", plain)
+        if short != plain and short in tensors:
             continue
         if plain in renamed:
             problems.append(f"twice       {key}, also there as {plain}")
         renamed[plain] = tensor
     return renamed, problems
+
+
+def _reads_copies_only(lora: LoraConfig, tied: bool) -> bool:
+    """Whether the adapter has trained copies of both embedding and head.
+
+    Then the model never reads the base's own, and these need not have the new rows.
+    """
+    copies = {EMBED_TOKENS, LM_HEAD} & {*lora.extras.replaced}
+    return len(copies) == 2 or (tied and lora.extras.tied and bool(copies))
+
+
+# ── the model ─────────────────────────────────────────────────────────────────────────────
+
+
+def _with_base_tensors(base: Base, contents: _Contents) -> tuple[Base, list[str]]:
+    """Put the file's embedding and head into the base.
+
+    If the vocabulary has grown and the file holds only a trained copy, the base gets the copy's
+    values: no other source has the new rows.
+
+    Returns:
+        The base, and the names on disk of the tensors that differ from the given base's.
+    """
+    names = {name: key for key, name in EDGE_WEIGHTS.items() if key in base}
+    changed: dict[str, Tensor] = {}
+    for name, key in names.items():
+        new = contents.base_tensors.get(name)
+        if new is None and base[key].shape[0] < contents.config.vocab_size:
+            new = contents.tensors.get(f"{PREFIX}{name}")
+        if new is None:
+            continue
+        value = new.to(base["norm"].device, base["norm"].dtype, copy=True)
+        if value.shape != base[key].shape or not torch.equal(value, base[key]):
+            changed[key] = value
+    new_base: Any = {**base, **changed}
+    return new_base, [name for name, key in names.items() if key in changed]
+
+
+def _adapter_tree(contents: _Contents, norm: Tensor) -> Adapter:
+    """The adapter's tree from the file's tensors, as copies, because these are views of the file.
+
+    Args:
+        contents: of the folder.
+        norm: a norm of the base, whose device and dtype decide the adapter's.
+    """
+
+    def leaf(key: str, shape: tuple[int, ...]) -> Tensor:
+        x = contents.tensors[key]
+        if ".mlp.experts." in key:
+            x = unpack_experts(key, x, contents.config.num_local_experts)
+        is_copy = key.endswith((".weight", ".bias")) and ".lora_" not in key
+        dtype = norm.dtype if is_copy else _factor_dtype(norm)
+        return x.to(norm.device, dtype, copy=True).contiguous()
+
+    return map_named(leaf, adapter_shapes(contents.lora, contents.config))
+
+
+def _factor_dtype(norm: Tensor) -> torch.dtype:
+    return torch.promote_types(norm.dtype, torch.float32)

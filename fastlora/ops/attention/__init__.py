@@ -1,0 +1,1 @@
+"""Causal attention: attention.py calls SDPA, flash.py our own Triton kernels; rope.py rotates."""

@@ -16,10 +16,10 @@ def attention_reference(
     v: Float[Tensor, "b kv s hd"],
     mask: Bool[Tensor, "#b 1 t s"] | None,
 ) -> Float[Tensor, "b h t hd"]:
-    """The specification, written out: softmax in at least float32, weights in v.dtype.
+    """The specification: softmax in at least float32, weights rounded to v.dtype.
 
-    Differentiable forward, backward and twice, and under vmap, which no fused kernel is
-    (torch 2.11 and 2.13). Holds the whole [b, h, t, s] score matrix.
+    Supports forward mode, reverse mode, second derivatives and vmap; torch's fused kernels do not
+    (torch 2.11 and 2.13). Materialises the [b, h, t, s] score matrix.
     """
     b, h, t, hd = q.shape
     kv, s = k.shape[1], k.shape[2]
@@ -45,25 +45,27 @@ def attention(
 
     Args:
         q: queries.
-        k: keys; each serves h / kv query heads.
-        v: values, likewise.
-        mask: True where a query may look; every row must have one True. None is plain causal
-            (t == s), the case the flash kernels serve.
-        deterministic: same bits every run. On CUDA every fused backward adds with atomics (flash,
-            cuDNN and memory-efficient gave other bits on a second run; H200, torch 2.11), so there
-            it is the reference: [b, h, t, s] scores, some ten times the time. flash_attention.py,
-            which a training step in 16 bits runs, gives the same bits always.
+        k: keys; each key head serves h / kv query heads.
+        v: values, with as many heads as k.
+        mask: True where a query sees a key; every row needs at least one True. None means causal
+            attention with t == s, the only case that SDPA's flash kernels support.
+        deterministic: give the same bits in every run. On CUDA this runs the reference, at about
+            ten times the time, because SDPA's fused backward passes add with atomics (flash, cuDNN
+            and memory-efficient all gave different bits on a second run; H200, torch 2.11).
+            flash.py is deterministic without this option.
     """
     if transforms_active() or (deterministic and q.is_cuda):
         return attention_reference(q, k, v, mask)
     groups = q.shape[1] // k.shape[1]
     if mask is not None or q.dtype not in (torch.float16, torch.bfloat16) or not q.is_cuda:
-        # Only CUDA's flash and cuDNN kernels share key heads by themselves; the memory-efficient
-        # kernel, which masks and float32 need, would fall back to the full score matrix. Repeating
-        # costs cuDNN 5 % (2.00 against 1.90 ms, forward and backward, 1B shapes, 4 x 2048, H200).
+        # Only CUDA's flash and cuDNN kernels support grouped heads. With a mask or in float32 only
+        # the memory-efficient kernel applies; with grouped heads SDPA would fall back from it to
+        # the full score matrix. Repeating keys and values costs cuDNN 5 % (2.00 ms against 1.90 ms,
+        # forward and backward, 1B shapes, 4 x 2048 tokens, H200).
         k, v = (x.repeat_interleave(groups, dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-    # A plain bool: where head counts are symbolic (a second model of another shape), dynamo hands
-    # SDPA `groups > 1`, and bool() of it, as a SymBool, which it refuses (torch 2.11 and 2.13).
+    # A literal bool. When head counts are symbolic (after a second model with other shapes), dynamo
+    # passes both `groups > 1` and bool(groups > 1) to SDPA as a SymBool, and SDPA raises (torch
+    # 2.11 and 2.13).
     enable_gqa = True if groups > 1 else False
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=enable_gqa)

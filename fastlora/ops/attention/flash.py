@@ -1,11 +1,13 @@
-"""Causal attention where each query sees one span of keys, from some first key up to itself, or all
-before it: plain rows, packed documents, sliding windows, each at the cost of the blocks that are
-seen (Dao 2023, arXiv:2307.08691).
+"""Causal attention in which each query sees one span of keys that ends at its own position
+(Dao 2023, arXiv:2307.08691).
 
-The specification is attention.py's `attention_reference`, under the mask that the spans stand for,
-of rotated queries and keys. The op runs flash_attention_kernel.py; its derivative rotates back what
-it has just summed, where Inductor reads and writes all of it again, and gives the same bits every
-run, which none of SDPA's fused backward passes on CUDA does.
+Spans describe unpadded rows, packed documents and sliding windows. Only the blocks of keys that
+some query sees cost time.
+
+The specification is `attention_reference` of attention.py, applied to rotated queries and keys with
+the mask that the spans describe. The op runs flash_kernel.py. Its backward pass applies RoPE's
+gradient before it stores dq and dk, which saves one read and one write of both. It gives the same
+bits in every run; SDPA's fused backward passes on CUDA do not.
 """
 
 from typing import NamedTuple
@@ -18,36 +20,43 @@ from fastlora.ops.attention.rope import apply_rope
 
 
 class Spans(NamedTuple):
-    """What queries see, row by row: neither list ever falls along a row."""
+    """The keys that each query sees. Both fields are non-decreasing along each row.
 
-    first: Int[Tensor, "b t"]  # int32: the first key that each query sees; the last is its own
-    last: Int[Tensor, "b t"]  # int32: the last query that sees each key
+    In a row of two packed documents, tokens 0-2 and 3-4:
+
+        first = [0, 0, 0, 3, 3]    last = [2, 2, 2, 4, 4]
+    """
+
+    first: Int[Tensor, "b t"]  # int32: first key that each query sees; the last is its own position
+    last: Int[Tensor, "b t"]  # int32: last query that sees each key
 
 
 def make_spans(first: Int[Tensor, "b t"]) -> Spans:
-    """Both lists from the first of them, made on its device without waiting for it."""
+    """Spans from their `first` field, computed on its device without a synchronisation."""
     index = torch.arange(first.shape[1], device=first.device).expand_as(first).contiguous()
     first = first.contiguous()
     last = torch.searchsorted(first, index, right=True, out_int32=True) - 1
     return Spans(first.to(torch.int32), last)
 
 
-# The longest rows, all of which is seen, for which the kernels took less time than cuDNN's, by
-# head_dim (H100; scripts/bench_results/2026-11-27-attention-lengths.txt). A longer one costs up to
-# 8 and 28 % more.
-_LONGEST = {64: 8192, 128: 2048}
+# head_dim -> the longest rows for which our kernels take less time than cuDNN's, in causal
+# attention without spans. On longer rows ours take up to 8 % (64) and 28 % (128) more (H100,
+# attention-lengths-2026-11-27 in scripts/bench/results.jsonl).
+_LONGEST_FASTEST = {64: 8192, 128: 2048}
 
 
 def kernel_supports(dtype: torch.dtype, heads: int, head_dim: int, t: int) -> bool:
-    """Whether the kernels were found right for such queries on a CUDA GPU. They count a row's
-    elements in 32 bits."""
-    known = dtype in (torch.float16, torch.bfloat16) and head_dim in _LONGEST
+    """Whether the kernels are tested for this dtype and head size on CUDA, and t is not too long.
+
+    The kernels compute offsets within a row in 32 bits.
+    """
+    known = dtype in (torch.float16, torch.bfloat16) and head_dim in _LONGEST_FASTEST
     return known and t * heads * head_dim < 2**31
 
 
 def kernel_is_faster(head_dim: int, t: int) -> bool:
-    """Whether they are also the fastest there is where a query sees all before it."""
-    return t <= _LONGEST[head_dim]
+    """Whether our kernels are faster than cuDNN's for causal attention without spans."""
+    return t <= _LONGEST_FASTEST[head_dim]
 
 
 # ── op and derivative ─────────────────────────────────────────────────────────────────────
@@ -101,22 +110,22 @@ class _FlashAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph=True, but what follows is not differentiable
+        if torch.is_grad_enabled():  # create_graph=True, but the kernel is not differentiable
             raise RuntimeError(
                 "the fused attention has no second derivative; differentiate fastlora.functional"
-                " with torch.func, which runs the plain one."
+                " with torch.func, which runs the reference."
             )
         kept = ctx.saved_tensors
-        grown = torch.ops.fastlora.flash_attention_backward(dout, *kept)
+        grads = torch.ops.fastlora.flash_attention_backward(dout, *kept)
         if ctx.joint:
-            return grown, *[None] * 7
-        b, t, _ = grown.shape
+            return grads, *[None] * 7
+        b, t, _ = grads.shape
         heads = [x.shape[1] for x in kept[:3]]
-        parts = grown.view(b, t, sum(heads), -1).transpose(1, 2).split(heads, 1)
+        parts = grads.view(b, t, sum(heads), -1).transpose(1, 2).split(heads, 1)
         return None, *parts, *[None] * 4
 
 
-# ── what the model calls ──────────────────────────────────────────────────────────────────
+# ── public function ───────────────────────────────────────────────────────────────────────
 def flash_attention(
     q: Float[Tensor, "b h t hd"],
     k: Float[Tensor, "b kv t hd"],
@@ -125,16 +134,21 @@ def flash_attention(
     spans: Spans | None,
     joint: Float[Tensor, "b t w"] | None = None,
 ) -> Float[Tensor, "b h t hd"]:
-    """softmax(R q (R k)' / sqrt(hd)) v over each query's span, R the rotation; tokens before heads
-    in memory. Runs Triton kernels.
+    """softmax(R q (R k)' / sqrt(hd)) v over each query's span, where R is RoPE's rotation.
+
+    Runs Triton kernels. The result is a transposed view of a [b, t, h, hd] tensor.
 
     Args:
-        q: queries, not rotated; see `takes`.
-        k: keys; each serves h / kv query heads.
-        v: values, likewise.
-        rope: cos and sin of every position's angles, in q.dtype; None: nothing is rotated.
-        where: what each query sees; None: all before it.
-        joint: receives the gradients of q, k and v side by side, in their place (lora_linears.py).
+        q: queries, not rotated; `kernel_supports` says which dtypes and sizes.
+        k: keys, not rotated; each key head serves h / kv query heads.
+        v: values, with as many heads as k.
+        rope: cos and sin of each position's angles, in q.dtype; None: no rotation.
+        spans: the keys that each query sees; None: all keys up to its own position.
+        joint: the placeholder for q, k and v side by side from `joint_lora_linears`, or None. If
+            given, it receives their gradients as one tensor, and q, k and v receive none.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     cos, sin = rope if rope is not None else (None, None)
     first, last = spans if spans is not None else (None, None)

@@ -1,9 +1,11 @@
 """Triton kernels of `flash_attention`: softmax(q k' / sqrt(hd)) v over each query's span of keys,
-and its gradients (Dao 2023, arXiv:2307.08691), each in a pass that owns what it writes.
+and its gradients (Dao 2023, arXiv:2307.08691).
 
-dq is summed by the program of a block of queries, dk and dv by that of a block of keys and of all
-the query heads it serves. Scores are formed twice for it, and in exchange nothing is added by
-atomics, laid out anew or summed over heads afterwards, and two runs give the same bits.
+Two kernels make up the backward pass, and no two programs write to the same element. A program of
+the first sums dq of one block of queries; a program of the second sums dk and dv of one block of
+keys over all query heads that share them. The scores are therefore computed twice. In exchange
+there are no atomics, no transposed copies and no later sum over heads, and all runs give the same
+bits.
 """
 
 import math
@@ -14,24 +16,26 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.swiglu.swiglu_kernel import precision
+from fastlora.ops.dispatch import precision
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
 
-# Without helper functions: see swiglu_kernel.py. Each walks three stretches of blocks: where spans
-# begin, which has to ask what is seen (where there are spans); where all is seen; and where they
-# end. Tokens beyond the last are the last again, which is not seen, or not stored; where a tile
-# divides the length (EVEN) nobody asks, and offsets within a row have 32 bits: a tenth of the time
-# each (scripts/bench_results/2026-11-27-attention-tiles.txt). 1.4426950408 is log2(e). -3e38 is as
-# good as no score, and leaves a number where a row's first blocks show it nothing.
+# The kernels use no helper functions; swiglu_kernel.py says why. Each kernel walks three stretches
+# of blocks: blocks in which spans begin (only with SPANS), blocks that all rows of the tile see,
+# and blocks in which spans end. Only the first and the last stretch need a mask. Indices beyond the
+# last token are clamped to it; the mask hides such keys, and results of such queries are not
+# stored. If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
+# time; 32-bit offsets within a row save another tenth (attention-tiles-2026-11-27 in
+# scripts/bench/results.jsonl). 1.4426950408 is log2(e). The running maximum starts at -3e38 and not
+# at -inf: a row that sees no key in its first blocks would otherwise compute -inf - -inf = NaN.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, t, heads, scale, q_token, k_token, v_token,
     GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # those that see most go first
+    top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # blocks that see most keys go first
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
     query, d, j = top + tl.arange(0, BM), tl.arange(0, D), tl.arange(0, BN)
     here = tl.minimum(query, t - 1)
@@ -39,21 +43,21 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     q = tl.load(q_ptr + token * q_token + (head * D + d)[None, :])
     k_at = k_ptr + row * t * k_token + (head // GROUP) * D
     v_at = v_ptr + row * t * v_token + (head // GROUP) * D
-    begin, whole, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
+    begin, unmasked, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
     first = tl.zeros((BM,), tl.int32)
     if SPANS:
         first = tl.load(first_ptr + row * t + here)
         begin = tl.load(first_ptr + row * t + top) // BN * BN
-        whole = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
-        whole = tl.minimum(whole, diagonal)
+        unmasked = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
+        unmasked = tl.minimum(unmasked, diagonal)
     best = tl.full((BM,), -3e38, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, D), tl.float32)
     factor = scale * 1.4426950408889634
     for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
-        x_a = begin if stretch == 0 else whole if stretch == 1 else diagonal
-        high = whole if stretch == 0 else diagonal if stretch == 1 else end
-        for start in tl.range(x_a, high, BN, num_stages=STAGES):  # pyright: ignore
+        low = begin if stretch == 0 else unmasked if stretch == 1 else diagonal
+        high = unmasked if stretch == 0 else diagonal if stretch == 1 else end
+        for start in tl.range(low, high, BN, num_stages=STAGES):  # pyright: ignore
             key = start + j
             if stretch == 2 and not EVEN:
                 key = tl.minimum(key, t - 1)
@@ -97,14 +101,14 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     dout = tl.load(dout_ptr + token * dout_token + column)
     k_at = k_ptr + row * t * k_token + (head // GROUP) * D
     v_at = v_ptr + row * t * v_token + (head // GROUP) * D
-    begin, whole, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
+    begin, unmasked, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
     first = tl.zeros((BM,), tl.int32)
     if SPANS:
         first = tl.load(first_ptr + row * t + here)
         begin = tl.load(first_ptr + row * t + top) // BN * BN
-        whole = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
-        whole = tl.minimum(whole, diagonal)
-    # What the softmax takes off each gradient of a weight: their sum over the weights.
+        unmasked = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
+        unmasked = tl.minimum(unmasked, diagonal)
+    # The softmax's gradient is weights * (dweights - delta), with delta = sum(weights * dweights).
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
     at = (row * heads + head) * t + here
     tl.store(delta_ptr + at, delta, mask=query < t)
@@ -112,9 +116,9 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     factor = scale * 1.4426950408889634
     dq = tl.zeros((BM, D), tl.float32)
     for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
-        x_a = begin if stretch == 0 else whole if stretch == 1 else diagonal
-        high = whole if stretch == 0 else diagonal if stretch == 1 else end
-        for start in tl.range(x_a, high, BN, num_stages=STAGES):  # pyright: ignore
+        low = begin if stretch == 0 else unmasked if stretch == 1 else diagonal
+        high = unmasked if stretch == 0 else diagonal if stretch == 1 else end
+        for start in tl.range(low, high, BN, num_stages=STAGES):  # pyright: ignore
             key = start + j
             if stretch == 2 and not EVEN:
                 key = tl.minimum(key, t - 1)
@@ -160,14 +164,14 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     here = tl.minimum(key, t - 1)
     token, column = (row * t + here)[:, None], (kv_head * D + d)[None, :]
     k, v = tl.load(k_ptr + token * k_token + column), tl.load(v_ptr + token * v_token + column)
-    diagonal, whole = top // BM * BM, tl.cdiv(top + BN, BM) * BM
+    diagonal, unmasked = top // BM * BM, tl.cdiv(top + BN, BM) * BM
     last = tl.full((BN,), t - 1, tl.int32)
     rest, end = t // BM * BM, t
     if SPANS:
         last = tl.load(last_ptr + row * t + here)
         rest = (tl.load(last_ptr + row * t + top) + 1) // BM * BM
         end = tl.load(last_ptr + row * t + tl.minimum(top + BN, t) - 1) + 1
-    rest = tl.maximum(rest, whole)
+    rest = tl.maximum(rest, unmasked)
     factor = scale * 1.4426950408889634
     dk = tl.zeros((BN, D), tl.float32)
     dv = tl.zeros((BN, D), tl.float32)
@@ -177,15 +181,15 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
         dout_at = dout_ptr + row * t * dout_token + head * D
         at = (row * heads + head) * t
         for stretch in tl.static_range(0, 2 if EVEN and not SPANS else 3):  # pyright: ignore
-            x_a = diagonal if stretch == 0 else whole if stretch == 1 else rest
-            high = tl.minimum(whole, end) if stretch == 0 else rest if stretch == 1 else end
-            for start in tl.range(x_a, high, BM, num_stages=STAGES):  # pyright: ignore
+            low = diagonal if stretch == 0 else unmasked if stretch == 1 else rest
+            high = tl.minimum(unmasked, end) if stretch == 0 else rest if stretch == 1 else end
+            for start in tl.range(low, high, BM, num_stages=STAGES):  # pyright: ignore
                 query = start + i
                 if stretch != 1 and not EVEN:
                     query = tl.minimum(query, t - 1)
-                own = query[:, None]
-                q = tl.load(q_at + own * q_token + d[None, :])
-                dout = tl.load(dout_at + own * dout_token + d[None, :])
+                query_t = query[:, None]
+                q = tl.load(q_at + query_t * q_token + d[None, :])
+                dout = tl.load(dout_at + query_t * dout_token + d[None, :])
                 lse = tl.load(lse_ptr + at + query)
                 delta = tl.load(delta_ptr + at + query)
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -217,9 +221,9 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
-# (queries, keys, warps, iterations whose loads are in flight, registers a thread where they are
-# held down) of a tile, by head_dim, as they were fastest on an H100; and where a block has less
-# than 160 KB of shared memory, the fastest of those that fit in 99.
+# head_dim -> (queries, keys, warps, pipeline stages, register limit per thread) of each kernel's
+# tile: the fastest on an H100. On cards with less than 160 KB of shared memory per block,
+# `_SMALL_CARD_TILES` replaces two tiles of head_dim 128: the fastest that fit in 99 KB.
 _TILES = {
     64: {
         "forward": (64, 64, 4, 3, 128),
@@ -233,15 +237,21 @@ _TILES = {
     },
 }
 
-_SMALL = {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)}
+_SMALL_CARD_TILES = {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)}
 
 
 def tile(which: str, head_dim: int, t: int, shared: int) -> tuple[int, int, dict]:
-    """(queries, keys, what a kernel is compiled for) of a tile, on a card that gives a block as
-    many bytes of shared memory; of "forward", "queries" or "keys"."""
+    """(queries per tile, keys per tile, compile-time arguments) of a kernel.
+
+    Args:
+        which: the kernel: "forward", "queries" (dq) or "keys" (dk and dv).
+        head_dim: head size.
+        t: row length.
+        shared: bytes of shared memory per block on the card.
+    """
     wide = 128 if head_dim > 64 else 64
     small = wide == 128 and shared < 160 * 1024
-    chosen = _TILES[wide] | (_SMALL if small else {})
+    chosen = _TILES[wide] | (_SMALL_CARD_TILES if small else {})
     bm, bn, warps, stages, registers = chosen[which]
     even = t % bm == 0 and t % bn == 0
     how = dict(BM=bm, BN=bn, EVEN=even, STAGES=stages, num_warps=warps)
@@ -256,8 +266,8 @@ def _tile(which: str, q: Float[Tensor, "b h t hd"]) -> tuple[int, int, dict]:
 
 
 def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
-    """x, or a copy, so that rows, tokens, heads and channels follow one another, a token's heads
-    without gaps."""
+    """x as a transposed view of [b, t, h, hd] whose heads of a token are adjacent; copies x if its
+    layout differs."""
     t, hd = x.shape[2:]
     laid = x.stride(3) == 1 and x.stride(1) == hd and x.stride(0) == t * x.stride(2)
     return x if laid else x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -266,7 +276,7 @@ def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
 def _by_cudnn(
     q: Float[Tensor, "b h t hd"], k: Float[Tensor, "b kv t hd"], v: Float[Tensor, "b kv t hd"]
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]] | None:
-    """What `flash_forward` returns, in the time of cuDNN's kernel, where it runs."""
+    """The result of `flash_forward` from cuDNN's kernel, or None if cuDNN does not support it."""
     shared = q.shape[1] != k.shape[1]
     params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, True, shared)
     if not torch.backends.cuda.can_use_cudnn_attention(params):
@@ -282,14 +292,18 @@ def flash_forward(
     v: Float[Tensor, "b kv t hd"],
     first: Int[Tensor, "b t"] | None,
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]]:
-    """(attention in q.dtype, tokens before heads in memory; the log2 of each query's sum of
-    exponentials, float32). `first`, int32: the first key each query sees; None: all before it."""
+    """(attention, lse): the result in q.dtype, and the log2 of each query's sum of exponentials.
+
+    The result is a view of [b, t, h, hd]; lse is float32. `first` (int32) holds the first key that
+    each query sees; None means all keys up to its own position.
+    """
     (b, h, t, hd), kv = q.shape, k.shape[1]
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
-    # Of 8B's shapes, 8,192 tokens in rows of 2,048, it takes 258 us where ours takes 321; of 1B's
-    # 190 and 174 (H100; scripts/bench_results/2026-11-27-attention-lengths.txt).
-    if hd == 128 and first is None and q.is_cuda and (found := _by_cudnn(q, k, v)) is not None:
-        return found
+    # cuDNN takes 258 us and our kernel 321 us for the shapes of 8B (4 x 2048 tokens); for the
+    # shapes of 1B, 190 and 174 us (H100, attention-lengths-2026-11-27 in
+    # scripts/bench/results.jsonl).
+    if hd == 128 and first is None and q.is_cuda and (result := _by_cudnn(q, k, v)) is not None:
+        return result
     out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
     bm, _, how = _tile("forward", q)
     _forward_kernel[(b * h, triton.cdiv(t, bm))](
@@ -315,13 +329,14 @@ def flash_backward(
 ) -> Float[Tensor, "b t w"]:
     """The gradients of all heads of q, then of k, then of v, side by side, in q.dtype.
 
-    With tables, q and k are rotated, and the gradients those of what was to be rotated. `last`,
-    int32: the last query that sees each key; where there is `first`.
+    If cos and sin are given, q and k are already rotated, and the result holds the gradients of the
+    unrotated q and k. `last` (int32) holds the last query that sees each key; it is required if
+    `first` is given.
     """
     (b, h, t, hd), kv = q.shape, k.shape[1]
     q, k, v, out, dout = (_by_token(x) for x in (q, k, v, out, dout))
-    grown = q.new_empty(b, t, (h + 2 * kv) * hd)
-    dq, dk, dv = grown.split([h * hd, kv * hd, kv * hd], 2)
+    grads = q.new_empty(b, t, (h + 2 * kv) * hd)
+    dq, dk, dv = grads.split([h * hd, kv * hd, kv * hd], 2)
     delta = torch.empty_like(lse)
     spans, rope = first is not None, cos is not None
     tables = (q if cos is None else cos.contiguous(), q if sin is None else sin.contiguous())
@@ -331,13 +346,13 @@ def flash_backward(
     bm, _, how = _tile("queries", q)
     _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
         q, k, v, out, dout, lse, first if spans else q, *tables, delta, dq,
-        *sizes, out.stride(2), dout.stride(2), grown.stride(1), table_row,
+        *sizes, out.stride(2), dout.stride(2), grads.stride(1), table_row,
         **static, **how,
     )  # fmt: skip
     _, bn, how = _tile("keys", q)
     _key_value_gradient_kernel[(b * kv, triton.cdiv(t, bn))](
         q, k, v, dout, lse, delta, last if spans else q, *tables, dk, dv,
-        *sizes, dout.stride(2), grown.stride(1), table_row,
+        *sizes, dout.stride(2), grads.stride(1), table_row,
         **static, **how,
     )  # fmt: skip
-    return grown
+    return grads

@@ -1,0 +1,6 @@
+"""Linear layers with frozen weights.
+
+frozen.py has no adapter, lora.py one, lora_group.py several layers of one input, masked_lora.py
+adapters under dropout, experts.py groups of rows. dora.py and merged_weight.py work on the sum
+W + s B A; qat.py multiplies with its fake-quantised form.
+"""

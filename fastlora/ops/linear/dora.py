@@ -1,9 +1,9 @@
-"""DoRA: y = m / n * (W + s B A) x + bias, n the norm of each row of W + s B A
-(Liu et al. 2024, arXiv:2402.09353; the gradient takes n as a constant, section 4.3).
+"""DoRA's row norms. DoRA: y = m / n * (W + s B A) x + bias, where n holds the norm of each row of
+W + s B A (Liu et al. 2024, arXiv:2402.09353; gradients treat n as a constant, section 4.3).
 
-Read downward: the reference is the specification; the op is one, so that every recompute policy
-keeps its d_out numbers; on CUDA it is one kernel (row_norms_kernel.py), which makes no float32 copy
-of a 16-bit W.
+The reference is the specification. The norms are one op, so that every recompute policy can keep
+its d_out numbers. On CUDA one kernel computes them (dora_kernel.py), without a float32 copy of a
+16-bit W.
 """
 
 import torch
@@ -22,15 +22,16 @@ def row_norms_reference(
     b: Float[Tensor, "d_out r"],
     scaling: float,
 ) -> Float[Tensor, "d_out"]:
-    """Norm of each row of W + s B A, in at least float32, without a gradient and without B A.
+    """Norm of each row of W + s B A, in at least float32; no gradient flows.
 
-    |W + s B A|^2 = |W|^2 + 2 s <W A', B> + s^2 <B A A', B>, row by row: r columns in place of d_in.
+    Does not form B A: row by row, |W + s B A|^2 = |W|^2 + 2 s <W A', B> + s^2 <B A A', B>, where
+    the inner products run over r columns and not over d_in.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     weight, a, b = (x.detach().to(wide) for x in (weight, a, b))
     cross = ((weight @ a.t()) * b).sum(-1)
-    x_a = ((b @ (a @ a.t())) * b).sum(-1)
-    return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * x_a).sqrt()
+    quadratic = ((b @ (a @ a.t())) * b).sum(-1)
+    return (weight.square().sum(-1) + 2 * scaling * cross + scaling**2 * quadratic).sqrt()
 
 
 # ── 2. op ─────────────────────────────────────────────────────────────────────────────────
@@ -43,10 +44,10 @@ torch.library.define(
 def _row_norms(weight, a, b, scaling):
     matrix = dense(from_parts(weight), a.dtype)
     if matrix.is_cuda and triton_installed():
-        from fastlora.ops.linear import dora_kernel as row_norms_kernel  # noqa: PLC0415  imports triton
+        from fastlora.ops.linear import dora_kernel  # noqa: PLC0415  imports triton
 
-        if row_norms_kernel.takes(matrix, a, b):
-            return row_norms_kernel.row_norms_fused(matrix, a, b, scaling)
+        if dora_kernel.kernel_supports(matrix, a, b):
+            return dora_kernel.row_norms_fused(matrix, a, b, scaling)
     return row_norms_reference(matrix, a, b, scaling)
 
 
@@ -56,7 +57,7 @@ def _(weight, a, b, scaling):
     return a.new_empty(shape_of(from_parts(weight))[0], dtype=wide)
 
 
-# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+# ── 3. public function ────────────────────────────────────────────────────────────────────
 def row_norms(
     weight: Weight,
     a: Float[Tensor, "r d_in"],
@@ -66,9 +67,9 @@ def row_norms(
     """Norm of each row of W + scaling * B A, in at least float32; no gradient flows.
 
     Args:
-        weight: the base's, dense in A's dtype or quantised.
-        a: down projection.
-        b: up projection.
+        weight: base matrix, dense in A's dtype or quantised.
+        a: LoRA's A.
+        b: LoRA's B.
         scaling: alpha / r.
     """
     if transforms_active():

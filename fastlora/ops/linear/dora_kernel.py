@@ -1,7 +1,7 @@
-"""Triton kernel of `row_norms`: |W|^2, W A' and what follows from them, W read once.
+"""Triton kernel of `row_norms`. It reads W once for both |W|^2 and W A'.
 
-Launched one by one (a sum of squares, three products, a handful of sums), a step of 112 matrices
-gives the host more work than the GPU.
+In plain torch the norms take a sum of squares, three products and several small sums. For the 112
+matrices of a step, launching these kernels takes the host longer than running them takes the GPU.
 """
 
 import torch
@@ -30,24 +30,24 @@ def _row_norms_kernel(
         wide = weight.to(tl.float32)
         squares += tl.sum(wide * wide, 1)
         product += tl.dot(weight, a, input_precision=PRECISION)
-    own = (row < d_out)[:, None] & (k < r)[None, :]
-    b = tl.load(b_ptr + far * r + k[None, :], mask=own, other=0.0).to(tl.float32)
+    in_b = (row < d_out)[:, None] & (k < r)[None, :]
+    b = tl.load(b_ptr + far * r + k[None, :], mask=in_b, other=0.0).to(tl.float32)
     square = (k < r)[:, None] & (k < r)[None, :]
     gram = tl.load(gram_ptr + k[:, None] * r + k[None, :], mask=square, other=0.0)
     cross = tl.sum(product * b, 1)
-    x_a = tl.sum(tl.dot(b, gram, input_precision="ieee") * b, 1)
-    norm = tl.sqrt(squares + 2 * scaling * cross + scaling * scaling * x_a)
+    quadratic = tl.sum(tl.dot(b, gram, input_precision="ieee") * b, 1)
+    norm = tl.sqrt(squares + 2 * scaling * cross + scaling * scaling * quadratic)
     tl.store(norm_ptr + row, norm, mask=row < d_out)
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
 _ROWS, _COLUMNS, _WARPS = 16, 256, 4
 
-_LARGEST_RANK = 64  # of a tile of columns of A in shared memory
+_LARGEST_RANK = 64  # rows of A in the tile that the kernel holds in shared memory
 
 
-def takes(weight: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Whether the kernel can run: one dtype of at most 32 bits, and a small rank."""
+def kernel_supports(weight: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether the kernel can run: all of one dtype of at most 32 bits, and a rank of at most 64."""
     kinds = {weight.dtype, a.dtype, b.dtype}
     narrow = kinds <= {torch.bfloat16} or kinds <= {torch.float16} or kinds <= {torch.float32}
     return narrow and a.shape[0] <= _LARGEST_RANK
@@ -59,7 +59,10 @@ def row_norms_fused(
     b: Float[Tensor, "d_out r"],
     scaling: float,
 ) -> Float[Tensor, "d_out"]:
-    """`row_norms_reference` of what `takes` takes, in float32: every sum is."""
+    """The values of `row_norms_reference`, in float32, for inputs that `kernel_supports` accepts.
+
+    All sums are in float32.
+    """
     (d_out, d_in), r = weight.shape, a.shape[0]
     norms = torch.empty(d_out, dtype=torch.float32, device=weight.device)
     wide = a.float()

@@ -1,10 +1,12 @@
-"""Rows in consecutive groups, each group times its own matrix: y[i] = x[i] W[g(i)]', and the same
-with a low-rank term of the group's own: y[i] = x[i] W[g]' + s x[i] A[g]' B[g]'.
+"""Products of row groups with one matrix per group: y[i] = x[i] W[g]', and with LoRA
+y[i] = x[i] W[g]' + s x[i] A[g]' B[g]', where g is the group of row i.
 
-`offsets[g]` is the number of the first row behind group g; the last one is the number of rows. Groups
-may be empty. Read downward: the reference is the specification; the ops give the same values with
-one grouped product each and no data-dependent shape, so that they stand in compiled regions, and a
-derivative that knows W is frozen.
+Groups are consecutive rows and may be empty. `offsets[g]` is the end of group g: the index of the
+row after its last. Three groups of 2, 0 and 3 rows have the offsets [2, 2, 5].
+
+The references are the specification. The ops give the same values, with one grouped product each.
+No shape depends on the data, so compiled regions can contain them. For an adapted layer the
+backward pass computes no gradient of W.
 """
 
 import torch
@@ -12,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.dispatch import plain
+from fastlora.ops.dispatch import needs_reference
 
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
@@ -21,8 +23,8 @@ def grouped_linear_reference(
 ) -> Float[Tensor, "m d_out"]:
     """The specification, differentiable any number of times and under vmap.
 
-    Every row is multiplied with every matrix, and all products but one are masked out: e times the
-    arithmetic, but no shape depends on the data.
+    Every row is multiplied with every matrix, and all products but one are masked out. This takes e
+    times the arithmetic, but no shape depends on the data.
     """
     row = torch.arange(x.shape[0], device=x.device)
     y = x.new_zeros(())
@@ -49,9 +51,9 @@ def grouped_lora_linear_reference(
 
 
 # ── 2. ops ────────────────────────────────────────────────────────────────────────────────
-# As in lora_linear.py: one op for base product and low-rank term together, so that a recompute
-# policy keeps one tensor; the derivative is an autograd.Function around it. Grouped products have
-# no accumulating form, so the sum is a pass of its own.
+# As in lora.py, one op computes base product and low-rank term, so that a recompute policy keeps
+# one tensor, and the derivative is an autograd.Function around it. torch's grouped products cannot
+# accumulate into an existing tensor, so the sum takes one more pass over y.
 torch.library.define(
     "fastlora::grouped_linear",
     "(Tensor x, Tensor weight, Tensor offsets, Tensor? x_a, Tensor? b, float scaling) -> Tensor",
@@ -73,8 +75,8 @@ def _(x, weight, offsets, x_a, b, scaling):
 
 @torch.library.impl("fastlora::grouped_outer", "CompositeExplicitAutograd")
 def _grouped_outer(y, x, offsets):
-    """sum over each group's rows of y[i]' x[i]; zeros for an empty group."""
-    if _takes(y, x):
+    """For each group, the sum of y[i]' x[i] over its rows; zeros for an empty group."""
+    if _grouped_mm_supports(y, x):
         return F.grouped_mm(y.contiguous().t(), x.contiguous(), offs=offsets)
     out, start = x.new_zeros(offsets.shape[0], y.shape[1], x.shape[1]), 0
     for group, end in enumerate(offsets.tolist()):
@@ -90,7 +92,7 @@ def _(y, x, offsets):
 
 
 def _rows(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    if _takes(x, weight):
+    if _grouped_mm_supports(x, weight):
         return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets)
     out, start = x.new_empty(x.shape[0], weight.shape[1]), 0
     for group, end in enumerate(offsets.tolist()):
@@ -100,12 +102,14 @@ def _rows(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _takes(*operands: Tensor) -> bool:
-    """Whether torch's grouped kernel takes these: bf16, sm90, every stride but the unit one and
-    every address a multiple of 16 bytes. It writes zeros for empty groups, and does 16,384 rows of
-    2,048 x 1,536 in 64 groups in 0.17 ms, 600 TFLOP/s (torch 2.11, H200). The loop takes all else;
-    on a GPU it waits for `offsets`. On the CPU the loop gives the same bits in about the same time
-    (torch 2.13), and knows float64.
+def _grouped_mm_supports(*operands: Tensor) -> bool:
+    """Whether torch's grouped kernel supports these operands; otherwise a loop over groups runs.
+
+    The kernel needs bf16, sm90, addresses that are multiples of 16 bytes, and one unit stride with
+    all others multiples of 16 bytes. It writes zeros for empty groups. It multiplies 16,384 rows
+    with 64 matrices of 2,048 x 1,536 in 0.17 ms, 600 TFLOP/s (torch 2.11, H200). On a GPU the loop
+    synchronises with the device to read `offsets`. On the CPU we always use the loop: it gives the
+    same bits in about the same time (torch 2.13) and supports float64.
     """
     if not all(t.is_cuda and t.dtype == torch.bfloat16 for t in operands):
         return False
@@ -120,7 +124,7 @@ def _takes(*operands: Tensor) -> bool:
     )
 
 
-# ── 3. derivatives, by each other: differentiable any number of times ─────────────────────
+# ── 3. derivatives: each uses the other, so both are differentiable any number of times ───
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, offsets):
@@ -161,17 +165,17 @@ class _GroupedLoRALinear(torch.autograd.Function):
         weight, x_a, b, offsets = ctx.saved_tensors
         transposed, scaling = weight.transpose(1, 2), ctx.scaling
         dx = _GroupedLinear.apply(dy, transposed, offsets) if ctx.needs_input_grad[0] else None
-        dlow = _GroupedLinear.apply(dy, b.transpose(1, 2), offsets) * scaling
+        dx_a = _GroupedLinear.apply(dy, b.transpose(1, 2), offsets) * scaling
         db = _GroupedOuter.apply(dy, x_a, offsets) * scaling
-        return dx, None, dlow, db, None, None  # the weight is frozen
+        return dx, None, dx_a, db, None, None  # the weight is frozen
 
 
-# ── 4. what the model calls ───────────────────────────────────────────────────────────────
+# ── 4. public functions ───────────────────────────────────────────────────────────────────
 def grouped_linear(
     x: Float[Tensor, "m d_in"], weight: Float[Tensor, "e d_out d_in"], offsets: Int[Tensor, "e"]
 ) -> Float[Tensor, "m d_out"]:
-    """Each group of rows times its own matrix, in x.dtype; `offsets` is int32 and non-decreasing."""
-    if plain(weight):
+    """Each group of rows times its matrix, in x.dtype; `offsets` is int32 and non-decreasing."""
+    if needs_reference(weight):
         return grouped_linear_reference(x, weight, offsets)
     return _GroupedLinear.apply(x, weight, offsets)  # pyright: ignore[reportReturnType]
 
@@ -184,19 +188,19 @@ def grouped_lora_linear(
     offsets: Int[Tensor, "e"],
     scaling: float,
 ) -> Float[Tensor, "m d_out"]:
-    """The adapted groups, in x.dtype; every tensor has that dtype. No gradient for `weight`.
+    """The adapted groups. All floating-point tensors have x.dtype. `weight` receives no gradient.
 
     Args:
         x: rows, sorted by group.
         weight: frozen base matrices.
-        a: down projections.
-        b: up projections.
-        ends: int32; see the head of this file.
+        a: LoRA's A of each group.
+        b: LoRA's B of each group.
+        offsets: the end of each group, int32; see the head of this file.
         scaling: factor of the low-rank term (alpha / r).
     """
-    if plain(weight):
+    if needs_reference(weight):
         return grouped_lora_linear_reference(x, weight, a, b, offsets, scaling)
-    if x.is_cuda and (short := -a.shape[1] % 8):  # the grouped kernel wants ranks of 16 bytes
+    if x.is_cuda and (short := -a.shape[1] % 8):  # the grouped kernel needs strides of 16 bytes
         a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
     x_a = _GroupedLinear.apply(x, a, offsets)
     return _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling)  # pyright: ignore[reportReturnType]

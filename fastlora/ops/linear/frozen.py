@@ -1,8 +1,9 @@
-"""A linear layer whose matrix nobody trains: y = x W' + bias, W dense or quantised.
+"""A linear layer with a frozen matrix: y = x W' + bias, W dense or quantised.
 
-Of a quantised W each op makes the matrix, multiplies, and lets it go: the derivative keeps the
-bytes and makes it again. As ops of their own they are opaque to torch.compile, whose partitioner
-would find the matrix of the forward pass handy in the backward pass, 16 bits for 4.
+For a quantised W, each op dequantises the matrix, multiplies, and frees it. The backward pass keeps
+the quantised bytes and dequantises again. These are custom ops because torch.compile must not look
+inside: its partitioner would keep the forward pass's dense matrix for the backward pass, which
+takes 16 bits per element and not 4.
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.dispatch import plain
+from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
 
@@ -19,7 +20,7 @@ from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
 def frozen_linear_reference(
     x: Float[Tensor, "*n d_in"], weight: Weight, bias: Float[Tensor, "d_out"] | None
 ) -> Float[Tensor, "*n d_out"]:
-    """The specification, differentiable any number of times; autograd keeps the whole matrix."""
+    """The specification, differentiable any number of times; autograd keeps the dense matrix."""
     return F.linear(x, dense(weight, x.dtype), bias)
 
 
@@ -52,7 +53,7 @@ def _(y, weight):
 
 
 def backward_product(dy: Float[Tensor, "n d_out"], *weight: Tensor) -> Float[Tensor, "n d_in"]:
-    """dy W, the input's gradient, of the parts of a weight; differentiable in dy."""
+    """dy W, the gradient of the input, from the parts of a weight; differentiable in dy."""
     if len(weight) == 1 or torch.is_grad_enabled():  # create_graph=True
         return torch.mm(dy, dense(from_parts(weight), dy.dtype))
     return torch.ops.fastlora.quantized_mm(dy, list(weight))
@@ -60,7 +61,7 @@ def backward_product(dy: Float[Tensor, "n d_out"], *weight: Tensor) -> Float[Ten
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, *inputs):  # not by name: see _LoRALinear
+    def forward(ctx, *inputs):  # a variable argument list: see _LoRALinear
         x, bias, *weight = inputs
         ctx.save_for_backward(*weight)
         return torch.ops.fastlora.quantized_linear(x, list(weight), bias)
@@ -73,18 +74,18 @@ class _QuantizedLinear(torch.autograd.Function):
         return dx, dbias, *(None for _ in weight)
 
 
-# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+# ── 3. public function ────────────────────────────────────────────────────────────────────
 def frozen_linear(
     x: Float[Tensor, "*n d_in"], weight: Weight, bias: Float[Tensor, "d_out"] | None = None
 ) -> Float[Tensor, "*n d_out"]:
-    """x W' + bias in x.dtype; keeps no matrix for the backward pass that was not there before.
+    """x W' + bias in x.dtype; the backward pass keeps no dequantised matrix.
 
-    A dense weight is torch's own linear layer. No gradient flows to a quantised one; to the bias it
-    does where it asks for one.
+    With a dense weight this is torch's linear layer. A quantised weight receives no gradient; the
+    bias receives one if it requires one.
     """
     if isinstance(weight, Tensor):
         return F.linear(x, weight, bias)
-    if plain():
+    if needs_reference():
         return frozen_linear_reference(x, weight, bias)
     flat = x.reshape(-1, x.shape[-1])
     y = _QuantizedLinear.apply(flat, bias, *parts(weight))

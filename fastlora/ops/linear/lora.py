@@ -1,8 +1,8 @@
-"""A frozen linear layer plus the up half of a low-rank update: y = x W' + bias + s low B'
-(Hu et al. 2021, arXiv:2106.09685; low = x A').
+"""A frozen linear layer plus LoRA's B: y = x W' + bias + s xA B' (Hu et al. 2021,
+arXiv:2106.09685), where the caller has computed xA = x A'.
 
-Read downward: the reference is the specification; the op gives the same value with the low-rank
-term accumulated into the base product's own buffer, and a derivative that knows W is frozen.
+The reference is the specification. The op gives the same value, accumulates both terms in one
+buffer, and its backward pass computes no gradient of W.
 """
 
 import torch
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.dispatch import plain
+from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
@@ -30,17 +30,22 @@ def lora_linear_reference(
 
 
 # ── 2. op and derivative ──────────────────────────────────────────────────────────────────
-# One op, so that a recompute policy can say "keep the projections" and mean one tensor: as two
-# products and a sum, the policy would keep both summands (torch's selective checkpoint chooses by
-# op, not by name). `x_a` is an input and not computed inside: the backward pass needs it, and would
-# otherwise run down_proj's whole base product again for it (6 ms of a 1B step with "full"; H200,
-# torch 2.11, 8,192 tokens). The low-rank term is written first and the base product adds to it in
-# its own epilogue: the sum is in fp32 and rounded once, no second [n, d_out] tensor exists, and the
-# small term's pass over the output is a write where the other order reads and writes.
-# Its derivative is an autograd.Function around the raw op, not torch.library.register_autograd: a
-# compiled graph then holds the op alone, without a Python frame per call (112 calls a 1B step,
-# where the host has some 25 ms for the forward pass). A quantised weight comes as its parts, and is
-# a matrix within the op alone (frozen_linear.py says why).
+# This is one op so that a recompute policy keeps one tensor per projection. torch's selective
+# checkpointing chooses by op: of two products and a sum it would keep both summands.
+#
+# `x_a` is an input of the op, because the backward pass needs it. If the op computed it inside, a
+# recomputed layer would repeat down_proj's base product to get it (6 ms of a 1B step with "full";
+# H200, torch 2.11, 8,192 tokens).
+#
+# The low-rank term is written first, and the base product adds to it in its epilogue. The sum is
+# then in fp32 and rounded once, and no second [n, d_out] tensor exists. In the other order the
+# low-rank product would have to read the output as well as write it.
+#
+# The derivative is an autograd.Function around the raw op, not torch.library.register_autograd. A
+# compiled graph then holds only the op and runs no Python frame per call (112 calls per step of 1B,
+# in which the host has about 25 ms for the forward pass).
+#
+# A quantised weight is passed as its parts and dequantised inside the op (frozen.py says why).
 torch.library.define(
     "fastlora::lora_linear",
     "(Tensor x, Tensor x_a, Tensor[] weight, Tensor? bias, Tensor b, float scaling) -> Tensor",
@@ -49,7 +54,7 @@ torch.library.define(
 
 @torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd")
 def _lora_linear(x, x_a, weight, bias, b, scaling):
-    if bias is None:  # beta = 0: the first argument is not read
+    if bias is None:  # with beta = 0 torch ignores the first argument
         y = torch.addmm(x_a.new_empty(1), x_a, b.t(), beta=0, alpha=scaling)
     else:
         y = torch.addmm(bias, x_a, b.t(), alpha=scaling)
@@ -64,15 +69,16 @@ def _(x, x_a, weight, bias, b, scaling):
 def scaled_product(
     x: Float[Tensor, "n k"], y: Float[Tensor, "k m"], scaling: float
 ) -> Float[Tensor, "n m"]:
-    """scaling x y, scaled before it is rounded, in the product's own launch."""
-    return torch.addmm(y[:1], x, y, beta=0, alpha=scaling)  # beta = 0: y[:1] is not read
+    """scaling * x y in one launch, scaled before the product is rounded."""
+    return torch.addmm(y[:1], x, y, beta=0, alpha=scaling)  # with beta = 0 torch ignores y[:1]
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
-        # Not by name: where nothing requires a gradient, dynamo takes a forward with as many
-        # parameters as it was given arguments for one without ctx (torch 2.11 and 2.13).
+        # A variable argument list on purpose. If no input requires a gradient, dynamo compares the
+        # number of parameters with the number of arguments, and if they are equal it assumes that
+        # forward has no ctx (torch 2.11 and 2.13).
         x, x_a, bias, b, scaling, *weight = inputs
         ctx.save_for_backward(x_a, b, *weight)
         ctx.scaling = scaling
@@ -82,13 +88,13 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_a, b, *weight = ctx.saved_tensors
         dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
-        dlow = scaled_product(dy, b, ctx.scaling)
+        dx_a = scaled_product(dy, b, ctx.scaling)
         db = scaled_product(dy.t(), x_a, ctx.scaling)
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, dlow, dbias, db, None, *(None for _ in weight)  # the weight is frozen
+        return dx, dx_a, dbias, db, None, *(None for _ in weight)  # the weight is frozen
 
 
-# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+# ── 3. public function ────────────────────────────────────────────────────────────────────
 def lora_linear(
     x: Float[Tensor, "*n d_in"],
     x_a: Float[Tensor, "*n r"],
@@ -97,18 +103,18 @@ def lora_linear(
     b: Float[Tensor, "d_out r"],
     scaling: float,
 ) -> Float[Tensor, "*n d_out"]:
-    """The adapted projection, in x.dtype; every tensor but a quantised weight's has that dtype.
+    """The adapted projection in x.dtype. All tensors but those of a quantised weight have x.dtype.
 
     Args:
         x: input of the base product.
-        low: x (dropped out, where dropout is on) times A'.
+        x_a: x (after dropout) times A'.
         weight: frozen base matrix, dense or quantised.
-        bias: of the base, or None; receives a gradient where it asks for one.
-        b: up projection.
+        bias: the base layer's bias, or None; receives a gradient if it requires one.
+        b: LoRA's B.
         scaling: factor of the low-rank term (alpha / r).
     """
-    if plain(*parts(weight)):
+    if needs_reference(*parts(weight)):
         return lora_linear_reference(x, x_a, weight, bias, b, scaling)
-    flat, flat_low = x.reshape(-1, x.shape[-1]), x_a.reshape(-1, x_a.shape[-1])
-    y = _LoRALinear.apply(flat, flat_low, bias, b, scaling, *parts(weight))
+    flat, flat_x_a = x.reshape(-1, x.shape[-1]), x_a.reshape(-1, x_a.shape[-1])
+    y = _LoRALinear.apply(flat, flat_x_a, bias, b, scaling, *parts(weight))
     return y.view(*x.shape[:-1], shape_of(weight)[0])  # pyright: ignore

@@ -1,9 +1,10 @@
-"""Triton kernels of `masked_x_a`: each A's product of x under its own mask, and their gradients.
+"""Triton kernels of `masked_x_a`: the product of x, under one mask per A, with each A', and its
+gradients.
 
-A mask is a pure function of (key, row, column), so a tile forms its own part of it from two words,
-forward and backward alike: x is read where a masked copy would be written, read and kept, once for
-each projection. The hash is dropout.py's, line by line: int32, whose products wrap. It, and not the
-memory, is the work: a dozen integer operations for every element and mask.
+A mask is a pure function of (key, row, column), so each tile recomputes its part of the mask,
+forward and backward. No masked copy of x is written, read or kept. The hash is that of dropout.py,
+line by line, in wrapping int32 arithmetic. The hash takes most of the time, not memory traffic:
+about twelve integer operations per element and mask.
 """
 
 import torch
@@ -12,17 +13,17 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.dispatch import rank_tile
-from fastlora.ops.swiglu.swiglu_kernel import precision
+from fastlora.ops.dispatch import precision, rank_tile
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
 
-# Without helper functions: see swiglu_kernel.py. -1640531535 is 0x9E3779B1 and -2147483648 is 2**31
-# as int32. A segment that sees all of x has the lowest limit, below which no word is.
+# The kernels use no helper functions; swiglu_kernel.py says why. As int32, -1640531535 is
+# 0x9E3779B1 and -2147483648 is 2**31. A segment without a mask has the limit -2147483648, so no
+# hash value is below it and every element is kept.
 @triton.jit
 def _masked_x_a_kernel(
-    x_ptr, a_ptr, keys_ptr, low_ptr, n, d, columns, stride_x, threshold, scale,
+    x_ptr, a_ptr, keys_ptr, x_a_ptr, n, d, columns, stride_x, threshold, scale,
     RANKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -34,9 +35,9 @@ def _masked_x_a_kernel(
         slot += tl.where(i == segment, SLOTS[i], 0)
     limit = tl.where(slot >= 0, threshold, -2147483648)
     row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
-    far, k = row.to(tl.int64), tl.arange(0, R)[None, :]  # n d may pass 2**31
+    far, k = row.to(tl.int64), tl.arange(0, R)[None, :]  # n * d may exceed 2**31
     key = tl.load(keys_ptr + slot, mask=slot >= 0, other=0)
-    of_row = row ^ key.to(tl.int32)  # its low word
+    of_row = row ^ key.to(tl.int32)  # the low 32 bits of the key
     of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
     of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
     of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
@@ -55,13 +56,13 @@ def _masked_x_a_kernel(
         x_a += tl.dot(seen, a, input_precision=PRECISION)
     x_a *= tl.where(slot >= 0, scale, 1.0)
     at, inside = far * columns + first + k, (row < n) & (k < rank)
-    tl.store(low_ptr + at, x_a.to(low_ptr.dtype.element_ty), mask=inside)
+    tl.store(x_a_ptr + at, x_a.to(x_a_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
-    dx_ptr, x_ptr, dlow_ptr, a_ptr, keys_ptr, sums_ptr,
-    n, d, columns, stride_x, stride_dlow, threshold, scale, chunk,
+    dx_ptr, x_ptr, dx_a_ptr, a_ptr, keys_ptr, sums_ptr,
+    n, d, columns, stride_x, stride_dx_a, threshold, scale, chunk,
     RANKS: tl.constexpr, SLOTS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -81,10 +82,10 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
             x = tl.load(x_ptr + far * stride_x + column, mask=here, other=0.0)
         if NEEDS_X:
             dx = tl.load(dx_ptr + far * d + column, mask=here, other=0.0).to(tl.float32)
-        grown, own = (), 0
+        new_sums, offset = (), 0
         for i in tl.static_range(len(RANKS)):  # pyright: ignore
             inside = (row < n) & (k < RANKS[i])
-            dlow = tl.load(dlow_ptr + far * stride_dlow + own + k, mask=inside, other=0.0)
+            dx_a = tl.load(dx_a_ptr + far * stride_dx_a + offset + k, mask=inside, other=0.0)
             limit, factor, of_row = -2147483648, 1.0, row
             if SLOTS[i] >= 0:
                 limit, factor = threshold, scale
@@ -98,30 +99,31 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
             bits = bits ^ ((bits >> 15) & 0x1FFFF)
             keep = (bits ^ -2147483648) >= limit
             if NEEDS_X:
-                product = tl.dot(dlow, matrices[i], input_precision=PRECISION)
+                product = tl.dot(dx_a, matrices[i], input_precision=PRECISION)
                 dx += tl.where(keep, product * factor, 0.0)
             if NEEDS_A:
                 seen = tl.where(keep, x, 0.0)
-                da = tl.dot(tl.trans(dlow), seen, input_precision=PRECISION)
-                grown += (sums[i] + da * factor,)
-            own += RANKS[i]
-        if NEEDS_X:  # where this program alone has read
+                da = tl.dot(tl.trans(dx_a), seen, input_precision=PRECISION)
+                new_sums += (sums[i] + da * factor,)
+            offset += RANKS[i]
+        if NEEDS_X:  # no other program reads these elements of dx
             tl.store(dx_ptr + far * d + column, dx.to(dx_ptr.dtype.element_ty), mask=here)
         if NEEDS_A:
-            sums = grown
+            sums = new_sums
     if NEEDS_A:
-        begin, own = tl.program_id(1).to(tl.int64) * columns * d, 0
+        begin, offset = tl.program_id(1).to(tl.int64) * columns * d, 0
         for i in tl.static_range(len(RANKS)):  # pyright: ignore
-            at, taken = begin + (own + k_t) * d + column, (k_t < RANKS[i]) & (column < d)
+            at, taken = begin + (offset + k_t) * d + column, (k_t < RANKS[i]) & (column < d)
             tl.store(sums_ptr + at, sums[i], mask=taken)
-            own += RANKS[i]
+            offset += RANKS[i]
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
-# The programs of one block of rows and of its masks are neighbours: memory gives x once, the L2
-# cache the rest. (rows, columns, warps) of a tile, and chunks of rows that the sums are made of: on
-# an H100, 1B's three inputs take 266 µs forward and 594 backward; 350 and 724 at (64, 64, 4), and
-# (32, 64, 8) with 16 chunks (scripts/bench_results/2026-11-27-dropped-low-tiles.txt).
+# Programs for the same rows of x and different A are adjacent in the grid, so that all but the
+# first read x from the L2 cache. (rows, columns, warps) of a tile, and the number of row chunks
+# over which the backward kernel sums: the three inputs of a 1B layer take 266 µs forward and 594 µs
+# backward on an H100. Forward with (64, 64, 4) they take 350 µs, backward with (32, 64, 8) and 16
+# chunks 724 µs (masked-lora-tiles-2026-11-27 in scripts/bench/results.jsonl).
 _FORWARD, _BACKWARD = (64, 128, 4), (32, 64, 4)
 
 _CHUNKS = 32
@@ -130,8 +132,7 @@ _CHUNKS = 32
 def _static(
     dtype: torch.dtype, ranks: list[int], slots: list[int], p: float
 ) -> tuple[int, float, dict]:
-    """(the mask's threshold as dropout.py compares it, 1 / (1 - p), what a kernel is compiled
-    for)."""
+    """(threshold that dropout.py compares hashes with, 1 / (1 - p), compile-time arguments)."""
     how = dict(RANKS=tuple(ranks), SLOTS=tuple(slots), R=rank_tile(*ranks))
     return int(p * 2**32) - 2**31, 1.0 / (1.0 - p), how | dict(PRECISION=precision(dtype))
 
@@ -144,8 +145,10 @@ def masked_x_a_fused(
     slots: list[int],
     p: float,
 ) -> Float[Tensor, "n r"]:
-    """x A_i' of every segment, x under the mask of keys[slots[i]] (of none, where that is -1), in
-    x.dtype, summed in float32."""
+    """All x A_i' side by side in x.dtype, summed in float32.
+
+    For A_i, x is masked with keys[slots[i]]; if slots[i] is -1, x is not masked.
+    """
     (n, d), (bm, bk, warps) = x.shape, _FORWARD
     x = x if x.stride(1) == 1 else x.contiguous()
     x_a = x.new_empty(n, a.shape[0])
@@ -160,7 +163,7 @@ def masked_x_a_fused(
 def masked_x_a_backward_(
     dx: Float[Tensor, "n d"] | None,
     x: Float[Tensor, "n d"],
-    dlow: Float[Tensor, "n r"],
+    dx_a: Float[Tensor, "n r"],
     a: Float[Tensor, "r d"],
     keys: Int[Tensor, "k"],
     ranks: list[int],
@@ -168,19 +171,21 @@ def masked_x_a_backward_(
     p: float,
     needs_a: bool,
 ) -> Float[Tensor, "_ d"]:
-    """dA in a.dtype, summed in float32, or no rows where it is not needed; and x's gradient added
-    to dx, which is contiguous, where there is one."""
+    """dA in a.dtype, summed in float32; no rows if `needs_a` is False.
+
+    Adds x's gradient to dx, which must be contiguous, unless dx is None.
+    """
     (n, d), (bm, bn, warps) = x.shape, _BACKWARD
     x = x if x.stride(1) == 1 else x.contiguous()
-    dlow = dlow if dlow.stride(1) == 1 else dlow.contiguous()
+    dx_a = dx_a if dx_a.stride(1) == 1 else dx_a.contiguous()
     assert dx is None or dx.is_contiguous()
     chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
     chunks, columns = triton.cdiv(n, chunk), a.shape[0] if needs_a else 0
     sums = torch.empty((chunks, columns, d), dtype=torch.float32, device=x.device)
     threshold, scale, static = _static(x.dtype, ranks, slots, p)
     _masked_x_a_backward_kernel[(triton.cdiv(d, bn), chunks)](
-        x if dx is None else dx, x, dlow, a.contiguous(), keys, sums,
-        n, d, columns, x.stride(0), dlow.stride(0), threshold, scale, chunk,
+        x if dx is None else dx, x, dx_a, a.contiguous(), keys, sums,
+        n, d, columns, x.stride(0), dx_a.stride(0), threshold, scale, chunk,
         **static, NEEDS_X=dx is not None, NEEDS_A=needs_a,  # pyright: ignore
         BM=bm, BN=bn, num_warps=warps,  # pyright: ignore
     )  # fmt: skip

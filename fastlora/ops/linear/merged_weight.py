@@ -1,7 +1,8 @@
-"""What a merge makes of one matrix: W + s B A, with DoRA m / n times that, n the norm of each row.
+"""The merged matrix W + s B A; with DoRA, m / n times that, where n holds the norm of each row.
 
-In at least float32 from A and B as they are trained, rounded once to W's dtype. Merging writes it
-(export.py), and quantisation-aware training sees it (qat_linear.py), to the same bits.
+Computed in at least float32 from the trained A and B, and rounded once to W's dtype. Merging writes
+this matrix (adapters/edits/merging.py), and quantisation-aware training multiplies with it
+(qat.py): both get the same bits.
 """
 
 import torch
@@ -15,7 +16,7 @@ def low_rank_sum(
     b: Float[Tensor, "d_out r"],
     scaling: float,
 ) -> Float[Tensor, "d_out d_in"]:
-    """W + scaling * B A, in the widest of their dtypes and float32."""
+    """W + scaling * B A, in the widest of W's dtype, A's dtype and float32."""
     wide = torch.promote_types(torch.promote_types(weight.dtype, a.dtype), torch.float32)
     return torch.addmm(weight.to(wide), b.to(wide), a.to(wide), alpha=scaling)
 
@@ -27,9 +28,9 @@ def adapted_weight(
     magnitude: Float[Tensor, "d_out"] | None,
     scaling: float,
 ) -> Float[Tensor, "d_out d_in"]:
-    """The merged matrix, in weight.dtype; DoRA's norm is a constant to the gradient.
+    """The merged matrix, in weight.dtype. `magnitude` is None without DoRA.
 
-    Differentiable in every tensor. `magnitude` is None without DoRA.
+    Differentiable in every tensor; gradients treat DoRA's norm as a constant.
     """
     total = low_rank_sum(weight, a, b, scaling)
     if magnitude is not None:

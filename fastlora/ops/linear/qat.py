@@ -1,8 +1,9 @@
-"""A linear layer as it will be once adapter and base are merged and quantised:
-y = fq(x) fq(m / n * (W + s B A))' + bias   (fq: ops/fake_quantize.py; m / n only for DoRA).
+"""A linear layer that computes what it will compute after merging and quantisation:
+y = fq(x) fq(m / n * (W + s B A))' + bias   (fq: quant/fake_quantize.py; m / n only for DoRA).
 
-The sum is the merge's own (adapted_weight.py), so what training sees is what torchao makes of the
-merged folder. Unsloth quantises base, A and B each by itself, and no file holds that product.
+The sum is that of merging (merged_weight.py), so training sees the weights that torchao computes
+from the merged checkpoint. Unsloth fake-quantises base, A and B separately; no merged checkpoint
+contains that product.
 """
 
 import torch
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.dispatch import plain
+from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.linear.merged_weight import adapted_weight, low_rank_sum
 from fastlora.ops.quant.fake_quantize import (
     SCHEMES,
@@ -41,19 +42,19 @@ def qat_linear_reference(
 def _total(
     weight: Tensor, a: Tensor | None, b: Tensor | None, magnitude: Tensor | None, scaling: float
 ) -> Tensor:
-    """What the quantiser takes: the merged matrix, or the base's own where nothing is adapted."""
+    """The quantiser's input: the merged matrix, or the base matrix without an adapter."""
     if a is None or b is None:
         return weight
     return adapted_weight(weight, a, b, magnitude, scaling)
 
 
 # ── 2. op and derivative ──────────────────────────────────────────────────────────────────
-# Both directions are ops that nothing looks into. A recompute policy therefore finds one tensor to
-# keep, y, and none of the weight's size (the sum, its quantised form, the clipping masks: 16 bytes
-# and more per element of the base); the backward pass makes them again from W, A and B, which are
-# there anyway. Compiled and eager layers agree bit for bit on one input: written as plain torch,
-# Inductor's bfloat16 chain would round elsewhere and move values to the next quantisation step.
-# Rows of the weight go through in chunks of 2**24 elements; they are quantised independently.
+# Forward and backward are opaque ops. A recompute policy can therefore keep y, and never a tensor
+# of the weight's size (the sum, its quantised form and the clipping masks take 16 bytes and more
+# per element of the base). The backward pass recomputes those from W, A and B, which are in memory
+# anyway. Opaque ops also make compiled and eager layers agree bit for bit: in plain torch Inductor
+# would round bfloat16 values at other places and move some to the next quantisation step. The
+# weight is processed in chunks of 2**24 elements; its rows are quantised independently.
 torch.library.define(
     "fastlora::qat_linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? a, Tensor? b, Tensor? magnitude,"
@@ -120,7 +121,10 @@ def _qat_linear_backward(dy, x, weight, a, b, magnitude, scaling, scheme, needs_
 
 
 def _sum_backward(dquantised, weight, a, b, magnitude, scaling, scheme, dmagnitude):
-    """The gradient of W + s B A, from that of what the product took; fills dmagnitude[0]."""
+    """The gradient of W + s B A from the gradient of the quantised matrix.
+
+    With DoRA, writes the magnitude's gradient to dmagnitude[0].
+    """
     total = low_rank_sum(weight, a, b, scaling)
     gain = None
     if magnitude is not None:
@@ -149,10 +153,10 @@ class _QATLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph=True, but what follows is not differentiable
+        if torch.is_grad_enabled():  # create_graph=True, but the op below is not differentiable
             raise RuntimeError(
                 "the fused quantised projection has no second derivative; differentiate"
-                " fastlora.functional with torch.func, which runs the plain one."
+                " fastlora.functional with torch.func, which runs the reference."
             )
         needs_dx, dbias = ctx.needs_input_grad[0], None
         if ctx.needs_input_grad[2]:
@@ -164,7 +168,7 @@ class _QATLinear(torch.autograd.Function):
         return dx if needs_dx else None, None, dbias, da, db, dmagnitude, None, None
 
 
-# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+# ── 3. public function ────────────────────────────────────────────────────────────────────
 def qat_linear(
     x: Float[Tensor, "*n d_in"],
     weight: Float[Tensor, "d_out d_in"],
@@ -177,19 +181,22 @@ def qat_linear(
 ) -> Float[Tensor, "*n d_out"]:
     """The projection of a merged and quantised model, in x.dtype.
 
-    Keeps x for the backward pass, and no tensor of the weight's size.
+    The backward pass keeps x, and no tensor of the weight's size.
 
     Args:
         x: input.
         weight: frozen base matrix, in x.dtype.
         bias: in x.dtype, or None.
-        a: down projection, in the adapter's own dtype; None where nothing is adapted.
-        b: up projection, likewise.
-        magnitude: DoRA's lengths, or None.
+        a: LoRA's A, in the adapter's dtype; None without an adapter.
+        b: LoRA's B, in the adapter's dtype; None without an adapter.
+        magnitude: DoRA's magnitudes, or None.
         scaling: factor of the low-rank term (alpha / r).
         scheme: a key of `fake_quantize.SCHEMES`.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
-    if plain(weight):
+    if needs_reference(weight):
         return qat_linear_reference(x, weight, bias, a, b, magnitude, scaling, scheme)
     flat = x.reshape(-1, x.shape[-1])
     y = _QATLinear.apply(flat, weight, bias, a, b, magnitude, scaling, scheme)

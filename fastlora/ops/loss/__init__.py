@@ -1,0 +1,1 @@
+"""Log-probabilities of labels under a linear head, computed in chunks of rows."""

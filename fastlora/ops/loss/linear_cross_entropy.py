@@ -1,8 +1,9 @@
-"""Log-probability of each row's label under softmax(h W'), the logits never whole.
+"""Log-probability of each row's label under softmax(h W'), without all logits in memory at once.
 
-Forming the gradient beside the loss, chunk by chunk, while the logits are there, is the idea of
-Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989). Here it is kept per
-row, so that any function of the log-probabilities differentiates through it:
+Logits are computed in chunks of rows, and each chunk's gradient while its logits are in memory. The
+idea is from Liger-Kernel's fused linear cross-entropy (Hsu et al. 2024, arXiv:2410.10989), which
+returns the gradient of a sum. We keep one gradient per row, so the backward pass works for any
+function of the log-probabilities:
 
     logp_i = z_i[label_i] - lse(z_i),  z_i = W h_i,  d logp_i / d h_i = W' (onehot_i - softmax z_i)
 """
@@ -13,25 +14,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.dispatch import plain, transforms_active
+from fastlora.ops.dispatch import needs_reference, transforms_active
 
 IGNORE = -100
 
 
-# Of logits; 256 MiB in 16 bits. At v = 128,256: 1,024 rows a chunk, whose products run at 734 and
-# 809 TFLOP/s there and back, where those of 512 rows run at 671 and 771 (H100, d = 2048).
+# Logits per chunk: 256 MiB in 16 bits. At v = 128,256 this gives 1,024 rows, whose products run at
+# 734 (forward) and 809 TFLOP/s (backward); with 512 rows they run at 671 and 771 (H100, d = 2048).
 _CHUNK_ELEMENTS = 2**27
 
 
 def rows_per_chunk(vocab_size: int) -> int:
-    """A power of two that keeps a chunk of logits at 2**27 elements or less; only shapes decide."""
+    """Rows per chunk: the largest power of two with at most 2**27 logits; at least 1.
+
+    It depends on the vocabulary size only.
+    """
     return 1 << max(0, (_CHUNK_ELEMENTS // vocab_size).bit_length() - 1)
 
 
 def label_logprobs(
     logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """(log-probabilities in at least float32, 0 where ignored; log-softmax) of a chunk of rows."""
+    """(log-probability of each row's label, log-softmax of the logits) of a chunk of rows.
+
+    Both in at least float32. Rows with the label -100 get 0.
+    """
     logsoftmax = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
     index = labels.clamp(min=0)[:, None]
     return torch.where(labels == IGNORE, 0.0, logsoftmax.gather(1, index)[:, 0]), logsoftmax
@@ -40,9 +47,9 @@ def label_logprobs(
 def label_logprobs_and_grad(
     logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """A chunk's log-probabilities, and the derivative of each by its row of logits, in their dtype.
+    """(log-probability of each row's label, its derivative by the row's logits, in their dtype).
 
-    May write over the logits.
+    May overwrite the logits when compiled.
     """
     logp, logsoftmax = label_logprobs(logits, labels)
     columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
@@ -54,24 +61,29 @@ def label_logprobs_and_grad(
 def label_logprobs_and_grad_kernel(
     logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """label_logprobs_and_grad in one Triton kernel, in the logits' own memory."""
-    from fastlora.ops.loss.softmax_kernel import logprobs_and_dlogits_  # noqa: PLC0415  imports triton
+    """`label_logprobs_and_grad` in one Triton kernel; overwrites the logits with the gradient."""
+    from fastlora.ops.loss.softmax_kernel import (  # noqa: PLC0415  imports triton
+        logprobs_and_dlogits_,
+    )
 
     return logprobs_and_dlogits_(logits, labels, IGNORE)
 
 
-# ── a head that is frozen ─────────────────────────────────────────────────────────────────
+# ── frozen head ───────────────────────────────────────────────────────────────────────────
 def chunk_logprobs(
     h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """`label_logprobs` of the logits of a chunk of rows."""
+    """`label_logprobs` of the logits h W' of a chunk of rows."""
     return label_logprobs(h @ weight.t(), labels)
 
 
 def linear_logprobs_reference(
     h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
 ) -> Float[Tensor, "n"]:
-    """The specification: differentiable in h and weight any number of times; keeps the logits."""
+    """The specification, differentiable in h and weight any number of times.
+
+    Autograd keeps the log-softmax of every chunk.
+    """
     rows = rows_per_chunk(weight.shape[0])
     chunks = zip(h.split(rows), labels.split(rows), strict=True)
     return torch.cat([chunk_logprobs(x, weight, y)[0] for x, y in chunks])
@@ -80,7 +92,7 @@ def linear_logprobs_reference(
 def chunk_value_and_grad(
     h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
-    """One chunk's log-probabilities, and the derivative of each by its own row of h, in h.dtype."""
+    """(log-probability of each row's label, its derivative by the row of h, in h.dtype)."""
     logp, dlogits = label_logprobs_and_grad(h @ weight.t(), labels)
     return logp, dlogits @ weight
 
@@ -88,7 +100,7 @@ def chunk_value_and_grad(
 def chunk_value_and_grad_kernel(
     h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
-    """chunk_value_and_grad with softmax and its gradient in one Triton kernel, between products."""
+    """`chunk_value_and_grad` with one Triton kernel for the softmax and its gradient."""
     logp, dlogits = label_logprobs_and_grad_kernel(h @ weight.t(), labels)
     return logp, dlogits @ weight
 
@@ -111,10 +123,11 @@ class _LinearLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogp):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph=True, but `unit` is a constant and would lie
+        # With create_graph=True a second derivative would treat `unit` as a constant and be wrong.
+        if torch.is_grad_enabled():
             raise RuntimeError(
                 "the fused cross-entropy has no second derivative; differentiate "
-                "fastlora.functional with torch.func, which runs the plain one."
+                "fastlora.functional with torch.func, which runs the reference."
             )
         (unit,) = ctx.saved_tensors
         return (dlogp[:, None] * unit).to(unit.dtype), None, None, None, None
@@ -127,27 +140,30 @@ def linear_logprobs(
     value: Callable = chunk_logprobs,
     value_and_grad: Callable = chunk_value_and_grad,
 ) -> Float[Tensor, "n"]:
-    """log softmax(h W')[i, labels[i]] per row, 0 where the label is -100; at least float32.
+    """log softmax(h W')[i, labels[i]] of each row i in at least float32; 0 if the label is -100.
 
-    Peak memory beyond the result is one chunk of logits (at most 2**27 elements in the compute
-    dtype and in float32) and one tensor like h. weight receives no gradient, unless it asks for
-    one: then, and under torch.func, the reference runs, which keeps every chunk.
+    Peak memory beyond the result: one chunk of logits (at most 2**27 elements, in the compute dtype
+    and in float32) and one tensor of h's size. If `weight` requires a gradient, and under
+    torch.func, the reference runs, which keeps every chunk.
 
     Args:
-        h: rows to classify.
-        weight: the head.
+        h: inputs of the head.
+        weight: the head's matrix.
         labels: in [0, v), or -100.
-        value: chunk_logprobs or its compiled form.
-        value_and_grad: chunk_value_and_grad, its compiled form, or chunk_value_and_grad_kernel.
+        value: `chunk_logprobs` or its compiled form.
+        value_and_grad: `chunk_value_and_grad`, its compiled form, or `chunk_value_and_grad_kernel`.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
-    if plain(weight):
+    if needs_reference(weight):
         return linear_logprobs_reference(h, weight, labels)
     return _LinearLogprobs.apply(h, weight, labels, value, value_and_grad)  # pyright: ignore
 
 
-# ── a head that is trained ────────────────────────────────────────────────────────────────
-# The derivative of each log-probability by the head is as large as the head, so it cannot be kept
-# for every row: the backward pass forms each chunk's logits again, once it knows their weights.
+# ── trained head ──────────────────────────────────────────────────────────────────────────
+# The derivative of one log-probability by the head is as large as the head, so we cannot keep one
+# per row. The backward pass recomputes each chunk's logits and weights their gradient with dlogp.
 class _ChunkedLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, labels, rows, logits_of, value, value_and_grad, n, *tensors):
@@ -160,16 +176,17 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogp):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph=True, but what follows is not differentiable
+        if torch.is_grad_enabled():  # create_graph=True, but the sums below are not differentiable
             raise RuntimeError(
                 "the chunked cross-entropy has no second derivative; differentiate "
-                "fastlora.functional with torch.func, which runs the plain one."
+                "fastlora.functional with torch.func, which runs the reference."
             )
         labels, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[6:]
         leaf = lambda x, i: x.detach().requires_grad_(needs[i])
         params = [leaf(x, i) for i, x in enumerate(tensors) if i >= ctx.n]
-        # Sums over all rows, in at least float32: chunk by chunk a narrow one would lose the small.
+        # Gradients of `params` are sums over all chunks. We add in at least float32, because in 16
+        # bits a large partial sum absorbs small terms.
         wide = lambda x: torch.promote_types(x.dtype, torch.float32)
         sums = [
             (torch.empty_like(x) if i < ctx.n else torch.zeros_like(x, dtype=wide(x)))
@@ -185,10 +202,10 @@ class _ChunkedLogprobs(torch.autograd.Function):
             _, dlogits = ctx.value_and_grad(logits.detach(), labels[here])
             dlogits = dlogits * dlogp[here, None].to(dlogits.dtype)
             wanted = [i for i, needed in enumerate(needs) if needed]
-            found = torch.autograd.grad(
+            grads_here = torch.autograd.grad(
                 logits, [leaves[i] for i in wanted], dlogits, materialize_grads=True
             )
-            for i, grad in zip(wanted, found, strict=True):
+            for i, grad in zip(wanted, grads_here, strict=True):
                 total = sums[i]
                 assert total is not None
                 if i < ctx.n:
@@ -208,21 +225,25 @@ def chunked_logprobs(
     value: Callable = label_logprobs,
     value_and_grad: Callable = label_logprobs_and_grad,
 ) -> Float[Tensor, "n"]:
-    """log softmax(logits)[i, labels[i]] per row, 0 where the label is -100; at least float32.
+    """log softmax(logits)[i, labels[i]] of each row i in at least float32; 0 if the label is -100.
 
-    For heads that are trained: differentiable in `inputs` and `params`. Keeps these and labels;
-    peak memory beyond is one chunk of logits and, for each of `params`, a sum in at least float32.
-    Under torch.func, and inside somebody's torch.compile, the plain way runs, which keeps every
-    chunk.
+    For trained heads: differentiable in `inputs` and `params`. Saves these and the labels for the
+    backward pass. Peak memory beyond: one chunk of logits and, for each of `params`, a sum in at
+    least float32. Under torch.func, and inside the caller's torch.compile, plain autograd runs,
+    which keeps every chunk.
 
     Args:
         logits_of: (*inputs, *params) -> logits of any number of rows.
-        inputs: tensors that have one row for each of the logits'.
+        inputs: tensors with one row per row of logits.
         params: tensors that all rows share.
         labels: in [0, v), or -100.
-        vocab_size: v; only this decides how many rows a chunk has.
-        value: label_logprobs or its compiled form.
-        value_and_grad: label_logprobs_and_grad, its compiled form, or ..._kernel.
+        vocab_size: v, which determines the number of rows per chunk.
+        value: `label_logprobs` or its compiled form.
+        value_and_grad: `label_logprobs_and_grad`, its compiled form, or
+            `label_logprobs_and_grad_kernel`.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     rows = rows_per_chunk(vocab_size)
     if transforms_active() or torch.compiler.is_compiling():

@@ -1,12 +1,11 @@
-"""A row's label log-probability and its gradient by the logits, in one kernel.
+"""Triton kernel of a row's label log-probability and its gradient by the logits.
 
     logp = z[label] - lse(z),  d logp / d z = onehot(label) - exp(z - lse(z))
 
-The gradient overwrites the logits, as in Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989); maximum
-and sum are found in one pass (Milakov & Gimelshein 2018, arXiv:1805.02867).
+The gradient overwrites the logits, as in Liger-Kernel (Hsu et al. 2024, arXiv:2410.10989). The
+first pass computes maximum and sum together (Milakov & Gimelshein 2018, arXiv:1805.02867).
 
-The specification is `chunk_logprobs` of linear_cross_entropy.py; tests/ops/test_softmax_kernel.py
-holds the kernel to it. This file imports triton, so it is imported where a kernel first runs.
+The specification is `label_logprobs_and_grad` of linear_cross_entropy.py.
 """
 
 import torch
@@ -24,7 +23,8 @@ def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: 
     wide = logp_ptr.dtype.element_ty
     label = tl.load(label_ptr + row)
     ignored = label == IGNORE
-    # Read before the first pass, whose reductions are barriers: the second pass writes over it.
+    # Read the label's logit now, because the second pass overwrites it. The reductions of the first
+    # pass are barriers between this load and those stores.
     chosen = tl.load(z_ptr + tl.where(ignored, 0, label)).to(wide)
     top = tl.full((), float("-inf"), wide)
     total = tl.full((), 0.0, wide)
@@ -46,11 +46,12 @@ def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
 def block_and_warps(vocab_size: int) -> tuple[int, int]:
-    """Elements a program reads at once, and its warps; only the shape decides.
+    """(elements per block, warps) of a program.
 
-    1,024 threads of 32 elements leave room for one program on a multiprocessor: so few rows are
-    under way that the second pass finds part of its row in the L2 cache. 512 x 128,256 in bf16 on
-    an H100: 150 µs, with blocks of 16,384 161, of 8,192 165; Inductor's kernel 224; a copy 95.
+    With 1,024 threads of 32 elements, only one program fits on a multiprocessor. So few rows are
+    then in progress that the second pass finds part of its row in the L2 cache. 512 x 128,256
+    logits in bf16 take 150 µs on an H100; with blocks of 16,384 they take 161 µs, with 8,192
+    165 µs. Inductor's kernel takes 224 µs and a copy of the logits 95 µs.
     """
     block = min(triton.next_power_of_2(vocab_size), 32768)
     return block, max(1, block // 1024)
@@ -59,14 +60,14 @@ def block_and_warps(vocab_size: int) -> tuple[int, int]:
 def logprobs_and_dlogits_(
     logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"], ignore: int
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """(log-probabilities in at least float32, 0 where ignored; d logp / d logits).
+    """(log-probabilities in at least float32, d logp / d logits in the logits' dtype).
 
-    The gradient is `logits` itself, overwritten. It is in the logits' dtype, 0 in ignored rows.
+    Both are 0 in rows whose label is `ignore`. The gradient is written over `logits`.
 
     Args:
-        logits: contiguous.
+        logits: contiguous; overwritten.
         labels: in [0, v), or `ignore`.
-        ignore: the label of rows that do not count.
+        ignore: the label of rows to skip.
     """
     n, v = logits.shape
     logp = logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -1,0 +1,1 @@
+"""Quantised weights: records (weights.py), bitsandbytes, dequantisation, fake quantisation."""

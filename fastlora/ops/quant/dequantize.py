@@ -1,9 +1,9 @@
-"""A quantised matrix as it was: W = levels[number] * absmax of its block, rounded once.
+"""Dequantisation: W = levels[index] * absmax of its block, rounded once.
 
-Read downward: the reference is the specification; the op is bitsandbytes on the CPU and our kernel
-on CUDA (dequantize_kernel.py), to the same bits. The op is opaque to torch.compile, and what calls
-it from a compiled layer (frozen_linear.py) is too: a graph never sees a dequantised matrix, so that
-no partitioner can keep one for the backward pass.
+The reference is the specification. The op runs bitsandbytes on the CPU and our kernel on CUDA
+(dequantize_kernel.py), with the same bits. The op is opaque to torch.compile, and so are the ops of
+compiled layers that call it (linear/frozen.py). No compiled graph therefore contains a dequantised
+matrix, which its partitioner might keep for the backward pass.
 """
 
 import torch
@@ -27,7 +27,7 @@ from fastlora.ops.quant.weights import (
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
 def dequantize_reference(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
     """The specification: float32 products, rounded to the record's dtype, then to `dtype`."""
-    if isinstance(weight, Weight8bit):  # as bitsandbytes: not a division by 127
+    if isinstance(weight, Weight8bit):  # like bitsandbytes, not / 127, which rounds differently
         return (weight.values * weight.scale[:, None] * (1 / 127)).to(dtype)
     rows, columns, block, _ = weight.form.shape
     numbers = torch.stack([weight.packed >> 4, weight.packed & 15], -1).flatten()[: rows * columns]
@@ -55,10 +55,10 @@ def _dequantize(weight, dtype):
     if isinstance(record, Weight8bit):
         return dequantize_reference(record, dtype)
     if record.packed.is_cuda and triton_installed():
-        from fastlora.ops.quant.dequantize_kernel import dequantize_4bit  # noqa: PLC0415  imports triton
+        from fastlora.ops.quant import dequantize_kernel  # noqa: PLC0415  imports triton
 
-        return dequantize_4bit(record, dtype)
-    # Of an odd number of columns bitsandbytes compiles a Python function at every new shape.
+        return dequantize_kernel.dequantize_4bit(record, dtype)
+    # With an odd number of columns bitsandbytes compiles a Python function for each new shape.
     if not record.packed.is_cuda and record.form.shape[1] % 2:
         return dequantize_reference(record, dtype)
     return dequantize_by_bitsandbytes(record).to(dtype)
@@ -70,12 +70,12 @@ def _(weight, dtype):
     return weight[0].new_empty(shape, dtype=dtype)
 
 
-# ── 3. what others call ───────────────────────────────────────────────────────────────────
+# ── 3. public functions ───────────────────────────────────────────────────────────────────
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
     """The matrix in `dtype`, a new tensor on the weight's device. No gradient flows.
 
-    bitsandbytes' bits (0.50.2: dequantize_4bit, int8_vectorwise_dequant), rounded once more where
-    `dtype` is narrower than the record's.
+    The bits are those of bitsandbytes 0.50.2 (dequantize_4bit, int8_vectorwise_dequant), converted
+    to `dtype`.
 
     Args:
         weight: 4 or 8 bits.
@@ -85,5 +85,5 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_
 
 
 def dense(weight: Weight, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
-    """The matrix itself: a dense one as it is, whatever its dtype; another dequantised."""
+    """A dense weight unchanged, in its dtype; a quantised weight dequantised to `dtype`."""
     return weight if isinstance(weight, Tensor) else dequantize(weight, dtype)

@@ -1,8 +1,8 @@
-"""Triton kernel of `dequantize`: 4 bits to a matrix in one launch, nested statistics included.
+"""Triton kernel of `dequantize`: a 4-bit weight to a matrix in one launch, also with nested absmax.
 
-bitsandbytes launches three: one for the nested statistics, one to add their mean, one for the
-matrix. To its bits: the mean is added in a rounding of its own (no fused multiply-add), and the
-product of level and magnitude is rounded once, to the record's dtype.
+bitsandbytes launches three kernels: one for the nested absmax, one to add its mean, one for the
+matrix. To give the same bits, we add the mean in a separate rounding (no fused multiply-add) and
+round the product of level and absmax once, to the record's dtype.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlora.ops.quant.weights import NESTED_BLOCK, NestedAbsmax, Weight4bit
 
 
-# ── kernel: one program per run of bytes ──────────────────────────────────────────────────
+# ── kernel: one program per BYTES consecutive bytes ───────────────────────────────────────
 @triton.jit
 def _dequantize_kernel(
     packed_ptr, levels_ptr, absmax_ptr, scale_ptr, code_ptr, offset_ptr, out_ptr, n,
@@ -23,7 +23,7 @@ def _dequantize_kernel(
 ):  # fmt: skip
     byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
     packed = tl.load(packed_ptr + byte, mask=2 * byte < n, other=0)
-    # An even BLOCK: both values of a byte share a magnitude.
+    # BLOCK is even, so both values of a byte share one absmax.
     block = 2 * byte // BLOCK
     if NESTED:
         number = tl.load(absmax_ptr + block, mask=2 * byte < n, other=0)
@@ -34,7 +34,7 @@ def _dequantize_kernel(
         absmax = tl.load(absmax_ptr + block, mask=2 * byte < n, other=0.0)
     first = tl.load(levels_ptr + (packed >> 4).to(tl.int32)) * absmax
     second = tl.load(levels_ptr + (packed & 15).to(tl.int32)) * absmax
-    # [BYTES, 2] -> [2 BYTES]: a thread stores the neighbours that it made.
+    # [BYTES, 2] -> [2 * BYTES]: each thread stores adjacent values.
     values = tl.reshape(tl.join(first, second), [2 * BYTES])
     at = tl.program_id(0).to(tl.int64) * 2 * BYTES + tl.arange(0, 2 * BYTES)
     values = values.to(ROUND).to(out_ptr.dtype.element_ty)
@@ -54,7 +54,7 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Float[Tensor, "d_
     nested = isinstance(absmax, NestedAbsmax)
     statistics = absmax if nested else (absmax, absmax, absmax, absmax)
     out = torch.empty(rows, columns, dtype=dtype, device=weight.packed.device)
-    # enable_fp_fusion: level * scale + offset is two roundings in bitsandbytes.
+    # enable_fp_fusion=False: bitsandbytes rounds level * scale before it adds the offset.
     _dequantize_kernel[(triton.cdiv(len(weight.packed), _BYTES),)](
         weight.packed, weight.levels, *statistics, out, n,
         NESTED=nested, BLOCK=block, GROUP=NESTED_BLOCK, ROUND=_TRITON[weight.form.dtype],

@@ -1,9 +1,8 @@
-"""Fake quantisation: a tensor rounded to what a low-bit format can hold, in its own dtype.
+"""Fake quantisation: round a tensor to the values of a low-bit format, and keep its dtype.
 
-The formulas, rounding for rounding, of the fake quantisers that torchao 0.18.0 (BSD-3) prepares for
-each config (torchao/quantization/qat/fake_quantizer.py; primitives in quant_primitives.py). The
-names of the schemes and the configs behind them are Unsloth's (Apache-2.0, models/_utils.py,
-_prepare_model_for_qat):
+The formulas and their roundings are those of the fake quantisers that torchao 0.18.0 (BSD-3) makes
+for each config (torchao/quantization/qat/fake_quantizer.py and quant_primitives.py). The names of
+the schemes and their configs are Unsloth's (Apache-2.0, models/_utils.py, _prepare_model_for_qat):
 
     int4       Int4WeightOnlyConfig(group_size=128)                          int4_groups
     int8       IntxWeightOnlyConfig(int8, PerAxis(0))                        int_groups
@@ -14,11 +13,11 @@ _prepare_model_for_qat):
 
     y = fq(x) fq(W)' + bias                                      of x        of W
 
-Gradients pass a rounding unchanged and stop where a value was clipped (Bengio et al. 2013,
-arXiv:1308.3432; Jacob et al. 2018, arXiv:1712.05877). int_groups and int8_rows take their scale as
-a constant, the others differentiate it too: all as torchao has it, with one exception. torchao's
-float8 rounding also casts the gradient to float8, without a scale: what is below 2**-10, which is
-every gradient of a language model, becomes zero. Here it passes.
+Gradients pass through a rounding unchanged, and are zero for clipped values (Bengio et al. 2013,
+arXiv:1308.3432; Jacob et al. 2018, arXiv:1712.05877). int_groups and int8_rows treat their scale as
+a constant; the others differentiate it. This is torchao's behaviour with one exception: torchao's
+float8 rounding also casts the gradient to float8, without a scale. Gradients below 2**-10, so
+practically all gradients of a language model, then become zero. Here they pass unchanged.
 """
 
 from dataclasses import dataclass
@@ -30,27 +29,27 @@ from torch import Tensor
 
 E4M3_MAX = 448.0
 
-_LEAST_ROW = 1e-12  # of a row's largest |w|, before it becomes a float8 scale for int4
+_LEAST_ROW = 1e-12  # lower bound of a row's largest |w| in the float8 scale of fp8_int4_groups
 
-_LEAST_SCALE = 1e-6  # of an int4 group's scale; in int4_groups, of its range
+_LEAST_SCALE = 1e-6  # lower bound of an int4 group's scale; in int4_groups, of its range
 
-_CHUNK_ELEMENTS = 2**24  # of a weight at a time: 64 MiB for each of some six float32 temporaries
+_CHUNK_ELEMENTS = 2**24  # weight elements at a time: 64 MiB for each of about six fp32 temporaries
 
 Kind = Literal["int4_groups", "fp8_int4_groups", "int_groups", "fp8_rows", "int8_rows"]
 
 
 @dataclass(frozen=True, slots=True)
 class Quantiser:
-    """One fake quantiser: its formula, and its numbers where the formula has a choice."""
+    """One fake quantiser: its formula, and the formula's parameters."""
 
     kind: Kind
     bits: int = 8
-    group_size: int | None = None  # None: the whole row
+    group_size: int | None = None  # None: one group per row
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a `qat_scheme` does to a linear layer, and to the embedding."""
+    """The fake quantisers of a `qat_scheme`; None leaves the tensor unchanged."""
 
     weight: Quantiser
     activation: Quantiser | None = None
@@ -70,10 +69,9 @@ SCHEMES = {
 
 # ── 1. values ─────────────────────────────────────────────────────────────────────────────
 def fake_quantize(x: Float[Tensor, "*n d"], quantiser: Quantiser) -> Float[Tensor, "*n d"]:
-    """x as the quantiser's format would hold it, in x.dtype; plain torch, for every transform.
+    """x rounded to the quantiser's format, in x.dtype. Plain torch, so all transforms work.
 
-    A row of zeros gives zeros, where torchao's float8 gives NaN. d must be a multiple of the group
-    size.
+    A row of zeros gives zeros (torchao's float8 gives NaN). d must be a multiple of the group size.
     """
     match quantiser.kind:
         case "int4_groups":
@@ -89,19 +87,22 @@ def fake_quantize(x: Float[Tensor, "*n d"], quantiser: Quantiser) -> Float[Tenso
 
 
 def fake_quantize_rows(matrix: Float[Tensor, "n d"], quantiser: Quantiser) -> Float[Tensor, "n d"]:
-    """`fake_quantize` of a matrix too large for whole temporaries, some rows at a time."""
+    """`fake_quantize` in chunks of rows, for matrices whose temporaries would be too large."""
     rows = rows_per_chunk(matrix.shape[1])
     return torch.cat([fake_quantize(part, quantiser) for part in matrix.split(rows)])
 
 
 def rows_per_chunk(d: int) -> int:
-    """Rows of width d that fill a chunk; only shapes decide."""
+    """Rows of width d in a chunk of `_CHUNK_ELEMENTS`; at least 1."""
     return max(1, _CHUNK_ELEMENTS // d)
 
 
-def _straight(x: Tensor, rounded: Tensor) -> Tensor:
-    """`rounded`, with x's derivative. x - x is zero to the bit, where x + (rounded - x) rounds; and
-    no autograd.Function, whose derivative torch.compile drops under torch.func (pytorch#193279)."""
+def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """`rounded`, with the derivative of x (straight-through estimator).
+
+    Written as rounded + (x - x), which is exact: x + (rounded - x) would round. It is not an
+    autograd.Function, whose derivative torch.compile drops under torch.func (pytorch#193279).
+    """
     return rounded.detach() + (x - x.detach())
 
 
@@ -118,63 +119,64 @@ def _int_range(bits: int) -> tuple[int, int]:
 
 
 def _int4_groups(w: Tensor, quantiser: Quantiser) -> Tensor:
-    """IntN with the group's minimum as its offset (Int4WeightFakeQuantizer, bfloat16 inputs)."""
+    """int4 between a group's minimum and maximum (Int4WeightFakeQuantizer, bfloat16 inputs)."""
     g = _wide(_groups(w, quantiser))
-    x_a, scale = _int4_scale(g)
-    ratio = (g - x_a) / scale
-    q = _straight(ratio, ratio.round()).clamp(0, 15)
-    return ((q - 8) * scale + (x_a + scale * 8)).flatten(-2).to(w.dtype)
+    low, scale = _int4_scale(g)
+    ratio = (g - low) / scale
+    q = _straight_through(ratio, ratio.round()).clamp(0, 15)
+    return ((q - 8) * scale + (low + scale * 8)).flatten(-2).to(w.dtype)
 
 
 def _int4_scale(g: Tensor) -> tuple[Tensor, Tensor]:
-    high, x_a = g.amax(-1, keepdim=True), g.amin(-1, keepdim=True)
-    return x_a, (high - x_a).clamp(min=_LEAST_SCALE) / 15
+    high, low = g.amax(-1, keepdim=True), g.amin(-1, keepdim=True)
+    return low, (high - low).clamp(min=_LEAST_SCALE) / 15
 
 
 def _int4_symmetric(w: Tensor, quantiser: Quantiser) -> Tensor:
-    """Scale |w|max / 8, so that the positive maximum is clipped (the same, float8 inputs)."""
+    """int4 with scale |w|max / 8; clips a positive maximum (Int4WeightFakeQuantizer, float8)."""
     g = _groups(w, quantiser)
     scale = (g.abs().amax(-1, keepdim=True) / 8).clamp(min=_LEAST_SCALE)
     ratio = g * (1.0 / scale)
-    return (_straight(ratio, ratio.round()).clamp(-8, 7) * scale).flatten(-2)
+    return (_straight_through(ratio, ratio.round()).clamp(-8, 7) * scale).flatten(-2)
 
 
 def _int_groups(w: Tensor, quantiser: Quantiser) -> Tensor:
-    """Scale |w|max / (2**bits - 1) * 2, symmetric (IntxFakeQuantizer)."""
+    """Symmetric integers with scale |w|max / ((2**bits - 1) / 2) (IntxFakeQuantizer)."""
     g = _groups(w, quantiser)
     scale = _int_scale(g, quantiser.bits)
     ratio = g * (1.0 / scale)
-    q = _straight(ratio, ratio.round()).clamp(*_int_range(quantiser.bits))
+    q = _straight_through(ratio, ratio.round()).clamp(*_int_range(quantiser.bits))
     return (q * scale).flatten(-2)
 
 
 def _int_scale(g: Tensor, bits: int) -> Tensor:
     g = g.detach()
-    x_a, high = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
-    scale = torch.maximum(-x_a, high) / ((2**bits - 1) / 2)
+    low, high = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
+    scale = torch.maximum(-low, high) / ((2**bits - 1) / 2)
     return scale.clamp(min=torch.finfo(g.dtype).smallest_normal)
 
 
 def _int8_rows(x: Tensor) -> Tensor:
-    """int8 over [min, max] and zero, with a whole zero point (IntxFakeQuantizer, per token)."""
+    """int8 over a row's range, extended to contain 0; the zero point is an integer
+    (IntxFakeQuantizer, per token)."""
     scale, zero = _int8_scale(x)
     ratio = x * (1.0 / scale)
-    q = (_straight(ratio, ratio.round()) + zero).clamp(-128, 127)
+    q = (_straight_through(ratio, ratio.round()) + zero).clamp(-128, 127)
     return (q - zero) * scale
 
 
 def _int8_scale(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.detach()
-    x_a, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - x_a) / 255).clamp(min=torch.finfo(x.dtype).smallest_normal)
-    return scale, (-128 - (x_a / scale).round()).clamp(-128, 127)
+    low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).smallest_normal)
+    return scale, (-128 - (low / scale).round()).clamp(-128, 127)
 
 
 def _fp8_rows(x: Tensor, least: float) -> Tensor:
-    """float8 e4m3 with a row's largest |x| at 448 (Float8FakeQuantizer, PerRow)."""
+    """float8 e4m3; the scale maps a row's largest |x| to 448 (Float8FakeQuantizer, PerRow)."""
     scale = _fp8_scale(x, least)
     ratio = (_wide(x) / scale).clamp(-E4M3_MAX, E4M3_MAX)
-    return (_straight(ratio, _e4m3(ratio)) * scale).to(x.dtype)
+    return (_straight_through(ratio, _e4m3(ratio)) * scale).to(x.dtype)
 
 
 def _fp8_scale(x: Tensor, least: float) -> Tensor:
@@ -187,11 +189,14 @@ def _e4m3(x: Tensor) -> Tensor:
     return x.detach().to(torch.float8_e4m3fn).to(x.dtype)
 
 
-# ── 2. derivatives, computed again from x: nothing of x's size is kept for them ───────────
+# ── 2. derivatives, recomputed from x, so that nothing of x's size is kept for them ───────
 def fake_quantize_backward(
     x: Float[Tensor, "*n d"], dy: Float[Tensor, "*n d"], quantiser: Quantiser
 ) -> Float[Tensor, "*n d"]:
-    """The derivative of `fake_quantize` at x times dy, in x.dtype; without gradients of its own."""
+    """The gradient of x under `fake_quantize` for the output gradient dy, in x.dtype.
+
+    Not differentiable again.
+    """
     match quantiser.kind:
         case "int4_groups":
             return _int4_groups_backward(x, dy, quantiser)
@@ -201,9 +206,9 @@ def fake_quantize_backward(
             return _fp8_rows_backward(x, dinner, _LEAST_ROW)
         case "int_groups":
             g = _groups(x, quantiser)
-            x_a, high = _int_range(quantiser.bits)
+            low, high = _int_range(quantiser.bits)
             q = (g * (1.0 / _int_scale(g, quantiser.bits))).round()
-            return torch.where((q >= x_a) & (q <= high), _groups(dy, quantiser), 0.0).flatten(-2)
+            return torch.where((q >= low) & (q <= high), _groups(dy, quantiser), 0.0).flatten(-2)
         case "int8_rows":
             scale, zero = _int8_scale(x)
             q = (x * (1.0 / scale)).round() + zero
@@ -213,14 +218,17 @@ def fake_quantize_backward(
 
 
 def _int4_groups_backward(w: Tensor, dy: Tensor, quantiser: Quantiser) -> Tensor:
-    """dy, and at a group's ends the scale's share: y = q s + min, q's own slope gives back dy."""
+    """dy, plus the scale's gradient at the group's minimum and maximum.
+
+    y = q * scale + min, and the straight-through slope of q gives dy.
+    """
     g, dy = _wide(_groups(w, quantiser)), _wide(_groups(dy, quantiser))
-    x_a, scale = _int4_scale(g)
-    ratio = (g - x_a) / scale
+    low, scale = _int4_scale(g)
+    ratio = (g - low) / scale
     dscale = (dy * (ratio.round().clamp(0, 15) - ratio)).sum(-1, keepdim=True) / 15
     high = g.amax(-1, keepdim=True)
-    dscale = torch.where(high - x_a >= _LEAST_SCALE, dscale, 0.0)
-    dg = dy + _shared(g == high, dscale) - _shared(g == x_a, dscale)
+    dscale = torch.where(high - low >= _LEAST_SCALE, dscale, 0.0)
+    dg = dy + _split_evenly(g == high, dscale) - _split_evenly(g == low, dscale)
     return dg.flatten(-2).to(w.dtype)
 
 
@@ -228,7 +236,7 @@ def _int4_symmetric_backward(w: Tensor, dy: Tensor, quantiser: Quantiser) -> Ten
     g, dy = _wide(_groups(w, quantiser)), _wide(_groups(dy, quantiser))
     largest = _groups(w, quantiser).abs().amax(-1, keepdim=True) / 8
     scale = _wide(largest.clamp(min=_LEAST_SCALE))
-    # In w.dtype, as the value was: in bfloat16 a wider ratio clips other elements.
+    # Computed in w.dtype, as in the forward pass: a float32 ratio would clip other elements.
     ratio = _wide(_groups(w, quantiser) * (1.0 / scale.to(w.dtype)))
     q = ratio.round()
     inside = (q >= -8) & (q <= 7)
@@ -250,11 +258,11 @@ def _fp8_rows_backward(x: Tensor, dy: Tensor, least: float) -> Tensor:
 
 
 def _at_largest(x: Tensor, dlargest: Tensor) -> Tensor:
-    """The derivative of the last axis's largest |x|, by x, times dlargest."""
+    """The gradient of x through the largest |x| of the last axis, whose gradient is dlargest."""
     size = x.abs()
-    return _shared(size == size.amax(-1, keepdim=True), dlargest) * x.sign()
+    return _split_evenly(size == size.amax(-1, keepdim=True), dlargest) * x.sign()
 
 
-def _shared(where: Tensor, total: Tensor) -> Tensor:
-    """`total` in equal parts at every True of the last axis, as amax divides among equals."""
-    return where * (total / where.sum(-1, keepdim=True))
+def _split_evenly(mask: Tensor, total: Tensor) -> Tensor:
+    """`total` in equal parts for each True of the last axis; amax splits its gradient this way."""
+    return mask * (total / mask.sum(-1, keepdim=True))

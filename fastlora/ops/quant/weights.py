@@ -1,4 +1,13 @@
-"""weights."""
+"""Records of quantised matrices, in 4 and 8 bits.
+
+NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314, section 3): a matrix, in row-major order, is
+split into blocks of 64 values. Each block stores its largest magnitude (absmax), and one 4-bit
+index per value into 16 levels between -1 and 1. With double quantisation the absmax values are
+themselves stored as 8-bit indices, in blocks of 256, around their mean. LLM.int8
+(arXiv:2208.07339) stores int8 values and one scale per row.
+
+Records hold only tensors, so trees of parameters can contain them.
+"""
 
 import math
 from collections.abc import Sequence
@@ -8,12 +17,12 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-BLOCK = 64  # values that share one scale; QLoRA's and PEFT's choice
+BLOCK = 64  # values per absmax; the choice of QLoRA and PEFT
 
-NESTED_BLOCK = 256  # scales that share one of their own
+NESTED_BLOCK = 256  # absmax values per nested scale
 
 
-# The 16 levels, as bitsandbytes 0.50.2 has them; its kernels know no others.
+# The 16 levels of bitsandbytes 0.50.2. Its kernels support only these.
 LEVELS = {
     "nf4": (
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -31,7 +40,7 @@ LEVELS = {
 
 
 class NestedAbsmax(NamedTuple):
-    """Magnitudes in 8 bits: code[values] * scale + offset, block by block of 256."""
+    """absmax values in 8 bits: code[values] * scale + offset, with one scale per 256 values."""
 
     values: UInt8[Tensor, "blocks"]
     scale: Float[Tensor, "groups"]
@@ -40,16 +49,16 @@ class NestedAbsmax(NamedTuple):
 
 
 class Weight4bit(NamedTuple):
-    """A matrix in NF4 or FP4: levels[number] * absmax of its block, rounded to `form`'s dtype."""
+    """A matrix in NF4 or FP4: levels[index] * absmax of its block, rounded to `form`'s dtype."""
 
-    packed: UInt8[Tensor, "bytes"]  # two numbers a byte, the first in the high half
+    packed: UInt8[Tensor, "bytes"]  # two indices per byte, the first in the high half
     levels: Float[Tensor, "16"]
-    form: Float[Tensor, "d_out d_in block 0"]  # empty: its shape and dtype are the matrix's
+    form: Float[Tensor, "d_out d_in block 0"]  # empty; stores the shape, block size and dtype
     absmax: Float[Tensor, "blocks"] | NestedAbsmax
 
 
 class Weight8bit(NamedTuple):
-    """A matrix in int8, one scale a row: values * scale / 127."""
+    """A matrix in int8 with one scale per row: values * scale / 127."""
 
     values: Int8[Tensor, "d_out d_in"]
     scale: Float[Tensor, "d_out"]
@@ -58,24 +67,30 @@ class Weight8bit(NamedTuple):
 Quantized = Weight4bit | Weight8bit
 
 
-# What a frozen linear layer may have for a weight; a dense one is [d_out, d_in].
+# The weight of a frozen linear layer. A dense weight is a tensor [d_out, d_in].
 Weight = Tensor | Weight4bit | Weight8bit
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:
-    """(d_out, d_in)."""
+    """The matrix's shape: (d_out, d_in)."""
     of = weight.form if isinstance(weight, Weight4bit) else weight
     of = of.values if isinstance(of, Weight8bit) else of
     return of.shape[0], of.shape[1]
 
 
 def numel(weight: Weight) -> int:
-    """Elements of the matrix (of a dense tensor, any number of dimensions)."""
+    """Number of elements of the matrix; a dense tensor may have any number of dimensions."""
     return weight.numel() if isinstance(weight, Tensor) else math.prod(shape_of(weight))
 
 
 def parts(weight: Weight) -> list[Tensor]:
-    """The tensors of a weight, for an op's argument; a dense one is its only part."""
+    """The tensors of a weight, as a flat list for an op's argument:
+
+    dense                    [weight]
+    8 bits                   [values, scale]
+    4 bits                   [packed, levels, form, absmax]
+    4 bits, nested absmax    [packed, levels, form, values, scale, code, offset]
+    """
     if isinstance(weight, Tensor):
         return [weight]
     if isinstance(weight, Weight4bit) and isinstance(weight.absmax, NestedAbsmax):
@@ -84,7 +99,7 @@ def parts(weight: Weight) -> list[Tensor]:
 
 
 def from_parts(tensors: Sequence[Tensor]) -> Weight:
-    """The inverse of `parts`: only their number says which kind it is."""
+    """The inverse of `parts`. The number of tensors determines the kind of weight."""
     match len(tensors):
         case 1:
             return tensors[0]
@@ -101,10 +116,10 @@ def from_parts(tensors: Sequence[Tensor]) -> Weight:
 def empty_form(
     shape: tuple[int, int], dtype: torch.dtype, device: Any, block: int = BLOCK
 ) -> Float[Tensor, "d_out d_in block 0"]:
-    """`Weight4bit.form`."""
+    """The field `form` of a `Weight4bit`. It has no elements, so it takes no memory."""
     return torch.empty(*shape, block, 0, dtype=dtype, device=device)
 
 
 def quant_type(weight: Weight4bit) -> str:
-    """ "nf4" or "fp4": their first levels are -1 and 0. Reads the device."""
+    """ "nf4" or "fp4": their first levels are -1 and 0. Synchronises with the device."""
     return "nf4" if float(weight.levels[0]) < 0 else "fp4"

@@ -1,9 +1,12 @@
-"""SwiGLU over adapted gate and up: h = silu(g + s low_g B_g') * (u + s low_u B_u')
-(Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685), and h A' for down's LoRA.
-With DoRA each sum is scaled, one factor for each output (Liu et al. 2024, arXiv:2402.09353).
+"""SwiGLU over adapted gate and up: h = silu(g + s_g xA_g B_g') * (u + s_u xA_u B_u'), and h A' for
+the down projection's LoRA.
 
-Read downward: the reference is the specification; the op runs swiglu_kernel.py. Its derivative
-keeps g, u and what is of the rank, and neither h nor the adapted gate and up.
+Here g and u are the base products of the gate and up projections, and xA_g and xA_u are their
+inputs times A' (Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685). With DoRA each
+sum is multiplied with one gain per output (Liu et al. 2024, arXiv:2402.09353).
+
+The reference is the specification; the op runs swiglu_kernel.py. For the backward pass it keeps g,
+u and tensors of the rank's width, and neither h nor the adapted gate and up.
 """
 
 import torch
@@ -37,9 +40,10 @@ def lora_swiglu_reference(
 
 
 # ── 2. op and derivative ──────────────────────────────────────────────────────────────────
-# h A' is a product of its own, outside the op, so that a recompute policy can keep it; but the
-# autograd.Function is one, because the gradient of h arrives in two parts, dy W and dlow A, and the
-# second is of the MLP's width only until it is a dot product inside the kernel's tile.
+# h A' is computed outside the op, so that a recompute policy can keep it. One autograd.Function
+# spans both, because the gradient of h has two terms, dy W from the down projection's base product
+# and dh_a A from its LoRA. The kernel computes the second inside its tile, so that term never
+# exists as a tensor of the MLP's width.
 torch.library.define(
     "fastlora::lora_swiglu",
     "(Tensor g, Tensor u, Tensor x_a_g, Tensor x_a_u, Tensor b_g, Tensor b_u, Tensor? gains,"
@@ -74,7 +78,7 @@ def _(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u):
 
 
 @torch.library.register_fake("fastlora::lora_swiglu_backward")
-def _(dh, dlow, a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u):
+def _(dh, dh_a, a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u):
     ranks = [gate_x_a.shape[1], up_x_a.shape[1], 0 if a is None else a.shape[0]]
     sums = g.new_empty((3, g.shape[1], rank_tile(*ranks)), dtype=torch.float32)
     return torch.empty_like(u), sums, sums.new_empty((2, g.shape[1]))
@@ -91,40 +95,43 @@ class _LoRASwiGLU(torch.autograd.Function):
         return h, None if a is None else torch.mm(h, a.t())
 
     @staticmethod
-    def backward(ctx, dh, dlow):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph=True, but what follows is not differentiable
+    def backward(ctx, dh, dh_a):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch.is_grad_enabled():  # create_graph=True, but the kernel is not differentiable
             raise RuntimeError(
                 "the fused SwiGLU has no second derivative; differentiate fastlora.functional with"
-                " torch.func, which runs the plain one."
+                " torch.func, which runs the reference."
             )
         g, u, gate_x_a, up_x_a, b_g, b_u, a, gains = ctx.saved_tensors
         scaling_g, scaling_u = ctx.scalings
-        # The kernel writes dg over h's gradient: of five tensors of the MLP's width, which are a
-        # layer's peak, four are left. A compiled graph knows whether that one is still wanted.
+        # The kernel overwrites h's gradient with dg. A layer's memory peak is then four tensors of
+        # the MLP's width and not five. In eager mode autograd may still need h's gradient, so we
+        # clone it; a compiled graph copies it only if it is used again.
         dg = torch.zeros_like(g) if dh is None else dh
         tracing = torch.compiler.is_compiling()
         dg = dg.contiguous() if tracing else dg.clone(memory_format=torch.contiguous_format)
-        own_a = None if dlow is None else a
+        used_a = None if dh_a is None else a
         du, sums, dgains = torch.ops.fastlora.lora_swiglu_backward(
-            dg, dlow, own_a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, *ctx.scalings
+            dg, dh_a, used_a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, *ctx.scalings
         )
         part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
-        dlow_g, dlow_u = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
+        dgate_x_a, dup_x_a = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
         db_g, db_u = part(0, b_g.shape[1], b_g), part(1, b_u.shape[1], b_u)
-        # Contiguous, as A is: torch's fused AdamW asks for gradients of the same layout.
+        # torch's fused AdamW needs gradients with the parameters' layout, which is contiguous.
         db_g, db_u = db_g.contiguous(), db_u.contiguous()
-        da = None if dlow is None else part(2, a.shape[0], a).t().contiguous()
-        return dg, du, dlow_g, dlow_u, db_g, db_u, da, None if gains is None else dgains, None, None
+        da = None if dh_a is None else part(2, a.shape[0], a).t().contiguous()
+        dgains = None if gains is None else dgains
+        return dg, du, dgate_x_a, dup_x_a, db_g, db_u, da, dgains, None, None
 
 
-# ── 3. what the model calls ───────────────────────────────────────────────────────────────
+# ── 3. public functions ───────────────────────────────────────────────────────────────────
 
-# What was timed: a tile of 16 ranks pays (swiglu_kernel.py); wider ones were only found right.
+# The kernel is measured faster up to rank 16 (one tile, swiglu_kernel.py). For larger ranks it is
+# correct, but its speed is not measured.
 _LARGEST_RANK = 16
 
 
 def kernel_supports(dtype: torch.dtype, *ranks: int) -> bool:
-    """Whether the kernel is known to pay for tensors of this dtype and these ranks."""
+    """Whether the kernel is tested and measured to be faster for this dtype and these ranks."""
     return dtype in (torch.bfloat16, torch.float16, torch.float32) and max(ranks) <= _LARGEST_RANK
 
 
@@ -140,23 +147,27 @@ def lora_swiglu(
     scaling_g: float,
     scaling_u: float,
 ) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
-    """(h, h A' or None), in g.dtype; every tensor but the gains has it. Runs a Triton kernel.
+    """(h, h A' or None), in g.dtype. Runs a Triton kernel. All inputs but `gains` have g.dtype.
 
     Args:
         g: base product of the gate projection.
-        u: of the up projection.
-        low_g: input (dropped out, where dropout is on) of gate times its A'; rows may be apart.
-        low_u: of up.
-        b_g: gate's up-projecting matrix.
-        b_u: up's.
-        a: the down projection's A, or None where it has none of its own, or another input.
+        u: base product of the up projection.
+        gate_x_a: gate's input (after dropout) times its A'; may be a slice of a wider tensor.
+        up_x_a: up's input (after dropout) times its A'.
+        b_g: LoRA's B of the gate projection.
+        b_u: LoRA's B of the up projection.
+        a: LoRA's A of the down projection; None if it has no adapter, or if its A does not
+            multiply h itself (dropout).
         gains: DoRA's m / n of gate and of up, in float32; None without DoRA.
-        scaling_g: factor of gate's low-rank term.
-        scaling_u: of up's.
+        scaling_g: factor of gate's low-rank term (alpha / r).
+        scaling_u: factor of up's low-rank term.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     flat = lambda x: x.reshape(-1, x.shape[-1])
-    h, x_a = _LoRASwiGLU.apply(  # pyright: ignore
+    h, h_a = _LoRASwiGLU.apply(  # pyright: ignore
         flat(g), flat(u), flat(gate_x_a), flat(up_x_a), b_g, b_u, a, gains, scaling_g, scaling_u
     )
     n = g.shape[:-1]
-    return h.view(*n, -1), None if x_a is None else x_a.view(*n, -1)
+    return h.view(*n, -1), None if h_a is None else h_a.view(*n, -1)

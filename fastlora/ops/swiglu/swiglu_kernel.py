@@ -1,9 +1,10 @@
 """Triton kernels of `lora_swiglu`: the low-rank terms of gate and up, and SwiGLU, in one pass.
 
-Written out, s low B' is a tensor of the MLP's width, written and read again for each of gate and
-up; here it is a dot product over the rank inside the tile. The backward kernel forms h once more,
-so that nobody keeps it, and sums what A, B and DoRA's gains need over the rows of its tile while
-they are there: partial sums of a few chunks of rows, added by the caller, always in the same order.
+In plain torch the low-rank term s xA B' is a tensor of the MLP's width, written and read once each
+for gate and up. Here it is a dot product over the rank inside the tile. The backward kernel
+recomputes h, so h need not be kept. While a tile is in registers it also sums the gradients of A, B
+and DoRA's gains over the tile's rows. Each program writes the partial sums of one chunk of rows;
+the launcher adds the chunks in a fixed order, so all runs give the same bits.
 """
 
 import torch
@@ -12,30 +13,32 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.dispatch import rank_tile
+from fastlora.ops.dispatch import precision, rank_tile
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
 
-# Without helper functions: the tests' type hook wraps every function, and Triton's interpreter then
-# looks for their names in the hook's module.
+# The kernels use no helper functions: the tests' type-checking hook wraps every function, and
+# Triton's interpreter then looks up the helpers' names in the hook's module.
 @triton.jit
 def _swiglu_kernel(
-    g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, gains_ptr, h_ptr,
-    n, f, r_g, r_u, stride_low_g, stride_low_u, scaling_g, scaling_u,
+    g_ptr, u_ptr, gate_x_a_ptr, up_x_a_ptr, b_g_ptr, b_u_ptr, gains_ptr, h_ptr,
+    n, f, r_g, r_u, stride_gate_x_a, stride_up_x_a, scaling_g, scaling_u,
     HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
     column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
-    far, wide = row.to(tl.int64), column.to(tl.int64)  # n f may pass 2**31
+    far, wide = row.to(tl.int64), column.to(tl.int64)  # n * f may exceed 2**31
     k, k_t = tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
     here, at = (row < n) & (column < f), far * f + column
-    # [R, BN] and [BM, R]: zero beyond the rank
+    # Tiles [R, BN] and [BM, R], filled with zeros beyond the rank.
     b_g = tl.load(b_g_ptr + wide * r_g + k_t, mask=(column < f) & (k_t < r_g), other=0.0)
     b_u = tl.load(b_u_ptr + wide * r_u + k_t, mask=(column < f) & (k_t < r_u), other=0.0)
-    gate_x_a = tl.load(low_g_ptr + far * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0)
-    up_x_a = tl.load(low_u_ptr + far * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
+    gate_x_a = tl.load(
+        gate_x_a_ptr + far * stride_gate_x_a + k, mask=(row < n) & (k < r_g), other=0.0
+    )
+    up_x_a = tl.load(up_x_a_ptr + far * stride_up_x_a + k, mask=(row < n) & (k < r_u), other=0.0)
     g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
     g += scaling_g * tl.dot(gate_x_a, b_g, input_precision=PRECISION)
     u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
@@ -49,9 +52,9 @@ def _swiglu_kernel(
 
 @triton.jit
 def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
-    dh_ptr, dlow_ptr, a_ptr, g_ptr, u_ptr, low_g_ptr, low_u_ptr, b_g_ptr, b_u_ptr, gains_ptr,
+    dh_ptr, dh_a_ptr, a_ptr, g_ptr, u_ptr, gate_x_a_ptr, up_x_a_ptr, b_g_ptr, b_u_ptr, gains_ptr,
     du_ptr, sums_ptr, dgains_ptr,
-    n, f, r_g, r_u, r_a, stride_dlow, stride_low_g, stride_low_u, scaling_g, scaling_u, chunk,
+    n, f, r_g, r_u, r_a, stride_dh_a, stride_gate_x_a, stride_up_x_a, scaling_g, scaling_u, chunk,
     HAS_A: tl.constexpr, HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -76,18 +79,20 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
         far = row.to(tl.int64)
         here, at = (row < n) & (column < f), far * f + column
         gate_x_a = tl.load(
-            low_g_ptr + far * stride_low_g + k, mask=(row < n) & (k < r_g), other=0.0
+            gate_x_a_ptr + far * stride_gate_x_a + k, mask=(row < n) & (k < r_g), other=0.0
         )
-        up_x_a = tl.load(low_u_ptr + far * stride_low_u + k, mask=(row < n) & (k < r_u), other=0.0)
+        up_x_a = tl.load(
+            up_x_a_ptr + far * stride_up_x_a + k, mask=(row < n) & (k < r_u), other=0.0
+        )
         dh = tl.load(dh_ptr + at, mask=here, other=0.0).to(tl.float32)
         if HAS_A:
-            dlow = tl.load(dlow_ptr + far * stride_dlow + k, mask=(row < n) & (k < r_a), other=0.0)
-            dh += tl.dot(dlow, a, input_precision=PRECISION)
+            dh_a = tl.load(dh_a_ptr + far * stride_dh_a + k, mask=(row < n) & (k < r_a), other=0.0)
+            dh += tl.dot(dh_a, a, input_precision=PRECISION)
         g = tl.load(g_ptr + at, mask=here, other=0.0).to(tl.float32)
         g += scaling_g * tl.dot(gate_x_a, b_g, input_precision=PRECISION)
         u = tl.load(u_ptr + at, mask=here, other=0.0).to(tl.float32)
         u += scaling_u * tl.dot(up_x_a, b_u, input_precision=PRECISION)
-        if HAS_GAINS:  # of the sums before them, g and u, the gains' gradients are made below
+        if HAS_GAINS:  # the gains' gradients below need the sums without the gains
             sum_g, sum_u = g, u
             g, u = g * gain_g, u * gain_u
         sigmoid = tl.sigmoid(g)
@@ -98,13 +103,13 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
             dgain_u += tl.sum(du * sum_u, 0)
             dg, du = dg * gain_g, du * gain_u
         dg, du = dg.to(kind), du.to(kind)
-        tl.store(dh_ptr + at, dg, mask=here)  # where this program alone has read
+        tl.store(dh_ptr + at, dg, mask=here)  # no other program reads these elements of dh
         tl.store(du_ptr + at, du, mask=here)
         db_g += tl.dot(tl.trans(dg), gate_x_a, input_precision=PRECISION)
         db_u += tl.dot(tl.trans(du), up_x_a, input_precision=PRECISION)
         if HAS_A:
             h = (g * sigmoid * u).to(kind)
-            da += tl.dot(tl.trans(h), dlow, input_precision=PRECISION)
+            da += tl.dot(tl.trans(h), dh_a, input_precision=PRECISION)
     size = f.to(tl.int64) * R
     sums = tl.program_id(1) * 3 * size + number[:, None].to(tl.int64) * R + k
     inside = number[:, None] < f
@@ -118,21 +123,17 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
-# Tiles of an H100, 8192 rows and r = 16 (f = 8192 / 14336): forward 139 / 239 µs, where the two
-# low-rank terms and Inductor's SwiGLU take 245 / 419; at other (BM, BN, warps) 142 to 169. The
-# backward pass, (BM, BN, warps, iterations whose loads are in flight): in a 1B step 256 µs, and 331
-# where only what tl.dot reads is loaded ahead; Inductor's and the products take some 472. (32, 128,
-# 4, 3) takes 242, but spills registers, 6 KB a thread on sm_80, and in float32 wants 150 KB of
-# shared memory (scripts/bench_results/2026-11-26-swiglu-kernel.txt, 2026-11-27-swiglu-stages.txt).
-# With DoRA's gains, and in float32, loads ahead were not measured and are left to Triton.
+# Tiles measured on an H100 with 8192 rows and r = 16. Forward, (BM, BN, warps): 139 µs for f = 8192
+# and 239 µs for f = 14336, where the two low-rank terms and Inductor's SwiGLU take 245 and 419 µs;
+# other tiles take 142 to 169 µs for f = 8192. Backward, (BM, BN, warps, pipeline stages): 256 µs in
+# a step of 1B; 331 µs without STAGES, which makes Triton prefetch only the operands of tl.dot;
+# Inductor's kernel and the products take about 472 µs. (32, 128, 4, 3) takes 242 µs, but spills
+# 6 KB of registers per thread on sm_80 and needs 150 KB of shared memory in float32
+# (swiglu-kernel-2026-11-26 and swiglu-stages-2026-11-27 in scripts/bench/results.jsonl). With
+# DoRA's gains, and in float32, STAGES is not measured, so Triton chooses.
 _FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4, 3)
 
 _CHUNKS = 8
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies tensors of a dtype."""
-    return "ieee" if dtype == torch.float32 else "tf32"  # of 16-bit tensors nothing is rounded
 
 
 def swiglu(
@@ -146,12 +147,15 @@ def swiglu(
     scaling_g: float,
     scaling_u: float,
 ) -> Float[Tensor, "n f"]:
-    """silu(g + s_g low_g B_g') * (u + s_u low_u B_u'), each sum times its gain where there are
-    gains (float32), in g.dtype, summed in float32."""
+    """silu(g + s_g xA_g B_g') * (u + s_u xA_u B_u') in g.dtype, computed in float32.
+
+    If `gains` (float32) is given, each of the two sums is multiplied with its gain.
+    """
     (n, f), (bm, bn, warps) = g.shape, _FORWARD
     h, r_g, r_u = torch.empty_like(g), gate_x_a.shape[1], up_x_a.shape[1]
     _swiglu_kernel[(triton.cdiv(f, bn), triton.cdiv(n, bm))](
-        g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(), g if gains is None else gains, h,
+        g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(),
+        g if gains is None else gains, h,
         n, f, r_g, r_u, gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u,
         HAS_GAINS=gains is not None, R=rank_tile(r_g, r_u), BM=bm, BN=bn,  # pyright: ignore
         PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
@@ -161,7 +165,7 @@ def swiglu(
 
 def swiglu_backward_(
     dh: Float[Tensor, "n f"],
-    dlow: Float[Tensor, "n r_a"] | None,
+    dh_a: Float[Tensor, "n r_a"] | None,
     a: Float[Tensor, "r_a f"] | None,
     g: Float[Tensor, "n f"],
     u: Float[Tensor, "n f"],
@@ -173,9 +177,11 @@ def swiglu_backward_(
     scaling_g: float,
     scaling_u: float,
 ) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"], Float[Tensor, "2 f"]]:
-    """(du, sums, dgains), and dg in place of dh, which is contiguous: with dh + dlow A for h's
-    gradient, those of g and u, in their dtype, and in float32 dB_g, dB_u and dA', each padded to
-    `rank_tile`, and those of the gains, zeros where there are none."""
+    """(du, sums, dgains); overwrites dh, which must be contiguous, with dg.
+
+    The gradient of h is dh + dh_a A. dg and du have the dtype of g and u. `sums` holds dB_g, dB_u
+    and dA' in float32, padded to `rank_tile` columns. `dgains` is float32; zeros without gains.
+    """
     (n, f), (bm, bn, warps, stages) = g.shape, _BACKWARD
     if gains is not None or g.dtype == torch.float32:
         stages = None
@@ -188,13 +194,13 @@ def swiglu_backward_(
     sums = torch.empty((chunks, 3, f, r), dtype=torch.float32, device=g.device)
     given = gains is not None
     dgains = torch.empty((chunks if given else 0, 2, f), dtype=torch.float32, device=g.device)
-    if dlow is not None and dlow.stride(1) != 1:
-        dlow = dlow.contiguous()
+    if dh_a is not None and dh_a.stride(1) != 1:
+        dh_a = dh_a.contiguous()
     _swiglu_backward_kernel[(triton.cdiv(f, bn), chunks)](
-        dh, g if dlow is None else dlow, g if a is None else a.contiguous(),
+        dh, g if dh_a is None else dh_a, g if a is None else a.contiguous(),
         g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(), gains if given else g,
         du, sums, dgains,
-        n, f, r_g, r_u, r_a, 0 if dlow is None else dlow.stride(0),
+        n, f, r_g, r_u, r_a, 0 if dh_a is None else dh_a.stride(0),
         gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u, chunk,
         HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn, STAGES=stages,  # pyright: ignore
         PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore

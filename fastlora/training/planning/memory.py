@@ -1,98 +1,111 @@
-"""memory."""
+"""peak_bytes(): the peak memory of a training step, as a sum over shapes.
+
+The peak is reached at one of two moments: when the cross-entropy holds its logits and every layer
+its activations, or in one layer's backward pass, when the gradients of the layers after it already
+exist.
+"""
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastlora.model import Model
-from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
-from fastlora.models.names import projection_shape
+from fastlora.models.levels import kept_elements, layer_levels, mlp_chunks, offload_levels
 from fastlora.models.params import is_quantized
 from fastlora.models.spec import Recompute
+from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
 from fastlora.ops.swiglu.swiglu import kernel_supports
 
-# cuBLAS's workspaces, tables, masks and what the allocator rounds up; bytes.
+MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # per parameter
+
+# cuBLAS's workspaces, RoPE tables, masks, and what the allocator adds by rounding up.
 _OTHER_BYTES = 0.1 * 2**30
 
 
-# ── 1. memory ─────────────────────────────────────────────────────────────────────────────
-MOMENTS = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # bytes a parameter
-
-
 def peak_bytes(
-    model: Model, recompute: Recompute, batch_size: int, seq_length: int, optimizer: str = "adamw"
+    model: ModelState,
+    recompute: Recompute,
+    batch_size: int,
+    seq_length: int,
+    optimizer: str = "adamw",
 ) -> int:
-    """Most that torch will have allocated in a training step, base and optimiser included."""
+    """The most memory that torch will have allocated in a training step, in bytes.
+
+    Base, adapter and optimizer are included.
+    """
     config, tokens = model.spec.config, batch_size * seq_length
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    adapters = _layers(model)
-    parameters = [sum(x.numel() for x in leaves) for leaves in adapters]
-    own = sum(x.nbytes for leaves in adapters for x in leaves)
-    casts = sum(x.numel() * item for leaves in adapters for x in leaves if x.element_size() != item)
-    always = sum(x.nbytes for x in tree_leaves(model.base)) + own + _OTHER_BYTES
-    always += MOMENTS[optimizer] * sum(parameters)
+    adapters = _adapter_by_layer(model)
+    parameters = sum(x.numel() for leaves in adapters for x in leaves)
+    always = sum(x.nbytes for x in tree_leaves(model.base)) + _OTHER_BYTES
+    always += sum(x.nbytes for leaves in adapters for x in leaves)
+    always += MOMENT_BYTES[optimizer] * parameters
 
-    levels, fused = levels_of(model, recompute, tokens), _fused(model)
-    kept = [_kept(model, level, seq_length, fused) * tokens for level in levels]
-    selective = _kept(model, "selective", seq_length, fused) * tokens
-    if recompute == "offload":  # an input on its way out, and a parcel on its way back
+    levels, fused = levels_of(model, recompute, tokens), _swiglu_is_fused(model)
+    kept = [_kept_bytes(model, level, fused) * tokens for level in levels]
+    kept_at_selective = _kept_bytes(model, "selective", fused) * tokens
+    if recompute == "offload":
+        # On the device: one layer's input on its way to the host, and one layer's on its way back.
         always += tokens * d * item + max(kept)
         kept = [0] * len(kept)
-    else:
-        always += casts
+    else:  # copies of A and B in the base's dtype
+        always += sum(
+            x.numel() * item for leaves in adapters for x in leaves if x.element_size() != item
+        )
     logits = min(tokens, rows_per_chunk(config.vocab_size)) * config.vocab_size * item
     peak = sum(kept) + logits + 3 * tokens * d * item
-    # In a layer's backward pass: gradients of gate and up and of three hidden states, the kernel's
-    # sums, a dequantised matrix, and what the layer makes again.
-    always_wide = 3 * tokens * d * item + 8 * 3 * f * 16 * 4
-    always_wide += f * d * item if is_quantized(model.base) else 0
-    grads = 0
+
+    # In a layer's backward pass: three hidden states, the SwiGLU kernel's partial sums, and one
+    # dequantised matrix; then the gradients of gate and up, and the recomputed activations.
+    backward = 3 * tokens * d * item + 8 * 3 * f * 16 * 4
+    backward += f * d * item if is_quantized(model.base) else 0
+    gradients = 0
     for i, level in reversed([*enumerate(levels)]):
-        grads += sum(x.nbytes for x in adapters[i])
-        at_once = tokens / mlp_chunks(config, i, level, tokens, dropped=False)
-        wide = always_wide + (2 if fused else 4) * f * at_once * item
-        again = selective - kept[i] if level not in ("none", "selective") else 0
-        again -= 2 * f * (tokens - at_once) * item
-        peak = max(peak, grads + sum(kept[: i + 1]) + again + wide)
+        gradients += sum(x.nbytes for x in adapters[i])
+        chunk = tokens / mlp_chunks(config, i, level, tokens, dropped=False)
+        mlp_gradients = (2 if fused else 4) * f * chunk * item
+        recomputed = kept_at_selective - kept[i] if level not in ("none", "selective") else 0
+        recomputed -= 2 * f * (tokens - chunk) * item
+        in_layer = backward + mlp_gradients + recomputed
+        peak = max(peak, gradients + sum(kept[: i + 1]) + in_layer)
     return round(always + peak)
 
 
-def _kept(model: Model, level: str, seq_length: int, fused: bool) -> int:
-    """Bytes a layer keeps per token. As `recompute.kept_elements`, but what Inductor keeps at
-    "none": norms, not the rotated q and k; and the log-sum-exp of attention."""
-    config, item = model.spec.config, model.base["norm"].element_size()
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
-    r = 0 if model.spec.lora is None else sum(t.r for t in model.spec.lora.targets[0])
-    attention, lse = d + q + 2 * kv + q + d + r, 4 * config.num_attention_heads
-    elements = {
-        "none": attention + 2 * f + 2 * d + (0 if fused else f),
-        "selective": attention + 2 * f,
-        "mlp": attention,
-        "attention": d + q,
-        "full": d,
-    }[level]
-    return elements * item + (0 if level == "full" else lse)
+def _kept_bytes(model: ModelState, level: str, fused: bool) -> int:
+    """Bytes that a dense layer keeps per token between forward and backward pass.
+
+    These are the elements that `kept_elements` counts, corrected for compiled code: Inductor
+    recomputes the rotated q and k at "none", and the SwiGLU kernel does not keep silu(gate) * up.
+    To these come x A' of every projection, and attention's log-sum-exp in float32.
+    """
+    config = model.spec.config
+    elements = kept_elements(
+        config, level, without=("rotated_qk", "swiglu") if fused else ("rotated_qk",)
+    )
+    if level in ("none", "selective", "mlp"):
+        lora, _ = require_adapter(model)
+        elements += sum(t.r for t in lora.targets[0])
+    log_sum_exp = 0 if level == "full" else 4 * config.num_attention_heads
+    return elements * model.base["norm"].element_size() + log_sum_exp
 
 
-def levels_of(model: Model, recompute: Recompute, tokens: int) -> tuple[str, ...]:
+def levels_of(model: ModelState, recompute: Recompute, tokens: int) -> tuple[str, ...]:
+    """The level of every layer under a recompute policy; see models/levels.py."""
     config = model.spec.config
     if recompute == "offload":
         return offload_levels(config, tokens, model.base["norm"].element_size())
     return layer_levels(config, recompute)
 
 
-def _layers(model: Model) -> list[list[Tensor]]:
-    assert model.adapter is not None
-    return [tree_leaves(layer) for layer in model.adapter["layers"]]
+def _adapter_by_layer(model: ModelState) -> list[list[Tensor]]:
+    _, adapter = require_adapter(model)
+    return [tree_leaves(layer) for layer in adapter["layers"]]
 
 
-def _fused(model: Model) -> bool:
+def _swiglu_is_fused(model: ModelState) -> bool:
     """Whether the SwiGLU kernel runs in every layer."""
-    lora = model.spec.lora
-    assert lora is not None
+    lora, _ = require_adapter(model)
     if model.spec.kernels == "torch":
         return False
     ranks = [{t.name: t.r for t in targets} for targets in lora.targets]
-    small = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
-    return all(small(of.get("gate_proj")) and small(of.get("up_proj")) for of in ranks)
+    fits = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
+    return all(fits(r.get("gate_proj")) and fits(r.get("up_proj")) for r in ranks)

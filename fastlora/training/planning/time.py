@@ -1,49 +1,62 @@
-"""time."""
+"""step_seconds(): the duration of a training step, by a roofline model with three rates.
 
-from fastlora.model import Model
+Time is the sum of three quotients: operations of matrix products, operations of attention, and
+bytes that all other code reads and writes, each divided by its rate.
+"""
+
 from fastlora.models.names import projection_shape
 from fastlora.models.params import PROJECTIONS, is_quantized
 from fastlora.models.spec import Recompute
+from fastlora.models.state import ModelState
 from fastlora.training.planning.memory import levels_of
 
-# Of an H100 SXM and an H200, which differ by 2 % in what was fitted: operations and bytes a second.
-_PRODUCTS, _ATTENTION, _BYTES = 755e12, 177e12, 1.98e12
+# Fitted to an H100 SXM and an H200, for which the fits differ by 2 %.
+_PRODUCT_OPERATIONS_PER_SECOND = 755e12
+_ATTENTION_OPERATIONS_PER_SECOND = 177e12
+_BYTES_PER_SECOND = 1.98e12
 
 
-# ── 2. time ───────────────────────────────────────────────────────────────────────────────
-def step_seconds(model: Model, recompute: Recompute, batch_size: int, seq_length: int) -> float:
-    """Of one micro-batch, forward and backward, and the optimiser's step, on an H100 or H200."""
+def step_seconds(
+    model: ModelState, recompute: Recompute, batch_size: int, seq_length: int
+) -> float:
+    """Seconds of one micro-batch, forward and backward, and the optimizer's step, on an H100 or
+    H200."""
     config, tokens = model.spec.config, batch_size * seq_length
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    sizes = {n: _numel(projection_shape(config, n)) for n in PROJECTIONS}
+    sizes = {name: _numel(projection_shape(config, name)) for name in PROJECTIONS}
     q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
-    projections = sum(n for name, n in sizes.items() if PROJECTIONS[name] == "self_attn")
-    gate_up, every = sizes["gate_proj"] + sizes["up_proj"], sum(sizes.values())
-    attention = 2 * seq_length * q  # operations a token and pass: half of the square
+    attention_weights = sum(n for name, n in sizes.items() if PROJECTIONS[name] == "self_attn")
+    gate_up, all_weights = sizes["gate_proj"] + sizes["up_proj"], sum(sizes.values())
+    attention = 2 * seq_length * q  # operations per token and forward pass: half of the square
 
-    operations, of_attention, elements, dequantised = 4 * config.vocab_size * d, 0.0, 0, 0
-    elements += 3 * config.vocab_size
+    # Per token, except dequantised, which is per step. The head: two products and the logits.
+    products, in_attention, elements = 4 * config.vocab_size * d, 0.0, 3 * config.vocab_size
+    dequantised = 0  # elements of quantised matrices
     for level in levels_of(model, recompute, tokens):
-        operations += 4 * every
-        of_attention += 3.5 * attention  # the backward pass has five products where this has two
+        products += 4 * all_weights
+        in_attention += 3.5 * attention  # five products in the backward pass, two in the forward
         elements += 12 * d + 4 * (q + kv) + 11 * f
-        dequantised += 2 * every
+        dequantised += 2 * all_weights
+        # Recomputation in the backward pass:
         if level != "none":
             elements += 4 * d + (2 * (q + kv) if level in ("selective", "mlp") else 3 * q)
         if level in ("mlp", "attention", "full"):
-            operations, dequantised, elements = (
-                operations + 2 * gate_up,
-                dequantised + gate_up,
-                elements + 4 * f,
-            )
+            products += 2 * gate_up
+            dequantised += gate_up
+            elements += 4 * f
         if level in ("attention", "full"):
-            operations, dequantised = operations + 2 * projections, dequantised + projections
+            products += 2 * attention_weights
+            dequantised += attention_weights
         if level == "full":
-            of_attention += attention
+            in_attention += attention
     moved = tokens * elements * item
-    if is_quantized(model.base):  # 4 bits and their scales read, the matrix written
+    if is_quantized(model.base):  # 4 bits and their scales are read, the matrix is written
         moved += dequantised * (0.53 + item)
-    return (tokens * operations) / _PRODUCTS + tokens * of_attention / _ATTENTION + moved / _BYTES
+    return (
+        (tokens * products) / _PRODUCT_OPERATIONS_PER_SECOND
+        + tokens * in_attention / _ATTENTION_OPERATIONS_PER_SECOND
+        + moved / _BYTES_PER_SECOND
+    )
 
 
 def _numel(shape: tuple[int, int]) -> int:

@@ -56,11 +56,8 @@ def before(*given: Any) -> Tensor:
 def before_backward(*given: Any) -> tuple[Tensor, ...]:
     dh, dlow, a, g, u, gate_x_a, up_x_a, _, _ = given
     dg, du = plain_backward(dh, dlow @ a, g, u)
-    return (
-        dg.t() @ gate_x_a,
-        du.t() @ up_x_a,
-        dlow.t() @ g,
-    )  # g replaces h, which has the same shape
+    # g replaces h in the last product; it has the same shape.
+    return dg.t() @ gate_x_a, du.t() @ up_x_a, dlow.t() @ g
 
 
 def now(*given: Any) -> Tensor:

@@ -1,0 +1,66 @@
+"""Text around generation: a prompt to ids, and streamed ids to pieces of text."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fastlora.arguments import ENCODABLE_TEXT, Rule
+from fastlora.text.chat_template import MESSAGES
+from fastlora.text.tokenizer import Tokenizer
+
+PROMPT = Rule(
+    lambda x: ENCODABLE_TEXT.accepts(x) or MESSAGES.accepts(x),
+    f"{ENCODABLE_TEXT.expected}, or {MESSAGES.expected}",
+)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+    """The ids of a text, or of a chat up to the beginning of its next reply.
+
+    Raises:
+        ValueError: the prompt has no token, or the chat template fails.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    else:
+        try:
+            ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
+        except ValueError as error:
+            raise ValueError(f"prompt={prompt!r:.80}: {error}") from error
+    if not ids:
+        raise ValueError(f"prompt={prompt!r:.80}: expected at least one token, got none")
+    return ids
+
+
+class TextStream:
+    """Turns streamed ids into streamed text. Holds back bytes of an unfinished character."""
+
+    def __init__(
+        self, decode: Callable[[list[int]], str], emit: Callable[[str], Any] | None
+    ) -> None:
+        """`decode` maps ids to text; `emit` is called with each new piece, unless it is None."""
+        self.decode, self.emit = decode, emit
+        self.ids: list[int] = []
+        self.sent_chars = 0
+
+    def __call__(self, token: Int[Tensor, "1"]) -> None:
+        """Take the next id."""
+        if self.emit is None:
+            return
+        self.ids.append(int(token))
+        # Decode all ids again: the text of a token depends on the tokens before it.
+        text = self.decode(self.ids)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._send(text)
+
+    def finish(self) -> None:
+        """Emit what was held back."""
+        if self.emit is not None:
+            self._send(self.decode(self.ids))
+
+    def _send(self, text: str) -> None:
+        if self.emit is not None and len(text) > self.sent_chars:
+            self.emit(text[self.sent_chars :])
+            self.sent_chars = len(text)

@@ -1,0 +1,79 @@
+"""Family: everything that differs between families of Llama-like models.
+
+`config_json.py` reads a config.json by its family's record into a `LlamaConfig`, whose per-layer
+facts are all that the decoder looks at. Readers of weights, tokenizers and PEFT folders ask the
+record for names.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+# Meanings of absent fields that most families share. These and each family's own are those of
+# transformers 5.23's configuration classes (tests/models/test_config.py compares them).
+SHARED_DEFAULTS: Mapping[str, Any] = dict(
+    num_key_value_heads=None,  # null: as many as query heads
+    head_dim=None,  # null: hidden_size / num_attention_heads
+    hidden_act="silu",
+    max_position_embeddings=32768,
+    rms_norm_eps=1e-6,
+    rope_theta=10000.0,
+    tie_word_embeddings=False,
+    attention_bias=False,
+    mlp_bias=False,
+    use_sliding_window=False,
+    sliding_window=4096,
+    max_window_layers=28,
+    layer_types=None,
+    no_rope_layers=None,
+    no_rope_layer_interval=4,
+)
+
+# Values for `Family.fixed` that several families share.
+NO_WINDOW: Mapping[str, Any] = dict(
+    use_sliding_window=False, sliding_window=None, layer_types=None, max_window_layers=0
+)
+ONE_WINDOW: Mapping[str, Any] = dict(use_sliding_window=True, max_window_layers=0)  # in all layers
+NO_BIAS: Mapping[str, Any] = dict(attention_bias=False, mlp_bias=False)
+ALL_ROPE: Mapping[str, Any] = dict(no_rope_layers=None, no_rope_layer_interval=None)
+ALL_SPARSE: Mapping[str, Any] = dict(mlp_only_layers=None, decoder_sparse_step=1)
+
+
+class Experts(NamedTuple):
+    """How a family of mixtures of experts spells its experts."""
+
+    module: str  # the sparse block, in files that hold one tensor per expert and matrix
+    matrices: tuple[str, str, str]  # gate, up and down of one expert, in the same files
+    # Fields of config.json with the number of experts; the first one present counts. transformers
+    # accepts an alias besides each class's own field, and the alias wins.
+    count_fields: tuple[str, ...]
+    size_field: str  # field of config.json with the width of one expert
+
+
+class TokenizerClass(NamedTuple):
+    """Which tokenizer class transformers' AutoTokenizer builds for a family."""
+
+    name: str | None = None  # if the folder declares no class; None: tokenizer.json is used as is
+    ignores_declared: bool = False  # True: `name` is built although the folder declares another
+
+
+DECLARED_CLASS = TokenizerClass()  # the class that the folder declares, if it declares one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One family of models. `defaults` and `fixed` use the field names of config.json."""
+
+    name: str  # config.json's model_type
+    defaults: Mapping[str, Any]  # meanings of absent fields, on top of SHARED_DEFAULTS
+    fixed: Mapping[str, Any]  # values that replace those of config.json
+    qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE
+    o_proj_bias: bool = True  # with attention_bias o_proj has a bias too, not only q, k and v
+    # True: the sliding window belongs to the layers without RoPE. False: to the layers from
+    # max_window_layers on.
+    window_without_rope: bool = False
+    same_layer_types: bool = False  # True: config.json may not give layers different windows
+    experts: Experts | None = None  # None: a dense family
+    tokenizer_class: TokenizerClass = DECLARED_CLASS
+    default_targets: tuple[str, ...] = ("q_proj", "v_proj")  # adapted if target_modules is None
+    peft_has_default: bool = True  # False: PEFT itself needs target_modules for this family

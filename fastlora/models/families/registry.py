@@ -1,0 +1,40 @@
+"""FAMILIES: every family that fastlora runs, by config.json's model_type."""
+
+from typing import Any
+
+from fastlora.models.config import LlamaConfig
+from fastlora.models.families.family import DECLARED_CLASS, Family, TokenizerClass
+from fastlora.models.families.llama import LLAMA
+from fastlora.models.families.mistral import MISTRAL
+from fastlora.models.families.mixtral import MIXTRAL
+from fastlora.models.families.qwen2 import QWEN2
+from fastlora.models.families.qwen3 import QWEN3
+from fastlora.models.families.qwen3_moe import QWEN3_MOE
+from fastlora.models.families.smollm3 import SMOLLM3
+
+# In the order in which error messages list them.
+FAMILIES: dict[str, Family] = {
+    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, SMOLLM3)
+}
+
+# Families whose tokenizers are read although their models are not.
+_TOKENIZERS_ONLY = {"qwen2_moe": QWEN3.tokenizer_class}
+
+
+def family_of(config: LlamaConfig) -> Family:
+    """The record of the family that a model belongs to."""
+    return FAMILIES[config.model_type]
+
+
+def tokenizer_class_of(model_type: Any) -> TokenizerClass:
+    """The tokenizer class that transformers builds beside a config.json of this model_type.
+
+    Args:
+        model_type: as a file gives it. An unknown or malformed one means: no particular class.
+    """
+    if not isinstance(model_type, str):
+        return DECLARED_CLASS
+    family = FAMILIES.get(model_type)
+    if family is not None:
+        return family.tokenizer_class
+    return _TOKENIZERS_ONLY.get(model_type, DECLARED_CLASS)

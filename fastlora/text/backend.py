@@ -1,0 +1,118 @@
+"""The tokenizers library's Tokenizer ("backend") for a folder, set up as transformers 5 does it.
+
+transformers reads most folders' tokenizer.json unchanged. For the classes of `REBUILT_CLASSES` it
+takes only vocabulary, merges, post-processor and added tokens from the file, and chooses
+normaliser, pre-tokenizer and decoder by the class.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from fastlora.models.families.registry import tokenizer_class_of
+
+# Class name -> special tokens of a folder whose files name none.
+REBUILT_CLASSES: dict[str, dict[str, str | None]] = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "GPT2Tokenizer": {
+        **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+        "pad_token": None,
+    },
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+}
+
+# Qwen2's regular expression for words (Qwen/Qwen2-0.5B, tokenizer.json): GPT-4's, but numbers are
+# split into single digits.
+_QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def tokenizer_class(
+    settings: Mapping[str, Any], config: Mapping[str, Any], byte_level: bool
+) -> str:
+    """The class that AutoTokenizer chooses: one of REBUILT_CLASSES or "PreTrainedTokenizerFast".
+
+    Args:
+        settings: tokenizer_config.json.
+        config: config.json; {} if the folder has none.
+        byte_level: whether tokenizer.json is byte-level. Many Llama-3 folders declare
+            "LlamaTokenizer", the class of SentencePiece models, next to a byte-level file.
+    """
+    declared = settings.get("tokenizer_class") or config.get("tokenizer_class") or ""
+    declared = declared.removesuffix("Fast")
+    family = tokenizer_class_of(config.get("model_type"))
+    if family.name is not None and (family.ignores_declared or not declared):
+        return family.name
+    misnamed = declared == "LlamaTokenizer" and byte_level
+    return declared if declared in REBUILT_CLASSES and not misnamed else "PreTrainedTokenizerFast"
+
+
+def make_backend(
+    class_name: str, text: bytes, raw: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Backend:
+    """The backend of a tokenizer class, without the tokens that the other files add.
+
+    Args:
+        class_name: of `tokenizer_class`.
+        text: tokenizer.json.
+        raw: the same, parsed.
+        settings: tokenizer_config.json.
+
+    Raises:
+        Exception: the file is not a tokenizer. The tokenizers library raises only this class.
+    """
+    model = raw["model"]
+    if class_name not in REBUILT_CLASSES or model.get("type", "BPE") != "BPE":
+        backend = Backend.from_str(text.decode())
+    else:
+        merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
+        build = {"LlamaTokenizer": _llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2}
+        backend = build[class_name](model["vocab"], merges, settings)
+        # The library gives a post-processor only as part of a tokenizer. Without the vocabulary,
+        # which takes most of the time, parsing the file once more is fast.
+        bare = {**raw, "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+        if (post_processor := Backend.from_str(json.dumps(bare)).post_processor) is not None:
+            backend.post_processor = post_processor
+    # The file may ask for both. We never truncate silently, and batches do their own padding.
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _llama(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
+    """SentencePiece's scheme: "▁" for spaces, one put in front, bytes for unknown characters."""
+    prefix = settings.get("add_prefix_space")
+    scheme = "always" if settings.get("legacy", False) else "first"
+    backend = Backend(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(
+        replacement="▁", prepend_scheme="never" if prefix is False else scheme, split=False
+    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    strip = [] if prefix is False else [decoders.Strip(content=" ", left=1)]
+    backend.decoder = decoders.Sequence(steps + strip)
+    return backend
+
+
+def _gpt2(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(settings.get("add_prefix_space"))
+    )
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _qwen2(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
+    words = pre_tokenizers.Split(Regex(_QWEN2_WORDS), behavior="isolated", invert=False)
+    prefix = bool(settings.get("add_prefix_space"))
+    level = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=False)
+    backend = Backend(models.BPE(vocab=vocab, merges=merges))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])
+    backend.decoder = decoders.ByteLevel()
+    return backend

@@ -1,0 +1,93 @@
+"""The checks on a CUDA GPU: parts, rows of figures, and the order of the tests.
+
+Each check is a test that takes rows (law, value, limit). The test fails if a value exceeds its
+limit. Every row is printed, and with the environment variable OUT set also written to
+$OUT/gpu_rows_<process>.txt, one line each.
+"""
+
+import gc
+import os
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from oracles.checkpoints import make_checkpoint
+from oracles.gpu_models import FAMILIES, SIZES, Row
+
+PARTS = ("kernels", "training", *FAMILIES, "offload")
+PARTS_4BIT = ("4bit-training", "4bit-llama3.2", "4bit-qwen2")
+START = time.time()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parts = [*PARTS, *PARTS_4BIT]
+    text = f"run only these parts of tests/gpu, of {', '.join(parts)}; may be repeated"
+    parser.addoption("--part", action="append", choices=parts, default=[], help=text)
+
+
+def pytest_ignore_collect(config: pytest.Config) -> bool | None:
+    """Ignore this folder unless the run asks for it with -m gpu."""
+    return None if "gpu" in config.getoption("markexpr") else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect other parts and, without CUDA, skip; put tests/gpu/test_inductor.py last."""
+    wanted = set(config.getoption("--part", default=[]))
+    here = [x for x in items if x.get_closest_marker("gpu")]
+    parts = {x: {m.args[0] for m in x.iter_markers("part")} for x in here}
+    dropped = [x for x in here if wanted and parts[x] and not parts[x] & wanted]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+    items[:] = [x for x in items if x not in dropped]
+    items.sort(key=lambda x: x.path.name == "test_inductor.py" and x in parts)
+    if not torch.cuda.is_available():
+        for item in here:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session")
+def session_start() -> float:
+    """When this process began, in seconds since the epoch."""
+    return START
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Callable[[str], tuple[Path, Any]]:
+    """checkpoint(family): a folder in bf16, and transformers' model of it on the GPU."""
+
+    @cache
+    def of(family: str) -> tuple[Path, Any]:
+        folder = tmp_path_factory.mktemp("gpu") / family
+        config = SIZES | FAMILIES[family]
+        theirs: Any = make_checkpoint(family, folder, torch.bfloat16, config=config)
+        return folder, theirs.cuda()
+
+    return of
+
+
+@pytest.fixture
+def check() -> Callable[[Iterable[Row]], None]:
+    """check(rows): print every row as it comes; fail if a value exceeds its limit, or is NaN."""
+
+    def of(rows: Iterable[Row]) -> None:
+        wrong, count = [], 0
+        for law, value, limit in rows:
+            count += 1
+            good = value <= limit
+            line = f"{law:<55} {value:10.2e}  <= {limit:8.1e}  {'ok' if good else 'WRONG'}"
+            print(line, flush=True)
+            if out := os.environ.get("OUT"):
+                with open(Path(out) / f"gpu_rows_{os.getpid()}.txt", "a") as file:
+                    file.write(line + "\n")
+            if not good:
+                wrong.append(line)
+        gc.collect()
+        assert count, "no row was measured"
+        assert not wrong, f"{len(wrong)} of {count} rows exceed their limits:\n" + "\n".join(wrong)
+
+    return of

@@ -1,0 +1,75 @@
+"""Steps replayed from a CUDA graph, and steps in which the host never waits for the GPU."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import fastlora
+from fastlora import functional as FL
+from oracles.gpu_models import Row, adapted, together, tokens
+
+pytestmark = [pytest.mark.gpu, pytest.mark.part("llama3.2")]
+POLICIES: list[Any] = ["none", "selective", 0.4, "full", "offload"]
+
+
+def waits(folder: Path) -> Iterator[Row]:
+    """Whether the host waits for the GPU in a step: CUDA's debug mode raises an error then."""
+    for policy, documents in (*((p, 1) for p in POLICIES), ("selective", 3)):
+        model = adapted(folder, "bfloat16", {"lora_dropout": 0.1}, recompute=policy)
+        ids = tokens(model, 2, 128)
+        batch = {"input_ids": ids, "labels": ids}
+        if documents > 1:
+            batch["segment_ids"] = (torch.arange(128, device="cuda") * documents // 128).repeat(
+                2, 1
+            )
+        step = lambda model=model, batch=batch: fastlora.value_and_grad(FL.loss)(
+            model.adapter, model.base, model.spec, batch, seed=7
+        )
+        step()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step()
+            waited = 0.0
+        except RuntimeError as error:
+            print(str(error).splitlines()[0])
+            waited = 1.0
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        yield f"a step waits for the GPU: {policy}, documents {documents}", waited, 0
+
+
+def replayed(folder: Path) -> Iterator[Row]:
+    """Steps replayed from a CUDA graph against the same steps launched one by one.
+
+    One recording serves all four steps: each has other tokens, other masks and a changed adapter.
+    """
+    for policy in (*POLICIES[:-1], "packed"):
+        how: dict[str, Any] = {} if policy == "packed" else {"recompute": policy}
+        model = adapted(folder, "bfloat16", {"lora_dropout": 0.1}, **how)
+        graphed = fastlora.value_and_grad(FL.loss, cuda_graph=True)
+        worst = 0.0
+        for i in range(4):
+            ids = (tokens(model, 2, 256) + i) % model.spec.config.vocab_size
+            batch = {"input_ids": ids, "labels": ids}
+            if policy == "packed":
+                batch["segment_ids"] = (torch.arange(256, device="cuda") // (70 + i)).expand_as(ids)
+            args, seed = (model.adapter, model.base, model.spec, batch), torch.tensor(i).cuda()
+            plain = fastlora.value_and_grad(FL.loss)(*args, seed=seed)
+            worst = max(worst, together(graphed(*args, seed=seed), plain))
+            for leaf in tree_leaves(model.adapter):
+                leaf.mul_(0.9)
+        yield f"cuda_graph: {policy}, against the same steps launched", worst, 1e-2
+
+
+def test_a_step_never_waits_for_the_gpu(checkpoint, check):
+    folder, _ = checkpoint("llama3.2")
+    check(waits(folder))
+
+
+def test_replayed_steps_equal_launched_ones(checkpoint, check):
+    folder, _ = checkpoint("llama3.2")
+    check(replayed(folder))

@@ -1,0 +1,34 @@
+"""A run over the demo on the GPU, with dropout."""
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+
+import fastlora
+from fastlora.checkpoints.hub import DEMO
+from fastlora.data.rows import read_rows
+from oracles.gpu_models import Row, relative
+
+pytestmark = [pytest.mark.gpu, pytest.mark.part("training")]
+
+
+def training() -> Iterator[Row]:
+    """The demo, trained on the GPU with dropout, whole and resumed in the middle."""
+    model, tokenizer = fastlora.load("demo", max_seq_length=256, device="cuda")
+    model = fastlora.lora(model, r=8, lora_dropout=0.1)
+    rows = read_rows(DEMO / "train.jsonl")[:400]
+    with tempfile.TemporaryDirectory() as name:
+        train = partial(
+            fastlora.train, model, tokenizer, rows, max_steps=12, batch_size=4, progress=False
+        )
+        whole, history = train(output_dir=name, save_every=6, learning_rate=2e-3)
+        resumed, _ = train(resume=f"{name}/checkpoint-6", learning_rate=2e-3)
+    yield "training: last loss over the first", history.losses[-1] / history.losses[0], 0.95
+    # Fused attention may add in another order every run; the update is some 2 % of the adapter.
+    yield "training: resumed against whole", relative(resumed.adapter, whole.adapter), 1e-2
+
+
+def test_training_lowers_the_loss_and_resumes(check):
+    check(training())

@@ -1,0 +1,242 @@
+"""config.json -> LlamaConfig. Oracle: transformers' own configuration classes."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from fastlora.models.config_json import config_from_json, config_to_json
+from oracles.checkpoints import FAMILIES
+from oracles.config_json import LLAMA3, MODEL_TYPES, raw_config, transformers_says
+
+
+def assert_reads_as_transformers(raw: dict) -> None:
+    ours, theirs = asdict(config_from_json(raw)), transformers_says(raw)
+    rope = theirs.pop("rope_parameters")
+    assert {k: ours[k] for k in theirs} == theirs
+    assert {k: ours["rope_parameters"][k] for k in rope} == rope
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_absent_fields_get_the_defaults_of_transformers(model_type):
+    assert_reads_as_transformers(raw_config(model_type))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_reads_as_in_transformers(family):
+    assert_reads_as_transformers(FAMILIES[family])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(head_dim=20),
+        dict(attention_bias=True),
+        dict(attention_bias=True, mlp_bias=True),
+        dict(sliding_window=None),
+        dict(sliding_window=7),
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=2),
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=0),
+        dict(use_sliding_window=True, sliding_window=7, max_window_layers=99),
+        dict(use_sliding_window=True, sliding_window=None),
+        dict(use_sliding_window=True, num_hidden_layers=30),
+        dict(use_sliding_window=False, sliding_window=7, max_window_layers=2),
+        dict(no_rope_layers=[0, 1, 0, 1, 1, 1]),
+        dict(no_rope_layers=[0, 1, 0, 1, 1, 1, 0, 0]),
+        dict(no_rope_layer_interval=2),
+        dict(tie_word_embeddings=True),
+        dict(tie_word_embeddings=False),
+        dict(rope_theta=77.0),
+        dict(rope_theta=77.0, rope_scaling=None),
+        dict(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_fields_read_as_in_transformers(model_type, changed):
+    assert_reads_as_transformers(raw_config(model_type, **changed))
+
+
+@pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim"])
+def test_null_reads_as_in_transformers(name):
+    assert_reads_as_transformers(raw_config("llama", **{name: None}))
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(num_experts=6, num_experts_per_tok=3),
+        dict(num_local_experts=6, num_experts_per_tok=3),
+        dict(num_local_experts=6, num_experts=5, num_experts_per_tok=3),
+        dict(norm_topk_prob=True, moe_intermediate_size=40),
+        dict(mlp_only_layers=[0, 4]),
+        dict(mlp_only_layers=[1], decoder_sparse_step=2),
+        dict(decoder_sparse_step=7),
+        dict(output_router_logits=True, router_jitter_noise=0.1),
+    ],
+    ids=str,
+)
+def test_mixtures_read_as_in_transformers(model_type, changed):
+    assert_reads_as_transformers(raw_config(model_type, **changed))
+
+
+def test_a_mixture_with_zero_experts_is_a_dense_model():
+    assert_reads_as_transformers(raw_config("qwen3_moe", num_experts=0))
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3", "smollm3"])
+def test_layer_types_read_as_in_transformers(model_type):
+    types = ["sliding_attention", "full_attention", "full_attention"] * 2
+    raw = raw_config(model_type, layer_types=types, use_sliding_window=True, sliding_window=3)
+    assert_reads_as_transformers(raw)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(rope_scaling={"type": "linear", "factor": 2}),
+        dict(rope_scaling={"type": "linear", "factor": 2.0}, rope_theta=5.0),
+        dict(rope_scaling={"rope_type": "dynamic", "type": "linear", "factor": 2.0}),
+        dict(rope_scaling={"rope_type": "llama3", **LLAMA3}, rope_theta=5e5),
+        dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}),
+        # An old rope_scaling wins whole: the theta of rope_parameters is lost.
+        dict(
+            rope_scaling={"type": "linear", "factor": 2.0},
+            rope_parameters={"rope_type": "default", "rope_theta": 11.0},
+        ),
+        dict(rope_scaling={}, rope_parameters={"rope_type": "default", "rope_theta": 11.0}),
+        dict(
+            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77},
+        ),
+        dict(rope_scaling={"type": "yarn", "factor": 4.0}, max_position_embeddings=99),
+        dict(
+            rope_scaling={"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77},
+            original_max_position_embeddings=99,
+        ),
+        dict(
+            rope_scaling=dict(
+                rope_type="yarn",
+                factor=4.0,
+                beta_fast=16.0,
+                beta_slow=2.0,
+                mscale=0.9,
+                mscale_all_dim=0.8,
+                truncate=False,
+            )
+        ),
+        dict(rope_scaling=dict(rope_type="yarn", factor=4.0, attention_factor=1.25)),
+    ],
+    ids=str,
+)
+def test_rope_resolves_as_in_transformers(changed):
+    assert_reads_as_transformers(raw_config(**changed))
+
+
+def test_yarn_without_a_factor_takes_the_ratio_of_contexts():
+    scaling = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 512}
+    config = config_from_json(raw_config(rope_scaling=scaling, max_position_embeddings=2048))
+    assert config.rope_parameters.factor == 4.0
+
+
+def test_one_mscale_without_the_other_is_unused():
+    scaling = {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 0}
+    rope = config_from_json(raw_config(rope_scaling=scaling)).rope_parameters
+    assert (rope.mscale, rope.mscale_all_dim) == (None, None)
+
+
+# ── rope_scaling as an argument of load ───────────────────────────────────────────────────────
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        dict(rope_theta=5e5, rope_scaling={"rope_type": "llama3", **LLAMA3}),
+        dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}),
+        dict(rope_theta=5e5),
+    ],
+    ids=str,
+)
+def test_given_rope_scaling_replaces_all_but_theta(stored):
+    config = config_from_json(raw_config(**stored), rope_scaling=LINEAR)
+    expected = config_from_json(raw_config(rope_theta=5e5, rope_scaling=LINEAR))
+    assert config.rope_parameters == expected.rope_parameters
+    assert_reads_as_transformers(config_to_json(config))
+
+
+def test_given_original_context_wins_over_the_files():
+    raw = raw_config(original_max_position_embeddings=99)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 77}
+    config = config_from_json(raw, rope_scaling=scaling)
+    assert config.rope_parameters.original_max_position_embeddings == 77
+    assert_reads_as_transformers(config_to_json(config))
+
+
+# ── ids and dtype ─────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": 5}, {"eos_token_id": [7, 5, 9]}, (5, 7, 9)),
+        ({"eos_token_id": [5, 6]}, {}, (5, 6)),
+        ({}, {"eos_token_id": 9}, (9,)),  # and not Llama's default, 2
+        ({}, {}, (2,)),
+        ({"eos_token_id": None}, {}, ()),
+        ({"eos_token_id": -1}, {"eos_token_id": None}, ()),
+    ],
+)
+def test_stop_ids_are_those_of_both_files(config, generation, expected):
+    raw = raw_config(**config)
+    assert config_from_json(raw, generation=generation).eos_token_id == expected
+
+
+def test_a_negative_pad_id_is_read_as_none():
+    assert config_from_json(raw_config(pad_token_id=-1)).pad_token_id is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        (dict(dtype="bfloat16"), "bfloat16"),
+        (dict(torch_dtype="float16"), "float16"),
+        (dict(torch_dtype="torch.float16"), "float16"),
+        (dict(dtype="bfloat16", torch_dtype="float16"), "bfloat16"),
+        ({}, "float32"),
+    ],
+)
+def test_dtype_is_read_from_both_of_its_names(fields, expected):
+    assert config_from_json(raw_config(**fields)).dtype == expected
+
+
+# ── config_to_json ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_written_config_reads_back_as_the_same_model(family):
+    config = config_from_json(FAMILIES[family])
+    again = config_from_json(config_to_json(config))
+    assert replace(again, raw_json="") == replace(config, raw_json="")
+
+
+def test_a_written_config_changes_only_the_changed_fields():
+    raw = raw_config(torch_dtype="float32", tie_word_embeddings=True, some_unknown_field=[1])
+    config = config_from_json(raw)
+    changed = replace(config, tie_word_embeddings=False, dtype="bfloat16", vocab_size=97)
+    expected = dict(tie_word_embeddings=False, torch_dtype="bfloat16", vocab_size=97)
+    assert config_to_json(changed) == raw | expected
+    theirs = AutoConfig.for_model(**config_to_json(changed))
+    assert theirs.dtype == torch.bfloat16
+    assert theirs.vocab_size == 97
+
+
+def test_the_record_is_hashable_and_leaves_its_source_alone():
+    raw = raw_config(rope_scaling={"rope_type": "yarn", "factor": 4.0})
+    before = json.dumps(raw)
+    assert hash(config_from_json(raw)) == hash(config_from_json(raw))
+    assert json.dumps(raw) == before

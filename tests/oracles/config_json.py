@@ -1,0 +1,76 @@
+"""config.json of every model type, and transformers' reading of it."""
+
+import json
+
+from transformers import AutoConfig
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe")
+
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=512,
+    intermediate_size=64,
+    num_hidden_layers=6,
+    num_attention_heads=32,
+)
+
+LLAMA3 = dict(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=512
+)
+
+
+def raw_config(model_type: str = "llama", **changed) -> dict:
+    return {"model_type": model_type, **SIZES, **changed}
+
+
+def transformers_says(raw: dict) -> dict:
+    """The same facts, from transformers' class and the lines of its model that read it."""
+    c = AutoConfig.for_model(**json.loads(json.dumps(raw)))
+    c.standardize_rope_params()  # as every rotary table does once more before it is computed
+    n, family = c.num_hidden_layers, c.model_type
+    window = getattr(c, "sliding_window", None)
+    if family == "llama":
+        types = ("full_attention",) * n
+    elif family in ("mistral", "mixtral", "qwen3_moe"):
+        types = ("full_attention" if window is None else "sliding_attention",) * n
+    else:
+        types = tuple(c.layer_types)
+    bias = family == "qwen2" or (family not in ("mistral", "mixtral") and c.attention_bias)
+    eos = c.eos_token_id
+    return dict(
+        num_key_value_heads=c.num_key_value_heads,
+        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        rms_norm_eps=c.rms_norm_eps,
+        max_position_embeddings=c.max_position_embeddings,
+        tie_word_embeddings=c.tie_word_embeddings,
+        attention_bias=bias,
+        attention_output_bias=bias and family != "qwen2",
+        mlp_bias=family in ("llama", "smollm3") and c.mlp_bias,
+        qk_norm=family in ("qwen3", "qwen3_moe"),
+        layer_types=types,
+        sliding_window=window if "sliding_attention" in types else None,
+        no_rope_layers=tuple(c.no_rope_layers[:n]) if family == "smollm3" else (1,) * n,
+        bos_token_id=c.bos_token_id,
+        eos_token_id=() if eos is None else (eos,),
+        pad_token_id=c.pad_token_id,
+        **experts(c),
+        rope_parameters={k: v for k, v in c.rope_parameters.items() if k != "type"},
+    )
+
+
+def experts(c) -> dict:
+    """What the model classes of transformers read of a mixture; zeros for dense families."""
+    n = c.num_hidden_layers
+    if not hasattr(c, "num_experts_per_tok") or not c.num_experts:
+        sizes = dict(num_local_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
+        return sizes | dict(norm_topk_prob=False, sparse_layers=(False,) * n)
+    mixtral = c.model_type == "mixtral"
+    dense = [] if mixtral else c.mlp_only_layers
+    step = 1 if mixtral else c.decoder_sparse_step
+    return dict(
+        num_local_experts=c.num_experts,
+        num_experts_per_tok=c.num_experts_per_tok,
+        moe_intermediate_size=c.intermediate_size if mixtral else c.moe_intermediate_size,
+        norm_topk_prob=mixtral or c.norm_topk_prob,
+        sparse_layers=tuple(i not in dense and (i + 1) % step == 0 for i in range(n)),
+    )

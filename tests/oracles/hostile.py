@@ -1,0 +1,72 @@
+"""The law for hostile files: load or refuse within a second and 300 MB."""
+
+import json
+import resource
+import struct
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastlora
+from fastlora.errors import CheckpointError
+from fastlora.model import Model
+from fastlora.text.tokenizer import Tokenizer
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SECONDS = 1.0
+MEMORY = 300 * 2**20  # bytes by which a refusal may grow the process: a 32 MB JSON, parsed
+HUGE = 10**400  # an integer that JSON may hold and no float can
+REFUSALS = (CheckpointError, FileNotFoundError, NotImplementedError)
+
+
+@contextmanager
+def bounded():
+    """Within SECONDS, and without MEMORY bytes more than the process ever had (Linux: kB)."""
+    start, peak = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    yield
+    assert time.perf_counter() - start < SECONDS
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak) * 1024 < MEMORY
+
+
+def refused(call, *named: str) -> str:
+    """The message of a refusal, which names all of `named`; anything else fails."""
+    with bounded(), pytest.raises(REFUSALS) as error:
+        call()
+    text = str(error.value)
+    assert all(name in text for name in named), text
+    assert len(text) < 5000, f"{len(text)} characters"
+    return text
+
+
+def loads_or_refuses(call) -> None:
+    """The law."""
+    with bounded():
+        try:
+            call()
+        except REFUSALS as error:
+            assert str(error)
+
+
+def load(folder: Path) -> tuple[Model, Tokenizer | None]:
+    return fastlora.load(folder, device="cpu", local_files_only=True)
+
+
+def runs(folder: Path) -> None:
+    """Load, and give finite or not finite logits of a model that was accepted."""
+    model, _ = load(folder)
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, model.spec.config.vocab_size)
+
+
+def edit(path: Path, **fields) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def header_file(path: Path, header: bytes, data: bytes = b"", size: int | None = None) -> None:
+    path.write_bytes(struct.pack("<Q", len(header) if size is None else size) + header + data)
+
+
+READ_OF_MODEL = ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json")

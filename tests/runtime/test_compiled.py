@@ -1,0 +1,213 @@
+"""Compiled regions: the number of graphs, and when a new one is made."""
+
+import itertools
+from functools import cache
+from typing import Any
+from uuid import uuid4
+
+import pytest
+import torch
+from torch import fx
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_map
+
+from fastlora import functional as FL
+from fastlora import value_and_grad
+from fastlora.model import Model
+from fastlora.models.levels import layer_levels
+from fastlora.runtime import compiled
+from fastlora.runtime.compiled import compiles
+from oracles.pairs import adapted, read_pair
+from oracles.trees import relative_error, token_ids
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def graphs(region_backend) -> list[fx.GraphModule]:
+    """A list that gets every graph that dynamo makes of fastlora's regions. They run eagerly."""
+    made: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, _: Any) -> Any:
+        made.append(module)
+        return module.forward
+
+    region_backend(keep)
+    return made
+
+
+def batch_of(b: int, t: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
+    ids = token_ids(b, t, vocab_size=96)
+    return {"input_ids": ids, "labels": ids, **more}
+
+
+def step(model: Model, batch: dict[str, torch.Tensor], seed: int | None = None) -> torch.Tensor:
+    return value_and_grad(FL.loss)(model.adapter, model.base, model.spec, batch, seed=seed)[0]
+
+
+@pytest.fixture(scope="session")
+def deep(tmp_path_factory):
+    """deep(n): n layers of llama2 with LoRA, compiled."""
+
+    @cache
+    def base(n: int) -> Model:
+        return read_pair("llama2", tmp_path_factory.mktemp("deep"), num_hidden_layers=n).model
+
+    def of(n: int, **settings: Any) -> Model:
+        settings = {"r": 4, "lora_dropout": 0.1} | settings
+        return adapted(base(n), **settings).with_spec(compile=True)
+
+    return of
+
+
+def test_auto_compiles_on_cuda_only():
+    assert compiles("auto", CUDA) and not compiles("auto", CPU)
+    for device in (CPU, CUDA):
+        assert compiles(True, device) and not compiles(False, device)
+
+
+@pytest.mark.compile
+def test_more_layers_make_no_more_graphs(deep, graphs):
+    counts = []
+    for n in (2, 4):
+        before = len(graphs)
+        step(deep(n), batch_of(2, 8))
+        counts.append(len(graphs) - before)
+    # decoder layer, final norm, loss chunk; four layers need nothing that two did not make.
+    assert counts == [3, 0]
+
+
+@pytest.mark.compile
+def test_layers_that_differ_get_separate_graphs(deep, graphs):
+    step(deep(4, layers_to_transform=[1, 3]), batch_of(2, 8))
+    # adapted layers, plain ones before the first gradient, plain ones after, norm, loss chunk
+    assert len(graphs) == 5
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("vary", ["length", "batch", "both"])
+def test_new_shapes_recompile_at_most_once(vary, deep, graphs):
+    model = deep(2)
+    shape = {
+        "length": lambda k: (2, 8 + 3 * k),
+        "batch": lambda k: (2 + k, 8),
+        "both": lambda k: (2 + k, 8 + 3 * k),
+    }[vary]
+    counts = []
+    for k in range(6):
+        batch = batch_of(*shape(k))
+        value = step(model, batch)
+        torch.testing.assert_close(value, step(model.with_spec(compile=False), batch))
+        counts.append(len(graphs))
+    regions = counts[0]
+    assert counts[1] <= 2 * regions and counts[-1] == counts[1]
+
+
+@pytest.mark.compile
+def test_no_mix_of_batches_reaches_dynamos_limit(deep, graphs):
+    """Dropout on and off, packed and padded or not, batches of 1, 2 and 3 in one process."""
+    model = deep(2)
+    for b, t, mask, seed in itertools.product(
+        (2, 3, 1), (8, 9, 11), (None, "pad", "pack"), (None, 1)
+    ):
+        batch = batch_of(b, t)
+        if mask == "pad":
+            batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if mask == "pack":
+            batch["segment_ids"] = (torch.arange(t) > 5).long().expand(b, t)
+        step(model, batch, seed)
+        model.loss(batch)
+    made = len(graphs)
+    step(model, batch_of(3, 11), 1)
+    assert len(graphs) == made
+
+
+@pytest.mark.compile
+def test_many_models_share_a_process(deep, graphs):
+    for r in range(1, 6):
+        for dtype in (torch.float32, torch.bfloat16):
+            model = deep(2, r=r, target_modules=["q_proj", "up_proj"][: 1 + r % 2])
+            base = tree_map(lambda x, d=dtype: x.to(d), model.base)
+            value, _ = value_and_grad(FL.loss)(model.adapter, base, model.spec, batch_of(2, 8 + r))
+            assert value.isfinite()
+
+
+@pytest.mark.compile
+def test_inference_is_compiled_without_a_backward(deep, graphs):
+    model, ids = deep(2), token_ids(2, 8, vocab_size=96)
+    torch.testing.assert_close(model(ids), model.with_spec(compile=False)(ids))
+    assert graphs and not model(ids).requires_grad
+
+
+@pytest.mark.compile
+def test_inside_the_callers_torch_compile_regions_are_plain_functions(deep, graphs, fresh_dynamo):
+    """The caller's torch.compile gets one graph for everything, without our regions."""
+    model, batch = deep(2), batch_of(2, 8)
+    outer: list[Any] = []
+
+    def keep(module: Any, _: Any) -> Any:
+        outer.append(module)
+        return module.forward
+
+    loss = torch.compile(
+        lambda adapter: FL.loss(adapter, model.base, model.spec, batch),
+        fullgraph=True,
+        backend=keep,
+    )
+    torch.testing.assert_close(loss(model.adapter), step(model.with_spec(compile=False), batch))
+    assert len(outer) == 1 and not graphs
+
+
+@pytest.mark.compile
+def test_torch_func_over_a_compiled_spec_takes_the_reference(deep, graphs):
+    model, batch = deep(2), batch_of(2, 8)
+    grads = torch.func.grad(FL.loss)(model.adapter, model.base, model.spec, batch)
+    assert not graphs
+    expected = value_and_grad(FL.loss)(
+        model.adapter, model.base, model.with_spec(compile=False).spec, batch
+    )[1]
+    assert relative_error(grads, expected) <= 1e-4
+
+
+@pytest.mark.compile
+def test_models_that_differ_in_a_float_compile_side_by_side(tmp_path, region_backend):
+    region_backend("aot_eager")
+    ids = token_ids(2, 9)
+    batch = {"input_ids": ids, "labels": ids}
+    for eps in (1e-5, 1e-6):
+        model = read_pair("llama2", tmp_path / str(eps), rms_norm_eps=eps).model
+        model = adapted(model, r=2, recompute=0.4)
+        assert "mlp" in layer_levels(model.spec.config, 0.4)  # one checkpoint inside another
+        run = lambda m: value_and_grad(FL.loss)(m.adapter, m.base, m.spec, batch)
+        assert relative_error(run(model.with_spec(compile=True)), run(model)) < 1e-5
+
+
+@pytest.mark.compile
+def test_cached_graphs_are_used_only_with_the_same_source_of_our_ops(monkeypatch, fresh_dynamo):
+    """A graph contains only an op's name, so the cache key must contain the source of the ops."""
+
+    def compile(source: str) -> dict[str, int]:
+        monkeypatch.setattr(compiled, "_source_of_ops", lambda: source)
+        torch._dynamo.reset()
+        counters.clear()
+        torch.compile(lambda x: x.sin() + 2, backend=compiled.backend)(torch.ones(3))
+        return {k: n for k, n in counters["aot_autograd"].items() if k.endswith(("hit", "miss"))}
+
+    before = torch.compiler.config.cache_key_tag
+    one, other = str(uuid4()), str(uuid4())
+    assert compile(one) == {"autograd_cache_miss": 1}
+    assert compile(one) == {"autograd_cache_hit": 1}
+    assert compile(other) == {"autograd_cache_miss": 1}
+    assert torch.compiler.config.cache_key_tag == before
+
+
+def test_the_cache_key_changes_with_a_file_in_a_sub_folder(tmp_path):
+    """A graph that was compiled before a kernel changed must not be used after it."""
+    nested = tmp_path / "attention" / "flash_kernel.py"
+    nested.parent.mkdir()
+    nested.write_text("BLOCK = 64")
+    key = lambda: compiled._source_of_ops.__wrapped__(tmp_path)
+    before = key()
+    assert key() == before
+    nested.write_text("BLOCK = 128")
+    assert key() != before

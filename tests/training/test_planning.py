@@ -1,0 +1,193 @@
+"""plan(): predictions against measurements by bench.py, the choice, and refusals."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+from torch import Tensor
+
+import fastlora
+from fastlora.model import Model
+from fastlora.models.config_json import config_from_json
+from fastlora.models.names import base_from_tensors, base_tensors, projection_weights
+from fastlora.models.spec import Spec
+from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
+from fastlora.training.planning.memory import peak_bytes
+from fastlora.training.planning.plan import CHOICES, plan
+from fastlora.training.planning.time import step_seconds
+from oracles.pairs import adapted
+
+# Rows of scripts/bench.py with the kernels on: one recompute policy each, as `run` and figures.
+MEASURED_ROWS = Path(__file__).parents[1] / "data" / "planning_rows.jsonl"
+# Run -> bytes per parameter that the benchmark held in addition: it kept the old gradients while it
+# computed new ones. None: in this run the backward pass held one more tensor of the MLP's width, so
+# only the times are compared.
+MEASURED: dict[str, int | None] = {
+    "2026-11-26-h200-1b": 4,
+    "2026-11-26-h200-8b": 4,
+    "2026-11-26-8b-nf4": 0,
+    "2026-11-26-1b": None,
+    "2026-11-26-8b": None,
+    "2026-11-26-peers-1b": 0,
+    "2026-11-26-peers-8b": 0,
+}
+SHAPES = {
+    "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64),
+    "8b": dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128),
+}
+
+
+def in_4bit(shape: tuple[int, ...]) -> Weight4bit:
+    """A record of a matrix, without its bytes."""
+    new = lambda n, dtype=torch.float32: torch.empty(n, dtype=dtype, device="meta")
+    blocks = shape[0] * shape[1] // 64
+    absmax = NestedAbsmax(new(blocks, torch.uint8), new(blocks // 256), new(256), new(()))
+    form = empty_form((shape[0], shape[1]), torch.bfloat16, "meta")
+    return Weight4bit(new(32 * blocks, torch.uint8), new(16), form, absmax)
+
+
+@cache
+def shaped(name: str, *, quantised: bool = False) -> Model:
+    """A Llama of a real size, none of whose weights are there."""
+    config = config_from_json(
+        dict(
+            model_type="llama",
+            vocab_size=128256,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            tie_word_embeddings=name == "1b",
+            dtype="bfloat16",
+            max_position_embeddings=131072,
+            **SHAPES[name],
+        )
+    )
+    packed = {*projection_weights(config)} if quantised else set()
+    new = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
+    tensors: dict[str, Any] = {
+        n: in_4bit(s) if n in packed else new(s) for n, s in base_tensors(config).items()
+    }
+    spec = Spec(config=config, name_or_path=name, max_seq_length=131072)
+    model = Model(spec=spec, base=base_from_tensors(config, tensors))
+    return fastlora.lora(model, r=16)
+
+
+def rows() -> list[tuple[str, dict[str, Any]]]:
+    """(run, row) of every measured step."""
+    found = [json.loads(line) for line in MEASURED_ROWS.read_text().splitlines()]
+    return [(row["run"], row) for row in found]
+
+
+ROWS = rows()
+
+
+@pytest.mark.parametrize(("run", "row"), ROWS, ids=[f"{f} {r['setting']}" for f, r in ROWS])
+def test_predictions_are_near_the_measurements(run, row):
+    quantised = row.get("load_in_4bit", False)
+    model = shaped(row["shape"], quantised=quantised)
+    setting: Any = float(row["setting"]) if row["setting"][0].isdigit() else row["setting"]
+    b, t = row.get("batch", 4), row.get("seq", 2048)
+    if (held := MEASURED[run]) is not None:
+        peak = peak_bytes(model, setting, b, t) + held * model.num_parameters(trainable=True)
+        assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.05)
+    assert 1e3 * step_seconds(model, setting, b, t) == pytest.approx(row["ms"], rel=0.15)
+
+
+def test_the_measured_rows_cover_both_models():
+    assert len(ROWS) >= 30 and {row["shape"] for _, row in ROWS} == {"1b", "8b"}
+
+
+def test_less_memory_never_costs_less_time():
+    model = shaped("8b")
+    # Not "selective", which is between two numbers, nor "offload", which also uses host memory.
+    shares = [x for x in CHOICES if x not in ("selective", "offload")]
+    peaks = [peak_bytes(model, x, 4, 2048) for x in shares]
+    times = [step_seconds(model, x, 4, 2048) for x in shares]
+    assert peaks == sorted(peaks, reverse=True) and times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [
+        ("80GB", "none"),
+        ("48GB", 0.7),
+        ("36GB", 0.3),
+        ("24GB", "offload"),
+        ("20GiB", "offload"),
+    ],
+)
+def test_the_fastest_policy_that_fits_is_chosen(memory, expected):
+    found = plan(shaped("8b"), 4, 2048, memory, card="H100")
+    assert found.recompute == found.chosen.recompute
+    if isinstance(expected, float):
+        assert isinstance(found.recompute, float) or found.recompute == "selective"
+    else:
+        assert found.recompute == expected
+    assert found.chosen.peak_bytes < found.memory
+    faster = [x for x in found.options if x.step_seconds < found.chosen.step_seconds]
+    assert all(1.06 * x.peak_bytes + 0.6 * 2**30 > found.memory for x in faster)
+
+
+def test_a_batch_that_does_not_fit_is_refused_with_the_memory_it_needs():
+    with pytest.raises(
+        ValueError, match=r"11\.2 GiB: even recompute='offload' needs 1[67]\.\d+ GiB"
+    ):
+        plan(shaped("8b"), 4, 2048, "12GB")
+    assert plan(shaped("8b", quantised=True), 1, 2048, "12GB").chosen.step_seconds is None
+    assert plan(shaped("8b", quantised=True), 1, 2048, "12GB").recompute not in (
+        "none",
+        "selective",
+    )
+
+
+def test_8_bit_moments_are_counted():
+    model = shaped("8b")
+    less = peak_bytes(model, "full", 1, 64) - peak_bytes(model, "full", 1, 64, "adamw_8bit")
+    assert less == pytest.approx(5.9 * model.num_parameters(trainable=True), rel=0.01)
+
+
+def test_a_wide_rank_runs_without_the_kernel():
+    model = shaped("1b")
+    wide = fastlora.lora(Model(spec=model.spec, base=model.base).with_adapter(None), r=64)
+    more = peak_bytes(wide, "none", 4, 2048) - peak_bytes(model, "none", 4, 2048)
+    assert more > 16 * 8192 * 8192 * 2
+
+
+def test_bad_arguments_and_unmeasured_models_are_refused_by_name(pair):
+    model = shaped("1b")
+    for given, message in (
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(seq_length=2.0), r"seq_length=2\.0"),
+        (dict(seq_length=10**6), "max_seq_length"),
+        (dict(memory="lots"), "memory='lots'"),
+        (dict(memory=None), "memory=None"),
+        (dict(memory=-1), "memory=-1"),
+        (dict(optimizer="sgd"), "optimizer='sgd'"),
+        (dict(card="T4"), "card='T4'"),
+    ):
+        with pytest.raises((ValueError, TypeCheckError), match=message.partition("=")[0]):
+            plan(model, **(dict(batch_size=1, seq_length=8, memory="24GB") | given))
+    tiny = pair("llama2").model
+    with pytest.raises(ValueError, match="no adapter"):
+        plan(tiny, 1, 8, "24GB")
+    for settings, message in (
+        (dict(use_dora=True), "use_dora"),
+        (dict(lora_dropout=0.1), "lora_dropout"),
+        (dict(trainable_token_indices=[1]), "outside the projections"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plan(adapted(tiny, r=2, **settings), 1, 8, "24GB")
+    with pytest.raises(ValueError, match="mixture of experts"):
+        plan(adapted(pair("mixtral").model, r=2), 1, 8, "24GB")
+
+
+def test_nothing_is_run_or_changed(pair):
+    model = adapted(pair("llama2").model, r=2)
+    before = [x.clone() for x in model.adapter["layers"][0]["q_proj"]]
+    found = plan(model, 2, 16, "1GB")
+    assert found.recompute == "none"
+    assert all(map(torch.equal, before, model.adapter["layers"][0]["q_proj"]))
+    assert all(isinstance(x, Tensor) and not x.requires_grad for x in before)

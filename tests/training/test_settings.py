@@ -1,0 +1,117 @@
+"""Settings, rows and folders that train() refuses."""
+
+import os
+
+import pytest
+import torch
+from jaxtyping import TypeCheckError
+
+import fastlora
+from fastlora.data.encoding import encode_rows
+from fastlora.data.packing import pack
+from fastlora.training import checkpoint
+from fastlora.training.loop import train
+from oracles.checkpoints import make_checkpoint
+from oracles.training_runs import QUIET, ROWS, WORDS
+
+
+def test_all_wrong_arguments_are_named_at_once(base, tmp_path):
+    wrong = dict(
+        max_steps=0,
+        num_epochs=-1.0,
+        batch_size=0,
+        gradient_accumulation_steps=True,
+        learning_rate=float("nan"),
+        lr_scheduler="polynomial",
+        warmup_ratio=1.5,
+        weight_decay=-0.1,
+        max_grad_norm=-1.0,
+        optimizer="sgd",
+        train_on="prompts",
+        eval_every=0,
+        save_every=-2,
+        seed=-1,
+    )
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError) as refused:
+        train(base, None, "no.jsonl", output_dir=tmp_path / "file" / "run", **wrong)
+    message = str(refused.value)
+    assert all(f"{name}={value!r}: expected" in message for name, value in wrong.items())
+    for words in ("no adapter", "tokenizer is None", "file is a file", "without eval_data"):
+        assert words in message
+    with pytest.raises(ValueError, match=r"(?s)save_every=1 without.*resume=True without"):
+        train(base, None, [], save_every=1, resume=True)
+
+
+@pytest.mark.parametrize("wrong", [{"log": 3}, {"resume": 3}, {"packing": "yes"}])
+def test_an_argument_of_a_wrong_type_is_named(model, tokenizer, wrong):
+    with pytest.raises((ValueError, TypeCheckError), match=next(iter(wrong))):
+        train(model, tokenizer, ROWS, **wrong)
+
+
+def test_a_paged_optimizer_is_refused_without_cuda(model, exact, tokenizer):
+    with pytest.raises(ValueError, match=r"paged_adamw_8bit.*on the CPU"):
+        train(model, tokenizer, ROWS, optimizer="paged_adamw_8bit")
+    with pytest.raises(ValueError, match=r"adamw_8bit.*float64"):
+        train(exact, tokenizer, ROWS, optimizer="adamw_8bit")
+
+
+def test_data_is_refused_before_anything_is_written(model, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    run = dict(output_dir=out, save_every=1, progress=False)
+    with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
+        train(model, tokenizer, tmp_path / "no.jsonl", **run)
+    with pytest.raises(ValueError, match="no token to train"):
+        train(model, tokenizer, [{"prompt": "a", "completion": ""}], **run)
+    with pytest.raises(ValueError, match="holds no rows"):
+        train(model, tokenizer, ROWS, eval_data=[], **run)
+    with pytest.raises(ValueError, match="more than max_seq_length"):
+        train(model, tokenizer, [{"prompt": "a", "completion": " b" * 80}], **run)
+    assert not out.exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer, tmp_path):
+    make_checkpoint("llama2", tmp_path)
+    model = fastlora.lora(fastlora.load(tmp_path, device="cpu")[0], r=2)
+    with pytest.raises(ValueError, match=r"vocabulary is \[0, 96\)"):
+        train(model, tokenizer, ROWS)
+
+
+def test_an_unwritable_output_dir_is_refused_before_training(
+    folder, model, tokenizer, tmp_path, monkeypatch
+):
+    with pytest.raises(ValueError, match="the base was loaded from"):
+        train(model, tokenizer, ROWS, output_dir=folder)
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(ValueError, match="not writable"):
+        train(model, tokenizer, ROWS, output_dir=tmp_path / "a")
+
+
+def test_a_float16_adapter_is_refused(base, tokenizer):
+    model = fastlora.lora(base, r=2, adapter_dtype="float16")
+    with pytest.raises(ValueError, match="adapter_dtype='float32'"):
+        train(model, tokenizer, ROWS)
+
+
+def test_a_nonfinite_loss_names_the_step_and_leaves_the_files(model, tokenizer, tmp_path):
+    run = dict(output_dir=tmp_path, save_every=1, max_steps=3, **QUIET)
+    with pytest.raises(FloatingPointError, match="step 2: the loss is"):
+        train(model, tokenizer, ROWS, learning_rate=1e30, **run)
+    assert list(checkpoint.complete_checkpoints(tmp_path)) == [1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-1"]
+    broken = model.with_adapter(
+        torch.utils._pytree.tree_map(lambda x: x.clone().fill_(torch.inf), model.adapter)
+    )
+    with pytest.raises(FloatingPointError, match=r"step 1: .*adapter"):
+        train(broken, tokenizer, ROWS, output_dir=tmp_path / "new", max_steps=3, **QUIET)
+    assert not (tmp_path / "new").exists()
+
+
+def test_long_text_is_split_when_packed_and_refused_when_not(model, tokenizer):
+    rows = [{"text": " ".join(WORDS * 12)}]
+    long = len(encode_rows(rows, tokenizer, max_seq_length=10**6)[0].input_ids)
+    _, history = train(model, tokenizer, rows, max_steps=1, **QUIET)
+    assert history.tokens == (long - 1,)
+    assert len(pack(encode_rows(rows, tokenizer, max_seq_length=64, split_text=True), 64)) > 1
+    with pytest.raises(ValueError, match="more than max_seq_length"):
+        train(model, tokenizer, rows, packing=False, **QUIET)
