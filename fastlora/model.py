@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fastlora import functional
 from fastlora.adapters.edits.combining import disable
-from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, Rule, check_arguments, one_of, optional
+from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, Rule, check_arguments, optional
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
 from fastlora.formats.peft import writing

@@ -20,7 +20,7 @@ def log_softmax_of(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("seed", [None, 3, torch.tensor(3)], ids=["no dropout", "int", "tensor"])
-def test_token_logprobs_are_those_of_the_whole_logits(seed, tiny):
+def test_token_logprobs_equal_log_softmax_of_the_logits(seed, tiny):
     batch = batch_of(2, 9)
     args = (tiny.adapter, tiny.base, tiny.spec)
     logp = FL.token_logprobs(*args, batch["input_ids"], batch["labels"], seed=seed)
@@ -66,7 +66,7 @@ def test_no_adapter_is_the_base_model(tiny, pair):
     assert not torch.equal(tiny(ids), with_none)
 
 
-def test_dropout_happens_where_a_seed_is_given(tiny):
+def test_dropout_needs_a_seed(tiny):
     ids = token_ids(2, 9)
     forward = lambda seed: FL.forward(tiny.adapter, tiny.base, tiny.spec, ids, seed=seed)
     assert torch.equal(forward(5), forward(torch.tensor(5)))

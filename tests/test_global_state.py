@@ -165,7 +165,7 @@ def test_global_state_is_the_same_before_and_after(verb, changes):
 
 
 @pytest.mark.compile
-def test_compiling_a_region_leaves_global_state_as_it_was():
+def test_compiling_a_region_does_not_change_global_state():
     """What torch leaves behind at a process's first compilation (a cache folder in os.environ, a
     higher recursion limit where it is not from the cache) is torch's: something else compiles
     first."""

@@ -236,7 +236,7 @@ def test_broken_json_is_named(folder, name):
         read_base(folder)
 
 
-def test_an_empty_folder_says_what_was_expected(tmp_path):
+def test_an_empty_folder_is_refused_with_the_expected_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json.*adapter_config\.json"):
         load(tmp_path)
 

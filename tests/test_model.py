@@ -127,7 +127,7 @@ def test_with_spec_reports_all_problems_together(model, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU answers")
-def test_with_spec_says_what_triton_needs(model, monkeypatch):
+def test_with_spec_names_the_requirements_of_triton(model, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=r"triton"):
         model.with_spec(kernels="triton")
@@ -272,7 +272,7 @@ def test_saving_without_an_adapter_is_refused(base, tmp_path):
 
 @pytest.mark.parametrize("family", ["llama2", "llama3.2", "qwen2", "smollm3"])
 @pytest.mark.parametrize("r, targets", [(4, ["q_proj", "v_proj"]), (1, "all-linear")])
-def test_the_printed_line_equals_pefts(family, r, targets, pair, capsys):
+def test_the_printed_line_equals_that_of_peft(family, r, targets, pair, capsys):
     """To the character; r = 1 and all-linear vary the number of digits."""
     one = pair(family)
     config = LoraConfig(r=r, target_modules=targets, task_type="CAUSAL_LM")

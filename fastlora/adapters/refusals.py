@@ -121,7 +121,10 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
             " have to be quantised together with the base; choose another value of one of the two"
         )
     if is_mixture(config):
-        return [*problems, "qat_scheme does not support the grouped products of mixtures of experts"]
+        return [
+            *problems,
+            "qat_scheme does not support the grouped products of mixtures of experts",
+        ]
     widths = {name: target_shape(config, name)[1] for name in PROJECTIONS}
     widths["lm_head"] = config.hidden_size
     if group and (wrong := {name: d for name, d in widths.items() if d % group}):

@@ -20,6 +20,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    # KeyboardInterrupt too must not leave the temporary file.
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

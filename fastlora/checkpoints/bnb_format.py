@@ -70,6 +70,7 @@ def check_quantizable(config: LlamaConfig, dtypes: Iterable[torch.dtype]) -> Non
     if wrong := sorted({str(d) for d in dtypes} - {str(d) for d in DENSE_DTYPES.values()}):
         problems.append(f"{wrong}: bitsandbytes quantises {list(DENSE_DTYPES)}; pass one as dtype.")
     raise_problems(ValueError, "The base cannot be quantised to 4 bits:", problems)
+    # Importing it now shows that it is installed, before the weights are read.
     bitsandbytes()
 
 
@@ -165,5 +166,6 @@ def stored_tensors(name: str, weight: Weight4bit) -> dict[str, Tensor]:
         }
     else:
         tensors[f"{name}.absmax"] = absmax
+    # safetensors holds only tensors, so bitsandbytes stores this text as bytes.
     text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors | {f"{name}{STATE_PREFIX}{format_name}": text}

@@ -66,6 +66,7 @@ def quantized_problems(
 
 def _read_states(stored: Mapping[str, StoredWeight]) -> dict[str, Any]:
     """Name -> the quant_state's JSON object; None if its tensor does not hold one."""
+    # A valid quant_state has about 200 bytes.
     entries = {n: w.state for n, w in stored.items() if w.state is not None}
     readable = {
         n: e
@@ -111,6 +112,7 @@ def _problems_4bit(
     if problem := _state_problem(state, weight.format, shape):
         yield problem
         return
+    # Rounded up: the last block may be shorter.
     blocks = -(-math.prod(shape) // state["blocksize"])
     nested = "nested_offset" in state
     expected = {".absmax": ("U8" if nested else "F32", (blocks,)), ".quant_map": ("F32", (16,))}
@@ -194,6 +196,7 @@ def read_quantized(
     if any(w.format in LEVELS for w in stored.values()) and torch.device(device).type == "cpu":
         bitsandbytes()
     tensors = _read_parts(stored, device)
+    # All weights of one format share one tensor of levels.
     levels = {
         name: torch.tensor(LEVELS[name], device=device)
         for name in {w.format for w in stored.values()} & {*LEVELS}

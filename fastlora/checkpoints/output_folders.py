@@ -24,6 +24,7 @@ def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
     """
     if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
         return ValueError(f"{path} is the folder the base was loaded from; choose another.")
+    # A folder that does not exist is created in its nearest existing parent.
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         return ValueError(f"{path} cannot be a folder: {nearest} is a file; choose another name.")

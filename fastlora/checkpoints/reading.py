@@ -58,7 +58,7 @@ def read_base(
     Raises:
         FileNotFoundError: config.json or the weights do not exist.
         CheckpointError: a file is wrong, or config and weights do not fit each other.
-        ValueError: `quantize` for a model that cannot be quantised.
+        ValueError: `quantize` does not support the model or its dtype.
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     raw, config = _read_config(folder, rope_scaling)
@@ -68,6 +68,8 @@ def read_base(
         dtype = getattr(torch, config.dtype)
     elif dtype is None and EMBED_TOKENS in entries:  # check_entries refuses an unknown dtype
         dtype = DTYPES.get(entries[EMBED_TOKENS].dtype)
+    # transformers would quantise such a folder when it loads it: another model.
+    # Then config.json and weights come from different checkpoints.
     if raw.get("quantization_config") and not split_quantized(entries)[1]:
         raise CheckpointError(
             f"{folder / 'config.json'} has a quantization_config, but no weight is quantised;"
@@ -117,6 +119,7 @@ def _read_weights(
     dense, stored = split_quantized(entries)
     parts = {n: part for n, part in pieces(config, entries.keys()).items() if n not in stored}
     matrices = {n: s for n, s in base_tensors(config).items() if n in quantizable(config)}
+    # Dense and quantised weights are checked together, so that one error lists all problems.
     wrong = quantized_problems(stored, matrices)
     check_entries(folder, dense, {name: part.shape for name, part in parts.items()}, wrong)
     to_4bit = {}
@@ -127,6 +130,7 @@ def _read_weights(
     convert = lambda name, tensor: quantize_4bit(tensor) if name in to_4bit else tensor
     tensors = _read_dense(dense, parts, config, device, dtype, convert)
     tensors |= read_quantized(stored, device=device)
+    # The kernels of head and loss read a dense matrix.
     if isinstance(tensors.get(LM_HEAD), Quantized):
         tensors[LM_HEAD] = dequantize(tensors[LM_HEAD], tensors[EMBED_TOKENS].dtype)
     return {name: tensors[name] for name in base_tensors(config)}

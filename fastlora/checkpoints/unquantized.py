@@ -67,6 +67,8 @@ def unquantized_matrices(config: LlamaConfig, folder: Path, base: Base) -> Matri
         if e.shape != shape_of(quantized[n]) or e.dtype not in DTYPES
     ]
     device = base["norm"].device
+    # Names and shapes are not enough: the folder may hold another model of the family by now, or the
+    # base may have been trained before it was quantised.
     if not problems:
         problems = [
             f"other       {n}: not the matrix that was quantised"

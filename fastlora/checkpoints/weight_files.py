@@ -82,6 +82,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     keys: dict[Path, set[str]] = {}
     for key, file in sorted(read_index(folder / INDEX).items(), key=itemgetter(1)):
         keys.setdefault(folder / file, set()).update([] if _is_computed(key) else [key])
+    # Report missing shards together: a checkpoint of 405B has 191.
     if missing := [path.name for path in keys if not path.is_file()]:
         more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
         raise FileNotFoundError(

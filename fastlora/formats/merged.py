@@ -117,6 +117,7 @@ def save_merged(
         tokenizer.save_pretrained(folder)
     if base_used is None or not merges_quantized:
         return None
+    # After the tokenizer: the folder is complete even if this comparison runs out of memory.
     difference = largest_difference(model, Path(folder))
     return MergeReport(base=base_used, logit_difference=difference)
 
@@ -128,6 +129,7 @@ def _write_merged(
     spec = model.spec
     if spec.lora is not None:
         require_adapter(model)
+    # Merged folders are in 16 bits: one in float32 would be twice as large.
     base_dtype = model.base["norm"].dtype
     dtype = base_dtype if base_dtype in (torch.bfloat16, torch.float16) else torch.bfloat16
     if in_4bit:
@@ -143,7 +145,10 @@ def _write_merged(
     to_4bit = projection_weights(config) if in_4bit else []
     sizes = {n: max_bytes_4bit(x) if n in to_4bit else tensor_bytes(x) for n, x in deferred.items()}
     shards = shard_tensors(sizes)
+    # Before the first pass, which takes as long as the merge.
     _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
+    # Quantising a dequantised matrix again does not always give the same bytes, so weights without
+    # an adapter are copied.
     keep = in_4bit and base_used == "dequantized"
     unchanged = unchanged_4bit(spec, tensors, dtype) if keep else {}
     statistics = finite_statistics(to_4bit, merged, compute, unchanged)
@@ -174,6 +179,7 @@ def _replace_files(
     does not load, instead of loading a mixture of two models.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    # In the same folder, because os.replace is atomic only within one file system.
     staging = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder))
     try:
         for file, items in files.items():
@@ -181,6 +187,7 @@ def _replace_files(
         if len(files) > 1:
             total = sum(tensor_bytes(x) for items in files.values() for x in items.values())
             weight_map = {key: file for file, items in files.items() for key in items}
+            # The two entries that transformers writes.
             metadata = {"total_size": total, "total_parameters": parameters}
             write_json(staging / INDEX, {"metadata": metadata, "weight_map": weight_map})
         write_json(staging / "generation_config.json", generation)
@@ -204,6 +211,7 @@ def _matrix_source(
     if base == "dequantized" or not is_quantized(model.base):
         return dequantized
     try:
+        # A folder of one of these names is reached as "./original".
         named = isinstance(base, str) and base in ("auto", "original")
         folder = source_folder(model.spec) if named else _given_folder(base)
         original = unquantized_matrices(model.spec.config, folder, model.base)
@@ -211,6 +219,7 @@ def _matrix_source(
         if base == "auto":
             return dequantized
         raise type(error)(f"base={base!r}: {error} Or pass {_BASE_CHOICES}.") from error
+    # The matrices are read while the folder is written.
     if output.resolve() == folder.resolve():
         raise ValueError(f"{output} is where the original matrices are read from; choose another.")
     return "original", original
@@ -226,6 +235,7 @@ def _given_folder(base: Any) -> Path:
 
 def _generation_config(config: LlamaConfig) -> dict[str, Any]:
     eos = config.eos_token_id
+    # transformers writes a single stop id as a number, several as a list.
     ids = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": eos[0] if len(eos) == 1 else list(eos),

@@ -34,7 +34,7 @@ def deferred_tensors(
 
     Args:
         config: of the merged model.
-        compute: name on disk -> the merged tensor, computed anew at every call.
+        compute: name on disk -> the merged tensor, computed again at every call.
         dtype: of the tensors that `compute` returns.
     """
     # Files store the experts of a mixture one by one. write_safetensors goes by name, so the pieces
@@ -54,7 +54,7 @@ def deferred_tensors(
 def unchanged_4bit(
     spec: Spec, tensors: Mapping[str, Any], dtype: torch.dtype
 ) -> dict[str, Weight4bit]:
-    """Name on disk -> weight, for the base's weights that a 4-bit folder can hold as they are.
+    """Name on disk -> weight, for the base's weights that a 4-bit folder can hold unchanged.
 
     They have no adapter and are already in the format that is written: NF4 with double
     quantisation, blocks of 64, and `dtype` when dequantised.
@@ -121,7 +121,7 @@ def file_tensors(
         name: the tensor's key.
         tensor: in 16 bits.
         statistics: from `finite_statistics`; None writes 16 bits.
-        unchanged: the base's 4-bit weight, if it is written as it is.
+        unchanged: the base's 4-bit weight, if it is written unchanged.
     """
     if statistics is None:
         return {name: tensor}

@@ -13,6 +13,6 @@ def test_saved_adapters_have_the_same_logits_in_peft(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", UNKNOWN_TO_PEFT)
-def test_a_step_of_training_is_pefts(case, tmp_path):
+def test_a_step_of_training_equals_pefts(case, tmp_path):
     family, settings = UNKNOWN_TO_PEFT[case]
     assert step_difference(family, tmp_path, **settings) <= 1e-6

@@ -54,7 +54,7 @@ def weighted_sum(models, weights):
 
 
 @pytest.mark.parametrize("case", COMBINE_CASES)
-def test_combining_gives_pefts_numbers(case, tmp_path, monkeypatch):
+def test_combining_equals_peft(case, tmp_path, monkeypatch):
     of_logits, of_matrices = combine_difference(case, tmp_path, monkeypatch)
     assert of_logits <= 1e-5
     # PEFT decomposes in fp32 and errs by up to 1.4e-6 here.
@@ -62,7 +62,7 @@ def test_combining_gives_pefts_numbers(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("case", COMBINE_CASES)
-def test_what_was_combined_exports_to_peft(case, tmp_path):
+def test_a_combination_exports_to_peft(case, tmp_path):
     arguments, weights, method, kwargs = COMBINE_CASES[case]
     mixed = combine(adapted_models(*arguments), weights, method, **kwargs)
     assert {t.scaling for targets in mixed.spec.lora.targets for t in targets} == {1.0}
@@ -257,7 +257,7 @@ def test_the_widest_dtype_is_kept():
     }
 
 
-def test_the_rest_is_the_first_models():
+def test_other_settings_are_taken_from_the_first_model():
     one, two = adapted_models(EQUAL[0] | dict(lora_dropout=0.25), EQUAL[1])
     one = one.with_spec(recompute="full")
     mixed = combine([one, two], (1.0, 1.0))
@@ -301,7 +301,7 @@ def test_the_rest_is_the_first_models():
         ),
     ],
 )
-def test_arguments_that_cannot_be_are_all_named(weights, method, kwargs, said):
+def test_all_wrong_arguments_are_named(weights, method, kwargs, said):
     with pytest.raises(ValueError, match=r"fastlora\.combine cannot") as refused:
         combine(adapted_models(*EQUAL[:2]), weights, method, **kwargs)
     for pattern in said:
@@ -313,7 +313,7 @@ def test_no_models_are_refused():
         combine([], [])
 
 
-def test_models_that_cannot_be_combined_are_all_named():
+def test_all_models_that_do_not_fit_are_named():
     (one,) = adapted_models(EQUAL[0])
     copied = dataclasses.replace(one, base=tree_map(torch.clone, one.base))
     config = dataclasses.replace(one.spec.config, rms_norm_eps=1e-3)
@@ -342,13 +342,13 @@ def test_unequal_ranks_are_refused_by_module(method):
     assert "q_proj" not in str(refused.value)  # only one model adapts it
 
 
-def test_what_is_more_than_a_and_b_is_refused_by_name():
+def test_adapters_of_more_than_a_and_b_are_refused_by_name():
     (one,) = adapted_models(EQUAL[0])
     layers = one.adapter["layers"]
     plain = layers[0]["v_proj"]
     biased = layers[0] | {"v_proj": BiasedLoRA(*plain, bias=torch.ones(plain.b.shape[0]))}
     model = dataclasses.replace(one, adapter={"layers": (biased, *layers[1:])})
-    with pytest.raises(ValueError, match=r"models\[1\]: \['v_proj'\] hold more than A and B"):
+    with pytest.raises(ValueError, match=r"models\[1\] has more than A and B in \['v_proj'\]"):
         combine([one, model], (1.0, 1.0))
 
 

@@ -155,7 +155,7 @@ def test_gaussian_start_has_deviation_one_over_rank():
     assert a.abs().max() > 3 / 64  # a uniform of this deviation ends at 1.73 / 64
 
 
-def test_orthogonal_start_is_pefts_and_leaves_the_model_as_it_is():
+def test_orthogonal_start_equals_pefts_and_does_not_change_the_model():
     a, b = spread("orthogonal")
     assert (b @ a).abs().max() < 1e-6 < a.abs().max() < 1
     # Elements are sums of r/2 products of a normal and an element of an orthogonal [r, r] matrix.
@@ -232,7 +232,7 @@ def test_max_seq_length_is_lowered():
     assert lora(small()).spec.max_seq_length == 64
 
 
-def test_settings_are_hashable_whatever_the_collection():
+def test_settings_are_hashable_from_any_collection():
     sets = lora(small(), target_modules={"v_proj", "q_proj"}, rank_pattern={"q_proj": 2})
     lists = lora(small(), target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 2})
     assert hash(sets.spec) == hash(lists.spec)
@@ -254,23 +254,23 @@ IMPOSSIBLE = {
     "target_modules='q_proj', a regex": dict(target_modules="q_proj"),
     "target_modules=() matches no module": dict(target_modules=[]),
     "target_modules='', a regex": dict(target_modules=""),
-    "target_modules: '(' is no regular expression": dict(target_modules="("),
-    "exclude_modules: '(' is no regular expression": dict(exclude_modules="("),
-    "rank_pattern: '(' is no regular expression": dict(rank_pattern={"(": 1}),
-    "matches model.norm, which is no linear layer": dict(target_modules=["model.norm"]),
+    "target_modules: '(' is not a regular expression": dict(target_modules="("),
+    "exclude_modules: '(' is not a regular expression": dict(exclude_modules="("),
+    "rank_pattern: '(' is not a regular expression": dict(rank_pattern={"(": 1}),
+    "matches model.norm, which is not a linear layer": dict(target_modules=["model.norm"]),
     "matches model.layers.0.self_attn,": dict(target_modules=r".*\.0\.self_attn"),
     "exclude_modules: 'k_prox'": dict(exclude_modules=["k_prox"]),
     "exclude_modules: 'k_proj'": dict(exclude_modules="k_proj"),
     "after exclude_modules": dict(target_modules=["q_proj"], exclude_modules=["q_proj"]),
-    "layers_to_transform: 3 is no layer": dict(layers_to_transform=[0, 3]),
-    "layers_to_transform: -1 is no layer": dict(layers_to_transform=-1),
+    "layers_to_transform: this model has no layer 3": dict(layers_to_transform=[0, 3]),
+    "layers_to_transform: this model has no layer -1": dict(layers_to_transform=-1),
     "layers_pattern: 'h' matches": dict(layers_to_transform=0, layers_pattern=["layers", "h"]),
     "layers_pattern=('layers',) needs": dict(layers_pattern="layers"),
     "only filter a list": dict(target_modules="all-linear", layers_to_transform=[0]),
     "finetune_last_n_layers only filter": dict(target_modules=".*q_proj", finetune_last_n_layers=1),
     "finetune_last_n_layers=0": dict(finetune_last_n_layers=0),
     "finetune_last_n_layers=4": dict(finetune_last_n_layers=4),
-    "say the same; give one": dict(finetune_last_n_layers=1, layers_to_transform=[0]),
+    "two forms of one setting; give one": dict(finetune_last_n_layers=1, layers_to_transform=[0]),
     "rank_pattern: 'proj'": dict(rank_pattern={"proj": 3}),
     "alpha_pattern: 'k_proj'": dict(target_modules=["q_proj"], alpha_pattern={"k_proj": 3}),
     "init_lora_weights='foo'": dict(init_lora_weights="foo"),
@@ -280,7 +280,7 @@ IMPOSSIBLE = {
     "max_seq_length=65": dict(max_seq_length=65),
     "max_seq_length=0": dict(max_seq_length=0),
     "random_state=-1": dict(random_state=-1),
-    "adapter_dtype=int8": dict(adapter_dtype="int8"),
+    "adapter_dtype='int8'": dict(adapter_dtype="int8"),
     "needs even ranks": dict(r=4, rank_pattern={"q_proj": 3}, init_lora_weights="orthogonal"),
     "lora_bias=True": dict(lora_bias=True, init_lora_weights="gaussian"),
     "exclude each other": dict(lora_bias=True, use_dora=True),

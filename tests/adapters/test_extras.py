@@ -48,7 +48,7 @@ def test_saved_adapters_have_the_same_logits_in_peft(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", EXTRAS_CASES)
-def test_a_step_of_training_is_pefts(case, tmp_path):
+def test_a_step_of_training_equals_pefts(case, tmp_path):
     family, settings = EXTRAS_CASES[case]
     assert step_difference(family, tmp_path, **settings) <= 1e-6
 
@@ -58,7 +58,7 @@ def test_a_step_of_training_is_pefts(case, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", EXTRAS_CASES)
-def test_names_shapes_dtypes_and_counts_are_pefts(case, dtype, tmp_path):
+def test_names_shapes_dtypes_and_counts_equal_pefts(case, dtype, tmp_path):
     family, settings = EXTRAS_CASES[case]
     model = lora(fast(family, dtype), **settings)
     peft = get_peft_model(hugging_face(family, dtype), peft_config(**settings))
@@ -81,7 +81,7 @@ def test_a_fresh_adapter_is_the_base(case):
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])
-def test_fresh_factors_of_embedding_and_head_are_distributed_as_pefts(init):
+def test_fresh_factors_of_embedding_and_head_have_the_distribution_of_pefts(init):
     settings = dict(r=8, target_modules=ENDS, init_lora_weights=init)
     model = lora(fast(U), **settings)
     peft = get_peft_model(hugging_face(U), peft_config(**settings))
@@ -105,7 +105,7 @@ def test_round_trips_are_bit_equal(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["save both ends and norms", "kept tied, save both", "rows, tied"])
-def test_bf16_is_no_farther_from_exact_than_peft_is(case, tmp_path):
+def test_bf16_errs_no_more_than_peft(case, tmp_path):
     family, settings = EXTRAS_CASES[case]
     bf16 = torch.bfloat16
     peft_saved(family, tmp_path, bf16, **settings)
@@ -117,7 +117,7 @@ def test_bf16_is_no_farther_from_exact_than_peft_is(case, tmp_path):
     assert error(logits(fast(family, bf16))) >= 10 * error(theirs)
 
 
-def test_the_model_that_was_given_stays_as_it_was():
+def test_the_given_model_is_not_changed():
     family, settings = EXTRAS_CASES["save both ends and norms"]
     given = fast(family)
     before = [x.clone() for x in tree_leaves(given.base)]
@@ -149,7 +149,7 @@ def test_merging_equals_applying_and_transformers_reads_it(case, tmp_path):
     assert difference(ours, theirs, logits(fast(family))) <= 1e-5
 
 
-def test_a_tied_pair_that_lora_takes_apart_is_merged_into_two():
+def test_a_tied_pair_with_separate_lora_is_merged_into_two_matrices():
     """PEFT adds the embedding's delta to the head as well: logits off by 9.77."""
     family, settings = EXTRAS_CASES["tied, LoRA on embed_tokens"]
     model = with_random_adapter(lora(fast(family), **settings))
@@ -158,7 +158,7 @@ def test_a_tied_pair_that_lora_takes_apart_is_merged_into_two():
     assert not torch.equal(merged.base["embed_tokens"], model.base["embed_tokens"])
 
 
-def test_a_bias_of_lora_on_the_head_cannot_be_merged():
+def test_merging_lora_bias_on_the_head_is_refused():
     family, settings = EXTRAS_CASES["LoRA on lm_head, lora_bias"]
     with pytest.raises(ValueError, match="lm_head"):
         merge(with_random_adapter(lora(fast(family), **settings)))

@@ -12,7 +12,7 @@ from oracles.extras_cases import ENDS, EXTRAS_CASES, Q, T, U
 from oracles.peft_side import IDS, fast, with_random_adapter
 
 IMPOSSIBLE = {
-    "bias='some'": (U, dict(bias="some"), "expected one of ['none', 'all', 'lora_only']"),
+    "bias='some'": (U, dict(bias="some"), "bias='some': expected 'none' or 'all' or 'lora_only'"),
     "no biases": (U, dict(bias="all"), "no bias in this model"),
     "no biases on the adapted": (
         "qwen2",
@@ -21,7 +21,7 @@ IMPOSSIBLE = {
     ),
     "nothing to save": (U, dict(modules_to_save=["wat"]), "'wat' matches no module"),
     "a whole block": (U, dict(modules_to_save=["mlp"]), "model.layers.0.mlp"),
-    "a broken name": (U, dict(modules_to_save=["norm("]), "no end of a module's name"),
+    "a broken name": (U, dict(modules_to_save=["norm("]), "cannot be the end of a module's name"),
     "experts": (
         "mixtral",
         dict(target_modules=["q_proj"], modules_to_save=["experts"]),
@@ -117,7 +117,7 @@ IMPOSSIBLE = {
     "a list for bias": (U, dict(bias=["all"]), "bias=['all']"),
     "a number to save": (U, dict(modules_to_save=[1]), "modules_to_save=[1]"),
     "3 to save": (U, dict(modules_to_save=3), "modules_to_save=3"),
-    "lists to save": (U, dict(modules_to_save=[["norm"]]), "modules_to_save=[['norm']]"),
+    "lists to save": (U, dict(modules_to_save=[["norm"]]), "modules_to_save=a list of (list)"),
     "a number of ids": (U, dict(trainable_token_indices=3.0), "trainable_token_indices=3.0"),
     "a scalar tensor of ids": (
         U,
@@ -151,7 +151,7 @@ IMPOSSIBLE = {
     "pissa without a projection": (
         U,
         dict(target_modules=["embed_tokens"], init_lora_weights="pissa"),
-        "none is adapted; leave it True",
+        "no projection is adapted; leave it True",
     ),
     "everything saved, nothing adapted": (
         U,
@@ -163,7 +163,7 @@ IMPOSSIBLE = {
 
 
 @pytest.mark.parametrize("what", IMPOSSIBLE)
-def test_what_cannot_be_is_refused_by_name(what):
+def test_impossible_arguments_are_refused_by_name(what):
     family, settings, message = IMPOSSIBLE[what]
     # Where the type hook is on, it speaks of types before lora does.
     with pytest.raises((ValueError, TypeCheckError)) as refused:
@@ -174,20 +174,20 @@ def test_what_cannot_be_is_refused_by_name(what):
 @pytest.mark.parametrize(
     "ids", [{7, 3}, range(3, 8, 4), np.array([3, 7]), torch.tensor([3, 7])], ids=str
 )
-def test_ids_may_come_in_any_collection_of_whole_numbers(ids):
+def test_ids_may_be_any_collection_of_integers(ids):
     model = lora(fast(U), r=4, target_modules=Q, trainable_token_indices=ids)
     assert model.spec.lora.extras.tokens == (("embed_tokens", (3, 7)),)
     assert isinstance(hash(model.spec), int)
 
 
 @pytest.mark.parametrize("method", ["eva", "corda", "lora_ga"])
-def test_data_says_nothing_where_no_projection_is_adapted(method):
+def test_initialising_from_data_needs_an_adapted_projection(method):
     model = lora(fast(U), r=4, target_modules=["embed_tokens"])
     with pytest.raises(ValueError, match="on no projection"):
         fastlora.initialize(model, [{"input_ids": IDS, "labels": IDS}], method)
 
 
-def test_combine_refuses_what_has_no_weighted_sum():
+def test_combine_refuses_adapters_without_a_weighted_sum():
     family, settings = EXTRAS_CASES["save model.norm"]
     base = fast(family)
     models = [

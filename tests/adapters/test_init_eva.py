@@ -8,7 +8,7 @@ from peft.utils.incremental_pca import IncrementalPCA
 from torch.utils._pytree import tree_map
 
 from fastlora.adapters.init_from_data.dispatch import initialize
-from fastlora.adapters.init_from_data.eva import _converged, updated
+from fastlora.adapters.init_from_data.eva import layer_components, update_components
 from fastlora.formats.peft.names import peft_state_dict
 from fastlora.models.names import projection_path
 from oracles.init_from_data import batches, fresh, padded, peft_config
@@ -74,18 +74,18 @@ def test_components_are_those_of_all_rows_at_once():
     chunks = [torch.randn(n, 12, generator=gen) * spread + 2 for n in (30, 20, 25)]
     found = None
     for rows in chunks:
-        found = updated(found, rows, 12)
-    whole = updated(None, torch.cat(chunks), 12)
+        found = update_components(found, rows, 12)
+    whole = update_components(None, torch.cat(chunks), 12)
     torch.testing.assert_close(found, whole, rtol=1e-3, atol=1e-3)
     assert found.explained().sum() == pytest.approx(1.0, abs=1e-4)
 
 
-def test_components_that_have_settled_are_left_alone():
+def test_converged_components_are_not_updated():
     rows = [torch.randn(50, 8, generator=torch.Generator().manual_seed(s)) for s in range(4)]
     stream = lambda n: iter([{"q_proj": x} for x in rows[:n]])
-    two, four = (_converged(stream(n), {"q_proj": 3}, -1.0, 0)["q_proj"] for n in (2, 4))
+    two, four = (layer_components(stream(n), {"q_proj": 3}, -1.0, 0)["q_proj"] for n in (2, 4))
     assert torch.equal(two.vh, four.vh)
-    assert not torch.equal(_converged(stream(4), {"q_proj": 3}, 1.0, 0)["q_proj"].vh, two.vh)
+    assert not torch.equal(layer_components(stream(4), {"q_proj": 3}, 1.0, 0)["q_proj"].vh, two.vh)
 
 
 def test_a_projection_left_without_a_rank_loses_its_adapter(tmp_path):

@@ -11,7 +11,7 @@ import fastlora
 from fastlora import functional
 from fastlora.adapters.create import lora
 from fastlora.adapters.init_from_data.dispatch import initialize
-from fastlora.adapters.init_from_data.layer_inputs import layer_rows, start_passes
+from fastlora.adapters.init_from_data.layer_inputs import embed_batches, inputs_by_layer
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.models.names import projection_path
 from fastlora.models.params import PROJECTIONS
@@ -50,7 +50,7 @@ def test_every_family_can_be_initialised(method, family):
     assert (logits(model) - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
-def test_the_given_model_and_the_global_generator_are_left_alone():
+def test_the_given_model_and_the_global_generator_are_not_changed():
     model = fresh()
     before, state = tree_map(torch.clone, model.adapter), torch.random.get_rng_state()
     for method in METHODS:
@@ -89,7 +89,7 @@ def test_packed_documents_do_not_see_each_other():
 
 def inputs_of(model, data):
     with torch.no_grad():
-        for i, rows in layer_rows(model, start_passes(model, data, use_label_mask=True)):
+        for i, rows in inputs_by_layer(model, embed_batches(model, data, use_label_mask=True)):
             yield i, list(rows)
 
 
@@ -118,9 +118,9 @@ def test_training_starts_from_an_initialised_model():
         ("pissa", {}, "method='pissa'"),
         ("eva", {"rho": 0.5}, "rho=0.5"),
         ("eva", {"tau": 2.0}, "tau=2.0"),
-        ("eva", {"corda_method": "kpm"}, "means nothing to 'eva'"),
+        ("eva", {"corda_method": "kpm"}, "means nothing to method='eva'"),
         ("corda", {"corda_method": "both"}, "corda_method='both'"),
-        ("corda", {"rho": 3.0}, "means nothing to 'corda'"),
+        ("corda", {"rho": 3.0}, "means nothing to method='corda'"),
         ("lora_ga", {"direction": "up"}, "direction='up'"),
         ("lora_ga", {"scale": "large"}, "scale='large'"),
         ("lora_ga", {"stable_gamma": 0}, "stable_gamma=0"),
@@ -144,7 +144,7 @@ def test_wrong_arguments_are_refused_by_name(method, arguments, message):
         (lambda: fresh(lora_alpha=-2), "corda", "more than 0"),
     ],
 )
-def test_models_that_cannot_be_initialised_are_refused(model, method, message):
+def test_unsupported_models_are_refused(model, method, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         initialize(model(), batches(), method)
 
@@ -160,7 +160,10 @@ ROW = torch.zeros(1, 4, dtype=torch.int64)
         ([{"input_ids": ROW}], "missing labels"),
         ([{"input_ids": ROW, "labels": ROW, "text": ROW}], "unknown entry 'text'"),
         ([{"input_ids": ROW.float(), "labels": ROW}], "int64"),
-        ([{"input_ids": ROW + 96, "labels": ROW}], "input_ids holds [96]; expected ids of the vocabulary [0, 96)"),
+        (
+            [{"input_ids": ROW + 96, "labels": ROW}],
+            "input_ids holds [96]; expected ids of the vocabulary [0, 96)",
+        ),
         ([{"input_ids": ROW, "labels": ROW[:, :2]}], "labels must be"),
         ([{"input_ids": ROW, "labels": ROW, "attention_mask": ROW}], "no real token"),
         (

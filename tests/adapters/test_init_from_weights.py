@@ -147,7 +147,7 @@ def test_the_base_is_shared_and_comes_back():
     assert torch.equal(without, logits(base))
 
 
-def test_start_factors_have_memory_of_their_own():
+def test_start_factors_share_no_memory():
     model = lora(fast(FORWARD), r=4, init_lora_weights="olora")
     trained = model.for_training()
     with torch.no_grad():
@@ -193,7 +193,7 @@ def test_merge_equals_apply(how, tmp_path):
     assert same_bits(read.base, rounded)
 
 
-def test_combine_takes_what_they_do_over_the_base(tmp_path):
+def test_combine_uses_the_change_against_the_base(tmp_path):
     base = fast(FORWARD)
     one = shaken(lora(base, r=4, init_lora_weights="pissa"), seed=1)
     two = shaken(lora(base, r=3, init_lora_weights="olora"), seed=2)
@@ -254,12 +254,12 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
         (dict(init_lora_weights="lora_ga"), r"fastlora.initialize(model, batches, 'lora_ga')"),
     ],
 )
-def test_what_cannot_be_is_refused(settings, message):
+def test_impossible_arguments_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         lora(fast(FORWARD), **settings)
 
 
-def test_peft_s_own_loftq_config_is_taken():
+def test_a_loftq_config_object_of_peft_is_accepted():
     given = peft.LoftQConfig(loftq_bits=8, loftq_iter=2)
     own = {"loftq_bits": 8, "loftq_iter": 2}
     one, two = (

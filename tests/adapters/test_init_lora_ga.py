@@ -7,7 +7,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from torch.utils._pytree import tree_leaves
 
 from fastlora.adapters.init_from_data.dispatch import initialize
-from fastlora.adapters.init_from_data.lora_ga import _gradients
+from fastlora.adapters.init_from_data.lora_ga import weight_gradients
 from fastlora.formats.peft.names import peft_state_dict
 from fastlora.models.names import projection_path
 from fastlora.models.params import PROJECTIONS
@@ -41,7 +41,7 @@ def peft_gradients(data, config):
 @pytest.mark.parametrize("data", [batches(), padded()], ids=["whole", "padded"])
 def test_gradients_of_the_weights_are_those_of_autograd(data):
     oracle = peft_gradients(data, peft_config("lora_ga", lora_ga_config=LoraGAConfig()))
-    found = dict(_gradients(fresh(), data))
+    found = dict(weight_gradients(fresh(), data))
     for i in range(2):
         for name in PROJECTIONS:
             expected = oracle.get_submodule(projection_path(i, name))._peft_loraga_grad
@@ -89,7 +89,7 @@ def test_random_directions_follow_random_state():
 def test_a_small_step_from_lora_ga_follows_the_gradient():
     """A0 and B0 span singular directions of the gradient: checked against an SVD of its own."""
     model = initialize(fresh(r=2), batches(), "lora_ga")
-    gradient = dict(_gradients(model, batches()))[0]["gate_proj"]
+    gradient = dict(weight_gradients(model, batches()))[0]["gate_proj"]
     u, _, vh = torch.linalg.svd(gradient)
     record = model.adapter["layers"][0]["gate_proj"]
     torch.testing.assert_close((record.a @ vh[:2].T).abs(), torch.eye(2), rtol=0, atol=2e-2)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from fastlora.adapters.init.from_weights import _QUANTISERS, factors, int8_rounded, randomised_svd
+from fastlora.adapters.init.decompositions import randomised_svd
+from fastlora.adapters.init.from_weights import projection_factors
+from fastlora.adapters.init.loftq import QUANTISERS, LoftQSettings, int8_rounded
 
 
 def weights():
@@ -15,10 +17,10 @@ def loftq_error(bits, iterations, scaling, r=8):
     w, gen = weights(), torch.Generator()
     before = None
     if iterations > 1:
-        before = factors(w, "loftq", r, scaling, gen, (bits, iterations - 1))
+        before = projection_factors(w, "loftq", r, scaling, gen, LoftQSettings(bits, iterations - 1))
     rest = w if before is None else w - scaling * before.b @ before.a
-    found = factors(w, "loftq", r, scaling, gen, (bits, iterations))
-    return (w - _QUANTISERS[bits](rest) - scaling * found.b @ found.a).norm().item()
+    found = projection_factors(w, "loftq", r, scaling, gen, LoftQSettings(bits, iterations))
+    return (w - QUANTISERS[bits](rest) - scaling * found.b @ found.a).norm().item()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -29,7 +31,7 @@ def test_loftq_is_as_close_for_every_scaling(bits, iterations):
     one, two, half = (loftq_error(bits, iterations, s) for s in (1.0, 2.0, 0.5))
     assert two == pytest.approx(one, rel=1e-4) and half == pytest.approx(one, rel=1e-4)
     w = weights()
-    assert one < 0.9 * (w - _QUANTISERS[bits](w)).norm().item()
+    assert one < 0.9 * (w - QUANTISERS[bits](w)).norm().item()
 
 
 @pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (8, 1)])
@@ -49,7 +51,7 @@ def test_loftq_at_scaling_1_is_the_loop_of_peft(bits, iterations):
         u, s, vh = torch.linalg.svd(w - q)
         product = u[:, :r] @ torch.diag(s[:r]) @ vh[:r]
         rest = w - product
-    found = factors(w, "loftq", r, 1.0, torch.Generator(), (bits, iterations))
+    found = projection_factors(w, "loftq", r, 1.0, torch.Generator(), (bits, iterations))
     torch.testing.assert_close(found.b @ found.a, product, rtol=0, atol=1e-5)
 
 

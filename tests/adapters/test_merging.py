@@ -22,7 +22,7 @@ def test_merging_equals_applying(case):
     assert difference(logits(merged), logits(model), logits(fast(FORWARD))) <= 1e-5
 
 
-def test_merging_equals_pefts_merge(tmp_path):
+def test_merging_equals_merging_in_peft(tmp_path):
     model = with_random_adapter(lora(fast(FORWARD), r=4))
     save_adapter(model, tmp_path)
     theirs = peft_read(FORWARD, tmp_path).merge_and_unload().state_dict()

@@ -135,7 +135,7 @@ def test_the_folder_is_a_plain_adapter(wide, tmp_path):
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-int4"])  # the others need a GPU's kernels
-def test_torchaos_conversion_gives_what_was_trained(scheme, wide):
+def test_conversion_by_torchao_gives_the_trained_model(scheme, wide):
     """quantize_ with real integers on the merged model, against the fake quantised forward."""
     model = trained(wide, scheme)
     oracle = transformers_with(fastlora.merge(model))
@@ -150,7 +150,7 @@ def test_torchaos_conversion_gives_what_was_trained(scheme, wide):
 
 @pytest.mark.parametrize("scheme", ["int8", "int8-int4"])
 @pytest.mark.parametrize("family", ["llama_bias", "llama3.2"])
-def test_the_scripts_folder_computes_what_was_trained(family, scheme, tmp_path):
+def test_the_folder_of_the_script_computes_the_trained_model(family, scheme, tmp_path):
     """bfloat16, tied and untied: adapter, merged folder, integers on disk, read by transformers."""
     base = read_pair(family, tmp_path / "base", torch.bfloat16, **WIDE).model
     model = trained(base, scheme)

@@ -37,7 +37,7 @@ def test_quantize_is_loading_in_4_bits(dense_folder):
         fastlora.quantize(load(dense_folder(), dtype="float64"))
 
 
-def test_loftq_takes_up_what_4_bits_lost(dense_folder, tmp_path):
+def test_loftq_reduces_the_error_of_4_bits(dense_folder, tmp_path):
     names = ["q_proj", "down_proj"]
     model = load(dense_folder(), load_in_4bit=True)
     tuned = fastlora.lora(model, r=8, lora_alpha=8, target_modules=names, init_lora_weights="loftq")
@@ -67,7 +67,7 @@ def test_loftq_with_dora_starts_as_the_sum(dense_folder):
         torch.testing.assert_close(tuned(IDS), plain(IDS), rtol=1e-4, atol=1e-4)
 
 
-def test_loftq_without_the_original_says_so(quantised_folder, dense_folder):
+def test_loftq_without_the_original_is_reported(quantised_folder, dense_folder):
     with pytest.raises(CheckpointError, match=r"nf4 there too(.|\n)*load_in_4bit=True"):
         fastlora.lora(load(quantised_folder("nf4 nested")), init_lora_weights="loftq")
     model = load(dense_folder(), load_in_4bit=True)

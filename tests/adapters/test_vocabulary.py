@@ -103,12 +103,12 @@ def test_an_adapter_over_new_tokens_is_read_by_peft(folder, base, tokenizer, tmp
     [
         ([], "tokens is empty"),
         ("<think>", "expected a list"),
-        (["<a>", "<a>"], "'<a>' is there twice"),
-        (["", 3], "3: expected a text"),
-        (["the", "<a>"], "'the' is in the vocabulary already"),
+        (["<a>", "<a>"], "tokens holds '<a>' twice"),
+        (["", 3], "tokens holds 3: expected a text"),
+        (["the", "<a>"], "tokens holds 'the', which is already in the vocabulary"),
     ],
 )
-def test_tokens_that_cannot_be_are_refused(base, tokenizer, tokens, message):
+def test_invalid_tokens_are_refused(base, tokenizer, tokens, message):
     # Where the type hook is on, it speaks before add_tokens does.
     with pytest.raises((ValueError, TypeCheckError)) as refused:
         fastlora.add_tokens(base, tokenizer, tokens)

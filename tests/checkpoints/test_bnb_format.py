@@ -14,14 +14,14 @@ from oracles.trees import same_bits
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mixtral" and "moe" not in f])
-def test_every_dense_family_is_transformers_in_4_bits(family, dense_folder):
+def test_every_dense_family_equals_transformers_in_4_bits(family, dense_folder):
     found = quantised_difference(dense_folder(family), torch.float32)
     assert found is not None and found <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", [FAMILY, "llama3.2", "qwen2", "qwen3", "smollm3", "mistral"])
-def test_quantised_on_load_is_transformers_model(family, dtype, dense_folder):
+def test_quantised_on_load_equals_transformers_model(family, dtype, dense_folder):
     folder = dense_folder(family, dtype)
     model, theirs = load(folder, load_in_4bit=True), oracle(folder, "nf4 nested", dtype)
     state = theirs.state_dict()
@@ -76,7 +76,7 @@ def test_a_head_in_4_bits_is_dequantised(dense_folder, tmp_path):
     assert torch.equal(model.base["lm_head"], bnb.dequantize_4bit(head.data, head.quant_state))
 
 
-def test_a_layer_left_out_stays_dense(dense_folder, tmp_path):
+def test_a_skipped_layer_stays_dense(dense_folder, tmp_path):
     theirs = oracle(
         dense_folder(), "nf4", torch.float32, llm_int8_skip_modules=["q_proj", "lm_head"]
     )
@@ -89,7 +89,7 @@ def test_a_layer_left_out_stays_dense(dense_folder, tmp_path):
         torch.testing.assert_close(model(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-def test_loading_in_4_bits_reads_the_rest_as_it_is(dense_folder):
+def test_loading_in_4_bits_changes_no_other_tensor(dense_folder):
     model = load(dense_folder(), load_in_4bit=True, dtype="bfloat16")
     assert model.base["norm"].dtype == model.base["embed_tokens"].dtype == torch.bfloat16
     assert all(w.form.dtype == torch.bfloat16 for w in weights(model).values())

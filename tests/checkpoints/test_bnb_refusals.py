@@ -107,14 +107,14 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_statistics_are_told_with_the_key(case, quantised_folder, tmp_path):
+def test_broken_statistics_are_refused_by_key(case, quantised_folder, tmp_path):
     change, message = BROKEN[case]
     folder = edited(quantised_folder("nf4 nested"), tmp_path / "broken", change)
     with pytest.raises(CheckpointError, match=message):
         load(folder)
 
 
-def test_all_broken_weights_are_told_at_once(quantised_folder, tmp_path):
+def test_all_broken_weights_are_listed_at_once(quantised_folder, tmp_path):
     def change(tensors):
         for key in [k for k in tensors if k.endswith(".absmax") and "nested" not in k][:3]:
             del tensors[key]
@@ -124,7 +124,7 @@ def test_all_broken_weights_are_told_at_once(quantised_folder, tmp_path):
     assert str(error.value).count("absmax is missing") == 3
 
 
-def test_a_broken_int8_checkpoint_is_told(quantised_folder, tmp_path):
+def test_a_broken_int8_checkpoint_is_refused_by_key(quantised_folder, tmp_path):
     path = "model.layers.0.self_attn.q_proj"
     drop = lambda t: t.pop(f"{path}.SCB")
     with pytest.raises(CheckpointError, match="SCB is missing"):
@@ -143,9 +143,7 @@ def test_a_broken_int8_checkpoint_is_told(quantised_folder, tmp_path):
             load(edited(quantised_folder("int8"), tmp_path / f"c{i}", change))
 
 
-def test_a_config_that_promises_what_the_weights_are_not_is_told(
-    dense_folder, quantised_folder, tmp_path
-):
+def test_a_config_of_other_weights_is_refused(dense_folder, quantised_folder, tmp_path):
     folder = edited(dense_folder(), tmp_path / "mixed", lambda t: None)
     (folder / "config.json").write_text(
         (quantised_folder("nf4 nested") / "config.json").read_text()
@@ -154,7 +152,7 @@ def test_a_config_that_promises_what_the_weights_are_not_is_told(
         load(folder)
 
 
-def test_what_cannot_be_in_4_bits_is_refused_before_any_work(dense_folder, monkeypatch):
+def test_unsupported_4_bit_loads_are_refused_before_any_work(dense_folder, monkeypatch):
     with pytest.raises(ValueError, match="float64"):
         load(dense_folder(), load_in_4bit=True, dtype="float64")
     with pytest.raises(ValueError, match="mixtral: experts stay in 16 bits"):
@@ -171,7 +169,7 @@ def test_what_cannot_be_in_4_bits_is_refused_before_any_work(dense_folder, monke
         load(dense_folder(), load_in_4bit=True)
 
 
-def test_what_goes_with_no_quantised_base_is_refused_by_name(dense_folder):
+def test_arguments_that_exclude_a_quantised_base_are_refused_by_name(dense_folder):
     model = load(dense_folder(), load_in_4bit=True)
     for wrong, message in (
         (dict(qat_scheme="int8"), "qat_scheme='int8' over a base that is quantised"),

@@ -73,7 +73,7 @@ def test_every_truncation_is_refused(tmp_path):
     [b"", b"{", b"[]", b"1", b"null", b'{"a": 1, "a": 2}', b"\xff", b"[" * 100_000, b"1" * 5000],
     ids=lambda data: repr(data[:20]),
 )
-def test_json_that_is_no_object_is_refused_and_named(tmp_path, data):
+def test_json_other_than_an_object_is_refused_and_named(tmp_path, data):
     path = tmp_path / "config.json"
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"config\.json"):

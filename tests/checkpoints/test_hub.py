@@ -160,7 +160,7 @@ def test_only_the_files_needed_are_fetched(hub, files, tmp_path):
     assert read_base(folder)[0].hidden_size == 32
 
 
-def test_of_a_sharded_repository_every_shard_is_fetched(hub, files, sharded, tmp_path):
+def test_every_shard_of_a_repository_is_fetched(hub, files, sharded, tmp_path):
     shards = {n for n in sharded if n.endswith(".safetensors")}
     assert len(shards) > 2
     hub.repos["someone/sharded"] = sharded | {"model-99999-of-99999.safetensors": b"stray"}
@@ -196,7 +196,7 @@ def test_an_interrupted_download_is_not_a_folder(hub, files, tmp_path, file):
     read_base(fetch_folder("someone/tiny", cache_dir=tmp_path, local_files_only=True))
 
 
-def test_a_missing_shard_keeps_config_json_away(hub, sharded, tmp_path):
+def test_with_a_missing_shard_no_config_json_is_stored(hub, sharded, tmp_path):
     gone = max(n for n in sharded if n.startswith("model-"))
     hub.repos["someone/sharded"] = sharded
     hub.cut.add(gone)
@@ -212,7 +212,7 @@ def test_a_missing_repository_is_named(hub, tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_repository_says_how_to_get_in(hub, files, tmp_path, status):
+def test_the_error_of_a_gated_repository_says_how_to_get_access(hub, files, tmp_path, status):
     hub.repos["meta/gated"] = files
     hub.refusal["meta/gated"] = (status, "GatedRepo")
     with pytest.raises(PermissionError, match=r"meta/gated.*huggingface.co/meta/gated.*token"):
@@ -242,20 +242,20 @@ def test_the_cache_serves_without_a_network(hub, files, tmp_path):
     read_base(online)
 
 
-def test_an_empty_cache_without_a_network_says_so(hub, tmp_path):
+def test_an_empty_cache_without_a_network_is_reported(hub, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"someone/tiny.*not complete in the cache"):
         fetch_folder("someone/tiny", cache_dir=tmp_path, local_files_only=True)
     assert not hub.log
 
 
-def test_an_unreachable_hub_says_so(hub, tmp_path, monkeypatch):
+def test_an_unreachable_hub_is_reported(hub, tmp_path, monkeypatch):
     download = partial(snapshot_download, endpoint="http://127.0.0.1:9")  # discard: nobody listens
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"someone/tiny.*not reached"):
         fetch_folder("someone/tiny", cache_dir=tmp_path)
 
 
-def test_load_takes_a_hub_id_through_hf_endpoint(hub, files, tmp_path):
+def test_load_downloads_a_hub_id_from_hf_endpoint(hub, files, tmp_path):
     hub.repos["someone/tiny"] = files
     code = (
         "from fastlora.loading import load; model, tokenizer = load('someone/tiny', device='cpu');"
@@ -270,7 +270,7 @@ def test_load_takes_a_hub_id_through_hf_endpoint(hub, files, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["./x", "/nowhere/x", "a/b/c", "~/x", "..", "a\\b"])
-def test_a_path_that_is_not_there_is_no_hub_id(hub, name, tmp_path, monkeypatch):
+def test_a_missing_path_is_not_taken_for_a_hub_id(hub, name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     if name == "..":
         assert fetch_folder(name) == Path(name)
@@ -281,6 +281,6 @@ def test_a_path_that_is_not_there_is_no_hub_id(hub, name, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", ["a--b", "bad name", "a/..b"])
-def test_a_name_that_cannot_be_is_refused(hub, name, tmp_path):
+def test_an_invalid_name_is_refused(hub, name, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no folder|no such folder|is a file"):
         fetch_folder(name, cache_dir=tmp_path)

@@ -37,11 +37,11 @@ def away(base, folder, *replaced, tied=False):
         ("llama3.2", (), True, []),  # LoRA, over the matrix itself
     ],
 )
-def test_what_nobody_reads_is_sent_away(family, replaced, tied, expected, pair):
+def test_originals_that_are_not_read_are_parked(family, replaced, tied, expected, pair):
     assert unread(pair(family).model.base, Extras(replaced=replaced, tied=tied)) == expected
 
 
-def test_the_file_has_a_name_of_its_own_and_goes_with_the_last_model(pair, tmp_path):
+def test_the_file_has_a_unique_name_and_is_deleted_with_the_last_model(pair, tmp_path):
     base = pair("llama2").model.base
     folder = tmp_path / "not" / "there"
     one, two = away(base, folder, EMBED, HEAD), away(base, folder, HEAD)
@@ -62,7 +62,7 @@ def test_the_file_has_a_name_of_its_own_and_goes_with_the_last_model(pair, tmp_p
     assert not os.listdir(folder) and torch.equal(kept, base["lm_head"])
 
 
-def test_a_model_with_originals_away_trains_merges_and_is_disabled(pair, tmp_path, monkeypatch):
+def test_a_model_with_parked_originals_trains_merges_and_is_disabled(pair, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "fastlora.adapters.create.park_originals",
         lambda base, extras, folder: park_originals(base, extras, folder, always=True),
@@ -90,7 +90,7 @@ def test_on_the_cpu_nothing_is_written(pair, tmp_path):
     assert unpark_originals(model.base) is model.base
 
 
-def test_a_location_is_looked_at_only_where_something_will_be_written(pair, tmp_path):
+def test_the_location_is_checked_only_before_a_write(pair, tmp_path):
     """Plain LoRA in a read-only working directory needs none."""
     (tmp_path / "file").write_text("")
     base = pair("llama2").model.base
@@ -103,7 +103,7 @@ def test_a_location_is_looked_at_only_where_something_will_be_written(pair, tmp_
     assert location_problems(elsewhere, copied, tmp_path / "new" / "folder") == []
 
 
-def test_a_folder_that_cannot_be_written_to_leaves_nothing(pair, tmp_path):
+def test_an_unwritable_location_leaves_no_file(pair, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError):
         away(pair("llama2").model.base, tmp_path / "file", HEAD)

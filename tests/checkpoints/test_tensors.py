@@ -90,7 +90,7 @@ def tensors_of_every_kind() -> dict[str, torch.Tensor]:
     }
 
 
-def test_what_is_written_is_what_safetensors_reads(tmp_path):
+def test_safetensors_reads_the_written_values(tmp_path):
     tensors = tensors_of_every_kind()
     write_safetensors(tmp_path / "x.safetensors", tensors)
     for read in (load_file, read_safetensors):
@@ -103,7 +103,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path):
         assert file.metadata() == {"format": "pt"}
 
 
-def test_the_file_is_byte_for_byte_safetensors_own(tmp_path):
+def test_the_file_has_the_bytes_that_safetensors_writes(tmp_path):
     tensors = {"b": torch.ones(3), "a": torch.zeros(2, 2), "c": torch.ones(5, dtype=torch.float16)}
     write_safetensors(tmp_path / "ours", tensors)
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})

@@ -68,7 +68,7 @@ def test_pickles_are_never_read(tmp_path):
         scan(tmp_path)
 
 
-def test_names_get_their_prefix_and_stale_keys_go(tmp_path):
+def test_names_get_their_prefix_and_stale_keys_are_dropped(tmp_path):
     stored = ["embed_tokens.weight", "layers.0.self_attn.rotary_emb.inv_freq", LM_HEAD, "model.x"]
     write_safetensors(tmp_path / WEIGHTS, {key: torch.ones(1) for key in stored})
     assert scan(tmp_path).keys() == {EMBED_TOKENS, LM_HEAD, "model.x"}
@@ -123,14 +123,14 @@ def test_an_equal_head_is_tied(tmp_path):
 @pytest.mark.parametrize(
     "head", [torch.zeros(2, 3), torch.ones(3, 3), torch.ones(2, 3, dtype=torch.bfloat16)]
 )
-def test_a_different_head_is_its_own(tmp_path, head):
+def test_a_different_head_is_not_tied(tmp_path, head):
     entries, tied = resolve_tied_head(
         with_head(tmp_path, embedding=torch.ones(2, 3), head=head), True
     )
     assert not tied and entries.keys() == {EMBED_TOKENS, LM_HEAD}
 
 
-def test_a_head_alone_is_the_embedding(tmp_path):
+def test_a_head_without_an_embedding_is_used_for_both(tmp_path):
     entries, tied = resolve_tied_head(with_head(tmp_path, head=torch.ones(2, 3)), True)
     assert tied and entries[EMBED_TOKENS].key == LM_HEAD
     assert torch.equal(read_entries(entries)[EMBED_TOKENS], torch.ones(2, 3))

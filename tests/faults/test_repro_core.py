@@ -4,15 +4,16 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-import fault_folders
 import pytest
 import torch
-from fault_case import IDS, tuned
 from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import fastlora
 from fastlora import functional as FL
+from faults import folders
+from faults.case import IDS, tuned
+from faults.known import open_item
 
 BATCH = {"input_ids": IDS, "labels": IDS}
 
@@ -20,13 +21,14 @@ BATCH = {"input_ids": IDS, "labels": IDS}
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A model's folder with its tokenizer."""
-    return fault_folders.write_all(tmp_path) / "base"
+    return folders.write_all(tmp_path) / "base"
 
 
 def load(folder, **settings):
     return fastlora.load(folder, device="cpu", local_files_only=True, **settings)
 
 
+@open_item("A1")
 def test_a1_an_adapter_over_a_merged_base_gives_its_logits_or_is_refused(base, tmp_path):
     model, _ = load(base)
     again = tuned(fastlora.merge(tuned(model)), seed=1)
@@ -45,15 +47,16 @@ REVISIONS = {"main": "1" * 40, "older": "2" * 40}
 @pytest.fixture
 def cache(tmp_path) -> Path:
     """A Hub cache that holds a/b twice: the branch main, and another one, "older"."""
-    folders = fault_folders.write_all(tmp_path / "folders")
+    models = folders.write_all(tmp_path / "models")
     repository = tmp_path / "cache" / "models--a--b"
     (repository / "refs").mkdir(parents=True)
     for (branch, commit), name in zip(REVISIONS.items(), ("base", "other"), strict=True):
         (repository / "refs" / branch).write_text(commit)
-        shutil.copytree(folders / name, repository / "snapshots" / commit)
+        shutil.copytree(models / name, repository / "snapshots" / commit)
     return tmp_path / "cache"
 
 
+@open_item("A2")
 def test_a2_the_revision_of_the_base_is_kept(cache, tmp_path):
     model, _ = load("a/b", revision="older", cache_dir=cache)
     model = tuned(model)
@@ -65,13 +68,14 @@ def test_a2_the_revision_of_the_base_is_kept(cache, tmp_path):
 def grad_norm(folder: Path, rows: int, dtype: str) -> float:
     """Of one step over `rows` equal rows: the mean's gradient does not depend on their number."""
     model, tokenizer = load(folder, dtype=dtype)
-    row = {"text": " ".join(fault_folders.WORDS[:50])}
+    row = {"text": " ".join(folders.WORDS[:50])}
     settings = dict(packing=False, max_steps=1, progress=False, batch_size=rows)
     return fastlora.train(tuned(model), tokenizer, [row] * rows, **settings)[1].grad_norms[0]
 
 
+@open_item("A3")
 def test_a3_the_gradient_of_a_float16_base_does_not_depend_on_the_tokens_of_a_step(base):
-    """A small head stands in for many tokens: both bring gradients below float16's 6e-5."""
+    """A head of small weights replaces many tokens: both give gradients below float16's 6e-5."""
     path = base / "model.safetensors"
     tensors = {name: x.clone() for name, x in load_file(path).items()}  # not views of the file
     save_file(tensors | {"lm_head.weight": 1e-3 * tensors["lm_head.weight"]}, path)
@@ -106,9 +110,10 @@ def value_of(lora, trained: list[int]) -> torch.Tensor:
     return value
 
 
+@open_item("A4")
 @pytest.mark.compile
 def test_a4_twenty_kinds_of_gradient_in_one_process(base, monkeypatch):
-    """With dynamo's cheapest backend: its limit counts graphs, whatever compiles them."""
+    """The backend is dynamo's cheapest one. The limit counts graphs of any backend."""
     monkeypatch.setattr("fastlora.runtime.compiled.backend", "eager")
     torch._dynamo.reset()
     model = load(base)[0].with_spec(compile=True)
@@ -120,6 +125,7 @@ def test_a4_twenty_kinds_of_gradient_in_one_process(base, monkeypatch):
         assert value_of(lora, [0, i]).isfinite()
 
 
+@open_item("A5")
 def test_a5_dropout_masks_of_a_stack_are_those_of_each_adapter_alone(base):
     model, _ = load(base)
     ones = [tuned(model, seed, lora_dropout=0.5) for seed in (1, 2)]
@@ -132,6 +138,7 @@ def test_a5_dropout_masks_of_a_stack_are_those_of_each_adapter_alone(base):
         torch.testing.assert_close(logits[row], alone, rtol=1e-5, atol=1e-5)
 
 
+@open_item("A6")
 def test_a6_a_merged_folder_keeps_the_settings_of_generation(base, tmp_path):
     import json
 
@@ -158,6 +165,7 @@ def expected_jvp(model, direction):
     return torch.func.jvp(loss_of(model), (model.adapter,), (direction,))
 
 
+@open_item("A7")
 def test_a7_linearize_gives_the_derivative(wide):
     direction = tree_map(torch.ones_like, wide.adapter)
     value, push = torch.func.linearize(loss_of(wide), wide.adapter)
@@ -165,6 +173,7 @@ def test_a7_linearize_gives_the_derivative(wide):
     torch.testing.assert_close((value, push(direction)), expected, rtol=1e-9, atol=1e-12)
 
 
+@open_item("A7")
 def test_a7_forward_ad_gives_the_derivative(wide):
     from torch.autograd import forward_ad
 
@@ -176,6 +185,7 @@ def test_a7_forward_ad_gives_the_derivative(wide):
     torch.testing.assert_close((got.primal, got.tangent), expected, rtol=1e-9, atol=1e-12)
 
 
+@open_item("A7")
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
 def test_a7_value_and_grad_inside_a_transform_is_grad_and_value(wide, transform):
     def with_ours(adapter):
@@ -194,15 +204,18 @@ def test_a7_value_and_grad_inside_a_transform_is_grad_and_value(wide, transform)
             return torch.func.jvp(fn, (wide.adapter,), (direction,))
         return torch.vmap(fn)(tree_map(lambda x: torch.stack((x, 2 * x)), wide.adapter))
 
-    for ours, theirs in zip(tree_leaves(run(with_ours)), tree_leaves(run(with_torchs)), strict=True):
+    for ours, theirs in zip(
+        tree_leaves(run(with_ours)), tree_leaves(run(with_torchs)), strict=True
+    ):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
 
 
 def one_step(model, tokenizer, **settings):
     given = dict(max_steps=1, batch_size=2, packing=False, progress=False) | settings
-    return fastlora.train(model, tokenizer, fault_folders.rows(4), **given)[0]
+    return fastlora.train(model, tokenizer, folders.rows(4), **given)[0]
 
 
+@open_item("A8")
 def test_a8_weight_decay_leaves_norms_alone(base):
     model, tokenizer = load(base)
     model = tuned(model, modules_to_save=["norm"], lora_dropout=0.0)
@@ -211,6 +224,7 @@ def test_a8_weight_decay_leaves_norms_alone(base):
     assert torch.equal(*norms)
 
 
+@open_item("A8")
 def test_a8_a_run_of_one_step_trains_something_or_is_refused(base):
     model, tokenizer = load(base)
     model = tuned(model)
@@ -223,12 +237,14 @@ def test_a8_a_run_of_one_step_trains_something_or_is_refused(base):
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
+@open_item("A8")
 def test_a8_lora_keeps_the_models_recompute_policy(base):
     model, _ = load(base)
     model = model.with_spec(recompute="full")
     assert fastlora.lora(model, r=2).spec.recompute == "full"
 
 
+@open_item("A8")
 def test_a8_packing_to_131072_tokens_is_planned_where_kernels_run(base, monkeypatch):
     """Where the kernels of attention run, no mask is built, so none is refused."""
     if not torch.cuda.is_available():

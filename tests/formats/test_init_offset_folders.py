@@ -41,7 +41,7 @@ def test_peft_loads_the_export_on_the_untouched_base(settings, tmp_path):
     assert difference(logits(back), logits(model), base) <= 1e-5
 
 
-def test_the_export_says_twice_the_rank_and_the_same_scaling(tmp_path):
+def test_the_export_has_twice_the_rank_and_the_same_scaling(tmp_path):
     for rslora, alpha in ((False, 24.0), (True, 12 * 2**0.5)):
         model = lora(
             fast(FORWARD), r=4, lora_alpha=12, init_lora_weights="pissa", use_rslora=rslora

@@ -52,7 +52,7 @@ def test_a_float32_base_is_rounded_to_bfloat16_after_the_merge(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_shards_hold_what_one_file_holds(tmp_path, monkeypatch):
+def test_shards_hold_the_same_tensors_as_one_file(tmp_path, monkeypatch):
     model = with_random_adapter(lora(fast(FORWARD, torch.bfloat16), r=4))
     save_merged(model, tmp_path / "one")
     monkeypatch.setattr(tensors_out, "SHARD_BYTES", 10_000)
@@ -85,7 +85,7 @@ def test_the_lora_method_writes_the_peft_folder(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["merged_16bit", "lora"])
-def test_the_tokenizer_goes_along(method, tmp_path):
+def test_the_tokenizer_is_saved_too(method, tmp_path):
     words = {"<unk>": 0, "a": 1, "rank": 2}
     backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -97,13 +97,13 @@ def test_the_tokenizer_goes_along(method, tmp_path):
     assert read("a rank of")["input_ids"] == [1, 2, 0]
 
 
-def test_a_method_that_is_none_is_refused(tmp_path):
+def test_an_unknown_save_method_is_refused(tmp_path):
     model = fast(FORWARD)
     with pytest.raises(ValueError, match="merged_8bit"):
         save_merged(dataclasses.replace(model, adapter=None), tmp_path, save_method="merged_8bit")
 
 
-def test_a_merged_model_never_lands_on_another(tmp_path):
+def test_a_merged_model_does_not_overwrite_another(tmp_path):
     model = with_random_adapter(lora(fast(FORWARD), r=4))
     base = Path(model.spec.name_or_path)
     before = {f.name: f.read_bytes() for f in base.iterdir()}

@@ -26,7 +26,7 @@ from oracles.quantized_bases import FAMILY, IDS, SETTINGS, load, oracle, weights
 from oracles.trees import same_bits
 
 
-def test_adapters_are_saved_and_loaded_as_over_16_bits(dense_folder, tmp_path):
+def test_adapters_are_saved_and_loaded_like_those_over_16_bits(dense_folder, tmp_path):
     model = adapted(load(dense_folder(), load_in_4bit=True), r=4)
     model.save_pretrained(tmp_path)
     assert same_bits(fastlora.load_adapter(model, tmp_path).adapter, model.adapter)
@@ -56,7 +56,9 @@ def kinds_of(folder: Path) -> dict[str, torch.dtype]:
 
 
 @pytest.mark.parametrize("how_merged", ["dequantized", "original", "auto", "folder"])
-def test_merged_16_bit_says_what_the_adapter_was_added_to(how_merged, dense_folder, tmp_path):
+def test_the_report_names_the_base_that_the_adapter_was_added_to(
+    how_merged, dense_folder, tmp_path
+):
     model = adapted(load(dense_folder(FAMILY, torch.bfloat16), load_in_4bit=True), r=4)
     given: Any = dense_folder(FAMILY, torch.bfloat16) if how_merged == "folder" else how_merged
     report = model.save_pretrained_merged(tmp_path / "out", base=given)
@@ -74,7 +76,7 @@ def test_merged_16_bit_says_what_the_adapter_was_added_to(how_merged, dense_fold
     assert (report.logit_difference < 0.5) == (report.base == "dequantized")
 
 
-def test_a_base_that_is_gone_falls_back_only_if_auto(dense_folder, quantised_folder, tmp_path):
+def test_a_missing_base_is_replaced_only_with_auto(dense_folder, quantised_folder, tmp_path):
     model = adapted(load(quantised_folder("nf4 nested")), r=4)
     assert model.save_pretrained_merged(tmp_path / "auto").base == "dequantized"
     with pytest.raises(CheckpointError, match="nf4 there too"):
@@ -102,7 +104,7 @@ def test_a_base_that_is_gone_falls_back_only_if_auto(dense_folder, quantised_fol
     ).read_bytes()
 
 
-def test_a_base_that_was_trained_before_it_was_quantised_is_no_original(dense_folder, tmp_path):
+def test_a_base_trained_before_quantisation_is_not_an_original(dense_folder, tmp_path):
     """spec.name_or_path still names the folder; only the bytes tell."""
     first = load(dense_folder())
     tuned = adapted(first, r=4, lora_alpha=0.2)  # moves the weights by some hundredths
@@ -116,7 +118,7 @@ def test_a_base_that_was_trained_before_it_was_quantised_is_no_original(dense_fo
         fastlora.lora(again, init_lora_weights="loftq")
 
 
-def test_a_folder_that_changed_since_is_no_original(dense_folder, tmp_path):
+def test_a_changed_folder_is_not_an_original(dense_folder, tmp_path):
     folder = tmp_path / "moving"
     shutil.copytree(dense_folder(), folder)
     model = adapted(
@@ -129,7 +131,7 @@ def test_a_folder_that_changed_since_is_no_original(dense_folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4 nested", "int8"])
-def test_the_original_is_known_by_its_bytes(kind, dense_folder, quantised_folder, tmp_path):
+def test_the_original_is_recognised_by_its_bytes(kind, dense_folder, quantised_folder, tmp_path):
     model = adapted(load(quantised_folder(kind, torch.bfloat16)), r=4)
     folder = dense_folder(FAMILY, torch.bfloat16)
     assert model.save_pretrained_merged(tmp_path / "out", base=folder).base == "original"
@@ -151,7 +153,7 @@ def test_the_report_counts_start_factors_once(method, init, dense_folder, tmp_pa
     assert report.logit_difference == pytest.approx(float(difference), rel=0.3)
 
 
-def test_a_failure_half_way_leaves_the_older_folder(dense_folder, tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_the_older_folder(dense_folder, tmp_path, monkeypatch):
     model = adapted(load(dense_folder(), load_in_4bit=True), r=4)
     monkeypatch.setattr(tensors_out, "SHARD_BYTES", 20_000)
     out = tmp_path / "out"
@@ -202,7 +204,7 @@ def test_a_checkpoint_whose_head_alone_is_quantised_is_put_into_4_bits(dense_fol
     assert is_quantized(load(tmp_path, load_in_4bit=True).base)
 
 
-def test_quantising_refuses_what_trains_for_another_quantisation(dense_folder):
+def test_quantising_refuses_adapters_for_another_quantisation(dense_folder):
     with pytest.raises(ValueError, match="qat_scheme='int8'"):
         fastlora.quantize(fastlora.lora(load(dense_folder()), qat_scheme="int8"))
 

@@ -46,13 +46,13 @@ def test_adapters_of_peft_load_with_its_logits(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", EXPERT_CASES)
-def test_peft_reads_what_is_saved(name, tmp_path):
+def test_saved_adapters_of_experts_have_the_same_logits_in_peft(name, tmp_path):
     family, settings = EXPERT_CASES[name]
     assert export_difference(family, tmp_path, **settings) <= 1e-5
 
 
 @pytest.mark.parametrize("name", EXPERT_CASES)
-def test_a_step_is_pefts_step(name, tmp_path):
+def test_a_step_of_training_equals_pefts_for_experts(name, tmp_path):
     family, settings = EXPERT_CASES[name]
     assert step_difference(family, tmp_path, **settings) <= 1e-6
 
@@ -111,7 +111,7 @@ def test_round_trips_are_equal_to_the_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("init", [True, "gaussian", False])
-def test_fresh_weights_are_distributed_as_pefts(init):
+def test_fresh_weights_have_the_distribution_of_pefts(init):
     settings = dict(r=8, target_modules=NONE, target_parameters=BOTH, init_lora_weights=init)
     model = lora(fast("qwen3_moe"), **settings)
     peft = get_peft_model(hugging_face("qwen3_moe"), PeftConfig(**settings, task_type="CAUSAL_LM"))
@@ -132,7 +132,7 @@ def test_a_fresh_adapter_is_the_base_and_orthogonal_too():
         torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
 
 
-def test_the_tree_and_the_count_are_pefts():
+def test_names_shapes_and_parameter_count_equal_pefts():
     settings = dict(r=4, target_modules=["q_proj"], target_parameters=[*BOTH, "gate.weight"])
     model = lora(fast("qwen3_moe_mixed"), **settings)
     sparse, dense, _ = model.adapter["layers"]
@@ -163,7 +163,7 @@ def test_the_tree_and_the_count_are_pefts():
         (dict(target_modules=["gate_proj", "q_proj"]), "'gate_proj' without 'up_proj'"),
         (dict(target_modules=["up_proj"]), "'up_proj' without 'gate_proj'"),
         (dict(target_modules=["w1", "w2", "w3"]), "'w1' matches no module"),
-        (dict(target_modules=["experts"]), "no linear layer"),
+        (dict(target_modules=["experts"]), "not a linear layer"),
         (dict(target_modules=None), "matches no module"),
         (dict(lora_dropout=0.1), "lora_dropout=0.1 does not go with"),
         (dict(layers_to_transform=[1]), "does not filter target_parameters"),
@@ -172,7 +172,7 @@ def test_the_tree_and_the_count_are_pefts():
     ],
     ids=str,
 )
-def test_what_peft_refuses_is_refused(settings, words):
+def test_arguments_that_peft_refuses_are_refused(settings, words):
     with pytest.raises(ValueError, match=words):
         lora(fast("qwen3_moe"), **{"target_modules": SEVEN} | settings)
 

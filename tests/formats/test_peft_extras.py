@@ -60,7 +60,7 @@ LONG_IDS = torch.randint(0, 100, (2, 11), generator=torch.Generator().manual_see
 
 @pytest.mark.parametrize("case", GROWN)
 @pytest.mark.parametrize("family", [U, T])
-def test_an_adapter_over_a_grown_vocabulary_goes_both_ways(family, case, tmp_path):
+def test_peft_and_fastlora_exchange_an_adapter_over_a_grown_vocabulary(family, case, tmp_path):
     peft, resized = resized_peft(family, 4, tmp_path / "theirs", **GROWN[case])
     model = load_adapter(fast(family), tmp_path / "theirs")
     assert model.spec.config.vocab_size == 100

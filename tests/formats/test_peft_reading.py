@@ -44,7 +44,7 @@ def test_adapters_of_peft_load_for_every_family(family, tmp_path):
 
 
 @pytest.mark.parametrize("init", [False, "orthogonal", "eva"])
-def test_starts_that_leave_the_base_alone_load(init, tmp_path):
+def test_initialisations_that_keep_the_base_load(init, tmp_path):
     peft_saved(FORWARD, tmp_path, r=4, target_modules=SEVEN)
     edit(tmp_path, init_lora_weights=init)
     plain = dataclasses.replace(load_adapter(fast(FORWARD), tmp_path))
@@ -53,7 +53,7 @@ def test_starts_that_leave_the_base_alone_load(init, tmp_path):
     assert difference(logits(plain), expected, logits(fast(FORWARD))) <= 1e-5
 
 
-def test_overlapping_patterns_mean_what_peft_reads_in_the_file(tmp_path):
+def test_overlapping_patterns_are_read_as_peft_reads_them(tmp_path):
     # PEFT writes sorted keys: after the reload the narrow pattern comes second and never matches.
     patterns = {r"layers\.1\.self_attn\.q_proj": 60, "layers.1.self_attn..*": 2}
     assert (
@@ -71,7 +71,7 @@ def test_overlapping_ranks_that_peft_cannot_reload_are_refused_by_name(tmp_path)
         load_adapter(fast(FORWARD), tmp_path)
 
 
-def test_three_fields_are_a_config(tmp_path):
+def test_a_config_of_three_fields_is_enough(tmp_path):
     peft_saved(FORWARD, tmp_path, r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
     whole = logits(load_adapter(fast(FORWARD), tmp_path))
     for config in (
@@ -84,7 +84,7 @@ def test_three_fields_are_a_config(tmp_path):
         assert torch.equal(logits(load_adapter(fast(FORWARD), tmp_path)), whole)
 
 
-def test_what_peft_ignores_in_a_file_is_no_error(tmp_path):
+def test_fields_that_peft_ignores_are_accepted(tmp_path):
     peft_saved(FORWARD, tmp_path, r=4, target_modules=["q_proj", "v_proj"])
     plain = load_adapter(fast(FORWARD), tmp_path)
     edit(
@@ -129,7 +129,7 @@ def test_keys_of_a_compiled_or_named_adapter_load(rename, tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(plain, renamed, strict=True))
 
 
-def test_loading_replaces_the_adapter_and_leaves_the_model_as_it_was(tmp_path):
+def test_loading_replaces_the_adapter_and_does_not_change_the_model(tmp_path):
     first, second = (with_random_adapter(lora(fast(FORWARD), r=r), seed=r) for r in (2, 4))
     save_adapter(second, tmp_path)
     before = logits(first)
@@ -141,5 +141,5 @@ def test_loading_replaces_the_adapter_and_leaves_the_model_as_it_was(tmp_path):
 # ── Hugging Face folders out ──────────────────────────────────────────────────────────────
 
 
-def test_this_is_the_peft_the_rules_were_read_from():
+def test_the_installed_peft_has_the_expected_version():
     assert tuple(int(x) for x in peft.__version__.split(".")[:2]) >= (0, 21)

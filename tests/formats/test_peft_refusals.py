@@ -47,14 +47,14 @@ def broken(saved, tmp_path):
 
 
 @pytest.mark.parametrize("field", REFUSED_FIELDS)
-def test_a_config_field_without_a_meaning_here_is_refused_by_name(field, broken):
+def test_an_unsupported_config_field_is_refused_by_name(field, broken):
     edit(broken, **{field: REFUSED_FIELDS[field]})
     with pytest.raises(CheckpointError, match=rf"adapter_config\.json[^§]*{field}="):
         load_adapter(fast(FORWARD), broken)
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_4", "loftq", "corda", "lora_ga", "nonsense"])
-def test_starts_that_change_the_base_are_refused(init, broken):
+def test_initialisations_that_change_the_base_are_refused(init, broken):
     edit(broken, init_lora_weights=init)
     with pytest.raises(CheckpointError, match=f"init_lora_weights='{init}'"):
         load_adapter(fast(FORWARD), broken)
@@ -64,14 +64,14 @@ def test_starts_that_change_the_base_are_refused(init, broken):
     ("fields", "message"),
     [
         (dict(target_modules=["wq"]), "'wq'"),
-        (dict(target_modules=["norm"]), "no linear layer"),
+        (dict(target_modules=["norm"]), "not a linear layer"),
         (dict(target_modules="("), "no regular expression"),
         (dict(r=0), "r=0"),
         (dict(rank_pattern={"q_proj": 2.5}), "rank_pattern"),
         (dict(target_modules=".*q_proj", layers_to_transform=[0]), "only filter a list"),
     ],
 )
-def test_settings_that_fit_no_model_are_refused(fields, message, broken):
+def test_impossible_settings_are_refused(fields, message, broken):
     edit(broken, **fields)
     with pytest.raises(CheckpointError) as refused:
         load_adapter(fast(FORWARD), broken)
@@ -143,13 +143,13 @@ def test_a_missing_file_is_named(file, broken):
         load_adapter(fast(FORWARD), broken)
 
 
-def test_a_pickle_is_never_read(broken):
+def test_pickles_are_refused(broken):
     (broken / "adapter_model.safetensors").rename(broken / "adapter_model.bin")
     with pytest.raises(CheckpointError, match="pickle"):
         load_adapter(fast(FORWARD), broken)
 
 
-def test_an_adapter_in_a_sub_folder_is_pointed_at(saved, tmp_path):
+def test_an_adapter_in_a_sub_folder_is_suggested(saved, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "adapter_config.json").write_bytes(
         (saved / "adapter_config.json").read_bytes()

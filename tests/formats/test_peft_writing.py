@@ -36,12 +36,12 @@ from oracles.peft_side import (
 
 
 @pytest.mark.parametrize("case", ADAPTER_CASES)
-def test_peft_reads_what_is_saved_with_the_same_logits(case, tmp_path):
+def test_saved_adapters_have_the_same_logits_in_peft(case, tmp_path):
     assert export_difference(FORWARD, tmp_path, **ADAPTER_CASES[case]) <= 1e-5
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_peft_reads_what_is_saved_for_every_family(family, tmp_path):
+def test_peft_reads_saved_adapters_of_every_family(family, tmp_path):
     assert export_difference(family, tmp_path, **ADAPTER_CASES["seven names"]) <= 1e-5
 
 
@@ -59,7 +59,7 @@ def test_saved_keys_shapes_and_dtypes_are_those_of_peft(case, tmp_path):
     assert {k: (t.shape, t.dtype) for k, t in tensors.items()} == expected
 
 
-def test_patterns_keep_their_meaning_whatever_their_order(tmp_path):
+def test_patterns_keep_their_meaning_in_any_order(tmp_path):
     # The first match wins here; PEFT's own folder of this adapter cannot be read back.
     patterns = {"q_proj": 2, r"layers\.1\.self_attn\.q_proj": 6}
     alphas = {"v_proj": 40, r"layers\.1\.self_attn\.v_proj": 1}
@@ -80,11 +80,11 @@ def test_saved_patterns_may_be_written_again_in_any_order(order, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["seven names", "both patterns, rslora", "one layer"])
-def test_a_step_of_training_goes_on_in_peft_as_here(case, tmp_path):
+def test_a_step_of_training_equals_pefts(case, tmp_path):
     assert step_difference(FORWARD, tmp_path, **ADAPTER_CASES[case]) <= 1e-6
 
 
-def test_transformers_own_loader_reads_it_too(tmp_path):
+def test_transformers_loads_the_saved_adapter(tmp_path):
     model = with_random_adapter(lora(fast(FORWARD), r=4))
     save_adapter(model, tmp_path)
     hf = hugging_face(FORWARD)
@@ -117,7 +117,7 @@ def test_round_trips_are_exact(tmp_path):
     assert torch.equal(theirs, ours)
 
 
-def test_the_folder_has_pefts_form(tmp_path):
+def test_the_folder_has_the_files_and_fields_of_peft(tmp_path):
     model = lora(fast(FORWARD), r=4, rank_pattern={"q_proj": 2})
     save_adapter(model, tmp_path)
     files = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
@@ -130,7 +130,7 @@ def test_the_folder_has_pefts_form(tmp_path):
     assert config.keys() <= set(PeftConfig().to_dict())
 
 
-def test_a_card_names_the_base_only_where_the_hub_would_take_the_name(tmp_path):
+def test_a_card_names_the_base_only_if_it_is_a_valid_hub_id(tmp_path):
     for name, named in (("meta-llama/Llama-3.2-1B", True), ("/data/base", False)):
         model = lora(fast(FORWARD), r=4)
         spec = dataclasses.replace(model.spec, name_or_path=name)
@@ -140,7 +140,7 @@ def test_a_card_names_the_base_only_where_the_hub_would_take_the_name(tmp_path):
         assert "library_name: peft" in card
 
 
-def test_a_readme_that_is_there_stays(tmp_path):
+def test_an_existing_readme_is_kept(tmp_path):
     (tmp_path / "README.md").write_text("mine")
     model = lora(fast(FORWARD), r=4)
     save_adapter(model, tmp_path)
@@ -148,7 +148,7 @@ def test_a_readme_that_is_there_stays(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_write_that_fails_leaves_the_old_files(call, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_files(call, tmp_path, monkeypatch):
     old, new = (with_random_adapter(lora(fast(FORWARD), r=4), seed=s) for s in (1, 2))
     save_adapter(old, tmp_path)
     before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
@@ -173,7 +173,7 @@ def test_a_broken_adapter_is_not_saved(tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_work(tmp_path):
+def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
     model = lora(fast(FORWARD), r=4)
     (tmp_path / "file").write_text("x")
     base = Path(model.spec.name_or_path)
@@ -191,7 +191,7 @@ def test_a_read_only_folder_is_refused(tmp_path, monkeypatch):
         save_adapter(model, tmp_path / "new")
 
 
-def test_a_save_that_fails_half_way_leaves_no_weights_with_other_settings(tmp_path, monkeypatch):
+def test_an_interrupted_save_leaves_no_weights_with_other_settings(tmp_path, monkeypatch):
     """Equal shapes, another alpha: the old settings would be read with the new weights."""
     old, new = (
         with_random_adapter(lora(fast(FORWARD), r=4, lora_alpha=alpha)) for alpha in (4, 40)

@@ -78,7 +78,7 @@ def test_an_index_that_leads_elsewhere_is_refused(broken_model, file):
 @pytest.mark.parametrize(
     "file", ["\ud800.safetensors", "#.safetensors", "1.safetensors/.safetensors", ".safetensors"]
 )
-def test_shards_that_cannot_be_are_missing(broken_model, file):
+def test_shards_with_invalid_names_are_reported_missing(broken_model, file):
     in_shards(broken_model, file, count=10_000)
     with bounded(), pytest.raises(FileNotFoundError) as error:
         load(broken_model)
@@ -95,7 +95,7 @@ def test_links_are_followed_wherever_they_lead(broken_model, tmp_path):
 
 @pytest.mark.parametrize("kind", ["loop", "dangling", "folder", "fifo", "device"])
 @pytest.mark.parametrize("name", [BASE_WEIGHTS, "config.json"])
-def test_what_is_no_file_is_no_file(broken_model, name, kind):
+def test_folders_and_devices_in_place_of_files_are_refused(broken_model, name, kind):
     path = broken_model / name
     path.unlink()
     make = {

@@ -1,11 +1,11 @@
-"""Fixtures of the operators' tests."""
+"""Fixtures for the tests of the operators."""
 
 import pytest
 import torch
 
 
 class StraightFloat8(torch.autograd.Function):
-    """torchao's _RoundToFloat8 with a result in float32, through which gradients pass whole."""
+    """torchao's _RoundToFloat8, but with a float32 result, so gradients are not rounded."""
 
     @staticmethod
     def forward(ctx, x, dtype):
@@ -18,6 +18,6 @@ class StraightFloat8(torch.autograd.Function):
 
 @pytest.fixture
 def straight_float8(monkeypatch):
-    """torchao without its cast of gradients to float8."""
+    """Disables torchao's cast of gradients to float8."""
     path = "torchao.quantization.quant_primitives._RoundToFloat8"
     monkeypatch.setattr(path, StraightFloat8)

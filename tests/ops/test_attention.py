@@ -1,4 +1,4 @@
-"""attention: SDPA's kernels against the written-out reference, that against a loop in float64."""
+"""attention: SDPA's kernels against the reference, and the reference against a loop in float64."""
 
 import math
 
@@ -26,7 +26,7 @@ def random_mask(shape) -> Tensor:
 
 
 def one_by_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The definition, query by query."""
+    """The definition: a loop over batch, heads and queries."""
     out, groups = torch.zeros_like(q), q.shape[1] // k.shape[1]
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
@@ -40,7 +40,7 @@ def one_by_one(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 4, 2, 1, 9, 12), (2, 4, 2, 3, 9, 12)])
-def test_the_reference_is_the_definition(shape, masked):
+def test_reference_equals_a_loop_over_queries(shape, masked):
     q, k, v, _ = drawn(shape, torch.float64)
     t, s = shape[3:5]
     mask = random_mask(shape) if masked else torch.ones(1, 1, t, s, dtype=torch.bool).tril(s - t)
@@ -57,7 +57,7 @@ def value_and_grads(fn, q, k, v, dy, mask):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_fused_path_errs_no_more_than_the_reference(shape, dtype, masked):
+def test_fused_path_errs_no_more_than_the_reference(shape, dtype, masked):
     args = drawn(shape, dtype)
     mask = random_mask(shape) if masked else None
     exact = value_and_grads(attention_reference, *(x.double() for x in args), mask)
@@ -70,7 +70,7 @@ def test_the_fused_path_errs_no_more_than_the_reference(shape, dtype, masked):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_torch_func_takes_the_reference_with_every_derivative(masked):
+def test_torch_func_runs_the_reference_with_every_derivative(masked):
     shape = (1, 2, 1, 3, 3, 4)
     q, k, v, dy = drawn(shape, torch.float64)
     mask = random_mask(shape) if masked else None
@@ -84,7 +84,7 @@ def test_torch_func_takes_the_reference_with_every_derivative(masked):
     assert torch.autograd.gradcheck(fn, leaves, check_forward_ad=True)
 
 
-def test_vmap_is_a_loop():
+def test_vmap_equals_a_loop():
     q, k, v, _ = drawn((3, 4, 2, 5, 5, 8))
     mask = random_mask((3, 4, 2, 5, 5, 8))
     one = lambda q, k, v, m: attention(q[None], k[None], v[None], m[None])[0]
@@ -93,7 +93,7 @@ def test_vmap_is_a_loop():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_compiled_gradient_equals_eager(masked, fresh_dynamo):
+def test_compiled_gradient_equals_eager(masked, fresh_dynamo):
     shape = SHAPES[0]
     args, mask = drawn(shape), random_mask(shape) if masked else None
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
@@ -102,7 +102,7 @@ def test_the_compiled_gradient_equals_eager(masked, fresh_dynamo):
     )
 
 
-def test_deterministic_is_the_same_value():
+def test_deterministic_attention_has_the_same_value():
     q, k, v, _ = drawn(SHAPES[0])
     torch.testing.assert_close(
         attention(q, k, v, None, deterministic=True), attention(q, k, v, None)

@@ -1,4 +1,4 @@
-"""cast: the same values and gradients as .to(), tensor by tensor."""
+"""cast gives the values and gradients of .to() on each matrix."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def value_and_grads(layer, how, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.float16])
-def test_it_is_to_tensor_by_tensor(dtype):
+def test_cast_equals_to_on_each_tensor(dtype):
     ours, theirs = (value_and_grads(LAYER, how, dtype) for how in (cast, one_by_one))
     assert type(ours[0]["q_proj"]) is LoRA and list(ours[0]) == list(LAYER)
     for mine, expected in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
@@ -39,19 +39,19 @@ def test_it_is_to_tensor_by_tensor(dtype):
     assert {g.dtype for g in ours[1]} == {torch.float32}
 
 
-def test_a_layer_already_there_or_empty_is_given_back_itself():
+def test_cast_without_change_returns_its_argument():
     empty = {}
     assert cast(LAYER, torch.float32) is LAYER and cast(empty, torch.bfloat16) is empty
 
 
-def test_mixed_dtypes_go_back_each_to_its_own():
+def test_each_gradient_has_its_tensors_dtype():
     layer = {"q_proj": LoRA(normal(2, 3), normal(4, 2, dtype=torch.float64))}
     out, (a, b) = value_and_grads(layer, cast, torch.bfloat16)
     assert {x.dtype for x in tree_leaves(out)} == {torch.bfloat16}
     assert (a.dtype, b.dtype) == (torch.float32, torch.float64)
 
 
-def test_an_unused_tensor_gets_zeros():
+def test_unused_tensor_gets_a_zero_gradient():
     layer = tree_map(lambda x: x.clone().requires_grad_(), LAYER)
     value = cast(layer, torch.float64)["q_proj"].a.sum()
     a, *rest = torch.autograd.grad(
@@ -60,7 +60,7 @@ def test_an_unused_tensor_gets_zeros():
     assert a.all() and not any(g.any() for g in rest)
 
 
-def test_it_differentiates_twice():
+def test_second_derivative_is_right():
     x = normal(2, 3, dtype=torch.float64).requires_grad_()
     cubed = cast({"q_proj": LoRA(x, x)}, torch.float32)["q_proj"].a.pow(3).sum()
     (g,) = torch.autograd.grad(cubed, x, create_graph=True)
@@ -68,7 +68,7 @@ def test_it_differentiates_twice():
     torch.testing.assert_close(h, 6 * x.detach())
 
 
-def test_torch_func_gives_the_same():
+def test_torch_func_equals_autograd_and_vmap_casts_stacks():
     fn = lambda layer: sum(
         x.double().square().sum() for x in tree_leaves(cast(layer, torch.bfloat16))
     )
@@ -82,7 +82,7 @@ def test_torch_func_gives_the_same():
 
 
 @pytest.mark.compile
-def test_the_compiled_gradient_equals_eager(fresh_dynamo):
+def test_compiled_gradient_equals_eager(fresh_dynamo):
     run = torch.compile(cast, fullgraph=True, backend="aot_eager")
     ours, expected = (value_and_grads(LAYER, how, torch.bfloat16) for how in (run, cast))
     torch.testing.assert_close(tree_leaves(ours), tree_leaves(expected), rtol=0, atol=0)

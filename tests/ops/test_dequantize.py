@@ -1,6 +1,6 @@
-"""Dequantisation: the reference, the op and the kernel all give bitsandbytes' bits.
+"""Dequantisation: the reference, the op and the kernel give the same bits as bitsandbytes.
 
-Without a GPU the kernel runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+Without a GPU the kernel runs in Triton's interpreter, in fp32 and fp16. bf16 needs a GPU.
 """
 
 import bitsandbytes.functional as bnb
@@ -23,7 +23,8 @@ from fastlora.ops.quant.weights import (
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-# Blocks that cross rows, a last block in part, more than one nested block, an odd number of values.
+# Among them: blocks that span rows, an incomplete last block, several nested blocks, an odd number
+# of values.
 SHAPES = [(64, 64), (33, 8), (1, 2), (300, 130), (33, 7), (5, 5), (1, 1)]
 KINDS = [("nf4", True), ("nf4", False), ("fp4", True), ("fp4", False)]
 
@@ -36,7 +37,7 @@ def drawn(shape, dtype, seed=0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("kind", "nested"), KINDS)
-def test_bytes_statistics_and_values_are_bitsandbytes_own(kind, nested, shape, dtype):
+def test_bytes_statistics_and_values_equal_bitsandbytes(kind, nested, shape, dtype):
     weight = drawn(shape, dtype)
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, compress_statistics=nested, quant_type=kind
@@ -49,18 +50,18 @@ def test_bytes_statistics_and_values_are_bitsandbytes_own(kind, nested, shape, d
     if isinstance(record.absmax, NestedAbsmax):
         own = (state.state2.absmax, state.state2.code, state.offset)
         assert all(map(torch.equal, record.absmax[1:], own))
-    wanted = bnb.dequantize_4bit(packed, state).reshape(shape)  # of one byte it is transposed
+    wanted = bnb.dequantize_4bit(packed, state).reshape(shape)  # transposed for a single byte
     for found in (dequantize(record, dtype), dequantize_reference(record, dtype)):
         assert found.dtype == dtype and torch.equal(found, wanted)
     assert torch.equal(dequantize_by_bitsandbytes(record), wanted)
-    for wide in (torch.float32, torch.float64):  # rounded to its own dtype first
+    for wide in (torch.float32, torch.float64):  # values are rounded to the record's dtype first
         assert torch.equal(dequantize(record, wide), wanted.to(wide))
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if CUDA or d != torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("kind", "nested"), KINDS)
-def test_kernel_gives_bitsandbytes_bits(kind, nested, shape, dtype):
+def test_kernel_equals_bitsandbytes_to_the_bit(kind, nested, shape, dtype):
     pytest.importorskip("triton", reason="requirements-test.txt has triton")
     from fastlora.ops.quant.dequantize_kernel import dequantize_4bit
 
@@ -71,17 +72,17 @@ def test_kernel_gives_bitsandbytes_bits(kind, nested, shape, dtype):
     assert torch.equal(dequantize_4bit(record, torch.float32), found.float())
 
 
-def test_a_block_of_zeros_stays_zero():
+def test_block_of_zeros_stays_zero():
     weight = drawn((4, 64), torch.float32)
     weight[1] = 0
     for nested in (True, False):
         record = quantize_4bit(weight, nested=nested)
         found = dequantize(record, torch.float32)
         assert torch.equal(found, dequantize_by_bitsandbytes(record))
-        assert found[1].abs().max() <= (1e-2 if nested else 0)  # an 8-bit scale is not quite zero
+        assert found[1].abs().max() <= (1e-2 if nested else 0)  # 8-bit absmax cannot represent 0
 
 
-def test_other_block_sizes_are_read():
+def test_other_block_sizes_are_supported():
     weight = drawn((32, 64), torch.float32)
     for block in (32, 128, 4096):
         packed, state = bnb.quantize_4bit(
@@ -92,7 +93,7 @@ def test_other_block_sizes_are_read():
         assert torch.equal(dequantize(record, torch.float32), bnb.dequantize_4bit(packed, state))
 
 
-def test_int8_is_bitsandbytes_own():
+def test_int8_equals_bitsandbytes():
     gen = torch.Generator().manual_seed(0)
     values = torch.randint(-127, 128, (33, 7), generator=gen, dtype=torch.int8)
     scale = torch.rand(33, generator=gen)
@@ -104,7 +105,7 @@ def test_int8_is_bitsandbytes_own():
     assert torch.equal(dequantize_by_bitsandbytes(record), wanted)
 
 
-def test_parts_and_back():
+def test_from_parts_inverts_parts():
     weight = drawn((4, 64), torch.float32)
     eight = Weight8bit(weight.to(torch.int8), weight[:, 0].contiguous())
     for record in (weight, eight, quantize_4bit(weight), quantize_4bit(weight, nested=False)):
@@ -114,8 +115,8 @@ def test_parts_and_back():
     assert dense(weight, torch.bfloat16) is weight
 
 
-def test_nothing_of_a_record_is_larger_than_its_bytes():
-    """The empty tensor that tells the shape takes no memory, there or on another device."""
+def test_record_takes_no_more_memory_than_its_bytes_and_absmax():
+    """The field `form`, which stores the shape, takes no memory on any device."""
     record = quantize_4bit(drawn((256, 256), torch.bfloat16))
     size = lambda t: t.untyped_storage().nbytes()
     assert size(record.form) == 0 and record.form.to("meta").numel() == 0
@@ -123,15 +124,15 @@ def test_nothing_of_a_record_is_larger_than_its_bytes():
     assert sum(map(size, parts(record))) <= record.packed.numel() + of_blocks + 2048
 
 
-def test_nf4_rounding_errs_by_what_is_known():
+def test_nf4_rounding_has_the_known_error():
     weight = drawn((256, 256), torch.float32)
     error = (nf4_rounded(weight) - weight).square().mean().sqrt() / weight.square().mean().sqrt()
-    assert 0.085 < error < 0.1  # 0.092: peft-format.md, section 4
+    assert 0.085 < error < 0.1  # 0.092 for normally distributed weights
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_it_composes_with_torch_func(nested):
-    """A frozen matrix stands still under every transform of what it multiplies."""
+def test_dequantize_composes_with_torch_func(nested):
+    """Transforms of a function that multiplies with the matrix treat it as a constant."""
     record = quantize_4bit(drawn((8, 6), torch.float32), nested=nested)
     plain, x = dequantize(record, torch.float32), torch.linspace(-1, 1, 6, device=DEVICE)
     run = lambda weight: lambda x: (weight() @ x).square().sum()

@@ -1,4 +1,4 @@
-"""When an op runs as its reference."""
+"""transforms_active and needs_reference: when an op runs its reference."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ TRANSFORMS = {
 
 
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_every_transform_is_seen_and_only_inside(name):
+def test_transforms_are_active_inside_each_transform_only(name):
     seen = []
 
     def probe(x):
@@ -30,12 +30,12 @@ def test_every_transform_is_seen_and_only_inside(name):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["grad", "vmap"])
-def test_dynamo_sees_the_transforms_it_traces(name, fresh_dynamo):
+def test_compiled_code_sees_active_transforms(name, fresh_dynamo):
     probe = lambda x: (x * (3.0 if transforms_active() else 2.0)).sum()
     run = torch.compile(lambda: TRANSFORMS[name](probe), fullgraph=True, backend="eager")
     assert run().flatten()[0].item() == {"grad": 3.0, "vmap": 6.0}[name]
 
 
-def test_a_frozen_argument_that_asks_for_a_gradient_needs_the_reference():
+def test_frozen_argument_that_requires_a_gradient_needs_the_reference():
     assert not needs_reference(X, None)
     assert needs_reference(None, X.clone().requires_grad_())

@@ -1,4 +1,4 @@
-"""DoRA's row norms: against the norm of the sum itself, in float64."""
+"""row_norms: against the norms of W + s B A, computed in float64."""
 
 import pytest
 import torch
@@ -32,10 +32,11 @@ def test_norms_err_no_more_than_the_sum_in_float32(shape, dtype):
 
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(64, 48, 4), (5, 300, 3), (1, 1, 1), (33, 512, 40)])
-def test_the_kernel_errs_no_more_than_the_sum_in_float32(shape, dtype):
+def test_kernel_errs_no_more_than_the_sum_in_float32(shape, dtype):
     kernel = pytest.importorskip("fastlora.ops.linear.dora_kernel")
     weight, a, b = (x.to(DEVICE) for x in tensors(*shape, dtype))
-    assert kernel.kernel_supports(weight, a, b) and not kernel.kernel_supports(weight.double(), a, b)
+    assert kernel.kernel_supports(weight, a, b)
+    assert not kernel.kernel_supports(weight.double(), a, b)
     found = kernel.row_norms_fused(weight, a, b, 1.5)
     plain = (weight.float() + 1.5 * b.float() @ a.float()).norm(dim=-1)
     wanted = exact(weight, a, b, 1.5)
@@ -44,12 +45,12 @@ def test_the_kernel_errs_no_more_than_the_sum_in_float32(shape, dtype):
     assert ((found - wanted).abs() <= allowed).all()
 
 
-def test_they_carry_no_gradient():
+def test_norms_carry_no_gradient():
     weight, a, b = (x.requires_grad_() for x in tensors(6, 5, 2))
     assert not row_norms(weight, a, b, 2.0).requires_grad
 
 
-def test_vmap_over_adapters_gives_each_its_own():
+def test_vmap_over_adapters_equals_a_loop():
     weight, a, b = tensors(6, 5, 2)
     stacked = torch.vmap(row_norms, in_dims=(None, 0, 0, None))(
         weight, torch.stack([a, 2 * a]), torch.stack([b, b]), 0.5

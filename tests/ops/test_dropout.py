@@ -1,4 +1,4 @@
-"""dropout: what the hash must look like statistically, and that it replays exactly."""
+"""dropout: statistics of the masks, and equal masks for equal keys."""
 
 import math
 
@@ -9,9 +9,8 @@ from fastlora.ops.dropout import dropout, fold, hash32, keep_mask, low_word
 
 CPU = torch.device("cpu")
 N, D = 512, 512
-TAIL = (
-    5.0  # standard deviations: all the tests here together fail a right hash once in 10,000 times
-)
+# Standard deviations. All tests of this file together reject a perfect hash once in 10,000 runs.
+TAIL = 5.0
 
 
 def mask(seed: int, p: float = 0.5, n: int = N, d: int = D) -> torch.Tensor:
@@ -26,12 +25,12 @@ def z_score(hits: torch.Tensor, p: float) -> float:
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5, 0.9])
 @pytest.mark.parametrize("seed", [0, 1, -1, 3407, 2**40, 2**63 - 1])
-def test_the_share_dropped_is_p(seed, p):
+def test_share_of_dropped_elements_is_p(seed, p):
     assert z_score(~mask(seed, p), p) < TAIL
 
 
 @pytest.mark.parametrize("dim", [0, 1])
-def test_rows_and_columns_drop_alike(dim):
+def test_rows_and_columns_drop_equal_shares(dim):
     """Chi-square of the counts per row and per column."""
     counts = (~mask(7, 0.2)).sum(dim).double()
     n = N if dim == 0 else D
@@ -40,18 +39,18 @@ def test_rows_and_columns_drop_alike(dim):
 
 
 NEIGHBOURS = {
-    "the next column": lambda m: (m[:, 1:], m[:, :-1]),
-    "the next row": lambda m: (m[1:], m[:-1]),
-    "the diagonal": lambda m: (m[1:, 1:], m[:-1, :-1]),
-    "256 columns on": lambda m: (m[:, 256:], m[:, :256]),
-    "256 rows on": lambda m: (m[256:], m[:256]),
-    "the transpose": lambda m: (m[:256, 256:], m.t()[:256, 256:]),
+    "next column": lambda m: (m[:, 1:], m[:, :-1]),
+    "next row": lambda m: (m[1:], m[:-1]),
+    "diagonal": lambda m: (m[1:, 1:], m[:-1, :-1]),
+    "256 columns apart": lambda m: (m[:, 256:], m[:, :256]),
+    "256 rows apart": lambda m: (m[256:], m[:256]),
+    "transpose": lambda m: (m[:256, 256:], m.t()[:256, 256:]),
 }
 
 
-@pytest.mark.parametrize("place", NEIGHBOURS)
-def test_an_element_says_nothing_of(place):
-    a, b = NEIGHBOURS[place](mask(11))
+@pytest.mark.parametrize("neighbour", NEIGHBOURS)
+def test_elements_are_independent_of_their(neighbour):
+    a, b = NEIGHBOURS[neighbour](mask(11))
     assert z_score(a == b, 0.5) < TAIL
 
 
@@ -62,7 +61,7 @@ def test_seeds_are_independent(other):
     assert z_score(a == b, 0.5) < TAIL
 
 
-def test_layers_and_projections_are_independent():
+def test_masks_of_layers_and_projections_are_independent():
     keys = [fold(fold(torch.tensor(5), layer), salt) for layer in range(4) for salt in range(7)]
     assert len({int(k) for k in keys}) == 28
     masks = [keep_mask(k, 64, 64, 0.5, CPU) for k in keys]
@@ -71,7 +70,7 @@ def test_layers_and_projections_are_independent():
             assert z_score(a == b, 0.5) < TAIL
 
 
-def test_several_numbers_give_the_keys_of_each():
+def test_folding_a_tensor_of_numbers_equals_folding_each():
     for seed in (5, -3, 2**40 + 77):
         key = torch.tensor(seed)
         keys = fold(key, torch.arange(7))
@@ -79,11 +78,11 @@ def test_several_numbers_give_the_keys_of_each():
         assert torch.equal(keys, torch.stack([fold(key, i) for i in range(7)]))
 
 
-def test_the_hash_is_one_to_one_and_avalanches():
+def test_hash_is_one_to_one_and_each_input_bit_flips_half_the_output_bits():
     x = torch.arange(2**16, dtype=torch.int32)
     h = hash32(x)
     assert h.dtype == torch.int32 and len(h.unique()) == 2**16
-    for bit in range(32):  # one bit in: half of the bits out
+    for bit in range(32):
         changed = h ^ hash32(x ^ low_word(torch.tensor(1 << bit)))
         flips = sum(((changed >> k) & 1).double().mean().item() for k in range(32)) / 32
         assert abs(flips - 0.5) < 0.01
@@ -91,8 +90,8 @@ def test_the_hash_is_one_to_one_and_avalanches():
 
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.93])
 @pytest.mark.parametrize("seed", [0, 1, -3, 12345, 2**31 + 5, 2**32 - 1, 2**40 + 77])
-def test_words_wrap_as_the_algorithm_says(seed, p):
-    """The same mask in Python's unbounded integers, word by word."""
+def test_mask_equals_the_algorithm_in_unbounded_integers(seed, p):
+    """int32 products must wrap as the algorithm's unsigned 32-bit products do."""
     word = 0xFFFFFFFF
 
     def mixed(x: int) -> int:
@@ -107,7 +106,7 @@ def test_words_wrap_as_the_algorithm_says(seed, p):
     assert torch.equal(mask(seed, p, 9, 70), torch.tensor(wanted))
 
 
-def test_kept_values_are_scaled_and_others_zero():
+def test_kept_values_are_scaled_and_others_are_zero():
     x = torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(0))
     y = dropout(x, 0.25, torch.tensor(3))
     keep = mask(3, 0.25, 10, 64).view(2, 5, 64)
@@ -115,17 +114,17 @@ def test_kept_values_are_scaled_and_others_zero():
     assert not keep.all() and keep.any()
 
 
-def test_no_key_or_no_p_is_the_identity():
+def test_dropout_without_a_key_or_with_p_0_is_the_identity():
     x = torch.randn(1, 2, 3)
     assert dropout(x, 0.5, None) is x and dropout(x, 0.0, torch.tensor(1)) is x
 
 
-def test_the_same_key_replays():
+def test_equal_keys_give_equal_masks():
     x = torch.randn(2, 5, 64)
     assert torch.equal(dropout(x, 0.25, torch.tensor(3)), dropout(x, 0.25, torch.tensor(3)))
 
 
-def test_the_gradient_sees_the_same_mask():
+def test_gradient_has_the_same_mask():
     x = torch.randn(2, 5, 64, requires_grad=True)
     y = dropout(x, 0.25, torch.tensor(3))
     (dx,) = torch.autograd.grad(y.sum(), x)
@@ -136,13 +135,13 @@ def test_the_gradient_sees_the_same_mask():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_mask_does_not_depend_on_the_dtype(dtype):
+def test_mask_does_not_depend_on_the_dtype(dtype):
     x = torch.ones(1, 4, 64)
     a, b = (dropout(t, 0.25, torch.tensor(3)) for t in (x, x.to(dtype)))
     assert b.dtype == dtype and torch.equal(a != 0, b != 0)
 
 
-def test_vmap_over_keys_is_a_loop():
+def test_vmap_over_keys_equals_a_loop():
     x, keys = torch.ones(2, 3, 16), torch.tensor([1, 2, 2**40])
     batched = torch.vmap(lambda key: dropout(x, 0.3, fold(key, 2)))(keys)
     assert torch.equal(batched, torch.stack([dropout(x, 0.3, fold(key, 2)) for key in keys]))
@@ -150,7 +149,7 @@ def test_vmap_over_keys_is_a_loop():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_mask_is_the_eager_one(backend, fresh_dynamo):
+def test_compiled_mask_equals_eager(backend, fresh_dynamo):
     x = torch.ones(2, 3, 32)
     run = torch.compile(
         lambda x, key: dropout(x, 0.3, fold(key, 5)), fullgraph=True, backend=backend

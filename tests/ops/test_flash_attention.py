@@ -1,7 +1,7 @@
-"""flash_attention: spans say what a mask says; values and gradients err no more than plain torch
-under that mask does, against float64.
+"""flash_attention: spans equal masks; values and gradients err no more than plain torch under the
+same mask, relative to float64.
 
-Without a GPU it runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+Without a GPU the kernels run in Triton's interpreter, in fp32 and fp16. bf16 needs a GPU.
 """
 
 import pytest
@@ -31,7 +31,7 @@ DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
 
 
 def packed(t: int, *lengths: int) -> Tensor:
-    """One row of documents; the rest of it is padding, a document of its own."""
+    """Segment ids of one row of documents; the rest of the row is padding with one more id."""
     lengths = (*lengths, t - sum(lengths))
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
 
@@ -40,17 +40,17 @@ T = 320
 SEGMENTS = {
     "none": None,
     "one document": torch.stack([packed(T), packed(T)]),
-    "at blocks": torch.stack([packed(T, 64, 128), packed(T, 64)]),
-    "anywhere": torch.stack([packed(T, 1, 100, 3, 65, 30), packed(T, 130, 7)]),
+    "at block edges": torch.stack([packed(T, 64, 128), packed(T, 64)]),
+    "inside blocks": torch.stack([packed(T, 1, 100, 3, 65, 30), packed(T, 130, 7)]),
     "many": torch.stack([torch.arange(T) // 5, torch.arange(T)]),
-    "an id again": (torch.arange(T) // 50 % 2).expand(2, T),
+    "repeated ids": (torch.arange(T) // 50 % 2).expand(2, T),
 }
 WINDOWS = [None, 1, 50, 64, 200, T + 1]
 
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("segments", SEGMENTS.values(), ids=SEGMENTS.keys())
-def test_spans_are_what_the_mask_says(segments, window):
+def test_spans_equal_the_mask(segments, window):
     cpu = torch.device("cpu")
     made = make_spans(first_seen(T, window, segments, cpu).expand(2, T))
     mask = attention_mask_2d(T, window, None, segments, cpu)
@@ -58,11 +58,11 @@ def test_spans_are_what_the_mask_says(segments, window):
     i = torch.arange(T)
     assert ((i <= i[:, None]) & (i >= made.first[..., None])).equal(mask.expand(2, T, T))
     assert ((i >= i[:, None]) & (i <= made.last[..., None])).equal(mask.mT.expand(2, T, T))
-    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in made)  # as kernels read them
+    assert all(x.dtype == torch.int32 and x.is_contiguous() for x in made)  # the kernels need both
 
 
 def drawn(shape, dtype) -> tuple[list[Tensor], Tensor, tuple[Tensor, Tensor]]:
-    """(q, k, v as projections write them, the result's gradient, tables of other angles a row)."""
+    """([q, k, v] in the projections' layout, the output's gradient, RoPE tables per row)."""
     b, h, kv, t, hd = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda n: torch.randn(b, t, n, hd, generator=gen, dtype=torch.float64)
@@ -89,7 +89,7 @@ def value_and_grads(fn, qkv, dy, rope, spans):
 
 
 def seen(case: str, b: int, t: int) -> Spans | None:
-    """A case's spans: of one document, of several, of a window."""
+    """The spans of a case: plain causal, several documents, or a sliding window."""
     first = {
         "causal": None,
         "documents": torch.stack([packed(t, t // 3, t // 2), packed(t, t // 7)])[:b],
@@ -102,8 +102,8 @@ def seen(case: str, b: int, t: int) -> Spans | None:
     return Spans(*(x.to(DEVICE) for x in make_spans(found)))
 
 
-# Within a tile, a whole number of tiles, more than one and a part; each head its own keys, groups,
-# one for all; head_dim of either set of tiles.
+# (b, query heads, key heads, t, hd). Lengths below, at and above multiples of a tile's; key heads
+# for one, several or all query heads; head sizes for both sets of tiles.
 SHAPES = [(2, 4, 2, 20, 16), (2, 2, 2, 128, 16), (1, 4, 1, 200, 64), (1, 2, 1, 150, 128)]
 
 
@@ -123,10 +123,10 @@ def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, rotated
         assert found.dtype == other.dtype and found.shape == other.shape
         slack = 4 * torch.finfo(dtype).eps * truth.norm().item()
         assert error(found) <= error(other) + slack
-    assert fused[0].transpose(1, 2).is_contiguous()  # o_proj reads it as it lies
+    assert fused[0].transpose(1, 2).is_contiguous()  # so o_proj needs no copy
 
 
-def test_one_token_sees_itself():
+def test_single_token_attends_to_itself():
     qkv, dy, rope = drawn((2, 4, 2, 1, 16), torch.float32)
     y, dq, dk, dv = value_and_grads(flash_attention, qkv, dy, rope, None)
     torch.testing.assert_close(y, qkv[2].repeat_interleave(2, 1))
@@ -134,15 +134,15 @@ def test_one_token_sees_itself():
     assert max(dq.abs().max(), dk.abs().max()) < 1e-6
 
 
-def test_tables_of_one_row_serve_all_rows():
+def test_rope_tables_of_one_row_broadcast_to_all_rows():
     qkv, dy, (cos, sin) = drawn((2, 2, 1, 40, 16), torch.float32)
     one = value_and_grads(flash_attention, qkv, dy, (cos[:1], sin[:1]), None)
     each = (cos[:1].expand(2, -1, -1), sin[:1].expand(2, -1, -1))
     torch.testing.assert_close(one, value_and_grads(flash_attention, qkv, dy, each, None))
 
 
-def test_scores_of_any_size_leave_numbers():
-    """Where one score outweighs all others by far, and where all are very small or large."""
+def test_scores_of_any_size_give_finite_results():
+    """Also if one score is far larger than all others, and if all are 0 or very large."""
     (q, k, v), dy, _ = drawn((1, 2, 1, 100, 16), torch.float32)
     for factor in (0.0, 1e3, -1e3, 1e9):
         found = value_and_grads(flash_attention, [q * factor, k, v], dy, None, None)
@@ -151,33 +151,33 @@ def test_scores_of_any_size_leave_numbers():
         torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
 
 
-def test_heads_may_lie_anywhere():
+def test_inputs_may_have_other_layouts():
     qkv, dy, rope = drawn((2, 4, 2, 40, 16), torch.float32)
     wanted = value_and_grads(flash_attention, qkv, dy, rope, None)
-    scattered = [x.contiguous() for x in qkv]
+    heads_first = [x.contiguous() for x in qkv]
     torch.testing.assert_close(
-        value_and_grads(flash_attention, scattered, dy.contiguous(), rope, None), wanted
+        value_and_grads(flash_attention, heads_first, dy.contiguous(), rope, None), wanted
     )
     fused = torch.cat([x.transpose(1, 2).flatten(2) for x in qkv], 2)  # one product's columns
-    apart = [x.unflatten(2, (-1, 16)).transpose(1, 2) for x in fused.split([64, 32, 32], 2)]
-    torch.testing.assert_close(value_and_grads(flash_attention, apart, dy, rope, None), wanted)
+    slices = [x.unflatten(2, (-1, 16)).transpose(1, 2) for x in fused.split([64, 32, 32], 2)]
+    torch.testing.assert_close(value_and_grads(flash_attention, slices, dy, rope, None), wanted)
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_equal_calls_give_equal_bits():
     qkv, dy, rope = drawn((2, 4, 2, 200, 16), torch.float32)
     runs = [value_and_grads(flash_attention, qkv, dy, rope, None) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     qkv, dy, rope = drawn((1, 2, 1, 20, 16), torch.float32)
     leaves = [x.requires_grad_() for x in qkv]
     with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.func"):
         torch.autograd.grad(flash_attention(*leaves, rope, None), leaves, dy, create_graph=True)
 
 
-def test_what_is_kept_is_of_the_tokens():
-    """No scores: q and k rotated, v, the result and one number for each query."""
+def test_saved_tensors_grow_linearly_with_the_tokens():
+    """No scores are saved, only rotated q and k, v, the result and one number per query."""
     qkv, _, rope = drawn((2, 4, 2, 150, 16), torch.float32)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -187,7 +187,7 @@ def test_what_is_kept_is_of_the_tokens():
 
 
 @pytest.mark.parametrize(
-    ("dtype", "heads", "head_dim", "t", "taken"),
+    ("dtype", "heads", "head_dim", "t", "supported"),
     [
         (torch.bfloat16, 32, 64, 2048, True),
         (torch.float16, 32, 128, 77, True),
@@ -196,17 +196,17 @@ def test_what_is_kept_is_of_the_tokens():
         (torch.bfloat16, 32, 128, 2**19, False),
     ],
 )
-def test_what_the_kernels_take(dtype, heads, head_dim, t, taken):
-    assert kernel_supports(dtype, heads, head_dim, t) is taken
+def test_kernels_support_these_dtypes_and_sizes(dtype, heads, head_dim, t, supported):
+    assert kernel_supports(dtype, heads, head_dim, t) is supported
 
 
-def test_long_rows_that_are_seen_whole_are_left_to_cudnn():
+def test_kernels_are_faster_than_cudnn_up_to_these_lengths():
     assert kernel_is_faster(64, 8192) and kernel_is_faster(128, 2048)
     assert not kernel_is_faster(64, 8193) and not kernel_is_faster(128, 2049)
 
 
-def test_the_number_of_launches_does_not_hang_on_the_documents():
-    """Nothing is read back: the same shapes from any packing."""
+def test_shapes_of_spans_do_not_depend_on_the_documents():
+    """So grids and launches are the same for every packing, without a synchronisation."""
     shapes = {tuple(x.shape for x in make_spans(packed(T, *p)[None])) for p in ((), (1, 2, 3))}
     assert len(shapes) == 1
 
@@ -225,15 +225,16 @@ def gradients(model, segments=None, **how):
 
 
 @pytest.fixture
-def taken(monkeypatch) -> None:
-    """The kernels take whatever a test is made of."""
-    for name in ("decoder.takes", "layer.flash.takes", "layer.flash.pays"):
-        monkeypatch.setattr(f"fastlora.llama.{name}", lambda *_: True)
+def always_supported(monkeypatch) -> None:
+    """The model uses the kernels for every dtype, head size and length."""
+    monkeypatch.setattr("fastlora.models.decoder.kernel_supports", lambda *_: True)
+    monkeypatch.setattr("fastlora.models.attention.flash.kernel_supports", lambda *_: True)
+    monkeypatch.setattr("fastlora.models.attention.flash.kernel_is_faster", lambda *_: True)
 
 
 @pytest.fixture
-def called(monkeypatch, taken) -> list:
-    """The spans of each call."""
+def called(monkeypatch, always_supported) -> list:
+    """The spans of each call of flash_attention."""
     calls = []
 
     def call(q, k, v, rope, spans, joint):
@@ -246,7 +247,7 @@ def called(monkeypatch, taken) -> list:
 
 @pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_are_those_without_the_kernels(family, packs, pair, called):
+def test_gradients_equal_those_without_the_kernels(family, packs, pair, called):
     model = adapted(pair(family).model.to(DEVICE), r=3)
     segments = torch.stack([packed(30, 11, 7), packed(30, 1)]) if packs else None
     plain = gradients(model, segments, kernels="torch")
@@ -267,7 +268,7 @@ def test_every_policy_gives_the_same_gradients(recompute, pair, called):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-def test_compiled_layers_give_the_eager_gradients(recompute, pair, taken):
+def test_gradients_of_compiled_layers_equal_eager(recompute, pair, always_supported):
     model = adapted(pair("llama3.2").model.to(DEVICE), r=3)
     segments = torch.stack([packed(30, 11, 7), packed(30, 1)])
     for given in (None, segments):
@@ -277,8 +278,8 @@ def test_compiled_layers_give_the_eager_gradients(recompute, pair, taken):
         assert relative_error(compiled[1], eager[1]) <= 2e-4
 
 
-def test_where_they_do_not_pay_they_run_for_spans_and_for_the_same_bits(pair, called, monkeypatch):
-    monkeypatch.setattr("fastlora.models.attention.flash.pays", lambda *_: False)
+def test_slower_kernels_run_only_for_spans_and_for_determinism(pair, called, monkeypatch):
+    monkeypatch.setattr("fastlora.models.attention.flash.kernel_is_faster", lambda *_: False)
     model = adapted(pair("llama3.2").model.to(DEVICE), r=3)
     gradients(model, kernels="triton")
     assert not called
@@ -289,7 +290,7 @@ def test_where_they_do_not_pay_they_run_for_spans_and_for_the_same_bits(pair, ca
     assert called and all(x is not None for x in called)
 
 
-def test_a_mask_of_padding_goes_without(pair, called):
+def test_padding_masks_do_not_use_the_kernels(pair, called):
     model = pair("llama3.2").model.to(DEVICE).with_spec(kernels="triton")
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0

@@ -1,4 +1,4 @@
-"""Products with quantised matrices: those of the dequantised one, which nobody keeps."""
+"""Products with quantised matrices equal those with the dequantised matrix and do not keep it."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ SCALING = 1.5
 
 
 def drawn(kind: str, dtype=torch.float32, d_in=12, d_out=20, r=4):
-    """(x, low, weight, the same dequantised, bias, b, dy)."""
+    """(x, x_a, weight, the dequantised weight, bias, b, dy)."""
     gen = torch.Generator().manual_seed(0)
     new = lambda *n: torch.randn(*n, generator=gen).to(dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype  # bitsandbytes has no float64
@@ -44,7 +44,7 @@ KINDS = ["nf4", "fp4", "int8"]
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_the_dequantised_matrix_to_the_bit(kind, dtype, bias):
+def test_products_equal_those_of_the_dequantised_matrix_to_the_bit(kind, dtype, bias):
     x, x_a, weight, plain, vector, b, dy = drawn(kind, dtype)
     vector = vector if bias else None
     ours = value_and_grads(lambda x: frozen_linear(x, weight, vector), [x], dy)
@@ -55,7 +55,7 @@ def test_it_is_the_dequantised_matrix_to_the_bit(kind, dtype, bias):
     assert all(map(torch.equal, ours, theirs))
 
 
-def test_a_trained_bias_gets_its_gradient():
+def test_trained_bias_gets_its_gradient():
     x, x_a, weight, plain, bias, b, dy = drawn("nf4")
     for fn in (
         lambda w: lambda v: frozen_linear(x, w, v),
@@ -66,7 +66,7 @@ def test_a_trained_bias_gets_its_gradient():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_matrix_is_saved_for_the_backward_pass(kind):
+def test_no_dequantised_matrix_is_saved_for_the_backward_pass(kind):
     x, x_a, weight, plain, bias, b, _ = drawn(kind)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
@@ -76,7 +76,7 @@ def test_no_matrix_is_saved_for_the_backward_pass(kind):
         assert saved and not [
             t for t in saved if t.shape[-2:] == plain.shape and t.data_ptr() not in own
         ]
-        saved.clear()  # the test can fail: the reference keeps it
+        saved.clear()  # the check above can fail: the reference does save the matrix
         frozen_linear_reference(x, weight, bias)
         assert [t for t in saved if sorted(t.shape) == sorted(plain.shape)]
 
@@ -91,7 +91,7 @@ def test_derivatives_of_both_orders_equal_finite_differences(kind):
     assert torch.autograd.gradcheck(fn, leaves) and torch.autograd.gradgradcheck(fn, leaves)
 
 
-def test_torch_func_takes_the_reference():
+def test_torch_func_equals_the_dequantised_matrix():
     x, x_a, weight, plain, bias, b, dy = drawn("nf4")
     loss = lambda w: lambda x, b: (lora_linear(x, x_a, w, bias, b, SCALING) * dy).sum()
     grads = lambda w: torch.func.grad(loss(w), argnums=(0, 1))(x, b)
@@ -103,7 +103,7 @@ def test_torch_func_takes_the_reference():
     torch.testing.assert_close(tangent(weight), tangent(plain))
 
 
-def test_the_reference_is_torchs_own_linear_layer():
+def test_reference_is_torchs_linear_layer():
     x, x_a, weight, plain, bias, b, _ = drawn("nf4")
     torch.testing.assert_close(frozen_linear_reference(x, weight, bias), F.linear(x, plain, bias))
     torch.testing.assert_close(
@@ -113,7 +113,7 @@ def test_the_reference_is_torchs_own_linear_layer():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_operators_are_well_formed(kind):
+def test_custom_ops_pass_opcheck(kind):
     x, _, weight, _, bias, _, dy = drawn(kind)
     check = lambda op, *args: torch.library.opcheck(
         op.default, args, test_utils=("test_schema", "test_faketensor")
@@ -126,7 +126,7 @@ def test_the_operators_are_well_formed(kind):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_compiled_gradient_equals_eager(kind, fresh_dynamo):
+def test_compiled_gradient_equals_eager(kind, fresh_dynamo):
     x, x_a, weight, _, bias, b, dy = drawn(kind)
 
     def both(x, x_a, b):
@@ -138,7 +138,7 @@ def test_the_compiled_gradient_equals_eager(kind, fresh_dynamo):
 
 
 @pytest.mark.compile
-def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
+def test_compiling_a_transform_gives_its_gradient(fresh_dynamo):
     x, x_a, weight, plain, bias, b, dy = drawn("nf4")
     loss = lambda w: lambda b: (lora_linear(x, x_a, w, bias, b, SCALING) * dy).square().sum()
     grad = torch.compile(torch.func.grad(loss(weight)), backend="aot_eager", fullgraph=True)
@@ -147,8 +147,8 @@ def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("kind", KINDS)
-def test_they_compile_where_nothing_requires_a_gradient(kind, fresh_dynamo):
-    """Whatever the number of a weight's parts: dynamo counts arguments there."""
+def test_ops_compile_if_nothing_requires_a_gradient(kind, fresh_dynamo):
+    """For each number of weight parts: dynamo compares the number of arguments in this case."""
     x, x_a, weight, _, bias, b, _ = drawn(kind)
 
     def fn(x):

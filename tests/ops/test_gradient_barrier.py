@@ -1,4 +1,4 @@
-"""A barrier is the identity, of any order of derivative, eager and compiled."""
+"""gradient_barrier is the identity for values and all derivatives, eager and compiled."""
 
 import pytest
 import torch
@@ -6,26 +6,26 @@ import torch
 from fastlora.ops.gradient_barrier import gradient_barrier
 
 
-def sharp(x):
+def with_barrier(x):
     return gradient_barrier(x * x).sin()
 
 
-def plain(x):
+def without_barrier(x):
     return (x * x).sin()
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.compile)])
-def test_value_and_gradient_are_those_without(compiled):
+def test_value_and_gradient_equal_those_without_a_barrier(compiled):
     x = torch.linspace(-1, 1, 15, dtype=torch.float64).view(3, 5).requires_grad_()
-    fn = torch.compile(sharp, fullgraph=True) if compiled else sharp
-    y, expected = fn(x), plain(x)
+    fn = torch.compile(with_barrier, fullgraph=True) if compiled else with_barrier
+    y, expected = fn(x), without_barrier(x)
     torch.testing.assert_close(y, expected)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, torch.autograd.grad(expected.sum(), x)[0])
 
 
-def test_a_gradient_that_others_hold_is_not_changed():
-    """settle_ only says that it writes; x.sum()'s gradient is one element, expanded."""
+def test_shared_gradient_is_not_changed():
+    """settle_ declares that it writes, but does not. x.sum()'s gradient is one expanded element."""
     x = torch.ones(3, 5, requires_grad=True)
     dy = torch.ones(()).expand(3, 5)
     torch.ops.fastlora.settle_(dy)
@@ -33,11 +33,11 @@ def test_a_gradient_that_others_hold_is_not_changed():
     assert dx.equal(torch.ones(3, 5))
 
 
-def test_it_stands_under_transforms_and_second_derivatives():
+def test_barrier_supports_transforms_and_second_derivatives():
     x = torch.linspace(-1, 1, 6, dtype=torch.float64).view(2, 3)
     hessian = lambda f: torch.func.hessian(lambda x: f(x).sum())(x)
-    torch.testing.assert_close(hessian(sharp), hessian(plain))
+    torch.testing.assert_close(hessian(with_barrier), hessian(without_barrier))
     leaf = x.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(sharp(leaf).sum(), leaf, create_graph=True)
+    (dx,) = torch.autograd.grad(with_barrier(leaf).sum(), leaf, create_graph=True)
     (ddx,) = torch.autograd.grad(dx.sum(), leaf)
-    torch.testing.assert_close(ddx.flatten(), hessian(plain).sum((0, 1)).flatten())
+    torch.testing.assert_close(ddx.flatten(), hessian(without_barrier).sum((0, 1)).flatten())

@@ -1,4 +1,4 @@
-"""grouped_linear and grouped_lora_linear against a loop, and their derivatives of both orders."""
+"""grouped_linear and grouped_lora_linear against a loop; first and second derivatives."""
 
 import pytest
 import torch
@@ -11,13 +11,14 @@ from fastlora.ops.linear.experts import (
     grouped_lora_linear_reference,
 )
 
-# (rows of each group, d_in, d_out, r): empty groups at both ends and inside, one group, one row.
+# (rows of each group, d_in, d_out, r). With the first, a middle or the last group empty, one group,
+# one row.
 SHAPES = [([3, 0, 4, 1], 12, 20, 4), ([0, 5, 0], 9, 7, 1), ([6], 8, 8, 16), ([0, 0, 1], 1, 1, 1)]
 SCALING = 1.5
 
 
 def drawn(shape, dtype=torch.float32) -> list[Tensor]:
-    """x, weight, a, b, ends and the incoming gradient."""
+    """x, weight, a, b, offsets and the output's gradient."""
     sizes, d_in, d_out, r = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64).to(dtype)
@@ -34,14 +35,14 @@ def drawn(shape, dtype=torch.float32) -> list[Tensor]:
 
 
 def value_and_grads(fn, x, weight, a, b, offsets, dy) -> list[Tensor]:
-    """y and the gradients of what LoRA trains through: x, a, b."""
+    """y and the gradients of x, a and b."""
     x, a, b = (t.detach().requires_grad_() for t in (x, a, b))
     y = fn(x, weight, a, b, offsets, SCALING)
     return [y.detach(), *torch.autograd.grad(y, (x, a, b), dy)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_reference_is_a_loop_over_groups(shape):
+def test_reference_equals_a_loop_over_groups(shape):
     x, weight, a, b, offsets, _ = drawn(shape, torch.float64)
     starts = [0, *offsets.tolist()[:-1]]
     merged = weight + SCALING * b @ a
@@ -55,7 +56,7 @@ def test_the_reference_is_a_loop_over_groups(shape):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_errs_no_more_than_the_reference(shape, dtype):
+def test_op_errs_no_more_than_the_reference(shape, dtype):
     args = drawn(shape, dtype)
     double = [t.double() if t.is_floating_point() else t for t in args]
     exact = value_and_grads(grouped_lora_linear_reference, *double)
@@ -67,7 +68,7 @@ def test_it_errs_no_more_than_the_reference(shape, dtype):
         assert error(f) <= 1.2 * error(p) + 4 * torch.finfo(dtype).eps * e.norm().item()
 
 
-def test_an_empty_groups_gradient_is_zero():
+def test_gradient_of_an_empty_group_is_zero():
     args = drawn(SHAPES[0])
     _, _, da, db = value_and_grads(grouped_lora_linear, *args)
     assert da[0].any() and not da[1].any() and not db[1].any()
@@ -84,7 +85,7 @@ def test_derivatives_of_both_orders_equal_finite_differences(shape):
     assert torch.autograd.gradcheck(plain, x) and torch.autograd.gradgradcheck(plain, x)
 
 
-def test_a_weight_that_asks_for_a_gradient_gets_one():
+def test_weight_that_requires_a_gradient_gets_one():
     x, weight, a, b, offsets, dy = drawn(SHAPES[0], torch.float64)
     weight.requires_grad_()
     for y in (
@@ -95,13 +96,13 @@ def test_a_weight_that_asks_for_a_gradient_gets_one():
         assert g[0].any() and not g[1].any()
 
 
-def test_rows_that_are_not_contiguous_are_the_same_rows():
+def test_strided_input_equals_contiguous_input():
     x, weight, a, b, offsets, _ = drawn(SHAPES[0])
     strided = grouped_lora_linear(x.t().contiguous().t(), weight, a, b, offsets, SCALING)
     torch.testing.assert_close(strided, grouped_lora_linear(x, weight, a, b, offsets, SCALING))
 
 
-def test_torch_func_takes_the_reference():
+def test_torch_func_equals_autograd_and_vmap_maps_offsets():
     x, weight, a, b, offsets, dy = drawn(SHAPES[0])
     loss = lambda x, a, b: (grouped_lora_linear(x, weight, a, b, offsets, SCALING) * dy).sum()
     grads = torch.func.grad(loss, argnums=(0, 1, 2))(x, a, b)
@@ -116,7 +117,7 @@ def test_torch_func_takes_the_reference():
 
 
 @pytest.mark.compile
-def test_the_compiled_gradient_equals_eager(fresh_dynamo):
+def test_compiled_gradient_equals_eager(fresh_dynamo):
     args = drawn(SHAPES[0])
     compiled = torch.compile(grouped_lora_linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -124,7 +125,7 @@ def test_the_compiled_gradient_equals_eager(fresh_dynamo):
     )
 
 
-def test_the_operators_are_well_formed():
+def test_custom_ops_pass_opcheck():
     x, weight, a, b, offsets, dy = drawn(SHAPES[0])
     x_a = grouped_linear(x, a, offsets)
     for args in ((None, None, 0.0), (x_a, b, SCALING)):

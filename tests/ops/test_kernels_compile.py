@@ -1,6 +1,6 @@
-"""The Triton kernels compile for an H100 (sm_90) in bf16, which the interpreter never shows.
+"""The Triton kernels compile for an H100 (sm_90) in bf16; the interpreter cannot show that.
 
-In a process of its own: the others have Triton's interpreter on. No GPU is needed.
+Compilation runs in a subprocess, because this process has Triton's interpreter on. It needs no GPU.
 """
 
 import os
@@ -16,12 +16,14 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlora.ops import masked_x_a_kernel, row_norms_kernel, softmax_kernel, swiglu_kernel
-from fastlora.ops import flash_attention_kernel as flash
+from fastlora.ops.attention import flash_kernel as flash
+from fastlora.ops.linear import dora_kernel, masked_lora_kernel
+from fastlora.ops.loss import softmax_kernel
+from fastlora.ops.swiglu import swiglu_kernel
 
 bm, bn, warps, stages = swiglu_kernel._BACKWARD
 SWIGLU = dict(R=16, BM=bm, BN=bn, PRECISION="tf32")
-of_forward, of_backward = masked_x_a_kernel._FORWARD, masked_x_a_kernel._BACKWARD
+of_forward, of_backward = masked_lora_kernel._FORWARD, masked_lora_kernel._BACKWARD
 THREE = dict(RANKS=(16, 16, 8), SLOTS=(0, 2, -1), R=16, PRECISION="tf32")
 
 FLASH = {
@@ -32,7 +34,7 @@ FLASH = {
 
 
 def attention(which, head_dim, t, kilobytes):
-    # Even lengths without spans, as most steps are, odd ones with.
+    # Even lengths without spans, as in most training steps; odd lengths with spans.
     _, _, how = flash.tile(which, head_dim, t, 1024 * kilobytes)
     how |= dict(GROUP=4, D=head_dim, SPANS=t % 2 > 0, ROPE=t % 2 == 0, PRECISION="tf32")
     options = {name: how.pop(name) for name in ("num_warps", "maxnreg") if name in how}
@@ -41,7 +43,7 @@ def attention(which, head_dim, t, kilobytes):
 
 
 KERNELS = [
-    (row_norms_kernel._row_norms_kernel, dict(R=16, BM=16, BK=256, PRECISION="tf32"), 4),
+    (dora_kernel._row_norms_kernel, dict(R=16, BM=16, BK=256, PRECISION="tf32"), 4),
     (softmax_kernel._logprob_kernel, dict(IGNORE=-100, BLOCK=32768), 32),
     *(
         (swiglu_kernel._swiglu_kernel, dict(tile, HAS_GAINS=gains), 4)
@@ -57,13 +59,13 @@ KERNELS = [
         ]
     ),
     (
-        masked_x_a_kernel._masked_x_a_kernel,
+        masked_lora_kernel._masked_x_a_kernel,
         dict(THREE, BM=of_forward[0], BK=of_forward[1]),
         of_forward[2],
     ),
     *(
         (
-            masked_x_a_kernel._masked_x_a_backward_kernel,
+            masked_lora_kernel._masked_x_a_backward_kernel,
             dict(THREE, NEEDS_X=needs_x, NEEDS_A=needs_a, BM=of_backward[0], BN=of_backward[1]),
             of_backward[2],
         )
@@ -98,13 +100,13 @@ for kernel, constants, how, *kilobytes in KERNELS:
     target = GPUTarget("cuda", 90, 32)
     options = how if isinstance(how, dict) else {"num_warps": how}
     compiled = triton.compile(source, target=target, options=options)
-    # bytes of shared memory that a block may have on an RTX 30 or 40, or on the card given
+    # Bytes of shared memory per block on an RTX 30 or 40, or on the given card.
     least = 1024 * (*kilobytes, 99)[0]
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared / least)
 """
 
 
-def test_every_kernel_compiles_for_an_h100():
+def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory():
     environ = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(
         [sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, timeout=300

@@ -1,4 +1,4 @@
-"""linear_logprobs: F.cross_entropy's values and gradients, without the whole logits."""
+"""linear_logprobs equals F.cross_entropy, without all logits in memory."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ SHAPES = [(12, 16, 24), (7, 5, 33), (1, 1, 2), (130, 8, 11)]
 
 
 def drawn(shape, dtype=torch.float32):
-    """h, weight, labels of which a third is ignored, and the incoming gradient."""
+    """h, weight, labels of which a third is ignored, and the output's gradient."""
     n, d, v = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64)
@@ -35,14 +35,14 @@ def value_and_dh(fn, h, weight, labels, dy):
 
 
 def theirs(h, weight, labels):
-    """torch's own, logits whole, in at least float32."""
+    """F.cross_entropy of all logits, in at least float32."""
     logits = (h @ weight.t()).to(torch.promote_types(h.dtype, torch.float32))
     return -F.cross_entropy(logits, labels, reduction="none", ignore_index=-100)
 
 
 @pytest.fixture(params=[None, 64, 1], ids=["one chunk", "chunks", "row by row"])
 def chunks(request, monkeypatch):
-    """Chunks of so many logits."""
+    """Sets the number of logits per chunk; None keeps the default."""
     if request.param:
         monkeypatch.setattr(linear_cross_entropy, "_CHUNK_ELEMENTS", request.param)
 
@@ -50,7 +50,7 @@ def chunks(request, monkeypatch):
 @pytest.mark.parametrize("fn", [linear_logprobs, linear_logprobs_reference])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_errs_no_more_than_torchs_own(shape, dtype, fn, chunks):
+def test_values_and_gradients_err_no_more_than_torchs(shape, dtype, fn, chunks):
     h, weight, labels, dy = drawn(shape, dtype)
     exact = value_and_dh(theirs, h.double(), weight.double(), labels, dy.double())
     plain = value_and_dh(theirs, h, weight, labels, dy)
@@ -63,12 +63,12 @@ def test_it_errs_no_more_than_torchs_own(shape, dtype, fn, chunks):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_chunking_changes_no_bit_of_float64(shape, monkeypatch):
-    """Rows are independent; float64 because a product's rounding may depend on its row count."""
+def test_chunking_changes_no_value_and_equal_calls_give_equal_bits(shape, monkeypatch):
+    """In float64, because the rounding of a product may depend on its number of rows."""
     args = drawn(shape, torch.float64)
-    whole = value_and_dh(linear_logprobs, *args)
+    once = value_and_dh(linear_logprobs, *args)
     monkeypatch.setattr(linear_cross_entropy, "_CHUNK_ELEMENTS", 64)
-    torch.testing.assert_close(value_and_dh(linear_logprobs, *args), whole, rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(value_and_dh(linear_logprobs, *args), once, rtol=1e-13, atol=1e-14)
     again = value_and_dh(linear_logprobs, *args)
     assert all(
         torch.equal(a, b) for a, b in zip(again, value_and_dh(linear_logprobs, *args), strict=True)
@@ -76,7 +76,7 @@ def test_chunking_changes_no_bit_of_float64(shape, monkeypatch):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any op made, in elements."""
+    """Records the number of elements of the largest tensor that any op returns."""
 
     numel = 0
 
@@ -103,7 +103,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
 
 
 @pytest.mark.parametrize("vocab_size", [1, 11, 32_000, 128_256, 2**27, 2**28])
-def test_the_chunk_depends_on_the_vocabulary_alone(vocab_size):
+def test_chunks_are_the_largest_power_of_two_within_the_limit(vocab_size):
     rows = rows_per_chunk(vocab_size)
     assert rows & (rows - 1) == 0
     assert rows * vocab_size <= 2**27 < 2 * rows * vocab_size or rows == 1
@@ -120,8 +120,8 @@ def test_gradients_equal_finite_differences(chunks):
 
 
 @pytest.mark.parametrize("tracked", [False, True], ids=["constant", "tracked"])
-def test_a_second_derivative_is_refused_not_wrong(tracked):
-    """The part that flows past the op, through h = (x w)**2, would look like an answer."""
+def test_second_derivative_raises(tracked):
+    """Without the error, the path around the op, through (h * w)**2, would give a wrong result."""
     h, weight, labels, dy = drawn(SHAPES[0], torch.float64)
     w = torch.tensor(1.5, dtype=torch.float64, requires_grad=True)
     dy.requires_grad_(tracked)
@@ -131,28 +131,28 @@ def test_a_second_derivative_is_refused_not_wrong(tracked):
         torch.autograd.grad(g, w)
 
 
-def test_a_weight_that_asks_for_a_gradient_gets_one():
+def test_weight_that_requires_a_gradient_gets_one():
     h, weight, labels, dy = drawn(SHAPES[0], torch.float64)
     (g,) = torch.autograd.grad(linear_logprobs(h, weight.requires_grad_(), labels), weight, dy)
     (e,) = torch.autograd.grad(theirs(h, weight, labels), weight, dy)
     torch.testing.assert_close(g, e)
 
 
-def test_huge_logits_stay_finite():
+def test_huge_logits_give_finite_results():
     h, weight, labels, dy = drawn(SHAPES[0])
     for y in value_and_dh(linear_logprobs, 1e4 * h, 1e2 * weight, labels, dy):
         assert y.isfinite().all()
 
 
-def test_without_a_gradient_none_is_formed(monkeypatch):
+def test_no_gradient_is_computed_if_none_is_required(monkeypatch):
     h, weight, labels, _ = drawn(SHAPES[0])
-    never = lambda *args: pytest.fail("formed a gradient")
+    never = lambda *args: pytest.fail("computed a gradient")
     expected = linear_logprobs(h, weight, labels)
     value = linear_logprobs(h, weight, labels, linear_cross_entropy.chunk_logprobs, never)
     assert torch.equal(value, expected)
 
 
-def test_torch_func_takes_the_reference(chunks):
+def test_torch_func_equals_autograd_and_vmap_equals_a_loop(chunks):
     h, weight, labels, dy = drawn(SHAPES[0])
     dh = torch.func.grad(lambda h: (linear_logprobs(h, weight, labels) * dy).sum())(h)
     torch.testing.assert_close(dh, value_and_dh(theirs, h, weight, labels, dy)[1])
@@ -161,7 +161,7 @@ def test_torch_func_takes_the_reference(chunks):
 
 
 @pytest.mark.compile
-def test_the_compiled_gradient_equals_eager(fresh_dynamo, chunks):
+def test_compiled_gradient_equals_eager(fresh_dynamo, chunks):
     args = drawn(SHAPES[0])
     compiled = torch.compile(linear_logprobs, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_dh(compiled, *args), value_and_dh(linear_logprobs, *args))

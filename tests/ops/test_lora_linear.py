@@ -1,4 +1,4 @@
-"""lora_linear against its reference: value, both derivatives, torch.func, compiled."""
+"""lora_linear against its reference: values, first and second derivatives, torch.func, compiled."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ SCALING = 1.5
 
 
 def drawn(shape, dtype=torch.float32, bias=True) -> list[Tensor | None]:
-    """x, low, weight, bias, b and the incoming gradient."""
+    """x, x_a, weight, bias, b and the output's gradient."""
     lead, d_in, d_out, r = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64).to(dtype)
@@ -22,7 +22,7 @@ def drawn(shape, dtype=torch.float32, bias=True) -> list[Tensor | None]:
 
 
 def value_and_grads(fn, x, x_a, weight, bias, b, dy) -> list[Tensor]:
-    """y and the gradients of what LoRA trains through: x, low, b."""
+    """y and the gradients of x, x_a and b."""
     x, x_a, b = (t.detach().requires_grad_() for t in (x, x_a, b))
     y = fn(x, x_a, weight, bias, b, SCALING)
     return [y.detach(), *torch.autograd.grad(y, (x, x_a, b), dy)]
@@ -31,7 +31,7 @@ def value_and_grads(fn, x, x_a, weight, bias, b, dy) -> list[Tensor]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_errs_no_more_than_the_reference(shape, dtype, bias):
+def test_op_errs_no_more_than_the_reference(shape, dtype, bias):
     args = drawn(shape, dtype, bias)
     exact = value_and_grads(
         lora_linear_reference, *(None if t is None else t.double() for t in args)
@@ -43,7 +43,7 @@ def test_it_errs_no_more_than_the_reference(shape, dtype, bias):
         assert error(f) <= 1.2 * error(p) + 4 * torch.finfo(dtype).eps * e.norm().item()
 
 
-def test_the_reference_is_a_linear_layer_with_another_weight():
+def test_op_equals_a_linear_layer_with_the_merged_weight():
     x, _, weight, bias, b, _ = drawn(SHAPES[0], torch.float64)
     a = torch.randn(4, 12, dtype=torch.float64)
     merged = F.linear(x, weight + SCALING * b @ a, bias)
@@ -59,7 +59,7 @@ def test_derivatives_of_both_orders_equal_finite_differences():
     assert torch.autograd.gradgradcheck(fn, leaves)
 
 
-def test_a_weight_that_asks_for_a_gradient_gets_one():
+def test_weight_or_bias_that_requires_a_gradient_gets_one():
     x, x_a, weight, bias, b, dy = drawn(SHAPES[0], torch.float64)
     for leaf in (weight, bias):
         leaf.requires_grad_()
@@ -69,12 +69,12 @@ def test_a_weight_that_asks_for_a_gradient_gets_one():
         leaf.requires_grad_(False)
 
 
-@pytest.mark.parametrize("needed", ["x", "low", "b"])
-def test_one_needed_gradient_alone_is_right(needed):
+@pytest.mark.parametrize("needed", ["x", "x_a", "b"])
+def test_single_required_gradient_is_right(needed):
     x, x_a, weight, bias, b, dy = drawn(SHAPES[0])
-    given = {"x": x, "low": x_a, "b": b}
+    given = {"x": x, "x_a": x_a, "b": b}
     leaf = given[needed] = given[needed].requires_grad_()
-    y = lora_linear(given["x"], given["low"], weight, bias, given["b"], SCALING)
+    y = lora_linear(given["x"], given["x_a"], weight, bias, given["b"], SCALING)
     expected = value_and_grads(lora_linear_reference, x, x_a, weight, bias, b, dy)
     (g,) = torch.autograd.grad(y, leaf, dy)
     torch.testing.assert_close(g, expected[1 + list(given).index(needed)])
@@ -87,14 +87,14 @@ def test_inputs_are_not_written_to():
     assert all(torch.equal(t, c) for t, c in zip(args, before, strict=True))
 
 
-def test_rows_that_are_not_contiguous_are_the_same_rows():
+def test_strided_input_equals_contiguous_input():
     x, x_a, weight, bias, b, _ = drawn(SHAPES[0])
     turned = lambda t: t.transpose(0, 1).contiguous().transpose(0, 1)
     strided = lora_linear(turned(x), turned(x_a), weight, bias, b, SCALING)
     torch.testing.assert_close(strided, lora_linear(x, x_a, weight, bias, b, SCALING))
 
 
-def test_torch_func_takes_the_reference():
+def test_torch_func_equals_the_reference():
     x, x_a, weight, bias, b, dy = drawn(SHAPES[0])
     loss = lambda x, x_a, b: (lora_linear(x, x_a, weight, bias, b, SCALING) * dy).sum()
     grads = torch.func.grad(loss, argnums=(0, 1, 2))(x, x_a, b)
@@ -106,7 +106,7 @@ def test_torch_func_takes_the_reference():
 
 @pytest.mark.compile
 @pytest.mark.parametrize("bias", [True, False])
-def test_the_compiled_gradient_equals_eager(bias, fresh_dynamo):
+def test_compiled_gradient_equals_eager(bias, fresh_dynamo):
     args = drawn(SHAPES[0], bias=bias)
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -115,7 +115,7 @@ def test_the_compiled_gradient_equals_eager(bias, fresh_dynamo):
 
 
 @pytest.mark.compile
-def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
+def test_compiling_a_transform_gives_its_gradient(fresh_dynamo):
     """torch.compile(torch.func.grad(f)) drops the backward of an autograd.Function (torch 2.13)."""
     x, x_a, weight, bias, b, dy = drawn(SHAPES[0])
     loss = lambda x_a: (lora_linear(x, x_a, weight, bias, b, SCALING) * dy).sum()
@@ -125,7 +125,7 @@ def test_compile_of_a_transform_is_not_silently_wrong(fresh_dynamo):
     torch.testing.assert_close(compiled(x_a), SCALING * dy @ b)
 
 
-def test_the_operator_is_well_formed():
+def test_custom_op_passes_opcheck():
     x, x_a, weight, bias, b, _ = drawn(((6,), 12, 20, 4))
     for given in (bias, None):
         torch.library.opcheck(

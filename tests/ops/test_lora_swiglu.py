@@ -1,6 +1,6 @@
-"""The fused SwiGLU: it may err, but no more than plain torch does against float64.
+"""lora_swiglu errs no more than plain torch, relative to float64; the same gradients in the model.
 
-Without a GPU it runs in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+Without a GPU the kernels run in Triton's interpreter, in fp32 and fp16. bf16 needs a GPU.
 """
 
 import pytest
@@ -18,8 +18,8 @@ pytest.importorskip("triton", reason="the kernel's tests need triton: requiremen
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-# (rows, width, ranks of gate, up, down): within a tile, a part of one, several; ranks of a tile,
-# less, unequal, beyond 16
+# (rows, width, ranks of gate, up, down). Sizes below, at and above a tile's; equal and unequal
+# ranks, some above 16.
 SHAPES = [
     (5, 7, 1, 2, 3),
     (64, 64, 16, 16, 16),
@@ -31,14 +31,17 @@ SCALINGS = (0.7, 1.9)
 
 
 def drawn(shape, dtype, gained=False):
-    """(inputs, gradients of the two results); the lows are views of one tensor, as in a layer. The
-    last input are DoRA's gains, in float32, or None."""
+    """(inputs, gradients of the two results).
+
+    gate_x_a and up_x_a are slices of one tensor, as in a layer. The last input holds DoRA's gains
+    in float32, or is None.
+    """
     n, f, r_g, r_u, r_a = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
-    lows = new(n, r_g + r_u).split([r_g, r_u], dim=1)
+    x_as = new(n, r_g + r_u).split([r_g, r_u], dim=1)
     small = lambda *s: new(*s) * 0.3
-    inputs = [new(n, f), new(n, f), *lows, small(f, r_g), small(f, r_u), small(r_a, f)]
+    inputs = [new(n, f), new(n, f), *x_as, small(f, r_g), small(f, r_u), small(r_a, f)]
     inputs += [(1 + small(2, f)).float() if gained else None]
     return inputs, (new(n, f), new(n, r_a))
 
@@ -68,12 +71,12 @@ def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, gained)
     for found, other, truth in zip(*leaves, strict=True):
         error = lambda x, truth=truth: (x.double() - truth).norm().item()
         assert found.dtype == other.dtype and found.shape == other.shape
-        assert found.stride() == other.stride()  # torch's fused AdamW asks for it
+        assert found.stride() == other.stride()  # torch's fused AdamW needs equal layouts
         slack = 4 * torch.finfo(dtype).eps * truth.norm().item()
         assert error(found) <= error(other) + slack
 
 
-def test_without_a_down_projection_only_h_is_there():
+def test_without_a_of_the_down_projection_only_h_is_returned():
     inputs, (dh, _) = drawn((9, 40, 4, 4, 4), torch.float32)
     *rest, _, _ = inputs
     leaves = leaves_of(rest)
@@ -85,7 +88,7 @@ def test_without_a_down_projection_only_h_is_there():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_only_one_of_the_results_may_be_used():
+def test_gradients_are_right_if_one_result_is_unused():
     inputs, (dh, dh_a) = drawn((9, 40, 4, 4, 4), torch.float32, gained=True)
     for i, d in enumerate((dh, dh_a)):
         pairs = []
@@ -98,13 +101,13 @@ def test_only_one_of_the_results_may_be_used():
         torch.testing.assert_close(*pairs, rtol=1e-4, atol=1e-4)
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_equal_calls_give_equal_bits():
     inputs, (dh, dh_a) = drawn((300, 130, 8, 8, 8), torch.float32, gained=True)
     one, two = (tree_leaves(run(lora_swiglu, inputs, dh, dh_a)) for _ in range(2))
     assert all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
 
 
-def test_neither_h_nor_an_adapted_product_is_kept():
+def test_g_and_u_are_the_only_wide_tensors_saved():
     inputs, _ = drawn((30, 40, 4, 4, 4), torch.float32)
     leaves = leaves_of(inputs)
     kept = []
@@ -114,7 +117,7 @@ def test_neither_h_nor_an_adapted_product_is_kept():
     assert {x.data_ptr() for x in wide} == {leaves[0].data_ptr(), leaves[1].data_ptr()}
 
 
-def test_a_second_derivative_is_refused():
+def test_second_derivative_raises():
     inputs, (dh, dh_a) = drawn((5, 7, 1, 2, 3), torch.float32)
     leaves = leaves_of(inputs)
     with pytest.raises(RuntimeError, match=r"no second derivative.*torch\.func"):
@@ -122,7 +125,7 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(results, leaves[:-1], (dh, dh_a), create_graph=True)
 
 
-def test_what_the_kernel_does_not_take():
+def test_kernel_supports_these_dtypes_and_ranks():
     assert kernel_supports(torch.bfloat16, 1, 16) and kernel_supports(torch.float32, 16)
     assert not kernel_supports(torch.bfloat16, 16, 17) and not kernel_supports(torch.float64, 4)
 
@@ -159,14 +162,14 @@ def watched(monkeypatch):
         calls.append(args[0].shape)
         return original(*args)
 
-    monkeypatch.setattr("fastlora.models.attention.lora_swiglu", call)
+    monkeypatch.setattr("fastlora.models.mlp.lora_swiglu", call)
     return calls
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", 0.4])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_without_the_kernel(variant, recompute, pair, monkeypatch):
-    family = "llama2" if "dora" in variant else "llama_bias"  # over a bias, DoRA runs without it
+def test_gradients_equal_those_without_the_kernel(variant, recompute, pair, monkeypatch):
+    family = "llama2" if "dora" in variant else "llama_bias"  # DoRA with a bias has no kernel
     model = adapted(pair(family).model.to(DEVICE), **VARIANTS[variant])
     calls = watched(monkeypatch)
     plain = gradients(model, kernels="torch", recompute="none")
@@ -179,7 +182,7 @@ def test_gradients_are_those_without_the_kernel(variant, recompute, pair, monkey
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(r=3, use_dora=True),  # over a base with biases
+        dict(r=3, use_dora=True),  # the base has biases
         dict(r=3, lora_bias=True),
         dict(r=3, target_modules=["gate_proj", "down_proj"]),
         dict(r=17),
@@ -188,7 +191,7 @@ def test_gradients_are_those_without_the_kernel(variant, recompute, pair, monkey
     ],
     ids=str,
 )
-def test_what_it_does_not_take_runs_without_it(settings, pair, monkeypatch):
+def test_unsupported_settings_run_without_the_kernel(settings, pair, monkeypatch):
     model = adapted(pair("llama_bias").model.to(DEVICE), **settings)
     calls = watched(monkeypatch)
     fused, plain = gradients(model, kernels="triton"), gradients(model, kernels="torch")
@@ -196,8 +199,8 @@ def test_what_it_does_not_take_runs_without_it(settings, pair, monkeypatch):
     assert relative_error(fused[1], plain[1]) <= 2e-4
 
 
-def test_dora_under_dropout_runs_without_it(pair, monkeypatch):
-    """A base that sees x and one that sees it under a mask are two products of each."""
+def test_dora_with_dropout_runs_without_the_kernel(pair, monkeypatch):
+    """DoRA with dropout multiplies the base with both x and the masked x."""
     model = adapted(pair("llama2").model.to(DEVICE), r=3, use_dora=True, lora_dropout=0.3)
     calls = watched(monkeypatch)
     fused, plain = gradients(model, kernels="triton"), gradients(model, kernels="torch")
@@ -207,7 +210,7 @@ def test_dora_under_dropout_runs_without_it(pair, monkeypatch):
 @pytest.mark.compile
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(("family", "variant"), [("llama_bias", "all seven"), ("llama2", "dora")])
-def test_compiled_layers_give_the_eager_gradients(family, variant, recompute, pair):
+def test_gradients_of_compiled_layers_equal_eager(family, variant, recompute, pair):
     model = adapted(pair(family).model.to(DEVICE), **VARIANTS[variant])
     eager = gradients(model, kernels="triton", recompute=recompute)
     compiled = gradients(model, kernels="triton", recompute=recompute, compile=True)

@@ -1,4 +1,4 @@
-"""qat_linear against torchao's layer on the merged weight: value, gradients, memory, torch.func."""
+"""qat_linear against torchao's layer on the merged weight: values, gradients, saved tensors."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def value_and_grads(fn, args, scheme, trained=("x", "a", "b", "magnitude")) -> l
 
 
 def torchao_linear(x, weight, bias, a, b, magnitude, scaling, scheme):
-    """torchao's FakeQuantizedLinear on W + s B A: autograd through its own quantisers."""
+    """torchao's FakeQuantizedLinear on W + s B A, with autograd through torchao's quantisers."""
     linear = prepared_linear(weight.detach(), bias.detach(), scheme)
     del linear.weight
     total = torch.addmm(weight.float(), b, a, alpha=scaling)
@@ -54,7 +54,7 @@ def torchao_linear(x, weight, bias, a, b, magnitude, scaling, scheme):
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_value_is_torchaos_layer_on_what_merge_writes(scheme, dtype, dora):
+def test_value_equals_torchaos_layer_on_the_merged_weight(scheme, dtype, dora):
     x, weight, bias, a, b, magnitude = args = drawn(dtype, dora)
     lora = LoRA(a, b) if magnitude is None else DoRA(a, b, magnitude)
     expected = prepared_linear(merged_weight(weight, lora, SCALING), bias, scheme)(x)
@@ -64,7 +64,7 @@ def test_value_is_torchaos_layer_on_what_merge_writes(scheme, dtype, dora):
 
 @pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_gradients_are_torchaos(scheme, dora, straight_float8):
+def test_gradients_equal_torchaos(scheme, dora, straight_float8):
     args = drawn(dora=dora)
     expected = value_and_grads(torchao_linear, args, scheme)
     for fn in (qat_linear, qat_linear_reference):
@@ -72,7 +72,7 @@ def test_gradients_are_torchaos(scheme, dora, straight_float8):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_bfloat16_gradients_are_the_references(scheme):
+def test_bfloat16_gradients_are_close_to_the_references(scheme):
     args = drawn(torch.bfloat16)
     ours = value_and_grads(qat_linear, args, scheme)
     assert relative_error(ours, value_and_grads(qat_linear_reference, args, scheme)) < 0.02
@@ -80,21 +80,21 @@ def test_bfloat16_gradients_are_the_references(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_chunks_of_rows_change_nothing(scheme, monkeypatch):
+def test_chunks_of_rows_change_no_value(scheme, monkeypatch):
     args = drawn(dora=True)
-    whole = value_and_grads(qat_linear, args, scheme)
+    at_once = value_and_grads(qat_linear, args, scheme)
     monkeypatch.setattr("fastlora.ops.quant.fake_quantize._CHUNK_ELEMENTS", 7 * 128)
-    assert relative_error(value_and_grads(qat_linear, args, scheme), whole) < 1e-5
+    assert relative_error(value_and_grads(qat_linear, args, scheme), at_once) < 1e-5
 
 
-def test_without_an_adapter_and_with_a_bias_that_trains():
+def test_trained_bias_without_an_adapter_equals_the_reference():
     args = [*drawn()[:3], None, None, None]
     ours = value_and_grads(qat_linear, args, "int8", trained=("x", "bias"))
     expected = value_and_grads(qat_linear_reference, args, "int8", trained=("x", "bias"))
     assert relative_error(ours, expected) < 1e-6
 
 
-def test_an_unfrozen_weight_gets_its_gradient():
+def test_weight_that_requires_a_gradient_gets_one():
     args = drawn()
     every = ("x", "weight", "a", "b")
     expected = value_and_grads(qat_linear_reference, args, "int4", every)
@@ -102,7 +102,7 @@ def test_an_unfrozen_weight_gets_its_gradient():
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_nothing_of_the_weights_size_is_kept(scheme):
+def test_no_new_tensor_is_saved_for_the_backward_pass(scheme):
     x, weight, bias, a, b, _ = drawn(d_in=256, d_out=512)
     leaves, kept = [t.requires_grad_() for t in (x, a, b)], []
     keep = lambda t: kept.append(t) or t
@@ -113,7 +113,7 @@ def test_nothing_of_the_weights_size_is_kept(scheme):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_torch_func_takes_the_reference(scheme):
+def test_torch_func_equals_autograd(scheme):
     x, weight, bias, a, b, _ = drawn()
     fn = lambda a, b: qat_linear(x, weight, bias, a, b, None, SCALING, scheme).square().sum()
     ours = torch.func.grad(fn, (0, 1))(a, b)
@@ -123,8 +123,8 @@ def test_torch_func_takes_the_reference(scheme):
     expected = (ours[0] * (b.t() @ weight)).sum() + (ours[1] * b).sum()
     torch.testing.assert_close(dot, expected, rtol=1e-3, atol=1e-3)
     each = torch.func.vmap(torch.func.grad(fn, (0, 1)), (0, None))(torch.stack((a, 2 * a)), b)
-    # A batched product rounds elsewhere, and a group's largest value lies on int4's clipping edge,
-    # 7.5 steps: one ulp decides whether it gets a gradient.
+    # A batched product rounds differently. In int8-int4 a group's largest value is at the clipping
+    # limit of 7.5 steps, so one ulp decides whether it gets a gradient.
     allowed = 0.05 if scheme == "int8-int4" else 5e-6
     assert relative_error([t[0] for t in each], ours) < allowed
 
@@ -132,14 +132,14 @@ def test_torch_func_takes_the_reference(scheme):
 @pytest.mark.compile
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_compiled_it_is_eager_to_the_bit(scheme, dtype, fresh_dynamo):
+def test_compiled_results_equal_eager_to_the_bit(scheme, dtype, fresh_dynamo):
     args = drawn(dtype, dora=True)
     compiled = torch.compile(qat_linear, fullgraph=True)
     eager = value_and_grads(qat_linear, args, scheme)
     assert same_bits(value_and_grads(compiled, args, scheme), eager)
 
 
-def test_a_second_derivative_is_refused_where_it_would_be_wrong():
+def test_second_derivative_raises():
     x, *rest = drawn()
     y = qat_linear(x.requires_grad_(), *rest, SCALING, "int8")
     with pytest.raises(RuntimeError, match=r"torch\.func"):

@@ -32,7 +32,7 @@ def theirs(x, weight, eps):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_it_is_transformers_bit_for_bit(shape, dtype):
+def test_values_and_gradients_equal_transformers_to_the_bit(shape, dtype):
     for ours, expected in zip(
         value_and_dx(rms_norm, *drawn(shape, dtype)),
         value_and_dx(theirs, *drawn(shape, dtype)),
@@ -42,7 +42,7 @@ def test_it_is_transformers_bit_for_bit(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_float32_is_near_float64(shape):
+def test_float32_is_close_to_float64(shape):
     for ours, exact in zip(
         value_and_dx(rms_norm, *drawn(shape)),
         value_and_dx(rms_norm, *drawn(shape, torch.float64)),
@@ -60,13 +60,13 @@ def test_float64_gradients_equal_finite_differences():
 
 
 @pytest.mark.compile
-def test_the_compiled_gradient_equals_eager(fresh_dynamo):
+def test_compiled_gradient_equals_eager(fresh_dynamo):
     args = drawn((2, 3, 64))
     compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_dx(compiled, *args), value_and_dx(rms_norm, *args))
 
 
-def test_torch_func_gives_autograds_gradient():
+def test_torch_func_equals_autograd():
     x, weight, dy = drawn((5, 100))
     dx = torch.func.grad(lambda x: (rms_norm(x, weight, EPS) * dy).sum())(x)
     torch.testing.assert_close(dx, value_and_dx(rms_norm, x, weight, dy)[1])

@@ -1,4 +1,4 @@
-"""apply_rope against transformers and against rotation of complex numbers."""
+"""apply_rope against transformers and against the rotation of complex numbers."""
 
 import pytest
 import torch
@@ -17,19 +17,19 @@ def drawn(b, n, t, hd, dtype=torch.float32):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(2, 4, 7, 12), (1, 1, 1, 2), (3, 2, 5, 64)])
-def test_it_is_transformers_bit_for_bit(shape, dtype):
+def test_values_equal_transformers_to_the_bit(shape, dtype):
     x, cos, sin = drawn(*shape, dtype)
     ours = apply_rope(x, cos, sin)
     assert ours.dtype == dtype and torch.equal(ours, apply_rotary_pos_emb(x, x, cos, sin)[0])
 
 
-def test_queries_lie_as_the_projection_wrote_them():
+def test_result_has_the_projections_memory_layout():
     x, cos, sin = drawn(2, 5, 4, 8)
     heads = x.transpose(1, 2).contiguous().transpose(1, 2)  # b t n hd in memory
     assert apply_rope(heads, cos, sin).stride() == heads.stride()
 
 
-def test_it_rotates_pairs_half_a_head_apart():
+def test_pairs_half_a_head_apart_are_rotated():
     x, cos, sin = drawn(2, 3, 5, 8, torch.float64)
     turned = torch.complex(x[..., :4], x[..., 4:]) * torch.complex(cos, sin)[:, None, :, :4]
     torch.testing.assert_close(apply_rope(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
@@ -44,7 +44,7 @@ def test_gradients_equal_finite_differences():
 
 
 @pytest.mark.compile
-def test_the_compiled_gradient_equals_eager(fresh_dynamo):
+def test_compiled_gradient_equals_eager(fresh_dynamo):
     x, cos, sin = drawn(2, 4, 7, 12)
     dx = lambda f: torch.autograd.grad(f(x.requires_grad_(), cos, sin).pow(3).sum(), x)[0]
     compiled = torch.compile(apply_rope, fullgraph=True, backend="aot_eager")

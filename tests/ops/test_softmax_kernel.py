@@ -1,6 +1,6 @@
-"""The cross-entropy's Triton kernel: it may err, but no more than plain torch does.
+"""The cross-entropy's Triton kernel errs no more than plain torch, relative to float64.
 
-Without a GPU it runs in Triton's interpreter, in fp32, fp16 and fp64; bf16 needs a GPU.
+Without a GPU the kernel runs in Triton's interpreter, in fp32, fp16 and fp64. bf16 needs a GPU.
 """
 
 import pytest
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the kernel's tests need triton: requiremen
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.float64, *([torch.bfloat16] if CUDA else [])]
-# (rows, hidden, vocabulary): less than a block, one block, several and a part
+# (rows, hidden size, vocabulary size): less than a block, one block, several and an incomplete one
 SHAPES = [(5, 7, 33), (1, 1, 1), (3, 4, 16384), (4, 8, 40001)]
 
 
@@ -40,7 +40,7 @@ def test_kernel_errs_no_more_than_plain_torch(shape, dtype):
     exact = chunk_value_and_grad(h.double(), weight.double(), labels)
     plain = chunk_value_and_grad(h, weight, labels)
     fused = chunk_value_and_grad_kernel(h, weight, labels)
-    # Of float64, "exact" is plain torch itself, and as far from the truth as the kernel.
+    # In float64, `exact` is itself plain torch, so its own rounding errors count too.
     ulps = 64 if dtype == torch.float64 else 4
     for f, p, e in zip(fused, plain, exact, strict=True):
         error = lambda t, e=e: (t.double() - e).norm().item()
@@ -51,8 +51,8 @@ def test_kernel_errs_no_more_than_plain_torch(shape, dtype):
 
 
 @pytest.mark.parametrize("flip", [False, True], ids=["last", "first"])
-def test_the_largest_logit_may_come_in_any_block(flip):
-    # In fp32 the last bit of lse, 27.6, is 4e-5 of the gradient.
+def test_largest_logit_may_be_in_any_block(flip):
+    # In fp64, because in fp32 the last bit of lse, 27.6, changes the gradient by 4e-5.
     weight = torch.linspace(-20, 20, 40001, device=DEVICE, dtype=torch.float64)[:, None]
     weight = weight.flip(0) if flip else weight
     h, labels = weight.new_ones(2, 1), torch.tensor([0, 40000], device=DEVICE)
@@ -61,13 +61,13 @@ def test_the_largest_logit_may_come_in_any_block(flip):
     torch.testing.assert_close((logp, dh), wanted)
 
 
-def test_huge_logits_stay_finite():
+def test_huge_logits_give_finite_results():
     h, weight, labels = drawn((5, 7, 33), torch.float32)
     logp, dh = chunk_value_and_grad_kernel(1e4 * h, 1e2 * weight, labels)
     assert logp.isfinite().all() and dh.isfinite().all()
 
 
-def test_it_serves_any_function_of_the_log_probabilities():
+def test_kernel_gradient_is_right_for_any_function_of_the_log_probabilities():
     h, weight, labels = drawn((9, 7, 33), torch.float64)
     run = lambda *regions: torch.autograd.grad(
         linear_logprobs(h.requires_grad_(), weight, labels, *regions).square().sum(), h
@@ -75,7 +75,7 @@ def test_it_serves_any_function_of_the_log_probabilities():
     torch.testing.assert_close(run(lambda *a: None, chunk_value_and_grad_kernel), run())
 
 
-def test_auto_is_the_gpus_and_triton_asks_for_the_interpreter(monkeypatch):
+def test_auto_needs_a_gpu_and_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     x = torch.ones(2, device=DEVICE)
     assert use_kernel(x, "auto") == CUDA
     assert use_kernel(x, "triton") and not use_kernel(x, "torch")
@@ -85,8 +85,8 @@ def test_auto_is_the_gpus_and_triton_asks_for_the_interpreter(monkeypatch):
         use_kernel(torch.ones(2), "triton")
 
 
-def test_the_kernel_is_what_a_model_runs(pair, monkeypatch):
-    """with_spec(kernels="triton"): another path, the same loss and gradients."""
+def test_model_with_triton_kernels_runs_the_kernel_with_equal_results(pair, monkeypatch):
+    """with_spec(kernels="triton") gives the same loss and gradients as kernels="torch"."""
     import fastlora
     from fastlora import functional as FL
     from fastlora.ops.loss import softmax_kernel

@@ -19,8 +19,8 @@ PATTERNS = {
     "unfinished verb": r"\b(?:what|that) cannot be\b"
     r"|\b(?:can|could|may|must) not be\b(?=\s*(?:[.;,:)]|$))",
     # `which is none`, `it is no tensor`; "no longer" and "no more" do not count.
-    "negated noun": r"\b(?:that|which|who|it) (?:is|are|was|were) (?:none\b|no \w)"
-    r"|\bis no (?!longer\b|more\b|less\b|fewer\b)\w",
+    "negated noun": r"\b(?:that|which|who|it) (?:is|are|was|were) none\b"
+    r"|\b(?:is|are|was|were) no (?!longer\b|more\b|less\b|fewer\b)\w",
     # `where there is one`, `where they lie`
     "where without a place": r"\bwhere (?:there is|they lie|it lies|nobody|nothing)\b"
     r"|\bitself where\b",

@@ -1,29 +1,59 @@
-"""combine_checks."""
+"""The arguments of combine(), and which models can be combined."""
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastlora.adapters.extras import described
+from fastlora.adapters.extras import trained_extras
+from fastlora.arguments import (
+    RANDOM_SEED,
+    Rule,
+    argument_problems,
+    describe,
+    number,
+    one_of,
+    optional,
+    setting,
+    whole_number,
+)
 from fastlora.errors import raise_problems
+from fastlora.models.input_checks import MODEL
 from fastlora.models.names import projection_path
 from fastlora.models.params import PROJECTIONS, Adapter, LayerAdapter
 from fastlora.models.spec import LoraConfig
-from fastlora.models.state import ModelState
+from fastlora.models.state import ModelState, require_adapter
 
 
-def lora_config(model: ModelState) -> LoraConfig:
-    assert model.spec.lora is not None, model.spec
-    return model.spec.lora
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CombineSettings:
+    """The arguments of `combine` that belong to methods."""
+
+    density: float | None = setting(
+        Rule(number(above=0, high=1).accepts, "a number in (0, 1], the share of values to keep"),
+        None,
+    )
+    majority_sign_method: str = setting(one_of("total", "frequency"), "total")
+    svd_rank: int | None = setting(
+        Rule(
+            optional(whole_number(1)).accepts,
+            "a whole number of at least 1, or None for the largest rank of the models",
+        ),
+        None,
+    )
+    seed: int | None = setting(
+        Rule(
+            optional(RANDOM_SEED).accepts,
+            f"{RANDOM_SEED.expected}, or None for a different seed each time",
+        ),
+        None,
+    )
 
 
-# ── what cannot be ────────────────────────────────────────────────────────────────────────
-
-# Method -> the arguments that mean something to it.
-_TAKES: dict[str, tuple[str, ...]] = {
+# Method -> the settings that it uses.
+SETTINGS_OF_METHOD: dict[str, tuple[str, ...]] = {
     "cat": (),
     "svd": ("svd_rank",),
     "linear": (),
@@ -33,102 +63,86 @@ _TAKES: dict[str, tuple[str, ...]] = {
     "magnitude_prune": ("density",),
 }
 
-_SUMS = ("cat", "svd")  # sums of products, so that ranks may differ
-
-_SIGNS = ("total", "frequency")
+_PRODUCT_METHODS = ("cat", "svd")  # they sum products B A, so that ranks may differ
 
 
-# Argument -> its default, whether a value can be, and what was expected.
-_RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "density": (
-        None,
-        lambda x: x is not None and 0 < x <= 1,
-        "a number in (0, 1], the share of values to keep",
-    ),
-    "majority_sign_method": ("total", lambda x: x in _SIGNS, f"one of {list(_SIGNS)}"),
-    "svd_rank": (
-        None,
-        lambda x: x is None or (type(x) is int and x >= 1),
-        "an integer of at least 1, or None for the largest rank given",
-    ),
-    # What torch.Generator takes.
-    "seed": (
-        None,
-        lambda x: x is None or (type(x) is int and 0 <= x < 2**64),
-        "an integer in [0, 2**64), or None for fresh entropy",
-    ),
-}
+def as_list(values: Any) -> list[Any] | None:
+    """The items of a list, tuple, array or iterator; None for values that have no items."""
+    if isinstance(values, str | bytes | Mapping):
+        return None
+    try:
+        items = list(values.tolist() if hasattr(values, "tolist") else values)
+    except TypeError:
+        return None
+    return [x.item() if getattr(x, "ndim", None) == 0 else x for x in items]  # NumPy's numbers
 
 
-def argument_problems(method: str, given: Mapping[str, Any]) -> list[str]:
-    changed = tuple(name for name, value in given.items() if value != _RULES[name][0])
-    problems = [] if method in _TAKES else [f"method={method!r}: expected one of {list(_TAKES)}."]
-    taken = _TAKES.get(method, changed)
-    problems += [
-        f"{name}={given[name]!r} means nothing to method={method!r}; leave it out."
-        for name in changed
-        if name not in taken
-    ]
-    return problems + [
-        f"{name}={given[name]!r}: expected {expected}."
-        for name, (_, can_be, expected) in _RULES.items()
-        if name in taken and not can_be(given[name])
-    ]
+def model_list_problems(models: list[Any] | None, given: Any) -> list[str]:
+    """Problems with the classes of the models. `given`: what `models` was made of."""
+    if models is None:
+        return [f"models={describe(given)}: expected a list of models"]
+    if not models:
+        return ["models is empty: expected at least one, with an adapter"]
+    return argument_problems({f"models[{i}]": (model, MODEL) for i, model in enumerate(models)})
 
 
-def weight_problems(weights: Sequence[float], n: int) -> list[str]:
-    problems = [
-        f"weights[{i}]={w!r}: expected a finite number."
-        for i, w in enumerate(weights)
-        if not math.isfinite(w)
-    ]
+def weight_problems(weights: list[Any] | None, given: Any, n: int) -> list[str]:
+    """Problems with the weights of n models. `given`: what `weights` was made of."""
+    if weights is None:
+        return [f"weights={describe(given)}: expected a list of numbers, one for each model"]
+    problems = argument_problems({f"weights[{i}]": (w, number()) for i, w in enumerate(weights)})
     if len(weights) != n:
-        problems.append(f"{len(weights)} weights for {n} models: expected one for each.")
-    if len(weights) and not any(weights):
-        problems.append("the weights are all 0: that is the base; use fastlora.disable(model).")
+        problems.append(f"{len(weights)} weights for {n} models: expected one for each model")
+    if weights and all(type(w) in (int, float) and w == 0 for w in weights):
+        problems.append("weights are all 0, which is the base; use fastlora.disable(model)")
     return problems
 
 
 def combined_model_problems(models: Sequence[ModelState], method: str) -> list[str]:
-    if not len(models):
-        return ["models is empty: expected at least one, with an adapter."]
+    """Why these models cannot be combined with a method.
+
+    Args:
+        models: at least one.
+        method: one of SETTINGS_OF_METHOD, or an unknown one.
+    """
     problems = []
     for i, model in enumerate(models):
         if model.spec.lora is None or model.adapter is None:
-            problems.append(f"models[{i}] has no adapter: give it one with lora or load_adapter.")
+            problems.append(f"models[{i}] has no adapter: give it one with lora or load_adapter")
         else:
-            problems += [f"models[{i}]: {problem}" for problem in _adapter_problems(model.adapter)]
-    # PEFT's add_weighted_adapter refuses them as well (model.py:719).
-    problems += [
-        f"models[{i}] adapts {names}, target_parameters of a mixture of experts: merge it into the"
-        " base instead, fastlora.merge(model)."
-        for i, model in enumerate(models)
-        if model.spec.lora is not None
-        and (
-            names := sorted({t.name for ts in model.spec.lora.targets for t in ts} - {*PROJECTIONS})
-        )
-    ]
-    problems += [
-        f"models[{i}] trains more than LoRA on its layers, {asked}, which has no weighted sum."
-        for i, model in enumerate(models)
-        if model.spec.lora is not None and (asked := described(model.spec.lora))
-    ]
+            found = _adapter_problems(model.adapter) + _target_problems(model.spec.lora)
+            problems += [f"models[{i}] {problem}" for problem in found]
     others = [i for i, model in enumerate(models) if not _share_base(models[0], model)]
     problems += [
         f"models[{i}] has another base than models[0]: load one base, and give it each adapter with"
-        " fastlora.load_adapter(base, folder)."
+        " fastlora.load_adapter(base, folder)"
         for i in others
     ]
     adapted = [m for i, m in enumerate(models) if m.adapter and m.spec.lora and i not in others]
-    return problems + ([] if method in _SUMS else _rank_problems(adapted, method))
+    return problems + ([] if method in _PRODUCT_METHODS else _rank_problems(adapted, method))
 
 
 def _adapter_problems(adapter: Adapter) -> list[str]:
+    """Tensors that no method combines, and values that are not finite."""
     # PEFT leaves a lora_bias out of the result in silence.
-    more = sorted({k for loras in adapter["layers"] for k, x in loras.items() if len(x) > 2})
-    more += sorted(adapter.keys() - {"layers"})
-    problems = [f"{more} hold more than A and B, which no method combines."] if more else []
-    return problems + [f"NaN or infinity in {name}." for name in _broken(adapter["layers"])]
+    others = sorted({k for loras in adapter["layers"] for k, x in loras.items() if len(x) > 2})
+    others += sorted(adapter.keys() - {"layers"})
+    problems = [f"has more than A and B in {others}, which no method combines"] if others else []
+    return problems + [f"has NaN or infinity in {name}" for name in _broken(adapter["layers"])]
+
+
+def _target_problems(lora: LoraConfig) -> list[str]:
+    """Adapted tensors that no method combines."""
+    problems = []
+    names = sorted({t.name for targets in lora.targets for t in targets} - {*PROJECTIONS})
+    if names:  # PEFT's add_weighted_adapter refuses them as well (model.py:719)
+        problems.append(
+            f"adapts {names}, target_parameters of a mixture of experts: merge it into the base"
+            " instead, fastlora.merge(model)"
+        )
+    if extras := trained_extras(lora):
+        problems.append(f"trains more than projections, {extras}, which has no weighted sum")
+    return problems
 
 
 def _broken(layers: Sequence[LayerAdapter]) -> list[str]:
@@ -142,34 +156,39 @@ def _broken(layers: Sequence[LayerAdapter]) -> list[str]:
 
 
 def _share_base(one: ModelState, other: ModelState) -> bool:
-    """Whether shape and base are the same, the base's tensors by their memory."""
-    ours, theirs = tree_leaves(one.base), tree_leaves(other.base)
+    """Whether two models have the same shape, and the same memory for the base's tensors."""
+    leaves, others = tree_leaves(one.base), tree_leaves(other.base)
     return (
         one.spec.config == other.spec.config
-        and len(ours) == len(theirs)
-        and all(_same_memory(x, y) for x, y in zip(ours, theirs, strict=True))
+        and len(leaves) == len(others)
+        and all(_same_memory(x, y) for x, y in zip(leaves, others, strict=True))
     )
 
 
 def _same_memory(x: Tensor, y: Tensor) -> bool:
-    kind = lambda t: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride())
-    return x is y or kind(x) == kind(y)
+    view = lambda t: (t.data_ptr(), t.device, t.dtype, t.shape, t.stride())
+    return x is y or view(x) == view(y)
 
 
 def _rank_problems(models: Sequence[ModelState], method: str) -> list[str]:
-    """Modules where the matrices to be stacked differ in rank."""
+    """Modules whose adapters differ in rank."""
     ranks: dict[str, list[int]] = {}
     for model in models:
-        for i, targets in enumerate(lora_config(model).targets):
+        for i, targets in enumerate(require_adapter(model)[0].targets):
             for target in targets:
                 ranks.setdefault(projection_path(i, target.name), []).append(target.r)
     return [
-        f"{path} has ranks {found}: method={method!r} needs equal ones; use 'cat' or 'svd'."
-        for path, found in ranks.items()
-        if len(set(found)) > 1
+        f"{path} has ranks {of_models}: method={method!r} needs equal ones; use 'cat' or 'svd'"
+        for path, of_models in ranks.items()
+        if len(set(of_models)) > 1
     ]
 
 
 def check_finite(layers: Sequence[LayerAdapter]) -> None:
+    """Check a combined adapter.
+
+    Raises:
+        ValueError: naming every projection whose adapter holds NaN or infinity.
+    """
     cure = "Give smaller weights."
     raise_problems(ValueError, "Combining puts NaN or infinity into:", _broken(layers), cure)

@@ -1,9 +1,11 @@
-"""quantize(): a loaded base put into 4 bits."""
+"""quantize(): puts a loaded base into 4 bits."""
 
 from dataclasses import replace
 
+from fastlora.arguments import check_arguments
 from fastlora.checkpoints.bnb_format import check_quantizable
 from fastlora.models.init_offset import has_offset
+from fastlora.models.input_checks import MODEL
 from fastlora.models.names import base_from_tensors, projection_weights, tensors_from_base
 from fastlora.models.params import is_quantized
 from fastlora.models.state import StateT
@@ -11,24 +13,31 @@ from fastlora.ops.quant.bitsandbytes import quantize_4bit
 
 
 def quantize(model: StateT) -> StateT:
-    """The model with its projections in NF4 with double quantisation, as `load_in_4bit` has them.
+    """The model with its projections in NF4 with double quantisation, as after `load_in_4bit`.
 
-    One matrix at a time, on the model's device (on the CPU some 40 ms for a million values). An
-    adapter stays what it is, over a base that is rounded now. The given model is unchanged, and
-    embedding, head and norms are shared with it; a base that is quantised already is itself.
+        base {"embed_tokens": E, "layers": ({"q_proj": {"weight": W in 16 bits}, ...}, ...), ...}
+    ->  base {"embed_tokens": E, "layers": ({"q_proj": {"weight": W in NF4}, ...}, ...), ...}
+
+    Matrices are quantised one at a time on the model's device (on the CPU, 40 ms per million
+    values). The given model is unchanged; embedding, head and norms are shared with it. The adapter
+    is unchanged too; only the base is rounded. A model that is already quantised is returned as it
+    is.
 
     Raises:
-        ValueError: for a mixture of experts, a base in float64, an adapter that counts from start
-            factors ("pissa", ...), which belong to the base as it was, or one with a qat_scheme.
-        ModuleNotFoundError: without bitsandbytes.
+        ValueError: the model is a mixture of experts or in float64; its adapter has an initial
+            offset ("pissa", ...), which belongs to the base before rounding; or it has a
+            qat_scheme.
+        ModuleNotFoundError: bitsandbytes is not installed.
     """
+    check_arguments("fastlora.quantize", model=(model, MODEL))
     if is_quantized(model.base):
         return model
     config = model.spec.config
     if has_offset(model.base):
         raise ValueError(
-            "the adapter counts from what its initialisation took out of the base; merge it first,"
-            " or load the base with load_in_4bit=True and initialise there."
+            "the model has an initial offset, which its initialisation took out of the base in 16"
+            " bits; merge the adapter first, or load the base with load_in_4bit=True and call"
+            " fastlora.lora on it."
         )
     if model.spec.qat_scheme is not None:
         raise ValueError(
@@ -37,6 +46,5 @@ def quantize(model: StateT) -> StateT:
         )
     check_quantizable(config, [model.base["norm"].dtype])
     tensors = tensors_from_base(config, model.base)
-    packed = {name: quantize_4bit(tensors[name]) for name in projection_weights(config)}
-    base = base_from_tensors(config, tensors | packed)
-    return replace(model, base=base)
+    quantized = {name: quantize_4bit(tensors[name]) for name in projection_weights(config)}
+    return replace(model, base=base_from_tensors(config, tensors | quantized))

@@ -1,4 +1,5 @@
-"""corda."""
+"""CorDA: A and B from the singular directions of W C, with C the covariance of the inputs
+(Yang et al. 2024, arXiv:2406.05223; peft 0.21.2, tuners/lora/corda.py)."""
 
 from collections.abc import Iterable, Sequence
 
@@ -6,62 +7,61 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.adapters.init.from_weights import balanced
+from fastlora.adapters.init.decompositions import factors_from_svd
 from fastlora.adapters.init_from_data.layer_inputs import (
-    Rows,
-    layer_rows,
-    start_passes,
-    targets_by_source,
+    Inputs,
+    embed_batches,
+    inputs_by_layer,
+    targets_by_input,
 )
-from fastlora.adapters.init_from_data.settings import InitSettings, has_started, lora_config
+from fastlora.adapters.init_from_data.settings import InitSettings, with_initial_factors
 from fastlora.errors import raise_problems
 from fastlora.models.params import LoRA
 from fastlora.models.spec import Target
-from fastlora.models.state import Batch, StateT
+from fastlora.models.state import Batch, StateT, require_adapter
 from fastlora.ops.quant.dequantize import dense
 
 
-# ── corda ─────────────────────────────────────────────────────────────────────────────────
-def corda(model: StateT, batches: Sequence[Batch], choices: InitSettings) -> StateT:
-    lora, passes = lora_config(model), start_passes(model, batches, use_label_mask=False)
-    found: list[dict[str, LoRA]] = []
-    for i, rows in layer_rows(model, passes):
-        sources = targets_by_source(lora.targets[i])
-        covariances = _covariances(rows, sources)
-        params, dtype = model.base["layers"][i], model.base["norm"].dtype
-        found.append(
-            {
-                t.name: _corda_pair(
-                    dense(params[t.name]["weight"], dtype), *covariances[n], t, choices
-                )
-                for n, ts in sources.items()
-                for t in ts
-            }
-        )
-    return has_started(model, found, "corda")
+def corda(model: StateT, batches: Sequence[Batch], settings: InitSettings) -> StateT:
+    """The model with A and B set by CorDA; the base has the initial offset."""
+    lora, _ = require_adapter(model)
+    dtype, factors = model.base["norm"].dtype, []
+    for i, inputs in inputs_by_layer(model, embed_batches(model, batches, use_label_mask=False)):
+        groups, params = targets_by_input(lora.targets[i]), model.base["layers"][i]
+        layer: dict[str, LoRA] = {}
+        for source, (covariance, inverse) in _covariances(inputs, groups).items():
+            for t in groups[source]:
+                weight = dense(params[t.name]["weight"], dtype)
+                layer[t.name] = _corda_factors(weight, covariance, inverse, t, settings)
+        factors.append(layer)
+    return with_initial_factors(model, factors, "corda")
 
 
-def _covariances(rows: Rows, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Name -> (damped covariance, its inverse): the mean over batches of X'X, X over its maximum.
+def _covariances(inputs: Inputs, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Name -> (damped covariance, its inverse): the mean of X'X over batches.
 
-    The maximum, not the largest magnitude: what PEFT and CorDA's own code divide by.
+    Each X is divided by its maximum, and not by its largest magnitude, as in PEFT and in CorDA's
+    published code.
     """
     sums: dict[str, Tensor] = {}
     n = 0
-    for batch in rows:
+    for batch in inputs:
         n += 1
         for name in names:
             x = batch[name] / batch[name].max().abs()
             sums[name] = sums[name] + x.mT @ x if name in sums else x.mT @ x
     broken = [name for name, total in sums.items() if not total.isfinite().all()]
-    cure = "Their inputs are not finite, or nowhere positive: look for NaN in the base."
-    raise_problems(ValueError, "fastlora.initialize: no covariance of the inputs of", broken, cure)
+    cure = "These inputs are not finite, or have no positive value: look for NaN in the base."
+    heading = "fastlora.initialize cannot compute the covariance of the inputs of:"
+    raise_problems(ValueError, heading, broken, cure)
     return {name: _damped(total / n) for name, total in sums.items()}
 
 
 def _damped(covariance: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
-    """(C + damp * mean(diag C) * I, its inverse), damp doubled from 0.01 until the inverse is one:
-    |C C^-1 - I| < 0.05 in the Frobenius norm."""
+    """(C + damp * mean(diag C) * I, its inverse).
+
+    damp starts at 0.01 and doubles until |C C^-1 - I| < 0.05 in the Frobenius norm.
+    """
     unit = torch.eye(covariance.shape[0], dtype=covariance.dtype, device=covariance.device)
     level, damp = covariance.diagonal().mean(), 0.01
     while True:
@@ -72,9 +72,15 @@ def _damped(covariance: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Flo
         damp *= 2
 
 
-def _corda_pair(
-    weight: Tensor, covariance: Tensor, inverse: Tensor, t: Target, c: InitSettings
+def _corda_factors(
+    weight: Float[Tensor, "d_out d_in"],
+    covariance: Float[Tensor, "d_in d_in"],
+    inverse: Float[Tensor, "d_in d_in"],
+    t: Target,
+    settings: InitSettings,
 ) -> LoRA:
+    """A0 and B0 with scaling * B0 A0 = U S V' C^-1, of r directions of W C = U S V'."""
     u, s, vh = torch.linalg.svd(weight.to(covariance.dtype) @ covariance, full_matrices=False)
-    kept = slice(None, t.r) if c.corda_method == "ipm" else slice(s.shape[0] - t.r, None)
-    return balanced(u[:, kept], s[kept], vh[kept] @ inverse, t.scaling)
+    largest, smallest = slice(None, t.r), slice(s.shape[0] - t.r, None)
+    kept = largest if settings.corda_method == "ipm" else smallest
+    return factors_from_svd(u[:, kept], s[kept], vh[kept] @ inverse, t.scaling)

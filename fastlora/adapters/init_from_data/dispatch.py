@@ -1,27 +1,31 @@
-"""initialize(): first weights of an adapter from what data says about the base.
+"""initialize(): sets a fresh adapter's A and B from what data says about the base."""
 
-Layer by layer, by pure functions of layer.py's pieces: what enters each projection, and for
-"lora_ga" the gradient of the loss by its weight. One layer's statistics are on the device at a
-time; the batches' hidden states wait on the host in between.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
 
+from fastlora.adapters.init.methods import reads_weights
 from fastlora.adapters.init_from_data.corda import corda
 from fastlora.adapters.init_from_data.eva import eva
 from fastlora.adapters.init_from_data.lora_ga import lora_ga
 from fastlora.adapters.init_from_data.settings import (
+    SETTINGS_OF_METHOD,
     InitSettings,
-    choice_problems,
-    fresh_adapter_problems,
+    init_model_problems,
 )
+from fastlora.arguments import Rule, argument_problems, method_problems, settings_from
 from fastlora.errors import raise_problems
-from fastlora.models.input_checks import batches_problems
+from fastlora.models.input_checks import MODEL, batches_problems
 from fastlora.models.self_contained import parked_originals, unpark_originals
 from fastlora.models.state import Batch, StateT
+
+_METHODS = {"eva": eva, "corda": corda, "lora_ga": lora_ga}
+
+_BATCHES = Rule(
+    lambda x: isinstance(x, Iterable) and not isinstance(x, str | bytes | Mapping | torch.Tensor),
+    "a list of batches, each a dict with input_ids (put a single batch into a list)",
+)
 
 
 def initialize(
@@ -40,69 +44,73 @@ def initialize(
     stable_gamma: float = 16,
     random_state: int = 3407,
 ) -> StateT:
-    """The model with its fresh adapter's A and B taken from data; the given one is unchanged.
+    """Set A and B of a model's fresh adapter from data. The given model is unchanged.
 
-    It still equals its base, whose tensors stay as they are: "eva" leaves B zero; for "corda" and
-    "lora_ga" what PEFT would subtract from the base is kept beside it (llama/start.py), and the
-    model is saved as an adapter of twice the rank. Only the base is run, without dropout.
+        base    {"layers": ({"q_proj": {"weight": W}, ...}, ...)}
+        adapter {"layers": ({"q_proj": (A, 0)}, ...)}
+    ->  "eva":                adapter {"layers": ({"q_proj": (A1, 0)}, ...)}, base unchanged
+        "corda", "lora_ga":   adapter {"layers": ({"q_proj": (A0, B0)}, ...)},
+                              base {"layers": ({"q_proj": {"weight": W, "offset": (A0, B0)}}, ...)}
+
+    The new model still equals its base: "eva" leaves B zero, and for the other two PEFT subtracts
+    B0 A0 from the base, while here they are kept beside it (models/init_offset.py) and the model is
+    saved as an adapter of twice the rank. Only the base is run, without dropout.
 
     Args:
-        model: with a fresh adapter, as `fastlora.lora` gives it: B is zero.
-        batches: dicts as `model.loss` takes them; labels may be absent, save for "lora_ga". Read
-            once, and kept on the host with one hidden state a token ("lora_ga": one a layer).
-        method: "eva": A is the main directions of each projection's inputs, and ranks move to where
-            these explain most of their variance (Paischer et al. 2024, arXiv:2410.07170); a
-            projection left with rank 0 loses its adapter.
-            "corda": A and B are the main directions of W C, C the covariance of the inputs (Yang et
-            al. 2024, arXiv:2406.05223).
-            "lora_ga": A and B are directions of the loss's gradient by W, the mean over the batches
-            (Wang et al. 2024, arXiv:2407.05000).
-        rho: eva: the largest rank is round(rho * r); 1 moves none.
-        tau: eva: a component has settled where its cosine with that of the batch before is at
-            least this. Once all of an input have, later batches do not change them.
-        use_label_mask: eva: tokens whose label is -100 do not count, where there are labels.
-        whiten: eva: divide directions by the root of their singular value.
-        adjust_scaling_factors: eva: alpha grows with the rank, so the scaling stays.
-        corda_method: "ipm": the largest directions, to learn; "kpm": the smallest, to keep.
+        model: with a fresh adapter, as `fastlora.lora` returns it: B is zero.
+        batches: dicts as `model.loss` takes them; labels are required for "lora_ga" only. Read
+            once, and kept on the host with one hidden state per token ("lora_ga": one per layer).
+        method: "eva": A is the principal components of each projection's inputs, and ranks move to
+            the projections where these explain most variance (Paischer et al. 2024,
+            arXiv:2410.07170). A projection that gets rank 0 loses its adapter.
+            "corda": A and B are the main directions of W C, with C the covariance of the inputs
+            (Yang et al. 2024, arXiv:2406.05223).
+            "lora_ga": A and B are directions of the gradient of the loss with respect to W, a mean
+            over the batches (Wang et al. 2024, arXiv:2407.05000).
+        rho: eva: the largest rank is round(rho * r); 1 keeps every rank.
+        tau: eva: a component has converged if its cosine with the one before the last batch is at
+            least this. When all components of an input have converged, later batches do not change
+            them.
+        use_label_mask: eva: tokens whose label is -100 do not count, in batches with labels.
+        whiten: eva: divide directions by the square root of their singular value.
+        adjust_scaling_factors: eva: change alpha in proportion to the rank, so that the scaling
+            stays.
+        corda_method: "ipm": the largest directions, to learn new knowledge; "kpm": the smallest, to
+            keep what the model knows.
         direction: lora_ga: which of the first 2r directions go to A and to B: "ArB2r": A the first
             r, B the others; "A2rBr": the reverse; "ArBr": alternating; "random".
-        scale: lora_ga: "stable": B grows with d_out**(1/4) / stable_gamma**(1/2); "weight_svd": B's
-            largest value is W's; "gd_scale": both are divided by the scaling; "unit".
+        scale: lora_ga: "stable": B is multiplied by d_out**(1/4) / stable_gamma**(1/2);
+            "weight_svd": B's largest singular value is W's; "gd_scale": both are divided by the
+            scaling; "unit": neither is changed.
         stable_gamma: lora_ga: see `scale`.
-        random_state: lora_ga: of a private generator that draws on the CPU.
+        random_state: lora_ga: seeds a private generator, which draws on the CPU.
 
     Raises:
-        ValueError: listing everything that cannot be: an unknown method, an argument of another
-            method, a batch that does not fit, an adapter that is not fresh, a rank without enough
-            directions; or if the data has fewer counted tokens a batch than "eva" has components.
+        ValueError: listing every problem: an unknown method, a setting of another method, a batch
+            that does not fit, an adapter that is not fresh, a rank that exceeds the number of
+            directions; or if no batch has as many counted tokens as "eva" needs components.
 
-    Padding never counts. Statistics are in float32, float64 of a float64 base; sources of the rules
-    where papers leave a choice: peft 0.21.2 (tuners/lora/eva.py, corda.py, layer.py:619), with
-    exact decompositions in place of randomised ones, but for "lora_ga".
+    Padding never counts. Statistics are in float32, or in float64 for a float64 base. Where a paper
+    leaves a choice, the rule is that of peft 0.21.2 (tuners/lora/eva.py, corda.py, layer.py:619).
+    Decompositions are exact, where PEFT's are randomised, except for "lora_ga".
     """
-    choices = InitSettings(
-        rho=rho,
-        tau=tau,
-        use_label_mask=use_label_mask,
-        whiten=whiten,
-        adjust_scaling_factors=adjust_scaling_factors,
-        corda_method=corda_method,
-        direction=direction,
-        scale=scale,
-        stable_gamma=stable_gamma,
-        random_state=random_state,
-    )
+    settings = settings_from(InitSettings, locals())
     heading = "fastlora.initialize cannot do this:"
-    raise_problems(ValueError, heading, choice_problems(method, choices))
-    raise_problems(ValueError, heading, fresh_adapter_problems(model, method, choices))
-    found = list(batches)
+    problems = argument_problems({"model": (model, MODEL), "batches": (batches, _BATCHES)})
+    problems += method_problems(method, settings, SETTINGS_OF_METHOD)
+    if isinstance(method, str) and reads_weights(method):
+        problems.append(
+            f"{method!r} needs no data; use fastlora.lora(model, init_lora_weights={method!r})"
+        )
+    raise_problems(ValueError, heading, problems)
+    raise_problems(ValueError, heading, init_model_problems(model, method, settings))
+    batch_list = list(batches)
     needed = ("input_ids", "labels") if method == "lora_ga" else ("input_ids",)
-    raise_problems(ValueError, heading, batches_problems(model.spec, found, needed))
+    raise_problems(ValueError, heading, batches_problems(model.spec, batch_list, needed))
+
     device = model.base["norm"].device
-    found = [{name: x.to(device) for name, x in batch.items()} for batch in found]
-    whole = replace(model, base=unpark_originals(model.base))
+    batch_list = [{name: x.to(device) for name, x in batch.items()} for batch in batch_list]
+    unparked = replace(model, base=unpark_originals(model.base))
     with torch.no_grad():
-        make = {"eva": eva, "corda": corda, "lora_ga": lora_ga}[method]
-        made = make(whole, found, choices)
-    base = {**made.base, **parked_originals(model.base)}
-    return replace(made, base=base)
+        initialized = _METHODS[method](unparked, batch_list, settings)
+    return replace(initialized, base={**initialized.base, **parked_originals(model.base)})

@@ -1,4 +1,7 @@
-"""layer_inputs."""
+"""Runs the base layer by layer over batches, and yields what enters each projection.
+
+The device holds one layer's statistics at a time; the batches' hidden states wait on the host.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -18,11 +21,13 @@ from fastlora.ops.attention.attention import attention
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 from fastlora.ops.rms_norm import rms_norm
 
-# Projections that read the same input, by the first of them.
+# Projection -> an earlier one that multiplies the same input.
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
+# For each batch: projection -> its inputs at the counted tokens, in at least float32.
+Inputs = Iterator[dict[str, Float[Tensor, "n _"]]]
 
-# ── what enters each projection ───────────────────────────────────────────────────────────
+
 def layer_inputs(
     x: Float[Tensor, "b t d"],
     params: LayerParams,
@@ -31,9 +36,9 @@ def layer_inputs(
     mask: Bool[Tensor, "#b 1 t t"] | None,
     spec: LayerSpec,
 ) -> tuple[dict[str, Float[Tensor, "b t _"]], Float[Tensor, "b t d"]]:
-    """(what q_proj, o_proj, gate_proj and down_proj multiply, the layer's output), base alone.
+    """(the inputs of q_proj, o_proj, gate_proj and down_proj, the layer's output), of the base.
 
-    k_proj and v_proj read what q_proj reads, up_proj what gate_proj does.
+    k_proj and v_proj have q_proj's input, up_proj has gate_proj's.
     """
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     q, k, v = queries_keys_values(x, params, {}, cos, sin, spec, None)
@@ -47,66 +52,77 @@ def layer_inputs(
     return inputs | {"gate_proj": middle, "down_proj": gated}, out
 
 
-class _Pass(NamedTuple):
-    """One batch on its way through the layers."""
+class BatchState(NamedTuple):
+    """One batch between two layers."""
 
-    x: Float[Tensor, "b t d"]  # what enters the next layer; on the host
+    x: Float[Tensor, "b t d"]  # hidden states that enter the next layer; on the host
     batch: Batch
-    counted: Bool[Tensor, "b t"]
+    counted: Bool[Tensor, "b t"]  # the tokens that statistics count
 
 
-def start_passes(model: ModelState, batches: Sequence[Batch], use_label_mask: bool) -> list[_Pass]:
-    return [_pass(model.base, model.spec, batch, use_label_mask) for batch in batches]
+def embed_batches(
+    model: ModelState, batches: Sequence[Batch], *, use_label_mask: bool
+) -> list[BatchState]:
+    """The batches before the first layer. Padding does not count.
+
+    Args:
+        model: its base's embedding is used.
+        batches: on the base's device.
+        use_label_mask: tokens with label -100 do not count either, in batches with labels.
+    """
+    return [_embed(model.base, batch, use_label_mask) for batch in batches]
 
 
-def _pass(base: Base, spec: Spec, batch: Batch, use_label_mask: bool) -> _Pass:
+def _embed(base: Base, batch: Batch, use_label_mask: bool) -> BatchState:
     x = F.embedding(batch["input_ids"], base["embed_tokens"])
     counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if use_label_mask and "labels" in batch:
         counted = counted & (batch["labels"] != IGNORE)
-    return _Pass(x.cpu(), batch, counted)
+    return BatchState(x.cpu(), batch, counted)
+
+
+def inputs_by_layer(model: ModelState, states: list[BatchState]) -> Iterator[tuple[int, Inputs]]:
+    """Yield (layer, its projections' inputs for each batch), from the first layer to the last.
+
+    The entries of `states` are replaced while a layer runs. Read the inputs of a layer before
+    asking for the next layer; batches that were not read are then run for their hidden states.
+    """
+    for i, params in enumerate(model.base["layers"]):
+        inputs = _run_layer(model, states, i, params)
+        yield i, inputs
+        run_to_end(inputs)
+
+
+def run_to_end(inputs: Inputs) -> None:
+    """Run a layer over the batches that are left, and drop their inputs."""
+    for _ in inputs:
+        pass
+
+
+def _run_layer(model: ModelState, states: list[BatchState], i: int, params: LayerParams) -> Inputs:
+    spec, mask_type = layer_spec(model.spec, i), model.spec.config.layer_types[i]
+    for n, (x, batch, counted) in enumerate(states):
+        x = x.to(params["input_layernorm"].device)
+        positions = batch_positions(model.spec, batch, x.dtype)
+        mask = positions.masks[mask_type]
+        inputs, out = layer_inputs(x, params, positions.cos, positions.sin, mask, spec)
+        states[n] = BatchState(out.cpu(), batch, counted)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        yield {name: y[counted].to(dtype) for name, y in inputs.items()}
 
 
 def batch_positions(spec: Spec, batch: Batch, dtype: torch.dtype) -> Positions:
-    """Made again for every layer: masks [b, 1, t, t] of all batches would not be little."""
+    """Position tables and masks of a batch.
+
+    Rebuilt for each layer: keeping the [b, 1, t, t] masks of all batches would use too much memory.
+    """
     optional = [batch.get(n) for n in ("attention_mask", "position_ids", "segment_ids")]
     return position_tables(spec.config, batch["input_ids"], dtype, *optional)
 
 
-Rows = Iterator[dict[str, Float[Tensor, "n _"]]]
-
-
-def layer_rows(model: ModelState, passes: list[_Pass]) -> Iterator[tuple[int, Rows]]:
-    """(layer, for each batch: projection -> its counted inputs), the first layer first.
-
-    Rows of one layer are read to the end before the next layer is asked for; what is left of them
-    is run then, for the hidden states that follow.
-    """
-    for i, params in enumerate(model.base["layers"]):
-        rows = _rows(model, passes, i, params)
-        yield i, rows
-        exhaust(rows)
-
-
-def exhaust(rows: Rows) -> None:
-    for _ in rows:
-        pass
-
-
-def _rows(model: ModelState, passes: list[_Pass], i: int, params: LayerParams) -> Rows:
-    spec, kind = layer_spec(model.spec, i), model.spec.config.layer_types[i]
-    for n, (x, batch, counted) in enumerate(passes):
-        x = x.to(params["input_layernorm"].device)
-        at = batch_positions(model.spec, batch, x.dtype)
-        inputs, out = layer_inputs(x, params, at.cos, at.sin, at.masks[kind], spec)
-        passes[n] = _Pass(out.cpu(), batch, counted)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        yield {name: y[counted].to(wide) for name, y in inputs.items()}
-
-
-def targets_by_source(targets: Sequence[Target]) -> dict[str, list[Target]]:
-    """Projection whose input is read -> the targets that read it."""
-    found: dict[str, list[Target]] = {}
+def targets_by_input(targets: Sequence[Target]) -> dict[str, list[Target]]:
+    """The projection that stands for an input (SHARED_INPUT) -> the targets with that input."""
+    groups: dict[str, list[Target]] = {}
     for t in targets:
-        found.setdefault(SHARED_INPUT.get(t.name, t.name), []).append(t)
-    return found
+        groups.setdefault(SHARED_INPUT.get(t.name, t.name), []).append(t)
+    return groups

@@ -1,4 +1,5 @@
-"""lora_ga."""
+"""LoRA-GA: A and B from the singular directions of the loss's gradient with respect to W
+(Wang et al. 2024, arXiv:2407.05000; peft 0.21.2, tuners/lora/layer.py:619)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -9,14 +10,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.adapters.init.from_weights import randomised_svd
+from fastlora.adapters.init.decompositions import randomised_svd
 from fastlora.adapters.init_from_data.layer_inputs import (
     batch_positions,
-    exhaust,
-    layer_rows,
-    start_passes,
+    embed_batches,
+    inputs_by_layer,
+    run_to_end,
 )
-from fastlora.adapters.init_from_data.settings import InitSettings, has_started, lora_config
+from fastlora.adapters.init_from_data.settings import InitSettings, with_initial_factors
 from fastlora.functional import trained_labels
 from fastlora.models.attention import attention_block
 from fastlora.models.decoder import Positions
@@ -25,106 +26,117 @@ from fastlora.models.mlp import mlp_block
 from fastlora.models.params import Base, LoRA
 from fastlora.models.projections import layer_spec
 from fastlora.models.spec import Spec, Target
-from fastlora.models.state import Batch, ModelState, StateT
+from fastlora.models.state import Batch, ModelState, StateT, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import IGNORE, linear_logprobs
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.gradients import value_and_grad
 
 
-# ── lora_ga ───────────────────────────────────────────────────────────────────────────────
-def lora_ga(model: StateT, batches: Sequence[Batch], choices: InitSettings) -> StateT:
-    lora, generator = lora_config(model), torch.Generator().manual_seed(choices.random_state)
-    pair = partial(_lora_ga_pair, choices=choices, generator=generator)
-    found: list[dict[str, LoRA]] = []
-    for i, gradients in _gradients(model, batches):
+def lora_ga(model: StateT, batches: Sequence[Batch], settings: InitSettings) -> StateT:
+    """The model with A and B set by LoRA-GA; the base has the initial offset."""
+    lora, _ = require_adapter(model)
+    generator = torch.Generator().manual_seed(settings.random_state)
+    factors: list[dict[str, LoRA]] = []
+    for i, gradients in weight_gradients(model, batches):
         params = model.base["layers"][i]
-        found.append({t.name: pair(gradients[t.name], params[t.name], t) for t in lora.targets[i]})
-    return has_started(model, found[::-1], "lora_ga")
+        factors.append(
+            {
+                t.name: _lora_ga_factors(gradients[t.name], params[t.name], t, settings, generator)
+                for t in lora.targets[i]
+            }
+        )
+    return with_initial_factors(model, factors[::-1], "lora_ga")
 
 
-def _gradients(
+def weight_gradients(
     model: ModelState, batches: Sequence[Batch]
 ) -> Iterator[tuple[int, dict[str, Float[Tensor, "d_out d_in"]]]]:
-    """(layer, gradient of the loss by the weight of each target), the last layer first."""
+    """Yield (layer, target -> gradient of the mean loss by its weight), from the last layer back.
+
+    Gradients are means over the batches, in at least float32. The host holds each layer's inputs
+    and the gradients with respect to them; the device holds one batch of one layer.
+    """
     base, spec = model.base, model.spec
-    passes = start_passes(model, batches, use_label_mask=False)
-    entered = [[x for x, _, _ in passes]]  # by layer, by batch
-    for _, rows in layer_rows(model, passes):
-        exhaust(rows)
-        entered.append([x for x, _, _ in passes])
+    lora, _ = require_adapter(model)
+    states = embed_batches(model, batches, use_label_mask=False)
+    entering = [[state.x for state in states]]  # by layer, by batch
+    for _, inputs in inputs_by_layer(model, states):
+        run_to_end(inputs)
+        entering.append([state.x for state in states])
     device = base["norm"].device
-    arrived = zip(entered.pop(), batches, strict=True)
-    flowing = [_head_gradient(x.to(device), base, spec, batch).cpu() for x, batch in arrived]
-    for i in reversed(range(len(entered))):
-        names = [t.name for t in lora_config(model).targets[i]]
+    outputs = zip(entering.pop(), batches, strict=True)
+    dys = [_head_gradient(x.to(device), base, spec, batch).cpu() for x, batch in outputs]
+    for i in reversed(range(len(entering))):
+        names = [t.name for t in lora.targets[i]]
         total: dict[str, Tensor] = {}
-        for n, x in enumerate(entered.pop()):
+        for n, x in enumerate(entering.pop()):
             weights = {name: dense(base["layers"][i][name]["weight"], x.dtype) for name in names}
-            at = batch_positions(spec, batches[n], x.dtype)
-            run = partial(_layer_product, base=base, spec=spec, i=i, at=at)
+            positions = batch_positions(spec, batches[n], x.dtype)
+            run = partial(_output_times_dy, base=base, spec=spec, i=i, positions=positions)
             leaves = {"x": x.to(device), "weights": weights}
-            _, grads = value_and_grad(run)(leaves, dy=flowing[n].to(device))
-            flowing[n] = grads["x"].cpu()
+            _, grads = value_and_grad(run)(leaves, dy=dys[n].to(device))
+            dys[n] = grads["x"].cpu()
             for name, g in grads["weights"].items():
-                wide = g.to(torch.promote_types(g.dtype, torch.float32)) / len(batches)
-                total[name] = total[name] + wide if name in total else wide
+                mean = g.to(torch.promote_types(g.dtype, torch.float32)) / len(batches)
+                total[name] = total[name] + mean if name in total else mean
         yield i, total
 
 
 def _head_gradient(x: Tensor, base: Base, spec: Spec, batch: Batch) -> Float[Tensor, "b t d"]:
-    """Of the mean loss, by what enters the final norm."""
-    following = F.pad(trained_labels(batch)[:, 1:], (0, 1), value=IGNORE)
+    """Gradient of the mean loss with respect to the input of the final norm."""
+    next_labels = F.pad(trained_labels(batch)[:, 1:], (0, 1), value=IGNORE)
 
     def loss(x: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
         normed = rms_norm(x, base["norm"], spec.config.rms_norm_eps)
         logp = linear_logprobs(
-            normed.flatten(0, 1), head(None, base, spec)["weight"], following.flatten()
+            normed.flatten(0, 1), head(None, base, spec)["weight"], next_labels.flatten()
         )
-        return -logp.sum() / (following != IGNORE).sum().clamp(min=1)
+        return -logp.sum() / (next_labels != IGNORE).sum().clamp(min=1)
 
     return value_and_grad(loss)(x)[1]
 
 
-def _layer_product(
-    leaves: dict[str, Any], *, dy: Tensor, base: Base, spec: Spec, i: int, at: Positions
+def _output_times_dy(
+    leaves: dict[str, Any], *, dy: Tensor, base: Base, spec: Spec, i: int, positions: Positions
 ) -> Float[Tensor, ""]:
-    """<layer(x), dy>, whose gradients are those of the loss."""
+    """<layer(x), dy>: its gradients are those of the loss, because dy is the loss's by layer(x)."""
     params = dict(base["layers"][i])
     params |= {n: {**params[n], "weight": w} for n, w in leaves["weights"].items()}
-    static, mask = layer_spec(spec, i), at.masks[spec.config.layer_types[i]]
+    static, mask = layer_spec(spec, i), positions.masks[spec.config.layer_types[i]]
     x = leaves["x"]
-    x = x + attention_block(x, params, {}, at.cos, at.sin, mask, static, None)
+    x = x + attention_block(x, params, {}, positions.cos, positions.sin, mask, static, None)
     y = mlp_block(x, params, {}, static, None)
-    wide = torch.promote_types(y.dtype, torch.float32)
-    return (y.to(wide) * dy.to(wide)).sum()
+    dtype = torch.promote_types(y.dtype, torch.float32)
+    return (y.to(dtype) * dy.to(dtype)).sum()
 
 
-def _lora_ga_pair(
+def _lora_ga_factors(
     gradient: Float[Tensor, "d_out d_in"],
     linear: Mapping[str, Any],
     t: Target,
-    choices: InitSettings,
+    settings: InitSettings,
     generator: torch.Generator,
 ) -> LoRA:
+    """A0 and B0 of one projection: right and left singular directions of its gradient."""
     rank = min(4 * t.r, *gradient.shape)
     u, s, vh = randomised_svd(gradient, rank, 4, generator)
-    for_a, for_b = _split(t.r, choices.direction, generator)
+    for_a, for_b = _directions(t.r, settings.direction, generator)
     a, b, largest = vh[for_a], u[:, for_b] * s[for_b], s[for_b][0]
-    if choices.scale == "stable":
-        b = b * (b.shape[0] ** 0.25 / choices.stable_gamma**0.5)
-    elif choices.scale == "weight_svd" and largest > 0:
+    if settings.scale == "stable":
+        b = b * (b.shape[0] ** 0.25 / settings.stable_gamma**0.5)
+    elif settings.scale == "weight_svd" and largest > 0:
         weight = dense(linear["weight"], gradient.dtype).to(gradient.dtype)
         b = b * (torch.linalg.matrix_norm(weight, 2) / largest)
-    elif choices.scale == "gd_scale":
+    elif settings.scale == "gd_scale":
         a, b = a / t.scaling, b / t.scaling
     return LoRA(a, b)
 
 
-def _split(
+def _directions(
     r: int, direction: str, generator: torch.Generator
 ) -> tuple[Int[Tensor, "r"], Int[Tensor, "r"]]:
-    """Which of the first 2r directions A gets, and which B."""
+    """(indices of the directions for A, for B), among the first 2r."""
     order = torch.arange(2 * r)
     if direction == "ArB2r":
         return order[:r], order[r:]

@@ -1,117 +1,92 @@
-"""settings."""
+"""The arguments of initialize(), and the models that it accepts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
-from fastlora.adapters.init.from_weights import OF_DATA, factor_problems, start_from_factors
+from fastlora.adapters.init.from_weights import set_initial_factors
+from fastlora.adapters.init.methods import factor_problems
+from fastlora.arguments import FLAG, RANDOM_SEED, number, one_of, setting
 from fastlora.models.names import projection_path, projection_shape
 from fastlora.models.params import BiasedLoRA, LoRA
 from fastlora.models.spec import LoraConfig, Target
-from fastlora.models.state import ModelState, StateT
+from fastlora.models.state import ModelState, StateT, require_adapter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InitSettings:
-    """The arguments of `initialize` beyond model, batches and method, with PEFT's defaults."""
+    """The arguments of `initialize` that belong to methods, with PEFT's defaults."""
 
-    rho: float = 2.0
-    tau: float = 0.99
-    use_label_mask: bool = True
-    whiten: bool = False
-    adjust_scaling_factors: bool = True
-    corda_method: str = "ipm"
-    direction: str = "ArB2r"
-    scale: str = "stable"
-    stable_gamma: float = 16
-    random_state: int = 3407
-
-
-def lora_config(model: ModelState) -> LoraConfig:
-    assert model.spec.lora is not None, model.spec
-    return model.spec.lora
+    rho: float = setting(number(low=1), 2.0)
+    tau: float = setting(number(low=0, high=1), 0.99)
+    use_label_mask: bool = setting(FLAG, True)
+    whiten: bool = setting(FLAG, False)
+    adjust_scaling_factors: bool = setting(FLAG, True)
+    corda_method: str = setting(one_of("ipm", "kpm"), "ipm")
+    direction: str = setting(one_of("ArBr", "A2rBr", "ArB2r", "random"), "ArB2r")
+    scale: str = setting(one_of("stable", "weight_svd", "gd_scale", "unit"), "stable")
+    stable_gamma: float = setting(number(above=0), 16)
+    random_state: int = setting(RANDOM_SEED, 3407)
 
 
-def max_components(target: Target, choices: InitSettings) -> int:
-    return round(target.r * choices.rho)
-
-
-def has_started(model: StateT, found: Sequence[Mapping[str, LoRA]], init: str) -> StateT:
-    assert model.adapter is not None
-    base, adapter = start_from_factors(model.base, model.adapter, found)
-    spec = replace(model.spec, lora=replace(lora_config(model), init_lora_weights=init))
-    return replace(model, spec=spec, base=base, adapter=adapter)
-
-
-# ── what cannot be ────────────────────────────────────────────────────────────────────────
-_TAKES = {
+# Method -> the settings that it uses.
+SETTINGS_OF_METHOD = {
     "eva": ("rho", "tau", "use_label_mask", "whiten", "adjust_scaling_factors"),
     "corda": ("corda_method",),
     "lora_ga": ("direction", "scale", "stable_gamma", "random_state"),
 }
 
-_number = lambda x: type(x) in (int, float)
+
+def max_components(target: Target, settings: InitSettings) -> int:
+    """The largest rank that EVA may give a projection."""
+    return round(target.r * settings.rho)
 
 
-# Argument -> whether a value can be, and what was expected.
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "rho": (lambda x: _number(x) and 1 <= x < float("inf"), "a number of at least 1"),
-    "tau": (lambda x: _number(x) and 0 <= x <= 1, "a number in [0, 1]"),
-    "use_label_mask": (lambda x: type(x) is bool, "True or False"),
-    "whiten": (lambda x: type(x) is bool, "True or False"),
-    "adjust_scaling_factors": (lambda x: type(x) is bool, "True or False"),
-    "corda_method": (lambda x: x in ("ipm", "kpm"), "'ipm' or 'kpm'"),
-    "direction": (
-        lambda x: x in ("ArBr", "A2rBr", "ArB2r", "random"),
-        "'ArBr', 'A2rBr', 'ArB2r' or 'random'",
-    ),
-    "scale": (
-        lambda x: x in ("stable", "weight_svd", "gd_scale", "unit"),
-        "'stable', 'weight_svd', 'gd_scale' or 'unit'",
-    ),
-    "stable_gamma": (lambda x: _number(x) and 0 < x < float("inf"), "a number above 0"),
-    # What torch.Generator takes.
-    "random_state": (lambda x: type(x) is int and 0 <= x < 2**64, "an integer in [0, 2**64)"),
-}
+def with_initial_factors(model: StateT, factors: Sequence[Mapping[str, LoRA]], init: str) -> StateT:
+    """The model whose adapter starts at these A0 and B0, subtracted by an initial offset.
+
+    Args:
+        model: with an adapter on the same projections.
+        factors: one dict per layer, projection name -> (A0, B0); see `set_initial_factors`.
+        init: recorded as `init_lora_weights`.
+    """
+    lora, adapter = require_adapter(model)
+    base, adapter = set_initial_factors(model.base, adapter, factors)
+    spec = replace(model.spec, lora=replace(lora, init_lora_weights=init))
+    return replace(model, spec=spec, base=base, adapter=adapter)
 
 
-def choice_problems(method: str, choices: InitSettings) -> list[str]:
-    if method not in OF_DATA:
-        cure = f"method={method!r}: expected one of {list(OF_DATA)}"
-        return [f"{cure}; what needs no data is fastlora.lora's init_lora_weights."]
-    default, problems = InitSettings(), []
-    for name, (can_be, expected) in _RULES.items():
-        value = getattr(choices, name)
-        if name in _TAKES[method]:
-            problems += [] if can_be(value) else [f"{name}={value!r}: expected {expected}."]
-        elif value != getattr(default, name):
-            problems.append(f"{name}={value!r} means nothing to {method!r}; leave it out.")
-    return problems
-
-
-def fresh_adapter_problems(model: ModelState, method: str, choices: InitSettings) -> list[str]:
+def init_model_problems(model: ModelState, method: str, settings: InitSettings) -> list[str]:
+    """Why a model's adapter cannot be initialised with a method."""
     lora, adapter = model.spec.lora, model.adapter
     if lora is None or adapter is None:
-        return ["the model has no adapter to initialise; call fastlora.lora(model) first."]
+        return ["model has no adapter to initialise; call fastlora.lora(model) first"]
     if any(model.spec.config.sparse_layers):
-        return ["the model is a mixture of experts; its experts' inputs are not gathered yet."]
+        return ["model is a mixture of experts; initialize does not read experts' inputs"]
     if lora.qat_scheme is not None:
-        return [f"qat_scheme={lora.qat_scheme!r} excludes an initialisation from data."]
+        return [
+            f"model has qat_scheme={lora.qat_scheme!r}, which excludes initialisation from data"
+        ]
     records = [record for layer in adapter["layers"] for record in layer.values()]
     if not records:
-        return ["the adapter is on no projection, whose inputs would say how to begin."]
+        return ["model's adapter is on no projection, and only projections are initialised"]
     if any(isinstance(record, BiasedLoRA) for record in records):
-        return ["lora_bias=True cannot be combined with an initialisation from data."]
+        return ["model has lora_bias=True, which excludes initialisation from data"]
     if any(bool(record.b.any()) for record in records):
-        fresh = "fastlora.lora(model) with init_lora_weights True or 'gaussian' gives a fresh one"
-        return [f"the adapter is not fresh, its B is not zero: {fresh}."]
+        return [
+            "model's adapter is not fresh: its B is not zero; attach a fresh one with"
+            " fastlora.lora(model), init_lora_weights True or 'gaussian'"
+        ]
     if method != "eva":
         return factor_problems(lora, model.spec.config, method)
+    return _component_problems(lora, model, settings)
+
+
+def _component_problems(lora: LoraConfig, model: ModelState, settings: InitSettings) -> list[str]:
     return [
-        f"{projection_path(i, t.name)}: {n} components, round(rho * r), of inputs of size {size};"
-        " lower rho or r."
+        f"{projection_path(i, t.name)}: round(rho * r) is {n} components, but its inputs have size"
+        f" {size}; lower rho or r"
         for i, targets in enumerate(lora.targets)
         for t in targets
-        if (n := max_components(t, choices))
+        if (n := max_components(t, settings))
         > (size := projection_shape(model.spec.config, t.name)[1])
     ]

@@ -47,6 +47,8 @@ def base_tensors_out(spec: Spec, base: Base) -> dict[str, Tensor]:
     for key, module in MODULE_OF.items():
         name = f"{module}.weight"
         copied = name in extras.replaced or (extras.tied and EMBED_TOKENS in extras.replaced)
+        # A copy is written under its own key. A tied base (no "lm_head") writes both modules if its one
+        # matrix has changed.
         if copied or (name not in spec.changed and "lm_head" in base):
             continue
         with_lora = getattr(extras, key) is not None
@@ -74,6 +76,7 @@ def take_base_tensors(
         tied: whether the base's head is its embedding. Then only the embedding is returned.
     """
     of_adapter, of_base, problems = dict(tensors), {}, []
+    # With tied extras, a copy of one of the two matrices is the copy of both.
     both = {EMBED_TOKENS, LM_HEAD} if lora.extras.tied else set()
     copies = {*lora.extras.replaced}
     copies |= both if copies & both else set()
@@ -122,6 +125,7 @@ def vocabulary_size(tensors: Mapping[str, Tensor], config: LlamaConfig) -> tuple
     if len(set(rows.values())) > 1:
         problems.append(f"rows        differ: {rows}")
     v = max(rows.values(), default=config.vocab_size)
+    # Embedding and head of an untied base grow together, or new ids would have no logits.
     if v > config.vocab_size and not config.tie_word_embeddings:
         if len({k.removeprefix(PREFIX).startswith("lm_head") for k in rows}) < 2:
             problems.append(

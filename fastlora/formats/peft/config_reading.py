@@ -66,7 +66,7 @@ _NEUTRAL_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # These two compute the same B0 A0 every time, so loading can repeat it, as PEFT does.
 REPEATABLE_INITS = ("pissa", "olora")
 
-# Regex of an init that cannot be repeated -> what B0 A0 is, in the words of the error.
+# Regex of other inits -> words of the error for their B0 A0, which loading cannot compute again.
 _UNREPEATABLE_INITS = {
     r"pissa_niter_\d+": "a randomised decomposition of",
     "loftq": "the quantisation error of",
@@ -122,6 +122,7 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, file: str) -> 
         targets=(),
     )
     heading = f"{file} does not fit this model:"
+    # Not strict: PEFT accepts patterns that match nothing.
     lora = resolve_targets(settings, config, heading, error=CheckpointError, strict=False)
     init = lora.init_lora_weights
     problems = factor_problems(lora, config, init) if init in REPEATABLE_INITS else []
@@ -137,11 +138,13 @@ def _field_problems(raw: Mapping[str, Any]) -> list[str]:
             continue
         value = raw[name]
         items = _items(value)
+        # Items of items: trainable_token_indices may be a dict of lists.
         deep = [x for item in items if isinstance(item, list) for x in item]
         if type(value) not in field.types or any(type(x) not in field.item_types for x in items):
             problems.append(f"{name}={value!r:.200}: expected {_type_names(field)}.")
         elif any(type(x) is int and abs(x) >= 2**31 for x in (value, *items, *deep)):
             problems.append(f"{name}={value!r:.200}: expected less than 2**31.")
+        # Long patterns would make matching slow.
         elif (size := _text_size(value)) > _MAX_TEXT_CHARS:
             problems.append(f"{name}: {size:,} characters; expected at most {_MAX_TEXT_CHARS:,}.")
     return problems

@@ -111,6 +111,7 @@ def _target_names(config: LlamaConfig, lora: LoraConfig, *, parameters: bool) ->
         if (parameter is not None) != parameters:
             continue
         short = parameter or name
+        # A bare name in target_modules matches every layer that has the projection.
         everywhere = len(layers) == layers_with[name]
         names += [short] if everywhere else [_full_name(i, name, short) for i in layers]
     if parameters:

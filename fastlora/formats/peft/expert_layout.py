@@ -80,6 +80,7 @@ def fuse_adapter(
         return dict(tensors), []
     module = expert_spelling(config).module
     one_by_one = re.compile(rf"{re.escape(PREFIX)}model\.layers\.\d+\.{module}\.experts\.\d+\.")
+    # transformers 4 had a linear layer for every expert and matrix, and PEFT adapted each of them.
     legacy = {k for k in tensors if one_by_one.match(k)}
     fused = {k.replace(f".{module}.", ".mlp."): t for k, t in tensors.items() if k not in legacy}
     problems, used = [], set()
@@ -104,6 +105,7 @@ def _legacy_shapes(config: LlamaConfig, layer: int, target: Target) -> dict[str,
     """Key -> shape of every expert's A and B; A before B, gate before up, expert by expert."""
     module, matrix_names = expert_spelling(config)[:2]
     matrices = list(expert_matrices(config, target.name))
+    # The fused adapter of gate and up has the ranks of both.
     r = target.r // len(matrices)
     prefix = f"{PREFIX}model.layers.{layer}.{module}.experts"
     return {

@@ -128,6 +128,7 @@ def tied_copies(lora: LoraConfig) -> dict[str, Callable[[Mapping[str, Tensor]], 
         return {}
     if lora.extras.embed_tokens is None:
         return {f"{PREFIX}{LM_HEAD}": lambda tensors: tensors[f"{PREFIX}{EMBED_TOKENS}"]}
+    # The embedding's LoRA adapts the transposed matrix, so A and B swap.
     return {
         f"{head}lora_A.weight": lambda tensors: tensors[f"{embedding}lora_embedding_B"].t(),
         f"{head}lora_B.weight": lambda tensors: tensors[f"{embedding}lora_embedding_A"].t(),
@@ -148,6 +149,7 @@ def adapter_shapes(lora: LoraConfig, config: LlamaConfig) -> Adapter:
         return cast(Any, cls)(*(_shape(config, target, field) for field in cls._fields))
 
     extras, v, d = lora.extras, config.vocab_size, config.hidden_size
+    # base_tensors lists no head for a tied model, of which a copy may be trained nevertheless.
     shapes = base_tensors(config) | {EMBED_TOKENS: (v, d), LM_HEAD: (v, d)}
     rest: dict[str, Any] = {}
     for key in ("embed_tokens", "lm_head"):
@@ -205,6 +207,7 @@ def tensor_problems(
     ]
     broken = [k for k in numeric if not tensors[k].isfinite().all()]
     problems += [f"NaN or inf  {k}" for k in broken]
+    # Tensors of a wrong shape cannot be compared, so this check comes last.
     return problems or [
         f"untied      {k}: differs from the embedding's tensor, but the config ties the two"
         for k, repeated in copies.items()

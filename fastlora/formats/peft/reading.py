@@ -87,9 +87,11 @@ def load_adapter(
     )
     contents = _read_contents(folder, model.spec.config)
     config, lora = contents.config, contents.lora
+    # self_contained removes the initial offset of the adapter that is replaced.
     base, changed = _with_base_tensors(self_contained(model).base, contents)
     adapter = _adapter_tree(contents, base["norm"])
     matrices = tensors_from_base(config, base)
+    # The file's values are finite, but a float32 value can be too large for a float16 base.
     leaves = named_leaves(adapter) | {name: matrices[name] for name in changed}
     problems = [
         f"too large   {k} for {x.dtype}" for k, x in leaves.items() if not x.isfinite().all()
@@ -124,6 +126,7 @@ def _read_contents(folder: Path, base_config: LlamaConfig) -> _Contents:
     tensors, problems = _canonical_keys(read_safetensors(path))
     v, vocabulary_problems = vocabulary_size(tensors, base_config)
     config, tied = replace(base_config, vocab_size=v), base_config.tie_word_embeddings
+    # trainable_token_indices may name rows that only the file's vocabulary has.
     lora = config_from_peft(raw, config, str(folder / CONFIG_FILE))
     tensors, base_tensors, base_problems = take_base_tensors(
         tensors, lora, DTYPES.values(), tied=tied
@@ -135,6 +138,7 @@ def _read_contents(folder: Path, base_config: LlamaConfig) -> _Contents:
         )
     tensors, expert_problems = fuse_adapter(tensors, lora, config)
     problems += vocabulary_problems + base_problems
+    # Wrong tensors of single experts would be reported a second time, as missing fused ones.
     problems += expert_problems or tensor_problems(tensors, lora, config, DTYPES.values())
     cure = f"If the weights are right, check that {CONFIG_FILE} and the base model belong to them."
     raise_problems(CheckpointError, f"{path} does not fit:", problems, cure)
@@ -156,6 +160,7 @@ def _existing_file(folder: Path, name: str) -> Path:
             " convert it once where you trust it: peft_model.save_pretrained(folder) writes"
             f" {WEIGHTS_FILE}."
         )
+    # PEFT saves an adapter that is not named "default" in a sub-folder of that name.
     inside = sorted(p.parent.name for p in folder.glob(f"*/{name}"))
     cure = f"load one of its sub-folders: {inside}." if inside else "is it a PEFT adapter's?"
     raise FileNotFoundError(f"{folder} has no {name}; {cure}")

@@ -27,7 +27,7 @@ CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
 
 def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
-    """Write a PEFT folder: adapter_model.safetensors, README.md, adapter_config.json, in this order.
+    """Write a PEFT folder: the weights, README.md, then adapter_config.json.
 
     Tensors keep their dtypes. An initial offset is folded into the adapter, which doubles its rank.
     Embedding and head are written too if they differ from the checkpoint's (after `add_tokens`). A
@@ -43,6 +43,7 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
             file or the base model's folder.
         PermissionError: the folder cannot be written to.
     """
+    # Parked originals stay on the host: the file holds the trained copies, not the originals.
     model = self_contained(model, unpark=False)
     lora, adapter = require_adapter(model)
     if moves_base(lora.init_lora_weights):
@@ -52,6 +53,7 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
             " model that still has it."
         )
     tensors = peft_state_dict(adapter, lora)
+    # The same check as in load_adapter, so that every folder that is written can be read.
     problems = tensor_problems(tensors, lora, model.spec.config, DTYPES.values())
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
     path = writable_folder(folder, model.spec)
@@ -63,6 +65,7 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
         (path / CONFIG_FILE).unlink()
     if not (path / "README.md").exists():
         write_text(path / "README.md", _readme(model.spec, lora))
+    # The config comes last: PEFT and fastlora do not load a folder without it.
     write_json(path / CONFIG_FILE, config)
 
 

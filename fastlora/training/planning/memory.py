@@ -73,14 +73,13 @@ def peak_bytes(
 def _kept_bytes(model: ModelState, level: str, fused: bool) -> int:
     """Bytes that a dense layer keeps per token between forward and backward pass.
 
-    These are the elements that `kept_elements` counts, corrected for compiled code: Inductor
-    recomputes the rotated q and k at "none", and the SwiGLU kernel does not keep silu(gate) * up.
-    To these come x A' of every projection, and attention's log-sum-exp in float32.
+    These are the elements that `kept_elements` counts, without those that compiled code recomputes:
+    the rotated q and k, and with the SwiGLU kernel silu(gate) * up. x A' of every projection and
+    attention's log-sum-exp in float32 are added.
     """
     config = model.spec.config
-    elements = kept_elements(
-        config, level, without=("rotated_qk", "swiglu") if fused else ("rotated_qk",)
-    )
+    recomputed = ("rotated_qk", "swiglu") if fused else ("rotated_qk",)
+    elements = kept_elements(config, level, without=recomputed)
     if level in ("none", "selective", "mlp"):
         lora, _ = require_adapter(model)
         elements += sum(t.r for t in lora.targets[0])

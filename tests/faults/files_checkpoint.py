@@ -10,8 +10,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from fault_case import Case, Context
-from fault_damage import BYTES, JSON_FILE, WRONG_JSON, another, replaced
+from faults.case import Case, Context
+from faults.damage import BYTES, JSON_FILE, WRONG_JSON, another, replaced
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 OPTIMIZER, STATE = "optimizer.safetensors", "trainer_state.json"
@@ -33,7 +33,7 @@ def finished(context: Context, seed: int = 3407) -> Path:
 
 
 def interrupted(context: Context) -> Path:
-    """A copy of the run as it was after checkpoint-2."""
+    """A copy of the run that ends at checkpoint-2."""
     source = finished(context)
     folder = context.cwd / "run"
     folder.mkdir()

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fault_case import IDS, Case, Context, call_functional
-from fault_values import (
+
+from faults.case import IDS, Case, Context, call_functional
+from faults.values import (
     CHOICE,
     COUNT,
     FLAG,
@@ -73,7 +74,19 @@ def _of(function: str) -> Any:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    data: tuple[Any, ...] = (None, 5, "", "no-such.jsonl", "a\0b.jsonl", [], [5], [None], ["text"], {}, STRANGER)
+    data: tuple[Any, ...] = (
+        None,
+        5,
+        "",
+        "no-such.jsonl",
+        "a\0b.jsonl",
+        [],
+        [5],
+        [None],
+        ["text"],
+        {},
+        STRANGER,
+    )
     more_data = ([{}], [{"text": 5}], [{"messages": "x"}], [{"messages": []}], [{"text": ""}])
     scheduler = tuple(value for value in CHOICE if value is not STRANGER)
     train = dict(
@@ -98,7 +111,7 @@ def cases() -> Iterator[Case]:
         save_every=COUNT,
         resume=(None, 5, 1.5, (), {}, "", "no-such", "a\0b", STRANGER, True),
         seed=(None, *SEED),
-        log=FUNCTION + ("no such logger",),
+        log=(*FUNCTION, "no such logger"),
         progress=FLAG,
     )
     yield from bad_calls("train", _train, train)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_values import HUGE
+from faults.values import HUGE
 
 Damage = Callable[[Path], None]
 SPARSE = 50 * 10**9  # bytes that a sparse file claims; it takes none of the disk
@@ -112,7 +112,7 @@ def _text(text: str) -> Damage:
 
 
 def _inserted(pair: str) -> Damage:
-    """The file's object with one more pair of name and value, as it stands."""
+    """Put one more pair of name and value, a piece of JSON text, in front of the file's own."""
 
     def damage(path: Path) -> None:
         text = path.read_text()

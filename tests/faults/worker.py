@@ -1,4 +1,4 @@
-"""Worker: the client of fault_server.py, and the runner of many cases in processes that may die."""
+"""Worker: the client of server.py, and the runner of many cases in processes that may die."""
 
 import json
 import os
@@ -12,23 +12,25 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = HERE.parents[1]  # of the repository
 
 
 class Worker:
     """A server process. One job at a time; close it at the end."""
 
     def __init__(self, scratch: Path):
-        """Start the server; its children's files lie under `scratch`."""
+        """Start the server, whose children write under `scratch`."""
         self.scratch = scratch
         home, temporary = scratch / "home", scratch / "tmp"
         for folder in (home, temporary):
             folder.mkdir(parents=True, exist_ok=True)
-        path = os.pathsep.join([str(ROOT), str(HERE), *filter(None, [os.getenv("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(ROOT), str(HERE.parent), *filter(None, [os.getenv("PYTHONPATH")])]
+        )
         settings = dict(HOME=home, TMPDIR=temporary, PYTHONPATH=path, OMP_NUM_THREADS=1)
         settings |= dict(HF_HUB_OFFLINE=1, HF_HOME=home / "hf", PYTHONDONTWRITEBYTECODE=1)
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "fault_server.py")],
+            [sys.executable, str(HERE / "server.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {k: str(v) for k, v in settings.items()},
@@ -86,7 +88,7 @@ def run_cases(
 ) -> dict[str, dict[str, Any]]:
     """Name -> result of every case, each run in a child that runs on to the next case.
 
-    Where the child dies, the case that it had begun is "crashed"; where its log stands still for
+    If the child dies, the case that it had begun is "crashed". If its log does not grow for
     `hang_seconds`, that case is "hung". Both times a new child goes on behind it.
     """
     log, output = worker.scratch / "cases.log", worker.scratch / "cases.out"
@@ -96,7 +98,7 @@ def run_cases(
         log.unlink(missing_ok=True)
         output.unlink(missing_ok=True)
         arguments = dict(names=todo, log=str(log), scratch=str(worker.scratch))
-        worker.start("fault_cases:run", output, **arguments)
+        worker.start("faults.cases:run", output, **arguments)
         code = _watch(worker, log, hang_seconds)
         lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         results |= {line["name"]: line for line in lines if "outcome" in line}

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from fault_case import Case, Context, tuned, without
-from fault_values import (
+import fastlora
+from faults.case import Case, Context, tuned, without
+from faults.values import (
     CHOICE,
     COUNT,
     FLAG,
@@ -20,8 +21,6 @@ from fault_values import (
     STRANGER,
     bad_calls,
 )
-
-import fastlora
 
 _PATTERN = (5, "q_proj", (), {"q_proj": "4"}, {"q_proj": None}, {5: 2}, {"no_such": 2}, STRANGER)
 _LAYERS = ("0", 1.5, {}, [-1], [99], ["0"], [True], [HUGE], -1, 99, STRANGER)
@@ -133,7 +132,13 @@ def cases() -> Iterator[Case]:
     yield from bad_calls(
         "initialize",
         _initialize,
-        dict(model=MODEL, batches=not_batches, method=(None, *CHOICE), rho=POSITIVE, tau=(*NUMBER, -1.0))
+        dict(
+            model=MODEL,
+            batches=not_batches,
+            method=(None, *CHOICE),
+            rho=POSITIVE,
+            tau=(*NUMBER, -1.0),
+        )
         | dict(use_label_mask=FLAG, whiten=FLAG, adjust_scaling_factors=FLAG)
         | dict(random_state=(None, *SEED)),
     )

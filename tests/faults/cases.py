@@ -7,22 +7,24 @@ import shutil
 import traceback
 from pathlib import Path
 
-import fault_calls_adapter
-import fault_calls_load
-import fault_calls_run
-import fault_calls_special
-import fault_files_checkpoint
-import fault_files_json
-import fault_files_model
-import fault_files_tokenizer
-import fault_folders
-from fault_case import Case, Context, verdict
+from faults import (
+    calls_adapter,
+    calls_load,
+    calls_run,
+    calls_special,
+    files_checkpoint,
+    files_model,
+    files_rows,
+    files_tokenizer,
+    folders,
+)
+from faults.case import Case, Context, verdict
 
 CALLS: dict[str, Case] = {}
 FILES: dict[str, Case] = {}
-for _module in (fault_calls_load, fault_calls_adapter, fault_calls_run, fault_calls_special):
+for _module in (calls_load, calls_adapter, calls_run, calls_special):
     CALLS |= {case.name: case for case in _module.cases()}
-_FILE_MODULES = (fault_files_checkpoint, fault_files_json, fault_files_model, fault_files_tokenizer)
+_FILE_MODULES = (files_checkpoint, files_rows, files_model, files_tokenizer)
 for _module in _FILE_MODULES:
     FILES |= {case.name: case for case in _module.cases()}
 CASES = CALLS | FILES
@@ -32,7 +34,7 @@ def run(names: list[str], log: str, scratch: str) -> None:
     """Run cases one after another; `log` gets a line when one begins and one with its result."""
     good = Path(scratch) / "good"
     if not good.exists():
-        fault_folders.write_all(good)
+        folders.write_all(good)
     context = Context(good)
     root = Path(scratch) / "cwd"
     home = os.environ["HOME"]
@@ -48,7 +50,7 @@ def run(names: list[str], log: str, scratch: str) -> None:
             write({"name": name, "item": CASES[name].item})
             try:
                 result = verdict(CASES[name], context)
-            except BaseException:
+            except Exception:  # noqa: BLE001  a case that is wrong is one line of the table
                 detail = f"the case itself is wrong: {traceback.format_exc()[-600:]}"
                 result = dict(name=name, item=CASES[name].item, outcome="broken", detail=detail)
             result["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

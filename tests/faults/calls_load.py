@@ -4,8 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from fault_case import Case, Context
-from fault_values import (
+
+import fastlora
+from faults.case import Case, Context
+from faults.values import (
     CHOICE,
     COUNT,
     FLAG,
@@ -18,8 +20,6 @@ from fault_values import (
     TOKENIZER,
     bad_calls,
 )
-
-import fastlora
 
 _DEVICE = (None, 5.5, (), "no such", "cpu:x", "meta", "cuda:99", {}, "")
 _DTYPE = (None, 5, "no such", (), "int8", torch.int64, "torch", "", {})

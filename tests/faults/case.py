@@ -10,11 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fault_folders
 import torch
 
 import fastlora
 from fastlora import functional
+from faults import folders
 
 REFUSALS = (ValueError, TypeError, FileNotFoundError, PermissionError, FloatingPointError)
 MOST_TEXT = 20_000  # characters of an error message
@@ -22,10 +22,10 @@ IDS = torch.tensor([[1, 10, 11, 12, 13, 2], [1, 20, 21, 22, 23, 2]])
 
 
 class Context:
-    """What the cases of one child share, made at the first use, and a folder of their own each."""
+    """The objects that all cases of a child share, and the working folder of the present case."""
 
     def __init__(self, good: Path):
-        """`good` has the folders of `fault_folders.write_all`."""
+        """`good` has the folders of `folders.write_all`."""
         self.good, self.cwd, self.logged = good, good, []
 
     def enter(self, cwd: Path) -> None:
@@ -40,7 +40,7 @@ class Context:
 
     @property
     def out(self) -> Path:
-        """Where a case writes. A refused call must leave it as it was: absent."""
+        """The folder that a case writes to. A refused call must not make it."""
         return self.cwd / "out"
 
     @cached_property
@@ -70,7 +70,7 @@ class Context:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Eight chats."""
-        return fault_folders.rows(8)
+        return folders.rows(8)
 
     def copy(self, name: str) -> Path:
         """A folder of the good ones, copied into the case's own."""
@@ -102,7 +102,7 @@ class Case(NamedTuple):
     name: str  # unique; its first word is the function or kind of file
     item: str  # of issue 16, such as "C11"
     call: Callable[[Context], Any]
-    # What the refusal's text must hold: an argument, a file; of "a||b" one of the two.
+    # Names of arguments or files that the refusal must hold. "a||b" stands for one of the two.
     named: tuple[str, ...] = ()
     # Looks at the result of a call that was not refused: None if it is right, else what is wrong.
     # Without it, every acceptance is wrong.
@@ -120,7 +120,7 @@ def verdict(case: Case, context: Context) -> dict[str, Any]:
     start = time.process_time()
     try:
         result = case.call(context)
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  tokenizers raises one of its own
         seconds = time.process_time() - start
         wrong = _wrong_refusal(case, context, error)
         outcome = "refused badly" if wrong else "refused"

@@ -1,6 +1,6 @@
-"""Low-rank products of an input under a mask for each: the kernels against float64, and in layers.
+"""LoRA's A under dropout: the kernels against float64, in lora_linears and in the model.
 
-Without a GPU they run in Triton's interpreter, in fp32 and fp16; bf16 needs a GPU.
+Without a GPU the kernels run in Triton's interpreter, in fp32 and fp16. bf16 needs a GPU.
 """
 
 import pytest
@@ -15,9 +15,9 @@ from fastlora.ops.linear.lora_group import Branch, lora_linears, lora_linears_re
 from fastlora.ops.linear.masked_lora import (
     Masks,
     Segments,
+    kernel_supports,
     masked_x_a_gradients_reference,
     masked_x_a_reference,
-    kernel_supports,
 )
 from oracles.pairs import adapted
 from oracles.trees import relative_error, token_ids
@@ -27,7 +27,7 @@ pytest.importorskip("triton", reason="the kernel's tests need triton: requiremen
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-# (rows, width, ranks): a part of a tile, whole ones, several; ranks equal, unequal, beyond 16
+# (rows, width, ranks). Sizes below, at and above a tile's; equal and unequal ranks, some above 16.
 SHAPES = [
     (5, 7, (1,)),
     (64, 64, (16,)),
@@ -40,7 +40,7 @@ OPS = torch.ops.fastlora
 
 
 def drawn(shape, dtype, p=0.3, unmasked=()):
-    """x, every A, their masks (none for the numbers in `whole`), dlow and a dx to add to."""
+    """x, every A, their masks (without those at the indices in `unmasked`), dx_a, dx to add to."""
     n, d, ranks = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
@@ -51,7 +51,7 @@ def drawn(shape, dtype, p=0.3, unmasked=()):
 
 
 def of_ops(x, matrices, masks, dx_a, dx, needs_a=True):
-    """(low, dx, dA) of the ops; dx a new tensor, or None where None is given."""
+    """(x_a, dx, dA) of the ops; dx is a new tensor, or None if None is given."""
     a, dx = torch.cat(matrices), None if dx is None else dx.clone()
     keys, segments = masks.keys, Segments(tuple(m.shape[0] for m in matrices), *masks[1:3])
     x_a = OPS.masked_x_a(x, a, keys, *segments)
@@ -61,7 +61,7 @@ def of_ops(x, matrices, masks, dx_a, dx, needs_a=True):
 
 
 def of_reference(x, matrices, masks, dx_a, dx):
-    """The same by autograd through the reference."""
+    """The results of `of_ops`, by autograd through the reference."""
     x, matrices = x.detach().requires_grad_(), [m.detach().requires_grad_() for m in matrices]
     x_a = masked_x_a_reference(x, matrices, masks)
     more, *da = torch.autograd.grad(x_a, [x, *matrices], dx_a)
@@ -88,9 +88,8 @@ def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, p):
 
 @pytest.mark.parametrize("p", [0.0, 2**-32, 0.5, 1 - 2**-31])
 @pytest.mark.parametrize("key", [0, -1, 2**31, 2**40 + 77])
-def test_the_masks_are_keep_mask_to_the_bit(key, p):
-    """A = 1 in one column a row, over inputs of one: low is the mask, and so is what dx and dA
-    are made of."""
+def test_masks_equal_keep_mask_to_the_bit(key, p):
+    """If x is all ones and A the identity, x_a is the scaled mask, and so are dx and dA."""
     n, d, share = 70, 48, 1.0 / (1.0 - p)
     key = torch.tensor(key, device=DEVICE)
     wanted = share * keep_mask(key, n, d, p, key.device).float()
@@ -103,7 +102,7 @@ def test_the_masks_are_keep_mask_to_the_bit(key, p):
     assert torch.equal(x_a[:, :d], wanted) and torch.equal(dx, wanted)
     other = share * keep_mask(key + 1, n, d, p, key.device).float()
     assert torch.equal(x_a[:, d : 2 * d], other) and torch.equal(x_a[:, 2 * d :], ones)
-    rows = torch.eye(n, device=DEVICE)  # one row's gradient a column: dA is the masked x itself
+    rows = torch.eye(n, device=DEVICE)  # as dx_a, it makes dA equal to the masked x
     masks = masks._replace(slots=(0,))
     _, _, da = of_ops(ones, [torch.zeros(n, d, device=DEVICE)], masks, rows, None)
     assert torch.equal(da, wanted)
@@ -119,7 +118,7 @@ def test_tensors_need_not_be_contiguous():
         assert all(map(torch.equal, bent, straight))
 
 
-def test_what_is_not_needed_is_not_made():
+def test_gradients_that_are_not_needed_are_not_computed():
     x, matrices, masks, dx_a, dx = drawn((70, 96, (3, 20)), torch.float32)
     _, both_dx, both_da = of_ops(x, matrices, masks, dx_a, dx)
     _, none, da = of_ops(x, matrices, masks, dx_a, None)
@@ -128,12 +127,12 @@ def test_what_is_not_needed_is_not_made():
     assert torch.equal(alone, both_dx) and empty.shape == (0, 96)
 
 
-def test_the_same_call_gives_the_same_bits():
+def test_equal_calls_give_equal_bits():
     args = drawn((600, 130, (8, 8, 8)), torch.float32)
     assert all(map(torch.equal, of_ops(*args), of_ops(*args)))
 
 
-def test_the_written_derivative_is_autograds():
+def test_reference_derivative_equals_autograd():
     args = drawn((9, 14, (3, 1, 2)), torch.float64, unmasked=(1,))
     x, matrices, masks, dx_a, dx = args
     segments, a = Segments((3, 1, 2), *masks[1:3]), torch.cat(matrices)
@@ -141,14 +140,16 @@ def test_the_written_derivative_is_autograds():
     torch.testing.assert_close((found[0] + dx, found[1]), of_reference(*args)[1:])
 
 
-def test_what_the_kernels_take():
+def test_kernels_support_these_dtypes_and_ranks():
     assert kernel_supports(torch.bfloat16, 16, 16, 16) and kernel_supports(torch.float16, 200)
-    assert kernel_supports(torch.bfloat16, 64, 3, 1) and not kernel_supports(torch.bfloat16, 65, 64, 1)
-    assert kernel_supports(torch.float32, 16, 16, 16, 1) and not kernel_supports(torch.float32, 17, 1, 1)
+    assert kernel_supports(torch.bfloat16, 64, 3, 1)
+    assert not kernel_supports(torch.bfloat16, 65, 64, 1)
+    assert kernel_supports(torch.float32, 16, 16, 16, 1)
+    assert not kernel_supports(torch.float32, 17, 1, 1)
     assert not kernel_supports(torch.bfloat16, 257) and not kernel_supports(torch.float64, 4)
 
 
-def test_the_operators_are_well_formed():
+def test_custom_ops_pass_opcheck():
     x, matrices, masks, dx_a, dx = drawn((9, 14, (3, 2)), torch.float32)
     a, keys = torch.cat(matrices), masks.keys
     tests = ("test_schema", "test_faketensor")
@@ -162,23 +163,25 @@ def test_the_operators_are_well_formed():
 
 # ── in lora_linears ───────────────────────────────────────────────────────────────────────
 
-LAYOUTS = {"all": (4, 3, 4), "one": (5,), "one frozen": (4, 0, 2), "a start": (4, 2)}
+LAYOUTS = {"all": (4, 3, 4), "one": (5,), "one frozen": (4, 0, 2), "init offset": (4, 2)}
 
 
 def linears(layout, dtype=torch.float32, p=0.3, fused=True):
-    """x, every A, the branches and masks; of "a start" the second A of the first branch, too, sees
-    all of x."""
-    ranks = [r for r in LAYOUTS[layout] if r]
-    x, matrices, masks, _, _ = drawn((10, 12, ranks), dtype, p, (1,) if layout == "a start" else ())
+    """x, every A, the branches and masks.
+
+    "init offset" is one branch with two A, of which the second has no mask.
+    """
+    ranks, unmasked = [r for r in LAYOUTS[layout] if r], (1,) if layout == "init offset" else ()
+    x, matrices, masks, _, _ = drawn((10, 12, ranks), dtype, p, unmasked)
     gen = torch.Generator().manual_seed(1)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
-    widths = [sum(ranks)] if layout == "a start" else LAYOUTS[layout]
+    widths = [sum(ranks)] if layout == "init offset" else LAYOUTS[layout]
     branches = [Branch(new(20 + r, 12), None, new(20 + r, r) if r else None, 1.5) for r in widths]
     return x.view(2, 5, 12), matrices, branches, masks._replace(fused=fused)
 
 
 def value_and_grads(fn, x, matrices, branches, masks, wanted="xab", only=None):
-    """(low and ys, gradients of those asked for: x, A and B)."""
+    """(x_a and ys, gradients of the wanted ones of x, A and B)."""
     leaf = lambda t, name: None if t is None else t.detach().requires_grad_(name in wanted)
     x, matrices = leaf(x, "x"), [leaf(m, "a") for m in matrices]
     branches = [b._replace(b=leaf(b.b, "b")) for b in branches]
@@ -197,31 +200,31 @@ def value_and_grads(fn, x, matrices, branches, masks, wanted="xab", only=None):
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("wanted", ["xab", "ab", "xb", "x", "a"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_linear_layers_are_their_reference(layout, wanted, fused):
+def test_lora_linears_equal_their_reference(layout, wanted, fused):
     args = linears(layout, fused=fused)
     found = value_and_grads(lora_linears, *args, wanted)
     torch.testing.assert_close(found, value_and_grads(lora_linears_reference, *args, wanted))
 
 
 @pytest.mark.parametrize("only", [(0,), (1,), (2,), (0, 3)])
-def test_an_output_that_nobody_reads_gives_no_gradient(only):
+def test_unused_outputs_contribute_no_gradient(only):
     args = linears("one frozen")
     found = value_and_grads(lora_linears, *args, only=only)
     torch.testing.assert_close(found, value_and_grads(lora_linears_reference, *args, only=only))
 
 
-def test_the_reference_is_dropout_and_a_product_for_each():
+def test_without_kernels_each_a_multiplies_dropout_of_x():
     x, matrices, branches, masks = linears("one frozen", fused=False)
     x_a, ys = lora_linears(x, matrices, branches, masks)
     keys = [masks.keys[slot] for slot in masks.slots]
-    own = [dropout(x, 0.3, key) @ a.t() for key, a in zip(keys, matrices, strict=True)]
-    torch.testing.assert_close(x_a, torch.cat(own, -1))
-    for y, branch, each in zip(ys, branches, (own[0], None, own[1]), strict=True):
+    expected = [dropout(x, 0.3, key) @ a.t() for key, a in zip(keys, matrices, strict=True)]
+    torch.testing.assert_close(x_a, torch.cat(expected, -1))
+    for y, branch, each in zip(ys, branches, (expected[0], None, expected[1]), strict=True):
         base = x @ branch.weight.t()
         torch.testing.assert_close(y, base if each is None else base + 1.5 * each @ branch.b.t())
 
 
-def test_no_masked_copy_is_kept_nor_another_gradient_of_x():
+def test_no_masked_copy_is_saved_and_one_gradient_of_x_is_allocated():
     x, matrices, branches, masks = linears("all")
     kept, leaves = [], [x.requires_grad_(), *(m.requires_grad_() for m in matrices)]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -241,13 +244,13 @@ def test_no_masked_copy_is_kept_nor_another_gradient_of_x():
     assert len({t.data_ptr() for t in made} - {x.data_ptr()}) == 1
 
 
-def test_what_is_not_taken_runs_as_the_reference():
+def test_unsupported_dtype_runs_the_reference():
     args = linears("all", torch.float64)
     found = value_and_grads(lora_linears, *args)
     torch.testing.assert_close(found, value_and_grads(lora_linears_reference, *args))
 
 
-def test_a_second_derivative_is_that_of_the_reference():
+def test_second_derivative_equals_the_references():
     found = []
     for fn in (lora_linears, lora_linears_reference):
         x, matrices, branches, masks = linears("one frozen")
@@ -259,7 +262,7 @@ def test_a_second_derivative_is_that_of_the_reference():
     assert relative_error(*found) < 1e-5
 
 
-def test_torch_func_takes_the_reference():
+def test_torch_func_equals_the_reference():
     x, matrices, branches, masks = linears("all")
 
     def loss(x, keys, fn=lora_linears):
@@ -278,7 +281,7 @@ def test_torch_func_takes_the_reference():
 @pytest.mark.compile
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_compiled_gradient_equals_eager(layout, backend, fresh_dynamo):
+def test_compiled_gradient_equals_eager(layout, backend, fresh_dynamo):
     args = linears(layout)
     compiled = torch.compile(lora_linears, fullgraph=True, backend=backend)
     for wanted in ("xab", "ab", "xb"):
@@ -310,8 +313,10 @@ def gradients(model, **how):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The number of segments of each launch of the forward kernel. Not the op itself: under a
-    recompute policy torch looks for its overload, once in a process, by its name."""
+    """The number of segments in each launch of the forward kernel.
+
+    We patch the launcher and not the op, because recompute policies look up the op's overload.
+    """
     made, fused = [], masked_lora_kernel.masked_x_a_fused
 
     def launch(x, a, keys, ranks, slots, p):
@@ -324,32 +329,33 @@ def calls(monkeypatch):
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full", "offload", 0.6, 0.3])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_without_the_kernels(variant, recompute, pair, calls):
+def test_gradients_equal_those_without_the_kernels(variant, recompute, pair, calls):
     model = adapted(pair("llama_bias").model.to(DEVICE), lora_dropout=0.3, **VARIANTS[variant])
     plain = gradients(model, kernels="torch", recompute="none")
     assert not calls
     fused = gradients(model, kernels="triton", recompute=recompute)
     assert len(calls) >= 2
-    # Against float64 the plain one errs 2e-5 with lora_bias, the fused one 8e-6.
+    # Relative to float64, the gradients with lora_bias err by 2e-5 (torch) and 8e-6 (kernels).
     assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 3e-5
 
 
 @pytest.mark.parametrize(("recompute", "runs"), [("none", 1), ("selective", 1), ("full", 2)])
-def test_policies_keep_the_product_with_the_others(recompute, runs, pair, monkeypatch):
+def test_policies_keep_or_recompute_x_a_with_the_projections(recompute, runs, pair, monkeypatch):
     model = adapted(pair("llama2").model.to(DEVICE), r=3, lora_dropout=0.3)
     made, fused = [], masked_lora_kernel.masked_x_a_fused
     launch = lambda *args: made.append(args) or fused(*args)
     monkeypatch.setattr(masked_lora_kernel, "masked_x_a_fused", launch)
     gradients(model, kernels="triton", recompute=recompute)
-    inputs = 4 * model.spec.config.num_hidden_layers  # of q, k and v; of o; of gate and up; of down
+    # A layer has four inputs: of q, k and v; of o; of gate and up; of down.
+    inputs = 4 * model.spec.config.num_hidden_layers
     assert len(made) == runs * inputs
 
 
 @pytest.mark.parametrize(
     "settings", [dict(use_dora=True), dict(r=40), dict(lora_dropout=0.0)], ids=str
 )
-def test_what_they_do_not_take_runs_without_them(settings, pair, calls):
-    """DoRA under dropout needs the masked x for its base product."""
+def test_unsupported_settings_run_without_the_kernels(settings, pair, calls):
+    """DoRA with dropout needs the masked x for its base product, so it cannot use the kernels."""
     settings = dict(r=3, lora_dropout=0.3, target_modules=["q_proj", "v_proj"]) | settings
     model = adapted(pair("llama2").model.to(DEVICE), **settings)
     fused, plain = gradients(model, kernels="triton"), gradients(model, kernels="torch")
@@ -360,7 +366,7 @@ def test_what_they_do_not_take_runs_without_them(settings, pair, calls):
 @pytest.mark.compile
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("variant", ["all seven", "pissa"])
-def test_compiled_layers_give_the_eager_gradients(variant, recompute, pair):
+def test_gradients_of_compiled_layers_equal_eager(variant, recompute, pair):
     model = adapted(pair("llama_bias").model.to(DEVICE), lora_dropout=0.3, **VARIANTS[variant])
     eager = gradients(model, kernels="triton", recompute=recompute)
     compiled = gradients(model, kernels="triton", recompute=recompute, compile=True)

@@ -1,4 +1,4 @@
-"""lora_linears against its reference: several layers of one input, any of them adapted."""
+"""lora_linears against its reference: several layers of one input, with and without LoRA."""
 
 from functools import partial
 
@@ -17,13 +17,13 @@ from fastlora.ops.linear.lora_group import (
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.dequantize import dequantize
 
-# Each layer's rank: 0 is a frozen one. With a bias where the number is even.
+# The rank of each layer; 0 means no LoRA. Layers with an even rank have a bias.
 LAYOUTS = [(4, 4, 4), (4, 0, 2), (0, 0), (3,), (0, 1, 0, 5)]
 D_IN, WIDTHS = 12, (20, 8, 16, 9)
 
 
 def drawn(layout, dtype=torch.float32, quantised=False):
-    """x, every A, the branches, and the gradients that come in: low's and each y's."""
+    """x, every A, the branches, and the gradients of the outputs: of x_a and of each y."""
     gen = torch.Generator().manual_seed(0)
     new = lambda *n: torch.randn(*n, generator=gen, dtype=torch.float64).to(dtype)
     branches = []
@@ -43,7 +43,7 @@ def as_(dtype, x, matrices, branches, grads):
 
 
 def trained(x, matrices, branches) -> list[Tensor]:
-    """What gradients are asked for: x, every A, B and bias."""
+    """The tensors that get gradients: x, every A, B and bias."""
     return [x, *matrices, *(t for b in branches for t in (b.bias, b.b) if t is not None)]
 
 
@@ -66,7 +66,7 @@ def value_and_grads(fn, x, matrices, branches, grads, wanted=lambda i: True) -> 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_errs_no_more_than_the_reference(layout, dtype):
+def test_op_errs_no_more_than_the_reference(layout, dtype):
     args = drawn(layout, dtype)
     exact = value_and_grads(lora_linears_reference, *as_(torch.float64, *args))
     plain, fused = (value_and_grads(fn, *args) for fn in (lora_linears_reference, lora_linears))
@@ -78,7 +78,7 @@ def test_it_errs_no_more_than_the_reference(layout, dtype):
 
 @pytest.mark.parametrize("unused", [0, 1, 2, 3])
 @pytest.mark.parametrize("layout", [(4, 4, 4), (4, 0, 2), (0, 0, 0)])
-def test_an_output_that_nobody_reads_gives_no_gradient(layout, unused):
+def test_unused_outputs_contribute_no_gradient(layout, unused):
     args = drawn(layout)
     only = partial(value_and_grads, wanted=lambda i: i != unused)
     torch.testing.assert_close(only(lora_linears, *args), only(lora_linears_reference, *args))
@@ -87,14 +87,14 @@ def test_an_output_that_nobody_reads_gives_no_gradient(layout, unused):
 
 
 @pytest.mark.parametrize("layout", [(4, 4, 4), (4, 0, 2), (0, 0)])
-def test_a_quantised_weight_is_its_matrix_to_the_bit(layout):
+def test_quantised_weight_equals_its_dequantised_matrix_to_the_bit(layout):
     x, matrices, branches, grads = drawn(layout, quantised=True)
     dense = [b._replace(weight=dequantize(b.weight, torch.float32)) for b in branches]
     ours = value_and_grads(lora_linears, x, matrices, branches, grads)
     assert all(map(torch.equal, ours, value_and_grads(lora_linears, x, matrices, dense, grads)))
 
 
-def test_no_graph_keeps_a_dequantised_matrix():
+def test_no_dequantised_matrix_is_saved_for_the_backward_pass():
     x, matrices, branches, _ = drawn((4, 0, 2), quantised=True)
     sizes, leaves = [], trained(x, matrices, branches)
     for leaf in leaves:
@@ -105,7 +105,7 @@ def test_no_graph_keeps_a_dequantised_matrix():
     assert sizes and not {(width, D_IN) for width in WIDTHS} & {*sizes}
 
 
-def test_without_an_adapter_x_is_not_kept():
+def test_x_is_not_saved_without_an_adapter():
     x, _, branches, _ = drawn((0, 0))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
@@ -127,7 +127,7 @@ def test_derivatives_of_both_orders_equal_finite_differences():
 
 
 class Watch(TorchDispatchMode):
-    """What is called inside: every op with its positional arguments."""
+    """Records each op that runs, with its positional arguments."""
 
     def __init__(self):
         super().__init__()
@@ -138,7 +138,7 @@ class Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_gradient_of_x_is_one_op():
+def test_gradient_of_x_is_one_op():
     x, matrices, branches, (_, *dys) = drawn((4, 0, 2))
     _, ys = lora_linears(x.requires_grad_(), matrices, branches)
     with Watch() as watch:
@@ -148,7 +148,7 @@ def test_the_gradient_of_x_is_one_op():
     assert torch.ops.aten.add.Tensor not in calls
 
 
-def test_torch_func_and_a_trained_weight_take_the_reference():
+def test_torch_func_and_trained_weights_equal_the_reference():
     x, matrices, branches, (dx_a, *dys) = drawn((4, 0, 2))
 
     def loss(x):
@@ -169,7 +169,7 @@ def test_torch_func_and_a_trained_weight_take_the_reference():
 @pytest.mark.parametrize("compile", [False, pytest.param(True, marks=pytest.mark.compile)])
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("layout", [(4, 4, 4), (0, 3), (0, 0)])
-def test_all_gradients_may_come_in_one_tensor(layout, quantised, compile, fresh_dynamo):
+def test_joint_gradient_equals_separate_gradients(layout, quantised, compile, fresh_dynamo):
     x, matrices, branches, (_, *dys) = drawn(layout, quantised=quantised)
     fused_weight = None if quantised else torch.cat([b.weight for b in branches])
 
@@ -187,7 +187,7 @@ def test_all_gradients_may_come_in_one_tensor(layout, quantised, compile, fresh_
     torch.testing.assert_close(found[1:], separate[len(matrices) > 0 :])
 
 
-def test_without_a_graph_the_frozen_layers_are_torchs_own():
+def test_frozen_layers_without_gradients_equal_torchs():
     x, _, branches, _ = drawn((0, 0))
     with torch.no_grad():
         x_a, ys = lora_linears(x, [], branches)
@@ -199,7 +199,7 @@ def test_without_a_graph_the_frozen_layers_are_torchs_own():
 @pytest.mark.compile
 @pytest.mark.parametrize("quantised", [False, True])
 @pytest.mark.parametrize("layout", [(4, 0, 2), (0, 0)])
-def test_the_compiled_gradient_equals_eager(layout, quantised, fresh_dynamo):
+def test_compiled_gradient_equals_eager(layout, quantised, fresh_dynamo):
     args = drawn(layout, quantised=quantised)
     compiled = torch.compile(lora_linears, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
@@ -209,8 +209,8 @@ def test_the_compiled_gradient_equals_eager(layout, quantised, fresh_dynamo):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_it_compiles_where_nothing_requires_a_gradient(layout, fresh_dynamo):
-    """Whatever the number of tensors: dynamo counts arguments there."""
+def test_op_compiles_if_nothing_requires_a_gradient(layout, fresh_dynamo):
+    """For each number of tensors: dynamo compares the number of arguments in this case."""
     args = drawn(layout)[:3]
     found = torch.compile(lora_linears, fullgraph=True, backend="aot_eager")(*args)
     torch.testing.assert_close(found, lora_linears(*args))
@@ -219,7 +219,7 @@ def test_it_compiles_where_nothing_requires_a_gradient(layout, fresh_dynamo):
         torch.testing.assert_close(compiled(*args), found)
 
 
-def test_the_operator_is_well_formed():
+def test_custom_op_passes_opcheck_and_writes_to_no_argument():
     _, (a,), branches, (dx_a, dy) = drawn((3,))
     args = ([dx_a.flatten(0, 1), dy.flatten(0, 1)], [a, branches[0].weight], [1, 1])
     torch.library.opcheck(
@@ -235,12 +235,12 @@ def test_the_operator_is_well_formed():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("unused", [None, 1, 2])
 @pytest.mark.parametrize("layout", [(4, 4, 4), (4, 0, 2), (0, 0, 0)])
-def test_weights_that_lie_together_make_one_product(layout, unused, dtype):
-    """Of the gradient of x; an output that nobody reads leaves them apart."""
+def test_fused_weights_make_one_product_of_the_gradient_of_x(layout, unused, dtype):
+    """If an output is unused, each remaining weight has its own product."""
     x, matrices, branches, grads = drawn(layout, dtype)
     fused_weight = torch.cat([branch.weight for branch in branches])
     rows = fused_weight.split([branch.weight.shape[0] for branch in branches])
-    branches = [b._replace(weight=own) for b, own in zip(branches, rows, strict=True)]
+    branches = [b._replace(weight=row) for b, row in zip(branches, rows, strict=True)]
     only = partial(value_and_grads, wanted=lambda i: i != unused)
     with Watch() as watch:
         found = only(partial(lora_linears, fused_weight=fused_weight), x, matrices, branches, grads)

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from fault_case import Case, Context
+
+from faults.case import Case, Context
 
 HUGE = 10**400  # an integer that no float can hold
 

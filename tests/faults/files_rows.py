@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fault_case import Case, Context, right
-from fault_damage import SPARSE, WRONG_JSON
-from fault_folders import rows
+from faults.case import Case, Context, right
+from faults.damage import SPARSE, WRONG_JSON
+from faults.folders import rows
 
 GOOD = [json.dumps(row) for row in rows(4)]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -22,7 +22,7 @@ BAD_LINES = {
     "a name twice": '{"text": "w1 w2", "text": "w3"}',
     "a name twice in a message": '{"messages": [{"role": "user", "role": "assistant", '
     '"content": "w1"}, {"role": "assistant", "content": "w2"}]}',
-    "100,000 deep": '{"text": "w1 w2", "more": %s}' % DEEP,
+    "100,000 deep": '{"text": "w1 w2", "more": ' + DEEP + "}",
     "100,000 deep objects": '{"a":' * 100_000 + "1" + "}" * 100_000,
     "a lone surrogate": '{"text": "w1 \\ud800 w2"}',
     "a lone surrogate in a message": '{"messages": [{"role": "user", "content": "\\ud800"}, '
@@ -99,30 +99,14 @@ def _sparse(name: str) -> Any:
 
 def cases() -> Iterator[Case]:
     """All of them."""
-    for what, line in BAD_LINES.items():
-        # A value that only its use shows to be wrong is told by the number of its row.
-        of_value = what in ("a lone surrogate", "a lone surrogate in a message", "NaN")
-        named = ("line 2||row 2",) if of_value else ("rows.jsonl", "line 2")
-        yield Case(f"rows.jsonl, {what}", "C12", _line(line, ".jsonl"), named)
-        if what not in ("a comma behind", "two objects"):
-            named = ("rows.json||row 2",) if of_value else ("rows.json",)
-            yield Case(f"rows.json, {what}", "C12", _line(line, ".json"), named)
-    for name in ("rows.jsonl", "rows.json"):
-        yield Case(f"{name}, 50 GB", "C8", _sparse(name), (name,), bounded=False)
+    yield from _line_cases()
     for what, row in BAD_ROWS.items():
         yield Case(f"a row, {what}", "B7", _rows(row), ("row 2",))
-    # The word-level tokenizer of the suite reads any text, so that only types can be wrong here.
-    texts = {"a text", "a control character"}
     for key in ("text", "prompt", "completion", "instruction", "output", "messages", "role"):
         for what, value in WRONG_JSON.items():
-            if what in texts and key != "messages":
-                continue
-            if what == "an empty text" and key in ("prompt", "instruction", "output"):
-                continue
-            if key == "prompt" and isinstance(value, list):
-                continue
-            item = "B7" if "surrogate" in what else "C11"
-            yield Case(f"a row, {key} is {what}", item, _value(key, value), ("row 2",))
+            if not _may_be_right(key, what):
+                item = "B7" if "surrogate" in what else "C11"
+                yield Case(f"a row, {key} is {what}", item, _value(key, value), ("row 2",))
     links = {"itself": "rows.jsonl", "nothing": "no-such", "a folder": "/tmp"}
     for what, target in links.items():
 
@@ -136,6 +120,28 @@ def cases() -> Iterator[Case]:
     yield Case("rows, /dev/zero", "C8", device, ("/dev/zero",))
     ends = lambda context: _train(context, _written(context, "\ufeff" + "\r\n".join(GOOD)))
     yield Case("rows.jsonl, Windows' marks", "C12", ends, ("rows",), right)
+
+
+def _line_cases() -> Iterator[Case]:
+    for what, line in BAD_LINES.items():
+        # The error may name the row instead of the line if only its use shows that it is wrong.
+        of_value = what in ("a lone surrogate", "a lone surrogate in a message", "NaN")
+        named = ("line 2||row 2",) if of_value else ("rows.jsonl", "line 2")
+        yield Case(f"rows.jsonl, {what}", "C12", _line(line, ".jsonl"), named)
+        if what not in ("a comma behind", "two objects"):
+            named = ("rows.json||row 2",) if of_value else ("rows.json",)
+            yield Case(f"rows.json, {what}", "C12", _line(line, ".json"), named)
+    for name in ("rows.jsonl", "rows.json"):
+        yield Case(f"{name}, 50 GB", "C8", _sparse(name), (name,), bounded=False)
+
+
+def _may_be_right(key: str, what: str) -> bool:
+    """The suite's word-level tokenizer reads any text, so that mostly types can be wrong."""
+    if what in ("a text", "a control character"):
+        return key != "messages"
+    if what == "an empty text":
+        return key in ("prompt", "instruction", "output")
+    return key == "prompt" and "list" in what  # a chat
 
 
 def _written(context: Context, text: str) -> Path:

@@ -1,4 +1,4 @@
-"""The merged matrix: against the formula in float64, rounded once, DoRA's lengths, its gradient."""
+"""adapted_weight: against the formula in float64, with one rounding, DoRA norms and gradients."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def tensors(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
-def test_the_sum_is_rounded_once_to_the_weights_dtype(dtype):
+def test_sum_is_rounded_once_to_the_weights_dtype(dtype):
     weight, a, b, _ = tensors(dtype)
     exact = weight.double() + SCALING * b @ a
     merged = adapted_weight(weight, a, b, None, SCALING)
@@ -27,7 +27,7 @@ def test_the_sum_is_rounded_once_to_the_weights_dtype(dtype):
     torch.testing.assert_close(narrow.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
-def test_rows_have_doras_lengths_and_the_sums_directions():
+def test_dora_rows_have_the_magnitudes_norms_and_the_sums_directions():
     weight, a, b, magnitude = tensors()
     merged = adapted_weight(weight, a, b, magnitude, SCALING)
     torch.testing.assert_close(merged.norm(dim=-1), magnitude)
@@ -35,7 +35,7 @@ def test_rows_have_doras_lengths_and_the_sums_directions():
     torch.testing.assert_close(along, torch.ones(5, dtype=torch.float64))
 
 
-def test_the_gradient_takes_doras_norm_as_a_constant():
+def test_gradient_treats_doras_norm_as_a_constant():
     weight, a, b, magnitude = tensors()
     leaves = [x.requires_grad_() for x in (a, b, magnitude)]
     norm = (weight + SCALING * b @ a).norm(dim=-1).detach()

@@ -8,10 +8,9 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from fault_case import Case, Context, right
-from fault_folders import write_tokenizer
-
 import fastlora
+from faults.case import Case, Context, right
+from faults.folders import write_tokenizer
 
 TEXT = "a b ab aaab x"
 _BPE: dict[str, Any] = dict(type="BPE", dropout=None, unk_token=None)

@@ -1,7 +1,7 @@
 """Damaged folders of a model, an adapter and a tokenizer, read by load and load_adapter.
 
-Each loads right or is refused by the file's name. A flipped bit of a weight, or a field that
-nothing reads, may be accepted: only a file that cannot be read right must be refused.
+Each loads right or is refused by the file's name. A flipped bit of a weight may be accepted, and so
+may a wrong value in a field that fastlora does not read.
 """
 
 import json
@@ -9,11 +9,10 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from fault_case import Case, Context, right
-from fault_damage import BYTES, JSON_FILE, fields
-from fault_folders import CONFIG
-
 import fastlora
+from faults.case import Case, Context, right
+from faults.damage import BYTES, JSON_FILE, fields
+from faults.folders import CONFIG
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -36,7 +35,7 @@ GENERATION_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def used(context: Context, loaded: Any) -> str | None:
-    """For `Case.accepts`: what was loaded also runs, without a crash or a hang."""
+    """For `Case.accepts`: run the loaded model and tokenizer, which must not crash or hang."""
     model, tokenizer = loaded if isinstance(loaded, tuple) else (loaded, None)
     model(context.batch["input_ids"])
     if tokenizer is not None and not isinstance(tokenizer.encode("w1 w2"), list):
@@ -69,36 +68,37 @@ def _item(what: str) -> str:
 def cases() -> Iterator[Case]:
     """All of them."""
     for name in (*MODEL_FILES, *TOKENIZER_FILES, *ADAPTER_FILES):
-        make = _load_adapter if name in ADAPTER_FILES else _load
         for what, damage in BYTES.items():
-            must = what in MUST and what not in ANY_TEXT.get(name, ())
-            if name.endswith(".safetensors") and what in ("one byte short", "one byte more"):
-                must = True
-            if what == "absent" and name not in OPTIONAL and name != "tokenizer.json":
-                must = True
-            if what in ("a folder", "a link to itself") and (
-                name in OPTIONAL or name == "tokenizer.json"
-            ):
-                must = False  # read as absent
             named = () if what == "absent" else (name,)
-            accepts = None if must else used
-            yield Case(f"{name}, {what}", _item(what), make(name, damage), named, accepts)
-        if name.endswith(".json"):
-            for what, damage in JSON_FILE.items():
-                optional = what == "an empty object" and name in OPTIONAL
-                accepts = used if optional or name == "tokenizer.json" else None
-                yield Case(f"{name}, {what}", "C12", make(name, damage), (name,), accepts)
+            accepts = None if _must_be_refused(name, what) else used
+            yield Case(f"{name}, {what}", _item(what), _reader(name)(name, damage), named, accepts)
+        for what, damage in JSON_FILE.items() if name.endswith(".json") else ():
+            optional = what == "an empty object" and name in OPTIONAL
+            accepts = used if optional or name == "tokenizer.json" else None
+            yield Case(f"{name}, {what}", "C12", _reader(name)(name, damage), (name,), accepts)
     for name, keys in {
         "config.json": list(CONFIG),
         "generation_config.json": list(GENERATION_FIELDS),
         "tokenizer_config.json": list(TOKENIZER_FIELDS),
         "adapter_config.json": list(ADAPTER_FIELDS),
     }.items():
-        make = _load_adapter if name in ADAPTER_FILES else _load
         for key, what, damage in fields(keys):
-            item = _item(what)
-            yield Case(f"{name}, {key} is {what}", item, make(name, damage), (name,), used)
+            call = _reader(name)(name, damage)
+            yield Case(f"{name}, {key} is {what}", _item(what), call, (name,), used)
     yield from _lengths()
+
+
+def _reader(name: str) -> Any:
+    return _load_adapter if name in ADAPTER_FILES else _load
+
+
+def _must_be_refused(name: str, what: str) -> bool:
+    optional = name in OPTIONAL or name == "tokenizer.json"
+    if what in ("absent", "a folder", "a link to itself"):
+        return not optional  # `load` treats such a file as absent
+    if what in ("one byte short", "one byte more"):
+        return name.endswith(".safetensors")
+    return what in MUST and what not in ANY_TEXT.get(name, ())
 
 
 def _header(count: int) -> bytes:

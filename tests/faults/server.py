@@ -37,7 +37,7 @@ def _run(job: dict[str, Any]) -> NoReturn:
     except KeyboardInterrupt:  # as the interpreter reports it to a shell
         traceback.print_exc()
         code = 128 + signal.SIGINT
-    except BaseException:
+    except BaseException:  # noqa: BLE001  a child must never run the server's loop
         traceback.print_exc()
         code = 1
     sys.stdout.flush()
@@ -47,14 +47,14 @@ def _run(job: dict[str, Any]) -> NoReturn:
 
 def main() -> None:
     """Serve until stdin ends."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path[0] = str(Path(__file__).parents[1])  # "faults" is imported from tests/
     import torch
 
     torch.set_num_threads(1)
-    for module in ("fault_cases", "fault_kills", "jinja2", "tqdm", "torch.func", "torch._dynamo"):
+    for module in ("faults.cases", "faults.kills", "jinja2", "tqdm", "torch.func", "torch._dynamo"):
         importlib.import_module(module)
     replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints must not be read as a reply
+    os.dup2(2, 1)  # a line that a library prints must not look like a reply
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

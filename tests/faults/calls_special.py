@@ -1,4 +1,4 @@
-"""Bad calls that fit no table: paths and links, values that mean nothing, NaN in tensors, the Hub."""
+"""Bad calls that fit no table: paths, links, values that mean nothing, NaN in tensors, the Hub."""
 
 import contextlib
 import dataclasses
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fault_case import IDS, Case, Context, right
 from torch.utils._pytree import tree_map
 
 import fastlora
+from faults.case import IDS, Case, Context, right
 
 
 def _home(context: Context, _: Any) -> str | None:
