@@ -286,10 +286,10 @@ def test_heavy_packages_are_not_imported():
 
 
 def test_importing_fastlora_takes_at_most_300_ms_beyond_torch():
-    """Processor time, the least of several runs: what others do on this machine only adds.
+    """Processor time, the least of several runs, because other processes can only add to it.
 
-    With Python's bytecode at hand, as from anybody's second start on, whatever the environment of
-    this test says: to compile fastlora's source takes 0.2 s more.
+    Python may use its cached bytecode, as on every start after the first. Compiling the source of
+    fastlora would take 0.2 s more.
     """
     clock = "time.process_time()"
     timed = f"import torch, time; t = {clock}; import fastlora; print({clock} - t)"

@@ -120,8 +120,8 @@ def lora(
             because these have other names.
         ensure_weight_tying: train one copy, or one adapter, for both of a tied embedding and head.
             If False, training one of the two does not change the other.
-        recompute: what the backward pass computes again: "none", "selective", "full", "offload", or
-            the fraction in [0, 1] of the activation memory of "none" to keep.
+        recompute: how much the backward pass computes again: "none", "selective", "full",
+            "offload", or the fraction in [0, 1] of the activation memory of "none" to keep.
         use_dora: train the length of each row of W + scaling * B A as well (Liu et al. 2024,
             arXiv:2402.09353).
         lora_bias: B gets a bias, scaled with it; needs init_lora_weights True or False.
@@ -141,12 +141,15 @@ def lora(
     """
     heading = "fastlora.lora cannot do this:"
     arguments, problems = checked_arguments(settings_from(LoraArguments, locals()))
+    # Without a model nothing else can be checked.
     if wrong_model := argument_problems({"model": (model, MODEL)}):
         raise_problems(ValueError, heading, wrong_model + problems)
     settings = lora_settings(arguments, model.spec.config)
     loftq, loftq_problems = loftq_settings(loftq_config, arguments.init_lora_weights)
     problems += loftq_problems + conflict_problems(arguments, settings, model)
+    # Raises all problems found so far, together with its own.
     settings = resolve_targets(settings, model.spec.config, heading, problems)
+    # These checks need the resolved targets, so they cannot be in the list above.
     problems = resolved_problems(model, settings, loftq, temporary_location)
     raise_problems(ValueError, heading, problems)
 
@@ -171,6 +174,7 @@ def _with_factors_of_weights(
     init = True if spec.lora is None else spec.lora.init_lora_weights
     if not reads_weights(init):
         return spec, base, adapter
+    # W - Q is fitted by an ordinary adapter: the model moves closer to the unquantised one.
     if init == "loftq" and is_quantized(base):
         spec, adapter = fit_quantization_error(spec, base, adapter)
         return spec, base, adapter

@@ -1,4 +1,4 @@
-"""What an adapter trains besides its projections: biases, copies of tensors, embedding, head, rows.
+"""Extras: biases, copies of tensors, embedding, head and rows that an adapter trains.
 
 The rules are PEFT's (peft 0.21.2, utils/other.py:1080 and :1535, tuners/lora/model.py:1290). They
 differ from one argument to the next: `modules_to_save` matches the bare end of a name, so that
@@ -100,10 +100,13 @@ def resolve_extras(
     lora = {key: target(key, m) for m, key in EDGE_MODULES.items() if m in adapted}
     any_edge = any(m in saved or m in adapted for m in EDGE_MODULES)
     tied = settings.ensure_weight_tying and config.tie_word_embeddings and any_edge
+    # One adapter serves both, so both have a target with its rank and scaling.
     if tied and lora:
         lora = {key: target(key, m) for m, key in EDGE_MODULES.items()}
+    # One copy serves both matrices, under the embedding's name.
     if tied and not lora:
         replaced = tuple(dict.fromkeys(EMBED_TOKENS if n == LM_HEAD else n for n in replaced))
+    # The head of a tied model reads the embedding's trained rows, unless it has other ids.
     rows = tokens.get("embed_tokens")
     shared_rows = config.tie_word_embeddings and rows is not None
     shared_rows = shared_rows and tokens.get("lm_head", rows) == rows
@@ -161,6 +164,7 @@ def _tokens(
     tokens: dict[str, tuple[int, ...]] = {}
     problems, v = [], config.vocab_size
     for name, ids in pairs if given else ():
+        # PEFT takes any end of a module's name. Ends that match several modules are refused.
         matched = [m for m in modules if m.endswith(name)]
         key = EDGE_MODULES.get(matched[0]) if len(matched) == 1 else None
         wrong = [i for i in ids if not isinstance(i, int) or not 0 <= i < v]

@@ -12,6 +12,7 @@ def pair_problems(s: LoraConfig, config: LlamaConfig, extras: Extras) -> list[st
     lora = {key for key in EDGE_WEIGHTS if getattr(extras, key) is not None}
     copies = {key for key, name in EDGE_WEIGHTS.items() if name in extras.replaced}
     rows = {key for key, _ in extras.tokens} | ({"lm_head"} if extras.shared_rows else set())
+    # A tied copy is used for both matrices.
     if extras.tied and copies:
         copies = {*EDGE_WEIGHTS}
     problems = [
@@ -34,8 +35,9 @@ def pair_problems(s: LoraConfig, config: LlamaConfig, extras: Extras) -> list[st
 def _tying_problems(
     s: LoraConfig, config: LlamaConfig, extras: Extras, lora: set[str], copies: set[str]
 ) -> list[str]:
-    """What ensure_weight_tying excludes: embedding and head that are trained in different ways."""
+    """Settings that train embedding and head in different ways, which tying excludes."""
     problems = []
+    # If the ids were equal, the head would share the embedding's rows: one entry.
     if len(extras.tokens) == 2 and s.ensure_weight_tying and config.tie_word_embeddings:
         problems.append(
             "ensure_weight_tying: trainable_token_indices differ between embed_tokens and lm_head"

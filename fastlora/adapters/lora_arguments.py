@@ -33,7 +33,8 @@ from fastlora.models.params import DTYPES, PROJECTIONS
 from fastlora.models.spec import LoraConfig, Recompute
 from fastlora.ops.quant.fake_quantize import SCHEMES
 
-RANK = whole_number(1)
+# The bound keeps ranks times layer widths below 2**63, the limit of torch's sizes.
+RANK = whole_number(1, 2**31)
 ALPHA = number()
 DROPOUT = number(low=0, high=1)  # PEFT's files may hold 1; lora() refuses it
 
@@ -73,6 +74,7 @@ def _are_token_ids(value: Any) -> bool:
 
 
 def _is_pattern_mapping(value: Any) -> bool:
+    # Values are checked by lora_setting_problems, which names the pattern.
     return isinstance(value, Mapping) and all(map(TEXT.accepts, value))
 
 
@@ -104,7 +106,7 @@ _DTYPE = Rule(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraArguments:
-    """The arguments of `lora` but for `model` and `loftq_config`, under the same names."""
+    """The arguments of `lora` except `model` and `loftq_config`, under the same names."""
 
     r: int = setting(RANK, 16)
     target_modules: Collection[str] | str | None = setting(_NAMES_OR_REGEX, tuple(PROJECTIONS))
@@ -153,6 +155,7 @@ def checked_arguments(arguments: LoraArguments) -> tuple[LoraArguments, list[str
     for f in fields(arguments):
         if wrong := setting_problems(arguments, [f.name]):
             problems += wrong
+            # The default is valid, so the checks that follow need no second check of this value.
             defaults[f.name] = f.default
     return replace(arguments, **defaults), problems
 
@@ -188,6 +191,7 @@ def lora_settings(arguments: LoraArguments, config: LlamaConfig) -> LoraConfig:
 
 def _layers(arguments: LoraArguments, n: int) -> tuple[int, ...] | None:
     """The indices of layers_to_transform, or of the last layers of n."""
+    # More layers than the model has are reported by refusals.py; here they mean all.
     if (last := arguments.finetune_last_n_layers) is not None:
         return tuple(range(max(n - last, 0), n))
     layers = as_tuple(arguments.layers_to_transform)
@@ -203,6 +207,7 @@ def lora_setting_problems(s: LoraConfig) -> list[str]:
         {name: (value, rules[name]) for name, value in (ranks | alphas).items()}
         | {"lora_dropout": (s.lora_dropout, DROPOUT), "bias": (s.bias, BIAS)}
     )
+    # PEFT raises here too (peft 0.21.2, tuners/lora/config.py, __post_init__).
     if isinstance(s.target_modules, str) and (s.layers_to_transform or s.layers_pattern):
         problems.append(
             "layers_to_transform, layers_pattern and finetune_last_n_layers only filter a list, but"

@@ -28,7 +28,7 @@ def park_originals(
 
         {"embed_tokens": E on the device, ...}  ->  {"embed_tokens": E mapped from a file, ...}
 
-    A base on the CPU is returned as it is.
+    A base on the CPU is returned unchanged.
 
     Args:
         base: on one device.

@@ -85,14 +85,16 @@ def _init_problems(s: LoraConfig) -> list[str]:
         )
     if s.lora_dropout == 1:
         problems.append("lora_dropout=1 drops every input; expected a number in [0, 1)")
+    # PEFT accepts 0; the gradients of A and B would then be 0 too.
     if zero := [k for k, v in (("lora_alpha", s.lora_alpha), *s.alpha_pattern) if v == 0]:
         problems.append(f"{zero} are 0, which makes the scaling 0: the adapter would do nothing")
     return problems
 
 
 def _variant_problems(s: LoraConfig) -> list[str]:
-    """What lora_bias, use_dora and orthogonal factors exclude."""
+    """Settings that lora_bias, use_dora and orthogonal factors exclude."""
     problems = []
+    # Pattern values that are not integers are reported by lora_setting_problems.
     ranks = [r for r in (s.r, *(v for _, v in s.rank_pattern)) if isinstance(r, int)]
     if s.init_lora_weights == "orthogonal" and (odd := [r for r in ranks if r % 2]):
         problems.append(f"init_lora_weights='orthogonal' needs even ranks, but there are {odd}")
@@ -106,7 +108,7 @@ def _variant_problems(s: LoraConfig) -> list[str]:
 
 
 def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
-    """What a qat_scheme excludes, and matrices whose width its groups do not divide."""
+    """Settings that a qat_scheme excludes, and matrices whose width its groups do not divide."""
     if s.qat_scheme is None:
         return []
     problems, group = [], SCHEMES[s.qat_scheme].weight.group_size
@@ -120,6 +122,7 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
             f"init_lora_weights={s.init_lora_weights!r} with qat_scheme: the initial offset would"
             " have to be quantised together with the base; choose another value of one of the two"
         )
+    # The widths below are those of dense layers.
     if is_mixture(config):
         return [
             *problems,
@@ -137,7 +140,8 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
 
 
 def _quantized_base_problems(s: LoraConfig, config: LlamaConfig, loftq: LoftQSettings) -> list[str]:
-    """What is refused over a base in 4 or 8 bits."""
+    """Settings that cannot be used over a base in 4 or 8 bits."""
+    # Norms, embedding and head are in 16 bits over a quantised base and may be copied.
     copied = {*s.extras.replaced} & {*projection_weights(config)}
     problems = [
         f"modules_to_save: {name} is quantised, so its copy would start rounded, and PEFT does not"

@@ -54,6 +54,7 @@ def resolve_targets(
     problems = [*problems, *lora_setting_problems(settings)]
     given, pattern_problems = settings, regex_problems(settings, config)
     modules, matched, parameters = module_names(config), [], []
+    # Only patterns that compile, and match in time, may be used.
     if not pattern_problems:
         matches = lambda name: is_target(name, given)
         settings, expert_problems = translate_targets(given, config, modules, matches)
@@ -88,6 +89,7 @@ def _adapted_names(
     A projection that `target_modules` matches has its module's name; one that `target_parameters`
     matches has its parameter's.
     """
+    # Patterns of rank and alpha see the module's name, or the parameter's, as in PEFT.
     by_module = {m: m for m in modules if m.rpartition(".")[2] in PROJECTIONS}
     paths = {
         path if name in EXPERTS else f"{path}.weight": path

@@ -28,6 +28,7 @@ def match_problems(
         strict: also report what PEFT would ignore; False: report only settings that adapt nothing.
     """
     problems = _ignored_problems(s, config, matched) if strict else []
+    # A name without a match is already reported; this is for valid names that filters exclude.
     if not matched and not problems:
         form = "" if isinstance(s.target_modules, tuple) else ", a regex for the whole module name,"
         filters = f" after exclude_modules={s.exclude_modules!r}" if s.exclude_modules else ""
@@ -75,6 +76,7 @@ def _ignored_problems(s: LoraConfig, config: LlamaConfig, matched: list[str]) ->
         for p in s.layers_pattern or ()
         if not any(regex.match(layer_regex(p), m) for m in modules)
     ]
+    # Without any match, every pattern would be reported: one message about targets is enough.
     problems += [
         f"{field}: {key!r} matches no module that has an adapter"
         for field in ("rank_pattern", "alpha_pattern")
@@ -86,6 +88,7 @@ def _ignored_problems(s: LoraConfig, config: LlamaConfig, matched: list[str]) ->
 
 def _without_match(rule: tuple[str, ...] | str | None, modules: list[str]) -> list[str]:
     """The names of a rule that match no module; the rule itself if it is a regex that does not."""
+    # A string is one regex for the full name; a tuple holds names and dotted ends.
     if isinstance(rule, str):
         return [rule] if rule and not any(names_module(rule, m) for m in modules) else []
     return [name for name in rule or () if not any(names_module((name,), m) for m in modules)]

@@ -68,8 +68,7 @@ def read_base(
         dtype = getattr(torch, config.dtype)
     elif dtype is None and EMBED_TOKENS in entries:  # check_entries refuses an unknown dtype
         dtype = DTYPES.get(entries[EMBED_TOKENS].dtype)
-    # transformers would quantise such a folder when it loads it: another model.
-    # Then config.json and weights come from different checkpoints.
+    # Such a config.json and these weights come from different checkpoints.
     if raw.get("quantization_config") and not split_quantized(entries)[1]:
         raise CheckpointError(
             f"{folder / 'config.json'} has a quantization_config, but no weight is quantised;"

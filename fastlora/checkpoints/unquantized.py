@@ -67,8 +67,8 @@ def unquantized_matrices(config: LlamaConfig, folder: Path, base: Base) -> Matri
         if e.shape != shape_of(quantized[n]) or e.dtype not in DTYPES
     ]
     device = base["norm"].device
-    # Names and shapes are not enough: the folder may hold another model of the family by now, or the
-    # base may have been trained before it was quantised.
+    # Names and shapes are not enough: by now the folder may hold another model of the family, or
+    # the base was trained before it was quantised.
     if not problems:
         problems = [
             f"other       {n}: not the matrix that was quantised"

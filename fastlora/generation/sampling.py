@@ -25,7 +25,7 @@ class Sampling:
 
 
 SEED = Rule(  # an int or one of NumPy's integers, as torch.Generator.manual_seed accepts them
-    lambda x: isinstance(x, Integral) and not isinstance(x, bool) and 0 <= x < 2**64,
+    lambda x: isinstance(x, Integral) and not isinstance(x, bool) and 0 <= int(x) < 2**64,
     "a whole number in [0, 2**64)",
 )
 

@@ -266,7 +266,7 @@ def test_other_settings_are_taken_from_the_first_model():
     assert hash(mixed.spec) == hash(combine([one, two], (1.0, 1.0)).spec)
 
 
-# ── what cannot be ────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

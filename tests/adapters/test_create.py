@@ -19,7 +19,7 @@ from oracles.meta_models import on_meta_device
 
 ALL = list(PROJECTIONS)
 
-# What both sides are asked for, over three layers.
+# Arguments for both libraries, over three layers.
 CASES = {
     "one name": dict(target_modules=["q_proj"]),
     "all seven names": dict(target_modules=ALL),
@@ -295,7 +295,7 @@ def test_an_impossible_argument_is_refused_by_name(message):
 
 
 def test_an_unknown_recompute_policy_is_refused():
-    # Where the type hook is on, it speaks before lora does.
+    # With the type hook on, the hook refuses first.
     with pytest.raises((ValueError, TypeCheckError), match="everything"):
         lora(small(), recompute="everything")
 

@@ -53,7 +53,7 @@ def test_a_step_of_training_equals_pefts(case, tmp_path):
     assert step_difference(family, tmp_path, **settings) <= 1e-6
 
 
-# ── the tree, and what is written of it ───────────────────────────────────────────────────
+# ── the tree and the files ────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -68,7 +68,7 @@ def test_names_shapes_dtypes_and_counts_equal_pefts(case, dtype, tmp_path):
     kind = lambda x: (tuple(x.shape), x.dtype)
     assert {k: kind(x) for k, x in ours.items()} == {k: kind(x) for k, x in theirs.items()}
     if not (model.spec.lora.extras.tied and model.spec.lora.extras.embed_tokens):
-        # There PEFT counts one tensor twice, by both of its names.
+        # PEFT counts a tied tensor twice, once for each name.
         counted = (model.num_parameters(trainable=True), model.num_parameters())
         assert counted == peft.get_nb_trainable_parameters()
 

@@ -165,7 +165,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("what", IMPOSSIBLE)
 def test_impossible_arguments_are_refused_by_name(what):
     family, settings, message = IMPOSSIBLE[what]
-    # Where the type hook is on, it speaks of types before lora does.
+    # With the type hook on, the hook refuses wrong types first.
     with pytest.raises((ValueError, TypeCheckError)) as refused:
         lora(fast(family), **{"target_modules": Q} | settings)
     assert message in str(refused.value) or isinstance(refused.value, TypeCheckError)

@@ -56,8 +56,8 @@ def test_corda_is_that_of_peft(method, settings, monkeypatch):
             b = key.replace("lora_A", "lora_B")
             expected = theirs[b] @ theirs[key]
             off = (ours[b] @ a - expected).abs().max() / expected.abs().max()
-            # An inverse stands in A: what two ways to sum in float32 differ by (1e-7) comes out
-            # times the covariance's condition, about 100 here.
+            # A contains an inverse, which multiplies rounding errors of float32 (1e-7) by the
+            # condition of the covariance, about 100 here.
             assert off <= 1e-4, key
     # The moved base too: logits after a change that is the same on both sides.
     changed = model.with_adapter(tree_map(lambda x: 1.1 * x, model.adapter))

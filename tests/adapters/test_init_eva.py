@@ -20,7 +20,7 @@ def peft_after_every_batch(data, monkeypatch, **how):
     """PEFT's EVA with exact decompositions, after each batch once."""
     monkeypatch.setattr(IncrementalPCA, "_svd_fn_lowrank", IncrementalPCA._svd_fn_full)
     config = peft_config("eva", eva_config=EvaConfig(**how))
-    config.eva_config.tau = -2.0  # a batch after the first is enough to have settled
+    config.eva_config.tau = -2.0  # one batch after the first is enough to converge
     model = get_peft_model(hugging_face(FORWARD), config)
     peft_eva.initialize_lora_eva_weights(model, data, show_progress_bar=False)
     return model
@@ -54,7 +54,7 @@ def test_eva_is_that_of_peft(data, how, monkeypatch):
         assert abs(found.shape[0] - expected.shape[0]) <= ("lora_A" in key) * 1, key
         if "lora_B" in key:
             assert not found.any() and not expected.any()
-        # PEFT whitens in place, so what q, k and v share is divided three times, gate and up twice.
+        # PEFT whitens in place: the input of q, k and v three times, that of gate and up twice.
         elif "whiten" not in how or "o_proj" in key or "down_proj" in key:
             n = min(found.shape[0], expected.shape[0])
             torch.testing.assert_close(found[:n], expected[:n], rtol=0, atol=1e-3)
@@ -70,7 +70,7 @@ def test_eva_is_that_of_peft(data, how, monkeypatch):
 
 def test_components_are_those_of_all_rows_at_once():
     gen = torch.Generator().manual_seed(0)
-    spread = 3.0 * 0.5 ** torch.arange(12)  # a spectrum that falls, so that little is cut off
+    spread = 3.0 * 0.5 ** torch.arange(12)  # a falling spectrum, so that little is cut off
     chunks = [torch.randn(n, 12, generator=gen) * spread + 2 for n in (30, 20, 25)]
     found = None
     for rows in chunks:

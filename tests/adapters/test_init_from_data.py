@@ -22,7 +22,7 @@ from oracles.peft_cases import FORWARD
 from oracles.peft_side import difference, fast, hugging_face, logits
 from oracles.trees import same_bits
 
-# ── all of them ───────────────────────────────────────────────────────────────────────────
+# ── all methods ───────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -109,7 +109,7 @@ def test_training_starts_from_an_initialised_model():
     assert model.with_adapter(step).loss(batches()[0]) < value
 
 
-# ── what cannot be ────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_batches_that_do_not_fit_are_refused(data, message):
 
 
 def test_a_batch_is_a_dict():
-    # Where the type hook is on, it speaks before initialize does.
+    # With the type hook on, the hook refuses first.
     with pytest.raises((ValueError, TypeCheckError), match=r"is a list|batches"):
         initialize(fresh(), [[1, 2]], "eva")
 

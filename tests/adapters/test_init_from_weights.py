@@ -57,7 +57,7 @@ def test_first_factors_are_those_of_peft(case):
     ours = peft_state_dict(model.adapter, model.spec.lora)
     assert ours.keys() == theirs.keys()
     for key, a in ours.items():
-        if "lora_A" in key:  # up to the sign of a direction, which the product does not have
+        if "lora_A" in key:  # up to the sign of a direction; the product has none
             b = key.replace("lora_A", "lora_B")
             torch.testing.assert_close(ours[b] @ a, theirs[b] @ theirs[key], rtol=0, atol=1e-5)
 
@@ -107,7 +107,7 @@ def test_dropout_drops_inputs_of_the_adapter_only(use_dora):
     assert difference(run(model, None), run(plain, None), logits(fast(FORWARD))) <= 1e-5
 
 
-# ── a fresh adapter is its base, which nobody touched ─────────────────────────────────────
+# ── a fresh adapter computes its base, which does not change ──────────────────────────────
 
 
 @pytest.mark.parametrize("settings", ALL)
@@ -125,7 +125,7 @@ def test_fresh_adapter_equals_a_16_bit_base_to_its_rounding(dtype):
     model = lora(base, r=4, lora_alpha=8, init_lora_weights="pissa")
     assert {x.dtype for x in start_leaves(model)} == {torch.float32}
     expected, eps = logits(base).float(), torch.finfo(dtype).eps
-    # Four roundings of the largest logit; PEFT's moved and rounded base is no closer (below).
+    # Four roundings of the largest logit. PEFT's moved and rounded base errs as much (below).
     assert (logits(model).float() - expected).abs().max() <= 4 * eps * expected.abs().max()
     oracle = hf_logits(
         peft_moved(model, dtype, r=4, lora_alpha=8, init_lora_weights="pissa", target_modules=SEVEN)
@@ -211,7 +211,7 @@ def test_combine_uses_the_change_against_the_base(tmp_path):
 
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
-    """Start factors come from the checkpoint: another random_state would have given others."""
+    """The start factors come from the checkpoint: another random_state would give other factors."""
     model, tokenizer = fastlora.load("demo", device="cpu")
     rows = [{"text": f"number {i} follows number {i - 1}."} for i in range(16)]
     settings = dict(batch_size=2, save_every=2, progress=False, train_on="all", packing=False)
@@ -234,7 +234,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     torch.testing.assert_close(saved(ids), resumed(ids), rtol=0, atol=1e-2)
 
 
-# ── what cannot be ────────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

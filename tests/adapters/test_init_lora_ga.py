@@ -61,7 +61,7 @@ def test_gradients_of_the_weights_are_those_of_autograd(data):
     ],
 )
 def test_lora_ga_is_that_of_peft_up_to_signs(how, monkeypatch):
-    # With r = 8 our randomised decompositions have all of the (16 or 32) directions.
+    # With r = 8 fastlora's randomised decompositions hold all directions (16 or 32).
     monkeypatch.setattr(torch, "svd_lowrank", exact_svd)
     config = peft_config("lora_ga", r=8, lora_ga_config=LoraGAConfig(**how))
     oracle = get_peft_model(peft_gradients(batches(), config), config)
@@ -87,7 +87,7 @@ def test_random_directions_follow_random_state():
 
 
 def test_a_small_step_from_lora_ga_follows_the_gradient():
-    """A0 and B0 span singular directions of the gradient: checked against an SVD of its own."""
+    """A0 and B0 span singular directions of the gradient, computed here by an exact SVD."""
     model = initialize(fresh(r=2), batches(), "lora_ga")
     gradient = dict(weight_gradients(model, batches()))[0]["gate_proj"]
     u, _, vh = torch.linalg.svd(gradient)

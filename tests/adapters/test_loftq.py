@@ -13,11 +13,13 @@ def weights():
 
 
 def loftq_error(bits, iterations, scaling, r=8):
-    """||W - (Q + s B0 A0)||, Q what is left of the last rest after quantising."""
+    """||W - (Q + s B0 A0)||, where Q is the quantised remainder of the last iteration."""
     w, gen = weights(), torch.Generator()
     before = None
     if iterations > 1:
-        before = projection_factors(w, "loftq", r, scaling, gen, LoftQSettings(bits, iterations - 1))
+        before = projection_factors(
+            w, "loftq", r, scaling, gen, LoftQSettings(bits, iterations - 1)
+        )
     rest = w if before is None else w - scaling * before.b @ before.a
     found = projection_factors(w, "loftq", r, scaling, gen, LoftQSettings(bits, iterations))
     return (w - QUANTISERS[bits](rest) - scaling * found.b @ found.a).norm().item()
@@ -36,7 +38,7 @@ def test_loftq_is_as_close_for_every_scaling(bits, iterations):
 
 @pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (8, 1)])
 def test_loftq_at_scaling_1_is_the_loop_of_peft(bits, iterations):
-    """PEFT's loop wants CUDA, so it is written out here over bitsandbytes' own functions."""
+    """PEFT's loop needs CUDA. This is the same loop over functions of bitsandbytes."""
     bnb = pytest.importorskip("bitsandbytes").functional
     # Half: bitsandbytes quantises a half-precision copy to 8 bits, of later rests another one.
     w, r = weights().half().float(), 8
@@ -51,7 +53,9 @@ def test_loftq_at_scaling_1_is_the_loop_of_peft(bits, iterations):
         u, s, vh = torch.linalg.svd(w - q)
         product = u[:, :r] @ torch.diag(s[:r]) @ vh[:r]
         rest = w - product
-    found = projection_factors(w, "loftq", r, 1.0, torch.Generator(), (bits, iterations))
+    found = projection_factors(
+        w, "loftq", r, 1.0, torch.Generator(), LoftQSettings(bits, iterations)
+    )
     torch.testing.assert_close(found.b @ found.a, product, rtol=0, atol=1e-5)
 
 

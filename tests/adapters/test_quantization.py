@@ -54,7 +54,7 @@ def test_loftq_reduces_the_error_of_4_bits(dense_folder, tmp_path):
     with torch.no_grad():
         gap = [(m(IDS) - plain(IDS)).square().mean() for m in (tuned, model)]
     assert gap[0] < gap[1]
-    tuned.save_pretrained(tmp_path)  # it counts from the base in 4 bits as it is
+    tuned.save_pretrained(tmp_path)  # it starts from the 4-bit base
     again = fastlora.load_adapter(model, tmp_path)
     assert same_bits(again.adapter, tuned.adapter) and not again.spec.changed
 
@@ -95,7 +95,7 @@ def test_initialising_from_data_reads_the_dequantised_weights(method, dense_fold
 
 
 def test_the_vocabulary_may_grow(dense_folder, tmp_path):
-    """What is not a projection is as over 16 bits: new tokens, trained rows, LoRA on the ends."""
+    """New tokens, trained rows and LoRA on embedding and head work as over 16 bits."""
     model = load(dense_folder(), load_in_4bit=True)
     tuned = adapted(
         model, r=2, target_modules=["q_proj", "embed_tokens", "lm_head"],

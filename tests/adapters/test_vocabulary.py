@@ -1,4 +1,4 @@
-"""New tokens: ids, rows, and what becomes of both on the way through a folder and PEFT."""
+"""New tokens: their ids and rows, saved to a folder and read by PEFT."""
 
 import dataclasses
 from pathlib import Path
@@ -109,7 +109,7 @@ def test_an_adapter_over_new_tokens_is_read_by_peft(folder, base, tokenizer, tmp
     ],
 )
 def test_invalid_tokens_are_refused(base, tokenizer, tokens, message):
-    # Where the type hook is on, it speaks before add_tokens does.
+    # With the type hook on, the hook refuses first.
     with pytest.raises((ValueError, TypeCheckError)) as refused:
         fastlora.add_tokens(base, tokenizer, tokens)
     assert message in str(refused.value) or isinstance(refused.value, TypeCheckError)

@@ -68,7 +68,7 @@ def test_a_quantised_checkpoint_loads_bit_exactly(kind, storage, quantised_folde
 
 
 def test_a_head_in_4_bits_is_dequantised(dense_folder, tmp_path):
-    """llm_int8_skip_modules may leave nothing out; fastlora's head is dense."""
+    """llm_int8_skip_modules may skip no layer, but fastlora's head is always dense."""
     theirs = oracle(dense_folder(), "nf4", torch.float32, llm_int8_skip_modules=["none"])
     theirs.save_pretrained(tmp_path)
     head = theirs.lm_head.weight

@@ -1,4 +1,4 @@
-"""Downloads, against a stand-in for the Hub that each test serves on 127.0.0.1."""
+"""Downloads from a small Hub server that each test starts on 127.0.0.1."""
 
 import hashlib
 import json
@@ -48,7 +48,7 @@ class Hub(ThreadingHTTPServer):
         return {path.split(f"/resolve/{COMMIT}/")[1] for _, path in self.log if "/resolve/" in path}
 
     def handle_error(self, request, client_address) -> None:
-        """A client that hangs up is no news."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -135,7 +135,7 @@ def hub(monkeypatch) -> Iterator[Hub]:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, bytes]:
-    """A repository as they are: weights twice, in safetensors and in pickles, and much else."""
+    """A typical repository: weights in safetensors and in pickles, and other files."""
     folder = tmp_path_factory.mktemp("repo")
     make_checkpoint("llama2", folder)
     files = {p.name: p.read_bytes() for p in folder.iterdir()}
@@ -249,7 +249,9 @@ def test_an_empty_cache_without_a_network_is_reported(hub, tmp_path):
 
 
 def test_an_unreachable_hub_is_reported(hub, tmp_path, monkeypatch):
-    download = partial(snapshot_download, endpoint="http://127.0.0.1:9")  # discard: nobody listens
+    download = partial(
+        snapshot_download, endpoint="http://127.0.0.1:9"
+    )  # no server listens on port 9 (discard)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"someone/tiny.*not reached"):
         fetch_folder("someone/tiny", cache_dir=tmp_path)

@@ -1,6 +1,6 @@
 """temporary_location: originals of trained copies wait in a file; tests/gpu does the GPU part.
 
-Here they are sent away on the CPU as well, where `lora` itself leaves them in memory.
+These tests park originals on the CPU too, where `lora` keeps them in memory.
 """
 
 import gc
@@ -94,7 +94,7 @@ def test_the_location_is_checked_only_before_a_write(pair, tmp_path):
     """Plain LoRA in a read-only working directory needs none."""
     (tmp_path / "file").write_text("")
     base = pair("llama2").model.base
-    elsewhere = {**base, "norm": torch.empty(32, device="meta")}  # stands in for an accelerator
+    elsewhere = {**base, "norm": torch.empty(32, device="meta")}  # as if it were an accelerator
     copied = Extras(replaced=(HEAD,))
     assert location_problems(elsewhere, Extras(), tmp_path / "file") == []
     assert location_problems(base, copied, tmp_path / "file") == []

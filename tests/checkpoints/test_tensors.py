@@ -161,7 +161,7 @@ def test_a_killed_write_leaves_the_old_file(tmp_path):
     )
     assert python(code, path).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
-    write_text(path, "new")  # what the dead process left behind is in nobody's way
+    write_text(path, "new")  # the dead process's temporary file does no harm
     assert path.read_bytes() == b"new"
 
 

@@ -62,7 +62,7 @@ def _load_adapter(name: str, damage: Any) -> Any:
 
 
 def _item(what: str) -> str:
-    return "C8" if what == "50 GB" else "C11" if "10**400" in what else "C10"
+    return "C8" if what in ("50 GB", "a link to a device") else "C11"
 
 
 def cases() -> Iterator[Case]:
@@ -71,11 +71,13 @@ def cases() -> Iterator[Case]:
         for what, damage in BYTES.items():
             named = () if what == "absent" else (name,)
             accepts = None if _must_be_refused(name, what) else used
-            yield Case(f"{name}, {what}", _item(what), _reader(name)(name, damage), named, accepts)
+            call = _reader(name)(name, damage)
+            yield Case(f"{name}, {what}", _item(what), call, named, accepts, every=4)
         for what, damage in JSON_FILE.items() if name.endswith(".json") else ():
             optional = what == "an empty object" and name in OPTIONAL
             accepts = used if optional or name == "tokenizer.json" else None
-            yield Case(f"{name}, {what}", "C12", _reader(name)(name, damage), (name,), accepts)
+            call = _reader(name)(name, damage)
+            yield Case(f"{name}, {what}", "C12", call, (name,), accepts, every=4)
     for name, keys in {
         "config.json": list(CONFIG),
         "generation_config.json": list(GENERATION_FIELDS),
@@ -84,7 +86,7 @@ def cases() -> Iterator[Case]:
     }.items():
         for key, what, damage in fields(keys):
             call = _reader(name)(name, damage)
-            yield Case(f"{name}, {key} is {what}", _item(what), call, (name,), used)
+            yield Case(f"{name}, {key} is {what}", _item(what), call, (name,), used, every=8)
     yield from _lengths()
 
 

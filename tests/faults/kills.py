@@ -118,10 +118,23 @@ def die_in_save(worker: Any, out: Path, write: int) -> int:
     return worker.wait(120)
 
 
+def _kill_later(worker: Any, output: Path, draw: random.Random, step_seconds: float) -> int | None:
+    """Kill the child within the step after its next 0 to 4 ones; gives the exit status if it ends
+    by itself, else None."""
+    steps, code = draw.randrange(5), None
+    printed = lambda: output.read_text().count("step ") if output.exists() else 0
+    while printed() < steps and code is None:
+        code = worker.wait(0.003)
+    if code is None:
+        code = worker.wait(draw.uniform(0.0, 1.2 * step_seconds))
+    if code is None:
+        worker.kill()
+    return code
+
+
 def kill_loop(worker: Any, kills: int, seed: int = 0) -> Tally:
     """SIGKILL runs at random moments, `kills` times in all, each run until it is done."""
-    root = worker.scratch / "kills"
-    run_once(worker, root / "warm")
+    root = worker.scratch / f"kills-{seed}"
     duration = run_once(worker, root / "whole")
     expected, draw = fingerprint(root / "whole"), random.Random(seed)
     done = runs = same = 0
@@ -132,11 +145,11 @@ def kill_loop(worker: Any, kills: int, seed: int = 0) -> Tally:
         out, code = root / f"run-{runs}", None
         while code is None:
             output = start(worker, out)
-            # Once the kills are spent, the run may end.
-            code = worker.wait(draw.uniform(0.0, 0.7 * duration) if done < kills else 120)
-            if code is None:
-                worker.kill()
-                done += 1
+            if done < kills:
+                code = _kill_later(worker, output, draw, duration / (2 * STEPS))
+                done += code is None
+            else:  # the kills are spent: the run may end
+                code = worker.wait(120)
         if code != 0:
             errors.append(output.read_text()[-2000:])
             continue

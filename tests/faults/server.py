@@ -51,7 +51,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    for module in ("faults.cases", "faults.kills", "jinja2", "tqdm", "torch.func", "torch._dynamo"):
+    modules = ("faults.cases", "faults.kills", "bitsandbytes", "jinja2", "tqdm")
+    for module in (*modules, "torch.func", "torch._dynamo"):
         importlib.import_module(module)
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # a line that a library prints must not look like a reply

@@ -8,9 +8,9 @@ from faults.known import parameters
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory):
+def outcomes():
     """All cases run once, in processes that may die."""
-    return results(tmp_path_factory.mktemp("files"), FILES)
+    return results(FILES)
 
 
 @pytest.mark.parametrize("name", parameters(chosen(FILES)))

@@ -4,17 +4,15 @@ import signal
 
 import pytest
 
+from faults.bounded import shared_worker
 from faults.kills import die_in_save, fingerprint, kill_loop, run_once, stale_files, stop
 from faults.known import open_item
-from faults.worker import Worker
 
 
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory):
+@pytest.fixture
+def worker():
     """A server of processes that may be killed."""
-    worker = Worker(tmp_path_factory.mktemp("kills"))
-    yield worker
-    worker.close()
+    return shared_worker()
 
 
 def test_twenty_kills_resume_to_the_same_bits(worker):

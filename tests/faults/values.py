@@ -51,7 +51,7 @@ def show(value: Any) -> str:
 
 def _spelled(value: Any) -> str:
     """A text that is long enough to be told in a message: naming it is as good as the argument."""
-    return ascii(value)[1:61] if isinstance(value, str) and len(value) > 2 else ""
+    return ascii(value)[1:-1][:60] if isinstance(value, str) and len(value) > 2 else ""
 
 
 def _item(item: str, value: Any) -> str:
@@ -76,7 +76,9 @@ def bad_calls(
             def bad(context: Context, argument: str = argument, value: Any = value) -> Any:
                 return call(context, **{argument: value})
 
-            named = (f"{argument}||{_spelled(value)}" if _spelled(value) else argument,)
-            yield Case(f"{function} {argument}={show(value)}", _item(item, value), bad, named)
+            others = [_spelled(value), "row 1" if argument.endswith("data") else ""]
+            named = ("||".join([argument, *filter(None, others)]),)
+            name = f"{function} {argument}={show(value)}"
+            yield Case(name, _item(item, value), bad, named, every=2)
     misspelt = lambda context: call(context, no_such_argument=1)
     yield Case(f"{function} no_such_argument=1", item, misspelt, ("no_such_argument",))

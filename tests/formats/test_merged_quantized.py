@@ -72,7 +72,7 @@ def test_the_report_names_the_base_that_the_adapter_was_added_to(
         ids = (7919 * torch.arange(1, 33) % model.spec.config.vocab_size)[None]
         difference = (theirs(ids).logits.double() - model(ids).double()).abs().max()
     assert report.logit_difference == pytest.approx(float(difference), rel=0.3)
-    # Over the dequantised weights only rounding is left; the original's are another model.
+    # Against the dequantised weights only rounding differs. The original weights differ more.
     assert (report.logit_difference < 0.5) == (report.base == "dequantized")
 
 
@@ -236,7 +236,7 @@ def test_merged_4_bit_is_read_by_transformers_and_by_us(family, quantised, dense
     with torch.no_grad():
         ours, logits = again(IDS), theirs(IDS).logits
     assert (ours - logits).abs().max() <= 1e-2 * max(1.0, logits.abs().max())
-    # What bitsandbytes makes of the model that is merged in 16 bits, to the byte and the name.
+    # The same bytes and names as bitsandbytes makes of the model merged in 16 bits.
     model.save_pretrained_merged(tmp_path / "dense")
     oracle(tmp_path / "dense", "nf4 nested", torch.bfloat16).save_pretrained(tmp_path / "theirs")
     wanted, found = (load_file(tmp_path / d / "model.safetensors") for d in ("theirs", "out"))
@@ -272,7 +272,7 @@ def test_a_mixture_is_refused_in_4_bits(dense_folder, tmp_path):
 
 
 def test_one_tensor_at_a_time_is_made(dense_folder, tmp_path, monkeypatch):
-    """Merged matrices are let go before the next is made."""
+    """Each merged matrix is freed before the next one is made."""
     from fastlora.adapters.edits import merging
 
     alive: list[Any] = []

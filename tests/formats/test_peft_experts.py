@@ -147,7 +147,7 @@ def test_names_shapes_and_parameter_count_equal_pefts():
     assert model.num_parameters() == total
 
 
-# ── what is refused ───────────────────────────────────────────────────────────────────────
+# ── refusals ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

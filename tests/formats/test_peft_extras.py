@@ -29,7 +29,7 @@ from oracles.peft_side import (
 )
 from oracles.trees import same_bits
 
-# ── a base with an embedding of its own ───────────────────────────────────────────────────
+# ── a file with another embedding ─────────────────────────────────────────────────────────
 
 
 def resized_peft(family, rows, folder, **settings):

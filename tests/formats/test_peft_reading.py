@@ -30,8 +30,6 @@ from oracles.peft_side import (
     with_random_adapter,
 )
 
-# ── PEFT's folders in ─────────────────────────────────────────────────────────────────────
-
 
 @pytest.mark.parametrize("case", ADAPTER_CASES)
 def test_adapters_of_peft_load_with_its_logits(case, tmp_path):
@@ -136,9 +134,6 @@ def test_loading_replaces_the_adapter_and_does_not_change_the_model(tmp_path):
     swapped = load_adapter(first, tmp_path)
     assert torch.equal(logits(swapped), logits(second))
     assert torch.equal(logits(first), before)
-
-
-# ── Hugging Face folders out ──────────────────────────────────────────────────────────────
 
 
 def test_the_installed_peft_has_the_expected_version():

@@ -32,12 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_ignore_collect(config: pytest.Config) -> bool | None:
     """Ignore this folder unless the run asks for it with -m gpu."""
-    return None if "gpu" in config.getoption("markexpr") else True
+    return None if "gpu" in (config.getoption("markexpr") or "") else True
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect other parts and, without CUDA, skip; put tests/gpu/test_inductor.py last."""
-    wanted = set(config.getoption("--part", default=[]))
+    wanted = set(config.getoption("--part", default=[]) or [])
     here = [x for x in items if x.get_closest_marker("gpu")]
     parts = {x: {m.args[0] for m in x.iter_markers("part")} for x in here}
     dropped = [x for x in here if wanted and parts[x] and not parts[x] & wanted]

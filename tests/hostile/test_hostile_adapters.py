@@ -38,7 +38,7 @@ def rewrite(path: Path, change) -> None:
     save_file(change(load_file(path)), path)
 
 
-# ── JSON, whatever file it is in ──────────────────────────────────────────────────────────
+# ── JSON of every file ────────────────────────────────────────────────────────────────────
 
 
 BAD_JSON = {
@@ -239,7 +239,7 @@ BAD_FILES = {
 @pytest.mark.parametrize("bad", BAD_FILES)
 def test_a_bad_file_is_refused_by_name(broken_adapter, model, bad):
     path = broken_adapter / WEIGHTS
-    path.unlink()  # never written through: `adapter` may be mapped
+    path.unlink()  # not written in place, because `adapter` may be mapped
     BAD_FILES[bad](path)
     refused(lambda: fastlora.load_adapter(model, broken_adapter), WEIGHTS)
 

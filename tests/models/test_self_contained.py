@@ -69,7 +69,7 @@ def test_a_model_with_neither_is_returned_as_the_same_object(settings, base):
 
 @pytest.fixture
 def parked(base, tmp_path, monkeypatch):
-    """A model with both originals in files. The CPU stands in for both devices."""
+    """A model with both originals in files. The CPU plays both devices."""
     always = lambda base, extras, folder: park_originals(base, extras, folder, always=True)
     monkeypatch.setattr("fastlora.adapters.create.park_originals", always)
     settings = dict(r=2, modules_to_save=["embed_tokens", "lm_head"])

@@ -1,7 +1,8 @@
 """Tiny random checkpoints of every family, written by transformers itself.
 
-What the tests load and compare against. `FAMILIES` maps a name to transformers' config arguments
-(plus "model_type"); `make_checkpoint` writes the folder and gives transformers' own reading of it.
+The tests load these checkpoints with both libraries. `FAMILIES` maps a name to the arguments of
+transformers' config class (plus "model_type"). `make_checkpoint` writes the folder and returns
+the model that transformers reads from it.
 """
 
 import json
@@ -116,14 +117,14 @@ def make_checkpoint(
     config: dict[str, Any] | None = None,
     **save_kwargs: Any,
 ) -> PreTrainedModel:
-    """Write a random checkpoint of a family into `folder`; give transformers' reading of it.
+    """Write a random checkpoint of a family into `folder`; return transformers' model of it.
 
-    Every tensor is randomised, norms and biases too, so that a forgotten one shows; the logits'
-    absmax is above 1. The global RNG is left as it was.
+    Every tensor is random, norms and biases too, so that a test notices a missing one. The largest
+    logit is above 1. The state of the global RNG does not change.
 
     Args:
         family: a key of `FAMILIES`.
-        folder: created if it is not there.
+        folder: created if it does not exist.
         dtype: of every tensor in the file.
         seed: of the private generator.
         config: transformers config arguments that override the family's.
@@ -152,7 +153,7 @@ def respell(folder: Path) -> None:
 
 
 def mapped_from(tensor: torch.Tensor) -> str:
-    """The file that a tensor's memory is mapped from; "" for memory of its own. Linux only."""
+    """The file that a tensor's memory is mapped from, or "" for other memory. Linux only."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, *rest = line.split(maxsplit=5)  # range, mode, offset, device, inode, path
         start, end = (int(x, 16) for x in span.split("-"))

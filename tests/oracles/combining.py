@@ -98,7 +98,7 @@ def peft_mixed(folder, weights, monkeypatch, combination_type, seed=0, **kwargs)
     theirs = peft_read(FORWARD, folder / "0", adapter_name="a0")
     for i in range(1, len(weights)):
         theirs.load_adapter(folder / str(i), f"a{i}")
-    # Called between the fresh adapter's initialisation, which draws, and the first mask.
+    # PEFT calls this after it draws the new adapter's first weights and before the first mask.
     seeded = lambda *_: torch.manual_seed(seed)
     monkeypatch.setattr(peft_lora_model, "_freeze_adapter", seeded)
     with torch.random.fork_rng(devices=[]):

@@ -59,7 +59,7 @@ def transformers_says(raw: dict) -> dict:
 
 
 def experts(c) -> dict:
-    """What the model classes of transformers read of a mixture; zeros for dense families."""
+    """The fields of a mixture that transformers' model classes read. Dense families get zeros."""
     n = c.num_hidden_layers
     if not hasattr(c, "num_experts_per_tok") or not c.num_experts:
         sizes = dict(num_local_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)

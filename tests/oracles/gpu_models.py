@@ -34,7 +34,7 @@ FAMILIES = {
         "moe_intermediate_size": 96,
     },
 }
-# Experts and router, besides what the seven names mean; an expert's rank of 8 and 4 in turn.
+# Three projections, the router and the experts. The experts' ranks are 8 and 4.
 MIXTURES: dict[str, dict[str, Any]] = {
     family: {
         "target_modules": ["q_proj", "v_proj", "o_proj"],
@@ -58,8 +58,11 @@ def together(a: Any, b: Any) -> float:
 
 
 def median_token(a: Tensor, b: Tensor) -> float:
-    """The median token's relative difference: near a tie of the router's, rounding sends a token
-    to another expert, on both sides alike, and these few alone would be the norm."""
+    """The relative difference of the median token.
+
+    If two experts have nearly equal router scores, rounding can send a token to another expert, on
+    both sides alike. These few tokens would determine the norm.
+    """
     wrong = (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)
     return float(wrong.median())
 

@@ -19,7 +19,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SECONDS = 1.0
 MEMORY = 300 * 2**20  # bytes by which a refusal may grow the process: a 32 MB JSON, parsed
-HUGE = 10**400  # an integer that JSON may hold and no float can
+HUGE = 10**400  # JSON can hold this integer, a float cannot
 REFUSALS = (CheckpointError, FileNotFoundError, NotImplementedError)
 
 
@@ -43,7 +43,7 @@ def refused(call, *named: str) -> str:
 
 
 def loads_or_refuses(call) -> None:
-    """The law."""
+    """The call returns, or raises one of REFUSALS with a text, in the time and memory allowed."""
     with bounded():
         try:
             call()
@@ -56,7 +56,7 @@ def load(folder: Path) -> tuple[Model, Tokenizer | None]:
 
 
 def runs(folder: Path) -> None:
-    """Load, and give finite or not finite logits of a model that was accepted."""
+    """Load the folder and run the model. The logits may be infinite or NaN."""
     model, _ = load(folder)
     assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, model.spec.config.vocab_size)
 

@@ -20,7 +20,7 @@ def batches(n=2, rows=4, tokens=20):
 
 
 def padded(n=2):
-    """Batches with padding on the left, and prompts that are no target."""
+    """Batches with padding on the left and prompts without labels."""
     found = []
     for batch in batches(n):
         mask = torch.ones_like(batch["input_ids"])

@@ -38,7 +38,7 @@ ALL = [*MOVING.values(), *({"r": 4, "init_lora_weights": i} | more for i, more i
 
 
 def shaken(model, std=0.05, seed=1):
-    """The model with every adapter tensor a little off its start."""
+    """The model with a little noise on every adapter tensor."""
     gen = torch.Generator().manual_seed(seed)
     noise = lambda t: t + (std * torch.randn(t.shape, generator=gen)).to(t.dtype)
     return model.with_adapter(tree_map(noise, model.adapter))

@@ -59,7 +59,7 @@ def graphs(layer: Layer, level: str, chunks: int = 1) -> tuple[fx.Graph, fx.Grap
 
 
 def saved_elements(graph: fx.Graph) -> int:
-    """Floating-point elements that a forward graph hands to the backward one, arguments apart."""
+    """Floating-point elements that a forward graph saves for the backward one, except arguments."""
     (output,) = (node for node in graph.nodes if node.op == "output")
     values = [n.meta["val"] for n in output.args[0][1:] if n.op != "placeholder"]
     return sum(v.numel() for v in values if isinstance(v, Tensor) and v.is_floating_point())

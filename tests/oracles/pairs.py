@@ -23,7 +23,7 @@ class Pair(NamedTuple):
     oracle: PreTrainedModel
 
     def fresh_oracle(self) -> PreTrainedModel:
-        """A copy: dynamic RoPE remembers the longest input it has seen."""
+        """A copy, because dynamic RoPE remembers the longest input so far."""
         return copy.deepcopy(self.oracle)
 
     @torch.no_grad()

@@ -55,7 +55,7 @@ ADAPTER_CASES = {
     "rank above the width": dict(r=70, target_modules=["v_proj", "down_proj"]),
 }
 
-# Initialisations that PEFT cannot read back; what is saved here is plain LoRA to it.
+# PEFT cannot read these initialisations. fastlora saves them as plain LoRA, which it can.
 FASTLORA_ONLY_INITS = {
     "pissa_niter_4": dict(init_lora_weights="pissa_niter_4"),
     "loftq, 8 bits": dict(

@@ -67,7 +67,7 @@ def with_random_adapter(model, seed=1, std=0.15):
 
 
 def peft_config(**settings):
-    """PEFT's; of copies, as it changes lists that it is given (ensure_weight_tying)."""
+    """PEFT's config, of copies: ensure_weight_tying changes the given lists."""
     return PeftConfig(**copy.deepcopy(settings), task_type="CAUSAL_LM")
 
 
@@ -85,20 +85,20 @@ def peft_read(family, folder, dtype=torch.float32, **kwargs):
     """PEFT's reading of a folder over the untouched base, every warning an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        # Not of PEFT's making: torch's own deprecations.
+        # These are torch's deprecations.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        # Said of every lora_bias over a base without biases, PEFT's own adapters included.
+        # PEFT warns of every lora_bias over a base without biases, after its own save too.
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed but the targeted layer")
-        # Said of every pattern for a parameter, PEFT's own adapters included, though it is used.
+        # PEFT warns of every pattern for a parameter, after its own save too, and uses the pattern.
         warnings.filterwarnings(
             "ignore", r"The following \w+_pattern keys did not match any .*: \[[^,]*(gate|experts)"
         )
-        # Said of rows that a tied pair shares, which are no "module".
+        # PEFT warns if a tied pair shares rows, because rows are not a "module".
         warnings.filterwarnings("ignore", "You have requested `ensure_weight_tying`, but no tied")
-        # Said of every tied base part of which is trained, and whenever a tied pair is not.
+        # PEFT warns of tied bases of which a part is trained.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
-        # Said of PEFT's own folders, whose config asks to move the base; ours never does.
+        # PEFT warns of folders whose config moves the base. fastlora writes no such folder.
         warnings.filterwarnings("ignore", "Using Rank-Stabilized LoRA with rank_pattern")
         return PeftModel.from_pretrained(hugging_face(family, dtype), folder, **kwargs).eval()
 
@@ -114,7 +114,7 @@ def logits(model):
 
 
 def difference(found, expected, base):
-    """max|Δ| over max(1, absmax), once the adapter is seen to matter: T32 is 1e-5 of this."""
+    """max|Δ| over max(1, absmax). Fails if the adapter changes the logits by less than 1e-2."""
     scale = max(1.0, expected.abs().max().item())
     effect = (expected - base).abs().max().item() / scale
     assert effect >= 1e-2, f"the adapter moves the logits by only {effect:.1e}"
@@ -138,7 +138,7 @@ def export_difference(family, folder, **settings):
 
 
 def peft_trainable(model, family, folder, settings):
-    """PEFT's model with these very A and B; over its moved base where the init moves it."""
+    """PEFT's model with the same A and B. If the init moves the base, PEFT's base is moved too."""
     if not moves_base(model.spec.lora.init_lora_weights):
         save_adapter(model, folder)
         return peft_read(family, folder, is_trainable=True)
@@ -169,7 +169,7 @@ def step_difference(family, folder, **settings):
         peft_state_dict(model.adapter, model.spec.lora),
         peft_state_dict(stepped, model.spec.lora),
     )
-    # Twice more than the module itself, beside bias="all"; PEFT does not read them.
+    # With bias="all" PEFT writes two more copies of the module, which it does not read.
     expected = {k: v for k, v in expected.items() if not re.search(r"_module\.|_to_save\.", k)}
     assert found.keys() == expected.keys()
     step = max((v - start[k]).abs().max().item() for k, v in expected.items())

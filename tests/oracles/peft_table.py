@@ -53,7 +53,7 @@ class Row(NamedTuple):
 
 
 def arguments() -> Iterator[Row]:
-    """Arguments that both sides know, and those that only fastlora does."""
+    """Arguments of both libraries, then those of fastlora alone."""
     for case, settings in ADAPTER_CASES.items():
         yield Row(FORWARD, case, adapter(FORWARD, settings))
     for family in DENSE:
@@ -103,7 +103,7 @@ def quantised(scheme: str, folder: Path) -> float:
 
 
 def figure(row: Row, measure: Measure, name: str) -> float:
-    """NaN, which exceeds every tolerance, where a side refuses or shows no effect."""
+    """The figure, or NaN if a library refuses or the adapter has no effect. NaN fails."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             return measure(Path(folder))

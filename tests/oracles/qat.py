@@ -21,8 +21,10 @@ def trained(model, scheme, **settings):
 
 
 def transformers_with(model):
-    """transformers' model with a merged model's weights, in float32 and untied: a folder rounds to
-    16 bit, and torchao gives a tied head a quantised tensor of its own."""
+    """transformers' model with a merged model's weights, in float32 and untied.
+
+    A folder would round to 16 bit, and torchao gives a tied head a separate quantised tensor.
+    """
     oracle = AutoModelForCausalLM.from_pretrained(model.spec.name_or_path, dtype=torch.float32)
     tensors = tensors_from_base(model.spec.config, model.base)
     tensors.setdefault("lm_head.weight", tensors["model.embed_tokens.weight"])

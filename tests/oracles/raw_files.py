@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def raw_file(path: Path, header: bytes | dict, data: bytes = b"", size: int | None = None) -> Path:
-    """A safetensors file, or what pretends to be one."""
+    """A safetensors file with this header, valid or not."""
     header = header if isinstance(header, bytes) else json.dumps(header).encode()
     path.write_bytes(struct.pack("<Q", len(header) if size is None else size) + header + data)
     return path

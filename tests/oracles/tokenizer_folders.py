@@ -53,7 +53,7 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {% endif %}
 {% endfor %}"""
 
-# Qwen3's habit: the last reply is rendered with (empty) thinking, earlier ones without.
+# As Qwen3: the last reply is rendered with (empty) thinking, earlier ones without.
 THINKING = """{% set ns = namespace(last=-1) %}{% for m in messages %}
 {% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
 {% for m in messages %}
@@ -192,7 +192,7 @@ def llama2(folder: Path, modern: bool = False, config: dict | None = None, **mor
         "tokenizer_class": "LlamaTokenizer",
         "legacy": False,
         "add_bos_token": True,
-        "add_eos_token": True,  # tokenizer.json has the last word, as in transformers
+        "add_eos_token": True,  # tokenizer.json overrides, as in transformers
         "bos_token": {"__type": "AddedToken", **without_id(added("<s>", 1))},
         "eos_token": "</s>",
         "chat_template": MISTRAL,

@@ -1,4 +1,4 @@
-"""torchao as the oracle of quantisation-aware training: a test that imports this needs it."""
+"""torchao as the oracle of quantisation-aware training. Without torchao, importing modules skip."""
 
 from typing import Any
 

@@ -15,7 +15,7 @@ LENGTHS = (1, 7, 24)  # 24 passes the windows (5) and dynamic RoPE's context (16
 
 
 def difference(ours: Tensor, theirs: Tensor) -> float:
-    """Worst difference in units of max(1, absmax): T32 of peft-format.md asks for 1e-5."""
+    """Largest difference in units of max(1, absmax). The tests allow 1e-5."""
     return ((ours - theirs).abs().max() / max(1.0, theirs.abs().max().item())).item()
 
 
@@ -35,8 +35,8 @@ def padding(side: str, t: int = 24) -> Tensor:
 def padded(pair: Pair, side: str) -> float:
     """Real positions of a padded batch, against transformers' batch with the same positions.
 
-    Dynamic RoPE takes its base from the longest row there and from each row itself here, so that
-    a row's logits do not depend on its neighbours: there transformers reads row by row.
+    With dynamic RoPE, transformers takes the base from the longest row of the batch, fastlora from
+    each row, so that rows do not depend on each other. Then transformers reads row by row.
     """
     ids, mask = token_ids(3, 24, vocab_size=96), padding(side)
     ours = pair.model(ids, attention_mask=mask)[mask.bool()]
@@ -74,11 +74,11 @@ def losses(pair: Pair) -> float:
 def rounding(pair: Pair, exact: Pair, t: int) -> tuple[float, float]:
     """(ours, transformers') relative error of bfloat16 logits by Frobenius norm.
 
-    Of a mixture of experts, the median token's: near a tie of the router's, rounding sends a token
-    to another expert (1 to 6 tokens of 100 in these models, on both sides alike), and those alone
-    would be the norm.
+    For a mixture of experts it is the error of the median token. If two experts have nearly equal
+    router scores, rounding can send a token to another expert (1 to 6 tokens of 100 in these
+    models, on both sides alike), and these tokens would determine the norm.
 
-    `exact` holds the same numbers in float32. 16 rows, so that one lucky rounding decides nothing.
+    `exact` holds the same numbers in float32. 16 rows average out single roundings.
     """
     ids = token_ids(16, t, vocab_size=96)
     reference = exact.theirs(ids)
@@ -115,14 +115,14 @@ def theirs(one: Pair, ids: Tensor, mask: Tensor | None = None, **how: Any) -> Te
     """transformers' generate, greedy unless told otherwise."""
     mask = torch.ones_like(ids) if mask is None else mask
     how = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0, **how}
-    # Dynamic RoPE's trained 16 is not the limit here: see conftest.read_pair.
+    # Dynamic RoPE's trained 16 is not the limit here: see oracles.pairs.read_pair.
     return one.fresh_oracle().generate(ids, attention_mask=mask, **how)
 
 
 def greedy_difference(one: Pair) -> float:
     """Share of greedy ids that differ from transformers', over single prompts and a padded batch.
 
-    With dynamic RoPE transformers' rows depend on the batch's longest, so there rows run alone.
+    With dynamic RoPE rows of transformers depend on the longest row, so only single prompts run.
     """
     how: dict[str, Any] = dict(max_new_tokens=NEW, eos_token_id=())
     batches = [(prompt(1, t), None) for t in (1, 9)]

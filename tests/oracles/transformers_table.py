@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def measured(family: str) -> list[float | None]:
-    """Every case's figure for one family; None where there is no such case."""
+    """The figure of every case for one family. None: the case does not apply."""
     with tempfile.TemporaryDirectory() as folder:
         pairs = {
             dtype: read_pair(family, Path(folder) / str(dtype), dtype)

@@ -38,7 +38,7 @@ class CombineSettings:
     majority_sign_method: str = setting(one_of("total", "frequency"), "total")
     svd_rank: int | None = setting(
         Rule(
-            optional(whole_number(1)).accepts,
+            optional(whole_number(1, 2**31)).accepts,
             "a whole number of at least 1, or None for the largest rank of the models",
         ),
         None,
@@ -112,6 +112,7 @@ def combined_model_problems(models: Sequence[ModelState], method: str) -> list[s
         else:
             found = _adapter_problems(model.adapter) + _target_problems(model.spec.lora)
             problems += [f"models[{i}] {problem}" for problem in found]
+    # Memory is compared and not values: comparing two 8B bases would read 32 GB.
     others = [i for i, model in enumerate(models) if not _share_base(models[0], model)]
     problems += [
         f"models[{i}] has another base than models[0]: load one base, and give it each adapter with"

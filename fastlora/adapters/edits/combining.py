@@ -116,6 +116,7 @@ def combine(
     model_list, numbers = as_list(models), as_list(weights)
     problems = method_problems(method, settings, SETTINGS_OF_METHOD)
     problems += weight_problems(numbers, weights, len(model_list or ()))
+    # The checks below read the models' fields.
     if class_problems := model_list_problems(model_list, models):
         raise_problems(ValueError, _HEADING, class_problems + problems)
     originals: list[StateT] = [self_contained(model) for model in model_list or ()]

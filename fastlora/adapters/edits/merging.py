@@ -87,6 +87,7 @@ def merged_tensors(
         return spec.config, tensors, _dequantized(tensors, matrix)
     config = replace(spec.config, tie_word_embeddings=_stays_tied(spec.config, spec.extras))
     base = with_replaced(model.base, adapter, tied=spec.extras.tied)
+    # The pair comes apart: from here on the head is a matrix of its own, still with equal values.
     if not config.tie_word_embeddings and "lm_head" not in base:
         base = base.copy()
         base["lm_head"] = base["embed_tokens"]
@@ -131,6 +132,7 @@ def merged_experts(
 ) -> Float[Tensor, "e d_out d_in"]:
     """`merged_weight` of every expert, one at a time."""
     merged = torch.empty_like(weight)
+    # The sums are in float32: of all experts at once they would take twice a bf16 tensor's memory.
     for matrix, base, a, b in zip(merged, weight, *lora, strict=True):
         matrix.copy_(merged_weight(base, LoRA(a, b), scaling))
     return merged

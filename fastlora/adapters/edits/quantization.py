@@ -33,6 +33,7 @@ def quantize(model: StateT) -> StateT:
     if is_quantized(model.base):
         return model
     config = model.spec.config
+    # A0 and B0 approximate a part of W and not of its rounded version.
     if has_offset(model.base):
         raise ValueError(
             "the model has an initial offset, which its initialisation took out of the base in 16"

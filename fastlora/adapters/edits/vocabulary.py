@@ -71,6 +71,7 @@ def add_tokens(
     ids = [cast(int, new_tokenizer.backend.token_to_id(token)) for token in new]
     matrices = {k: _with_mean_rows(model.base[k], ids) for k in EDGE_WEIGHTS if k in model.base}
     base = cast(Base, {**model.base, **matrices})
+    # Changed tensors are saved together with an adapter over this model.
     changed = dict.fromkeys((*model.spec.changed, *(EDGE_WEIGHTS[key] for key in matrices)))
     config = replace(model.spec.config, vocab_size=base["embed_tokens"].shape[0])
     spec = replace(model.spec, config=config, changed=tuple(changed))

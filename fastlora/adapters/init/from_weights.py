@@ -104,5 +104,6 @@ def set_initial_factors(
         {name: replaced(record, new[name]) for name, record in records.items()}
         for records, new in zip(adapter["layers"], factors, strict=True)
     )
+    # Copies of the rounded values, so that the offset cancels A0 and B0 exactly.
     frozen = [{n: LoRA(x.a.clone(), x.b.clone()) for n, x in records.items()} for records in layers]
     return with_offset(base, frozen), Adapter(**adapter | {"layers": layers})

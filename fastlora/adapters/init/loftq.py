@@ -50,6 +50,7 @@ def loftq_settings(config: Any, init: bool | str) -> tuple[LoftQSettings, list[s
             " both or neither"
         ]
     names = {f.name for f in fields(LoftQSettings)}
+    # The fields of PEFT's LoftQConfig are read without importing PEFT.
     given = config if isinstance(config, dict) else getattr(config, "__dict__", {})
     if given.keys() - names or (not isinstance(config, dict) and given.keys() != names):
         expected = "a dict such as {'loftq_bits': 4, 'loftq_iter': 1}, or PEFT's LoftQConfig"

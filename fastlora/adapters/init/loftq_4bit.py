@@ -44,6 +44,7 @@ def fit_quantization_error(spec: Spec, base: Base, adapter: Adapter) -> tuple[Sp
     def fitted(layer: int, t: Target, record: AdapterRecord) -> AdapterRecord:
         quantised = base["layers"][layer][t.name]["weight"]
         matrix = source(f"{projection_path(layer, t.name)}.weight", quantised)
+        # float32: the error is a small difference of two close matrices.
         error = matrix.to(torch.float32) - dense(quantised, torch.float32)
         a, b = (x.to(record.a) for x in low_rank_factors(error, t.r, t.scaling))
         if isinstance(record, DoRA):
@@ -55,5 +56,6 @@ def fit_quantization_error(spec: Spec, base: Base, adapter: Adapter) -> tuple[Sp
         {t.name: fitted(i, t, adapter["layers"][i][t.name]) for t in targets}
         for i, targets in enumerate(spec.lora.targets)
     )
+    # Saved as an ordinary adapter over the quantised checkpoint: no offset, the usual rank.
     lora = replace(spec.lora, init_lora_weights=True)
     return replace(spec, lora=lora), Adapter(**adapter | {"layers": layers})

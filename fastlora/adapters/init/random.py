@@ -53,12 +53,14 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
             return BiasedLoRA(a, b, bias.to(device, dtype))
         if config.use_dora:
             weight = adapted_matrix(base, layer, target.name)
+            # In bfloat16 the norms would be rounded by up to 2**-9, and the model would change.
             magnitude_dtype = torch.promote_types(dtype, torch.float32)
             return DoRA(a, b, row_norms(weight, a, b, target.scaling).to(magnitude_dtype))
         return LoRA(a, b)
 
     layers = tuple({t.name: fresh(i, t) for t in ts} for i, ts in enumerate(config.targets))
     edge_targets = {t.name: t for t in (spec.extras.embed_tokens, spec.extras.lm_head) if t}
+    # A tied head uses the embedding's record, transposed.
     if spec.extras.tied:
         edge_targets.pop("lm_head", None)
     edges: Any = {name: fresh(None, t) for name, t in edge_targets.items()}

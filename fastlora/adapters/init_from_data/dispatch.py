@@ -104,10 +104,12 @@ def initialize(
         )
     raise_problems(ValueError, heading, problems)
     raise_problems(ValueError, heading, init_model_problems(model, method, settings))
+    # Read once: `batches` may be an iterator.
     batch_list = list(batches)
     needed = ("input_ids", "labels") if method == "lora_ga" else ("input_ids",)
     raise_problems(ValueError, heading, batches_problems(model.spec, batch_list, needed))
 
+    # Moved before the run: the methods read each batch once per layer.
     device = model.base["norm"].device
     batch_list = [{name: x.to(device) for name, x in batch.items()} for batch in batch_list]
     unparked = replace(model, base=unpark_originals(model.base))

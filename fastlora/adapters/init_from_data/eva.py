@@ -132,6 +132,7 @@ def _ranks(
         for t in ts
         for share in components[i][source].explained()[: max_components(t, settings)].tolist()
     ]
+    # The number of trained parameters changes only as far as the projections differ in width.
     budget = sum(t.r for targets in lora.targets for t in targets)
     ranks = [dict.fromkeys((t.name for t in targets), 0) for targets in lora.targets]
     # A stable sort: equal shares, such as those of q, k and v, are served in model order.

@@ -67,6 +67,7 @@ def weight_gradients(
     device = base["norm"].device
     outputs = zip(entering.pop(), batches, strict=True)
     dys = [_head_gradient(x.to(device), base, spec, batch).cpu() for x, batch in outputs]
+    # Back from the last layer: dys holds the loss's gradient by the output of layer i.
     for i in reversed(range(len(entering))):
         names = [t.name for t in lora.targets[i]]
         total: dict[str, Tensor] = {}
@@ -119,6 +120,7 @@ def _lora_ga_factors(
     generator: torch.Generator,
 ) -> LoRA:
     """A0 and B0 of one projection: right and left singular directions of its gradient."""
+    # PEFT's values: q = 4r directions and 4 power iterations.
     rank = min(4 * t.r, *gradient.shape)
     u, s, vh = randomised_svd(gradient, rank, 4, generator)
     for_a, for_b = _directions(t.r, settings.direction, generator)

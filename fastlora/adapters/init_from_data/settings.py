@@ -16,7 +16,7 @@ from fastlora.models.state import ModelState, StateT, require_adapter
 class InitSettings:
     """The arguments of `initialize` that belong to methods, with PEFT's defaults."""
 
-    rho: float = setting(number(low=1), 2.0)
+    rho: float = setting(number(low=1, high=1e6), 2.0)
     tau: float = setting(number(low=0, high=1), 0.99)
     use_label_mask: bool = setting(FLAG, True)
     whiten: bool = setting(FLAG, False)
@@ -71,6 +71,7 @@ def init_model_problems(model: ModelState, method: str, settings: InitSettings) 
         return ["model's adapter is on no projection, and only projections are initialised"]
     if any(isinstance(record, BiasedLoRA) for record in records):
         return ["model has lora_bias=True, which excludes initialisation from data"]
+    # Any trained or shifted adapter has a B that is not zero.
     if any(bool(record.b.any()) for record in records):
         return [
             "model's adapter is not fresh: its B is not zero; attach a fresh one with"

@@ -47,7 +47,7 @@ def base_tensors_out(spec: Spec, base: Base) -> dict[str, Tensor]:
     for key, module in MODULE_OF.items():
         name = f"{module}.weight"
         copied = name in extras.replaced or (extras.tied and EMBED_TOKENS in extras.replaced)
-        # A copy is written under its own key. A tied base (no "lm_head") writes both modules if its one
+        # A copy is written under its own key. A tied base (no "lm_head") writes both modules if its
         # matrix has changed.
         if copied or (name not in spec.changed and "lm_head" in base):
             continue

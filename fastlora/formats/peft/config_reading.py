@@ -122,7 +122,7 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, file: str) -> 
         targets=(),
     )
     heading = f"{file} does not fit this model:"
-    # Not strict: PEFT accepts patterns that match nothing.
+    # Not strict: what PEFT ignores with or without a warning is not an error here.
     lora = resolve_targets(settings, config, heading, error=CheckpointError, strict=False)
     init = lora.init_lora_weights
     problems = factor_problems(lora, config, init) if init in REPEATABLE_INITS else []

@@ -1,1 +1,1 @@
-"""Causal attention: attention.py calls SDPA, flash.py our own Triton kernels; rope.py rotates."""
+"""Causal attention through SDPA (attention.py) or our Triton kernels (flash.py); RoPE (rope.py)."""

@@ -102,6 +102,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, joint, q, k, v, cos, sin, first, last):
         ctx.joint = joint is not None
+        # We save rotated q and k, so the backward pass need not rotate them again.
         if cos is not None:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out, lse = torch.ops.fastlora.flash_attention(q, k, v, first)
@@ -117,7 +118,7 @@ class _FlashAttention(torch.autograd.Function):
             )
         kept = ctx.saved_tensors
         grads = torch.ops.fastlora.flash_attention_backward(dout, *kept)
-        if ctx.joint:
+        if ctx.joint:  # the placeholder takes the gradients of q, k and v as one tensor
             return grads, *[None] * 7
         b, t, _ = grads.shape
         heads = [x.shape[1] for x in kept[:3]]

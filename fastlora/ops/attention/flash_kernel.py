@@ -50,6 +50,8 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
         begin = tl.load(first_ptr + row * t + top) // BN * BN
         unmasked = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
         unmasked = tl.minimum(unmasked, diagonal)
+    # Online softmax in base 2: `best` is each query's largest score so far, times log2(e), and
+    # `total` the sum of 2**(score - best). A new maximum rescales `total` and `out`.
     best = tl.full((BM,), -3e38, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, D), tl.float32)
@@ -133,7 +135,7 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                 weights = tl.where(seen, weights, 0.0)
             dscores = weights * (dweights - delta[:, None])  # pyright: ignore
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
-    dq *= scale
+    dq *= scale  # dscores is the gradient of scale * q k'
     there = (query < t)[:, None]
     kind = dq_ptr.dtype.element_ty
     dq_at = dq_ptr + (row * t + query)[:, None] * dq_token + head * D
@@ -157,6 +159,7 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    # All GROUP query heads of a key head add to the same dk and dv, in this program alone.
     kv_heads = heads // GROUP
     top = tl.program_id(1) * BN
     row, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
@@ -164,6 +167,7 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     here = tl.minimum(key, t - 1)
     token, column = (row * t + here)[:, None], (kv_head * D + d)[None, :]
     k, v = tl.load(k_ptr + token * k_token + column), tl.load(v_ptr + token * v_token + column)
+    # The stretches of queries are [diagonal, unmasked), [unmasked, rest) and [rest, end).
     diagonal, unmasked = top // BM * BM, tl.cdiv(top + BN, BM) * BM
     last = tl.full((BN,), t - 1, tl.int32)
     rest, end = t // BM * BM, t
@@ -202,7 +206,7 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                 dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 dscores = weights * (dweights - delta[None, :])
                 dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
-    dk *= scale
+    dk *= scale  # dscores is the gradient of scale * q k'
     there = (key < t)[:, None]
     kind = dk_ptr.dtype.element_ty
     number = (row * t + key)[:, None]
@@ -339,6 +343,7 @@ def flash_backward(
     dq, dk, dv = grads.split([h * hd, kv * hd, kv * hd], 2)
     delta = torch.empty_like(lse)
     spans, rope = first is not None, cos is not None
+    # The kernel does not read pointers of features that are off, so q stands in for them.
     tables = (q if cos is None else cos.contiguous(), q if sin is None else sin.contiguous())
     table_row = t * hd if cos is not None and cos.shape[0] > 1 else 0
     static = dict(GROUP=h // kv, D=hd, SPANS=spans, ROPE=rope, PRECISION=precision(q.dtype))

@@ -74,5 +74,6 @@ def row_norms(
     """
     if transforms_active():
         return row_norms_reference(dense(weight, a.dtype), a, b, scaling)
+    # The raw op has no derivative; with detached inputs autograd does not record it.
     detached = [x.detach() for x in parts(weight)]
     return torch.ops.fastlora.row_norms(detached, a.detach(), b.detach(), scaling)

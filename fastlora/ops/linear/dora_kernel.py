@@ -32,6 +32,8 @@ def _row_norms_kernel(
         product += tl.dot(weight, a, input_precision=PRECISION)
     in_b = (row < d_out)[:, None] & (k < r)[None, :]
     b = tl.load(b_ptr + far * r + k[None, :], mask=in_b, other=0.0).to(tl.float32)
+    # |row of B A|^2 = b (A A') b'. The r x r matrix A A' comes from the launcher, because every
+    # program needs all of it.
     square = (k < r)[:, None] & (k < r)[None, :]
     gram = tl.load(gram_ptr + k[:, None] * r + k[None, :], mask=square, other=0.0)
     cross = tl.sum(product * b, 1)
@@ -41,6 +43,7 @@ def _row_norms_kernel(
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
+# Rows of W per program; 16 is the smallest tile of tl.dot. Columns of W per iteration.
 _ROWS, _COLUMNS, _WARPS = 16, 256, 4
 
 _LARGEST_RANK = 64  # rows of A in the tile that the kernel holds in shared memory

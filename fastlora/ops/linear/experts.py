@@ -65,6 +65,7 @@ torch.library.define("fastlora::grouped_outer", "(Tensor y, Tensor x, Tensor off
 @torch.library.impl("fastlora::grouped_linear", "CompositeExplicitAutograd")
 def _grouped_linear(x, weight, offsets, x_a, b, scaling):
     y = _rows(x, weight, offsets)
+    # In place: base product and sum share one [m, d_out] buffer.
     return y if x_a is None else y.add_(_rows(x_a, b, offsets), alpha=scaling)
 
 
@@ -163,6 +164,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         weight, x_a, b, offsets = ctx.saved_tensors
+        # Products of the other classes, so that this backward pass is differentiable itself.
         transposed, scaling = weight.transpose(1, 2), ctx.scaling
         dx = _GroupedLinear.apply(dy, transposed, offsets) if ctx.needs_input_grad[0] else None
         dx_a = _GroupedLinear.apply(dy, b.transpose(1, 2), offsets) * scaling
@@ -200,7 +202,9 @@ def grouped_lora_linear(
     """
     if needs_reference(weight):
         return grouped_lora_linear_reference(x, weight, a, b, offsets, scaling)
-    if x.is_cuda and (short := -a.shape[1] % 8):  # the grouped kernel needs strides of 16 bytes
+    # The grouped kernel needs strides of 16 bytes, 8 elements. Zero rows of A and zero columns of B
+    # change no value; autograd drops their gradients.
+    if x.is_cuda and (short := -a.shape[1] % 8):
         a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
     x_a = _GroupedLinear.apply(x, a, offsets)
     return _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling)  # pyright: ignore[reportReturnType]

@@ -171,11 +171,14 @@ class _LoRALinears(torch.autograd.Function):
         if joint:
             *_, dy_all = dys
             dys = dy_all.split([shape_of(from_parts(m))[0] for m in matrices], 1)
+        # With a fused weight, one product replaces the sum of dy_i W_i, if every y has a gradient.
         one_product = fused_weight is not None and needs_x and all(dy is not None for dy in dys)
         if one_product and dy_all is None:
             # In compiled code this copies nothing: the kernels that compute dys write into it.
             dy_all = torch.cat(dys, 1)
             dys = dy_all.split([dy.shape[1] for dy in dys], 1)
+        # x_a's gradient: from the low-rank terms of the branches and, if the caller also uses x_a
+        # (the SwiGLU kernel does), from there.
         with_lora = [
             (dy, b, columns, scaling)
             for dy, (b, columns), scaling in zip(dys, _columns(x_a, bs), scalings, strict=True)
@@ -195,6 +198,7 @@ class _LoRALinears(torch.autograd.Function):
             da = torch.mm(dx_a.t(), x) if needs_a and dx_a is not None else None
         else:
             dx, da = add_gradients(dx, dx_a, x, a, keys, segments, needs_x, needs_a)
+        # `needs` begins with the weights' parts, which are frozen, then has one entry per bias.
         bias_dys = [dy for dy, present in zip(dys, biases, strict=True) if present]
         dbiases = [
             dy.sum(0) if needed and dy is not None else None
@@ -302,7 +306,9 @@ def _linears(
         if not (masks.fused and kernel_supports(x.dtype, *ranks)):
             return *_one_by_one(x, matrices, branches, masks, frozen_linear, lora_linear), None
         keys, segments = masks.keys, Segments(ranks, masks.slots, masks.p)
+    # All A as one matrix, so that one product reads x once.
     a = None if not matrices else matrices[0] if len(matrices) == 1 else torch.cat([*matrices])
+    # The op saves work only in the backward pass of several layers, or if there is an x_a.
     if a is None and (len(branches) == 1 or not torch.is_grad_enabled()):
         ys = [frozen_linear(x, branch.weight, branch.bias) for branch in branches]
         return None, ys, None

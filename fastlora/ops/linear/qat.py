@@ -108,7 +108,7 @@ def _qat_linear_backward(dy, x, weight, a, b, magnitude, scaling, scheme, needs_
         dx = torch.mm(dy, _quantised_weight(weight, a, b, magnitude, scaling, scheme))
         how = SCHEMES[scheme].activation
         dx = dx if how is None else fake_quantize_backward(x, dx, how)
-    if a is None:
+    if a is None:  # nothing is trained through the weight
         return [dx]
     x, da, db = _quantised_input(x, scheme), torch.zeros_like(a), torch.empty_like(b)
     dmagnitude = [] if magnitude is None else [torch.empty_like(magnitude)]
@@ -164,6 +164,7 @@ class _QATLinear(torch.autograd.Function):
         dx, *rest = torch.ops.fastlora.qat_linear_backward(
             dy, *ctx.saved_tensors, ctx.scaling, ctx.scheme, needs_dx
         )
+        # The op returns no gradients for A, B and the magnitude if they are None.
         da, db, dmagnitude = (*rest, None, None, None)[:3]
         return dx if needs_dx else None, None, dbias, da, db, dmagnitude, None, None
 

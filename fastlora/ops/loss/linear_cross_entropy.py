@@ -40,7 +40,7 @@ def label_logprobs(
     Both in at least float32. Rows with the label -100 get 0.
     """
     logsoftmax = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    index = labels.clamp(min=0)[:, None]
+    index = labels.clamp(min=0)[:, None]  # gather needs valid indices for ignored rows too
     return torch.where(labels == IGNORE, 0.0, logsoftmax.gather(1, index)[:, 0]), logsoftmax
 
 
@@ -52,6 +52,7 @@ def label_logprobs_and_grad(
     May overwrite the logits when compiled.
     """
     logp, logsoftmax = label_logprobs(logits, labels)
+    # Elementwise and not a scatter, so that Inductor can fuse it with the softmax.
     columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
     onehot = (columns == labels[:, None].int()).to(logsoftmax.dtype)
     dlogits = torch.where((labels == IGNORE)[:, None], 0.0, onehot - logsoftmax.exp())
@@ -110,6 +111,7 @@ class _LinearLogprobs(torch.autograd.Function):
     def forward(ctx, h, weight, labels, value, value_and_grad):
         rows = rows_per_chunk(weight.shape[0])
         logp = h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
+        # d logp_i / d h_i of each row i: [n, d] in h.dtype, all that the backward pass needs.
         unit = torch.empty_like(h) if ctx.needs_input_grad[0] else None
         for start in range(0, h.shape[0], rows):
             here = slice(start, start + rows)

@@ -66,6 +66,7 @@ def _dequantize(weight, dtype):
 
 @torch.library.register_fake("fastlora::dequantize")
 def _(weight, dtype):
+    # 8-bit values have the matrix's shape; a 4-bit record stores it in `form`, its third part.
     shape = weight[0].shape if len(weight) == 2 else weight[2].shape[:2]
     return weight[0].new_empty(shape, dtype=dtype)
 

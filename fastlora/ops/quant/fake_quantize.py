@@ -150,7 +150,7 @@ def _int_groups(w: Tensor, quantiser: Quantiser) -> Tensor:
 
 
 def _int_scale(g: Tensor, bits: int) -> Tensor:
-    g = g.detach()
+    g = g.detach()  # torchao treats this scale as a constant
     low, high = g.amin(-1, keepdim=True).clamp(max=0), g.amax(-1, keepdim=True).clamp(min=0)
     scale = torch.maximum(-low, high) / ((2**bits - 1) / 2)
     return scale.clamp(min=torch.finfo(g.dtype).smallest_normal)
@@ -166,7 +166,7 @@ def _int8_rows(x: Tensor) -> Tensor:
 
 
 def _int8_scale(x: Tensor) -> tuple[Tensor, Tensor]:
-    x = x.detach()
+    x = x.detach()  # torchao treats scale and zero point as constants
     low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / 255).clamp(min=torch.finfo(x.dtype).smallest_normal)
     return scale, (-128 - (low / scale).round()).clamp(-128, 127)
@@ -182,7 +182,7 @@ def _fp8_rows(x: Tensor, least: float) -> Tensor:
 def _fp8_scale(x: Tensor, least: float) -> Tensor:
     largest = x.abs().amax(-1, keepdim=True)
     scale = _wide((largest.clamp(min=least) if least else largest) / E4M3_MAX)
-    return torch.where(scale == 0, 1.0, scale)
+    return torch.where(scale == 0, 1.0, scale)  # a row of zeros gives 0 / 1, not NaN
 
 
 def _e4m3(x: Tensor) -> Tensor:
@@ -239,6 +239,7 @@ def _int4_symmetric_backward(w: Tensor, dy: Tensor, quantiser: Quantiser) -> Ten
     # Computed in w.dtype, as in the forward pass: a float32 ratio would clip other elements.
     ratio = _wide(_groups(w, quantiser) * (1.0 / scale.to(w.dtype)))
     q = ratio.round()
+    # y = q * scale: clipped values pass no gradient to w, but their q still scales with the scale.
     inside = (q >= -8) & (q <= 7)
     dscale = (dy * (q.clamp(-8, 7) - inside * ratio)).sum(-1, keepdim=True) / 8
     dscale = torch.where(largest >= _LEAST_SCALE, dscale, 0.0)
@@ -252,7 +253,7 @@ def _fp8_rows_backward(x: Tensor, dy: Tensor, least: float) -> Tensor:
     clipped = ratio.clamp(-E4M3_MAX, E4M3_MAX)
     inside = ratio == clipped
     dscale = (dy * (_e4m3(clipped) - inside * ratio)).sum(-1, keepdim=True) / E4M3_MAX
-    if least:
+    if least:  # below the bound the clamp makes the scale a constant
         dscale = torch.where(wide.abs().amax(-1, keepdim=True) >= least, dscale, 0.0)
     return (inside * dy + _at_largest(wide, dscale)).to(x.dtype)
 

@@ -1,4 +1,4 @@
-"""The arithmetic and the tables of scripts/bench.py and scripts/bench/. Measuring needs a GPU."""
+"""Arithmetic and tables of scripts/bench.py and scripts/bench/. Measuring needs a GPU."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
 LAYER_KERNELS = str(SCRIPTS / "bench" / "layer_kernels.py")
 

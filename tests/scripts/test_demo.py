@@ -1,11 +1,11 @@
-"""The embedded demo is whole and small, and its held-out side is unseen."""
+"""The shipped demo: complete, small, and with held-out rows that training does not see."""
 
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
+import demo_data
 import jinja2
 import pytest
 from transformers import AutoTokenizer
@@ -16,10 +16,8 @@ from fastlora.models.config_json import config_from_json
 from fastlora.models.names import base_tensors
 from fastlora.text.tokenizer import Tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "fastlora" / "checkpoints" / "demo"
-sys.path.insert(0, str(ROOT / "scripts" / "make_demo"))
-import demo_data  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 FILES = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
@@ -69,7 +67,7 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\w+", text.lower()))
 
 
-def test_the_demo_is_whole_and_at_most_8_megabytes(config):
+def test_the_demo_is_complete_and_at_most_8_megabytes(config):
     present = {path.name: path.stat().st_size for path in DEMO.iterdir() if path.is_file()}
     assert not set(FILES) - present.keys()
     bf16 = 2 * sum(math.prod(shape) for shape in base_tensors(config).values())
@@ -167,7 +165,7 @@ def test_the_template_renders_the_same_everywhere(rows, tokenizer, add_generatio
         assert rendered == tokenizer.encode(expected, add_special_tokens=False)
 
 
-def test_a_summary_is_one_sentence_that_stands_alone():
+def test_a_summary_is_one_complete_sentence():
     source = '''
 class Lock:
     def release(self, *, force=False):
