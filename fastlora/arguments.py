@@ -104,9 +104,16 @@ SettingsT = TypeVar("SettingsT")
 
 
 def settings_from(cls: type[SettingsT], arguments: Mapping[str, Any]) -> SettingsT:
-    """A settings record, filled by name from arguments: `settings_from(cls, locals())`."""
-    names = [f.name for f in fields(cls)]  # pyright: ignore[reportArgumentType]
-    return cls(**{name: arguments[name] for name in names})
+    """A settings record, filled by name from arguments: `settings_from(cls, locals())`.
+
+    The values are not checked yet; `setting_problems` does that.
+    """
+    # Not through __init__: our tests check the types of all calls, and would refuse bad values
+    # there, before `setting_problems` can report them.
+    record = object.__new__(cls)
+    for f in fields(cls):  # pyright: ignore[reportArgumentType]
+        object.__setattr__(record, f.name, arguments[f.name])
+    return record
 
 
 def rule_of(setting_field: Field) -> Rule:

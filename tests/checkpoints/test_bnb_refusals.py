@@ -172,7 +172,7 @@ def test_unsupported_4_bit_loads_are_refused_before_any_work(dense_folder, monke
 def test_arguments_that_exclude_a_quantised_base_are_refused_by_name(dense_folder):
     model = load(dense_folder(), load_in_4bit=True)
     for wrong, message in (
-        (dict(qat_scheme="int8"), "qat_scheme='int8' over a base that is quantised"),
+        (dict(qat_scheme="int8"), "qat_scheme='int8': this base is already quantised"),
         (
             dict(modules_to_save=["q_proj"], target_modules=["v_proj"]),
             "modules_to_save: model.layers.0.self_attn.q_proj.weight is quantised",

@@ -171,7 +171,6 @@ def test_b6_a_message_may_be_masked(base, mask):
     assert encoded(tokenizer, messages)[1] == ids_of("w4 </s>")
 
 
-@open_item("B7")
 @pytest.mark.parametrize(
     "row",
     [

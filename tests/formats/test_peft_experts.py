@@ -153,7 +153,7 @@ def test_names_shapes_and_parameter_count_equal_pefts():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        (dict(target_parameters="down_proj"), "expected a list of names"),
+        (dict(target_parameters="down_proj"), "expected None or a list of names"),
         (dict(target_parameters=BOTH, lora_dropout=0.1), "lora_dropout=0.1 does not go with"),
         (dict(target_parameters=BOTH, use_dora=True), "use_dora=True does not go with"),
         (dict(target_parameters=BOTH, lora_bias=True), "lora_bias=True does not go with"),

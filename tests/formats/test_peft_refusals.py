@@ -65,7 +65,7 @@ def test_initialisations_that_change_the_base_are_refused(init, broken):
     [
         (dict(target_modules=["wq"]), "'wq'"),
         (dict(target_modules=["norm"]), "not a linear layer"),
-        (dict(target_modules="("), "no regular expression"),
+        (dict(target_modules="("), "is not a regular expression"),
         (dict(r=0), "r=0"),
         (dict(rank_pattern={"q_proj": 2.5}), "rank_pattern"),
         (dict(target_modules=".*q_proj", layers_to_transform=[0]), "only filter a list"),

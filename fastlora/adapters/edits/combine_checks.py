@@ -98,7 +98,7 @@ def weight_problems(weights: list[Any] | None, given: Any, n: int) -> list[str]:
     return problems
 
 
-def combined_model_problems(models: Sequence[ModelState], method: str) -> list[str]:
+def combined_model_problems(models: Sequence[ModelState], method: Any) -> list[str]:
     """Why these models cannot be combined with a method.
 
     Args:
@@ -171,7 +171,7 @@ def _same_memory(x: Tensor, y: Tensor) -> bool:
     return x is y or view(x) == view(y)
 
 
-def _rank_problems(models: Sequence[ModelState], method: str) -> list[str]:
+def _rank_problems(models: Sequence[ModelState], method: Any) -> list[str]:
     """Modules whose adapters differ in rank."""
     ranks: dict[str, list[int]] = {}
     for model in models:

@@ -17,7 +17,7 @@ DATA_METHODS = ("eva", "corda", "lora_ga")  # fastlora.initialize computes these
 _NEEDS_POSITIVE_SCALING = r"pissa.*|loftq|corda"
 
 
-def reads_weights(init: bool | str) -> bool:
+def reads_weights(init: object) -> bool:
     """Whether A and B are computed from the base's weights alone."""
     return isinstance(init, str) and regex.fullmatch(_FROM_WEIGHTS, init) is not None
 

@@ -198,7 +198,7 @@ def _init_problem(init: Any) -> str:
         return f"init_lora_weights={init!r:.200}: unknown to fastlora."
     return (
         f"init_lora_weights={init!r:.200}: this adapter belongs to a base from which {words} its"
-        " weights was subtracted, and the folder does not hold that (PEFT itself loads it wrong)."
+        " weights was subtracted, and that is not in the folder (PEFT itself loads it wrong)."
         " Convert it where it was trained: save the fresh adapter first, then"
         " peft_model.save_pretrained(folder,"
         " path_initial_model_for_weight_conversion=fresh_folder)."
