@@ -2,7 +2,7 @@
 
 Matching follows PEFT's rules (peft 0.21.2, tuners_utils.py:2337-2412 and utils/other.py:1524) over
 the module names that transformers gives these models. `lora` and the reader of PEFT folders
-(formats/peft/config.py) both call `resolve_targets`; all other code uses its result.
+(formats/peft/config_reading.py) both call `resolve_targets`; all other code uses its result.
 """
 
 import math

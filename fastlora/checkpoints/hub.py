@@ -85,8 +85,8 @@ def fetch_folder(
         local_files_only: use the cache only, never the network.
 
     Raises:
-        FileNotFoundError: there is no such folder or repository, or, without the network, it is not
-            in the cache.
+        FileNotFoundError: the folder or repository does not exist, or `local_files_only` is True
+            and the cache does not have it.
         PermissionError: the repository is gated, or the token may not read it.
         ConnectionError: the download was interrupted; another call resumes it.
     """

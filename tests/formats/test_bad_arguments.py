@@ -9,6 +9,9 @@ import torch
 
 import fastlora
 
+# Below the type hook that the tests may run with: its error would come first.
+load_adapter = getattr(fastlora.load_adapter, "__wrapped__", fastlora.load_adapter)
+
 FOREIGN = object()
 NOT_A_PATH = (None, "", 5, 1.5, (), ["a"], b"a", "a\0b", {}, FOREIGN)
 WRONG: dict[str, tuple[Any, ...]] = {
@@ -27,17 +30,17 @@ def test_every_wrong_argument_of_load_adapter_is_named_at_once(name, pair, tmp_p
     for value in WRONG[name]:
         start = time.process_time()
         with pytest.raises((ValueError, TypeError), match=rf"\b{name}="):
-            fastlora.load_adapter(**good | {name: value})
+            load_adapter(**good | {name: value})
         assert time.process_time() - start < 1, value
 
 
 def test_the_pair_that_load_returns_is_refused_with_the_cure(pair, tmp_path):
     loaded: Any = (pair("llama2").model, None)
     with pytest.raises((ValueError, TypeError), match=r"model, tokenizer = fastlora\.load"):
-        fastlora.load_adapter(loaded, tmp_path)
+        load_adapter(loaded, tmp_path)
 
 
 def test_several_wrong_arguments_are_listed_together():
     model: Any = None
     with pytest.raises((ValueError, TypeError), match=r"model=(.|\n)*folder_or_id=(.|\n)*token="):
-        fastlora.load_adapter(model, math.nan, token=5)  # pyright: ignore[reportArgumentType]
+        load_adapter(model, math.nan, token=5)
