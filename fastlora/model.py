@@ -20,7 +20,7 @@ from fastlora.formats import merged
 from fastlora.formats.peft import writing
 from fastlora.generation.generate import check_generation, generate, stop_ids
 from fastlora.generation.sampling import Sampling
-from fastlora.generation.text import PROMPT, TextStream, encode_prompt
+from fastlora.generation.text import PROMPT, TextStream, encode_prompt, text_stop_ids
 from fastlora.models.decoder import requires_grad
 from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
 from fastlora.models.moving import moved
@@ -205,6 +205,7 @@ class Model(ModelState):
             ValueError: as `__call__`; also if prompt and new tokens together exceed
                 `spec.max_seq_length`, a prompt is padded on the right, or a setting is out of
                 range.
+            FloatingPointError: the model gives NaN or infinity; names a tensor that holds one.
         """
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
@@ -231,9 +232,9 @@ class Model(ModelState):
 
         Args:
             tokenizer: the model's.
-            prompt: a text, or a list of messages with role and content.
+            prompt: a text (BOS is not added twice), or a list of messages with role and content.
             stream: called with pieces of text that join to the result.
-            eos_token_id: ids that stop; None uses the checkpoint's and the tokenizer's.
+            eos_token_id: ids that stop; None: the checkpoint's, tokenizer's and chat template's.
             settings: as for `generate`.
 
         Raises:
@@ -247,8 +248,8 @@ class Model(ModelState):
         )
         ids = encode_prompt(tokenizer, prompt)
         if eos_token_id is None:
-            ids_of_both = {*self.spec.config.eos_token_id, *tokenizer.eos_token_ids}
-            eos_token_id = sorted(i for i in ids_of_both if 0 <= i < self.spec.config.vocab_size)
+            config = self.spec.config
+            eos_token_id = text_stop_ids(tokenizer, config.eos_token_id, config.vocab_size)
         pieces = TextStream(tokenizer.decode, stream)
         out = self.generate(
             torch.tensor([ids], dtype=torch.int64, device=self.base["norm"].device),
@@ -285,7 +286,9 @@ class Model(ModelState):
 
         Raises:
             ValueError: before any file is written, if the model has no adapter, a tensor holds NaN
-                or infinity, or `folder` is not a path, is a file, or is the base model's folder.
+                or infinity, the base is not the checkpoint's (after `merge`: then the folder would
+                give other logits; `save_pretrained_merged` writes base and adapter), or `folder` is
+                not a path, is a file, or is the base model's folder.
             PermissionError: the folder cannot be written to.
         """
         check_arguments("Model.save_pretrained", folder=(folder, PATH))
@@ -335,10 +338,17 @@ class Model(ModelState):
     ) -> None:
         """Upload the adapter's PEFT folder to the Hub.
 
+        A base that was loaded from a local folder is not named in the uploaded files.
+
         Args:
             repo_id: "user/name"; created if it does not exist.
             token: Hub token; None uses the stored one.
             private: of a new repository; None is the account's default.
+
+        Raises:
+            ValueError: as `save_pretrained`, or `repo_id` is not an id.
+            PermissionError: there is no token, or it may not write to the repository.
+            ConnectionError: the Hub was not reached.
         """
         check_arguments(
             "Model.push_to_hub",

@@ -68,6 +68,7 @@ def _case(what: str, name: str, damage: Any, item: str = "C1") -> Case:
     def call(context: Context) -> Any:
         run = interrupted(context)
         damage(context, run / AT / name)
+        context.logged.clear()  # the damage may have trained another run
         return context.train(**settings(output_dir=run, resume=True))
 
     # Without one of its files a checkpoint is incomplete, and the message names the folder.

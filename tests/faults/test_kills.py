@@ -6,7 +6,6 @@ import pytest
 
 from faults.bounded import shared_worker
 from faults.kills import die_in_save, fingerprint, kill_loop, run_once, stale_files, stop
-from faults.known import open_item
 
 
 @pytest.fixture
@@ -22,7 +21,6 @@ def test_twenty_kills_resume_to_the_same_bits(worker):
     assert tally.same_bits == tally.runs
 
 
-@open_item("C5")
 @pytest.mark.parametrize("write", [2, 9, 15])
 def test_a_file_that_a_killed_process_left_is_swept(worker, write, tmp_path):
     """SIGKILL while the file of this number is on its way to the disk."""
@@ -35,7 +33,6 @@ def test_a_file_that_a_killed_process_left_is_swept(worker, write, tmp_path):
     assert not stale_files(out)
 
 
-@open_item("C5")
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )

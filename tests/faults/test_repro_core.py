@@ -28,7 +28,6 @@ def load(folder, **settings):
     return fastlora.load(folder, device="cpu", local_files_only=True, **settings)
 
 
-@open_item("A1")
 def test_a1_an_adapter_over_a_merged_base_gives_its_logits_or_is_refused(base, tmp_path):
     model, _ = load(base)
     again = tuned(fastlora.merge(tuned(model)), seed=1)
@@ -56,7 +55,6 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-@open_item("A2")
 def test_a2_the_revision_of_the_base_is_kept(cache, tmp_path):
     model, _ = load("a/b", revision="older", cache_dir=cache)
     model = tuned(model)
@@ -73,7 +71,6 @@ def grad_norm(folder: Path, rows: int, dtype: str) -> float:
     return fastlora.train(tuned(model), tokenizer, [row] * rows, **settings)[1].grad_norms[0]
 
 
-@open_item("A3")
 def test_a3_the_gradient_of_a_float16_base_does_not_depend_on_the_tokens_of_a_step(base):
     """A head of small weights replaces many tokens: both give gradients below float16's 6e-5."""
     path = base / "model.safetensors"
@@ -110,7 +107,6 @@ def value_of(lora, trained: list[int]) -> torch.Tensor:
     return value
 
 
-@open_item("A4")
 @pytest.mark.compile
 def test_a4_twenty_kinds_of_gradient_in_one_process(base, monkeypatch):
     """The backend is dynamo's cheapest one. The limit counts graphs of any backend."""
@@ -125,7 +121,6 @@ def test_a4_twenty_kinds_of_gradient_in_one_process(base, monkeypatch):
         assert value_of(lora, [0, i]).isfinite()
 
 
-@open_item("A5")
 def test_a5_dropout_masks_of_a_stack_are_those_of_each_adapter_alone(base):
     model, _ = load(base)
     ones = [tuned(model, seed, lora_dropout=0.5) for seed in (1, 2)]
@@ -138,7 +133,6 @@ def test_a5_dropout_masks_of_a_stack_are_those_of_each_adapter_alone(base):
         torch.testing.assert_close(logits[row], alone, rtol=1e-5, atol=1e-5)
 
 
-@open_item("A6")
 def test_a6_a_merged_folder_keeps_the_settings_of_generation(base, tmp_path):
     import json
 
@@ -165,7 +159,6 @@ def expected_jvp(model, direction):
     return torch.func.jvp(loss_of(model), (model.adapter,), (direction,))
 
 
-@open_item("A7")
 def test_a7_linearize_gives_the_derivative(wide):
     direction = tree_map(torch.ones_like, wide.adapter)
     value, push = torch.func.linearize(loss_of(wide), wide.adapter)
@@ -173,7 +166,6 @@ def test_a7_linearize_gives_the_derivative(wide):
     torch.testing.assert_close((value, push(direction)), expected, rtol=1e-9, atol=1e-12)
 
 
-@open_item("A7")
 def test_a7_forward_ad_gives_the_derivative(wide):
     from torch.autograd import forward_ad
 
@@ -185,7 +177,6 @@ def test_a7_forward_ad_gives_the_derivative(wide):
     torch.testing.assert_close((got.primal, got.tangent), expected, rtol=1e-9, atol=1e-12)
 
 
-@open_item("A7")
 @pytest.mark.parametrize("transform", ["vmap", "jvp", "grad"])
 def test_a7_value_and_grad_inside_a_transform_is_grad_and_value(wide, transform):
     def with_ours(adapter):
@@ -215,7 +206,6 @@ def one_step(model, tokenizer, **settings):
     return fastlora.train(model, tokenizer, folders.rows(4), **given)[0]
 
 
-@open_item("A8")
 def test_a8_weight_decay_leaves_norms_alone(base):
     model, tokenizer = load(base)
     model = tuned(model, modules_to_save=["norm"], lora_dropout=0.0)
@@ -224,7 +214,6 @@ def test_a8_weight_decay_leaves_norms_alone(base):
     assert torch.equal(*norms)
 
 
-@open_item("A8")
 def test_a8_a_run_of_one_step_trains_something_or_is_refused(base):
     model, tokenizer = load(base)
     model = tuned(model)
@@ -237,14 +226,12 @@ def test_a8_a_run_of_one_step_trains_something_or_is_refused(base):
     assert not all(torch.equal(a, b) for a, b in pairs)
 
 
-@open_item("A8")
 def test_a8_lora_keeps_the_models_recompute_policy(base):
     model, _ = load(base)
     model = model.with_spec(recompute="full")
     assert fastlora.lora(model, r=2).spec.recompute == "full"
 
 
-@open_item("A8")
 def test_a8_packing_to_131072_tokens_is_planned_where_kernels_run(base, monkeypatch):
     """Where the kernels of attention run, no mask is built, so none is refused."""
     if not torch.cuda.is_available():

@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import fastlora
 from faults import folders
 from faults.case import IDS, tuned
-from faults.known import open_item
 
 STATE = "trainer_state.json"
 RUN = dict(max_steps=4, save_every=1, batch_size=2, packing=False, progress=False)
@@ -58,7 +57,6 @@ def back_to(run, step: int) -> None:
     (run / "adapter_model.safetensors").unlink(missing_ok=True)
 
 
-@open_item("C1")
 def test_c1_another_steps_optimizer_is_refused_by_name(base, run):
     name = "optimizer.safetensors"
     shutil.copyfile(run / "checkpoint-4" / name, run / "checkpoint-2" / name)
@@ -67,7 +65,6 @@ def test_c1_another_steps_optimizer_is_refused_by_name(base, run):
         train(base, run, resume=True)
 
 
-@open_item("C1")
 def test_c1_a_flipped_bit_of_the_adapter_is_refused_by_name(base, run):
     path = run / "checkpoint-2" / "adapter_model.safetensors"
     data = bytearray(path.read_bytes())
@@ -78,7 +75,6 @@ def test_c1_a_flipped_bit_of_the_adapter_is_refused_by_name(base, run):
         train(base, run, resume=True)
 
 
-@open_item("C1")
 def test_c1_a_history_of_wrong_steps_is_refused(base, run):
     path = run / "checkpoint-2" / STATE
     raw = json.loads(path.read_text())
@@ -111,13 +107,7 @@ OTHER_RUNS = {
 }
 
 
-OPEN = ("rope_theta", "rms_norm_eps", "base model", "qat_scheme")  # of them
-
-
-@pytest.mark.parametrize(
-    "what",
-    [pytest.param(w, marks=[open_item("C2")] if w in OPEN else []) for w in OTHER_RUNS],
-)
+@pytest.mark.parametrize("what", OTHER_RUNS)
 def test_c2_a_run_of_another_model_is_refused_by_what_differs(base, run, what):
     change, settings = OTHER_RUNS[what]
     back_to(run, 2)
@@ -127,7 +117,6 @@ def test_c2_a_run_of_another_model_is_refused_by_what_differs(base, run, what):
     assert re.search(what, str(error.value))
 
 
-@open_item("C3")
 def test_c3_two_runs_do_not_share_a_folder(base, tmp_path):
     """The second starts while the first is in its first step."""
     refused = []
@@ -142,7 +131,6 @@ def test_c3_two_runs_do_not_share_a_folder(base, tmp_path):
     assert str(os.getpid()) in refused[0]
 
 
-@open_item("C3")
 def test_c3_a_finished_adapter_of_another_run_is_not_replaced(base, tmp_path):
     out = tmp_path / "run"
     train(base, out, save_every=None)
@@ -152,7 +140,6 @@ def test_c3_a_finished_adapter_of_another_run_is_not_replaced(base, tmp_path):
     assert (out / "adapter_model.safetensors").read_bytes() == before
 
 
-@open_item("C4")
 def test_c4_resume_auto_starts_and_goes_on(base, run, tmp_path):
     train(base, tmp_path / "auto", resume="auto")
     back_to(run, 2)
@@ -161,7 +148,6 @@ def test_c4_resume_auto_starts_and_goes_on(base, run, tmp_path):
     assert (run / name).read_bytes() == (tmp_path / "auto" / name).read_bytes()
 
 
-@open_item("C4")
 def test_c4_a_damaged_newest_checkpoint_names_the_one_before(base, run):
     back_to(run, 3)
     (run / "checkpoint-3" / "optimizer.safetensors").write_bytes(b"")
@@ -171,7 +157,6 @@ def test_c4_a_damaged_newest_checkpoint_names_the_one_before(base, run):
     assert (run / "checkpoint-4" / STATE).is_file()
 
 
-@open_item("C4")
 def test_c4_a_full_disk_names_the_path_and_the_newest_checkpoint(base, tmp_path):
     written = []
     plain = os.fsync
@@ -191,7 +176,6 @@ def test_c4_a_full_disk_names_the_path_and_the_newest_checkpoint(base, tmp_path)
     assert "checkpoint-2" in notes
 
 
-@open_item("C5")
 def test_c5_an_exception_in_log_leaves_the_trained_state(base, tmp_path):
     def log(record):
         if record["step"] == 3:
@@ -212,32 +196,27 @@ def with_nan(base):
     return load(base)[0]
 
 
-@open_item("C6")
 def test_c6_training_over_nan_names_the_layer(base, tmp_path, with_nan):
     with pytest.raises(FloatingPointError, match=r"layers\.1"):
         train(base, tmp_path / "run", model=tuned(with_nan))
 
 
-@open_item("C6")
 @pytest.mark.parametrize("settings", [{}, dict(temperature=1.0, seed=0)])
 def test_c6_generation_over_nan_is_refused(with_nan, settings):
     with pytest.raises(FloatingPointError, match="NaN"):
         with_nan.generate(IDS[:, :3], max_new_tokens=2, **settings)
 
 
-@open_item("C6")
 def test_c6_pissa_over_nan_names_the_matrix(with_nan):
     with pytest.raises((ValueError, FloatingPointError), match=r"layers\.1"):
         fastlora.lora(with_nan, r=2, init_lora_weights="pissa")
 
 
-@open_item("C6")
 def test_c6_quantize_over_nan_names_the_matrix(with_nan):
     with pytest.raises((ValueError, FloatingPointError), match=r"layers\.1"):
         fastlora.quantize(with_nan)
 
 
-@open_item("C6")
 @pytest.mark.parametrize("settings", [dict(learning_rate=1e39), dict(weight_decay=1e308)])
 def test_c6_numbers_beyond_float32_are_refused_before_the_first_step(base, tmp_path, settings):
     steps = []
@@ -246,7 +225,6 @@ def test_c6_numbers_beyond_float32_are_refused_before_the_first_step(base, tmp_p
     assert not steps
 
 
-@open_item("C12")
 def test_c12_row_files_are_read_as_strictly_as_model_files(base, tmp_path):
     path = tmp_path / "twice.jsonl"
     path.write_text('{"text": "w1 w2"}\n{"text": "w1", "text": "w2"}\n')
@@ -255,7 +233,6 @@ def test_c12_row_files_are_read_as_strictly_as_model_files(base, tmp_path):
         fastlora.train(tuned(model), tokenizer, path, max_steps=1, packing=False, progress=False)
 
 
-@open_item("C15")
 def test_c15_saving_a_tokenizer_deletes_nothing_through_a_link(base, tmp_path):
     outside, folder = tmp_path / "outside", tmp_path / "folder"
     outside.mkdir()
@@ -269,7 +246,6 @@ def test_c15_saving_a_tokenizer_deletes_nothing_through_a_link(base, tmp_path):
     assert (outside / "mine.jinja").read_text() == "keep me"
 
 
-@open_item("C15")
 def test_c15_control_characters_of_a_file_do_not_reach_the_terminal(base, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("\x1b[2J\x07\n")
@@ -298,7 +274,6 @@ def pushed(base, **hub) -> tuple[BaseException | None, Path]:
     return None, copied
 
 
-@open_item("C15")
 def test_c15_push_to_hub_uploads_no_path_of_this_machine(base):
     error, folder = pushed(base)
     assert error is None
@@ -306,7 +281,6 @@ def test_c15_push_to_hub_uploads_no_path_of_this_machine(base):
         assert not path.is_file() or str(base.parent).encode() not in path.read_bytes(), path.name
 
 
-@open_item("C16")
 @pytest.mark.parametrize("status", [401, 403])
 def test_c16_a_push_without_the_right_is_refused_in_our_words(base, status):
     response = mock.Mock(status_code=status, headers={})
@@ -316,7 +290,6 @@ def test_c16_a_push_without_the_right_is_refused_in_our_words(base, status):
     assert "token" in str(error)
 
 
-@open_item("C16")
 def test_c16_a_lost_connection_while_pushing_is_a_connection_error(base):
     error, _ = pushed(base, side_effect=HTTPError("no route"))
     assert isinstance(error, ConnectionError)

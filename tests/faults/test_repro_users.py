@@ -12,7 +12,6 @@ from fastlora.data.encoding import encode_rows
 from fastlora.model import Model
 from faults import folders
 from faults.case import IDS, tuned
-from faults.known import open_item
 
 BOS, STOP, USER, ASSISTANT, SYSTEM = 1, 2, 4, 5, 6
 W = {word: i + len(folders.SPECIAL) for i, word in enumerate(folders.WORDS)}
@@ -57,7 +56,6 @@ def ids_of(text):
     return [special.get(word, W.get(word, 0)) for word in text.split()]
 
 
-@open_item("B1")
 def test_b1_a_text_that_begins_with_bos_gets_no_second(base):
     tokenizer = tokenizer_of(base, bos=True)
     ids, _ = of_row(tokenizer, {"text": "<s> w1 w2"})
@@ -79,14 +77,12 @@ def prompts_of(monkeypatch) -> list[list[int]]:
     return seen
 
 
-@open_item("B1")
 def test_b1_a_prompt_that_begins_with_bos_gets_no_second(base, monkeypatch):
     tokenizer, seen = tokenizer_of(base, bos=True), prompts_of(monkeypatch)
     load(base)[0].generate_text(tokenizer, "<s> w1 w2", max_new_tokens=1)
     assert seen[0][0] == ids_of("<s> w1 w2")
 
 
-@open_item("B2")
 @pytest.mark.parametrize("behind", ["<|assistant|>", " </s>", " </s> <|assistant|>", " w9"])
 def test_b2_nothing_behind_the_first_stop_is_trained(base, behind):
     last = "{% if add_generation_prompt %}<|assistant|>{% else %}" + behind + "{% endif %}"
@@ -95,7 +91,6 @@ def test_b2_nothing_behind_the_first_stop_is_trained(base, behind):
     assert trained == ids_of("w2 w3 </s>")
 
 
-@open_item("B3")
 def test_b3_a_users_turn_is_never_trained(base):
     """The template drops all replies but the last: the first cannot be found, only guessed."""
     template = (
@@ -121,7 +116,6 @@ def always(folder, token: str) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-@open_item("B4")
 def test_b4_generation_stops_at_the_templates_end_of_turn(base, monkeypatch):
     """Turns end in <|system|> here, which no file names as a stop."""
     template = "{% for m in messages %}" + TURN.replace("</s>", "<|system|>") + "{% endfor %}"
@@ -135,7 +129,6 @@ def test_b4_generation_stops_at_the_templates_end_of_turn(base, monkeypatch):
     assert seen[-1][1] == 1
 
 
-@open_item("B5")
 def test_b5_a_pad_id_beyond_the_vocabulary_does_not_matter(base):
     tokenizer = tokenizer_of(base, pad="<|pad2|>")
     assert load(base)[0].spec.config.vocab_size == 64
@@ -146,9 +139,7 @@ def test_b5_a_pad_id_beyond_the_vocabulary_does_not_matter(base):
         assert all(torch.tensor(history.losses).isfinite())
 
 
-@pytest.mark.parametrize(
-    "pad", [-1, *(pytest.param(pad, marks=open_item("B5")) for pad in (64, 999))]
-)
+@pytest.mark.parametrize("pad", [-1, 64, 999])
 def test_b5_generation_pads_with_an_id_in_range(base, pad):
     for name in ("config.json", "generation_config.json"):
         raw = json.loads((base / name).read_text())
@@ -162,7 +153,6 @@ def test_b5_generation_pads_with_an_id_in_range(base, pad):
     assert out.max() < 64
 
 
-@open_item("B6")
 @pytest.mark.parametrize("mask", [{"weight": 0}, {"train": False}])
 def test_b6_a_message_may_be_masked(base, mask):
     tokenizer = tokenizer_of(base)
@@ -189,7 +179,6 @@ def test_b7_a_lone_surrogate_is_refused_with_its_row(base, row):
     str(error.value).encode()
 
 
-@open_item("B8")
 def test_b8_an_adapters_folder_may_hold_a_config(base, tmp_path):
     model = tuned(load(base)[0])
     model.save_pretrained(tmp_path / "adapter")
@@ -198,7 +187,6 @@ def test_b8_an_adapters_folder_may_hold_a_config(base, tmp_path):
     torch.testing.assert_close(read(IDS), model(IDS), rtol=1e-6, atol=1e-6)
 
 
-@open_item("B9")
 def test_b9_json_lines_in_a_json_file_are_read(base, tmp_path):
     tokenizer = tokenizer_of(base)
     path = tmp_path / "rows.json"
@@ -224,9 +212,9 @@ CALLS = [{"type": "function", "function": {"name": "w8", "arguments": {}}}]
 @pytest.mark.parametrize(
     ("content", "calls", "reply"),
     [
-        pytest.param("", CALLS, "w52 w8 w53 </s>", marks=open_item("B10")),
-        pytest.param("w7", CALLS, "w7 w52 w8 w53 </s>", marks=open_item("B10")),
-        pytest.param("", None, "</s>", marks=open_item("B10")),
+        ("", CALLS, "w52 w8 w53 </s>"),
+        ("w7", CALLS, "w7 w52 w8 w53 </s>"),
+        ("", None, "</s>"),
         ("w7", None, "w7 </s>"),
     ],
 )
@@ -238,7 +226,6 @@ def test_b10_a_reply_in_mid_chat_is_trained_as_it_is_rendered(base, content, cal
     assert encoded(tokenizer, messages)[1] == ids_of(f"{reply} w50 w51 w4 </s>")
 
 
-@open_item("B10")
 def test_b10_a_prompt_that_opens_thinking_is_no_part_of_the_reply(base):
     """As R1-Distill and QwQ: the prompt ends in <think> (w50), which history does not show."""
     template = "{% for m in messages %}" + TURN + "{% endfor %}"
