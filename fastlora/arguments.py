@@ -92,12 +92,12 @@ def _is_path(value: Any) -> bool:
     if not isinstance(path, str) or path == "" or "\0" in path:
         return False
     # Only shells replace "~": Python would make a folder of that name.
-    return not path.startswith("~") or os.path.expanduser(path) == path
+    return not path.startswith("~")
 
 
 PATH = Rule(
     _is_path,
-    "a path: a text that is not empty, or a pathlib.Path; with os.path.expanduser(path) for ~",
+    "a path: a text that is not empty, or a pathlib.Path; without a leading ~ (./~ is allowed)",
 )
 
 

@@ -14,7 +14,7 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 @pytest.mark.parametrize("init", ["pissa", "olora", "loftq"])
 def test_experts_have_no_start_factors(pair, init):
     model = pair("qwen3_moe").model
-    with pytest.raises(ValueError, match=r"does not reach model\.layers\.0\.mlp\.experts"):
+    with pytest.raises(ValueError, match=r"does not support model\.layers\.0\.mlp\.experts"):
         fastlora.lora(model, r=2, target_parameters=BOTH, init_lora_weights=init)
 
 

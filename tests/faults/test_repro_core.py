@@ -13,7 +13,6 @@ import fastlora
 from fastlora import functional as FL
 from faults import folders
 from faults.case import IDS, tuned
-from faults.known import open_item
 
 BATCH = {"input_ids": IDS, "labels": IDS}
 

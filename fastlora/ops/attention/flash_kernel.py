@@ -128,7 +128,9 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
             v = tl.load(v_at + key[:, None] * v_token + d[None, :])
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-            weights = tl.exp2(scores * factor - lse[:, None])  # pyright: ignore
+            # At most 1: scores of 1e9 round by more than 100, and 2**128 is infinite in float32.
+            exponent = tl.minimum(scores * factor - lse[:, None], 0.0, tl.PropagateNan.ALL)
+            weights = tl.exp2(exponent)  # pyright: ignore
             if stretch != 1:
                 number = (start + j)[None, :]
                 seen = (number <= query[:, None]) & (number >= first[:, None])
@@ -198,7 +200,8 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                 delta = tl.load(delta_ptr + at + query)
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
                 dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-                weights = tl.exp2(scores * factor - lse[None, :])
+                exponent = tl.minimum(scores * factor - lse[None, :], 0.0, tl.PropagateNan.ALL)
+                weights = tl.exp2(exponent)
                 if stretch != 1:
                     number = (start + i)[None, :]
                     seen = (number >= key[:, None]) & (number <= last[:, None])
