@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,8 @@ from torch.utils._pytree import tree_map
 
 from fastlora import functional
 from fastlora.adapters.edits.combining import disable
-from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, Rule, check_arguments, optional
+from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, check_arguments, optional
+from fastlora.checkpoints.hub import REPO_ID
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
 from fastlora.formats.peft import writing
@@ -33,11 +33,6 @@ from fastlora.runtime.compiled import Compile
 from fastlora.runtime.devices import device_problem
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
-_REPO_ID = Rule(
-    lambda x: isinstance(x, str) and bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", x, re.ASCII)),
-    "the id of a Hub repository, such as 'user/name'",
-)
-
 _UNCHANGED: Any = object()  # default of settings for which None, False and "auto" are values
 
 
@@ -48,8 +43,6 @@ class Model(ModelState):
     `fastlora.load` makes one. Immutable: no method changes its receiver, and methods that seem to
     change something return another Model over the same tensors. Only the adapter is ever trained.
     """
-
-    # ── derived models ────────────────────────────────────────────────────────────────────
 
     def with_adapter(self, adapter: Adapter | None) -> "Model":
         """The model with other adapter tensors of the same shapes; with None, the base model.
@@ -118,8 +111,6 @@ class Model(ModelState):
     def _map_adapter(self, fn: Callable[[Tensor], Tensor]) -> "Model":
         adapter = None if self.adapter is None else tree_map(fn, self.adapter)
         return dataclasses.replace(self, adapter=adapter)
-
-    # ── running it ────────────────────────────────────────────────────────────────────────
 
     def __call__(
         self,
@@ -260,8 +251,6 @@ class Model(ModelState):
         pieces.finish()
         return tokenizer.decode(out[0, len(ids) :].tolist())
 
-    # ── counting and saving ───────────────────────────────────────────────────────────────
-
     def num_parameters(self, trainable: bool = False) -> int:
         """Number of parameters of base and adapter together, or of the adapter alone.
 
@@ -286,9 +275,8 @@ class Model(ModelState):
 
         Raises:
             ValueError: before any file is written, if the model has no adapter, a tensor holds NaN
-                or infinity, the base is not the checkpoint's (after `merge`: then the folder would
-                give other logits; `save_pretrained_merged` writes base and adapter), or `folder` is
-                not a path, is a file, or is the base model's folder.
+                or infinity, the base is not the checkpoint's (after `merge`), or `folder` is not a
+                path, is a file, or is the base model's folder.
             PermissionError: the folder cannot be written to.
         """
         check_arguments("Model.save_pretrained", folder=(folder, PATH))
@@ -336,9 +324,7 @@ class Model(ModelState):
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
-        """Upload the adapter's PEFT folder to the Hub.
-
-        A base that was loaded from a local folder is not named in the uploaded files.
+        """Upload the adapter's PEFT folder to the Hub. The path of a local base is left out.
 
         Args:
             repo_id: "user/name"; created if it does not exist.
@@ -347,12 +333,11 @@ class Model(ModelState):
 
         Raises:
             ValueError: as `save_pretrained`, or `repo_id` is not an id.
-            PermissionError: there is no token, or it may not write to the repository.
-            ConnectionError: the Hub was not reached.
+            PermissionError, ConnectionError: no right to write there; the Hub was not reached.
         """
         check_arguments(
             "Model.push_to_hub",
-            repo_id=(repo_id, _REPO_ID),
+            repo_id=(repo_id, REPO_ID),
             token=(token, optional(TEXT)),
             private=(private, optional(FLAG)),
         )

@@ -194,7 +194,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "head and embedding": ("llama2", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "experts": ("qwen3_moe_mixed", {}),
     "windows": ("qwen2_window", {}),
-    "quantisation-aware": ("llama2", {"qat_scheme": "int4"}),
+    "quantisation-aware": ("llama2", {"qat_scheme": "fp8-fp8"}),
 }
 
 

@@ -73,7 +73,8 @@ def _facts(args: tuple[Any, ...]) -> tuple:
             facts.append(len(x))
             nodes += x
     facts += [x.dtype for x in tensors]
-    facts += [x.get_device() for x in tensors]
+    facts.append(tensors[0].device)
+    facts += [x.get_device() for x in tensors]  # the index; it costs less than x.device
     facts += [x.requires_grad for x in tensors]
     facts += [x.is_contiguous() for x in tensors]
     for shape in [x.shape for x in tensors]:
@@ -94,7 +95,7 @@ class _Region:
     def __call__(self, *args: Any) -> Any:
         try:
             return self.run(*args)
-        except torch._dynamo.exc.FailOnRecompileLimitHit:
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
             # Layers whose ranks differ (EVA) make a graph for every size that changes first.
             self.run = self._with_new_code(f"{self.name}_{self.codes}")
             self.codes += 1

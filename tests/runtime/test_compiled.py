@@ -64,14 +64,15 @@ def deep(tmp_path_factory):
 def facts(**changes: Any) -> tuple:
     """The facts of a small tree with some of its arguments changed."""
     tree = {"w": torch.ones(3, 4), "lora": (torch.ones(2, 4), torch.ones(3, 2)), "mask": None}
-    return compiled._facts((torch.ones(2, 4), tree | changes))
+    tree |= changes
+    return compiled._facts((tree.pop("x", torch.ones(2, 4)), tree))
 
 
 PAIR = torch.ones(2, 4), torch.ones(3, 2)
 Named = namedtuple("Named", "a b")
 CHANGES: dict[str, dict[str, Any]] = {
     "dtype": {"w": torch.ones(3, 4, dtype=torch.float64)},
-    "device": {"w": torch.ones(3, 4, device="meta")},
+    "device": {"x": torch.ones(2, 4, device="meta")},
     "gradient": {"w": torch.ones(3, 4, requires_grad=True)},
     "gradient of an inner leaf": {"lora": (PAIR[0], PAIR[1].clone().requires_grad_())},
     "gradient of another inner leaf": {"lora": (PAIR[0].clone().requires_grad_(), PAIR[1])},

@@ -254,15 +254,12 @@ TRANSFORMS = {
 @pytest.mark.parametrize("cuda_graph", [False, True])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_inside_a_transform_it_is_grad_and_value_with_its_pair_turned(name, cuda_graph, tiny):
-    loss = lambda adapter: FL.loss(adapter, tiny.base, tiny.spec, batch_24(), seed=3)
+    ids = token_ids(2, 7)
+    batch = {"input_ids": ids, "labels": ids}
+    loss = lambda adapter: FL.loss(adapter, tiny.base, tiny.spec, batch, seed=3)
     run = lambda fn: TRANSFORMS[name](fn, tiny.adapter, randomised(tiny.adapter, 4))
     ours = run(value_and_grad(loss, cuda_graph=cuda_graph))
     assert relative_error(ours, run(with_pair_turned(loss))) <= 1e-10
-
-
-def batch_24() -> dict[str, Tensor]:
-    ids = token_ids(2, 7)
-    return {"input_ids": ids, "labels": ids}
 
 
 def test_inside_a_transform_an_unused_leaf_gets_zeros():
