@@ -89,16 +89,10 @@ def _is_path(value: Any) -> bool:
     if not isinstance(value, str | os.PathLike):
         return False
     path = os.fspath(value)
-    if not isinstance(path, str) or path == "" or "\0" in path:
-        return False
-    # Only shells replace "~": Python would make a folder of that name.
-    return not path.startswith("~")
+    return isinstance(path, str) and path != "" and "\0" not in path
 
 
-PATH = Rule(
-    _is_path,
-    "a path: a text that is not empty, or a pathlib.Path; without a leading ~ (./~ is allowed)",
-)
+PATH = Rule(_is_path, "a path: a text that is not empty, or a pathlib.Path")
 
 
 def setting(rule: Rule, default: Any = MISSING) -> Any:
