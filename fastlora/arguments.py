@@ -89,10 +89,16 @@ def _is_path(value: Any) -> bool:
     if not isinstance(value, str | os.PathLike):
         return False
     path = os.fspath(value)
-    return isinstance(path, str) and path != "" and "\0" not in path
+    if not isinstance(path, str) or path == "" or "\0" in path:
+        return False
+    # Only shells replace "~": Python would make a folder of that name.
+    return not path.startswith("~")
 
 
-PATH = Rule(_is_path, "a path: a text that is not empty, or a pathlib.Path")
+PATH = Rule(
+    _is_path,
+    "a path: a text that is not empty, or a pathlib.Path; without a leading ~ (./~ is allowed)",
+)
 
 
 def setting(rule: Rule, default: Any = MISSING) -> Any:

@@ -2,7 +2,28 @@
 
 
 class CheckpointError(ValueError):
-    """A file exists but has wrong contents. The message names file, key and likely cure."""
+    """A file exists but has wrong contents. The message names file, key and likely cure.
+
+    Characters of the message that do not print are escaped.
+    """
+
+    def __init__(self, message: str) -> None:
+        """Make the error. `message` may quote any file."""
+        super().__init__(printable(message))
+
+
+def printable(text: str) -> str:
+    """A text without characters that do not print, which are escaped; line breaks stay.
+
+    Names and values in files may hold codes that clear a terminal's screen or write over earlier
+    lines, and half of a surrogate pair, which cannot be printed at all.
+    """
+    if text.replace("\n", "").isprintable():
+        return text
+    escaped = (
+        c if c == "\n" or c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
+    return "".join(escaped)
 
 
 def raise_problems(
@@ -14,7 +35,7 @@ def raise_problems(
         error: the class to raise.
         heading: first line.
         problems: one text each; the first 1000 characters are shown, since names in damaged files
-            may be a megabyte long.
+            may be a megabyte long. Characters that do not print are escaped.
         cure: last line; "" leaves it out.
         shown: number of problems to show; the others are counted.
     """
@@ -23,4 +44,4 @@ def raise_problems(
     lines = [f"  {p:.1000}" for p in problems[:shown]]
     if (more := len(problems) - shown) > 0:
         lines.append(f"  … and {more} more")
-    raise error("\n".join([heading, *lines, *([cure] if cure else [])]))
+    raise error(printable("\n".join([heading, *lines, *([cure] if cure else [])])))

@@ -73,7 +73,8 @@ def forward(
         adapter_ids: the number of each row's adapter, in [0, n). `adapter` is then a stack of n
             adapters: every leaf is [n, ...]. All rows run in one pass, in which the base's products
             are those of the whole batch. Attention runs under torch.vmap, as its reference, which
-            holds [b, h, t, t] scores.
+            holds [b, h, t, t] scores. Each row has the dropout masks that it would have without
+            adapter_ids.
         seed: of the LoRA dropout masks; None: without dropout.
 
     Raises:
@@ -90,12 +91,26 @@ def forward(
         row_adapters = tree_map(lambda x: x[adapter_ids], adapter)
         given = {name: x for name, x in optional.items() if x is not None}
         return _row_by_row(row_adapters, base, spec, input_ids, given, seed)
+    return _forward(adapter, base, spec, input_ids, optional, seed)
+
+
+def _forward(
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    optional: dict[str, Tensor | None],
+    seed: Seed,
+    first_row: Int[Tensor, ""] | None = None,
+) -> Float[Tensor, "b t v"]:
     # Parked originals are tensors of which the adapter has copies. Without it they are needed.
     base = base if adapter is not None else unpark_originals(base)
-    hidden = hidden_states(adapter, base, spec, input_ids, seed=seed, **optional)
+    hidden = hidden_states(
+        adapter, base, spec, input_ids, seed=seed, first_row=first_row, **optional
+    )
     model_head = head(adapter, base, spec)
     key = dropout_key(spec, seed, hidden.device)
-    masked = masked_for_head(hidden, model_head, spec, key)
+    masked = masked_for_head(hidden, model_head, spec, key, first_row)
     return logits(hidden, masked, model_head, spec)
 
 
@@ -109,12 +124,14 @@ def _row_by_row(
 ) -> Float[Tensor, "b t v"]:
     """Logits of row i under the i-th adapter of a stack."""
     rows = {name: x.expand_as(input_ids) for name, x in optional.items()}  # position_ids: [1, t]
+    # Dropout masks have one row per token of the batch.
+    first_rows = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
 
-    def one(adapter: Adapter, ids: Tensor, rows: dict[str, Tensor]) -> Tensor:
-        inputs = {name: x[None] for name, x in rows.items()}
-        return forward(adapter, base, spec, ids[None], seed=seed, **inputs)[0]
+    def one(adapter: Adapter, ids: Tensor, rows: dict[str, Tensor], first_row: Tensor) -> Tensor:
+        inputs: dict[str, Tensor | None] = {name: x[None] for name, x in rows.items()}
+        return _forward(adapter, base, spec, ids[None], inputs, seed, first_row)[0]
 
-    return torch.vmap(one)(adapters, input_ids, rows)
+    return torch.vmap(one)(adapters, input_ids, rows, first_rows)
 
 
 def token_logprobs(

@@ -21,11 +21,12 @@ from fastlora.arguments import (
 )
 from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
 from fastlora.checkpoints.reading import read_base
-from fastlora.checkpoints.tensors import read_json
+from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.model import Model
 from fastlora.models.params import DTYPES
+from fastlora.models.rope_json import rope_scaling_problems
 from fastlora.models.spec import Spec
 from fastlora.runtime.devices import device_problem
 from fastlora.text.tokenizer import Tokenizer
@@ -75,9 +76,13 @@ def load(
             dtype. A checkpoint that bitsandbytes has quantised to 4 or 8 bits is recognised and
             never quantised again.
         device: "auto" is CUDA if there is one, else the CPU.
-        rope_scaling: replaces the checkpoint's RoPE scaling; keys as in config.json.
+        rope_scaling: replaces the checkpoint's RoPE scaling; keys as in config.json. A key that
+            its rope_type does not read is refused. An adapter's folder does not record it, as in
+            PEFT: give it again when you load the adapter.
         token: Hub token; None uses the stored one.
-        revision: branch, tag or commit on the Hub.
+        revision: branch, tag or commit on the Hub, of the repository that `model_name` names. For
+            an adapter, the base's revision is the one that adapter_config.json names.
+            `save_pretrained` writes the base's revision there.
         cache_dir: where downloads are kept; None is huggingface_hub's cache.
         local_files_only: never use the network.
 
@@ -89,7 +94,8 @@ def load(
         ModuleNotFoundError: load_in_4bit without bitsandbytes.
         FileNotFoundError: the folder, the repository, or a file in it does not exist.
         PermissionError: the repository is gated.
-        CheckpointError: files have wrong contents; lists all problems.
+        CheckpointError: files have wrong contents (lists all problems), or the folder holds the
+            weights of both a model and an adapter.
     """
     given = {"model_name": model_name, "max_seq_length": max_seq_length, "dtype": dtype}
     given |= {"load_in_4bit": load_in_4bit, "rope_scaling": rope_scaling, "token": token}
@@ -99,6 +105,8 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if problem := device_problem(device, types=("cpu", "cuda")):
         problems.append(problem)
+    if isinstance(rope_scaling, dict):
+        problems += rope_scaling_problems(rope_scaling)
     raise_problems(ValueError, "fastlora.load cannot use these arguments:", problems)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name, adapter_folder = os.fspath(model_name), None
@@ -107,8 +115,8 @@ def load(
     except FileNotFoundError as error:
         raise FileNotFoundError(f"model_name={name!r}: {error}") from error
     if _is_adapter(folder):
-        name, base_revision = _base_of(folder)
-        folder, adapter_folder = find_folder(name, revision=base_revision, **hub), folder
+        name, revision = _base_of(folder)
+        folder, adapter_folder = find_folder(name, revision=revision, **hub), folder
     tokenizer = _tokenizer(folder, adapter_folder)
     try:
         config, base = read_base(
@@ -126,6 +134,8 @@ def load(
     spec = Spec(
         config=config,
         name_or_path=name,
+        # A local folder has none: the argument was not used.
+        revision=None if name == "demo" or folder == Path(name) else revision,
         max_seq_length=max_seq_length or config.max_position_embeddings,
     )
     model = Model(spec=spec, base=base, adapter=None)
@@ -133,7 +143,22 @@ def load(
 
 
 def _is_adapter(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    """Whether a folder is an adapter's. An adapter's may hold its base's config.json too.
+
+    Raises:
+        CheckpointError: the folder holds the weights of a model and of an adapter.
+    """
+    has = lambda *names: any((folder / name).is_file() for name in names)
+    if not has("adapter_config.json"):
+        return False
+    has_model = has("config.json") and has(WEIGHTS, INDEX)
+    if has_model and has("adapter_model.safetensors", "adapter_model.bin"):
+        raise CheckpointError(
+            f"{folder} holds a model ({WEIGHTS}) and an adapter (adapter_model.safetensors), so it"
+            " is not clear which of them is meant. Move the adapter_* files to another folder; to"
+            " use both, load the model and call fastlora.load_adapter(model, that_folder)."
+        )
+    return not has_model
 
 
 def _base_of(adapter_folder: Path) -> tuple[str, str | None]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,13 +13,14 @@ from torch.utils._pytree import tree_map
 
 from fastlora import functional
 from fastlora.adapters.edits.combining import disable
-from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, Rule, check_arguments, optional
+from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, check_arguments, optional
+from fastlora.checkpoints.hub import REPO_ID
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
 from fastlora.formats.peft import writing
 from fastlora.generation.generate import check_generation, generate, stop_ids
 from fastlora.generation.sampling import Sampling
-from fastlora.generation.text import PROMPT, TextStream, encode_prompt
+from fastlora.generation.text import PROMPT, TextStream, encode_prompt, text_stop_ids
 from fastlora.models.decoder import requires_grad
 from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
 from fastlora.models.moving import moved
@@ -33,11 +33,6 @@ from fastlora.runtime.compiled import Compile
 from fastlora.runtime.devices import device_problem
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
-_REPO_ID = Rule(
-    lambda x: isinstance(x, str) and bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", x, re.ASCII)),
-    "the id of a Hub repository, such as 'user/name'",
-)
-
 _UNCHANGED: Any = object()  # default of settings for which None, False and "auto" are values
 
 
@@ -48,8 +43,6 @@ class Model(ModelState):
     `fastlora.load` makes one. Immutable: no method changes its receiver, and methods that seem to
     change something return another Model over the same tensors. Only the adapter is ever trained.
     """
-
-    # ── derived models ────────────────────────────────────────────────────────────────────
 
     def with_adapter(self, adapter: Adapter | None) -> "Model":
         """The model with other adapter tensors of the same shapes; with None, the base model.
@@ -118,8 +111,6 @@ class Model(ModelState):
     def _map_adapter(self, fn: Callable[[Tensor], Tensor]) -> "Model":
         adapter = None if self.adapter is None else tree_map(fn, self.adapter)
         return dataclasses.replace(self, adapter=adapter)
-
-    # ── running it ────────────────────────────────────────────────────────────────────────
 
     def __call__(
         self,
@@ -205,6 +196,7 @@ class Model(ModelState):
             ValueError: as `__call__`; also if prompt and new tokens together exceed
                 `spec.max_seq_length`, a prompt is padded on the right, or a setting is out of
                 range.
+            FloatingPointError: the model gives NaN or infinity; names a tensor that holds one.
         """
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
@@ -231,9 +223,9 @@ class Model(ModelState):
 
         Args:
             tokenizer: the model's.
-            prompt: a text, or a list of messages with role and content.
+            prompt: a text (BOS is not added twice), or a list of messages with role and content.
             stream: called with pieces of text that join to the result.
-            eos_token_id: ids that stop; None uses the checkpoint's and the tokenizer's.
+            eos_token_id: ids that stop; None: the checkpoint's, tokenizer's and chat template's.
             settings: as for `generate`.
 
         Raises:
@@ -247,8 +239,8 @@ class Model(ModelState):
         )
         ids = encode_prompt(tokenizer, prompt)
         if eos_token_id is None:
-            ids_of_both = {*self.spec.config.eos_token_id, *tokenizer.eos_token_ids}
-            eos_token_id = sorted(i for i in ids_of_both if 0 <= i < self.spec.config.vocab_size)
+            config = self.spec.config
+            eos_token_id = text_stop_ids(tokenizer, config.eos_token_id, config.vocab_size)
         pieces = TextStream(tokenizer.decode, stream)
         out = self.generate(
             torch.tensor([ids], dtype=torch.int64, device=self.base["norm"].device),
@@ -258,8 +250,6 @@ class Model(ModelState):
         )
         pieces.finish()
         return tokenizer.decode(out[0, len(ids) :].tolist())
-
-    # ── counting and saving ───────────────────────────────────────────────────────────────
 
     def num_parameters(self, trainable: bool = False) -> int:
         """Number of parameters of base and adapter together, or of the adapter alone.
@@ -285,7 +275,8 @@ class Model(ModelState):
 
         Raises:
             ValueError: before any file is written, if the model has no adapter, a tensor holds NaN
-                or infinity, or `folder` is not a path, is a file, or is the base model's folder.
+                or infinity, the base is not the checkpoint's (after `merge`), or `folder` is not a
+                path, is a file, or is the base model's folder.
             PermissionError: the folder cannot be written to.
         """
         check_arguments("Model.save_pretrained", folder=(folder, PATH))
@@ -333,16 +324,20 @@ class Model(ModelState):
     def push_to_hub(
         self, repo_id: str, *, token: str | None = None, private: bool | None = None
     ) -> None:
-        """Upload the adapter's PEFT folder to the Hub.
+        """Upload the adapter's PEFT folder to the Hub. The path of a local base is left out.
 
         Args:
             repo_id: "user/name"; created if it does not exist.
             token: Hub token; None uses the stored one.
             private: of a new repository; None is the account's default.
+
+        Raises:
+            ValueError: as `save_pretrained`, or `repo_id` is not an id.
+            PermissionError, ConnectionError: no right to write there; the Hub was not reached.
         """
         check_arguments(
             "Model.push_to_hub",
-            repo_id=(repo_id, _REPO_ID),
+            repo_id=(repo_id, REPO_ID),
             token=(token, optional(TEXT)),
             private=(private, optional(FLAG)),
         )

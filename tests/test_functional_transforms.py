@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import hessian, jacrev, jvp, vjp, vmap
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from fastlora import functional as FL
 from fastlora.model import Model
 from oracles.batches import batch_of
+from oracles.pairs import adapted
 from oracles.trees import randomised, relative_error
 
 grad = torch.func.grad
@@ -179,6 +181,37 @@ def test_a_transform_gives_the_plain_value(name, tiny):
         table[name](tiny.adapter, tiny, direction) for table in (TRANSFORMS, EXPECTED)
     )
     assert relative_error(actual, expected) <= 1e-8
+
+
+FORWARD_MODES: dict[str, Callable] = {
+    "forward_ad": lambda fn, a, d: dual_tangent(fn, a, d),
+    "linearize": lambda fn, a, d: torch.func.linearize(fn, a)[1](d),
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("llama2", {}),
+    "DoRA with dropout": ("llama2", {"use_dora": True, "lora_dropout": 0.3}),
+    "lora_bias": ("llama_bias", {"lora_bias": True}),
+    "head and embedding": ("llama2", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
+    "experts": ("qwen3_moe_mixed", {}),
+    "windows": ("qwen2_window", {}),
+    "quantisation-aware": ("llama2", {"qat_scheme": "fp8-fp8"}),
+}
+
+
+def dual_tangent(fn: Callable[[Any], Tensor], tree: Any, direction: Any) -> Tensor:
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(fn(tree_map(forward_ad.make_dual, tree, direction))).tangent
+
+
+@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize("mode", FORWARD_MODES)
+def test_forward_mode_gives_the_derivative_of_jvp(mode, case, pair):
+    family, settings = MODELS[case]
+    model = adapted(pair(family).model, r=2, **settings)
+    direction = randomised(model.adapter, 9)
+    fn = lambda a: loss(a, model, BATCH, 7)
+    expected = jvp(fn, (model.adapter,), (direction,))[1]
+    assert relative_error(FORWARD_MODES[mode](fn, model.adapter, direction), expected) <= 1e-4
 
 
 @pytest.mark.compile

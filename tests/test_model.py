@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -324,3 +325,17 @@ def test_generate_text_takes_messages(demo):
         torch.tensor([prompt]), max_new_tokens=8, eos_token_id=sorted(tokenizer.eos_token_ids)
     )
     assert text == tokenizer.decode(out[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 10**400, True, 1.5])
+def test_a_seed_out_of_range_is_refused(model, seed):
+    with pytest.raises(ValueError, match="seed="):
+        model(torch.ones(1, 3, dtype=torch.int64), seed=seed)
+
+
+@pytest.mark.parametrize("path", ["~/x", Path("~/x"), "~"])
+def test_a_path_that_only_a_shell_understands_is_refused(model, path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"folder=.*leading ~"):
+        model.save_pretrained(path)
+    assert not [*tmp_path.iterdir()]

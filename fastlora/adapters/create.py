@@ -12,7 +12,12 @@ from fastlora.adapters.init.loftq import LoftQSettings, loftq_settings
 from fastlora.adapters.init.loftq_4bit import fit_quantization_error
 from fastlora.adapters.init.methods import reads_weights
 from fastlora.adapters.init.random import init_adapter
-from fastlora.adapters.lora_arguments import LoraArguments, checked_arguments, lora_settings
+from fastlora.adapters.lora_arguments import (
+    DEFAULT_RECOMPUTE,
+    LoraArguments,
+    checked_arguments,
+    lora_settings,
+)
 from fastlora.adapters.parked_originals import DEFAULT_PARKING_FOLDER, park_originals
 from fastlora.adapters.refusals import conflict_problems, resolved_problems
 from fastlora.adapters.targets import resolve_targets
@@ -46,7 +51,7 @@ def lora(
     target_parameters: Collection[str] | None = None,
     ensure_weight_tying: bool = False,
     *,
-    recompute: Recompute = "selective",
+    recompute: Recompute = DEFAULT_RECOMPUTE,
     use_dora: bool = False,
     lora_bias: bool = False,
     rank_pattern: Mapping[str, int] | None = None,
@@ -121,7 +126,8 @@ def lora(
         ensure_weight_tying: train one copy, or one adapter, for both of a tied embedding and head.
             If False, training one of the two does not change the other.
         recompute: how much the backward pass computes again: "none", "selective", "full",
-            "offload", or the fraction in [0, 1] of the activation memory of "none" to keep.
+            "offload", or the fraction in [0, 1] of the activation memory of "none" to keep. Left
+            out, it is the model's policy: "selective", or what `with_spec` has set.
         use_dora: train the length of each row of W + scaling * B A as well (Liu et al. 2024,
             arXiv:2402.09353).
         lora_bias: B gets a bias, scaled with it; needs init_lora_weights True or False.
@@ -153,10 +159,11 @@ def lora(
     problems = resolved_problems(model, settings, loftq, temporary_location)
     raise_problems(ValueError, heading, problems)
 
+    policy = arguments.recompute_policy  # None: neither name of it was given
     spec = replace(
         model.spec,
         lora=settings,
-        recompute=arguments.recompute_policy,
+        recompute=model.spec.recompute if policy is None else policy,
         max_seq_length=max_seq_length or model.spec.max_seq_length,
     )
     dtype = DTYPES[str(adapter_dtype).removeprefix("torch.")]

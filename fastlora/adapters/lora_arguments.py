@@ -33,10 +33,15 @@ from fastlora.models.params import DTYPES, PROJECTIONS
 from fastlora.models.spec import LoraConfig, Recompute
 from fastlora.ops.quant.fake_quantize import SCHEMES
 
-# The bound keeps ranks times layer widths below 2**63, the limit of torch's sizes.
-RANK = whole_number(1, 2**31)
-ALPHA = number()
+# No model is as wide as the bound; a rank of 10**9 would fill the memory before anything fails.
+RANK = whole_number(1, 2**16)
+# Scalings are multiplied in float32, whose largest number is 3.4e38.
+ALPHA = number(low=-3e38, high=3e38)
 DROPOUT = number(low=0, high=1)  # PEFT's files may hold 1; lora() refuses it
+
+# The default of `recompute`. It equals every other "selective", but is an object of its own, which
+# tells the default from a text that the user gave.
+DEFAULT_RECOMPUTE: Recompute = str(b"selective", "ascii")  # pyright: ignore[reportAssignmentType]
 
 # use_gradient_checkpointing -> recompute.
 _POLICY_OF_CHECKPOINTING: dict[bool | str, Recompute] = {
@@ -46,26 +51,41 @@ _POLICY_OF_CHECKPOINTING: dict[bool | str, Recompute] = {
 }
 
 
+# Longer texts would make matching slow. The names of all 882 projections of Llama 3.1 405B have
+# 35,000 characters.
+MAX_PATTERN_CHARS = 100_000
+_MAX_ELEMENTS = 1_000_000  # of a list of layers or of token ids
+
+
 def _elements(value: Any) -> list[Any] | None:
-    """The elements of a list, tuple, set or array; None for other values.
+    """The elements of a list, tuple, set or array; None for other values and for endless lists.
 
     Iterators are refused, because checking them would use them up.
     """
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Collection):
         return None
     try:
-        return list(value)
+        return list(value) if len(value) <= _MAX_ELEMENTS else None
     except TypeError:  # a tensor without dimensions is a Collection to isinstance
         return None
 
 
 def _are_texts(value: Any) -> bool:
     elements = _elements(value)
-    return elements is not None and all(map(TEXT.accepts, elements))
+    if elements is None or not all(map(TEXT.accepts, elements)):
+        return False
+    return sum(map(len, elements)) <= MAX_PATTERN_CHARS
+
+
+def _is_short_text(value: Any) -> bool:
+    return TEXT.accepts(value) and len(value) <= MAX_PATTERN_CHARS
 
 
 def _are_layers(value: Any) -> bool:
-    return _elements(value) is not None and type(int_list(value)) is list
+    if _elements(value) is None:
+        return False
+    layers = int_list(value)  # returns a list with other elements unchanged
+    return type(layers) is list and all(type(x) is int for x in layers)
 
 
 def _are_token_ids(value: Any) -> bool:
@@ -75,21 +95,24 @@ def _are_token_ids(value: Any) -> bool:
 
 def _is_pattern_mapping(value: Any) -> bool:
     # Values are checked by lora_setting_problems, which names the pattern.
-    return isinstance(value, Mapping) and all(map(TEXT.accepts, value))
+    return isinstance(value, Mapping) and _are_texts(list(value))
 
 
-_TEXTS = Rule(_are_texts, "a list of names")
-_NAMES = optional(Rule(lambda x: TEXT.accepts(x) or _are_texts(x), "a name or a list of names"))
+_SHORT = f", at most {MAX_PATTERN_CHARS:,} characters"
+_TEXTS = Rule(_are_texts, f"a list of names{_SHORT}")
+_NAMES = optional(
+    Rule(lambda x: _is_short_text(x) or _are_texts(x), f"a name or a list of names{_SHORT}")
+)
 _NAMES_OR_REGEX = optional(
     Rule(
-        lambda x: TEXT.accepts(x) or _are_texts(x),
-        "a list of module names, or a regular expression as text",
+        lambda x: _is_short_text(x) or _are_texts(x),
+        f"a list of module names, or a regular expression as text{_SHORT}",
     )
 )
 _LAYERS = optional(
     Rule(lambda x: type(x) is int or _are_layers(x), "a layer's index or a list of them")
 )
-_PATTERNS = optional(Rule(_is_pattern_mapping, "a dict of regular expression -> value"))
+_PATTERNS = optional(Rule(_is_pattern_mapping, f"a dict of regular expression -> value{_SHORT}"))
 _TOKEN_IDS = Rule(
     lambda x: x is None or _are_token_ids(x),
     "a list of ids, a dict such as {'embed_tokens': ids}, or None",
@@ -125,7 +148,7 @@ class LoraArguments:
     qat_scheme: str | None = setting(optional(one_of(*SCHEMES)), None)
     target_parameters: Collection[str] | None = setting(optional(_TEXTS), None)
     ensure_weight_tying: bool = setting(FLAG, False)
-    recompute: Recompute = setting(SPEC_CHOICES["recompute"], "selective")
+    recompute: Recompute = setting(SPEC_CHOICES["recompute"], DEFAULT_RECOMPUTE)
     use_dora: bool = setting(FLAG, False)
     lora_bias: bool = setting(FLAG, False)
     rank_pattern: Mapping[str, int] | None = setting(_PATTERNS, None)
@@ -138,10 +161,10 @@ class LoraArguments:
     adapter_dtype: str | torch.dtype = setting(_DTYPE, "float32")
 
     @property
-    def recompute_policy(self) -> Recompute:
-        """The policy that `recompute` or `use_gradient_checkpointing` names."""
+    def recompute_policy(self) -> Recompute | None:
+        """The policy that `recompute` or `use_gradient_checkpointing` names; None if none does."""
         if self.use_gradient_checkpointing is None:
-            return self.recompute
+            return None if self.recompute is DEFAULT_RECOMPUTE else self.recompute
         return _POLICY_OF_CHECKPOINTING[self.use_gradient_checkpointing]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Collection
 
 from fastlora.adapters.init.loftq import LoftQSettings
 from fastlora.adapters.init.methods import DATA_METHODS, factor_problems, reads_weights
-from fastlora.adapters.lora_arguments import LoraArguments
+from fastlora.adapters.lora_arguments import DEFAULT_RECOMPUTE, LoraArguments
 from fastlora.adapters.parked_originals import location_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import is_mixture, projection_weights, target_shape
@@ -60,7 +60,7 @@ def _model_problems(arguments: LoraArguments, model: ModelState) -> list[str]:
 def _duplicate_problems(arguments: LoraArguments, config: LlamaConfig) -> list[str]:
     """Two arguments for one setting, and more last layers than there are."""
     problems, checkpointing = [], arguments.use_gradient_checkpointing
-    if checkpointing is not None and arguments.recompute != "selective":
+    if checkpointing is not None and arguments.recompute is not DEFAULT_RECOMPUTE:
         problems.append(
             f"recompute={arguments.recompute!r}, use_gradient_checkpointing={checkpointing!r}: two"
             " names of one setting; give recompute only"

@@ -47,6 +47,11 @@ FOLDER_OR_ID = Rule(
 )
 
 # Rules for the arguments of `fetch_folder` that users pass to `load` and `load_adapter`.
+REPO_ID = Rule(
+    lambda x: isinstance(x, str) and bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", x, re.ASCII)),
+    "the id of a Hub repository, such as 'user/name'",
+)
+
 HUB_RULES = {
     "token": optional(instance((str, bool), "a text, True or False")),
     "revision": optional(Rule(lambda x: isinstance(x, str) and x != "", "a branch, tag or commit")),
@@ -128,19 +133,14 @@ def _download(name: str, files: Sequence[str], revision: str | None, **hub: Any)
 
 @contextmanager
 def _hub_errors(name: str):
-    """Replace huggingface_hub's errors by Python's, with the Hub id and the cure."""
+    """Replace huggingface_hub's errors while a repository is fetched: see `_hub_problem`."""
     from huggingface_hub import errors  # noqa: PLC0415
 
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise PermissionError(
-            f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then pass "
-            "token=... or run `hf auth login`."
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{name!r} has no such revision: {first_line(error)}") from error
     except errors.RepositoryNotFoundError as error:
+        if isinstance(error, errors.GatedRepoError):
+            raise _hub_problem(error, f"fetching {name!r} from", name, _FETCH_CURE) from error
         raise FileNotFoundError(
             f"there is no folder {name!r} here, and no repository of that name on the Hub; check "
             "the spelling, or pass token=... if it is private."
@@ -154,24 +154,79 @@ def _hub_errors(name: str):
             f"{name!r} is not complete in the cache, and the Hub was not asked or not reached; load"
             f" it once with a connection and local_files_only=False. {first_line(error)}"
         ) from error
-    except (errors.HfHubHTTPError, errors.HTTPError) as error:  # pyright: ignore
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        kind = PermissionError if status in (401, 403) else ConnectionError
-        raise kind(
-            f"fetching {name!r} from the Hub failed: {first_line(error)}. The files fetched so far "
-            "are kept; try again, and if the repository is private, pass a token=... that may read "
-            "it."
+    except (errors.HTTPError, ConnectionError) as error:  # pyright: ignore
+        raise _hub_problem(error, f"fetching {name!r} from", name, _FETCH_CURE) from error
+
+
+@contextmanager
+def _upload_errors(name: str):
+    """Replace huggingface_hub's errors while files are uploaded: see `_hub_problem`."""
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    try:
+        yield
+    except errors.LocalTokenNotFoundError as error:
+        raise PermissionError(
+            f"uploading {name!r} to the Hub needs a token: pass token=... or run `hf auth login`."
         ) from error
+    except errors.HFValidationError as error:
+        raise ValueError(f"{name!r} is not a valid Hub id: {first_line(error)}") from error
+    except errors.RepositoryNotFoundError as error:
+        # The Hub answers so, too, if the token may not see the repository.
+        raise PermissionError(
+            f"uploading {name!r} to the Hub was refused: check the user's or organisation's name,"
+            " and pass a token=... that may write there, or run `hf auth login`."
+        ) from error
+    except (errors.HTTPError, ConnectionError) as error:  # pyright: ignore
+        raise _hub_problem(error, f"uploading {name!r} to", name, _UPLOAD_CURE) from error
+
+
+_FETCH_CURE = (
+    "The files fetched so far are kept; try again, and if the repository is private, pass a"
+    " token=... that may read it."
+)
+_UPLOAD_CURE = "Try again; check the name, and pass a token=... that may write there."
+
+
+def _hub_problem(error: Exception, action: str, name: str, cure: str) -> OSError:
+    """Python's error for one of huggingface_hub's, with the Hub id and the cure.
+
+    Args:
+        error: an answer of the Hub, or no connection.
+        action: for the message: "fetching 'a/b' from".
+        name: the Hub id.
+        cure: the message's last sentence.
+    """
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    if isinstance(error, errors.GatedRepoError):
+        return PermissionError(
+            f"{name!r} is gated: accept its terms at https://huggingface.co/{name}, then pass "
+            "token=... or run `hf auth login`."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{name!r} has no such revision: {first_line(error)}")
+    if isinstance(error, ConnectionError):  # offline mode, for example
+        cure = "Connect, and unset HF_HUB_OFFLINE if it is set."
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    kind = PermissionError if status in (401, 403) else ConnectionError
+    return kind(f"{action} the Hub failed: {first_line(error)}. {cure}")
 
 
 def upload(folder: Path, repo_id: str, *, token: str | None, private: bool | None) -> str:
     """Upload a folder's files to a Hub repository and return its URL.
 
     The repository is created if it does not exist; `private` applies only then.
+
+    Raises:
+        PermissionError: there is no token, or it may not write to the repository.
+        ValueError: `repo_id` is not a Hub id.
+        ConnectionError: the Hub was not reached; nothing or a part was uploaded.
     """
     from huggingface_hub import HfApi  # noqa: PLC0415
 
     api = HfApi(token=token)
-    url = api.create_repo(repo_id, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="LoRA adapter")
+    with _upload_errors(repo_id):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="LoRA adapter")
     return str(url)

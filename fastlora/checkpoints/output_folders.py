@@ -1,8 +1,10 @@
 """Checks on the folder that a model is to be written to, made before any file is written."""
 
 import os
+import tempfile
 from pathlib import Path
 
+from fastlora.checkpoints.hub import is_file_name
 from fastlora.models.spec import Spec
 
 
@@ -20,8 +22,14 @@ def writable_folder(folder: str | os.PathLike[str], spec: Spec) -> Path:
 def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
     """The reason why this model must not, or cannot, be written to a folder; None if it can.
 
-    The folder need not exist. Nothing is created or changed.
+    The folder need not exist. A folder is made in the nearest one that exists, and removed at once:
+    only this tells whether a file system accepts it.
     """
+    if not is_file_name(str(path)):
+        return ValueError(
+            f"{str(path)!r:.200} cannot name a folder: expected UTF-8, with at most 255 bytes in"
+            " each part."
+        )
     if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
         return ValueError(f"{path} is the folder the base was loaded from; choose another.")
     # A folder that does not exist is created in its nearest existing parent.
@@ -30,4 +38,8 @@ def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
         return ValueError(f"{path} cannot be a folder: {nearest} is a file; choose another name.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         return PermissionError(f"{path} cannot be written: {nearest} is not writable for you.")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".fastlora-", dir=nearest))
+    except OSError as error:  # a file system that is read-only or full, or no real one (/proc)
+        return PermissionError(f"{path} cannot be written: {nearest}: {error.strerror}.")
     return None

@@ -126,7 +126,14 @@ def _read_weights(
     if quantize and not any(n in stored for n in projections):
         to_4bit = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
         check_quantizable(config, to_4bit.values())
-    convert = lambda name, tensor: quantize_4bit(tensor) if name in to_4bit else tensor
+
+    def convert(name: str, tensor: Tensor) -> Weight:
+        if name not in to_4bit:
+            return tensor
+        if not tensor.isfinite().all():  # a block's scale would be NaN, and with it 64 weights
+            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; download it again.")
+        return quantize_4bit(tensor)
+
     tensors = _read_dense(dense, parts, config, device, dtype, convert)
     tensors |= read_quantized(stored, device=device)
     # The kernels of head and loss read a dense matrix.

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fastlora.checkpoints.atomic import atomic_write
+from fastlora.checkpoints.file_bytes import check_size, read_bytes
 from fastlora.errors import CheckpointError, raise_problems
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -32,6 +33,10 @@ DTYPES = {
 # The longest JSON file in use, the index of DeepSeek-V3's 91,991 tensors, is 9 MB.
 _MAX_JSON_BYTES = 32 * 2**20
 
+# Of one safetensors file. A file of all tensors of DeepSeek-V3 would have a header of 12 MB.
+_MAX_HEADER_BYTES = 16 * 2**20
+_MAX_TENSORS = 100_000
+
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────
 
 
@@ -45,12 +50,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: not UTF-8, not JSON, not an object, a name given twice, nested too deeply,
-            or longer than 32 MiB.
+            longer than 32 MiB, or not a file with contents of its own (a device, a pipe).
     """
-    if (size := path.stat().st_size) > _MAX_JSON_BYTES:
-        raise CheckpointError(f"{path} has {size:,} bytes; expected at most {_MAX_JSON_BYTES:,}.")
+    data = read_bytes(path, _MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_text("utf-8"), object_pairs_hook=unique_names)
+        value = json.loads(data.decode(), object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(value, dict):
@@ -115,9 +119,10 @@ def read_header(path: Path) -> dict[str, Entry]:
     """Key -> entry, for every tensor of a file. No tensor is read.
 
     Raises:
-        CheckpointError: truncated, overlapping or unused bytes, an invalid header, or a key given
-            twice.
+        CheckpointError: truncated, overlapping or unused bytes, an invalid header, a key given
+            twice, or more than 100,000 tensors.
     """
+    _check_header_size(path)
     with _safetensors_errors(path), safe_open(path, framework="pt") as file:
         keys = file.keys()
     # safetensors 0.8 has now checked the file, except for keys given twice, of which it silently
@@ -131,6 +136,30 @@ def read_header(path: Path) -> dict[str, Entry]:
     return {k: Entry(path, k, header[k]["dtype"], tuple(header[k]["shape"])) for k in keys}
 
 
+def _check_header_size(path: Path) -> None:
+    """Refuse a file before the safetensors library maps or parses it: 300,000 tensors take 6 s.
+
+    Raises:
+        CheckpointError: not a regular file, too short for its header, or too many tensors.
+    """
+    check_size(path, 2**63)  # of any size, but not a device or a pipe
+    size = path.stat().st_size
+    with _safetensors_errors(path), path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        if not 2 <= header_bytes <= size - 8:
+            raise CheckpointError(
+                f"{path} is not a complete safetensors file: it has {size:,} bytes, and its header"
+                f" would have {header_bytes:,}. Copy or download it again."
+            )
+        # Each tensor has this field. A name may hold the word too, but not 100,000 of them.
+        too_long = header_bytes > _MAX_HEADER_BYTES
+        if too_long or file.read(header_bytes).count(b'"data_offsets"') > _MAX_TENSORS:
+            raise CheckpointError(
+                f"{path} has more than {_MAX_TENSORS:,} tensors, or a header of more than"
+                f" {_MAX_HEADER_BYTES:,} bytes (it has {header_bytes:,}); no model needs that."
+            )
+
+
 @contextmanager
 def _safetensors_errors(path: Path):
     try:
@@ -139,6 +168,10 @@ def _safetensors_errors(path: Path):
         raise CheckpointError(
             f"{path} is not a complete safetensors file: {error}. Copy or download it again."
         ) from error
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (OSError, MemoryError) as error:  # they do not name the file
+        raise CheckpointError(f"{path} cannot be read or mapped into memory: {error}.") from error
 
 
 def entry_tensors(

@@ -98,7 +98,7 @@ def source_folder(spec: Spec) -> Path:
         FileNotFoundError: the folder no longer exists, or the cache has no copy.
     """
     try:
-        return find_folder(spec.name_or_path, local_files_only=True)
+        return find_folder(spec.name_or_path, revision=spec.revision, local_files_only=True)
     except OSError as error:
         raise FileNotFoundError(
             f"{spec.name_or_path!r:.200}, which this model was loaded from, is not available now."

@@ -1,5 +1,6 @@
 """encode_rows(): token ids and labels of training rows, by the kind of each row."""
 
+import warnings
 from collections.abc import Sequence
 
 from fastlora.arguments import check_arguments, whole_number
@@ -8,6 +9,7 @@ from fastlora.data.replies import encode_chat
 from fastlora.data.rows import Row, row_kind, row_problem
 from fastlora.errors import raise_problems
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.text.boundaries import encode_with_one_bos, reply_stop_ids, stop_warning
 from fastlora.text.tokenizer import Tokenizer
 
 
@@ -26,13 +28,18 @@ def encode_rows(
         tokenizer: the model's.
         train_on: "responses" trains what the assistant says, including the token that ends its
             turn, and nothing else. "all" trains every token. Plain text is always trained in full.
-            If the chat template has no {% generation %} block, a reply is the text that follows the
-            prompt from which generation would start.
+            If the chat template has no {% generation %} block, a reply is the text between the
+            prompt from which generation would start and the first token at which it would stop:
+            one of the tokenizer's end-of-text ids, or the token with which the template ends a
+            turn. Replies with `"weight": 0` or `"train": false` are never trained.
         max_seq_length: the most tokens that an example may have.
         split_text: for packing. A {"text"} row that is too long becomes several examples of
             `max_seq_length` tokens (the last one is shorter). Each begins with the last token of
             the example before it, so that every token but the first is trained once. Rows of other
             kinds are never split, and nothing is cut off.
+
+    Warns if the template ends a turn with a token that the tokenizer's files do not name as end of
+    text, or with none.
 
     Raises:
         ValueError: rows are longer than `max_seq_length`, have no token to train, or are refused by
@@ -46,9 +53,10 @@ def encode_rows(
     )
     # A bad row does not stop the loop: all of them are reported together.
     examples, problems = [], []
+    stops = reply_stop_ids(tokenizer)
     for number, row in enumerate(rows, 1):
         try:
-            example = _encode_row(row, tokenizer, train_on)
+            example = _encode_row(row, tokenizer, train_on, stops)
             split = split_text and row_kind(row) == "text"
             parts = _split(example, max_seq_length) if split else [example]
             examples += [_checked(part, max_seq_length) for part in parts]
@@ -60,24 +68,32 @@ def encode_rows(
         problems,
         "Remove or correct them, or raise max_seq_length if rows are too long.",
     )
+    if any(map(_is_chat, rows)) and (warning := stop_warning(tokenizer)):
+        warnings.warn(warning, stacklevel=2)
     return examples
 
 
-def _encode_row(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
+def _is_chat(row: Row) -> bool:
+    kind = row_kind(row)
+    is_text = kind == "text" or (kind == "prompt" and isinstance(row["prompt"], str))
+    return not is_text
+
+
+def _encode_row(row: Row, tokenizer: Tokenizer, train_on: TrainOn, stops: Sequence[int]) -> Example:
     if wrong := row_problem(row):
         raise ValueError(wrong)
     match row_kind(row):
         case "messages":
-            return encode_chat(row["messages"], 0, tokenizer, train_on)
+            return encode_chat(row["messages"], 0, tokenizer, train_on, stops)
         case "prompt" if isinstance(row["prompt"], str):
             return _encode_completion(row["prompt"], row["completion"], tokenizer, train_on)
         case "prompt":
             chat = [*row["prompt"], *row["completion"]]
-            return encode_chat(chat, len(row["prompt"]), tokenizer, train_on)
+            return encode_chat(chat, len(row["prompt"]), tokenizer, train_on, stops)
         case "instruction":
-            return _encode_instruction(row, tokenizer, train_on)
+            return _encode_instruction(row, tokenizer, train_on, stops)
         case _ if row["text"]:
-            ids = _with_eos(tokenizer.encode(row["text"]), tokenizer)
+            ids = _with_eos(encode_with_one_bos(tokenizer, row["text"]), tokenizer)
             return make_example(ids, [True] * len(ids))
         case _:
             raise ValueError("no token to train: the text is empty")
@@ -87,7 +103,7 @@ def _checked(example: Example, max_seq_length: int) -> Example:
     if (t := len(example.input_ids)) > max_seq_length:
         raise ValueError(f"{t} tokens, {t - max_seq_length} more than max_seq_length")
     if (example.labels == IGNORE).all():
-        raise ValueError("no token to train: the reply is empty or there is none")
+        raise ValueError("no token to train: the reply is empty, or masked, or there is none")
     return example
 
 
@@ -152,7 +168,9 @@ _ALPACA_NO_INPUT = (
 )
 
 
-def _encode_instruction(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Example:
+def _encode_instruction(
+    row: Row, tokenizer: Tokenizer, train_on: TrainOn, stops: Sequence[int]
+) -> Example:
     """A chat of two turns if the tokenizer has a chat template, else Alpaca's prompt."""
     instruction, context = row["instruction"], row.get("input") or ""
     if not tokenizer.chat_templates:
@@ -162,4 +180,4 @@ def _encode_instruction(row: Row, tokenizer: Tokenizer, train_on: TrainOn) -> Ex
     question = f"{instruction}\n\n{context}" if context else instruction
     turns = (("user", question), ("assistant", row["output"]))
     messages = [{"role": role, "content": content} for role, content in turns]
-    return encode_chat(messages, 0, tokenizer, train_on)
+    return encode_chat(messages, 0, tokenizer, train_on, stops)

@@ -1,13 +1,13 @@
 """read_rows(): training rows from a file or from dicts, with every bad row reported."""
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from fastlora.arguments import PATH, Rule
-from fastlora.errors import CheckpointError, raise_problems
+from fastlora.data.row_files import read_row_file
+from fastlora.errors import raise_problems
 
 Row = Mapping[str, Any]
 RowKind = Literal["messages", "prompt", "instruction", "text"]
@@ -44,7 +44,8 @@ def read_rows(
     """Training rows from a .jsonl or .json file, or from any iterable of dicts, as a new list.
 
     A .jsonl file holds one object per line (empty lines are skipped), a .json file one list of
-    objects. A row may have more keys than its kind requires.
+    objects, or one object per line too. A row may have more keys than its kind requires. A message
+    with `"weight": 0` or `"train": false` is not trained.
 
     Args:
         data: the path of a file, or the rows.
@@ -52,12 +53,13 @@ def read_rows(
 
     Raises:
         FileNotFoundError: the file does not exist.
-        CheckpointError: the file is not JSON; the message names the file and the lines.
+        CheckpointError: the file is not JSON, or too long; the message names the file and the
+            lines.
         ValueError: there are no rows, or some are of none of the kinds in `REQUIRED_KEYS`; the
             message gives their numbers (the first row is 1) and their keys.
     """
     from_file = isinstance(data, str | os.PathLike)
-    rows = list(_read_file(Path(data)) if from_file else data)
+    rows = list(read_row_file(Path(data)) if from_file else data)
     source = str(data) if from_file else name
     if not rows:
         raise ValueError(f"{source} holds no rows; expected at least one of {ROW_KINDS}.")
@@ -66,43 +68,6 @@ def read_rows(
         ValueError, f"{source} has rows that cannot be read:", problems, f"Expected {ROW_KINDS}."
     )
     return [dict(row) for row in rows]
-
-
-def _read_file(path: Path) -> list[Any]:
-    if path.suffix not in (".jsonl", ".json"):
-        raise ValueError(f"{path}: expected a file whose name ends in .jsonl or .json.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file. Rows are read from .jsonl or .json files.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows editors may write a byte order mark
-        rows = json.loads(text) if path.suffix == ".json" else _read_lines(path, text)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON in UTF-8: {error}") from error
-    if not isinstance(rows, list):
-        raise CheckpointError(
-            f"{path} holds a {type(rows).__name__}, expected a list of objects. Name a file with "
-            "one object per line .jsonl."
-        )
-    return rows
-
-
-def _read_lines(path: Path, text: str) -> list[Any]:
-    rows, problems = [], []
-    # Not splitlines: it also splits at U+2028, which JSON strings may hold.
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: {error.msg} at column {error.colno}: {line:.60}")
-    raise_problems(
-        CheckpointError,
-        f"{path}: lines that are not JSON:",
-        problems,
-        "Expected one object per line.",
-    )
-    return rows
 
 
 def row_problem(row: Any) -> str | None:
@@ -135,4 +100,20 @@ def _chat_problem(key: str, messages: Any) -> str | None:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             return f"{key}, message {number} has no role: {message!r:.60}"
+        if wrong := _mask_problem(message):
+            return f"{key}, message {number}: {wrong}"
     return None
+
+
+def _mask_problem(message: Row) -> str | None:
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        return f"weight is {weight!r:.60}, expected 0 (not trained) or 1"
+    if train is not None and not isinstance(train, bool):
+        return f"train is {train!r:.60}, expected true or false"
+    return None
+
+
+def is_masked(message: Row) -> bool:
+    """Whether a message says that it is not to be trained: `weight: 0` or `train: false`."""
+    return message.get("weight") == 0 or message.get("train") is False

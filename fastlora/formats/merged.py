@@ -36,13 +36,13 @@ from fastlora.formats.tensors_out import (
     tensor_bytes,
     unchanged_4bit,
 )
-from fastlora.models.config import LlamaConfig
-from fastlora.models.config_json import config_to_json
+from fastlora.models.config_json import config_to_json, generation_config_to_json
 from fastlora.models.names import projection_weights
 from fastlora.models.params import is_quantized
 from fastlora.models.self_contained import self_contained
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.text.tokenizer import Tokenizer
+from fastlora.text.tokenizer_files import check_output_folder
 
 SAVE_METHOD = one_of("merged_16bit", "merged_4bit", "lora")
 
@@ -67,6 +67,8 @@ def save_merged(
     """Write a folder that transformers and fastlora load, with the adapter merged.
 
     The files replace older ones at the end and all together, so the disk needs room for both.
+    config.json keeps every field of the file that was read, except those that merging changes
+    (dtype, vocab_size, tie_word_embeddings, quantization_config); generation_config.json stays.
 
     Args:
         model: without an adapter (after `merge`), its base is written.
@@ -106,6 +108,9 @@ def save_merged(
             f"base={base!r}: expected 'auto'. Other values choose the weights that are merged when"
             " the base is in 4 or 8 bits and save_method is not 'lora'."
         )
+    # The tokenizer is written last, after hours perhaps.
+    if tokenizer is not None:
+        check_output_folder(Path(folder))
     if save_method == "lora":
         save_adapter(model, folder)
         base_used = None
@@ -161,7 +166,7 @@ def _write_merged(
     if in_4bit:
         quantization = QUANTIZATION_CONFIG | {"bnb_4bit_compute_dtype": config.dtype}
         config_json = config_json | {"quantization_config": quantization}
-    _replace_files(folder, files, parameters, _generation_config(config), config_json)
+    _replace_files(folder, files, parameters, generation_config_to_json(config), config_json)
     return base_used
 
 
@@ -231,17 +236,6 @@ def _given_folder(base: Any) -> Path:
     if not Path(base).is_dir():
         raise FileNotFoundError(f"no such folder: {os.fspath(base)!r:.200}.")
     return Path(base)
-
-
-def _generation_config(config: LlamaConfig) -> dict[str, Any]:
-    eos = config.eos_token_id
-    # transformers writes a single stop id as a number, several as a list.
-    ids = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
-        "pad_token_id": config.pad_token_id,
-    }
-    return {name: value for name, value in ids.items() if value not in (None, [])}
 
 
 def _check_no_other_model(folder: Path, written: set[str]) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves
 
 from fastlora.arguments import (
     FUNCTION,
@@ -20,6 +21,7 @@ from fastlora.arguments import (
 from fastlora.errors import raise_problems
 from fastlora.generation.forward import decode, new_cache, prefill, prepare
 from fastlora.generation.sampling import SEED, Sampling, choose, new_generator, seen_ids
+from fastlora.models.names import tensors_from_base
 from fastlora.models.state import ModelState
 
 
@@ -90,7 +92,8 @@ def generate(
 ) -> Int[Tensor, "b t_new"]:
     """Prompt and continuation, int64. Ends when every row has stopped, or after `max_new_tokens`.
 
-    A row that has stopped is filled with the config's pad_token_id, or else the first stop id.
+    A row that has stopped is filled with the config's pad_token_id, or else the first stop id. An
+    id outside the vocabulary is passed over, because a stopped row still goes through the model.
 
     Args:
         model: with or without an adapter.
@@ -101,6 +104,9 @@ def generate(
         stop: ids that stop a row. The stop id is part of the result.
         seed: of the private generator that samples; None draws fresh entropy.
         stream: called after every step with the new token of each row.
+
+    Raises:
+        FloatingPointError: no finite score for the next token of a row that has not stopped.
     """
     prepared = prepare(model)
     config, (b, t) = prepared.spec.config, input_ids.shape
@@ -111,13 +117,14 @@ def generate(
     seen = seen_ids(input_ids, real, config.vocab_size) if penalises else None
     stop_tensor = torch.tensor(stop, dtype=torch.int64, device=device)
     # A stopped row stays in the batch until all rows have stopped; `fill` replaces its tokens.
-    pad = config.pad_token_id
-    fill = pad if pad is not None else next(iter(stop), 0)
+    fillers = (config.pad_token_id, *stop)
+    fill = next((i for i in fillers if i is not None and 0 <= i < config.vocab_size), 0)
     cache = new_cache(prepared, b, t + max_new_tokens)
     scores = prefill(prepared, input_ids, attention_mask, cache)
     ids, position = input_ids, real.sum(-1, keepdim=True)
     running = torch.ones(b, dtype=torch.bool, device=device)
     for step in range(max_new_tokens):
+        _check_finite(scores, running, step, model)
         token = torch.where(running, choose(scores, seen, sampling, generator), fill)
         ids = torch.cat((ids, token[:, None]), dim=1)
         if stream is not None:
@@ -130,3 +137,31 @@ def generate(
         scores = decode(prepared, token[:, None], position, real.bool(), cache)
         position = position + 1
     return ids
+
+
+def _check_finite(
+    scores: Float[Tensor, "b v"], running: Bool[Tensor, "b"], step: int, model: ModelState
+) -> None:
+    """Raise FloatingPointError if the likeliest token of a running row has no finite score."""
+    best = scores.amax(-1)  # NaN if any score of the row is
+    wrong = running & ~best.isfinite()
+    if not bool(wrong.any()):
+        return
+    row = int(wrong.nonzero()[0, 0])
+    raise FloatingPointError(
+        f"Model.generate: after {step} new tokens the largest logit of row {row} is "
+        f"{float(best[row])}. {_first_non_finite(model)}"
+    )
+
+
+def _first_non_finite(model: ModelState) -> str:
+    base = tensors_from_base(model.spec.config, model.base)
+    paths = tree_flatten_with_path(model.adapter)[0]
+    adapter = {"".join(map(str, path)): leaf for path, leaf in paths}
+    for owner, tensors in (("base", base), ("adapter", adapter)):
+        for name, tensor in tensors.items():
+            # A quantised weight is a record of several tensors.
+            if not all(bool(x.isfinite().all()) for x in tree_leaves(tensor)):
+                return f"The {owner}'s tensor {name} holds NaN or infinity; load it again."
+    dtype = str(model.base["norm"].dtype).removeprefix("torch.")
+    return f"All weights are finite: an activation overflows {dtype}. Load in a wider dtype."

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fastlora.arguments import Rule, number, optional, setting, whole_number
 
+# Below the first, quotients of logits may overflow float32; the second has a float32 reciprocal.
+_LOW_TEMPERATURE, _LEAST_TEMPERATURE = 1e-5, 1e-30
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
@@ -83,7 +86,11 @@ def filtered(scores: Float[Tensor, "b v"], sampling: Sampling) -> Float[Tensor, 
 
     Excluded tokens have score -inf. Tokens that tie with the k-th are kept.
     """
-    scores = scores / sampling.temperature
+    temperature = sampling.temperature
+    if temperature < _LOW_TEMPERATURE:  # then the largest quotient is 0
+        scores = scores - scores.amax(-1, keepdim=True)
+        temperature = max(temperature, _LEAST_TEMPERATURE)
+    scores = scores / temperature
     if sampling.top_k is not None:
         kth = scores.topk(min(sampling.top_k, scores.shape[-1]), dim=-1).values[:, -1:]
         scores = scores.masked_fill(scores < kth, -math.inf)
@@ -91,8 +98,8 @@ def filtered(scores: Float[Tensor, "b v"], sampling: Sampling) -> Float[Tensor, 
         # Keep a token if all likelier ones together stay below top_p; so the likeliest is kept.
         ordered, index = scores.sort(dim=-1, descending=True)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        cut = torch.zeros_like(before, dtype=torch.bool).scatter(
-            -1, index, before >= sampling.top_p
-        )
+        beyond = before >= sampling.top_p
+        beyond[:, 0] = False  # a top_p below the smallest float32 is 0 here
+        cut = torch.zeros_like(beyond).scatter(-1, index, beyond)
         scores = scores.masked_fill(cut, -math.inf)
     return scores

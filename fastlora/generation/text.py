@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fastlora.arguments import ENCODABLE_TEXT, Rule
+from fastlora.text.boundaries import encode_with_one_bos, reply_stop_ids
 from fastlora.text.chat_template import MESSAGES
 from fastlora.text.tokenizer import Tokenizer
 
@@ -19,11 +20,13 @@ PROMPT = Rule(
 def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
     """The ids of a text, or of a chat up to the beginning of its next reply.
 
+    A text that begins with BOS, as rendered chats do, gets no second one.
+
     Raises:
         ValueError: the prompt has no token, or the chat template fails.
     """
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
+        ids = encode_with_one_bos(tokenizer, prompt)
     else:
         try:
             ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)
@@ -32,6 +35,18 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]
     if not ids:
         raise ValueError(f"prompt={prompt!r:.80}: expected at least one token, got none")
     return ids
+
+
+def text_stop_ids(
+    tokenizer: Tokenizer, checkpoint_ids: Sequence[int], vocab_size: int
+) -> list[int]:
+    """The ids that stop generated text: the checkpoint's, the tokenizer's, and the end of turn.
+
+    The end of turn is the token with which the chat template ends a reply, which the files of base
+    models often do not name as end of text. Ids outside the vocabulary are left out.
+    """
+    ids = {*checkpoint_ids, *reply_stop_ids(tokenizer)}
+    return sorted(i for i in ids if 0 <= i < vocab_size)
 
 
 class TextStream:

@@ -12,15 +12,15 @@ from fastlora.models.json_fields import Fields, is_int, show
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
 
 # Bounds on sizes that become lengths of tuples and lists of names: a wrong file must not fill the
-# memory. DeepSeek-V3 has 14,848 experts in all its layers.
-_MAX_TOTAL_EXPERTS = 100_000
+# memory, nor take seconds. Kimi K2 has 23,040 experts in all its layers, Llama 3.1 405B 126 layers.
+_MAX_TOTAL_EXPERTS = 30_000
 
 # Fields that LlamaConfig has under the same name and with the same value -> what is expected.
 _COPIED_FIELDS = dict(
     vocab_size="a positive integer",
     hidden_size="a positive integer",
     intermediate_size="a positive integer",
-    num_hidden_layers="an integer from 1 to 10000",
+    num_hidden_layers="an integer from 1 to 1000",
     max_position_embeddings="a positive integer",
     rms_norm_eps="a positive number",
     tie_word_embeddings="true or false",
@@ -63,7 +63,12 @@ def config_from_json(
     read["dtype"] = settings.dtype()
     cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
     raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
-    return LlamaConfig(**read, model_type=family.name, raw_json=json.dumps(raw))
+    return LlamaConfig(
+        **read,
+        model_type=family.name,
+        raw_json=json.dumps(raw),
+        raw_generation_json=None if generation is None else json.dumps(generation),
+    )
 
 
 def config_to_json(config: LlamaConfig) -> dict[str, Any]:
@@ -78,6 +83,30 @@ def config_to_json(config: LlamaConfig) -> dict[str, Any]:
         raw[name] = config.dtype
     changed = {"vocab_size": config.vocab_size, "tie_word_embeddings": config.tie_word_embeddings}
     return raw | changed
+
+
+def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
+    """generation_config.json for a folder of this model.
+
+    It is the file that was read: temperature, top_p and other settings of generation stay, and the
+    special ids too, unless the config has others than the files. Without such a file it holds the
+    special ids.
+    """
+    read = None if config.raw_generation_json is None else json.loads(config.raw_generation_json)
+    if read is not None:
+        defaults = FAMILIES[config.model_type].defaults
+        of_files = _token_ids(json.loads(config.raw_json), read, defaults, [])
+        if all(getattr(config, name) == value for name, value in of_files.items()):
+            return read
+    eos = config.eos_token_id
+    # transformers writes a single stop id as a number, several as a list.
+    ids = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else list(eos),
+        "pad_token_id": config.pad_token_id,
+    }
+    given = {name: value for name, value in ids.items() if value not in (None, [])}
+    return (read or {}) | given
 
 
 def _family(model_type: Any) -> Family:
@@ -235,17 +264,20 @@ def _token_ids(
     problems: list[str],
 ) -> dict[str, Any]:
     """Special ids of both files. Llama 1 writes a negative id for "none"."""
+    files = ((raw, ""), (generation, " in generation_config.json"))
 
     def ids(name: str) -> list[int]:
         # The family's default counts only if neither file has the field: Llama's eos 2 would be
         # wrong beside a generation_config.json that says 128009.
-        sources = [d for d in (raw, generation) if name in d] or [defaults]
+        sources = [(d, of) for d, of in files if name in d] or [(defaults, "")]
         values: list[Any] = []
-        for value in (d.get(name) for d in sources):
-            values += value if isinstance(value, list) else [value]
-        if any(v is not None and not is_int(-(2**31))(v) for v in values):
-            problems.append(f"{name} is {show(values)}; expected token ids or null")
-            return []
+        for source, of in sources:
+            given = source.get(name)
+            new = given if isinstance(given, list) else [given]
+            if any(v is not None and not is_int(-(2**31))(v) for v in new):
+                problems.append(f"{name}{of} is {show(given)}; expected token ids or null")
+                return []
+            values += new
         return [v for v in dict.fromkeys(values) if v is not None and v >= 0]
 
     return dict(

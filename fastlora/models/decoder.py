@@ -24,7 +24,7 @@ from fastlora.models.spec import Spec
 from fastlora.ops.attention.flash import Spans, kernel_supports, make_spans
 from fastlora.ops.cast import cast, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
-from fastlora.ops.dropout import fold
+from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.compiled import compiled, compiles
 from fastlora.runtime.host_offload import Copies, HostStash
@@ -91,6 +91,7 @@ def hidden_states(
     position_ids: Int[Tensor, "#b t"] | None = None,
     segment_ids: Int[Tensor, "b t"] | None = None,
     seed: int | Int[Tensor, ""] | None = None,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: the input of the head.
 
@@ -103,6 +104,8 @@ def hidden_states(
         position_ids: default: see `positions.positions`.
         segment_ids: packed documents.
         seed: of the LoRA dropout masks; None: without dropout.
+        first_row: number of the first token's row in the dropout masks, if the rows of a larger
+            batch run one by one under torch.vmap; None: 0.
     """
     config = spec.config
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
@@ -113,7 +116,7 @@ def hidden_states(
     fused = use_kernel(x, spec.kernels)
     masks = _attention_masks(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
-    keys = layer_keys(spec, seed, x.device)
+    keys = layer_keys(spec, seed, x.device, first_row)
     stash = _stash(spec, x)
     if stash is None:
         levels = layer_levels(config, spec.recompute)
@@ -214,14 +217,19 @@ def requires_grad(tree: Any) -> bool:
 
 
 def layer_keys(
-    spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
+    spec: Spec,
+    seed: int | Int[Tensor, ""] | None,
+    device: torch.device,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> Sequence[Int[Tensor, ""] | None]:
     """One dropout key per layer; Nones without dropout.
 
     All keys are folded at once: that takes some ten kernel launches instead of ten per layer.
     """
     key, n = dropout_key(spec, seed, device), spec.config.num_hidden_layers
-    return (None,) * n if key is None else fold(key, torch.arange(n, device=device)).unbind()
+    if key is None:
+        return (None,) * n
+    return from_row(fold(key, torch.arange(n, device=device)), first_row).unbind()
 
 
 def dropout_key(

@@ -12,7 +12,7 @@ from fastlora.models.params import Adapter, Base, BiasedLoRA, DoRA, Linear, LoRA
 from fastlora.models.projections import adapted_linear, dora_linear
 from fastlora.models.spec import Spec
 from fastlora.ops.cast import cast
-from fastlora.ops.dropout import dropout, fold
+from fastlora.ops.dropout import dropout, fold, from_row
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
 
@@ -65,13 +65,26 @@ def is_frozen_product(parts: Head) -> bool:
 
 
 def masked_for_head(
-    hidden: Float[Tensor, "*n d"], parts: Head, spec: Spec, key: Int[Tensor, ""] | None
+    hidden: Float[Tensor, "*n d"],
+    parts: Head,
+    spec: Spec,
+    key: Int[Tensor, ""] | None,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "*n d"]:
-    """The input of the head's A: `hidden` under a dropout mask, or `hidden` itself."""
+    """The input of the head's A: `hidden` under a dropout mask, or `hidden` itself.
+
+    Args:
+        hidden: the final norm's output.
+        parts: the result of `head`.
+        spec: the model's.
+        key: the result of `decoder.dropout_key`.
+        first_row: as in `decoder.hidden_states`.
+    """
     if key is None or "lora" not in parts or spec.lora is None:
         return hidden
     # Keys 0, 1, ... are those of the layers.
-    return dropout(hidden, spec.lora.lora_dropout, fold(key, spec.config.num_hidden_layers))
+    head_key = from_row(fold(key, spec.config.num_hidden_layers), first_row)
+    return dropout(hidden, spec.lora.lora_dropout, head_key)
 
 
 def logits(

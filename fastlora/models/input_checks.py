@@ -212,7 +212,7 @@ def check_call(
         base: expected: a base tree.
         spec: expected: a Spec.
         inputs: tensors by name; see `tensor_problems`.
-        seed: expected: None, an int, or an integer tensor without dimensions.
+        seed: expected: None, an int in [0, 2**63), or an integer tensor without dimensions.
         adapter_ids: expected: None, or an integer tensor [b] that says which adapter of a stack
             each row has.
 
@@ -222,7 +222,8 @@ def check_call(
     problems = _tree_problems(adapter, base, spec) + tensor_problems(inputs)
     if not _is_seed(seed):
         problems.append(
-            f"seed={_shown(seed)}: expected None, an int, or an integer tensor without dimensions"
+            f"seed={_shown(seed)}: expected None, a whole number in [0, 2**63), or an integer"
+            " tensor without dimensions"
         )
     if adapter_ids is not None and not problems:
         problems = _adapter_id_problems(adapter, adapter_ids, inputs["input_ids"].shape[:1])
@@ -233,7 +234,9 @@ def _is_seed(seed: Any) -> bool:
     # Under torch.func.vmap over seeds, each is a tensor without dimensions too.
     if isinstance(seed, Tensor):
         return seed.dim() == 0 and not _is_not_integer(seed)
-    return seed is None or (isinstance(seed, int) and not isinstance(seed, bool))
+    # Not RANDOM_SEED.accepts: under torch.compile an int may be a symbol.
+    is_int = isinstance(seed, int | torch.SymInt) and not isinstance(seed, bool)
+    return seed is None or (is_int and 0 <= seed < 2**63)
 
 
 def _adapter_id_problems(adapter: Any, adapter_ids: Any, rows: torch.Size) -> list[str]:

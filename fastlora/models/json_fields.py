@@ -18,7 +18,7 @@ def _is_positive(x: Any) -> bool:
 _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "a positive integer": is_int(1),
     "a positive integer or null": lambda x: x is None or is_int(1)(x),
-    "an integer from 1 to 10000": is_int(1, 10_000),
+    "an integer from 1 to 1000": is_int(1, 1000),
     "an integer from 0 to 10000": is_int(0, 10_000),
     "an integer, 0 or more": is_int(0),
     "a positive number": _is_positive,

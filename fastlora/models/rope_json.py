@@ -88,6 +88,25 @@ def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters |
     return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)
 
 
+def rope_scaling_problems(rope_scaling: dict[str, Any]) -> list[str]:
+    """Keys of a user's RoPE settings that its rope_type does not read, misspelt ones for example.
+
+    A file may have such keys, because transformers ignores them with a warning.
+    """
+    rope_type = rope_scaling.get("rope_type", rope_scaling.get("type", "default"))
+    if rope_type not in get_args(RopeType):
+        return []  # `rope_parameters` reports it
+    known = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+    # Files have it beside every type.
+    read = dict.fromkeys((*_FIELDS_OF_TYPE[rope_type], "original_max_position_embeddings"))
+    return [
+        f"rope_scaling has {show(key)}, which rope_type {rope_type!r} does not read; it reads"
+        f" rope_theta, {', '.join(read)}"
+        for key in rope_scaling
+        if key not in read and key not in known
+    ]
+
+
 def _fill_rope_defaults(
     rope: dict[str, Any], rope_type: str, original: Any, max_positions: int | None
 ) -> None:

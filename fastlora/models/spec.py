@@ -11,6 +11,8 @@ Recompute = Literal["none", "selective", "full", "offload"] | float
 
 POLICIES = ("none", "selective", "full", "offload")
 
+UNTIED = "tie_word_embeddings"  # in Spec.changed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
@@ -71,13 +73,16 @@ class Spec:
 
     config: LlamaConfig
     name_or_path: str  # what load() was given; saved as base_model_name_or_path
+    revision: str | None = None  # of the base on the Hub, as load() was given it
     max_seq_length: int
     lora: LoraConfig | None = None
     recompute: Recompute = "selective"
     compile: Compile = "auto"
     kernels: Kernels = "auto"
     deterministic: bool = False
-    changed: tuple[str, ...] = ()  # names of base tensors that differ from the checkpoint's
+    # Names of base tensors that differ from the checkpoint's, and UNTIED if the head has become a
+    # matrix of its own. save_pretrained writes changed embeddings and heads, and refuses the rest.
+    changed: tuple[str, ...] = ()
 
     @property
     def extras(self) -> Extras:

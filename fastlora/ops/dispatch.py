@@ -11,6 +11,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Kernels = Literal["auto", "torch", "triton"]
 
@@ -18,11 +19,13 @@ Kernels = Literal["auto", "torch", "triton"]
 def transforms_active() -> bool:
     """Whether a torch.func transform (grad, jvp, vmap, ...) is being applied right now.
 
-    Under a transform, torch refuses a custom backward in eager mode and silently drops it in
-    compiled code (pytorch#193279, torch 2.13). Ops must then run their reference to be correct.
-    This function holds the package's only call of the private torch API for this; dynamo traces it.
+    A level of torch.autograd.forward_ad counts as a transform; torch.func.linearize traces inside
+    one. Under a transform, torch refuses a custom backward in eager mode and silently drops it in
+    compiled code (pytorch#193279, torch 2.13), and our ops have no forward derivative. Ops must
+    then run their reference to be correct. Only this function reads the private torch API for this;
+    dynamo traces it.
     """
-    return torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def needs_reference(*frozen: Tensor | None) -> bool:
@@ -67,7 +70,7 @@ def use_kernel(x: Tensor, kernels: Kernels) -> bool:
     """Whether an op should launch its Triton kernel for x instead of plain torch code.
 
     "auto" means yes on CUDA; "triton" means yes on the CPU too (in Triton's interpreter). The
-    answer is always no under torch.func (see `transforms_active`) and inside the caller's own
+    answer is always no under a transform (see `transforms_active`) and inside the caller's own
     torch.compile, where Inductor generates the kernels.
 
     Raises:

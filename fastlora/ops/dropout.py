@@ -52,11 +52,40 @@ def fold(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k
     return hash32(low_word(key) ^ high).to(torch.int64) & _WORD
 
 
+def from_row(key: Int[Tensor, "*k"], row: Int[Tensor, ""] | None) -> Int[Tensor, "*k"]:
+    """The key of the same mask without its rows before `row`; None: with all rows.
+
+    If the rows of a batch run one by one, each gets its part of the batch's mask. The number goes
+    into the high word of the key, which must be a result of `fold`. `subkey` keeps it.
+    """
+    return key if row is None else key | (row << 32)
+
+
+def subkey(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k"]:
+    """`fold` of a key that may come from `from_row`; the result begins at the same row."""
+    return fold(key & _WORD, data) | (key & ~_WORD)
+
+
 def keep_mask(
-    key: Int[Tensor, ""], rows: int, columns: int, p: float, device: torch.device
+    key: Int[Tensor, ""],
+    rows: int,
+    columns: int,
+    p: float,
+    device: torch.device,
+    first_row: int | Int32[Tensor, ""] = 0,
 ) -> Bool[Tensor, "rows columns"]:
-    """True with probability 1 - p (rounded to 2**-32), independently per element."""
-    row = hash32(torch.arange(rows, dtype=torch.int32, device=device) ^ low_word(key))
+    """True with probability 1 - p (rounded to 2**-32), independently per element.
+
+    Args:
+        key: only its low word is used.
+        rows: number of rows.
+        columns: number of columns.
+        p: the share of elements that are False.
+        device: of the result.
+        first_row: the result is the part of a larger mask that begins at this row.
+    """
+    number = torch.arange(rows, dtype=torch.int32, device=device) + first_row
+    row = hash32(number ^ low_word(key))
     column = torch.arange(columns, dtype=torch.int32, device=device) & _INDEX
     bits = hash32(row[:, None] + column * (0x9E3779B1 - 2**32))
     # The unsigned comparison bits >= p * 2**32, done in int32: subtract 2**31 from both sides.
@@ -66,8 +95,12 @@ def keep_mask(
 def dropout(
     x: Float[Tensor, "*n d"], p: float, key: Int[Tensor, ""] | None
 ) -> Float[Tensor, "*n d"]:
-    """Zero a share p of x and scale the rest by 1 / (1 - p). Returns x if key is None or p is 0."""
+    """Zero a share p of x and scale the rest by 1 / (1 - p). Returns x if key is None or p is 0.
+
+    The key is a result of `fold` or `from_row`.
+    """
     if key is None or p == 0.0:
         return x
-    keep = keep_mask(key, math.prod(x.shape[:-1]), x.shape[-1], p, x.device).view(x.shape)
-    return torch.where(keep, x / (1.0 - p), 0.0)
+    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    keep = keep_mask(key, rows, columns, p, x.device, first_row=low_word(key >> 32))
+    return torch.where(keep.view(x.shape), x / (1.0 - p), 0.0)

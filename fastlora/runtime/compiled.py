@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastlora.runtime.tree import leaves
-
 Compile = Literal["auto"] | bool
 
 
@@ -29,45 +27,100 @@ def compiled(fn: Callable[..., Any], args: tuple[Any, ...], *static: Any) -> Any
     """fn(*args, *static), through torch.compile(fullgraph=True).
 
     dynamo keeps graphs per code object, and at most 8 of them. So we make a new code object for
-    every combination of static arguments, grad mode, and of dtype, device, requires_grad and
-    presence of each argument. Then one code object sees different shapes only, for which it makes
-    one static graph and then dynamic ones, and a process may use any number of models and batches.
+    every combination of static arguments and of the properties that dynamo guards on (`_facts`,
+    `_modes`). Then one code object sees different sizes only, for which it makes one static graph
+    and then dynamic ones. If sizes that vary one by one need more than 8, a new code object takes
+    over. So a process may use any number of models, trained tensors and batches.
 
     Args:
         fn: a function of tensors (or trees of them) and static arguments.
-        args: the tensors.
+        args: the tensors; the first is not a tree.
         static: hashable values that become constants of the graph.
     """
-    return _region(fn, static, torch.is_grad_enabled(), tuple(_facts(x) for x in args))(*args)
+    return _region(fn, static, _modes(args[0].device.type), _facts(args))(*args)
 
 
-def _facts(x: Any) -> tuple | None:
-    """The properties of an argument that a graph depends on, without shapes.
+def _modes(device_type: str) -> tuple:
+    """The settings of torch that dynamo guards on in every graph."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device_type) and torch.get_autocast_dtype(device_type),
+        torch.get_default_dtype(),
+        torch.get_deterministic_debug_mode(),
+        torch.get_float32_matmul_precision(),
+        torch.get_num_threads(),
+    )
 
-    For a tree they are those of its first tensor. A batch of one counts, because dynamo treats
-    sizes of 1 as constants. None: the argument has no tensors.
+
+def _facts(args: tuple[Any, ...]) -> tuple:
+    """The properties of a tree that a graph depends on, without sizes other than 1.
+
+    dynamo guards on the class, length and keys of every node; on the class, dtype, device and
+    layout of every tensor, and on whether it requires a gradient; on which tensors are the same
+    object. It treats sizes of 1 as constants. For a layer with LoRA everywhere (26 tensors) this
+    takes 30 us on a busy host, and its calls some 1.5 ms.
     """
-    first = next((leaf for leaf in leaves(x) if isinstance(leaf, Tensor)), None)
-    if first is None:
-        return None
-    return first.dtype, first.device, first.requires_grad, first.dim() > 1 and first.shape[0] == 1
+    facts, tensors, nodes = [], [], [args]
+    for x in nodes:  # the loop reaches the nodes that it appends
+        facts.append(type(x))
+        if isinstance(x, Tensor):
+            tensors.append(x)
+        elif isinstance(x, dict):
+            facts += (len(x), *x)
+            nodes += x.values()
+        elif isinstance(x, tuple | list):
+            facts.append(len(x))
+            nodes += x
+    facts += [x.dtype for x in tensors]
+    facts.append(tensors[0].device)
+    facts += [x.get_device() for x in tensors]  # the index; it costs less than x.device
+    facts += [x.requires_grad for x in tensors]
+    facts += [x.is_contiguous() for x in tensors]
+    for shape in [x.shape for x in tensors]:
+        facts.append(tuple([size == 1 for size in shape]) if 1 in shape else len(shape))
+    numbers = [*map(id, tensors)]
+    if len({*numbers}) < len(numbers):
+        facts.append(tuple([numbers.index(number) for number in numbers]))
+    return tuple(facts)
+
+
+class _Region:
+    """fn(*args, *static) as one compiled function."""
+
+    def __init__(self, fn: Callable[..., Any], static: tuple[Any, ...], name: str) -> None:
+        self.fn, self.static, self.name = fn, static, name
+        self.run, self.codes = self._with_new_code(name), 1
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return self.run(*args)
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # pyright: ignore
+            # Layers whose ranks differ (EVA) make a graph for every size that changes first.
+            self.run = self._with_new_code(f"{self.name}_{self.codes}")
+            self.codes += 1
+            return self.run(*args)
+
+    def _with_new_code(self, name: str) -> Callable[..., Any]:
+        fn, static = self.fn, self.static
+
+        def region(*args):
+            return fn(*args, *static)
+
+        # The new code object also needs a new name. dynamo remembers by file, line and name which
+        # floats and sizes have changed between calls. With a shared name a second model's
+        # rms_norm_eps became a symbol, and recomputation inside the graph failed
+        # ("lift_tracked_freevar_to_input"; torch 2.11 and 2.13).
+        code = region.__code__.replace(co_name=name, co_qualname=name)
+        renamed = FunctionType(code, region.__globals__, fn.__name__, None, region.__closure__)
+        return torch.compile(renamed, fullgraph=True, backend=backend)
 
 
 @cache
 def _region(
-    fn: Callable[..., Any], static: tuple[Any, ...], grad: bool, facts: tuple
+    fn: Callable[..., Any], static: tuple[Any, ...], modes: tuple, facts: tuple
 ) -> Callable[..., Any]:
-    def region(*args):
-        return fn(*args, *static)
-
-    # The new code object also needs a new name. dynamo remembers by file, line and name which
-    # floats and sizes have changed between calls. With a shared name a second model's rms_norm_eps
-    # became a symbol, and recomputation inside the graph failed ("lift_tracked_freevar_to_input";
-    # torch 2.11 and 2.13).
-    name = f"{fn.__name__}_{_region.cache_info().misses}"
-    code = region.__code__.replace(co_name=name, co_qualname=name)
-    renamed = FunctionType(code, region.__globals__, fn.__name__, None, region.__closure__)
-    return torch.compile(renamed, fullgraph=True, backend=backend)
+    return _Region(fn, static, f"{fn.__name__}_{_region.cache_info().misses}")
 
 
 def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:

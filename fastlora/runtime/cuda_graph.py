@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.tree import leaves, with_leaves
 
 # Recordings share the memory of intermediate tensors. Each has its own results and copied inputs.
@@ -59,12 +60,14 @@ class CUDAGraphed:
         self.pool: Any = None  # memory that all recordings use, one at a time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """fn(*args, **kwargs).
+        """fn(*args, **kwargs). Inside a torch.func transform fn runs without a recording.
 
         Raises:
             ValueError: a tensor is not on a CUDA device, or an argument cannot be hashed.
             RuntimeError: fn does something that a CUDA graph cannot record.
         """
+        if transforms_active():
+            return self.fn(*args, **kwargs)
         given = [*leaves((args, kwargs))]
         key = _key((args, kwargs))
         call = self.calls.pop(key, None)

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastlora.arguments import FLAG, FUNCTION, check_arguments
 from fastlora.errors import raise_problems
+from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.cuda_graph import CUDAGraphed
 
 
@@ -23,7 +24,9 @@ def value_and_grad(
 
     We do not use torch.func.grad, because inside torch.compile it silently drops custom backward
     functions (pytorch#193279, torch 2.13) and because it refuses the saved-tensor hooks that
-    recomputation needs.
+    recomputation needs. Inside a transform (vmap, jvp, grad, a dual level of forward_ad) ops run
+    their reference, which needs neither. There the call is torch.func.grad_and_value with its pair
+    turned round, so it can be transformed and differentiated, and nothing is recorded.
 
     Args:
         fn: a function of a tree of tensors and any other arguments.
@@ -41,17 +44,24 @@ def value_and_grad(
     """
     check_arguments("fastlora.value_and_grad", fn=(fn, FUNCTION), cuda_graph=(cuda_graph, FLAG))
 
+    def scalar(params: Any, *args: Any, **kwargs: Any) -> Tensor:
+        value = fn(params, *args, **kwargs)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"value_and_grad needs a function that returns a scalar, got {shape}.")
+        return value
+
     def wrapped(params: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         leaves, structure = tree_flatten(params)
         _check_leaves(leaves)
+        if transforms_active():
+            grads, value = torch.func.grad_and_value(scalar)(params, *args, **kwargs)
+            return value, grads
         # New tensor objects over the same memory: the caller's need not require gradients, and no
         # earlier graph of theirs is reached.
         leaves = [leaf.detach().requires_grad_() for leaf in leaves]
         with torch.enable_grad():
-            value = fn(tree_unflatten(leaves, structure), *args, **kwargs)
-        if not isinstance(value, Tensor) or value.dim() != 0:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"value_and_grad needs a function that returns a scalar, got {shape}.")
+            value = scalar(tree_unflatten(leaves, structure), *args, **kwargs)
         # autograd.grad would raise an error for a value that depends on no leaf.
         if not value.requires_grad:
             return value.detach(), tree_unflatten([torch.zeros_like(x) for x in leaves], structure)

@@ -52,6 +52,13 @@ def tokenizer_class(
     return declared if declared in REBUILT_CLASSES and not misnamed else "PreTrainedTokenizerFast"
 
 
+def is_rebuilt(class_name: str, raw: Mapping[str, Any]) -> bool:
+    """Whether only vocabulary and merges of tokenizer.json's model are used."""
+    model = raw.get("model")
+    kind = model.get("type", "BPE") if isinstance(model, dict) else None
+    return class_name in REBUILT_CLASSES and kind == "BPE"
+
+
 def make_backend(
     class_name: str, text: bytes, raw: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Backend:
@@ -67,7 +74,7 @@ def make_backend(
         Exception: the file is not a tokenizer. The tokenizers library raises only this class.
     """
     model = raw["model"]
-    if class_name not in REBUILT_CLASSES or model.get("type", "BPE") != "BPE":
+    if not is_rebuilt(class_name, raw):
         backend = Backend.from_str(text.decode())
     else:
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]

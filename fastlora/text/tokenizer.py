@@ -20,6 +20,7 @@ from fastlora.arguments import (
     TEXT,
     Rule,
     check_arguments,
+    describe,
     instance,
     int_list,
     optional,
@@ -33,7 +34,13 @@ from fastlora.text.chat_template import (
     render,
     render_replies,
 )
-from fastlora.text.tokenizer_files import read_tokenizer_files, tokenizer_files, with_added_tokens
+from fastlora.text.tokenizer_files import (
+    check_output_folder,
+    read_tokenizer_files,
+    tokenizer_files,
+    with_added_tokens,
+)
+from fastlora.text.tokenizer_json import backend_errors
 
 TOKEN_IDS = Rule(
     lambda ids: type(ids) is list and all(type(i) is int and 0 <= i < 2**32 for i in ids),
@@ -88,13 +95,15 @@ class Tokenizer:
 
         Raises:
             ValueError: an argument of another type.
+            CheckpointError: the tokenizers library fails with this text.
         """
         check_arguments(
             "Tokenizer.encode",
             text=(text, ENCODABLE_TEXT),
             add_special_tokens=(add_special_tokens, FLAG),
         )
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        with backend_errors(f"the tokenizer cannot encode {text!r:.80}"):
+            return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[Span]]:
         """Ids without added special tokens, and for each id the characters of `text` it covers.
@@ -106,7 +115,8 @@ class Tokenizer:
             ValueError: `text` is not a text.
         """
         check_arguments("Tokenizer.encode_with_offsets", text=(text, ENCODABLE_TEXT))
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        with backend_errors(f"the tokenizer cannot encode {text!r:.80}"):
+            encoding = self.backend.encode(text, add_special_tokens=False)
         spans, reached = [], 0
         for start, end in encoding.offsets:
             spans.append((min(start, reached), end))
@@ -125,7 +135,8 @@ class Tokenizer:
             ids=(ids, TOKEN_IDS),
             skip_special_tokens=(skip_special_tokens, FLAG),
         )
-        text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        with backend_errors(f"the tokenizer cannot decode {describe(ids)}"):
+            text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         return _clean_up(text) if self.clean_up_spaces else text
 
     @overload
@@ -242,10 +253,11 @@ class Tokenizer:
         `folder` that would overrule the written ones are removed.
 
         Raises:
-            ValueError: `folder` is not a path.
+            ValueError: `folder` is not a path, or its additional_chat_templates is a link.
         """
         check_arguments("Tokenizer.save_pretrained", folder=(folder, PATH))
         folder = Path(folder)
+        check_output_folder(folder)
         for name, data in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             atomic_write(folder / name, lambda file, data=data: file.write(data))

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
+from fastlora.checkpoints.file_bytes import read_bytes
 from fastlora.errors import CheckpointError, raise_problems
-from fastlora.text.backend import REBUILT_CLASSES, make_backend, tokenizer_class
+from fastlora.text.backend import REBUILT_CLASSES, is_rebuilt, make_backend, tokenizer_class
 from fastlora.text.chat_template import ChatTemplate
 from fastlora.text.special_tokens import (
     add_special_tokens,
@@ -17,8 +19,14 @@ from fastlora.text.special_tokens import (
     read_special_tokens,
     token_flags,
 )
+from fastlora.text.tokenizer_json import backend_errors, tokenizer_json_problems
 
-_MAX_FILE_BYTES = 128 * 2**20  # Gemma 3's tokenizer.json has 33 MB
+_MAX_TOKENIZER_BYTES = 128 * 2**20  # Gemma 3's tokenizer.json has 33 MB
+_MAX_OTHER_BYTES = 32 * 2**20  # a tokenizer_config.json that lists all added tokens has 1 MB
+_MAX_TEMPLATE_BYTES = 2**20
+
+# Encoded and decoded once, so that an error of the library shows before any use.
+_PROBES = ("", "a", " The rank of 12 matrices,\n\n\tit's naïve 日本 🙂 \u0301\x00")
 
 
 class TokenizerParts(NamedTuple):
@@ -40,6 +48,22 @@ def tokenizer_files(folder: Path) -> list[Path]:
     return [path for name in names if (path := folder / name).is_file()] + more
 
 
+def check_output_folder(folder: Path) -> None:
+    """Refuse a folder into which a tokenizer must not, or cannot, be saved. Changes nothing.
+
+    Raises:
+        ValueError: additional_chat_templates there is a file, or a link: writing and deleting
+            templates would change files of the folder that it leads to.
+    """
+    templates = folder / "additional_chat_templates"
+    if templates.is_symlink() or (templates.exists() and not templates.is_dir()):
+        kind = "a link to another place" if templates.is_symlink() else "a file"
+        raise ValueError(
+            f"{templates} is {kind}; expected a folder or nothing. Delete it, or choose another"
+            " folder for the tokenizer."
+        )
+
+
 def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
     """The parts of a folder's tokenizer.
 
@@ -50,28 +74,30 @@ def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
     Raises:
         CheckpointError: a file is unreadable or has wrong contents.
     """
-    files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in tokenizer_files(folder)}
-    configs = {
-        name: (config_folder / name).read_bytes()
-        for name in ("config.json", "generation_config.json")
-        if (config_folder / name).is_file()
-    }
+    files, configs = _read_all(folder, config_folder)
     parsed = _parse(folder, {**files, **configs})
     settings = parsed.get("tokenizer_config.json", {})
     class_name = _class_name(folder, parsed, files["tokenizer.json"])
-    try:
-        raw = parsed["tokenizer.json"]
+    raw, path = parsed["tokenizer.json"], folder / "tokenizer.json"
+    raise_problems(
+        CheckpointError,
+        f"{path} would end the process, or give other ids on every call:",
+        tokenizer_json_problems(raw, model_is_rebuilt=is_rebuilt(class_name, raw)),
+        "Download it again, or use another tokenizer.",
+    )
+    not_read = f"{path} is not a tokenizer that the tokenizers library reads (is it cut off?)"
+    with backend_errors(not_read):
         backend = make_backend(class_name, files["tokenizer.json"], raw, settings)
-    except Exception as error:  # tokenizers raises bare Exception for anything wrong in the file
-        raise CheckpointError(
-            f"{folder / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads: "
-            f"{error}. Download it again, or upgrade tokenizers."
-        ) from error
-    padding = parsed["tokenizer.json"].get("padding") or {}
+    padding = raw.get("padding") or {}
     defaults = {"pad_token": padding.get("pad_token"), **REBUILT_CLASSES.get(class_name, {})}
     special = read_special_tokens(folder, parsed, defaults)
-    add_special_tokens(backend, special, all_special=class_name == "Qwen2Tokenizer")
-    backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+    with backend_errors(f"{path} and the files beside it: the tokenizers library fails with them"):
+        add_special_tokens(backend, special, all_special=class_name == "Qwen2Tokenizer")
+        backend.encode_special_tokens = bool(settings.get("split_special_tokens"))
+        for text in _PROBES:
+            # A plain Exception is about this text, such as a word that a small vocabulary lacks.
+            with suppress(Exception):
+                backend.decode(backend.encode(text).ids)
     named = {name: str(token) for name, token in special.named.items()}
     return TokenizerParts(
         backend=backend,
@@ -81,6 +107,26 @@ def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
         clean_up_spaces=_cleans_up(backend, settings),
         files=_with_class(files, settings, class_name),
     )
+
+
+def _read_all(folder: Path, config_folder: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
+    """Contents by name: of the tokenizer's files, and of the two configuration files."""
+    files, configs, problems = {}, {}, []
+    paths = [(files, p.relative_to(folder).as_posix(), p) for p in tokenizer_files(folder)]
+    paths += [
+        (configs, name, config_folder / name)
+        for name in ("config.json", "generation_config.json")
+        if (config_folder / name).is_file()
+    ]
+    for contents, name, path in paths:
+        longest = _MAX_TEMPLATE_BYTES if name.endswith(".jinja") else _MAX_OTHER_BYTES
+        longest = _MAX_TOKENIZER_BYTES if name == "tokenizer.json" else longest
+        try:
+            contents[name] = read_bytes(path, longest)
+        except CheckpointError as error:
+            problems.append(str(error))
+    raise_problems(CheckpointError, f"{folder} has files that cannot be read:", problems)
+    return files, configs
 
 
 def with_added_tokens(files: Mapping[str, bytes], backend: Backend) -> dict[str, bytes]:
@@ -110,9 +156,6 @@ def _parse(folder: Path, files: Mapping[str, bytes]) -> dict[str, Any]:
     """File name -> dict for JSON files, text for others. Reports all unreadable files together."""
     parsed, problems = {}, []
     for name, data in files.items():
-        if len(data) > _MAX_FILE_BYTES:
-            problems.append(f"{name}: {len(data):,} bytes; expected at most {_MAX_FILE_BYTES:,}")
-            continue
         try:
             parsed[name] = json.loads(data) if name.endswith(".json") else data.decode()
             if b"\\u" in data:  # JSON may escape half a surrogate pair, which UTF-8 does not encode

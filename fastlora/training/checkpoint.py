@@ -1,35 +1,33 @@
-"""Checkpoints: saving a run, restoring it with the same bits, and the checks on both.
+"""Checkpoints: saving a run, restoring it with the same bits, and the checks on the files.
 
 A checkpoint-N folder is a PEFT adapter folder and two more files:
 
     optimizer.safetensors   "<PEFT's tensor name>.<name in the optimizer's state>" -> tensor
-    trainer_state.json      {"settings": run_identity(...), "history": one record per step}
+    trainer_state.json      {"settings": run_identity(...), "history": one record per step,
+                             "files": {name: {"bytes": ..., "sha256": ...}} of every other file,
+                             "sha256": of the three above}
 
 trainer_state.json is written last: a folder without it is incomplete and is ignored.
 """
 
 import hashlib
-import os
+import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch.utils._pytree import tree_leaves
 
 from fastlora.checkpoints.tensors import read_json, read_safetensors, write_json, write_safetensors
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.restoring import restore_adapter
 from fastlora.formats.peft.writing import save_adapter
-from fastlora.models.names import projection_path
-from fastlora.models.self_contained import self_contained
-from fastlora.models.state import ModelState, StateT, require_adapter
+from fastlora.models.state import StateT
 from fastlora.training.history import Record, record_problems
+from fastlora.training.identity import check_same_run
 from fastlora.training.learner import Learner
 from fastlora.training.optimizers import fresh_state, restore_state, state_tensors
-from fastlora.training.run import Run, Sequences
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 
@@ -37,22 +35,133 @@ OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "trainer_state.json"
 def save_checkpoint(
     folder: Path, learner: Learner, identity: Mapping[str, Any], records: Sequence[Record]
 ) -> None:
-    """Write the adapter, then the optimizer's state, then the history."""
-    # STATE_FILE must stay last: a process that is killed earlier leaves no complete checkpoint.
-    save_adapter(learner.model, folder)
-    state = {
-        f"{name}.{key}": x
-        for name, leaf in learner.leaves.items()
-        for key, x in state_tensors(learner.optimizer, leaf).items()
-    }
-    write_safetensors(folder / OPTIMIZER_FILE, state)
-    write_json(folder / STATE_FILE, {"settings": identity, "history": list(records)})
+    """Write the adapter, then the optimizer's state, then the history with digests of the files.
+
+    A folder that this call created is deleted again if it cannot be written completely.
+    """
+    created = not folder.exists()
+    # A damaged checkpoint is replaced: from here on it counts as incomplete.
+    (folder / STATE_FILE).unlink(missing_ok=True)
+    try:
+        save_adapter(learner.model, folder)
+        state = {
+            f"{name}.{key}": x
+            for name, leaf in learner.leaves.items()
+            for key, x in state_tensors(learner.optimizer, leaf).items()
+        }
+        write_safetensors(folder / OPTIMIZER_FILE, state)
+        content = {
+            "settings": identity,
+            "history": list(records),
+            "files": {path.name: file_digest(path) for path in _other_files(folder)},
+        }
+        # STATE_FILE must stay last: a process that is killed earlier leaves no complete checkpoint.
+        write_json(folder / STATE_FILE, content | {"sha256": _json_digest(content)})
+    except Exception:
+        if created:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _other_files(folder: Path) -> list[Path]:
+    """The files that a checkpoint's digests cover; temporary and hidden ones do not count."""
+    paths = sorted(folder.iterdir())
+    return [p for p in paths if p.is_file() and p.name != STATE_FILE and p.name[0] != "."]
+
+
+def file_digest(path: Path) -> dict[str, Any]:
+    """Bytes and SHA-256 of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _json_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of an object's JSON. The spacing of the file does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """trainer_state.json, checked.
+
+    Raises:
+        CheckpointError: it cannot be read, was changed after it was written, or lacks a part; or
+            its history is not that of steps 1, 2, 3, ...
+    """
+    path = folder / STATE_FILE
+    try:
+        state = read_json(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    settings, records, files = (state.get(name) for name in ("settings", "history", "files"))
+    wrong = not isinstance(settings, dict) or not isinstance(records, list) or not records
+    if wrong or not isinstance(files, dict):
+        raise CheckpointError(f"{path} lacks settings, history or files; was it edited?")
+    problems = record_problems(records, from_first_step=True)
+    raise_problems(CheckpointError, f"{path} has a broken history:", problems)
+    content = {name: state[name] for name in ("settings", "history", "files")}
+    if state.get("sha256") != _json_digest(content):
+        raise CheckpointError(
+            f"{path} was changed after fastlora.train wrote it: its content does not have the"
+            " SHA-256 that it names."
+        )
+    return state
+
+
+def file_problems(folder: Path, state: Mapping[str, Any]) -> list[str]:
+    """One line for each file of a checkpoint that is not as trainer_state.json says it was."""
+    problems = []
+    for name in dict.fromkeys([OPTIMIZER_FILE, *state["files"]]):
+        path, expected = folder / name, state["files"].get(name)
+        if Path(name).name != name or not isinstance(expected, dict):
+            problems.append(f"{name[:80]!r}: {STATE_FILE} has no digest of a file of this name")
+        elif not path.is_file():
+            problems.append(f"{name} is not there, or not a file")
+        elif (size := path.stat().st_size) != expected.get("bytes"):
+            problems.append(
+                f"{name} has {size:,} bytes, and had {expected.get('bytes')} when saved"
+            )
+        else:
+            problems += _content_problems(path, expected)
+    return problems
+
+
+def _content_problems(path: Path, expected: Mapping[str, Any]) -> list[str]:
+    try:
+        present = file_digest(path)
+    except OSError as error:
+        return [f"{path.name} cannot be read: {error.strerror}"]
+    if present == expected:
+        return []
+    return [f"{path.name} has other bytes than when it was saved (its SHA-256 differs)"]
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint, after a check that no file has changed since it was saved.
+
+    Raises:
+        CheckpointError: naming every file that is not.
+    """
+    state = read_state(folder)
+    raise_problems(
+        CheckpointError, f"{folder} is damaged, by {STATE_FILE}:", file_problems(folder, state)
+    )
+    return state
 
 
 def restore_checkpoint(
-    folder: Path, learner: Learner[StateT], run: Run
+    folder: Path, learner: Learner[StateT], identity: Mapping[str, Any], steps: int
 ) -> tuple[Learner[StateT], list[Record]]:
     """Fill the learner's adapter and optimizer from a checkpoint.
+
+    Args:
+        folder: the checkpoint.
+        learner: of the run that resumes.
+        identity: of that run.
+        steps: of that run, in all.
 
     Returns:
         The learner (with the checkpoint's initial offset, if its base has one) and the records of
@@ -60,23 +169,22 @@ def restore_checkpoint(
 
     Raises:
         ValueError: listing the settings in which this run differs from the checkpoint's.
-        CheckpointError: a file is broken, or holds other tensors than this adapter has.
+        CheckpointError: a file is broken, was changed since it was saved, or holds other tensors
+            than this adapter has.
     """
-    state = read_json(folder / STATE_FILE)
-    settings, records = state.get("settings"), state.get("history")
-    if not isinstance(settings, dict) or not isinstance(records, list) or not records:
-        raise CheckpointError(f"{folder / STATE_FILE} lacks settings or history; was it edited?")
-    raise_problems(
-        CheckpointError, f"{folder / STATE_FILE} has a broken history:", record_problems(records)
-    )
-    _check_same_run(folder, settings, run_identity(run, learner.model))
-    if len(records) > run.steps:
+    state = read_state(folder)
+    cure = "Give train what that run was given, or start a new one in another output_dir."
+    heading = f"{folder} is a checkpoint of another run:"
+    check_same_run(heading, state["settings"], identity, cure)
+    if len(state["history"]) > steps:
         raise ValueError(
-            f"{folder} is of step {len(records)}, but the run ends at step {run.steps}."
+            f"{folder} is of step {len(state['history'])}, but the run ends at step {steps}."
+            " Raise max_steps or num_epochs, or pass resume=False with another output_dir."
         )
-    learner = replace(learner, model=restore_adapter(learner.model, folder))
+    check_checkpoint(folder)
+    model = restore_adapter(learner.model, folder)
     _restore_optimizer(folder / OPTIMIZER_FILE, learner)
-    return learner, records
+    return replace(learner, model=model), state["history"]
 
 
 def _restore_optimizer(path: Path, learner: Learner) -> None:
@@ -96,117 +204,29 @@ def _restore_optimizer(path: Path, learner: Learner) -> None:
         restore_state(learner.optimizer, leaf, state)
 
 
-def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
-    """What must be equal for a resumed run to be the same run, as JSON values.
-
-    Evaluating and saving do not change a run. Device, torch's version and the recompute policy
-    change it by rounding only, so users may change them. The keys are part of the file format.
-    """
-    lora, adapter = require_adapter(model)
-    settings = asdict(run.settings)
-    # max_steps and num_epochs count by the number of steps that they lead to, which is below.
-    for name in ("max_steps", "num_epochs", "eval_every", "save_every"):
-        del settings[name]
-    settings["max_grad_norm"] = run.settings.max_grad_norm or None  # 0 and None mean the same
-    # With a constant rate and no warm-up, a step does not depend on the length of the run: such a
-    # run may be extended.
-    constant = run.settings.lr_scheduler == "constant" and not run.settings.warmup_ratio
-    extras = lora.extras
-    targets = {
-        projection_path(i, t.name): {"r": t.r, "scaling": t.scaling}
-        for i, layer in enumerate(lora.targets)
-        for t in layer
-    }
-    edge_targets = (extras.embed_tokens, extras.lm_head)
-    targets |= {t.name: {"r": t.r, "scaling": t.scaling} for t in edge_targets if t is not None}
-    return settings | {
-        "steps of the whole run": None if constant else run.steps,
-        "hash of the training data": _hash_sequences(run.sequences),
-        "hash of the base model": _hash_base(model),
-        "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(adapter)}),
-        "r": lora.r,
-        "lora_dropout": lora.lora_dropout,
-        "tensors trained whole": [*extras.replaced],
-        "trained rows": {module: [*ids] for module, ids in extras.tokens},
-        "embedding and head tied": extras.tied or extras.shared_rows,
-        **targets,
-    }
-
-
-def _check_same_run(folder: Path, saved: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    show = lambda settings, name: repr(settings[name]) if name in settings else "absent"
-    # A setting that only one of the two has counts as None in the other.
-    problems = [
-        f"{name}: {show(saved, name)} there, {show(present, name)} now"
-        for name in dict.fromkeys([*present, *saved])  # settings before the many projections
-        if saved.get(name) != present.get(name)
-    ]
-    cure = "Give train what that run was given, or start a new one in another output_dir."
-    raise_problems(
-        ValueError, f"{folder} is a checkpoint of another run:", problems, cure, shown=20
-    )
-
-
-def _hash_sequences(sequences: Sequences) -> str:
-    digest = hashlib.sha256()
-    for sequence in sequences:
-        for column in (getattr(sequence, field.name) for field in fields(sequence)):
-            # The length first, so that two columns cannot be mistaken for one.
-            digest.update(len(column).to_bytes(8, "little") + column.tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _hash_base(model: ModelState) -> str:
-    """A hash of the first 64 elements of every tensor.
-
-    Takes milliseconds, and changes when the base is merged or fine-tuned.
-    """
-    base = self_contained(model, unpark=False).base
-    # To the CPU one by one: parked originals are there already, the other tensors on the GPU.
-    parts = [leaf.reshape(-1)[:64].double().cpu() for leaf in tree_leaves(base)]
-    return hashlib.sha256(torch.cat(parts).numpy().tobytes()).hexdigest()[:16]
-
-
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> folder of every complete checkpoint, the newest last."""
     complete = {
         int(match[1]): path
         for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
+        if (match := re.fullmatch(r"checkpoint-(\d{1,18})", path.name))
+        and (path / STATE_FILE).is_file()
     }
     return dict(sorted(complete.items()))
 
 
-def checkpoint_to_resume(resume: bool | str | os.PathLike[str], folder: Path | None) -> Path | None:
-    """The checkpoint from which `train` continues, or None for a new run.
-
-    Raises:
-        FileNotFoundError: `resume` does not lead to a complete checkpoint.
-    """
-    if isinstance(resume, bool):
-        if not resume or folder is None:
-            return None
-        if not (complete := complete_checkpoints(folder)):
-            raise FileNotFoundError(
-                f"resume=True, but {folder} holds no complete checkpoint; start with resume=False"
-                " and save_every=..."
-            )
-        return list(complete.values())[-1]
-    if not (Path(resume) / STATE_FILE).is_file():
-        inside = [path.name for path in complete_checkpoints(Path(resume)).values()]
-        cure = f"choose one of {inside}" if inside else "is it a checkpoint-N of fastlora.train?"
-        raise FileNotFoundError(f"resume={os.fspath(resume)!r}: no {STATE_FILE} there; {cure}")
-    return Path(resume)
+def is_intact(checkpoint: Path) -> bool:
+    """Whether no file of a checkpoint has changed since it was saved. Reads all of them."""
+    try:
+        check_checkpoint(checkpoint)
+    except CheckpointError:
+        return False
+    return True
 
 
-def refuse_to_overwrite(folder: Path | None, done: int, resumed_from: Path | None) -> None:
-    """Raise a ValueError if the folder has checkpoints of steps after the first `done` ones: they
-    belong to another run, or to a later part of this one."""
-    complete = {} if folder is None else complete_checkpoints(folder)
-    later = [path.name for step, path in complete.items() if step > done]
-    if later:
-        begins = f"continues from {resumed_from}" if resumed_from else "starts at step 1"
-        raise ValueError(
-            f"{folder} holds {', '.join(later)}, and this run {begins}: pass resume=True to"
-            " continue from the newest, or delete them, or choose another output_dir."
-        )
+def newest_intact(folder: Path, *, before: int | None = None) -> Path | None:
+    """The newest undamaged checkpoint of a folder, of a step < `before`; None: there is none."""
+    for step, path in reversed(complete_checkpoints(folder).items()):
+        if (before is None or step < before) and is_intact(path):
+            return path
+    return None

@@ -14,10 +14,10 @@ Record = dict[str, Any]  # the figures of one step, with which `log` is called
 
 # What every record holds. A step after which eval_data was evaluated has an "eval_loss" too.
 _RECORD_RULES: dict[str, Rule] = {
-    "step": whole_number(1),
+    "step": whole_number(1, 2**63),
     "loss": number(),
     "learning_rate": number(low=0),
-    "tokens": whole_number(1),
+    "tokens": whole_number(1, 2**63),
     "seconds": number(low=0),
     "grad_norm": number(low=0),
 }
@@ -84,8 +84,13 @@ class History:
         )
 
 
-def record_problems(records: Any) -> list[str]:
-    """A line for every figure of the records that is missing or is not the number it should be."""
+def record_problems(records: Any, *, from_first_step: bool = False) -> list[str]:
+    """A line for every figure of the records that is missing or is not the number it should be.
+
+    Args:
+        records: anything.
+        from_first_step: the records must be those of steps 1, 2, 3, ..., one each.
+    """
     if not isinstance(records, Sequence) or isinstance(records, str | bytes):
         return [f"records={describe(records)}: expected a list of dicts"]
     # Records may come from a checkpoint that was edited by hand.
@@ -100,6 +105,11 @@ def record_problems(records: Any) -> list[str]:
             for name, rule in rules.items()
             if not rule.accepts(record.get(name))
         ]
+        if from_first_step and record.get("step") != index + 1:
+            problems.append(
+                f"records[{index}] is of step {record.get('step')!r:.80}: expected the"
+                f" record of step {index + 1}"
+            )
     return problems
 
 

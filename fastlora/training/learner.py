@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Generic
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -48,11 +48,15 @@ def micro_batch_loss(
     base: Base,
     spec: Spec,
     batch: Batch,
-    tokens: Int[Tensor, ""],
+    scale: Float[Tensor, ""],
     seed: Seed,
 ) -> Float[Tensor, ""]:
-    """A micro-batch's part of the step's loss; the parts add up to the mean over `tokens`."""
-    return loss_sum(adapter, base, spec, batch, seed=seed)[0] / tokens
+    """The sum of -log p over a micro-batch's trained tokens, times `scale`.
+
+    The mean over the step's tokens is taken after the backward pass: the gradient of a mean over
+    131,072 tokens is so small that float16 would lose its digits.
+    """
+    return loss_sum(adapter, base, spec, batch, seed=seed)[0] * scale
 
 
 # Parameters of a layer times tokens of a micro-batch. Below this, the GPU waits for the host: on an

@@ -4,6 +4,7 @@ Each is an object of another library. `train` creates it here, and saves and res
 tensor by tensor, so that a resumed run has the same bits as an uninterrupted one.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -47,7 +48,7 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas (0.9, 0.999) and eps 1e-8.
 
-    Its learning rate is 0; set it before every step.
+    Its learning rate is 0 until `update` sets it.
 
     Args:
         name: "adamw": torch's, fused on CUDA. "adamw_8bit": tensors of 4,096 elements or more have
@@ -55,15 +56,60 @@ def make_optimizer(
             arXiv:2110.02861). "paged_adamw_8bit": the same in memory that the driver moves to the
             host when the device is full.
         leaves: the tensors that every step writes to.
-        weight_decay: of all leaves.
+        weight_decay: of matrices. Vectors (norms, biases and DoRA's magnitudes) have none: decay
+            would pull them to 0, where a norm gives nothing at all.
     """
+    groups = _parameter_groups(leaves, weight_decay)
     if name == "adamw":
         # One kernel for all leaves; torch has it for CUDA tensors.
         fused = all(leaf.is_cuda for leaf in leaves)
-        return torch.optim.AdamW(leaves, lr=0.0, weight_decay=weight_decay, fused=fused)
+        return torch.optim.AdamW(groups, lr=0.0, weight_decay=weight_decay, fused=fused)
     make = bitsandbytes("bitsandbytes.optim").AdamW
     paged = name.startswith("paged")
-    return make(leaves, lr=0.0, weight_decay=weight_decay, optim_bits=8, is_paged=paged)
+    return make(groups, lr=0.0, weight_decay=weight_decay, optim_bits=8, is_paged=paged)
+
+
+def _parameter_groups(leaves: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """torch's groups: matrices with weight decay, then vectors without; none is empty."""
+    matrices = [leaf for leaf in leaves if leaf.dim() > 1]
+    vectors = [leaf for leaf in leaves if leaf.dim() <= 1]
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def update(
+    optimizer: torch.optim.Optimizer, learning_rate: float, loss: Tensor, norm: Tensor
+) -> tuple[float, float]:
+    """Apply the gradients in `.grad`, unless the loss or the gradient's norm is NaN or infinite.
+
+    Waits for the device once. If the update is not applied, leaves and state keep their bits.
+
+    Returns:
+        The loss and the norm.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    figures = torch.stack([loss.double(), norm.double()])
+    if optimizer.defaults.get("fused"):
+        # The kernel reads `found_inf` on the device, so the host need not wait before the update.
+        fused: Any = optimizer
+        fused.grad_scale, fused.found_inf = None, (~figures.isfinite().all()).float()
+        optimizer.step()
+        values = figures.tolist()
+    else:
+        values = figures.tolist()
+        if all(map(math.isfinite, values)):
+            optimizer.step()
+    optimizer.zero_grad()
+    return values[0], values[1]
+
+
+def steps_taken(optimizer: torch.optim.Optimizer, leaf: Tensor) -> int:
+    """The number of updates that a leaf has had."""
+    return int(optimizer.state[leaf].get("step", 0))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Tensor]:
@@ -83,10 +129,14 @@ def fresh_state(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Ten
         step = torch.zeros((), device=leaf.device if optimizer.defaults["fused"] else "cpu")
         optimizer.state[leaf] = {"step": step, **moments}
     else:
-        group = optimizer.param_groups[0]
-        index = next(i for i, p in enumerate(group["params"]) if p is leaf)
+        group_index, group, index = next(
+            (g, group, i)
+            for g, group in enumerate(optimizer.param_groups)
+            for i, p in enumerate(group["params"])
+            if p is leaf
+        )
         of_bitsandbytes: Any = optimizer  # its types do not declare init_state
-        of_bitsandbytes.init_state(group, leaf, 0, index)
+        of_bitsandbytes.init_state(group, leaf, group_index, index)
     return state_tensors(optimizer, leaf)
 
 

@@ -64,6 +64,11 @@ def prepare_run(
             also for a tokenizer whose ids exceed the model's vocabulary.
     """
 
+    # Masks and labels say what is padding, so any id of the vocabulary will do. Some tokenizers
+    # name one that the model's embedding does not have.
+    pad_token_id = tokenizer.pad_token_id
+    pad_token_id = pad_token_id if 0 <= pad_token_id < spec.config.vocab_size else 0
+
     def sequences(data: Any, name: str) -> Sequences:
         examples = encode_rows(
             read_rows(data, name=name),
@@ -75,11 +80,9 @@ def prepare_run(
         check_vocabulary(examples, spec.config.vocab_size)
         if not settings.packing:
             return examples
-        return pack(examples, spec.max_seq_length, pad_token_id=tokenizer.pad_token_id)
+        return pack(examples, spec.max_seq_length, pad_token_id=pad_token_id)
 
     # eval_data before data, which may be long: an error in it is reported earlier.
     eval_sequences = [] if eval_data is None else sequences(eval_data, "eval_data")
-    padded_batches = partial(
-        batches, pad_token_id=tokenizer.pad_token_id, max_seq_length=spec.max_seq_length
-    )
+    padded_batches = partial(batches, pad_token_id=pad_token_id, max_seq_length=spec.max_seq_length)
     return Run(settings, sequences(data, "data"), eval_sequences, padded_batches)

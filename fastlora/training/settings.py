@@ -12,6 +12,7 @@ from fastlora.arguments import (
     FLAG,
     FUNCTION,
     PATH,
+    RANDOM_SEED,
     Rule,
     argument_problems,
     number,
@@ -25,8 +26,11 @@ from fastlora.checkpoints.output_folders import folder_error
 from fastlora.data.examples import TRAIN_ON, Example
 from fastlora.data.rows import DATA
 from fastlora.errors import raise_problems
+from fastlora.formats.peft.base_tensors import base_problem
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
+from fastlora.ops.attention.flash import kernel_supports
+from fastlora.ops.dispatch import use_kernel
 from fastlora.text.tokenizer import TOKENIZER
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 
@@ -34,32 +38,40 @@ SCHEDULERS = ("cosine", "linear", "constant")
 
 _LARGEST_MASK_GIB = 8
 
+_COUNT = whole_number(1, 2**31)
+_MOST_EPOCHS = 1e9
+_LARGEST_FLOAT32 = 3.4e38  # rounded down: larger numbers are infinity in the optimizer's kernels
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The arguments of `train` that are numbers and choices, under the same names."""
 
-    max_steps: int | None = setting(optional(whole_number(1)))
-    num_epochs: float = setting(number(above=0))
-    batch_size: int = setting(whole_number(1))
-    gradient_accumulation_steps: int = setting(whole_number(1))
-    learning_rate: float = setting(number(above=0))
+    max_steps: int | None = setting(optional(_COUNT))
+    num_epochs: float = setting(number(above=0, high=_MOST_EPOCHS))
+    batch_size: int = setting(_COUNT)
+    gradient_accumulation_steps: int = setting(_COUNT)
+    learning_rate: float = setting(number(above=0, high=_LARGEST_FLOAT32))
     lr_scheduler: str = setting(one_of(*SCHEDULERS))
     warmup_ratio: float = setting(number(low=0, high=1))
-    weight_decay: float = setting(number(low=0))
+    weight_decay: float = setting(number(low=0, high=_LARGEST_FLOAT32))
     max_grad_norm: float | None = setting(
-        Rule(optional(number(low=0)).accepts, "a number > 0; or None or 0 for no clipping")
+        Rule(
+            optional(number(low=0, high=_LARGEST_FLOAT32)).accepts,
+            f"a number in (0, {_LARGEST_FLOAT32:g}]; or None or 0 for no clipping",
+        )
     )
     optimizer: str = setting(one_of(*OPTIMIZERS))
     packing: bool = setting(FLAG)
     train_on: str = setting(TRAIN_ON)
-    eval_every: int | None = setting(optional(whole_number(1)))
-    save_every: int | None = setting(optional(whole_number(1)))
-    seed: int = setting(whole_number(0))  # NumPy takes seeds of any size
+    eval_every: int | None = setting(optional(_COUNT))
+    save_every: int | None = setting(optional(_COUNT))
+    seed: int = setting(RANDOM_SEED)
 
 
 _RESUME = Rule(
-    lambda x: FLAG.accepts(x) or PATH.accepts(x), "True, False or the path of a checkpoint"
+    lambda x: FLAG.accepts(x) or PATH.accepts(x),
+    'True, False, "auto" or the path of a checkpoint',
 )
 
 
@@ -101,10 +113,10 @@ def check_train_arguments(
     # The remaining checks look into the model.
     if isinstance(model, ModelState):
         problems += _model_problems(settings, model)
-        problems += mask_problems(settings, model.spec.max_seq_length)
+        problems += mask_problems(settings, model)
         # Report an unwritable folder now, not after hours of training.
-        if PATH.accepts(output_dir) and (error := folder_error(Path(output_dir), model.spec)):
-            problems.append(f"output_dir: {error}")
+        if PATH.accepts(output_dir):
+            problems += _folder_problems(Path(output_dir), model)
     raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
 
 
@@ -117,11 +129,22 @@ def _companion_problems(
         problems.append(f"eval_every={settings.eval_every!r} without eval_data; give the rows")
     if settings.save_every is not None and output_dir is None:
         problems.append(f"save_every={settings.save_every!r} without output_dir; name a folder")
-    if resume is True and output_dir is None:
+    if (resume is True or resume == "auto") and output_dir is None:
         problems.append(
-            "resume=True without output_dir; name the folder, or the checkpoint in resume=..."
+            f"resume={resume!r} without output_dir; name the folder, or the checkpoint in"
+            " resume=..."
         )
     return problems
+
+
+def _folder_problems(folder: Path, model: ModelState) -> list[str]:
+    """Why the run cannot write to its folder."""
+    try:
+        error = folder_error(folder, model.spec)
+    except OSError as problem:  # a name that is too long, for example
+        error = problem.strerror
+    error = error or base_problem(model.spec)
+    return [f"output_dir: {error}"] if error else []
 
 
 def _model_problems(settings: Settings, model: ModelState) -> list[str]:
@@ -140,15 +163,18 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
     return problems
 
 
-def mask_problems(settings: Settings, length: int) -> list[str]:
+def mask_problems(settings: Settings, model: ModelState) -> list[str]:
     """Refuse packing if an attention mask [b, t, t] of one byte an element would exceed 8 GiB.
 
-    Such a mask is built only where the attention kernels do not run: on the CPU, in float32, and
-    for head sizes other than 64 and 128. The check does not look at device or dtype and refuses
-    the same shapes everywhere. A model that was loaded at a context of 131,072 tokens would ask for
-    16 GiB a sequence.
+    Where the attention kernels run, no such mask is built. They need a GPU, 16-bit weights and a
+    head size of 64 or 128. Elsewhere a model that was loaded at a context of 131,072 tokens would
+    ask for 16 GiB a sequence.
     """
-    if settings.packing is not True or type(settings.batch_size) is not int:
+    if settings.packing is not True or not _COUNT.accepts(settings.batch_size):
+        return []
+    config, norm, length = model.spec.config, model.base["norm"], model.spec.max_seq_length
+    heads = (config.num_attention_heads, config.head_dim)
+    if kernel_supports(norm.dtype, *heads, length) and use_kernel(norm, model.spec.kernels):
         return []
     # bool elements of one byte; the mask has one entry for all heads.
     gib = settings.batch_size * length**2 / 2**30
@@ -156,8 +182,9 @@ def mask_problems(settings: Settings, length: int) -> list[str]:
         return []
     return [
         f"packing to max_seq_length={length} at batch_size={settings.batch_size} needs an attention"
-        f" mask of {gib:.0f} GiB; pass fastlora.load a max_seq_length that your rows fill, such as"
-        " 2048, or packing=False"
+        f" mask of {gib:.0f} GiB, because the attention kernels do not run for {norm.dtype} and"
+        f" heads of {config.head_dim} on {norm.device.type} with kernels={model.spec.kernels!r};"
+        " pass fastlora.load a max_seq_length that your rows fill, such as 2048, or packing=False"
     ]
 
 

@@ -15,21 +15,28 @@ from fastlora.functional import loss_sum
 from fastlora.models.state import Batch, ModelState, Seed
 from fastlora.training.history import Record
 from fastlora.training.learner import Learner
+from fastlora.training.nonfinite import nonfinite_cause, nonfinite_cause_of_batches
+from fastlora.training.optimizers import update
 from fastlora.training.run import Run
+from fastlora.training.settings import Settings
+
+# A float16 base whose gradient overflows is differentiated again with the next smaller scale.
+_FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
 
 
 def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequence[Batch]) -> Record:
     """Step number `step` (the first is 1): writes to the learner's adapter and optimizer.
 
-    Reads from the device once, at the end.
+    Reads from the device once, at the end; over a float16 base twice.
 
     Returns:
         The step's figures, as in `History`, without the seconds.
 
     Raises:
-        FloatingPointError: the loss or the gradient is NaN or infinite.
+        FloatingPointError: the loss or the gradient is NaN or infinite; the message names the
+            tensor, or the sequence and the layer. Adapter and optimizer are unchanged.
     """
-    settings, model, optimizer = run.settings, learner.model, learner.optimizer
+    settings, model = run.settings, learner.model
     tokens = sum(map(count_trained_tokens, micro_batches))
     # All copies at once, while the device is idle: a copy waits for the work queued before it.
     placed = [_to_device(model, batch) for batch in micro_batches]
@@ -37,24 +44,24 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     loss, gradient = _loss_and_gradient(learner, placed, tokens, seeds)
     # Norm and clipping in float32, before the gradient is rounded to the leaves' dtype.
     norm = get_total_norm(gradient)
+    scaled = gradient
     if settings.max_grad_norm:
         scale = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
-        gradient = [g * scale for g in gradient]
-    for leaf, g in zip(learner.leaves.values(), gradient, strict=True):
+        scaled = [g * scale for g in gradient]
+    for leaf, g in zip(learner.leaves.values(), scaled, strict=True):
         leaf.grad = g.to(leaf.dtype)
-    warmup_steps = math.ceil(settings.warmup_ratio * run.steps)
-    factor = learning_rate_factor(settings.lr_scheduler, step - 1, warmup_steps, run.steps)
-    learning_rate = optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
-    optimizer.step()
-    optimizer.zero_grad()
-    # The only wait for the device. A broken gradient has been applied by now, but only to the
-    # learner's private tensors, which are dropped with the error.
-    loss, grad_norm = torch.stack([loss.double(), norm.double()]).tolist()
+    factor = learning_rate_factor(
+        settings.lr_scheduler, step - 1, warmup_steps(settings, run.steps), run.steps
+    )
+    learning_rate = settings.learning_rate * factor
+    loss, grad_norm = update(learner.optimizer, learning_rate, loss, norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        cause = nonfinite_cause(learner, placed, seeds, gradient)
         raise FloatingPointError(
-            f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}. Files on disk were"
-            f" not changed. Lower learning_rate={settings.learning_rate:g} or max_grad_norm="
-            f"{settings.max_grad_norm}; at step 1, look for NaN in the base or the adapter."
+            f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: {cause}. The step's"
+            f" update was not applied. Lower learning_rate={settings.learning_rate:g} or"
+            f" max_grad_norm={settings.max_grad_norm}; at step 1, look for NaN in the base or the"
+            " adapter."
         )
     return dict(
         step=step, loss=loss, learning_rate=learning_rate, tokens=tokens, grad_norm=grad_norm
@@ -66,22 +73,46 @@ def _loss_and_gradient(
 ) -> tuple[Float[Tensor, ""], list[Tensor]]:
     """The mean loss over all micro-batches' `tokens`, and its gradient by leaf.
 
-    Gradients are summed in float32 or wider.
+    Gradients are summed in float32 or wider, and divided by the tokens after that.
     """
-    model, losses, gradient = learner.model, [], []
-    for batch, seed in zip(micro_batches, seeds, strict=True):
-        # A tensor: a Python int would force a new CUDA graph for every value. A new one each time:
-        # a reused tensor would look like an input that does not change.
-        count = torch.full((), tokens, device=model.base["norm"].device)
-        loss, grads = learner.loss_and_grad(
-            model.adapter, model.base, model.spec, batch, count, seed
-        )
-        wide = [
-            g.to(torch.promote_types(g.dtype, torch.float32)) for g in named_leaves(grads).values()
-        ]
-        gradient = [a + b for a, b in zip(gradient, wide, strict=True)] if gradient else wide
-        losses.append(loss)  # stays on the device
-    return torch.stack(losses).sum(), gradient
+    device, dtype = learner.model.base["norm"].device, learner.model.base["norm"].dtype
+    for scale in _FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
+        losses, gradient = [], []
+        for batch, seed in zip(micro_batches, seeds, strict=True):
+            loss, grads = _micro_batch(learner, batch, torch.full((), scale, device=device), seed)
+            gradient = [a + b for a, b in zip(gradient, grads, strict=True)] if gradient else grads
+            losses.append(loss)  # stays on the device
+        loss = torch.stack(losses).sum() / (scale * tokens)
+        if dtype != torch.float16 or not _overflows(loss, gradient):
+            break
+    return loss, [g / (scale * tokens) for g in gradient]
+
+
+def _micro_batch(
+    learner: Learner, batch: Batch, scale: Float[Tensor, ""], seed: Seed
+) -> tuple[Float[Tensor, ""], list[Tensor]]:
+    """`micro_batch_loss` and its gradient by leaf, in float32 or wider.
+
+    `scale` is a tensor, because a Python number would force a new CUDA graph for every value, and a
+    new one each time, because a reused tensor would look like an input that does not change.
+    """
+    model = learner.model
+    loss, grads = learner.loss_and_grad(model.adapter, model.base, model.spec, batch, scale, seed)
+    wide = lambda g: g.to(torch.promote_types(g.dtype, torch.float32))
+    return loss, [wide(g) for g in named_leaves(grads).values()]
+
+
+def _overflows(loss: Float[Tensor, ""], gradient: list[Tensor]) -> bool:
+    """Whether the gradient is not finite although the loss is."""
+    return bool(loss.isfinite() & ~get_total_norm(gradient).isfinite())
+
+
+def warmup_steps(settings: Settings, steps: int) -> int:
+    """Steps over which the learning rate rises from 0.
+
+    The first of them has rate 0, so a run of one step has none: it would train nothing.
+    """
+    return math.ceil(settings.warmup_ratio * steps) if steps > 1 else 0
 
 
 def learning_rate_factor(scheduler: str, index: int, warmup_steps: int, steps: int) -> float:
@@ -135,7 +166,9 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
     )
     loss = float(total / tokens)
     if not math.isfinite(loss):
-        raise FloatingPointError(f"after step {step} the loss of eval_data is {loss}.")
+        batches = run.batches(run.eval_sequences, run.settings.batch_size, seed=None)
+        cause = nonfinite_cause_of_batches(model, (_to_device(model, batch) for batch in batches))
+        raise FloatingPointError(f"after step {step} the loss of eval_data is {loss}: {cause}.")
     return loss
 
 

@@ -1,6 +1,7 @@
 """Broken safetensors and JSON files are refused at once, by name."""
 
 import json
+import os
 import time
 
 import pytest
@@ -107,3 +108,34 @@ def test_an_index_without_a_map_is_refused(tmp_path, value):
     write_json(tmp_path / INDEX, value)
     with pytest.raises(CheckpointError, match="weight_map"):
         read_index(tmp_path / INDEX)
+
+
+def _header_of(count: int, name: str = "x") -> bytes:
+    entry = '"{}{}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'
+    header = ("{" + ",".join(entry.format(name, i) for i in range(count)) + "}").encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(("count", "name"), [(100_001, "x"), (300_000, "x"), (20, "x" * 2**20)])
+def test_a_header_of_too_many_tensors_is_refused_before_it_is_parsed(tmp_path, count, name):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(_header_of(count, name))
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has more than 100,000 tensors"):
+        read_header(path)
+    assert time.process_time() - start < 0.5
+
+
+@pytest.mark.parametrize("data", [b"", b"\0" * 8, b"\xff" * 8, b"\x10" + b"\0" * 7 + b"{}"])
+def test_a_file_shorter_than_its_header_is_refused(tmp_path, data):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match="not a complete safetensors file"):
+        read_header(path)
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    path = tmp_path / "model.safetensors"
+    os.mkfifo(path)
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        read_header(path)

@@ -1,6 +1,7 @@
 """read_rows(): files and iterables, and the rows that it refuses."""
 
 import json
+import os
 
 import pytest
 
@@ -74,3 +75,56 @@ def test_a_missing_file_or_one_that_is_not_json_is_named(tmp_path):
         read_rows(tmp_path / "rows.json")
     with pytest.raises(ValueError, match="no rows"):
         read_rows([])
+
+
+def write(path, text: str):
+    path.write_text(text)
+    return path
+
+
+def test_json_lines_under_the_name_of_json_are_read(tmp_path):
+    rows = [{"text": "a\u2028b"}, {"text": "{}"}, {"messages": CHAT}]
+    lines = "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    for text in (lines, lines + "\n", "\ufeff" + lines.replace("\n", "\r\n"), "\n" + lines):
+        assert read_rows(write(tmp_path / "rows.json", text)) == rows
+    with pytest.raises(CheckpointError, match=r"(?s)rows\.json: .*line 2: "):
+        read_rows(write(tmp_path / "rows.json", '{"text": "a"}\n{"text": \n{"text": "b"}'))
+
+
+DEEP = '{"text": "a", "more": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        (DEEP, "nested too deeply"),
+        ('{"text": "a", "id": 1%s}' % ("0" * 400), "an integer of 401 digits"),
+        ('{"text": "a", "id": %s}' % ("1" * 5000), "an integer of 5,000 digits"),
+        ('{"text": "a", "text": "b"}', "given twice: ['text']"),
+        ('{"messages": [{"role": "user", "role": "assistant", "content": ""}]}', "given twice"),
+        ('{"text": "\x1b[2J"}', "control character"),
+    ],
+)
+def test_rows_are_read_as_strictly_as_a_models_files(tmp_path, row, why):
+    for name, text in (
+        ("rows.jsonl", f'{{"text": "a"}}\n{row}\n'),
+        ("rows.json", f'[{{"text": "a"}},\n{row}]'),
+    ):
+        with pytest.raises(CheckpointError) as error:
+            read_rows(write(tmp_path / name, text))
+        assert why in str(error.value) and name in str(error.value)
+        assert "\x1b" not in str(error.value)
+        assert name == "rows.json" or "line 2" in str(error.value)
+
+
+def test_large_numbers_that_a_float_holds_are_read(tmp_path):
+    path = write(tmp_path / "rows.jsonl", f'{{"text": "a", "id": {2**127}}}')
+    assert read_rows(path) == [{"text": "a", "id": 2**127}]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+def test_the_size_of_a_file_is_asked_before_it_is_read(tmp_path, name):
+    path = write(tmp_path / name, '{"text": "a"}')
+    os.truncate(path, 50 * 10**9)  # sparse: it takes no space
+    with pytest.raises(CheckpointError, match=rf"{name} has 50,000,000,000 bytes"):
+        read_rows(path)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import fastlora
 from fastlora.adapters.create import lora
 from fastlora.adapters.edits.merging import merge
 from fastlora.formats import tensors_out
@@ -18,6 +19,8 @@ from fastlora.formats.merged import save_merged
 from fastlora.formats.peft.writing import save_adapter
 from fastlora.models.names import tensors_from_base
 from fastlora.text.tokenizer import Tokenizer
+from faults import folders
+from faults.case import tuned
 from oracles.checkpoints import FAMILIES
 from oracles.peft_cases import FORWARD
 from oracles.peft_side import difference, fast, hf_logits, logits, with_random_adapter
@@ -122,3 +125,38 @@ def test_a_broken_merge_writes_nothing(tmp_path):
     with pytest.raises(ValueError, match="NaN"):
         save_merged(dataclasses.replace(model, adapter=nan), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_files_keep_what_the_config_class_does_not_model(tmp_path):
+    base = folders.write_all(tmp_path) / "base"
+    more = {"attention_dropout": 0.1, "_name_or_path": "a/b", "use_cache": False, "my_field": [1]}
+    generation = {"temperature": 0.6, "top_k": 50, "max_length": 77, "transformers_version": "4.1"}
+    for name, fields in (("config.json", more), ("generation_config.json", generation)):
+        path = base / name
+        path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    model, _ = fastlora.load(base, device="cpu")
+    tuned(model).save_pretrained_merged(tmp_path / "merged")
+    read = lambda folder, name: json.loads((folder / name).read_text())
+    written = read(tmp_path / "merged", "config.json")
+    assert written == read(base, "config.json") | {"dtype": "bfloat16"}
+    name = "generation_config.json"
+    assert read(tmp_path / "merged", name) == read(base, name)
+
+
+def test_without_a_generation_config_the_ids_of_the_config_are_written(tmp_path):
+    base = folders.write_model(tmp_path / "base")
+    model, _ = fastlora.load(base, device="cpu")
+    tuned(model).save_pretrained_merged(tmp_path / "merged")
+    written = json.loads((tmp_path / "merged" / "generation_config.json").read_text())
+    assert written == {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
+
+
+def test_a_linked_template_folder_is_refused_before_the_weights(tmp_path):
+    model, tokenizer = fastlora.load(folders.write_all(tmp_path) / "base", device="cpu")
+    out, outside = tmp_path / "out", tmp_path / "outside"
+    out.mkdir()
+    outside.mkdir()
+    (out / "additional_chat_templates").symlink_to(outside)
+    with pytest.raises(ValueError, match="additional_chat_templates"):
+        tuned(model).save_pretrained_merged(out, tokenizer)
+    assert [path.name for path in out.iterdir()] == ["additional_chat_templates"]

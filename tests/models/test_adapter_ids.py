@@ -17,6 +17,17 @@ def stack_of(model, n=3):
     return adapters, tree_map(lambda *leaves: torch.stack(leaves), *adapters)
 
 
+TARGETS = ["q_proj", "down_proj", "embed_tokens", "lm_head"]
+DROPOUTS = {
+    "lora": ("llama2", {}),
+    "dora": ("llama2", {"use_dora": True}),
+    "lora_bias": ("llama2", {"lora_bias": True}),
+    "embedding and head": ("llama2", {"target_modules": TARGETS}),
+    "beside experts": ("qwen3_moe_mixed", {"target_modules": ["q_proj", "o_proj"]}),
+    "an initial offset": ("llama2", {"init_lora_weights": "pissa"}),
+}
+
+
 def alone(model, adapters, i, **inputs):
     row = {name: x[i : i + 1] for name, x in inputs.items()}
     return FL.forward(adapters[WHICH[i]], model.base, model.spec, IDS[i : i + 1], **row)[0]
@@ -44,6 +55,32 @@ def test_rows_may_have_different_dora_or_biased_adapters(pair, settings):
     mixed = FL.forward(stack, model.base, model.spec, IDS, adapter_ids=WHICH)
     rows = [alone(model, adapters, i) for i in range(3)]
     assert relative_error(mixed, torch.stack(rows)) < 1e-5
+
+
+@pytest.mark.parametrize("seed", [7, torch.tensor(-(2**40))], ids=["int", "tensor"])
+@pytest.mark.parametrize("case", DROPOUTS)
+def test_dropout_masks_of_a_row_are_those_of_its_adapter_in_the_same_batch(case, seed, pair):
+    family, settings = DROPOUTS[case]
+    model = adapted(pair(family).model, r=2, lora_dropout=0.5, **settings)
+    adapters, stack = stack_of(model)
+    ids = IDS[:1].expand(3, -1)  # equal rows: only the masks of rows 0 and 2 differ
+    run = lambda adapter, **more: FL.forward(
+        adapter, model.base, model.spec, ids, seed=seed, **more
+    )
+    mixed = run(stack, adapter_ids=WHICH)
+    for i, adapter in enumerate(WHICH.tolist()):
+        assert relative_error(mixed[i], run(adapters[adapter])[i]) < 1e-4
+    assert relative_error(mixed[0], mixed[2]) > 1e-3
+
+
+@pytest.mark.compile
+def test_a_users_own_compile_draws_the_same_masks_per_row(shallow, fresh_dynamo):
+    _, stack = stack_of(shallow)
+    run = lambda stack, ids: FL.forward(
+        stack, shallow.base, shallow.spec, IDS, adapter_ids=ids, seed=3
+    )
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert relative_error(compiled(stack, WHICH), run(stack, WHICH)) < 1e-10
 
 
 def test_gradients_reach_exactly_the_adapters_that_rows_use(tiny):

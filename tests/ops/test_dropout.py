@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from fastlora.ops.dropout import dropout, fold, hash32, keep_mask, low_word
+from fastlora.ops.dropout import dropout, fold, from_row, hash32, keep_mask, low_word, subkey
 
 CPU = torch.device("cpu")
 N, D = 512, 512
@@ -157,3 +157,17 @@ def test_compiled_mask_equals_eager(backend, fresh_dynamo):
     for seed in (0, -1, 2**40 + 17):
         key = torch.tensor(seed)
         assert torch.equal(run(x, key), dropout(x, 0.3, fold(key, 5)))
+
+
+def test_a_part_of_the_rows_has_its_part_of_the_mask():
+    x, key = torch.ones(12, 40), fold(torch.tensor(2**40 + 3), 1)
+    batch = dropout(x, 0.3, subkey(key, 4))
+    assert torch.equal(batch, dropout(x, 0.3, fold(key, 4)))
+    for row in (0, 5, 11):
+        part = subkey(from_row(key, torch.tensor(row)), 4)
+        assert torch.equal(dropout(x[row:], 0.3, part), batch[row:])
+    parts = subkey(from_row(key, torch.tensor(5)), torch.arange(7))
+    assert torch.equal(dropout(x[5:], 0.3, parts[4]), batch[5:])
+    late = dropout(x, 0.3, from_row(key, torch.tensor(2**31 - 20)))  # no number overflows
+    assert (late == 0).float().mean() > 0.2
+    assert from_row(key, None) is key

@@ -1,12 +1,14 @@
 """Rows, settings and helpers that the tests of training share."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import Any
 
 from fastlora.model import Model
 from fastlora.training.history import History
 from fastlora.training.loop import train
+from fastlora.training.settings import Settings
 
 WORDS = "a rank is the number of rows that a matrix needs to say all it has to say".split()
 LENGTHS = (3, 14, 5, 9, 1, 12, 7, 2, 11, 6)
@@ -51,3 +53,10 @@ def stop_at(step: int):
             raise Killed
 
     return log
+
+
+def settings(**changed: Any) -> Settings:
+    """train's default settings, with some changed."""
+    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return Settings(**{name: defaults[name] for name in names} | changed)

@@ -1,6 +1,7 @@
 """Compiled regions: the number of graphs, and when a new one is made."""
 
 import itertools
+from collections import namedtuple
 from functools import cache
 from typing import Any
 from uuid import uuid4
@@ -58,6 +59,87 @@ def deep(tmp_path_factory):
         return adapted(base(n), **settings).with_spec(compile=True)
 
     return of
+
+
+def facts(**changes: Any) -> tuple:
+    """The facts of a small tree with some of its arguments changed."""
+    tree = {"w": torch.ones(3, 4), "lora": (torch.ones(2, 4), torch.ones(3, 2)), "mask": None}
+    tree |= changes
+    return compiled._facts((tree.pop("x", torch.ones(2, 4)), tree))
+
+
+PAIR = torch.ones(2, 4), torch.ones(3, 2)
+Named = namedtuple("Named", "a b")
+CHANGES: dict[str, dict[str, Any]] = {
+    "dtype": {"w": torch.ones(3, 4, dtype=torch.float64)},
+    "device": {"x": torch.ones(2, 4, device="meta")},
+    "gradient": {"w": torch.ones(3, 4, requires_grad=True)},
+    "gradient of an inner leaf": {"lora": (PAIR[0], PAIR[1].clone().requires_grad_())},
+    "gradient of another inner leaf": {"lora": (PAIR[0].clone().requires_grad_(), PAIR[1])},
+    "class of a tensor": {"w": torch.nn.Parameter(torch.ones(3, 4), requires_grad=False)},
+    "class of a tuple": {"lora": Named(*PAIR)},
+    "list": {"lora": [*PAIR]},
+    "length": {"lora": (*PAIR, torch.ones(3))},
+    "another key": {"bias": torch.ones(3)},
+    "presence": {"mask": torch.ones(3, 4)},
+    "absence": {"w": None},
+    "a first size of 1": {"lora": (torch.ones(1, 4), PAIR[1])},
+    "a second size of 1": {"lora": (torch.ones(2, 1), PAIR[1])},
+    "dimensions": {"w": torch.ones(3, 4, 2)},
+    "layout": {"w": torch.ones(4, 3).t()},
+    "one tensor twice": {"lora": (PAIR[0], PAIR[0])},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_the_key_of_a_region_knows_what_dynamo_guards_on(name):
+    others = [facts(), *(facts(**changes) for n, changes in CHANGES.items() if n != name)]
+    assert facts(**CHANGES[name]) == facts(**CHANGES[name])
+    assert facts(**CHANGES[name]) not in others
+
+
+def test_sizes_are_not_in_the_key_of_a_region():
+    assert facts(w=torch.ones(7, 9), lora=(torch.ones(5, 9), torch.ones(7, 5))) == facts()
+
+
+def test_torchs_modes_are_in_the_key_of_a_region():
+    modes = [compiled._modes("cpu")]
+    for mode in (
+        torch.no_grad(),
+        torch.inference_mode(),
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autocast("cpu", torch.float16),
+    ):
+        with mode:
+            modes.append(compiled._modes("cpu"))
+    assert len({*modes}) == len(modes)
+
+
+def scaled_sum(x: torch.Tensor, tree: dict[str, torch.Tensor]) -> torch.Tensor:
+    return x + sum(tree[name].square().sum() for name in tree)
+
+
+@pytest.mark.compile
+def test_any_set_of_trained_leaves_is_compiled(graphs):
+    """Of 5 leaves, all 32 subsets."""
+    for trained in itertools.product((False, True), repeat=5):
+        tree = {str(i): torch.ones(2, requires_grad=t) for i, t in enumerate(trained)}
+        y = compiled.compiled(scaled_sum, (torch.zeros(3), tree))
+        assert y.tolist() == [10.0] * 3 and y.requires_grad == any(trained)
+    assert len(graphs) == 32
+
+
+@pytest.mark.compile
+def test_sizes_that_change_one_by_one_do_not_reach_dynamos_limit(graphs):
+    """Each of 12 sizes that changes for the first time makes one more graph, beyond the limit of
+    8 of one code object."""
+    sizes = {str(i): 4 for i in range(12)}
+    for name in sizes:
+        sizes[name] = 6 + int(name)
+        tree = {k: torch.ones(n) for k, n in sizes.items()}
+        y = compiled.compiled(scaled_sum, (torch.zeros(3), tree))
+        assert y.tolist() == [float(sum(sizes.values()))] * 3
+    assert 8 < len(graphs) <= 12
 
 
 def test_auto_compiles_on_cuda_only():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from fastlora import functional as FL
@@ -14,7 +15,7 @@ from fastlora.model import Model
 from fastlora.models.levels import layer_levels
 from fastlora.runtime.compiled import _region as compiled_regions
 from oracles.pairs import adapted
-from oracles.trees import relative_error, same_bits, token_ids
+from oracles.trees import randomised, relative_error, same_bits, token_ids
 
 POLICIES = ["none", "selective", "full", "offload", 0.0, 0.2, 0.5, 0.8, 1.0]
 
@@ -220,6 +221,57 @@ def test_a_second_derivative_through_the_fused_loss_is_refused_not_wrong(policy,
     with pytest.raises(RuntimeError, match=r"second|once|twice"):
         grads = torch.autograd.grad(model.loss(batch_of()), leaves, create_graph=True)
         torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+
+# ── inside a transform ────────────────────────────────────────────────────────────────────
+
+
+def with_pair_turned(fn):
+    def wrapped(*args):
+        grads, value = torch.func.grad_and_value(fn)(*args)
+        return value, grads
+
+    return wrapped
+
+
+def under_dual_level(fn, tree, direction):
+    with forward_ad.dual_level():
+        dual = tree_map(forward_ad.make_dual, tree, direction)
+        return tree_map(lambda x: tuple(forward_ad.unpack_dual(x)), fn(dual))
+
+
+TRANSFORMS = {
+    "vmap": lambda fn, tree, d: torch.vmap(fn)(tree_map(lambda x, y: torch.stack((x, y)), tree, d)),
+    "jvp": lambda fn, tree, d: torch.func.jvp(fn, (tree,), (d,)),
+    "jacrev": lambda fn, tree, d: torch.func.jacrev(lambda t: fn(t)[0])(tree),
+    "grad": lambda fn, tree, d: torch.func.grad(lambda t: sum(map(torch.sum, tree_leaves(fn(t)))))(
+        tree
+    ),
+    "forward_ad": under_dual_level,
+}
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_inside_a_transform_it_is_grad_and_value_with_its_pair_turned(name, cuda_graph, tiny):
+    ids = token_ids(2, 7)
+    batch = {"input_ids": ids, "labels": ids}
+    loss = lambda adapter: FL.loss(adapter, tiny.base, tiny.spec, batch, seed=3)
+    run = lambda fn: TRANSFORMS[name](fn, tiny.adapter, randomised(tiny.adapter, 4))
+    ours = run(value_and_grad(loss, cuda_graph=cuda_graph))
+    assert relative_error(ours, run(with_pair_turned(loss))) <= 1e-10
+
+
+def test_inside_a_transform_an_unused_leaf_gets_zeros():
+    fn = value_and_grad(lambda tree: tree["x"].sum())
+    _, grads = torch.vmap(fn)({"x": torch.ones(3, 2), "unused": torch.ones(3, 4)})
+    assert torch.equal(grads["unused"], torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("value", [lambda x: x, lambda x: 1.0])
+def test_inside_a_transform_a_value_that_is_not_a_scalar_tensor_is_refused(value):
+    with pytest.raises(ValueError, match="scalar"):
+        torch.vmap(value_and_grad(value))(torch.ones(3, 2))
 
 
 # ── compiled ──────────────────────────────────────────────────────────────────────────────

@@ -1,8 +1,6 @@
 """Which runs are replayed from a CUDA graph, and that a replayed run has the same bits."""
 
 import dataclasses
-import inspect
-from typing import Any
 
 import pytest
 
@@ -10,9 +8,8 @@ import fastlora
 from fastlora.training import learner
 from fastlora.training.learner import should_use_cuda_graph
 from fastlora.training.loop import train
-from fastlora.training.settings import Settings
 from oracles.pairs import adapted
-from oracles.training_runs import QUIET, ROWS, timeless
+from oracles.training_runs import QUIET, ROWS, settings, timeless
 from oracles.trees import same_bits
 
 
@@ -29,13 +26,6 @@ def test_a_replayed_run_has_the_same_bits(dropout, folder, tokenizer, captures, 
     assert len(captures) == 1
     assert same_bits(plain[0].adapter, replayed[0].adapter)
     assert timeless(plain[1]) == timeless(replayed[1])
-
-
-def settings(**changed: Any) -> Settings:
-    """train's default settings, with some changed."""
-    defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
-    names = [field.name for field in dataclasses.fields(Settings)]
-    return Settings(**{name: defaults[name] for name in names} | changed)
 
 
 def test_only_small_micro_batches_of_one_shape_on_cuda_are_recorded(model):

@@ -14,6 +14,8 @@ from fastlora.training.optimizers import (
     optimizer_problems,
     restore_state,
     state_tensors,
+    steps_taken,
+    update,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +73,43 @@ def test_a_restored_state_continues_with_the_same_bits(name):
         step(optimizer, params, seed)
         step(other, again, seed)
     assert all(map(torch.equal, params, again))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weight_decay_leaves_vectors_alone(name):
+    """A norm, a bias or a magnitude beside two matrices; its gradient is 0."""
+    matrix, vector, other = (torch.ones(shape, device=DEVICE) for shape in ((3, 2), 5, (2, 3)))
+    optimizer = make_optimizer(name, [matrix, vector, other], 0.5)
+    for leaf in (matrix, vector, other):
+        fresh_state(optimizer, leaf)
+        leaf.grad = torch.zeros_like(leaf)
+    assert update(optimizer, 0.1, torch.ones(()), torch.ones(())) == (1.0, 1.0)
+    assert torch.equal(vector, torch.ones_like(vector))
+    for leaf in (matrix, other):
+        torch.testing.assert_close(leaf, torch.full_like(leaf, 1 - 0.1 * 0.5))
+    assert [steps_taken(optimizer, leaf) for leaf in (matrix, vector, other)] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", [*NAMES, "fused"])
+@pytest.mark.parametrize("broken", ["loss", "norm"])
+def test_an_update_that_is_not_finite_changes_no_bit(name, broken):
+    params = leaves()
+    if name == "fused":  # as on CUDA
+        optimizer = torch.optim.AdamW(params, lr=0.0, weight_decay=0.1, fused=True)
+    else:
+        optimizer = make_optimizer(name, params, 0.1)
+    figures = {"loss": torch.ones(()), "norm": torch.ones(())}
+    for param, grad in zip(params, leaves(1), strict=True):
+        param.grad = grad
+    update(optimizer, 1e-2, *figures.values())
+    copies = lambda: [x.clone() for p in params for x in (p, *state_tensors(optimizer, p).values())]
+    before = copies()
+    for param, grad in zip(params, leaves(2), strict=True):
+        param.grad = grad
+    figures[broken] = torch.tensor(torch.inf)
+    assert torch.inf in update(optimizer, 1e-2, *figures.values())
+    assert all(map(torch.equal, before, copies()))
+    assert all(param.grad is None for param in params)
 
 
 def test_tensors_that_an_optimizer_cannot_train_are_reported():

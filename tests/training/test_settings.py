@@ -1,5 +1,6 @@
 """Settings, rows and folders that train() refuses."""
 
+import dataclasses
 import os
 
 import pytest
@@ -11,8 +12,9 @@ from fastlora.data.encoding import encode_rows
 from fastlora.data.packing import pack
 from fastlora.training import checkpoint
 from fastlora.training.loop import train
+from fastlora.training.settings import mask_problems
 from oracles.checkpoints import make_checkpoint
-from oracles.training_runs import QUIET, ROWS, WORDS
+from oracles.training_runs import QUIET, ROWS, WORDS, settings
 
 
 def test_all_wrong_arguments_are_named_at_once(base, tmp_path):
@@ -115,3 +117,57 @@ def test_long_text_is_split_when_packed_and_refused_when_not(model, tokenizer):
     assert len(pack(encode_rows(rows, tokenizer, max_seq_length=64, split_text=True), 64)) > 1
     with pytest.raises(ValueError, match="more than max_seq_length"):
         train(model, tokenizer, rows, packing=False, **QUIET)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(learning_rate=1e39),
+        dict(weight_decay=1e308),
+        dict(max_grad_norm=1e39),
+        dict(num_epochs=1.7e308),
+        dict(max_steps=10**400),
+        dict(batch_size=10**400),
+        dict(gradient_accumulation_steps=10**400),
+        dict(eval_every=2**31),
+        dict(save_every=10**400),
+        dict(seed=2**64),
+    ],
+)
+def test_numbers_beyond_all_use_are_refused_before_the_first_step(model, tokenizer, wrong):
+    records: list[dict] = []
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*: expected"):
+        train(model, tokenizer, ROWS, log=records.append, **QUIET | wrong)
+    assert not records
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "kernels", "refused"),
+    [
+        (torch.bfloat16, 64, "triton", False),
+        (torch.float16, 128, "triton", False),
+        (torch.bfloat16, 64, "torch", True),
+        (torch.bfloat16, 32, "triton", True),
+        (torch.float32, 64, "triton", True),
+    ],
+)
+def test_long_sequences_are_refused_only_where_the_mask_is_built(
+    model, dtype, head_dim, kernels, refused
+):
+    """Triton's interpreter stands for a GPU here."""
+    config = dataclasses.replace(model.spec.config, head_dim=head_dim)
+    spec = dataclasses.replace(model.spec, config=config, kernels=kernels, max_seq_length=131_072)
+    base = model.base | {"norm": torch.ones(8).to(dtype)}
+    long = dataclasses.replace(model, spec=spec, base=base)
+    problems = mask_problems(settings(batch_size=1), long)
+    assert bool(problems) == refused
+    assert not refused or "mask of 16 GiB" in problems[0]
+    assert not mask_problems(settings(batch_size=1, packing=False), long)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_pad_id_beyond_the_vocabulary_does_not_matter(model, tokenizer, monkeypatch, packing):
+    run = dict(max_steps=3, batch_size=4, packing=packing, **QUIET)
+    theirs = train(model, tokenizer, ROWS, **run)[1].losses
+    monkeypatch.setattr(type(tokenizer), "pad_token_id", property(lambda _: 4096))
+    assert train(model, tokenizer, ROWS, **run)[1].losses == pytest.approx(theirs, rel=1e-6)

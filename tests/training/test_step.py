@@ -15,9 +15,10 @@ import fastlora
 from fastlora.data.batches import batches
 from fastlora.data.encoding import encode_rows
 from fastlora.formats.peft.names import peft_state_dict
-from fastlora.training import learner
+from fastlora.training import learner, step
 from fastlora.training.loop import train
 from fastlora.training.step import learning_rate_factor
+from oracles.pairs import adapted
 from oracles.training_runs import QUIET, ROWS
 from oracles.trees import relative_error, same_bits
 
@@ -178,3 +179,45 @@ def test_warm_up_is_a_share_of_all_steps_rounded_up(model, tokenizer):
         progress=False,
     )
     assert history.learning_rates == pytest.approx((0, 5e-4, 1e-3, 1e-3, 1e-3))
+
+
+def test_a_run_of_one_step_has_no_warm_up(model, tokenizer):
+    trained, history = train(model, tokenizer, ROWS, max_steps=1, progress=False)
+    assert history.learning_rates == (2e-4,)
+    assert not same_bits(trained.adapter, model.adapter)
+    _, two = train(model, tokenizer, ROWS, max_steps=2, progress=False)
+    assert two.learning_rates[0] == 0
+
+
+def half(folder, head_scale: float = 1.0):
+    """The model over a float16 base, and over the same base in float32."""
+    for dtype in ("float16", "float32"):
+        base, _ = fastlora.load(folder, dtype=dtype, max_seq_length=64, device="cpu")
+        if dtype == "float32":  # with float16's rounding
+            rounded = lambda x: x.half().float()
+            base = dataclasses.replace(base, base=torch.utils._pytree.tree_map(rounded, base.base))
+        base.base["lm_head"] *= head_scale
+        yield adapted(base, r=2, target_modules=["q_proj", "v_proj", "down_proj"])
+
+
+@pytest.mark.parametrize("rows", [1, 256])
+def test_the_gradient_of_a_float16_base_does_not_depend_on_the_tokens(folder, tokenizer, rows):
+    """A mean over 256 rows, taken before the backward pass, had an error of 10 % here."""
+    run = dict(max_steps=1, packing=False, train_on="all", **QUIET)
+    norms = [
+        train(m, tokenizer, ROWS[1:2] * rows, batch_size=rows, **run)[1].grad_norms[0]
+        for m in half(folder, head_scale=0.02)
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=0.01)
+
+
+def test_a_float16_gradient_that_overflows_is_taken_again_in_a_smaller_scale(
+    folder, tokenizer, monkeypatch
+):
+    """With 3,000 times the head's weights, the sum over the tokens is beyond 65,504."""
+    run = dict(max_steps=1, batch_size=10, packing=False, **QUIET)
+    norms = [train(m, tokenizer, ROWS, **run)[1].grad_norms[0] for m in half(folder, 3000.0)]
+    assert norms[0] == pytest.approx(norms[1], rel=0.05)
+    monkeypatch.setattr(step, "_FLOAT16_SCALES", (1.0,))
+    with pytest.raises(FloatingPointError, match=r"the gradient of .*lora_"):
+        train(next(half(folder, 3000.0)), tokenizer, ROWS, **run)

@@ -30,7 +30,7 @@ from fastlora.models.names import (
 )
 from fastlora.models.params import Adapter, AdapterRecord, Base, BiasedLoRA, DoRA, ExpertLoRA, LoRA
 from fastlora.models.self_contained import self_contained
-from fastlora.models.spec import Extras, LoraConfig, Spec
+from fastlora.models.spec import UNTIED, Extras, LoraConfig, Spec
 from fastlora.models.state import ModelState, StateT, require_adapter
 from fastlora.ops.linear.merged_weight import adapted_weight
 from fastlora.ops.quant.weights import Quantized
@@ -49,6 +49,10 @@ def merge(model: StateT) -> StateT:
     model. Keep the given model to undo a merge: in 16 bits subtraction does not restore the base.
     The result of a base in 4 or 8 bits is in 16 bits, with all matrices dequantised.
 
+    The new model's `spec.changed` names the matrices that its checkpoint does not have. An adapter
+    that is trained over the new model cannot be saved alone if these are more than embedding and
+    head: write the merged model with `save_pretrained_merged` and load that folder first.
+
     Raises:
         ValueError: `model` is not a model or has no adapter; or naming the weights that would
             become NaN or infinite.
@@ -60,7 +64,9 @@ def merge(model: StateT) -> StateT:
     config, tensors, merged = merged_tensors(model, matrix)
     check_finite(merged)
     base = base_from_tensors(config, tensors | {name: make() for name, make in merged.items()})
-    spec = replace(model.spec, config=config, lora=None)
+    untied = config.tie_word_embeddings != model.spec.config.tie_word_embeddings
+    changed = dict.fromkeys((*model.spec.changed, *merged, *([UNTIED] if untied else [])))
+    spec = replace(model.spec, config=config, lora=None, changed=tuple(changed))
     return replace(model, spec=spec, base=base, adapter=None)
 
 

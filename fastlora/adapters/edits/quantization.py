@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from fastlora.arguments import check_arguments
 from fastlora.checkpoints.bnb_format import check_quantizable
+from fastlora.errors import raise_problems
 from fastlora.models.init_offset import has_offset
 from fastlora.models.input_checks import MODEL
 from fastlora.models.names import base_from_tensors, projection_weights, tensors_from_base
@@ -26,7 +27,7 @@ def quantize(model: StateT) -> StateT:
     Raises:
         ValueError: the model is a mixture of experts or in float64; its adapter has an initial
             offset ("pissa", ...), which belongs to the base before rounding; or it has a
-            qat_scheme.
+            qat_scheme; or naming each matrix that holds NaN or infinity.
         ModuleNotFoundError: bitsandbytes is not installed.
     """
     check_arguments("fastlora.quantize", model=(model, MODEL))
@@ -47,5 +48,12 @@ def quantize(model: StateT) -> StateT:
         )
     check_quantizable(config, [model.base["norm"].dtype])
     tensors = tensors_from_base(config, model.base)
-    quantized = {name: quantize_4bit(tensors[name]) for name in projection_weights(config)}
+    names = projection_weights(config)
+    raise_problems(
+        ValueError,
+        "fastlora.quantize cannot quantise NaN or infinity, but these matrices hold some:",
+        [name for name in names if not tensors[name].isfinite().all()],
+        "Load the checkpoint again; if the model was merged, its adapter may have diverged.",
+    )
+    quantized = {name: quantize_4bit(tensors[name]) for name in names}
     return replace(model, base=base_from_tensors(config, tensors | quantized))

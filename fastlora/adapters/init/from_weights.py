@@ -19,6 +19,7 @@ from fastlora.adapters.init.decompositions import (
 from fastlora.adapters.init.loftq import LoftQSettings, loftq_factors
 from fastlora.adapters.init.random import adapted_matrix
 from fastlora.models.init_offset import with_offset
+from fastlora.models.names import projection_path
 from fastlora.models.params import Adapter, AdapterRecord, Base, LoRA
 from fastlora.models.spec import Spec, Target
 
@@ -36,12 +37,21 @@ def weight_factors(
         base: dense or quantised; quantised matrices are dequantised first.
         generator: on the CPU; only "pissa_niter_N" draws from it.
         loftq: only "loftq" reads these.
+
+    Raises:
+        ValueError: naming the first matrix that holds NaN or infinity.
     """
     assert spec.lora is not None, spec
     init = str(spec.lora.init_lora_weights)
 
     def factors(layer: int, t: Target) -> LoRA:
         weight = adapted_matrix(base, layer, t.name)
+        if not weight.isfinite().all():
+            raise ValueError(
+                f"init_lora_weights={init!r} decomposes the base's matrices, but"
+                f" {projection_path(layer, t.name)}.weight holds NaN or infinity; load the"
+                " checkpoint again."
+            )
         return projection_factors(weight, init, t.r, t.scaling, generator, loftq)
 
     return [{t.name: factors(i, t) for t in targets} for i, targets in enumerate(spec.lora.targets)]

@@ -31,7 +31,7 @@ class LoftQSettings:
     """The fields of PEFT's LoftQConfig, with its defaults."""
 
     loftq_bits: int = setting(Rule(lambda x: type(x) is int and x in QUANTISERS, "4 or 8"), 4)
-    loftq_iter: int = setting(whole_number(1), 1)
+    loftq_iter: int = setting(whole_number(1, 1001), 1)  # an iteration decomposes every matrix
 
 
 def loftq_settings(config: Any, init: bool | str) -> tuple[LoftQSettings, list[str]]:

@@ -10,7 +10,9 @@ from fastlora.models.names import projection_path, projection_shape
 from fastlora.models.params import EXPERTS, ROUTER
 from fastlora.models.spec import LoraConfig
 
-_FROM_WEIGHTS = r"pissa|pissa_niter_\d+|olora|loftq"  # lora() computes these
+# lora() computes these. Each of N iterations decomposes every matrix twice; PEFT's examples have 4
+# to 16.
+_FROM_WEIGHTS = r"pissa|pissa_niter_\d{1,3}|olora|loftq"
 DATA_METHODS = ("eva", "corda", "lora_ga")  # fastlora.initialize computes these
 
 # Methods that give A and B sqrt(S / scaling) each.
@@ -33,7 +35,8 @@ INIT = Rule(
         or (isinstance(x, str) and x in ("gaussian", "orthogonal", *DATA_METHODS))
         or reads_weights(x)
     ),
-    "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N', 'olora' or 'loftq'",
+    "True, False, 'gaussian', 'orthogonal', 'pissa', 'pissa_niter_N' with N from 0 to 999, 'olora'"
+    " or 'loftq'",
 )
 
 

@@ -17,6 +17,7 @@ from fastlora.adapters.init_from_data.settings import (
 from fastlora.arguments import Rule, argument_problems, method_problems, settings_from
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL, batches_problems
+from fastlora.models.names import tensors_from_base
 from fastlora.models.self_contained import parked_originals, unpark_originals
 from fastlora.models.state import Batch, StateT
 
@@ -88,7 +89,8 @@ def initialize(
     Raises:
         ValueError: listing every problem: an unknown method, a setting of another method, a batch
             that does not fit, an adapter that is not fresh, a rank that exceeds the number of
-            directions; or if no batch has as many counted tokens as "eva" needs components.
+            directions, a tensor of the base that holds NaN or infinity; or if no batch has as many
+            counted tokens as "eva" needs components.
 
     Padding never counts. Statistics are in float32, or in float64 for a float64 base. Where a paper
     leaves a choice, the rule is that of peft 0.21.2 (tuners/lora/eva.py, corda.py, layer.py:619).
@@ -106,6 +108,13 @@ def initialize(
     raise_problems(ValueError, heading, init_model_problems(model, method, settings))
     # Read once: `batches` may be an iterator.
     batch_list = list(batches)
+    # The decompositions would fail, or give NaN, without naming a tensor.
+    broken = [
+        name
+        for name, x in tensors_from_base(model.spec.config, model.base).items()
+        if isinstance(x, torch.Tensor) and not x.isfinite().all()
+    ]
+    raise_problems(ValueError, f"{method!r} cannot read NaN or infinity in the base:", broken)
     needed = ("input_ids", "labels") if method == "lora_ga" else ("input_ids",)
     raise_problems(ValueError, heading, batches_problems(model.spec, batch_list, needed))
 

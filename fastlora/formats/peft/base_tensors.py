@@ -20,13 +20,35 @@ from fastlora.formats.peft.names import MODULE_OF
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import EMBED_TOKENS, LM_HEAD
 from fastlora.models.params import Base
-from fastlora.models.spec import LoraConfig, Spec
+from fastlora.models.spec import UNTIED, LoraConfig, Spec
 
 _WITH_LORA, _WITH_ROWS, _ALONE = (
     "base_layer.weight",
     "token_adapter.base_layer.weight",
     "weight",
 )
+
+
+def base_problem(spec: Spec) -> str | None:
+    """Why an adapter over this base cannot be saved alone; None if it can.
+
+    An adapter's folder names a checkpoint and may hold another embedding and head, but no other
+    tensor of the base. Over the checkpoint's own tensors the adapter would give other logits.
+    """
+    edges = (EMBED_TOKENS, LM_HEAD)
+    others = [name for name in spec.changed if name not in edges]
+    if not others:
+        return None
+    first = "the head, which was tied to the embedding" if others == [UNTIED] else others[0]
+    more = f" and {len(others) - 1} more tensors" if len(others) > 1 else ""
+    return (
+        f"the base is not that of {spec.name_or_path!r:.200}: {first}{more} changed, by"
+        " fastlora.merge for example, and an adapter's folder cannot hold them. Call"
+        " model.save_pretrained_merged(folder), which writes base and adapter as one model. To"
+        " save adapters over the changed base, write that base first, with"
+        " fastlora.disable(model).save_pretrained_merged(folder), then load the folder and train"
+        " over it"
+    )
 
 
 def base_tensors_out(spec: Spec, base: Base) -> dict[str, Tensor]:

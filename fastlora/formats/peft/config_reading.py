@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from fastlora.adapters.extras import token_indices
 from fastlora.adapters.init.methods import factor_problems
+from fastlora.adapters.lora_arguments import MAX_PATTERN_CHARS
 from fastlora.adapters.patterns import as_tuple, names_or_regex
 from fastlora.adapters.targets import resolve_targets
 from fastlora.errors import CheckpointError, raise_problems
@@ -77,9 +78,6 @@ _UNREPEATABLE_INITS = {
 # PEFT's classes for these tasks run the causal language model's forward pass.
 _TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 
-# The names of all 882 projections of Llama 3.1 405B are 35,000 characters.
-_MAX_TEXT_CHARS = 100_000
-
 
 def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, file: str) -> LoraConfig:
     """The settings of adapter_config.json, resolved for a model.
@@ -145,8 +143,8 @@ def _field_problems(raw: Mapping[str, Any]) -> list[str]:
         elif any(type(x) is int and abs(x) >= 2**31 for x in (value, *items, *deep)):
             problems.append(f"{name}={value!r:.200}: expected less than 2**31.")
         # Long patterns would make matching slow.
-        elif (size := _text_size(value)) > _MAX_TEXT_CHARS:
-            problems.append(f"{name}: {size:,} characters; expected at most {_MAX_TEXT_CHARS:,}.")
+        elif (size := _text_size(value)) > MAX_PATTERN_CHARS:
+            problems.append(f"{name}: {size:,} characters; expected at most {MAX_PATTERN_CHARS:,}.")
     return problems
 
 

@@ -27,8 +27,8 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.name_or_path,
-        "revision": None,
+        "base_model_name_or_path": spec.name_or_path or None,
+        "revision": spec.revision,
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,

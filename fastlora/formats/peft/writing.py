@@ -7,6 +7,7 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastlora.checkpoints.hub import upload
 from fastlora.checkpoints.output_folders import writable_folder
 from fastlora.checkpoints.tensors import read_json, write_json, write_safetensors, write_text
 from fastlora.errors import CheckpointError, raise_problems
-from fastlora.formats.peft.base_tensors import base_tensors_out
+from fastlora.formats.peft.base_tensors import base_problem, base_tensors_out
 from fastlora.formats.peft.config_writing import edge_targets, peft_config, targets_by_name
 from fastlora.formats.peft.names import peft_state_dict, tensor_problems
 from fastlora.models.params import DTYPES
@@ -30,8 +31,9 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     """Write a PEFT folder: the weights, README.md, then adapter_config.json.
 
     Tensors keep their dtypes. An initial offset is folded into the adapter, which doubles its rank.
-    Embedding and head are written too if they differ from the checkpoint's (after `add_tokens`). A
-    README.md that exists is kept, because the user may have written it.
+    Embedding and head are written too if they differ from the checkpoint's (after `add_tokens`). If
+    other tensors of the base differ (after `merge`), saving is refused, because the folder would
+    give other logits. A README.md that exists is kept, because the user may have written it.
 
     Args:
         model: with an adapter.
@@ -39,8 +41,8 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: before any file is written, if the model has no adapter, the adapter does not
-            fit the spec or holds NaN or infinity, its initial offset is missing, or the folder is a
-            file or the base model's folder.
+            fit the spec or holds NaN or infinity, its initial offset is missing, the base is not
+            the checkpoint's, or the folder is a file or the base model's folder.
         PermissionError: the folder cannot be written to.
     """
     # Parked originals stay on the host: the file holds the trained copies, not the originals.
@@ -52,6 +54,8 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
             " the model's base, and the base has none; call model.save_pretrained(folder) on a"
             " model that still has it."
         )
+    if problem := base_problem(model.spec):
+        raise ValueError(f"The adapter cannot be saved alone: {problem}.")
     tensors = peft_state_dict(adapter, lora)
     # The same check as in load_adapter, so that every folder that is written can be read.
     problems = tensor_problems(tensors, lora, model.spec.config, DTYPES.values())
@@ -85,6 +89,9 @@ def push_to_hub(
 ) -> str:
     """Upload the adapter's PEFT folder to the Hub and return the repository's URL.
 
+    If the base was loaded from a local folder, the uploaded files do not name it: its path means
+    nothing elsewhere. Whoever loads the adapter then gives the base.
+
     Args:
         model: with an adapter.
         repo_id: "user/name"; created if it does not exist.
@@ -93,16 +100,29 @@ def push_to_hub(
 
     Raises:
         ValueError: as `save_adapter`.
+        PermissionError: there is no token, or it may not write to the repository.
+        ConnectionError: the Hub was not reached, or offline mode is on.
     """
+    if _is_local(model.spec.name_or_path):
+        model = replace(model, spec=replace(model.spec, name_or_path="", revision=None))
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         return upload(Path(folder), repo_id, token=token, private=private)
 
 
+def _is_local(name: str) -> bool:
+    """Whether a base's name is a path of this machine, and neither a Hub id nor the demo."""
+    return name != "demo" and not _is_hub_id(name)
+
+
+def _is_hub_id(name: str) -> bool:
+    return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
+
+
 def _readme(spec: Spec, lora: LoraConfig) -> str:
     name = spec.name_or_path
     # The Hub rejects a model card whose base_model is not a Hub id, such as a local path.
-    is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+    is_id = "/" in name and _is_hub_id(name)
     base = [f"base_model: {name}"] if is_id else []
     tags = [f"- base_model:adapter:{name}"] if is_id else []
     front = [*base, "library_name: peft", "pipeline_tag: text-generation", "tags:", *tags, "- lora"]
@@ -110,7 +130,7 @@ def _readme(spec: Spec, lora: LoraConfig) -> str:
     return "\n".join(
         [
             *("---", *front, "---", ""),
-            f"# LoRA adapter for {name}",
+            f"# LoRA adapter for {name or 'a model that is not on the Hub'}",
             "",
             f"Rank {lora.r}, alpha {lora.lora_alpha:g}, on {names}. Trained with fastlora; read by",
             '`fastlora.load_adapter` and by `peft.PeftModel.from_pretrained(base, "this folder")`.',

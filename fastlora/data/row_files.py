@@ -1,0 +1,108 @@
+"""read_row_file(): the values in a .jsonl or .json file, read as strictly as a model's JSON."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastlora.checkpoints.file_bytes import check_size
+from fastlora.checkpoints.tensors import first_line, unique_names
+from fastlora.errors import CheckpointError, raise_problems
+
+_MAX_FILE_BYTES = 16 * 2**30  # rows are held in memory, where they take several times as much
+_MAX_LINE_BYTES = 256 * 2**20
+_MAX_SHOWN_CHARS = 60
+
+
+def read_row_file(path: Path) -> list[Any]:
+    """The values of a .jsonl file (one per line) or a .json file (a list, or one per line).
+
+    Empty lines are skipped. Numbers beyond the range of a float and names given twice in one object
+    are errors, as in a model's files.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: the name ends in neither .jsonl nor .json.
+        CheckpointError: too long, not UTF-8, or not JSON; the message names the file and the lines.
+    """
+    if path.suffix not in (".jsonl", ".json"):
+        raise ValueError(f"{path}: expected a file whose name ends in .jsonl or .json.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. Rows are read from .jsonl or .json files.")
+    check_size(path, _MAX_FILE_BYTES)
+    try:
+        return _read_lines(path) if path.suffix == ".jsonl" else _read_document(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def _read_document(path: Path) -> list[Any]:
+    check_size(path, _MAX_LINE_BYTES * 16)
+    data = path.read_bytes()
+    try:
+        rows = _parse(data)
+    except json.JSONDecodeError as error:
+        # A second value after the first one: JSON Lines under the other name.
+        if error.msg == "Extra data" and data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+            return _read_lines(path)
+        raise CheckpointError(f"{path} is not JSON in UTF-8: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON in UTF-8: {_reason(error)}") from error
+    if not isinstance(rows, list):
+        raise CheckpointError(
+            f"{path} holds a {type(rows).__name__}, expected a list of objects, or one object per "
+            "line."
+        )
+    return rows
+
+
+def _read_lines(path: Path) -> list[Any]:
+    rows, problems = [], []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            if line.strip():
+                rows.append(_parse(line))
+        except json.JSONDecodeError as error:
+            shown = error.doc[:_MAX_SHOWN_CHARS]
+            problems.append(f"line {number}: {error.msg} at column {error.colno}: {shown!r}")
+        except (ValueError, RecursionError) as error:
+            problems.append(f"line {number}: {_reason(error)}")
+    raise_problems(
+        CheckpointError,
+        f"{path}: lines that are not JSON in UTF-8:",
+        problems,
+        "Expected one object per line.",
+    )
+    return rows
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file. Only line feeds end one: JSON strings may hold U+2028."""
+    with path.open("rb") as file:
+        number = 0
+        while line := file.readline(_MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) > _MAX_LINE_BYTES:
+                raise CheckpointError(
+                    f"{path}, line {number} has over {_MAX_LINE_BYTES:,} bytes; expected one "
+                    "object per line."
+                )
+            yield line
+
+
+def _parse(data: bytes) -> Any:
+    """A JSON value. A byte order mark, which Windows editors may write, is skipped."""
+    text = data.decode("utf-8-sig")
+    return json.loads(text, object_pairs_hook=unique_names, parse_int=_integer)
+
+
+def _integer(digits: str) -> int:
+    """Integers of more than 308 digits are not numbers that a data set means."""
+    if len(digits) > 309 or math.isinf(float(digits)):
+        raise ValueError(f"an integer of {len(digits):,} digits")
+    return int(digits)
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else first_line(error)

@@ -1,0 +1,34 @@
+"""Folders that a model cannot be written to: refused before any file, and left as they were."""
+
+import pytest
+
+import fastlora
+from faults import folders
+from faults.case import tuned
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    base = folders.write_all(tmp_path_factory.mktemp("models")) / "base"
+    return tuned(fastlora.load(base, device="cpu")[0])
+
+
+@pytest.mark.parametrize("save", ["save_pretrained", "save_pretrained_merged"])
+@pytest.mark.parametrize("path", ["x" * 300, "a/" + "é" * 200, "/proc/no-such", "/proc/1/x/y"])
+def test_a_folder_that_no_file_system_makes_is_refused_by_name(model, save, path):
+    with pytest.raises((ValueError, PermissionError), match=r"cannot be written|cannot name") as e:
+        getattr(model, save)(path)
+    assert path[:50] in str(e.value)
+
+
+def test_a_refused_folder_keeps_its_files(model, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ValueError, match="file"):
+        model.save_pretrained(tmp_path / "file" / "below")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_nothing_but_the_adapter_is_left_in_the_parent(model, tmp_path):
+    model.save_pretrained(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
