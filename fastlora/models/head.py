@@ -12,7 +12,7 @@ from fastlora.models.params import Adapter, Base, BiasedLoRA, DoRA, Linear, LoRA
 from fastlora.models.projections import adapted_linear, dora_linear
 from fastlora.models.spec import Spec
 from fastlora.ops.cast import cast
-from fastlora.ops.dropout import dropout, fold, from_row
+from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
 
@@ -83,8 +83,8 @@ def masked_for_head(
     if key is None or "lora" not in parts or spec.lora is None:
         return hidden
     # Keys 0, 1, ... are those of the layers.
-    head_key = from_row(fold(key, spec.config.num_hidden_layers), first_row)
-    return dropout(hidden, spec.lora.lora_dropout, head_key)
+    head_key = fold(key, spec.config.num_hidden_layers)
+    return dropout(hidden, spec.lora.lora_dropout, head_key, first_row)
 
 
 def logits(

@@ -20,7 +20,7 @@ from fastlora.models.params import (
     LoRA,
 )
 from fastlora.models.spec import Spec
-from fastlora.ops.dropout import dropout, subkey
+from fastlora.ops.dropout import dropout, fold, key_and_row
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.linear.frozen import frozen_linear
 from fastlora.ops.linear.lora import lora_linear
@@ -164,8 +164,9 @@ def a_matrices(
         return matrices, None
     # The keys of all names are the same tensor for all calls in a layer, so a compiled layer
     # computes them once, in one launch.
-    keys = subkey(key, torch.arange(len(_DROPOUT_SALT), device=key.device))
-    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
+    layer_key, first_row = key_and_row(key)
+    keys = fold(layer_key, torch.arange(len(_DROPOUT_SALT), device=key.device))
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused, first_row)
 
 
 def _with_masked_base(
@@ -180,7 +181,8 @@ def _with_masked_base(
     linear, lora = params[name], adapter.get(name)
     if not isinstance(lora, DoRA):
         return project(x, (name,), params, adapter, spec, key)[0]
-    dropped = dropout(x, spec.lora_dropout, subkey(key, _DROPOUT_SALT[name]))
+    layer_key, first_row = key_and_row(key)
+    dropped = dropout(x, spec.lora_dropout, fold(layer_key, _DROPOUT_SALT[name]), first_row)
     x_a, scaling = F.linear(dropped, lora.a), dict(spec.scalings)[name]
     return adapted_linear(x, dropped, x_a, linear, lora, scaling)
 

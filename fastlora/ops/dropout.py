@@ -53,17 +53,16 @@ def fold(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k
 
 
 def from_row(key: Int[Tensor, "*k"], row: Int[Tensor, ""] | None) -> Int[Tensor, "*k"]:
-    """The key of the same mask without its rows before `row`; None: with all rows.
+    """A result of `fold` with the number of the mask's first row in its high word; None: row 0.
 
-    If the rows of a batch run one by one, each gets its part of the batch's mask. The number goes
-    into the high word of the key, which must be a result of `fold`. `subkey` keeps it.
+    If the rows of a batch run one by one, each needs its part of the batch's mask.
     """
     return key if row is None else key | (row << 32)
 
 
-def subkey(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k"]:
-    """`fold` of a key that may come from `from_row`; the result begins at the same row."""
-    return fold(key & _WORD, data) | (key & ~_WORD)
+def key_and_row(key: Int[Tensor, ""]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
+    """The inverse of `from_row`; the row is 0 in a key that is a result of `fold` itself."""
+    return key & _WORD, key >> 32
 
 
 def keep_mask(
@@ -72,7 +71,7 @@ def keep_mask(
     columns: int,
     p: float,
     device: torch.device,
-    first_row: int | Int32[Tensor, ""] = 0,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> Bool[Tensor, "rows columns"]:
     """True with probability 1 - p (rounded to 2**-32), independently per element.
 
@@ -82,9 +81,11 @@ def keep_mask(
         columns: number of columns.
         p: the share of elements that are False.
         device: of the result.
-        first_row: the result is the part of a larger mask that begins at this row.
+        first_row: the result is the part of a larger mask that begins at this row; None: 0.
     """
-    number = torch.arange(rows, dtype=torch.int32, device=device) + first_row
+    number = torch.arange(rows, dtype=torch.int32, device=device)
+    if first_row is not None:
+        number = number + low_word(first_row)
     row = hash32(number ^ low_word(key))
     column = torch.arange(columns, dtype=torch.int32, device=device) & _INDEX
     bits = hash32(row[:, None] + column * (0x9E3779B1 - 2**32))
@@ -93,14 +94,17 @@ def keep_mask(
 
 
 def dropout(
-    x: Float[Tensor, "*n d"], p: float, key: Int[Tensor, ""] | None
+    x: Float[Tensor, "*n d"],
+    p: float,
+    key: Int[Tensor, ""] | None,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "*n d"]:
     """Zero a share p of x and scale the rest by 1 / (1 - p). Returns x if key is None or p is 0.
 
-    The key is a result of `fold` or `from_row`.
+    `key` and `first_row` are those of `keep_mask`.
     """
     if key is None or p == 0.0:
         return x
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
-    keep = keep_mask(key, rows, columns, p, x.device, first_row=low_word(key >> 32))
-    return torch.where(keep.view(x.shape), x / (1.0 - p), 0.0)
+    keep = keep_mask(key, rows, columns, p, x.device, first_row).view(x.shape)
+    return torch.where(keep, x / (1.0 - p), 0.0)

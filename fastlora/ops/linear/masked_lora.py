@@ -25,6 +25,7 @@ class Masks(NamedTuple):
     slots: tuple[int, ...]  # for each A, the index of its mask's key; -1: no mask
     p: float  # share of x that is dropped
     fused: bool  # whether Triton kernels may run
+    first_row: Int[Tensor, ""] | None = None  # see dropout.keep_mask; only the reference reads it
 
 
 class Segments(NamedTuple):
@@ -41,7 +42,8 @@ def masked_x_a_reference(
 ) -> Float[Tensor, "*n r"]:
     """All xA_i side by side, differentiable any number of times."""
     pairs = zip(matrices, _key_of_each(masks.keys, masks.slots), strict=True)
-    return torch.cat([F.linear(dropout(x, masks.p, key), a) for a, key in pairs], -1)
+    masked = lambda key: dropout(x, masks.p, key, masks.first_row)
+    return torch.cat([F.linear(masked(key), a) for a, key in pairs], -1)
 
 
 def _key_of_each(keys: Int[Tensor, "k"], slots: tuple[int, ...]) -> list[Int[Tensor, ""] | None]:
