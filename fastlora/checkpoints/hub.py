@@ -5,6 +5,7 @@ wait for.
 """
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import contextmanager
 from glob import escape
