@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -28,6 +28,7 @@ from fastlora.arguments import (
 from fastlora.checkpoints.atomic import atomic_write
 from fastlora.text.chat_template import (
     MESSAGES,
+    TOOLS,
     ChatTemplate,
     Messages,
     Span,
@@ -147,6 +148,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: Literal[True] = True,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]: ...
 
     @overload
@@ -157,6 +159,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: Literal[False],
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str: ...
 
     def apply_chat_template(
@@ -166,6 +169,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int] | str:
         """A chat's token ids, or its text with `tokenize=False`.
 
@@ -176,13 +180,18 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of the assistant's next message.
             tokenize: False returns the text.
             chat_template: a name in `chat_templates`; None is "default".
+            tools: descriptions of functions that the model may call, as JSON schemas. A template
+                that does not read `tools` ignores them.
 
         Raises:
             ValueError: as `render_chat`.
         """
         check_arguments("Tokenizer.apply_chat_template", tokenize=(tokenize, FLAG))
         text = self.render_chat(
-            messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            tools=tools,
         )
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -192,24 +201,28 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = False,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """A chat's text, rendered in jinja2's sandbox.
 
         Raises:
-            ValueError: no such template, no messages, messages that are not JSON values, a template
-                that fails with them or tries something unsafe, or an argument of another type.
+            ValueError: no such template, no messages, messages or tools that are not JSON values,
+                a template that fails with them or tries something unsafe, or an argument of another
+                type.
         """
         check_arguments(
             "Tokenizer.render_chat",
             messages=(messages, MESSAGES),
             add_generation_prompt=(add_generation_prompt, FLAG),
             chat_template=(chat_template, optional(TEXT)),
+            tools=(tools, optional(TOOLS)),
         )
         return render(
             self._template(chat_template),
             messages,
             self.special_tokens,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
         )
 
     def render_replies(

@@ -1,0 +1,298 @@
+"""Engine: generates for rows that join and leave, with one synchronisation every 16 tokens.
+
+engine = Engine(model, slots=8, max_length=2048)
+slots = engine.admit([(prompt, settings), ...])
+while engine.running:
+    for new in engine.advance():
+        ...                      # new.slot, new.ids, new.finish_reason
+engine.close()
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import raise_problems
+from fastlora.generation.cache import Cache
+from fastlora.generation.forward import rope_table
+from fastlora.generation.nonfinite import NonFiniteLogits, explanation
+from fastlora.generation.prefixes import Prefix, Prefixes
+from fastlora.generation.prepare import PreparedModel, prepare
+from fastlora.generation.rows import (
+    LARGEST_LOGIT,
+    LOGPROB,
+    NO_TOKEN,
+    REPORTED_STEPS,
+    TOKEN,
+    NewRow,
+    begin,
+    new_rows,
+    step,
+)
+from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
+from fastlora.generation.step_graph import StepGraphs
+from fastlora.models.state import ModelState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowSettings:
+    """How one row is generated."""
+
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int | None  # None draws fresh entropy
+    stop: tuple[int, ...]  # ids that end the row; the stop id is part of the result
+    adapter_id: int = 0  # of a stack of adapters
+    logprobs: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewTokens:
+    """The tokens that one row got in one call of `advance`."""
+
+    slot: int
+    ids: list[int]
+    logprobs: list[float] | None  # of each id under the model's own logits, if asked for
+    finish_reason: Literal["stop", "length"] | None  # None: the row goes on
+
+
+class _Row:
+    """What the host knows of a row."""
+
+    def __init__(self, prompt: list[int], settings: RowSettings) -> None:
+        self.prompt, self.settings = prompt, settings
+        self.made = 0
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache. The newest token is not there yet."""
+        return len(self.prompt) - 1 + self.made
+
+    @property
+    def left(self) -> int:
+        return self.settings.max_new_tokens - self.made
+
+
+class Engine:
+    """A model with a cache of `slots` rows. A row occupies a slot until it ends or is released."""
+
+    def __init__(self, model: ModelState, *, slots: int, max_length: int) -> None:
+        """Prepare the model and allocate a short cache, which grows with the rows.
+
+        Args:
+            model: with an adapter, without one, or with a stack of adapters.
+            slots: rows at most at a time.
+            max_length: tokens of a row at most, prompt and new ones together.
+        """
+        with torch.no_grad():
+            self.state, self.model = model, prepare(model)
+            self.slots, self.max_length = slots, max_length
+            self.device = self.model.base["norm"].device
+            self.vocab_size = self.model.spec.config.vocab_size
+            like = self.model.base["norm"]
+            self.cache = Cache(self.model.spec.config, like, slots, max_length)
+            self.table = rope_table(self.model, self.cache.length)
+            self.rows = new_rows(slots, 4, self.device)
+        self.graphs = StepGraphs(self.device, record=_can_record(self.model))
+        # The CPU reads values at no cost, so shapes can follow the rows.
+        self.fixed_shapes = self.graphs.record or self.device.type != "cpu"
+        self.running: dict[int, _Row] = {}
+        self.prefixes = Prefixes(self.model, self.cache)
+        self.kernels: dict[int, list[Any]] = {}  # by number of rows
+        self.pending: list[NewTokens] = []  # read from the device, but not returned yet
+
+    @property
+    def free_slots(self) -> int:
+        """How many rows can be admitted."""
+        return self.slots - len(self.running)
+
+    # ── rows join ─────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def admit(self, prompts: list[tuple[list[int], RowSettings]]) -> list[int]:
+        """Read prompts, and give each a slot. Rows with the same prompt and adapter read it once.
+
+        Args:
+            prompts: ids and settings of each row; at most `free_slots`.
+
+        Raises:
+            ValueError: too many rows, or a row is empty, too long, or names no adapter.
+        """
+        self._check(prompts)
+        keys = [Prefix(tuple(ids[:-1]), settings.adapter_id) for ids, settings in prompts]
+        slots = self.prefixes.choose_slots(keys, self.running)
+        self._make_room(max(len(ids) for ids, _ in prompts), prompts)
+        self.prefixes.fill(keys, slots)
+        new = []
+        for slot, (ids, settings) in zip(slots, prompts, strict=True):
+            seed = row_seeds(None, 1)[0] if settings.seed is None else settings.seed
+            stop, limit, adapter_id = settings.stop, settings.max_new_tokens, settings.adapter_id
+            new.append(NewRow(slot, ids, limit, adapter_id, stop, settings.sampling, seed))
+            self.running[slot] = _Row(ids, settings)
+            if self.rows.seen is not None:
+                self.rows.seen[slot] = seen_ids(ids, self.vocab_size, self.device)
+        begin(self.rows, new, self.vocab_size)
+        return slots
+
+    def _check(self, prompts: Sequence[tuple[list[int], RowSettings]]) -> None:
+        problems = []
+        if len(prompts) > self.free_slots:
+            problems.append(f"{len(prompts)} prompts, but only {self.free_slots} slots are free")
+        if not prompts:
+            problems.append("prompts is empty: expected at least one row")
+        adapters = self.model.stack_size or 1
+        for i, (ids, settings) in enumerate(prompts):
+            longest = len(ids) + settings.max_new_tokens
+            if not ids or settings.max_new_tokens < 1:
+                problems.append(f"row {i}: expected a prompt token and a new token at least")
+            elif longest > self.max_length:
+                problems.append(
+                    f"row {i}: {len(ids)} prompt tokens and {settings.max_new_tokens} new ones make"
+                    f" {longest}; max_length is {self.max_length}"
+                )
+            if not 0 <= settings.adapter_id < adapters:
+                problems.append(
+                    f"row {i}: adapter_id={settings.adapter_id}: expected one in [0, {adapters})"
+                )
+        raise_problems(ValueError, "Engine.admit cannot do this:", problems)
+
+    def _make_room(
+        self, length: int, prompts: Sequence[tuple[list[int], RowSettings]] = ()
+    ) -> None:
+        """Grow what is too small. Graphs of the old tensors are forgotten."""
+        replaced = self.cache.grow(length)
+        if replaced:
+            self.table = rope_table(self.model, self.cache.length)
+        width = max((len(settings.stop) for _, settings in prompts), default=0)
+        if width > self.rows.stop.shape[1]:
+            wider = torch.full((self.slots, 2 * width), NO_TOKEN, device=self.device)
+            wider[:, : self.rows.stop.shape[1]] = self.rows.stop
+            self.rows, replaced = self.rows._replace(stop=wider), True
+        penalised = any(settings.sampling.repetition_penalty != 1.0 for _, settings in prompts)
+        if penalised and self.rows.seen is None:
+            shape = (self.slots, self.vocab_size)
+            seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
+            # Rows that run already have no penalty, and so need no entries.
+            self.rows, replaced = self.rows._replace(seen=seen), True
+        if replaced:
+            self.graphs.clear()
+
+    # ── rows go on ────────────────────────────────────────────────────────────────────────
+
+    @torch.no_grad()
+    def advance(self, steps: int = REPORTED_STEPS) -> list[NewTokens]:
+        """Up to `steps` tokens for every running row, at most 16. The host waits once.
+
+        Raises:
+            NonFiniteLogits: a row has NaN or infinite logits. It is released. The tokens of the
+                other rows are returned by the next call.
+        """
+        if self.pending or not self.running:
+            pending, self.pending = self.pending, []
+            return pending
+        rows = self.running.values()
+        steps = min(steps, REPORTED_STEPS, max(row.left for row in rows))
+        # A row that ends earlier needs less room than `steps`.
+        self._make_room(max(row.cached + min(steps, row.left) for row in rows))
+        self.rows.cursor.zero_()
+        done = self._run(steps)
+        return self._read(self.rows.report[:done].cpu())
+
+    def _run(self, steps: int) -> int:
+        """Run steps, and return their number: fewer on the CPU if all rows end before."""
+        variant, b = self._variant(), max(self.running) + 1
+        if self.fixed_shapes:  # few sizes, each a graph
+            b = min(1 << (b - 1).bit_length(), self.slots)
+        kernels = self._kernel_layers(b)
+        for i in range(steps):
+            end = self.cache.length
+            if not self.fixed_shapes:
+                longest = max(row.cached + min(i, row.left - 1) for row in self.running.values())
+                end = longest + 1
+            args = (self.model, self.cache, self.rows, b, end, variant, self.table, kernels)
+            self.graphs.run((b, end, variant), lambda args=args: step(*args))
+            if not self.fixed_shapes and not self.rows.running.any():
+                return i + 1
+        return steps
+
+    def _variant(self) -> Variant:
+        settings = [row.settings for row in self.running.values()]
+        logprobs = any(x.logprobs for x in settings)
+        return variant_of([x.sampling for x in settings], logprobs, self.vocab_size)
+
+    def _kernel_layers(self, b: int) -> list[Any]:
+        if b not in self.kernels:
+            layers = self.model.layers
+            made = [None] * len(layers)
+            if layers[0].spec.fused:
+                from fastlora.generation.kernel_layer import kernel_layer  # noqa: PLC0415  triton
+
+                window = self.model.spec.config.sliding_window
+                made = [kernel_layer(layer, b, window) for layer in layers]
+            self.kernels[b] = made
+        return self.kernels[b]
+
+    def _read(self, report: Tensor) -> list[NewTokens]:
+        """The report of all running rows. Rows that have ended leave their slots."""
+        tokens = report[:, TOKEN].long().T.tolist()
+        largest, logprobs = report[:, LARGEST_LOGIT].T, report[:, LOGPROB].T.tolist()
+        new, failed = [], None
+        for slot, row in [*self.running.items()]:
+            ids = [i for i in tokens[slot] if i != NO_TOKEN]
+            wrong = ~largest[slot, : len(ids)].isfinite()
+            if bool(wrong.any()):
+                at = int(wrong.nonzero()[0, 0])
+                failed = failed or (slot, row.made + at, float(largest[slot, at]))
+                self._forget(slot)
+                continue
+            row.made += len(ids)
+            stopped = bool(ids) and ids[-1] in row.settings.stop
+            reason = "stop" if stopped else None if row.left else "length"
+            asked = logprobs[slot][: len(ids)] if row.settings.logprobs else None
+            new.append(NewTokens(slot=slot, ids=ids, logprobs=asked, finish_reason=reason))
+            if reason is not None:
+                del self.running[slot]
+        if failed is None:
+            return new
+        self.pending = new
+        raise NonFiniteLogits(explanation(self.state, *failed), failed[0])
+
+    def _forget(self, slot: int) -> None:
+        """Free the slot of a row whose cache may hold NaN."""
+        self.release(slot)
+        self.prefixes.forget(slot)
+        self.cache.clear(slot)
+
+    # ── rows leave ────────────────────────────────────────────────────────────────────────
+
+    def release(self, slot: int) -> None:
+        """Free the slot of a row that its client has given up.
+
+        Raises:
+            ValueError: no row is running there.
+        """
+        if slot not in self.running:
+            raise ValueError(f"slot={slot}: no row is running there; running: {[*self.running]}")
+        del self.running[slot]
+        self.rows.running[slot] = False
+
+    def close(self) -> None:
+        """Free the memory of cache, rows and graphs. The engine is of no use afterwards."""
+        self.graphs.clear()
+        self.running.clear()
+        self.kernels.clear()
+        self.pending = []
+        self.slots = 0
+        del self.model, self.state, self.cache, self.prefixes, self.rows, self.table
+
+
+def _can_record(model: PreparedModel) -> bool:
+    """Whether a step can be a CUDA graph.
+
+    The heads of a stack with trained token rows are made in every step, with a copy from the host.
+    """
+    from_host = model.head is None and bool(model.spec.extras.tokens)
+    return model.base["norm"].is_cuda and not from_host
