@@ -36,6 +36,7 @@ from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 _UNCHANGED: Any = object()  # default of settings for which None, False and "auto" are values
 
 
+# eq=False: == on tensors gives a tensor and no bool, and comparing two 8B bases reads 32 GB.
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Model(ModelState):
     """A frozen base, an optional adapter, and the spec that says how to run them.
@@ -201,6 +202,7 @@ class Model(ModelState):
         sampling = Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
         )
+        # First, because the checks of generation read the shape of input_ids.
         check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
         check_generation(
             self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, seed, stream
@@ -248,6 +250,7 @@ class Model(ModelState):
             stream=pieces,
             **settings,
         )
+        # The last token may end inside a character, whose bytes the stream has held back.
         pieces.finish()
         return tokenizer.decode(out[0, len(ids) :].tolist())
 

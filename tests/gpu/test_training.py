@@ -1,5 +1,6 @@
 """A run over the demo on the GPU, with dropout."""
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -32,3 +33,15 @@ def training() -> Iterator[Row]:
 
 def test_training_lowers_the_loss_and_resumes(check):
     check(training())
+
+
+def test_packing_to_131072_tokens_needs_no_mask():
+    """A mask would take 16 GiB. The kernels of attention read spans in its place."""
+    model, tokenizer = fastlora.load("demo", device="cuda")
+    config = dataclasses.replace(model.spec.config, max_position_embeddings=131_072)
+    spec = dataclasses.replace(model.spec, config=config, max_seq_length=131_072)
+    long = fastlora.lora(dataclasses.replace(model, spec=spec), r=2)
+    rows = read_rows(DEMO / "train.jsonl")[:40]
+    train = partial(fastlora.train, max_steps=2, batch_size=1, packing=True, progress=False)
+    _, history = train(long, tokenizer, rows)
+    assert history.losses[1] < history.losses[0]
