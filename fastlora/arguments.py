@@ -8,9 +8,11 @@ arguments that belong to no record. All problems of a call are reported together
 import math
 import operator
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
 
 from fastlora.errors import raise_problems
 
@@ -73,6 +75,15 @@ def optional(rule: Rule) -> Rule:
 def instance(cls: type | tuple[type, ...], expected: str) -> Rule:
     """Rule: an instance of a class. `expected` names the class in the user's words."""
     return Rule(lambda x: isinstance(x, cls), expected)
+
+
+def iterable(expected: str) -> Rule:
+    """Rule: anything to iterate over whose items are values of their kind.
+
+    Texts, dicts and tensors are refused: iterating would give letters, keys or rows.
+    """
+    refused = str | bytes | Mapping | Tensor
+    return Rule(lambda x: isinstance(x, Iterable) and not isinstance(x, refused), expected)
 
 
 FLAG = Rule(lambda x: type(x) is bool, "True or False")

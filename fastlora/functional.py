@@ -8,43 +8,23 @@ Each function checks the classes, names, shapes and dtypes of its arguments, but
 these would wait for the GPU. `Model`'s methods check values as well.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_map
 
 from fastlora.errors import raise_problems
 from fastlora.models.decoder import dropout_key, hidden_states
-from fastlora.models.head import (
-    Head,
-    head,
-    head_factors,
-    is_frozen_product,
-    logits,
-    masked_for_head,
-)
+from fastlora.models.head import head, logits, masked_for_head
+from fastlora.models.head_logprobs import head_logprobs
 from fastlora.models.input_checks import check_call, entry_problems
 from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
 from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, Seed
-from fastlora.ops.dispatch import transforms_active, use_kernel
-from fastlora.ops.loss.linear_cross_entropy import (
-    IGNORE,
-    chunk_logprobs,
-    chunk_value_and_grad,
-    chunk_value_and_grad_kernel,
-    chunked_logprobs,
-    label_logprobs,
-    label_logprobs_and_grad,
-    label_logprobs_and_grad_kernel,
-    linear_logprobs,
-)
-from fastlora.runtime.compiled import compiled, compiles
+from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
 
 def forward(
@@ -88,6 +68,7 @@ def forward(
     inputs = {"input_ids": input_ids, **optional}
     check_call("functional.forward", adapter, base, spec, inputs, seed, adapter_ids)
     if adapter is not None and adapter_ids is not None:
+        # One adapter per row: 45 MB each in float32 for rank 16 on all projections of Llama 3.2 1B.
         row_adapters = tree_map(lambda x: x[adapter_ids], adapter)
         given = {name: x for name, x in optional.items() if x is not None}
         return _row_by_row(row_adapters, base, spec, input_ids, given, seed)
@@ -185,65 +166,14 @@ def _token_logprobs(
     optional: dict[str, Tensor | None],
     seed: Seed,
 ) -> Float[Tensor, "b t"]:
-    kernel = use_kernel(input_ids, spec.kernels)
     base = base if adapter is not None else unpark_originals(base)
     hidden = hidden_states(adapter, base, spec, input_ids, seed=seed, **optional)
     # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     model_head = head(adapter, base, spec)
-    logprobs = _frozen_head if is_frozen_product(model_head) else _trained_head
     key = dropout_key(spec, seed, hidden.device)
-    logp = logprobs(hidden.flatten(0, 1), model_head, spec, following.flatten(), key, kernel)
+    logp = head_logprobs(hidden.flatten(0, 1), model_head, spec, following.flatten(), key)
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
-
-
-def _frozen_head(
-    hidden: Float[Tensor, "n d"],
-    model_head: Head,
-    spec: Spec,
-    labels: Int[Tensor, "n"],
-    key: Int[Tensor, ""] | None,
-    kernel: bool,
-) -> Float[Tensor, "n"]:
-    value, value_and_grad = _regions(spec, hidden, chunk_logprobs, chunk_value_and_grad)
-    # Only the gradient by the hidden states is needed. The forward pass computes it chunk by chunk,
-    # so that the backward pass needs no logits.
-    if kernel:
-        value_and_grad = chunk_value_and_grad_kernel
-    rows, weight = head_factors(hidden, model_head["weight"], spec)
-    return linear_logprobs(rows, weight, labels, value, value_and_grad)
-
-
-def _trained_head(
-    hidden: Float[Tensor, "n d"],
-    model_head: Head,
-    spec: Spec,
-    labels: Int[Tensor, "n"],
-    key: Int[Tensor, ""] | None,
-    kernel: bool,
-) -> Float[Tensor, "n"]:
-    value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
-    if kernel:
-        value_and_grad = label_logprobs_and_grad_kernel
-    # Tensors are passed flat, because each chunk is differentiated by them.
-    params, structure = tree_flatten(model_head)
-    masked = masked_for_head(hidden, model_head, spec, key)
-    inputs = (hidden,) if masked is hidden else (hidden, masked)
-
-    def logits_of(*tensors: Tensor) -> Tensor:
-        rows = tensors[: len(inputs)]
-        tracked_head = tree_unflatten(tensors[len(inputs) :], structure)
-        return logits(rows[0], rows[-1], tracked_head, spec)
-
-    vocab_size = spec.config.vocab_size
-    return chunked_logprobs(logits_of, inputs, params, labels, vocab_size, value, value_and_grad)
-
-
-def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:
-    """The functions, each as a compiled region if the spec says so."""
-    if not compiles(spec.compile, x.device) or transforms_active():
-        return fns
-    return tuple(lambda *args, fn=fn: compiled(fn, args) for fn in fns)
 
 
 def loss_sum(
@@ -283,12 +213,14 @@ def loss(
         ValueError: as `loss_sum`.
     """
     total, count = _loss_sum("functional.loss", adapter, base, spec, batch, seed)
+    # A batch without trained tokens gives 0 / 1, with zero gradients, and not NaN.
     return total / count.clamp(min=1)
 
 
 def _loss_sum(
     function: str, adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, seed: Seed
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+    # First, because check_call reads the batch's input_ids.
     raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
     check_call(function, adapter, base, spec, batch, seed)
     labels = trained_labels(batch)

@@ -105,18 +105,23 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if problem := device_problem(device, types=("cpu", "cuda")):
         problems.append(problem)
+    # A value that is not a dict breaks its rule above.
     if isinstance(rope_scaling, dict):
         problems += rope_scaling_problems(rope_scaling)
     raise_problems(ValueError, "fastlora.load cannot use these arguments:", problems)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name, adapter_folder = os.fspath(model_name), None
+    # This look-up is of the argument itself. A base that is missing is one that the adapter names.
     try:
         folder = find_folder(name, revision=revision, **hub)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"model_name={name!r}: {error}") from error
+    # From here on name, revision and folder are the base's. The spec records them, so that an
+    # adapter that is trained over this model names the same base.
     if _is_adapter(folder):
         name, revision = _base_of(folder)
         folder, adapter_folder = find_folder(name, revision=revision, **hub), folder
+    # Before the weights: a broken tokenizer.json then fails before gigabytes are read.
     tokenizer = _tokenizer(folder, adapter_folder)
     try:
         config, base = read_base(
@@ -129,12 +134,13 @@ def load(
     except CheckpointError as error:
         if rope_scaling is None:
             raise
+        # The error names fields of config.json, but the wrong value may be the argument's.
         replaced = f"with rope_scaling={describe(rope_scaling)} in place of the file's: "
         raise CheckpointError(f"{replaced}{error}") from error
     spec = Spec(
         config=config,
         name_or_path=name,
-        # A local folder has none: the argument was not used.
+        # A local folder has no revisions, so the argument was not used.
         revision=None if name == "demo" or folder == Path(name) else revision,
         max_seq_length=max_seq_length or config.max_position_embeddings,
     )

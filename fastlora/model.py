@@ -36,6 +36,7 @@ from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 _UNCHANGED: Any = object()  # default of settings for which None, False and "auto" are values
 
 
+# eq=False: == on tensors gives a tensor and no bool, and comparing two 8B bases reads 32 GB.
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Model(ModelState):
     """A frozen base, an optional adapter, and the spec that says how to run them.
@@ -192,8 +193,7 @@ class Model(ModelState):
             top_k: sample among the k likeliest tokens only.
             top_p: sample among the likeliest tokens that together reach this probability.
             min_p: sample among tokens with at least this share of the likeliest one's probability.
-            repetition_penalty: divides positive scores of ids already seen, multiplies negative
-                ones; 1 changes nothing.
+            repetition_penalty: makes ids already seen less likely; 1 changes nothing.
             eos_token_id: ids that stop a row; None uses the checkpoint's, () stops no row.
             seed: of the sampling, one for all rows or one for each; None draws fresh entropy.
             stream: called for every new token with that of each row, up to 16 tokens late.
@@ -201,17 +201,17 @@ class Model(ModelState):
             return_logprobs: whether to return log-probabilities too.
 
         Raises:
-            ValueError: as `__call__`; also if prompt and new tokens together exceed
-                `spec.max_seq_length`, a prompt is padded on the right, or a setting is out of
-                range.
+            ValueError: as `__call__`; also if prompt and new tokens exceed `spec.max_seq_length`,
+                a prompt is padded on the right, or a setting is out of range.
             FloatingPointError: the model gives NaN or infinity; names a tensor that holds one.
         """
         sampling = settings_from(Sampling, locals())
+        # First, because the checks of generation read the shape of input_ids.
         check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
         inputs = (self, input_ids, attention_mask)
         extra = (seed, stream, adapter_ids, return_logprobs)
         check_generation(*inputs, max_new_tokens, sampling, eos_token_id, *extra)
-        stop = stop_ids(eos_token_id, default=self.spec.config.eos_token_id)
+        stop = stop_ids(eos_token_id, self.spec.config.eos_token_id)
         ids, logprobs = generate(*inputs, max_new_tokens, sampling, stop, *extra)
         return ids if logprobs is None else (ids, logprobs)
 
@@ -236,12 +236,11 @@ class Model(ModelState):
         Raises:
             ValueError: as `generate`; also if the prompt has no token, or its chat template fails.
         """
-        check_arguments(
-            "Model.generate_text",
-            tokenizer=(tokenizer, TOKENIZER),
-            prompt=(prompt, PROMPT),
+        rules = dict(
+            tokenizer=(tokenizer, TOKENIZER), prompt=(prompt, PROMPT),
             stream=(stream, optional(FUNCTION)),
-        )
+        )  # fmt: skip
+        check_arguments("Model.generate_text", **rules)
         ids = encode_prompt(tokenizer, prompt)
         if eos_token_id is None:
             config = self.spec.config
@@ -254,6 +253,7 @@ class Model(ModelState):
             return_logprobs=False,
             **settings,
         )
+        # The last token may end inside a character, whose bytes the stream has held back.
         pieces.finish()
         return tokenizer.decode(out[0, len(ids) :].tolist())
 

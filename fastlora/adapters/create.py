@@ -170,6 +170,7 @@ def lora(
     base = self_contained(model).base
     adapter = init_adapter(spec, base, dtype, random_state)
     spec, base, adapter = _with_factors_of_weights(spec, base, adapter, loftq, random_state)
+    # Last, because the trained copies above are clones of the originals on the device.
     base = park_originals(base, spec.extras, temporary_location)
     return replace(model, spec=spec, base=base, adapter=adapter)
 

@@ -49,6 +49,7 @@ def _tying_problems(
         " other matrix; choose one for both"
         for key in sorted(lora & copies)
     ]
+    # A magnitude has one entry per row: v for the head, d for the embedding's transposed matrix.
     if lora and s.use_dora:
         problems.append(
             "use_dora=True with ensure_weight_tying: embedding and head cannot share their"

@@ -39,8 +39,8 @@ RANK = whole_number(1, 2**16)
 ALPHA = number(low=-3e38, high=3e38)
 DROPOUT = number(low=0, high=1)  # PEFT's files may hold 1; lora() refuses it
 
-# The default of `recompute`. It equals every other "selective", but is an object of its own, which
-# tells the default from a text that the user gave.
+# The default of `recompute`. It equals every other "selective", but is a separate object, so that
+# `is` tells the default from a text that the user gave.
 DEFAULT_RECOMPUTE: Recompute = str(b"selective", "ascii")  # pyright: ignore[reportAssignmentType]
 
 # use_gradient_checkpointing -> recompute.

@@ -54,6 +54,7 @@ def location_problems(base: Base, extras: Extras, folder: str | os.PathLike[str]
     if not _keys_to_park(base, extras):
         return []
     given, path = f"temporary_location={os.fspath(folder)!r}", Path(folder).absolute()
+    # The folder may not exist yet. Its nearest parent that exists must then allow to create it.
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if not nearest.is_dir():
         return [f"{given}: {nearest} is a file; choose another name"]
@@ -62,19 +63,22 @@ def location_problems(base: Base, extras: Extras, folder: str | os.PathLike[str]
 
 
 def _keys_to_park(base: Base, extras: Extras) -> list[str]:
+    # Parking frees device memory. On the CPU the originals are mapped from the checkpoint already.
     return [] if base["norm"].device.type == "cpu" else unread(base, extras)
 
 
 def _mapped(key: str, tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:
     """The tensor, mapped from a new file that is removed together with it."""
+    # A new name each time, because several models may park in one folder.
     handle, name = tempfile.mkstemp(prefix=f"{key}-", suffix=".safetensors", dir=folder)
     os.close(handle)
     try:
         write_safetensors(Path(name), {key: tensor})
         mapped = read_safetensors(Path(name))[key]
-    except BaseException:
+    except BaseException:  # KeyboardInterrupt too: half a file of 1 GiB must not remain
         _remove(name)
         raise
+    # finalize also runs when Python exits; a __del__ might not.
     weakref.finalize(mapped, _remove, name)
     return mapped
 

@@ -165,6 +165,7 @@ def weight_init_problems(s: LoraConfig, extras: Extras, projections: Collection[
     if not reads_weights(s.init_lora_weights):
         return []
     problems, given = [], f"init_lora_weights={s.init_lora_weights!r}"
+    # Only the linear layers of the decoder have a place for an initial offset.
     if extras.lm_head is not None:
         problems.append(
             f"{given} does not go with target_modules of lm_head; leave the head out, or choose"

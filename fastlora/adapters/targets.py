@@ -5,7 +5,6 @@ the module names that transformers gives these models. `lora` and the reader of 
 (formats/peft/config_reading.py) both call `resolve_targets`; all other code uses its result.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,7 +21,7 @@ from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import layer_targets, module_names, projection_path
 from fastlora.models.params import EXPERTS, PROJECTIONS
-from fastlora.models.spec import Extras, LoraConfig, Target
+from fastlora.models.spec import Extras, LoraConfig, Target, lora_scaling
 
 
 def resolve_targets(
@@ -135,7 +134,7 @@ def _target(settings: LoraConfig, name: str, path: str) -> Target:
     """The target of this name, with the rank and alpha of the first patterns that match `path`."""
     r = first_match(settings.rank_pattern, path, settings.r)
     alpha = first_match(settings.alpha_pattern, path, settings.lora_alpha)
-    scaling = alpha / (math.sqrt(r) if settings.use_rslora else r)
+    scaling = lora_scaling(r, alpha, settings.use_rslora)
     return Target(name=name, r=r, lora_alpha=alpha, scaling=scaling)
 
 
@@ -150,6 +149,8 @@ def with_targets(lora: LoraConfig, targets: tuple[tuple[Target, ...], ...]) -> L
     named |= {module: t for module, t in edges.items() if t is not None}
     ranks = {path: t.r for path, t in named.items() if t.r != lora.r}
     alphas = {path: t.lora_alpha for path, t in named.items() if t.lora_alpha != lora.lora_alpha}
+    # The filters are dropped, because the names are those that passed them. Patterns are escaped,
+    # because a dot would match any character.
     return replace(
         lora,
         target_modules=tuple(named),

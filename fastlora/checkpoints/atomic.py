@@ -67,10 +67,14 @@ def free_bytes(folder: Path) -> int | None:
     The folder need not exist: its nearest existing parent is on the same disk.
     """
     try:
-        nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-        return shutil.disk_usage(nearest).free
+        return shutil.disk_usage(nearest_existing(folder)).free
     except OSError:
         return None
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path if it exists, else the nearest of its parents that does."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def sweep_temporary_files(folder: Path) -> None:

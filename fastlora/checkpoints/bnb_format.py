@@ -115,6 +115,7 @@ def split_quantized(
             quantized.setdefault(weight, {})[part] = entry
         else:
             dense[name] = entry
+    # The packed bytes have a plain name and were taken for a dense tensor.
     for weight, parts in quantized.items():
         if weight in dense:
             parts[""] = dense.pop(weight)
@@ -150,6 +151,7 @@ def stored_tensors(name: str, weight: Weight4bit) -> dict[str, Tensor]:
         "dtype": str(weight.form.dtype).removeprefix("torch."),
         "shape": [rows, columns],
     }
+    # bitsandbytes stores the packed bytes as a column [n, 1].
     tensors = {name: weight.packed.unsqueeze(1), f"{name}.quant_map": weight.levels}
     absmax = weight.absmax
     if isinstance(absmax, NestedAbsmax):

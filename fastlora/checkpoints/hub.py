@@ -47,12 +47,12 @@ FOLDER_OR_ID = Rule(
     lambda x: PATH.accepts(x) and is_file_name(os.fspath(x)), "a folder's path or a Hub id"
 )
 
-# Rules for the arguments of `fetch_folder` that users pass to `load` and `load_adapter`.
 REPO_ID = Rule(
     lambda x: isinstance(x, str) and bool(re.fullmatch(r"(\w[\w.-]*/)?\w[\w.-]*", x, re.ASCII)),
     "the id of a Hub repository, such as 'user/name'",
 )
 
+# Rules for the arguments of `fetch_folder` that users pass to `load` and `load_adapter`.
 HUB_RULES = {
     "token": optional(instance((str, bool), "a text, True or False")),
     "revision": optional(Rule(lambda x: isinstance(x, str) and x != "", "a branch, tag or commit")),

@@ -4,6 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from fastlora.checkpoints.atomic import nearest_existing
 from fastlora.checkpoints.hub import is_file_name
 from fastlora.models.spec import Spec
 
@@ -33,7 +34,7 @@ def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
     if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
         return ValueError(f"{path} is the folder the base was loaded from; choose another.")
     # A folder that does not exist is created in its nearest existing parent.
-    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    nearest = nearest_existing(path)
     if not nearest.is_dir():
         return ValueError(f"{path} cannot be a folder: {nearest} is a file; choose another name.")
     if not os.access(nearest, os.W_OK | os.X_OK):

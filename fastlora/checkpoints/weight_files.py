@@ -41,6 +41,7 @@ def scan(folder: Path) -> dict[str, Entry]:
         try:
             header = {k: e for k, e in read_header(path).items() if not _is_computed(k)}
         except CheckpointError as error:
+            # The other files are read nevertheless, so that one error names all broken ones.
             problems.append(str(error))
             continue
         if listed is not None:
@@ -80,6 +81,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
             + (f"; {pickles} are pickles, which can run code: convert them." if pickles else ".")
         )
     keys: dict[Path, set[str]] = {}
+    # By file name, so that reads and errors do not depend on the order of the index.
     for key, file in sorted(read_index(folder / INDEX).items(), key=itemgetter(1)):
         keys.setdefault(folder / file, set()).update([] if _is_computed(key) else [key])
     # Report missing shards together: a checkpoint of 405B has 191.
@@ -115,6 +117,7 @@ def resolve_tied_head(entries: dict[str, Entry], tied: bool) -> tuple[dict[str, 
 def _same_bytes(a: Entry, b: Entry) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
+    # As bytes, because NaN is not equal to itself as a number.
     tensors = read_entries({"a": a, "b": b}).values()  # memory-mapped: no copies
     return torch.equal(*(t.reshape(-1).view(torch.uint8) for t in tensors))
 

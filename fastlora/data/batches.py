@@ -42,6 +42,7 @@ def batches(
     # Sequences are shuffled by index; none is copied before its batch is due.
     order = np.arange(len(sequences))
     if seed is not None:
+        # One generator per epoch: a resumed run need not repeat the draws of earlier epochs.
         order = np.random.default_rng([seed, epoch]).permutation(order)
     for first in range(start * batch_size, len(order), batch_size):
         chosen = [sequences[i] for i in order[first : first + batch_size]]

@@ -30,6 +30,7 @@ def encode_chat(
         ValueError: a reply cannot be found, or masked messages that are not replies.
     """
     masked = [i for i, m in enumerate(messages) if i >= first and is_masked(m)]
+    # Replies need not be found then, so templates in which they cannot be found work too.
     if train_on == "all" and not masked:
         ids = tokenizer.encode(tokenizer.render_chat(messages), add_special_tokens=False)
         return make_example(ids, [True] * len(ids))
@@ -57,6 +58,8 @@ def _find_replies(
     if rendered is None:
         chat = Chat(messages, text, ids, spans, tokenizer, stops)
         return ids, spans, [find_reply(chat, i) for i in wanted]
+    # A block does not say to which message it belongs. We count the blocks of the chat up to
+    # message i, without and with it.
     blocks = rendered[1]
     chosen: list[Span] = []
     for i in wanted:

@@ -11,7 +11,8 @@ from fastlora.checkpoints.tensors import first_line, unique_names
 from fastlora.errors import CheckpointError, raise_problems
 
 _MAX_FILE_BYTES = 16 * 2**30  # rows are held in memory, where they take several times as much
-_MAX_LINE_BYTES = 256 * 2**20
+_MAX_LINE_BYTES = 256 * 2**20  # of one row; bounds what is read of a file without line feeds
+_MAX_DOCUMENT_BYTES = 4 * 2**30  # a .json file is parsed as one value, its text beside it
 _MAX_SHOWN_CHARS = 60
 
 
@@ -38,7 +39,7 @@ def read_row_file(path: Path) -> list[Any]:
 
 
 def _read_document(path: Path) -> list[Any]:
-    check_size(path, _MAX_LINE_BYTES * 16)
+    check_size(path, _MAX_DOCUMENT_BYTES)
     data = path.read_bytes()
     try:
         rows = _parse(data)

@@ -28,6 +28,7 @@ ROW_KINDS = (
 
 
 def _is_data(value: Any) -> bool:
+    # Old-style sequences have __getitem__ only; iter() accepts them.
     iterable = hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
     return PATH.accepts(value) or (iterable and not isinstance(value, str | bytes | Mapping))
 
@@ -82,6 +83,7 @@ def row_problem(row: Any) -> str | None:
     if kind == "messages" or (kind == "prompt" and not isinstance(row["prompt"], str)):
         return next(filter(None, (_chat_problem(k, v) for k, v in values.items())), None)
     if kind == "instruction":
+        # Alpaca's rows without input have "" there; other files have null or leave it out.
         values["input"] = row.get("input") or ""
     wrong = [f"{k} is a {type(v).__name__}" for k, v in values.items() if not isinstance(v, str)]
     return f"{', '.join(wrong)}, expected text" if wrong else None
@@ -106,6 +108,7 @@ def _chat_problem(key: str, messages: Any) -> str | None:
 
 
 def _mask_problem(message: Row) -> str | None:
+    # bool is checked separately, because True == 1 and False == 0.
     weight, train = message.get("weight"), message.get("train")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         return f"weight is {weight!r:.60}, expected 0 (not trained) or 1"

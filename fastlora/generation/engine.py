@@ -10,7 +10,7 @@ engine.close()
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from fastlora.errors import raise_problems
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import rope_table
+from fastlora.generation.kernel_layer import StepKernels, step_kernels
 from fastlora.generation.nonfinite import NonFiniteLogits, explanation
 from fastlora.generation.prefixes import Prefix, Prefixes
 from fastlora.generation.prepare import PreparedModel, prepare
@@ -35,6 +36,7 @@ from fastlora.generation.rows import (
 from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.models.state import ModelState
+from fastlora.ops.decode.product import MAX_BATCH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,7 @@ class Engine:
         self.fixed_shapes = self.graphs.record or self.device.type != "cpu"
         self.running: dict[int, _Row] = {}
         self.prefixes = Prefixes(self.model, self.cache)
-        self.kernels: dict[int, list[Any]] = {}  # by number of rows
+        self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
         self.pending: list[NewTokens] = []  # read from the device, but not returned yet
 
     @property
@@ -206,7 +208,7 @@ class Engine:
         variant, b = self._variant(), max(self.running) + 1
         if self.fixed_shapes:  # few sizes, each a graph
             b = min(1 << (b - 1).bit_length(), self.slots)
-        kernels = self._kernel_layers(b)
+        kernels = self._kernels(b)
         for i in range(steps):
             end = self.cache.length
             if not self.fixed_shapes:
@@ -223,17 +225,12 @@ class Engine:
         logprobs = any(x.logprobs for x in settings)
         return variant_of([x.sampling for x in settings], logprobs, self.vocab_size)
 
-    def _kernel_layers(self, b: int) -> list[Any]:
-        if b not in self.kernels:
-            layers = self.model.layers
-            made = [None] * len(layers)
-            if layers[0].spec.fused:
-                from fastlora.generation.kernel_layer import kernel_layer  # noqa: PLC0415  triton
-
-                window = self.model.spec.config.sliding_window
-                made = [kernel_layer(layer, b, window) for layer in layers]
-            self.kernels[b] = made
-        return self.kernels[b]
+    def _kernels(self, b: int) -> StepKernels:
+        # Prepared once for all steps of up to 64 rows, because adapters are copied.
+        largest = min(self.slots, MAX_BATCH) if b <= MAX_BATCH else b
+        if largest not in self.kernels:
+            self.kernels[largest] = step_kernels(self.model, largest)
+        return self.kernels[largest]
 
     def _read(self, report: Tensor) -> list[NewTokens]:
         """The report of all running rows. Rows that have ended leave their slots."""

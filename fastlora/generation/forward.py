@@ -5,7 +5,7 @@ Rows are not padded on the left: token i of a row has position i and lies at ind
 can record it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastlora.generation.cache import Cache
+from fastlora.generation.kernel_layer import StepKernels, run_kernel_layer
 from fastlora.generation.prepare import PreparedModel
 from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
 from fastlora.models.decoder import attention_masks
@@ -23,6 +24,7 @@ from fastlora.models.head import head, logits
 from fastlora.models.mlp import mlp_block
 from fastlora.models.names import with_replaced
 from fastlora.models.rope_tables import rope_tables
+from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -84,7 +86,7 @@ def decode(
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
     table: RopeTable | None,
-    kernels: Sequence[Any],
+    kernels: StepKernels,
     end: int,
 ) -> Float[Tensor, "b v"]:
     """Logits after one more token of the rows in slots 0 to b - 1, in the base's dtype.
@@ -98,19 +100,19 @@ def decode(
         lengths: number of tokens of each row before `token`.
         adapter_ids: the number of each row's adapter, for a stack.
         table: of `rope_table`, at least as long as the cache.
-        kernels: for each layer a KernelLayer of kernel_layer.py, or None.
+        kernels: of kernel_layer.step_kernels.
         end: no row has more than `end` tokens, the new one included.
     """
     b, rows = token.shape[0], torch.arange(token.shape[0], device=token.device)
     x = _embed(model, token[:, None], adapter_ids)
     cos, sin = _angles(model, lengths, table, x.dtype)
-    masks = _decode_masks(model, lengths, end)
+    masks = _decode_masks(model, lengths, end) if None in kernels.layers else {}
     for i, layer in enumerate(model.layers):
         k_cache, v_cache = cache.k[i], cache.v[i]
         if b < cache.slots:
             k_cache, v_cache = k_cache[:b], v_cache[:b]
-        if kernels[i] is not None:
-            x = _run_kernels(x, kernels[i], cos, sin, k_cache, v_cache, lengths)
+        if (kernel := kernels.layers[i]) is not None:
+            x = run_kernel_layer(x[:, 0], kernel, cos, sin, k_cache, v_cache, lengths)[:, None]
             continue
         q, k, v = _queries_keys_values(model, i, x, cos[:, None], sin[:, None], adapter_ids)
         k_cache[rows, :, lengths] = k[:, :, 0]
@@ -118,21 +120,9 @@ def decode(
         mask = masks[layer.attention_type]
         heads = _one_query(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
         x = _rest_of_layer(model, i, x, heads, adapter_ids)
+    if kernels.head is not None:
+        return decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")[0]
     return _logits(model, x[:, 0], adapter_ids)
-
-
-def _run_kernels(
-    x: Float[Tensor, "b 1 d"],
-    layer: Any,
-    cos: Float[Tensor, "b hd"],
-    sin: Float[Tensor, "b hd"],
-    k_cache: Float[Tensor, "b kv s hd"],
-    v_cache: Float[Tensor, "b kv s hd"],
-    lengths: Int[Tensor, "b"],
-) -> Float[Tensor, "b 1 d"]:
-    from fastlora.generation.kernel_layer import run_kernel_layer  # noqa: PLC0415  imports triton
-
-    return run_kernel_layer(x[:, 0], layer, cos, sin, k_cache, v_cache, lengths)[:, None]
 
 
 def _angles(

@@ -10,13 +10,14 @@ from typing import NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.generation.prepare import PreparedLayer
+from fastlora.generation.prepare import PreparedLayer, PreparedModel
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
 from fastlora.ops.decode.attention import decode_attention
-from fastlora.ops.decode.linear import Part, Product, decode_product, prepare_product
+from fastlora.ops.decode.linear import decode_product
+from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
 from fastlora.ops.rms_norm import rms_norm
 
@@ -30,6 +31,29 @@ class KernelLayer(NamedTuple):
     o: Product
     gate_up: Product | None  # None: the MLP runs in plain torch
     down: Product | None
+
+
+class StepKernels(NamedTuple):
+    """What of a decode step runs through the kernels. None: plain torch."""
+
+    layers: tuple[KernelLayer | None, ...]
+    head: Product | None  # the final norm and the logits
+
+
+def step_kernels(model: PreparedModel, b: int) -> StepKernels:
+    """All layers and the head of a model, prepared for steps of up to `b` rows.
+
+    Nothing runs through the kernels if `b` is above 64 or the model's spec keeps to plain torch.
+    """
+    layers, base, config = model.layers, model.base, model.spec.config
+    if not layers[0].spec.fused or b > MAX_BATCH:
+        return StepKernels((None,) * len(layers), None)
+    made = tuple(kernel_layer(layer, b, config.sliding_window) for layer in layers)
+    logits = None
+    # A head with LoRA, trained rows or fake quantisation runs in plain torch.
+    if model.head is not None and model.head.keys() == {"weight"} and not model.spec.qat_scheme:
+        logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
+    return StepKernels(made, logits)
 
 
 def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> KernelLayer | None:

@@ -38,10 +38,11 @@ from fastlora.generation.sampling import Sampling
 from fastlora.generation.text import PROMPT, Prompt, encode_prompt, text_stop_ids
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
+from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
-# More rows at a time make a step slower by as much as they add (H200, 8B: see the README).
-_MOST_ROWS = 256
+# The kernels of a decode step serve 64 rows; more run in plain torch.
+_MOST_ROWS = MAX_BATCH
 _MOST_ROWS_ON_CPU = 16
 
 # The share of free memory that slots may take. Prefill and the logits need some too.

@@ -5,7 +5,7 @@ be replayed any number of times. The host reads `report` after several steps.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float64, Int
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import RopeTable, decode
+from fastlora.generation.kernel_layer import StepKernels
 from fastlora.generation.prepare import PreparedModel
 from fastlora.generation.sampling import (
     RowSampling,
@@ -113,7 +114,7 @@ def step(
     end: int,
     variant: Variant,
     table: RopeTable | None,
-    kernels: Sequence[Any],
+    kernels: StepKernels,
 ) -> None:
     """One more token for each running row of slots 0 to b - 1.
 

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.params import BiasedLoRA, DoRA, LayerAdapter, LayerParams
-from fastlora.models.projections import LayerSpec, a_matrices, branch, project, projection_parts
+from fastlora.models.projections import LayerSpec, group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
 from fastlora.ops.attention.flash import Spans, flash_attention
@@ -47,7 +47,7 @@ def _joint_heads(
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None]:
-    """`_heads`, and one tensor whose gradient is dq, dk and dv side by side; None: there is none.
+    """`_heads`, and one tensor whose gradient is dq, dk and dv side by side, or None.
 
     Attention's backward kernel writes its three results into one buffer, which the fused product of
     q, k and v then reads. Otherwise Inductor takes 74 us per layer of 1B at 4 x 2048 tokens to
@@ -60,10 +60,8 @@ def _joint_heads(
     if "qkv" not in params or not unchanged:
         return *_heads(x, params, adapter, spec, key), None
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
-    matrices, masks = a_matrices(QKV, params, adapter, spec, key)
-    records = projection_parts(QKV, params, adapter, dict(spec.scalings))
-    branches = [branch(*record) for record in records]
-    ys, joint = joint_lora_linears(normed, matrices, branches, masks, params["qkv"])
+    arguments = group_arguments(QKV, params, adapter, spec, key)
+    ys, joint = joint_lora_linears(normed, *arguments, params["qkv"])
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
     return q, k, v, joint
 

@@ -70,5 +70,5 @@ class LlamaConfig:
     pad_token_id: int | None
     dtype: str  # of the weights: "float32", "bfloat16", "float16" or "float64"
     raw_json: str = field(repr=False)  # unchanged text of config.json, for exports of merged models
-    # The same of generation_config.json; None: there is no such file.
+    # The same of generation_config.json; None: the folder has no such file.
     raw_generation_json: str | None = field(default=None, repr=False)

@@ -1,6 +1,6 @@
 """Checks of models, specs and batches, for every function that takes them.
 
-Classes, names, shapes and dtypes are checked everywhere, by `call_problems` in functional.py and by
+Classes, names, shapes and dtypes are checked everywhere, by `check_call` in functional.py and by
 `input_problems` elsewhere: this takes microseconds and works under torch.func and torch.compile.
 `input_problems` also checks device, length and values. Looking at values waits for the GPU.
 """

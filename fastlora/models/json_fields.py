@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 
+# The default upper bound keeps the product of two sizes below 2**63, the largest that torch counts.
 def is_int(low: int, high: int = 2**31 - 1) -> Callable[[Any], bool]:
     """A test for integers from `low` to `high`. JSON's true and false are not integers."""
     return lambda x: type(x) is int and low <= x <= high
@@ -81,6 +82,7 @@ class Fields:
 
     def dtype(self) -> str:
         """The config's dtype without the prefix "torch."; "float32" if the file has none."""
+        # transformers 5 writes "dtype", 4 wrote "torch_dtype". A file with both is read as by 5.
         name = next((v for k in ("dtype", "torch_dtype") if (v := self.raw.get(k))), "float32")
         if isinstance(name, str) and (short := name.removeprefix("torch.")) in _DTYPES:
             return short
@@ -90,6 +92,7 @@ class Fields:
 
 def show(value: Any) -> str:
     """A value's repr, cut to 60 characters."""
+    # A field of an untrusted file may be megabytes long, and an error lists many fields.
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 

@@ -1,4 +1,4 @@
-"""Recompute levels: which activations a layer keeps for its backward pass, and who gets which.
+"""Recompute levels: which activations a layer keeps for its backward pass; the level of each layer.
 
 A layer runs at one of five levels, from most memory to least:
 

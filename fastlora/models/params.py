@@ -16,7 +16,7 @@ A model of two layers, adapted by LoRA on q_proj and v_proj:
                         {...})}
 
 An absent key means that the model has no such tensor: a projection without bias or adapter, a tied
-head. None never stands for it, so torch.utils._pytree and torch.func accept the trees.
+head. No leaf is None, so torch.utils._pytree and torch.func accept the trees.
 """
 
 from typing import Any, NamedTuple, NotRequired, TypedDict

@@ -102,15 +102,12 @@ def project(
     # Fake quantisation rounds W + s B A, so the sum of the matrices must be computed. Otherwise we
     # add the products of x with W and with A and B, which costs less.
     if spec.qat_scheme is not None:
-        parts = projection_parts(names, params, adapter, scalings)
+        parts = _projection_parts(names, params, adapter, scalings)
         return [_fake_quantised(x, *part, spec.qat_scheme) for part in parts]
     if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
-    # All A's are multiplied with x in one product (ops/linear/lora_group.py).
-    matrices, masks = a_matrices(names, params, adapter, spec, key)
-    branches = [branch(*part) for part in projection_parts(names, params, adapter, scalings)]
     fused_weight = params.get("qkv") if names == QKV else None
-    _, ys = lora_linears(x, matrices, branches, masks, fused_weight)
+    _, ys = lora_linears(x, *group_arguments(names, params, adapter, spec, key), fused_weight)
     return [
         _add_bias_or_magnitude(y, params[name], adapter[name], scalings[name])
         if name in adapter
@@ -119,7 +116,23 @@ def project(
     ]
 
 
-def projection_parts(
+def group_arguments(
+    names: tuple[str, ...],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> tuple[list[Float[Tensor, "_ d_in"]], list[Branch], Masks | None]:
+    """(every A, the branches, the dropout masks): arguments of ops/linear/lora_group.py.
+
+    One product multiplies x with every A, so x is read once for all of `names`.
+    """
+    matrices, masks = a_matrices(names, params, adapter, spec, key)
+    parts = _projection_parts(names, params, adapter, dict(spec.scalings))
+    return matrices, [_branch(*part) for part in parts], masks
+
+
+def _projection_parts(
     names: tuple[str, ...],
     params: LayerParams,
     adapter: LayerAdapter,
@@ -129,8 +142,8 @@ def projection_parts(
     return [(params[n], adapter.get(n), scalings.get(n, 1.0)) for n in names]
 
 
-def branch(linear: Linear, lora: AdapterRecord | None, scaling: float) -> Branch:
-    """The arguments of one projection for ops/linear/lora_group.py.
+def _branch(linear: Linear, lora: AdapterRecord | None, scaling: float) -> Branch:
+    """One projection as ops/linear/lora_group.py takes it.
 
     DoRA's bias is left out: it is added after the product is scaled (`_add_bias_or_magnitude`).
     """
@@ -294,7 +307,7 @@ def _fake_quantised(
     """One projection as it would compute after merging and quantising."""
     weight, bias = linear["weight"], linear.get("bias")
     assert isinstance(weight, Tensor), "lora() refuses qat_scheme over a quantised base"
-    if lora is None:  # merging leaves it alone, but it is quantised too
+    if lora is None:  # merging does not change it, but it is quantised too
         return qat_linear(x, weight, bias, None, None, None, scaling, scheme)
     if isinstance(lora, BiasedLoRA):  # merging adds this bias to the base's
         wide = torch.promote_types(lora.bias.dtype, torch.float32)

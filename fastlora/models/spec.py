@@ -1,5 +1,6 @@
 """Spec: everything about a model that is not a tensor. Frozen and hashable."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +22,12 @@ class Target:
     name: str  # of params.TARGETS: "q_proj", "gate", "experts.down_proj"
     r: int
     lora_alpha: float
-    scaling: float  # lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora
+    scaling: float  # the result of `lora_scaling`
+
+
+def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
+    """The factor on B A: lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora."""
+    return lora_alpha / (math.sqrt(r) if use_rslora else r)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +87,7 @@ class Spec:
     kernels: Kernels = "auto"
     deterministic: bool = False
     # Names of base tensors that differ from the checkpoint's, and UNTIED if the head has become a
-    # matrix of its own. save_pretrained writes changed embeddings and heads, and refuses the rest.
+    # second matrix. save_pretrained writes changed embeddings and heads, and refuses the rest.
     changed: tuple[str, ...] = ()
 
     @property

@@ -25,6 +25,7 @@ def transforms_active() -> bool:
     then run their reference to be correct. Only this function reads the private torch API for this;
     dynamo traces it.
     """
+    # forward_ad counts its levels from 0; outside of any it says -1.
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -32,7 +33,7 @@ def needs_reference(*frozen: Tensor | None) -> bool:
     """Whether an op must run as its differentiable reference.
 
     True under torch.func, and when the caller asks for gradients of `frozen`, tensors to which the
-    fused op gives none (scripts/make_demo.py trains base weights, for example).
+    fused op gives none (scripts/make_demo/make_demo.py trains base weights, for example).
     """
     return transforms_active() or any(t is not None and t.requires_grad for t in frozen)
 
@@ -57,6 +58,7 @@ def kernel_problem(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on this device, and the cure; None if they can."""
     if not triton_installed():
         return 'kernels="triton" needs triton, which is not installed; pip install triton'
+    # Triton reads this variable when our kernels are imported. Set later, it would have no effect.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return (

@@ -65,6 +65,7 @@ def value_and_grad(
         # autograd.grad would raise an error for a value that depends on no leaf.
         if not value.requires_grad:
             return value.detach(), tree_unflatten([torch.zeros_like(x) for x in leaves], structure)
+        # The value is detached: its graph would keep all activations as long as the caller has it.
         grads = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
         return value.detach(), tree_unflatten(list(grads), structure)
 

@@ -10,5 +10,6 @@ The results are those of transformers 5.23's AutoTokenizer for the same folder. 
     backend.py            the tokenizers library's object, set up as transformers sets it up
     chat_template.py      a chat as text, and which characters of it are replies
     template_sandbox.py   untrusted Jinja templates, run in jinja2's sandbox
+    template_names.py     the tag, filter and functions that transformers adds to Jinja
     template_budget.py    how much work a template may do
 """

@@ -7,11 +7,13 @@ normaliser, pre-tokenizer and decoder by the class.
 
 import json
 from collections.abc import Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from fastlora.errors import CheckpointError
 from fastlora.models.families.registry import tokenizer_class_of
 
 # Class name -> special tokens of a folder whose files name none.
@@ -30,6 +32,21 @@ _QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+@contextmanager
+def backend_errors(what: str):
+    """Turn everything that the tokenizers library raises into a CheckpointError that says `what`.
+
+    For example `what` is "tokenizer.json is not a tokenizer".
+    """
+    try:
+        yield
+    except BaseException as error:
+        # pyo3's PanicException derives from BaseException and cannot be imported.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise CheckpointError(f"{what}: {error!s:.500}") from error
+        raise
 
 
 def tokenizer_class(

@@ -2,6 +2,7 @@
 
 from fastlora.text.tokenizer import Tokenizer
 
+# The reply has private-use characters around it, so that it occurs only once in the chat.
 _PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "\ue0f4reply\ue0f4"}]
 
 
@@ -11,9 +12,11 @@ def encode_with_one_bos(tokenizer: Tokenizer, text: str) -> list[int]:
     A chat that a template has rendered begins with BOS already.
     """
     ids, bos = tokenizer.encode(text), tokenizer.bos_token_id
+    # Two: the text's BOS, and the one that the tokenizer adds.
     if bos is None or ids[:2] != [bos, bos]:
         return ids
     without = tokenizer.encode(text, add_special_tokens=False)
+    # A tokenizer that adds none was given a text that begins with two, which stay.
     return ids[1:] if without[:1] == [bos] and len(without) < len(ids) else ids
 
 
@@ -35,6 +38,7 @@ def unnamed_end_of_turn(tokenizer: Tokenizer) -> int | None:
     tokens = _tokens_after_reply(tokenizer)
     if not tokens or tokens[0] in tokenizer.eos_token_ids:
         return None
+    # Ordinary tokens may occur inside a reply, where generation must not stop.
     if tokens[0] not in tokenizer.backend.get_added_tokens_decoder():
         return None
     # A template that has no end of turn may write the next reply's header there.

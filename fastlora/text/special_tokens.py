@@ -69,6 +69,7 @@ def read_special_tokens(
         problems,
         "Expected a string or an object with a string under content.",
     )
+    # A declared token has flags, such as lstrip, which a bare name lacks.
     by_content = {token.content: token for token in declared.values()}
     named = {name: by_content.get(token.content, token) for name, token in named.items()}
     return SpecialTokens(named, extra, declared)
@@ -101,6 +102,8 @@ def _declared_tokens(
         added = parsed["tokenizer.json"].get("added_tokens") or []
         pairs += [(str(t["id"]), t) for t in added if isinstance(t, dict) and "id" in t]
         entries, source = dict(pairs), "added_tokens.json"
+    # Ids have 32 bits, so at most 10 digits. int() alone would accept "1_0" and digits of other
+    # scripts, too.
     is_id = re.compile("[0-9]{1,10}").fullmatch
     if not isinstance(entries, dict) or not all(is_id(i) for i in entries):
         problems.append(f"{source}: ids must be whole numbers; got {entries!r:.200}")
@@ -143,6 +146,7 @@ def add_special_tokens(backend: Backend, tokens: SpecialTokens, all_special: boo
     known = {t.content for t in backend.get_added_tokens_decoder().values()}
     known |= {t.content for t in tokens.declared.values()}
     special = [*tokens.named.values(), *tokens.extra]
+    # By id, because the library numbers new tokens in the order in which they are added.
     declared = [token for _, token in sorted(tokens.declared.items())]
     for token in declared:
         token.special = token.special or token.content in names

@@ -29,7 +29,7 @@ _SLOW_FILTERS = frozenset("wordwrap urlize pprint striptags xmlattr".split())
 _WIDE_METHODS = frozenset("center ljust rjust zfill expandtabs to_bytes".split())
 
 _SCALARS = (bool, int, float, range)
-_Container = (list, tuple, dict, set, frozenset)
+_CONTAINERS = (list, tuple, dict, set, frozenset)
 
 
 class Budget:
@@ -44,6 +44,7 @@ class Budget:
         self._weights: dict[int, tuple[Any, int]] = {}  # by id; the container is kept alive
         self._steps = _BASE_STEPS
         self._chars = self.most = _BASE_CHARS
+        # CPU time of this thread: on a busy machine the same chat must not fail.
         self._deadline = time.thread_time() + _MAX_SECONDS
 
     def _extend(self) -> None:
@@ -97,8 +98,8 @@ class Budget:
         total, nested = 1 + len(value), False
         for part in parts:
             total += self.weight(part)
-            nested = nested or isinstance(part, _Container)
-        if nested and isinstance(value, _Container):
+            nested = nested or isinstance(part, _CONTAINERS)
+        if nested and isinstance(value, _CONTAINERS):
             self._weights[id(value)] = (value, total)
         return total
 
@@ -106,7 +107,7 @@ class Budget:
         """Count a value that an expression made, and return it."""
         if isinstance(value, (str, bytes)):
             self.spend(len(value))
-        elif isinstance(value, _Container):
+        elif isinstance(value, _CONTAINERS):
             self.spend(_CHARS_PER_ITEM * len(value))
             self.check(self.weight(value))
         return value
@@ -146,6 +147,7 @@ class Budget:
 
     def check_format(self, text: str, args: Collection[Any], kwargs: Mapping[str, Any]) -> None:
         """Before text.format(*args, **kwargs)."""
+        # "{{" writes a brace; a single one inside a field opens another field, as in "{:{width}}".
         if re.search(r"\{[^{}]*\{", text.replace("{{", "")):
             raise SecurityError("a format takes its width from an argument")
         fields = re.findall(r"\{[^{}]*\}", text)
@@ -182,6 +184,7 @@ class Budget:
             self.check_replace(str(value), args[:2])
         elif name == "format":
             self.check_percent(str(value), dict(kwargs) or args)
+        # sum(start=[]) copies all items so far for every list: the time is quadratic.
         elif name == "sum" and any(not isinstance(x, int | float | str) for x in given):
             if not hasattr(value, "__len__") or len(value) > 1000:
                 raise SecurityError("a sum of lists")
@@ -216,5 +219,6 @@ def _check_widths(values: Iterable[Any]) -> None:
 
 def _check_specs(specs: Iterable[str]) -> None:
     for spec in specs:
+        # Widths up to 999 are harmless. "*" takes the width from an argument.
         if "*" in spec or re.search(r"\d{4}", spec):
             raise SecurityError(f"a format with the width {spec!r:.20}")

@@ -4,22 +4,26 @@ Only chat_template.py imports this file, and only when a chat is rendered: impor
 50 ms.
 """
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from datetime import datetime
 from functools import lru_cache, update_wrapper, wraps
 from typing import Any
 
 import jinja2
 from jinja2 import nodes
 from jinja2.exceptions import SecurityError
-from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from fastlora.errors import printable
 from fastlora.text.template_budget import Budget
+from fastlora.text.template_names import (
+    Generation,
+    Namespace,
+    raise_exception,
+    strftime_now,
+    to_json,
+)
 
 # What rendering raises: errors in the template, and Python's compiler's on deep nesting.
 _TEMPLATE_ERRORS = (
@@ -79,15 +83,15 @@ def _shown(error: BaseException) -> str:
 @lru_cache(maxsize=32)  # compiling a template takes about 10 ms, and training renders every row
 def _compile(text: str, marks: tuple[str, str]) -> jinja2.Template:
     environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.extend(generation_marks=marks)
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = to_json
     environment.meter_filters()
     environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "namespace": _Namespace,
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "namespace": Namespace,
         "dict": lambda *args, **items: dict(*args, **items),  # hides dict's unbound methods
     }
     environment.globals.pop("lipsum")  # writes any amount of random text
@@ -131,6 +135,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return budget.made(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        # It runs at every iteration and counts itself: the checks below would double its time.
         if obj is _step:
             return _step(*args)
         budget = _BUDGET.get()
@@ -174,6 +179,8 @@ class _Metering(NodeTransformer):
     def _literal(self, node: Any) -> Any:
         items = list(node.iter_child_nodes())
         self.generic_visit(node)
+        # Targets of an assignment must stay as they are. A literal of constants is no longer than
+        # the template, whose length has a bound.
         stored = getattr(node, "ctx", "load") != "load"
         if stored or all(isinstance(item, nodes.Const) for item in items):
             return node
@@ -252,56 +259,3 @@ def _metered(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         return budget.made(function(*args, **kwargs))
 
     return metered
-
-
-class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`: writes the body between the environment's marks."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's protocol)
-
-    def parse(self, parser: Any) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        before, after = (
-            nodes.Output([nodes.TemplateData(mark)])
-            for mark in self.environment.generation_marks  # pyright: ignore[reportAttributeAccessIssue]
-        )
-        return nodes.Scope([before, *body, after]).set_lineno(line)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """jinja2's namespace without underscored names, which lead to Python's internals."""
-
-    def __init__(self, *args: Any, **items: Any) -> None:
-        super().__init__()
-        for name, value in dict(*args, **items).items():
-            self[name] = value
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if str(name).startswith("_"):
-            raise SecurityError(f"a namespace may not hold the underscored name {name!r}")
-        super().__setitem__(name, value)
-
-    def __repr__(self) -> str:
-        return "<Namespace>"  # the contents may hold other namespaces, and so on
-
-
-def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """JSON as transformers writes it; jinja2's own filter would escape <, > and & for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    if len(form) > 1000:
-        raise SecurityError(f"a time format of {len(form):,} characters")
-    return datetime.now().strftime(form)

@@ -26,6 +26,7 @@ from fastlora.arguments import (
     optional,
 )
 from fastlora.checkpoints.atomic import atomic_write
+from fastlora.text.backend import backend_errors
 from fastlora.text.chat_template import (
     MESSAGES,
     TOOLS,
@@ -41,8 +42,8 @@ from fastlora.text.tokenizer_files import (
     tokenizer_files,
     with_added_tokens,
 )
-from fastlora.text.tokenizer_json import backend_errors
 
+# The library keeps ids in 32 bits and raises OverflowError for others.
 TOKEN_IDS = Rule(
     lambda ids: type(ids) is list and all(type(i) is int and 0 <= i < 2**32 for i in ids),
     "a list of token ids, whole numbers in [0, 2**32); decode one row of a batch at a time",
@@ -120,6 +121,8 @@ class Tokenizer:
             encoding = self.backend.encode(text, add_special_tokens=False)
         spans, reached = [], 0
         for start, end in encoding.offsets:
+            # start > reached: ByteLevel cut off leading spaces. start < reached: several tokens
+            # share a character, such as the bytes of an emoji.
             spans.append((min(start, reached), end))
             reached = end
         return encoding.ids, spans
@@ -206,9 +209,8 @@ class Tokenizer:
         """A chat's text, rendered in jinja2's sandbox.
 
         Raises:
-            ValueError: no such template, no messages, messages or tools that are not JSON values,
-                a template that fails with them or tries something unsafe, or an argument of another
-                type.
+            ValueError: no such template, no messages, messages or tools that are not JSON values, a
+                template that fails or tries something unsafe, or an argument of another type.
         """
         check_arguments(
             "Tokenizer.render_chat",
@@ -252,6 +254,7 @@ class Tokenizer:
             ValueError: an argument of another type.
         """
         check_arguments("Tokenizer.with_tokens", tokens=(tokens, TEXTS), special=(special, FLAG))
+        # A copy, because the library's objects are changed in place.
         backend = Backend.from_str(self.backend.to_str())
         backend.encode_special_tokens = self.backend.encode_special_tokens  # to_str drops it
         new = [AddedToken(t, normalized=not special, special=special) for t in tokens]
@@ -274,6 +277,8 @@ class Tokenizer:
         for name, data in self.files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             atomic_write(folder / name, lambda file, data=data: file.write(data))
+        # An older chat_template.jinja, for example, would hide the template in
+        # tokenizer_config.json.
         for path in tokenizer_files(folder):
             if path.relative_to(folder).as_posix() not in self.files:
                 path.unlink()
@@ -336,6 +341,7 @@ TOKENIZER = instance(Tokenizer, "a fastlora.Tokenizer, as fastlora.load returns 
 
 def _clean_up(text: str) -> str:
     """Remove the spaces that word-level vocabularies leave before punctuation and contractions."""
+    # The replacements of transformers' clean_up_tokenization, in its order.
     for mark in (".", "?", "!", ","):
         text = text.replace(f" {mark}", mark)
     text = text.replace(" ' ", "'")

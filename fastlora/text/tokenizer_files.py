@@ -11,7 +11,13 @@ from tokenizers import models
 
 from fastlora.checkpoints.file_bytes import read_bytes
 from fastlora.errors import CheckpointError, raise_problems
-from fastlora.text.backend import REBUILT_CLASSES, is_rebuilt, make_backend, tokenizer_class
+from fastlora.text.backend import (
+    REBUILT_CLASSES,
+    backend_errors,
+    is_rebuilt,
+    make_backend,
+    tokenizer_class,
+)
 from fastlora.text.chat_template import ChatTemplate
 from fastlora.text.special_tokens import (
     add_special_tokens,
@@ -19,10 +25,12 @@ from fastlora.text.special_tokens import (
     read_special_tokens,
     token_flags,
 )
-from fastlora.text.tokenizer_json import backend_errors, tokenizer_json_problems
+from fastlora.text.tokenizer_json import tokenizer_json_problems
 
 _MAX_TOKENIZER_BYTES = 128 * 2**20  # Gemma 3's tokenizer.json has 33 MB
 _MAX_OTHER_BYTES = 32 * 2**20  # a tokenizer_config.json that lists all added tokens has 1 MB
+# The sandbox refuses templates of more than 200,000 characters when a chat is rendered. Up to this
+# size such a folder still loads, because plain text needs no template.
 _MAX_TEMPLATE_BYTES = 2**20
 
 # Encoded and decoded once, so that an error of the library shows before any use.
@@ -111,6 +119,7 @@ def read_tokenizer_files(folder: Path, config_folder: Path) -> TokenizerParts:
 
 def _read_all(folder: Path, config_folder: Path) -> tuple[dict[str, bytes], dict[str, bytes]]:
     """Contents by name: of the tokenizer's files, and of the two configuration files."""
+    # Apart, because the model's two files are not saved with the tokenizer.
     files, configs, problems = {}, {}, []
     paths = [(files, p.relative_to(folder).as_posix(), p) for p in tokenizer_files(folder)]
     paths += [
@@ -212,6 +221,7 @@ def _chat_templates(
     templates = {}
     for name, data in files.items():
         if name.endswith(".jinja"):
+            # additional_chat_templates/tool_use.jinja is the template "tool_use".
             key = "default" if name == "chat_template.jinja" else Path(name).stem
             # Universal newlines, as when Python opens a file as text.
             text = data.decode().replace("\r\n", "\n").replace("\r", "\n")

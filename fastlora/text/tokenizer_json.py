@@ -2,38 +2,21 @@
 
 The library (0.23) trusts the file: some values make it panic or abort when a text is encoded, some
 let a text grow a billionfold, and BPE dropout gives other ids on every call. What these checks do
-not see, the library raises as PanicException, which is not an Exception; `backend_errors` turns it
-into a CheckpointError.
+not see, the library raises as PanicException, which is not an Exception; `backend.backend_errors`
+turns it into a CheckpointError.
 """
 
 import base64
 import binascii
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
-from fastlora.errors import CheckpointError
-
 _MAX_GROWTH = 64  # the most characters that a chain of Replace steps may make of one
 _MAX_INSERTED_CHARS = 10_000
 _MAX_REGEX_CHARS = 20_000  # GPT-4o's has 500
-
-
-@contextmanager
-def backend_errors(what: str):
-    """Turn everything that the tokenizers library raises into a CheckpointError that says `what`.
-
-    For example `what` is "tokenizer.json is not a tokenizer".
-    """
-    try:
-        yield
-    except BaseException as error:
-        # pyo3's PanicException derives from BaseException and cannot be imported.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise CheckpointError(f"{what}: {error!s:.500}") from error
-        raise
 
 
 def tokenizer_json_problems(raw: Mapping[str, Any], *, model_is_rebuilt: bool) -> list[str]:
@@ -54,9 +37,7 @@ def tokenizer_json_problems(raw: Mapping[str, Any], *, model_is_rebuilt: bool) -
         steps = list(_steps(raw.get(part)))
         for step in steps:
             problems += [f"{part}, {step.get('type')}: {p}" for p in _step_problems(step)]
-        growth = 1.0
-        for step in steps:
-            growth *= _growth(step)
+        growth = math.prod(map(_growth, steps))
         if growth > _MAX_GROWTH:
             problems.append(
                 f"{part}: its Replace steps make up to {min(growth, 1e300):.3g} characters of one; "
@@ -97,6 +78,8 @@ def _bpe_problems(model: dict[str, Any]) -> list[str]:
                 f"model: the merge {pair!r:.80} continues a word, but its second part does not "
                 f"begin with continuing_subword_prefix {prefix!r:.80}"
             )
+            # One is enough: the others are of the same kind, and files have 100,000 merges and
+            # more.
             break
     return problems
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastlora.checkpoints.tensors import read_json, read_safetensors, write_json, write_safetensors
 from fastlora.errors import CheckpointError, raise_problems
-from fastlora.formats.peft.restoring import restore_adapter
+from fastlora.formats.peft.restoring import restore_adapter, tensor_differences
 from fastlora.formats.peft.writing import save_adapter
 from fastlora.models.state import StateT
 from fastlora.training.history import Record, record_problems
@@ -73,6 +73,7 @@ def file_digest(path: Path) -> dict[str, Any]:
     """Bytes and SHA-256 of a file."""
     digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
+        # 4 MiB at a time: the file may not fit into the memory that is left.
         while block := file.read(2**22):
             digest.update(block)
             size += len(block)
@@ -116,10 +117,12 @@ def file_problems(folder: Path, state: Mapping[str, Any]) -> list[str]:
     problems = []
     for name in dict.fromkeys([OPTIMIZER_FILE, *state["files"]]):
         path, expected = folder / name, state["files"].get(name)
+        # A name with a slash would lead to a file outside the checkpoint.
         if Path(name).name != name or not isinstance(expected, dict):
             problems.append(f"{name[:80]!r}: {STATE_FILE} has no digest of a file of this name")
         elif not path.is_file():
             problems.append(f"{name} is not there, or not a file")
+        # The size first: it shows a file that was cut off without reading it.
         elif (size := path.stat().st_size) != expected.get("bytes"):
             problems.append(
                 f"{name} has {size:,} bytes, and had {expected.get('bytes')} when saved"
@@ -139,17 +142,11 @@ def _content_problems(path: Path, expected: Mapping[str, Any]) -> list[str]:
     return [f"{path.name} has other bytes than when it was saved (its SHA-256 differs)"]
 
 
-def check_checkpoint(folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint, after a check that no file has changed since it was saved.
-
-    Raises:
-        CheckpointError: naming every file that is not.
-    """
-    state = read_state(folder)
+def _check_files(folder: Path, state: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError that lists every file which has changed since it was saved."""
     raise_problems(
         CheckpointError, f"{folder} is damaged, by {STATE_FILE}:", file_problems(folder, state)
     )
-    return state
 
 
 def restore_checkpoint(
@@ -181,7 +178,8 @@ def restore_checkpoint(
             f"{folder} is of step {len(state['history'])}, but the run ends at step {steps}."
             " Raise max_steps or num_epochs, or pass resume=False with another output_dir."
         )
-    check_checkpoint(folder)
+    # After the settings: reading all files of an 8B model with a trained head takes seconds.
+    _check_files(folder, state)
     model = restore_adapter(learner.model, folder)
     _restore_optimizer(folder / OPTIMIZER_FILE, learner)
     return replace(learner, model=model), state["history"]
@@ -192,12 +190,7 @@ def _restore_optimizer(path: Path, learner: Learner) -> None:
     fresh = {name: fresh_state(learner.optimizer, leaf) for name, leaf in learner.leaves.items()}
     expected = {f"{name}.{key}": x for name, state in fresh.items() for key, x in state.items()}
     saved = read_safetensors(path)
-    form = lambda x: "no such tensor" if x is None else f"{tuple(x.shape)} {x.dtype}"
-    problems = [
-        f"{name}: the file has {form(saved.get(name))}, the run {form(expected.get(name))}"
-        for name in sorted(saved.keys() | expected.keys())
-        if form(saved.get(name)) != form(expected.get(name))
-    ]
+    problems = tensor_differences(saved, expected, "the run")
     raise_problems(CheckpointError, f"{path} does not fit this run:", problems)
     for name, leaf in learner.leaves.items():
         state = {key: saved[f"{name}.{key}"] for key in fresh[name]}
@@ -206,19 +199,22 @@ def _restore_optimizer(path: Path, learner: Learner) -> None:
 
 def complete_checkpoints(folder: Path) -> dict[int, Path]:
     """Step -> folder of every complete checkpoint, the newest last."""
-    complete = {
-        int(match[1]): path
-        for path in folder.glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d{1,18})", path.name))
-        and (path / STATE_FILE).is_file()
-    }
-    return dict(sorted(complete.items()))
+    complete = [path for path in folder.glob("checkpoint-*") if (path / STATE_FILE).is_file()]
+    steps = {step: path for path in complete if (step := step_of(path)) is not None}
+    return dict(sorted(steps.items()))
+
+
+def step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; None for another name."""
+    # At most 18 digits fit into int64. A longer name is not one that `train` wrote.
+    match = re.fullmatch(r"checkpoint-(\d{1,18})", checkpoint.name)
+    return int(match[1]) if match else None
 
 
 def is_intact(checkpoint: Path) -> bool:
     """Whether no file of a checkpoint has changed since it was saved. Reads all of them."""
     try:
-        check_checkpoint(checkpoint)
+        _check_files(checkpoint, read_state(checkpoint))
     except CheckpointError:
         return False
     return True

@@ -223,6 +223,7 @@ def _run_steps(
                 device = learner.model.base["norm"].device
                 bar.set_postfix(progress_figures(record, micro_batches, device), refresh=False)
             bar.update()
+            # Last, so that an error in the user's function finds the step's checkpoint written.
             if log is not None:
                 log(dict(record))  # a copy: log may change it
             if stop.signal is not None and step < run.steps:

@@ -80,6 +80,7 @@ def _first_row(model: ModelState, batch: Batch, seed: Seed) -> int | None:
 
 def _first_layer(model: ModelState, batch: Batch, seed: Seed) -> int | None:
     """The first layer whose output is not finite, by bisection; None if all are finite."""
+    # Layers only add to the hidden states, so NaN and infinity stay from one layer to the next.
     finite, count = 0, model.spec.config.num_hidden_layers
     if _is_finite_after(model, batch, seed, count):
         return None
@@ -96,6 +97,7 @@ def _is_finite_after(model: ModelState, batch: Batch, seed: Seed, layers: int) -
     """Whether the output of the first `layers` layers, normed, is finite."""
     lora, adapter = require_adapter(model)
     config = model.spec.config
+    # The fields of the config that have one value for each layer.
     per_layer = ("layer_types", "no_rope_layers", "sparse_layers")
     shorter = {name: getattr(config, name)[:layers] for name in per_layer}
     spec = replace(

@@ -5,9 +5,7 @@ adapter with training_run.json: {"settings": run_identity(...), "history": one r
 """
 
 import errno
-import math
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,13 @@ from fastlora.checkpoints.tensors import read_json, write_json
 from fastlora.errors import CheckpointError
 from fastlora.formats.peft.base_tensors import base_tensors_out
 from fastlora.formats.peft.writing import CONFIG_FILE, WEIGHTS_FILE
-from fastlora.training.checkpoint import STATE_FILE, complete_checkpoints, is_intact, newest_intact
+from fastlora.training.checkpoint import (
+    STATE_FILE,
+    complete_checkpoints,
+    is_intact,
+    newest_intact,
+    step_of,
+)
 from fastlora.training.history import Record
 from fastlora.training.identity import check_same_run
 from fastlora.training.learner import Learner
@@ -55,8 +59,7 @@ def checkpoint_to_resume(resume: bool | str | os.PathLike[str], folder: Path | N
 
 def add_way_on(error: CheckpointError, checkpoint: Path) -> CheckpointError:
     """The error of a damaged checkpoint, with the newest undamaged one before it."""
-    match = re.fullmatch(r"checkpoint-(\d{1,18})", checkpoint.name)
-    step = int(match[1]) if match else None
+    step = step_of(checkpoint)
     earlier = None if step is None else newest_intact(checkpoint.parent, before=step)
     if earlier is None:
         cure = (
@@ -128,13 +131,12 @@ def run_bytes(learner: Learner, settings: Settings, done: int, steps: int) -> in
     """
     model, leaves = learner.model, learner.leaves.values()
     beside = base_tensors_out(model.spec, model.base).values()
-    adapter = sum(x.nbytes for x in leaves)
-    adapter += sum(math.prod(x.shape) * x.dtype.itemsize for x in beside)
+    adapter = sum(x.nbytes for x in (*leaves, *beside))
     # AdamW's two moments have the leaf's dtype, or one byte each.
     moments = sum(
         2 * x.numel() * (x.itemsize if settings.optimizer == "adamw" else 1) for x in leaves
     )
-    count = 0
+    count = 0  # of checkpoints: those due so far are rounded down, the last step's is always due
     if settings.save_every is not None:
         count = -(-steps // settings.save_every) - done // settings.save_every
     return count * (adapter + moments + _SMALL_FILES_BYTES) + adapter + _SMALL_FILES_BYTES

@@ -43,13 +43,16 @@ def kept_on_failure(
         identity: of the run.
         stop: the run's.
     """
-    done = len(records)
+    done = len(records)  # by the run that this one resumes
     try:
         yield
+    # SystemExit and KeyboardInterrupt are not Exceptions. GeneratorExit is left out: it only means
+    # that this context was dropped.
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if records and not stop.repeated:
             attach(error, learner, records)
             message = _keep(folder, learner, records, identity, done)
+            # The note below appears in a traceback, which Python does not print for a SystemExit.
             if isinstance(error, TrainingStopped):
                 print_message(message)
             error.add_note(f"fastlora.train: {message}")
@@ -89,9 +92,11 @@ def _keep(
     name = f"checkpoint-{step}"
     complete = complete_checkpoints(folder)
     if step in complete and is_intact(complete[step]):
-        return f"The state after step {step} is in {folder / name}; {_how_to_resume(folder)}"
+        return f"The state after step {step} is in {folder / name}; {_resume_from(folder / name)}"
     if step == done:
         return f"No step was finished since the checkpoint of step {step}, from which it resumed."
+    # The optimizer writes to one leaf after the other. An interruption between two of them leaves
+    # an adapter that belongs to no step, and that must not be saved as one.
     if any(steps_taken(learner.optimizer, leaf) != step for leaf in learner.leaves.values()):
         return f"The run ended in the middle of an update; {_how_to_resume(folder)}"
     try:
@@ -99,8 +104,12 @@ def _keep(
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).split("\n", 1)[0][:300]
     else:
-        return f"The state after step {step} was saved to {folder / name}; {_how_to_resume(folder)}"
+        return (
+            f"The state after step {step} was saved to {folder / name};"
+            f" {_resume_from(folder / name)}"
+        )
     failed = f"{folder / name} could not be written ({reason})"
+    # Usually on another disk, so that a full one does not lose the state.
     elsewhere = Path(tempfile.gettempdir()) / f"fastlora-{secrets.token_hex(4)}" / name
     try:
         save_checkpoint(elsewhere, learner, identity, records)
@@ -118,6 +127,10 @@ def _how_to_resume(folder: Path) -> str:
     newest = newest_intact(folder)
     if newest is None:
         return f"{folder} holds no complete checkpoint."
+    return _resume_from(newest)
+
+
+def _resume_from(newest: Path) -> str:
     return (
         f"pass resume={os.fspath(newest)!r} to continue from {newest.name}, the newest complete"
         " checkpoint."

@@ -39,7 +39,7 @@ SCHEDULERS = ("cosine", "linear", "constant")
 _LARGEST_MASK_GIB = 8
 
 _COUNT = whole_number(1, 2**31)
-_MOST_EPOCHS = 1e9
+_MOST_EPOCHS = 1e9  # times fewer than 2**31 steps an epoch: the number of steps fits into int64
 _LARGEST_FLOAT32 = 3.4e38  # rounded down: larger numbers are infinity in the optimizer's kernels
 
 

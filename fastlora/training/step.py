@@ -1,7 +1,7 @@
 """optimizer_step(): the gradient of all micro-batches, clipping and the update; and evaluate()."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ from fastlora.training.optimizers import update
 from fastlora.training.run import Run
 from fastlora.training.settings import Settings
 
-# A float16 base whose gradient overflows is differentiated again with the next smaller scale.
+# A float16 base whose gradient overflows is differentiated again with the next smaller scale. The
+# powers of 2 change no digits. 2**-12 allows sums of 4,096 times float16's largest number, 65,504.
 _FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
 
 
@@ -138,7 +139,7 @@ def _dropout_seeds(model: ModelState, seed: int, step: int, micro_batches: int) 
     """A 0-d tensor for each micro-batch, on the model's device; None if there is no dropout."""
     if model.spec.lora is None or model.spec.lora.lora_dropout == 0:
         return [None] * micro_batches
-    # Tensors, for the same reason as the count of tokens: a CUDA graph reads them when replayed.
+    # Tensors, for the reason given in `_micro_batch`: a CUDA graph reads them when it is replayed.
     seeds = [dropout_seed(seed, step, i) for i in range(micro_batches)]
     return torch.tensor(seeds, device=model.base["norm"].device).unbind()
 
@@ -157,8 +158,8 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
         FloatingPointError: the mean is NaN or infinite; the message names the step.
     """
     sums = [
-        loss_sum(model.adapter, model.base, model.spec, _to_device(model, batch))
-        for batch in run.batches(run.eval_sequences, run.settings.batch_size, seed=None)
+        loss_sum(model.adapter, model.base, model.spec, batch)
+        for batch in _eval_batches(run, model)
     ]
     # Added in float64, which is exact for 10**8 tokens, and read once: the GPU need not wait.
     total, tokens = (
@@ -166,10 +167,15 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
     )
     loss = float(total / tokens)
     if not math.isfinite(loss):
-        batches = run.batches(run.eval_sequences, run.settings.batch_size, seed=None)
-        cause = nonfinite_cause_of_batches(model, (_to_device(model, batch) for batch in batches))
+        cause = nonfinite_cause_of_batches(model, _eval_batches(run, model))
         raise FloatingPointError(f"after step {step} the loss of eval_data is {loss}: {cause}.")
     return loss
+
+
+def _eval_batches(run: Run, model: ModelState) -> Iterator[Batch]:
+    """All batches of eval_data, in the order given, each on the device when it is due."""
+    for batch in run.batches(run.eval_sequences, run.settings.batch_size, seed=None):
+        yield _to_device(model, batch)
 
 
 def _to_device(model: ModelState, batch: Batch) -> dict[str, Tensor]:

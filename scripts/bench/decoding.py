@@ -31,6 +31,7 @@ from typing import Any
 import results
 import torch
 from random_checkpoint import SHAPES, write_checkpoint
+from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional as FL
@@ -49,7 +50,7 @@ def ours(args: argparse.Namespace) -> tuple[Generate, Callable[[torch.Tensor], A
     noise = lambda x: (
         x + 0.01 * torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
     )
-    model = model.with_adapter(torch.utils._pytree.tree_map(noise, model.adapter))
+    model = model.with_adapter(tree_map(noise, model.adapter))
     if args.one == "merged":
         model = fastlora.merge(model)
 

@@ -20,38 +20,16 @@ from oracles.extras_cases import ENDS, EXTRAS_CASES, U
 from oracles.peft_side import (
     IDS,
     difference,
-    export_difference,
     fast,
     hf_logits,
     hugging_face,
-    import_difference,
     logits,
     peft_config,
     peft_read,
     peft_saved,
-    step_difference,
     with_random_adapter,
 )
 from oracles.trees import same_bits
-
-
-@pytest.mark.parametrize("case", EXTRAS_CASES)
-def test_adapters_of_peft_load_with_its_logits(case, tmp_path):
-    family, settings = EXTRAS_CASES[case]
-    assert import_difference(family, tmp_path, **settings) <= 1e-5
-
-
-@pytest.mark.parametrize("case", EXTRAS_CASES)
-def test_saved_adapters_have_the_same_logits_in_peft(case, tmp_path):
-    family, settings = EXTRAS_CASES[case]
-    assert export_difference(family, tmp_path, **settings) <= 1e-5
-
-
-@pytest.mark.parametrize("case", EXTRAS_CASES)
-def test_a_step_of_training_equals_pefts(case, tmp_path):
-    family, settings = EXTRAS_CASES[case]
-    assert step_difference(family, tmp_path, **settings) <= 1e-6
-
 
 # ── the tree and the files ────────────────────────────────────────────────────────────────
 

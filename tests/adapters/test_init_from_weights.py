@@ -212,17 +212,20 @@ def test_combine_uses_the_change_against_the_base(tmp_path):
 
 def test_a_resumed_run_is_the_same_run(tmp_path):
     """The start factors come from the checkpoint: another random_state would give other factors."""
-    model, tokenizer = fastlora.load("demo", device="cpu")
+    # float32: two logits of 9 differ by 0.06 in bfloat16 if one is rounded the other way.
+    model, tokenizer = fastlora.load("demo", dtype="float32", device="cpu")
     rows = [{"text": f"number {i} follows number {i - 1}."} for i in range(16)]
     settings = dict(batch_size=2, save_every=2, progress=False, train_on="all", packing=False)
     settings |= dict(learning_rate=1e-3, lr_scheduler="constant", warmup_ratio=0.0)
     begin = lambda state: lora(
         model, r=4, init_lora_weights="pissa_niter_1", random_state=state, recompute="none"
     )
+    # Decomposed once: threaded LAPACK does not promise the same bits in two calls.
+    first = begin(1)
     whole, _ = fastlora.train(
-        begin(1), tokenizer, rows, max_steps=4, **settings, output_dir=tmp_path / "a"
+        first, tokenizer, rows, max_steps=4, **settings, output_dir=tmp_path / "a"
     )
-    fastlora.train(begin(1), tokenizer, rows, max_steps=2, **settings, output_dir=tmp_path / "b")
+    fastlora.train(first, tokenizer, rows, max_steps=2, **settings, output_dir=tmp_path / "b")
     resumed, _ = fastlora.train(
         begin(2), tokenizer, rows, max_steps=4, **settings, output_dir=tmp_path / "b", resume=True
     )
@@ -231,7 +234,7 @@ def test_a_resumed_run_is_the_same_run(tmp_path):
     assert not same_bits(start_leaves(begin(2)), start_leaves(whole))
     ids = torch.tensor([[1, 5, 9]])
     saved = load_adapter(model, tmp_path / "b")
-    torch.testing.assert_close(saved(ids), resumed(ids), rtol=0, atol=1e-2)
+    torch.testing.assert_close(saved(ids), resumed(ids), rtol=0, atol=1e-4)
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────

@@ -52,11 +52,11 @@ HOSTILE = {
 def test_a_broken_file_is_refused_at_once_and_named(tmp_path, name):
     path = tmp_path / "weights.safetensors"
     HOSTILE[name](path)
-    start = time.perf_counter()
+    start = time.process_time()
     for read in (read_header, read_safetensors):
         with pytest.raises(CheckpointError, match=r"weights\.safetensors"):
             read(path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_every_truncation_is_refused(tmp_path):

@@ -24,17 +24,9 @@ from faults.cases import CALLS, CASES, FILES
 from faults.kills import Tally, kill_loop, stop
 from faults.worker import Worker, run_cases
 
-# Outcome -> the column of the tally.
-COLUMNS = {
-    "refused": "refused",
-    "accepted rightly": "accepted rightly",
-    "accepted silently": "accepted silently",
-    "refused badly": "refused badly",
-    "slow": "slow",
-    "crashed": "crashed",
-    "hung": "hung",
-    "broken": "broken cases",
-}
+# In the order of the tally.
+OUTCOMES = ("refused", "accepted rightly", "accepted silently", "refused badly")
+OUTCOMES += ("slow", "crashed", "hung", "broken")
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,8 +59,8 @@ def _print_tally(results: dict[str, dict[str, Any]]) -> None:
     for title, table in (("bad calls", CALLS), ("damaged files", FILES)):
         counts = Counter(results[name]["outcome"] for name in table if name in results)
         print(f"{title}: {sum(counts.values())}")
-        for outcome, column in COLUMNS.items():
-            print(f"  {column}: {counts[outcome]}")
+        for outcome in OUTCOMES:
+            print(f"  {outcome}: {counts[outcome]}")
     by_item = Counter(r["item"] for r in results.values() if r["outcome"] not in GOOD)
     print("failing by item of issue 16:", dict(sorted(by_item.items())))
 

@@ -27,6 +27,8 @@ def _run(job: dict[str, Any]) -> NoReturn:
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     resource.setrlimit(resource.RLIMIT_AS, (mapped + _ADDRESS_SPACE,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # A shell's background jobs ignore SIGINT, and a child inherits that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     code = 0
     try:
         module, name = job["function"].split(":")

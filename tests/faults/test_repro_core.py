@@ -1,6 +1,5 @@
 """Section A of issue 16: one minimal reproduction for each defect of the core."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -229,14 +228,3 @@ def test_a8_lora_keeps_the_models_recompute_policy(base):
     model, _ = load(base)
     model = model.with_spec(recompute="full")
     assert fastlora.lora(model, r=2).spec.recompute == "full"
-
-
-def test_a8_packing_to_131072_tokens_is_planned_where_kernels_run(base, monkeypatch):
-    """Where the kernels of attention run, no mask is built, so none is refused."""
-    if not torch.cuda.is_available():
-        pytest.skip("the kernels of attention need a GPU")
-    model, tokenizer = load(base)
-    config = dataclasses.replace(model.spec.config, max_position_embeddings=131_072)
-    spec = dataclasses.replace(model.spec, config=config, max_seq_length=131_072)
-    long = tuned(dataclasses.replace(model, spec=spec)).to("cuda")
-    one_step(long, tokenizer, packing=True, batch_size=1)

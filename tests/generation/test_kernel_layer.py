@@ -1,5 +1,6 @@
 """A decode step through kernel_layer.py equals the plain one, for every adapter kind and family."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import decode, prefill, rope_table
-from fastlora.generation.kernel_layer import KernelLayer, kernel_layer
+from fastlora.generation.kernel_layer import StepKernels, kernel_layer, step_kernels
 from fastlora.generation.prepare import PreparedModel, prepare
 from fastlora.ops.quant.weights import Weight4bit
 from oracles.pairs import adapted, read_pair
@@ -29,12 +30,19 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def layers(model: PreparedModel, b: int) -> list[KernelLayer | None]:
-    window = model.spec.config.sliding_window
-    return [kernel_layer(layer, b, window) for layer in model.layers]
+def kernels_of(model: PreparedModel, b: int) -> StepKernels:
+    """As on a GPU."""
+    fused = tuple(
+        layer._replace(spec=dataclasses.replace(layer.spec, fused=True)) for layer in model.layers
+    )
+    return step_kernels(model._replace(layers=fused), b)
 
 
-def logits(model: PreparedModel, kernels: list[KernelLayer | None], b: int) -> list[Tensor]:
+def plain_step(model: PreparedModel) -> StepKernels:
+    return StepKernels((None,) * len(model.layers), None)
+
+
+def logits(model: PreparedModel, kernels: StepKernels, b: int) -> list[Tensor]:
     """Of two decode steps behind prompts of different lengths."""
     config = model.spec.config
     cache = Cache(config, model.base["norm"], b, LENGTH)
@@ -49,9 +57,9 @@ def logits(model: PreparedModel, kernels: list[KernelLayer | None], b: int) -> l
 
 
 def check(model: PreparedModel, b: int) -> None:
-    made = layers(model, b)
-    assert all(layer is not None for layer in made)
-    expected = logits(model, [None] * len(made), b)
+    made = kernels_of(model, b)
+    assert made.head is not None and None not in made.layers
+    expected = logits(model, plain_step(model), b)
     for actual, plain in zip(logits(model, made, b), expected, strict=True):
         torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
 
@@ -72,11 +80,21 @@ def test_step_equals_the_plain_step_for_any_number_of_rows(b, pair):
 @torch.no_grad()
 def test_layer_prepared_for_many_rows_serves_few(pair):
     model = prepare(adapted(pair("llama2").model))
-    made = layers(model, 4)
+    made = kernels_of(model, 4)
     logits(model, made, 4)
     actual = logits(model, made, 1)[1]
-    expected = logits(model, [None] * len(made), 1)[1]
+    expected = logits(model, plain_step(model), 1)[1]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_head_with_an_adapter_is_left_to_plain_torch(pair):
+    model = prepare(adapted(pair("llama2").model, target_modules=["q_proj", "lm_head"]))
+    made = kernels_of(model, 2)
+    assert made.head is None and None not in made.layers
+    pairs = zip(logits(model, made, 2), logits(model, plain_step(model), 2), strict=True)
+    for actual, plain in pairs:
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("b", [1, 2])
@@ -96,7 +114,9 @@ def test_unsupported_layers_are_left_to_plain_torch(pair, quantised_folder):
         adapted(plain, r=4, qat_scheme="int8"),
         load(quantised_folder("int8")),
     ):
-        assert layers(prepare(model), 1) == [None] * model.spec.config.num_hidden_layers
+        made = prepare(model)
+        assert kernels_of(made, 1).layers == plain_step(made).layers
     model = prepare(plain)
+    assert kernels_of(model, 65) == plain_step(model)
     assert kernel_layer(model.layers[0], 65) is None
     assert kernel_layer(prepare(pair("mistral").model).layers[0], 1) is None  # no window given

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from functools import partial
 
 import pytest
+import torch
 
 import fastlora
 from fastlora.checkpoints.hub import DEMO
 from fastlora.data.rows import read_rows
-from oracles.gpu_models import Row, relative
+from oracles.checkpoints import make_checkpoint
+from oracles.gpu_models import SIZES, Row, relative
 
 pytestmark = [pytest.mark.gpu, pytest.mark.part("training")]
 
@@ -32,3 +34,16 @@ def training() -> Iterator[Row]:
 
 def test_training_lowers_the_loss_and_resumes(check):
     check(training())
+
+
+def test_packing_to_131072_tokens_needs_no_mask(tmp_path):
+    """A mask would take 16 GiB. The kernels of attention read spans in its place."""
+    _, tokenizer = fastlora.load("demo")
+    config = SIZES | {"vocab_size": 4096, "max_position_embeddings": 131_072}
+    make_checkpoint("llama3.2", tmp_path, torch.bfloat16, config=config)  # heads of 64
+    model, _ = fastlora.load(tmp_path, device="cuda")
+    rows = read_rows(DEMO / "train.jsonl")[:40]
+    train = partial(fastlora.train, max_steps=2, batch_size=1, packing=True, progress=False)
+    trained, history = train(fastlora.lora(model, r=2), tokenizer, rows, warmup_ratio=0)
+    assert trained.spec.max_seq_length == 131_072
+    assert history.losses[1] < history.losses[0]

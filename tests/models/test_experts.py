@@ -1,7 +1,7 @@
 """Mixtures of experts: routing, the block, its gradients at every policy, torch.func, compiled.
 
 Logits, padding, packing, generation and files of these families are with the dense ones' tests;
-adapters against PEFT's are in tests/formats/test_peft_experts.py.
+adapters against PEFT's are in tests/formats/test_peft_parity.py.
 """
 
 from collections import Counter

@@ -78,19 +78,28 @@ def test_fused_weights_give_the_same_gradients_in_compiled_code(together, family
     assert [whole is not None for whole in seen] == [False] * layers + [True] * layers
 
 
+# Whether the gradient of q, k and v is one tensor does not depend on what is recomputed, so the
+# policies run with one kind of each sort.
+KINDS = [
+    ("llama_bias", dict(r=4, bias="all"), True),
+    ("llama3.2", dict(r=4, target_modules=["v_proj"]), True),
+    ("llama3.2", dict(r=4, target_modules=["up_proj"]), True),
+    ("llama3.2", dict(r=4, finetune_last_n_layers=1), True),  # the first without a gradient
+    ("llama3.2", dict(r=4, use_dora=True), False),
+    ("qwen3", dict(r=4), False),  # norms between the products and attention
+]
+WITH_POLICIES = [
+    ("llama3.2", dict(r=4, lora_dropout=0.3), True),
+    ("llama_bias", dict(r=4, lora_bias=True), False),
+]
+
+
 @pytest.mark.compile
-@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize(
-    ("family", "settings", "joined"),
+    ("family", "settings", "joined", "recompute"),
     [
-        ("llama_bias", dict(r=4, bias="all"), True),
-        ("llama3.2", dict(r=4, lora_dropout=0.3), True),
-        ("llama3.2", dict(r=4, target_modules=["v_proj"]), True),
-        ("llama3.2", dict(r=4, target_modules=["up_proj"]), True),
-        ("llama3.2", dict(r=4, finetune_last_n_layers=1), True),  # the first without a gradient
-        ("llama3.2", dict(r=4, use_dora=True), False),
-        ("llama_bias", dict(r=4, lora_bias=True), False),
-        ("qwen3", dict(r=4), False),  # norms between the products and attention
+        *((*kind, "none") for kind in KINDS),
+        *((*kind, policy) for kind in WITH_POLICIES for policy in ("none", "selective", "full")),
     ],
     ids=str,
 )

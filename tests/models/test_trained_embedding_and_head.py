@@ -1,6 +1,6 @@
 """Trained embedding, head, norms and biases: gradients, transforms, chunks, generation.
 
-adapters/test_extras.py compares the values with PEFT's. Here all ways of
+formats/test_peft_parity.py compares the values with PEFT's. Here all ways of
 running them give the values of plain torch functions.
 """
 
@@ -129,7 +129,7 @@ def test_the_loss_of_a_trained_head_never_holds_all_logits(pair, monkeypatch):
         seen.append(len(logits))
         return plain(logits, labels)
 
-    monkeypatch.setattr("fastlora.functional.label_logprobs", watched)
+    monkeypatch.setattr("fastlora.models.head_logprobs.label_logprobs", watched)
     fastlora.value_and_grad(FL.loss)(model.adapter, model.base, model.spec, BATCH)
     assert seen == [4, 4, 4, 4, 2]
 

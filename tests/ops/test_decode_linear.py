@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.ops.decode.linear import (
-    Part,
-    Product,
-    decode_product,
-    prepare_product,
-    product_reference,
-)
+from fastlora.ops.decode.linear import decode_product, product_reference
+from fastlora.ops.decode.product import Part, Product, prepare_product
 from fastlora.ops.quant.weights import LEVELS, NestedAbsmax, Weight, Weight4bit, empty_form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -46,14 +46,14 @@ MIXTURES: dict[str, dict[str, Any]] = {
 
 
 def relative(a: Any, b: Any) -> float:
-    """Largest difference of two trees' leaves, each over the largest entry of its counterpart."""
+    """The largest relative difference, by norm, of two trees' leaves."""
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    return max(float((x.double() - y.double()).norm() / y.double().norm()) for x, y in pairs)
+    return max(together(x, y) for x, y in pairs)
 
 
 def together(a: Any, b: Any) -> float:
     """Relative difference of two trees as one vector."""
-    flat = lambda tree: torch.cat([x.double().flatten() for x in tree_leaves(tree)])
+    flat = lambda tree: torch.cat([x.detach().double().flatten() for x in tree_leaves(tree)])
     return float((flat(a) - flat(b)).norm() / flat(b).norm())
 
 
@@ -63,7 +63,8 @@ def median_token(a: Tensor, b: Tensor) -> float:
     If two experts have nearly equal router scores, rounding can send a token to another expert, on
     both sides alike. These few tokens would determine the norm.
     """
-    wrong = (a.double() - b.double()).norm(dim=-1) / b.double().norm(dim=-1)
+    a, b = a.detach().double(), b.detach().double()
+    wrong = (a - b).norm(dim=-1) / b.norm(dim=-1)
     return float(wrong.median())
 
 

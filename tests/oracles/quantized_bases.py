@@ -65,12 +65,12 @@ def dense_twin(model: Model) -> Model:
     """The same model with the dequantised weights held dense."""
     dtype = model.base["norm"].dtype
 
-    def whole(x: Any) -> Any:
+    def dequantised(x: Any) -> Any:
         if isinstance(x, dict) and isinstance(x.get("weight"), Quantized):
             return x | {"weight": dense(x["weight"], dtype)}
         return x
 
-    layers = tuple({n: whole(x) for n, x in layer.items()} for layer in model.base["layers"])
+    layers = tuple({n: dequantised(x) for n, x in layer.items()} for layer in model.base["layers"])
     return replace(model, base=model.base | {"layers": layers})
 
 

@@ -79,7 +79,7 @@ def test_the_text_of_a_template_error_cannot_steer_the_terminal():
         ("{% for m in messages if m.role == 'user' %}{{ loop.index }},{% endfor %}", "200,"),
         ("{% set ns = namespace(x=[]) %}{% for m in messages %}{% set ns.x = ns.x + [m] %}"
          "{% endfor %}{{ ns.x | length }}", "400"),
-        ("{% for m in messages %}{% for n in messages[loop.index:] %}{% endfor %}{% endfor %}k",
+        ("{% for m in messages %}{% for n in messages[:50] %}{% endfor %}{% endfor %}k",
          "k"),
         ("{{ messages[1:3] | map(attribute='role') | join('-') }}", "assistant-user"),
         ("{{ 'a' ~ 1 ~ none ~ [1, 'b'] }}{{ (1, 2) }}{{ {'a': messages | length} }}", "400}"),

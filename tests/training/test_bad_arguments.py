@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import fastlora
 from oracles.training_runs import ROWS
@@ -65,10 +66,13 @@ def bad(accepted: dict[str, set[str]]) -> list[tuple[str, str]]:
 
 def refuses(function: Callable[..., Any], argument: str, arguments: dict[str, Any]) -> str:
     """Call the function, past the type hook if the tests have one; returns the error message."""
-    started = perf_counter()
+    started = process_time()
     with pytest.raises((ValueError, TypeError)) as refused:
         getattr(function, "__wrapped__", function)(**arguments)
-    assert perf_counter() - started < 1
+    assert process_time() - started < 1
+    # The hook checks a class and read_rows, which looks at the rows, before our own checks do.
+    if function in (fastlora.train, fastlora.plan) and argument not in ("data", "eval_data"):
+        assert not isinstance(refused.value, TypeCheckError)
     assert argument in str(refused.value)
     return str(refused.value)
 

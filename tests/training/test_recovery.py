@@ -36,6 +36,14 @@ def signal_at(at: int, *numbers: int):
 NO_SAVES = dict(save_every=100)
 
 
+@pytest.fixture(autouse=True)
+def sigint_as_in_a_terminal():
+    """A shell's background jobs ignore SIGINT, and so would tests that run in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_its_step_and_a_save(
     dropping, tokenizer, uninterrupted, tmp_path, capfd, number, status

@@ -215,9 +215,8 @@ def _value_by_value(
     def combination(parts: Sequence[_Part]) -> LoRA:
         scales = parts[0].a.new_tensor([part.scale for part in parts])[:, None, None]
         root = scales.abs().sqrt()
-        a = torch.stack(
-            [keep(part.a) for part in parts]
-        )  # all As before any B: PEFT's order of draws
+        # All As before any B: PEFT's order of random draws, so equal seeds give equal masks.
+        a = torch.stack([keep(part.a) for part in parts])
         b = torch.stack([keep(part.b) for part in parts])
         # The sign is on one side only: on both, it would cancel in B A.
         return LoRA(merge(a, root * scales.sign()), merge(b, root))

@@ -62,6 +62,8 @@ def merge(model: StateT) -> StateT:
     require_adapter(model)
     matrix = dequantized_matrices(model.base["norm"].dtype)
     config, tensors, merged = merged_tensors(model, matrix)
+    # Each tensor is computed twice. The check drops what it computes, so a merge that fails takes
+    # the memory of one matrix and not of a second base.
     check_finite(merged)
     base = base_from_tensors(config, tensors | {name: make() for name, make in merged.items()})
     untied = config.tie_word_embeddings != model.spec.config.tie_word_embeddings
@@ -93,15 +95,17 @@ def merged_tensors(
         return spec.config, tensors, _dequantized(tensors, matrix)
     config = replace(spec.config, tie_word_embeddings=_stays_tied(spec.config, spec.extras))
     base = with_replaced(model.base, adapter, tied=spec.extras.tied)
-    # The pair comes apart: from here on the head is a matrix of its own, still with equal values.
+    # Separate the pair: from here on the head is a second matrix, still with equal values.
     if not config.tie_word_embeddings and "lm_head" not in base:
         base = base.copy()
         base["lm_head"] = base["embed_tokens"]
     tensors = tensors_from_base(config, base)
+    # In this order, because an adapted matrix that is quantised is in both: the merged one counts.
     merged = _dequantized(tensors, matrix) | _merged_projections(spec, base, adapter, matrix)
     merged |= _merged_edges(spec, base, adapter)
     for name, copy in adapter.get("replaced", {}).items():
         merged.setdefault(name, copy.detach().clone)
+    # A pair that is still tied is one tensor on disk, under the embedding's name.
     if config.tie_word_embeddings:
         merged.pop(LM_HEAD, None)
     return config, tensors, merged
@@ -160,6 +164,7 @@ def _merged_projections(
                 continue
             linear, name = base["layers"][i][t.name], f"{path}.weight"
             dense = partial(matrix, name, linear["weight"])
+            # As defaults, because a closure would see the values of the loop's last iteration.
             merged[name] = lambda w=dense, lora=lora, s=t.scaling: merged_weight(w(), lora, s)
             if isinstance(lora, BiasedLoRA):
                 merged[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
@@ -196,6 +201,7 @@ def merged_embedding(
     weight: Float[Tensor, "v d"], lora: LoRA | DoRA, scaling: float
 ) -> Float[Tensor, "v d"]:
     """`merged_weight` of the transposed embedding, which maps one-hot tokens to hidden states."""
+    # contiguous: looking up tokens reads rows, which a transposed view scatters over the memory.
     return merged_weight(weight.t(), lora, scaling).t().contiguous()
 
 

@@ -21,8 +21,8 @@ def quantize(model: StateT) -> StateT:
 
     Matrices are quantised one at a time on the model's device (on the CPU, 40 ms per million
     values). The given model is unchanged; embedding, head and norms are shared with it. The adapter
-    is unchanged too; only the base is rounded. A model that is already quantised is returned as it
-    is.
+    is unchanged too; only the base is rounded. A model that is already quantised is returned
+    unchanged.
 
     Raises:
         ValueError: the model is a mixture of experts or in float64; its adapter has an initial
@@ -49,6 +49,7 @@ def quantize(model: StateT) -> StateT:
     check_quantizable(config, [model.base["norm"].dtype])
     tensors = tensors_from_base(config, model.base)
     names = projection_weights(config)
+    # bitsandbytes would quantise them without an error.
     raise_problems(
         ValueError,
         "fastlora.quantize cannot quantise NaN or infinity, but these matrices hold some:",

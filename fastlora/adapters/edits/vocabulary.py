@@ -1,6 +1,6 @@
 """add_tokens(): adds tokens to a vocabulary; their rows start at the mean of the other rows."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -8,18 +8,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.arguments import ENCODABLE_TEXT, FLAG, Rule, argument_problems, describe
+from fastlora.arguments import ENCODABLE_TEXT, FLAG, argument_problems, describe, iterable
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.names import EDGE_WEIGHTS
 from fastlora.models.params import Base
 from fastlora.models.state import StateT
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
-
-_TOKENS = Rule(
-    lambda x: isinstance(x, Iterable) and not isinstance(x, str | bytes | Mapping | Tensor),
-    "a list of texts",
-)
 
 
 def add_tokens(
@@ -55,11 +50,12 @@ def add_tokens(
         {
             "model": (model, MODEL),
             "tokenizer": (tokenizer, TOKENIZER),
-            "tokens": (tokens, _TOKENS),
+            "tokens": (tokens, iterable("a list of texts")),
             "special": (special, FLAG),
         }
     )
     new = []
+    # The checks of each token read the tokenizer and iterate over `tokens`.
     if not problems:
         new = list(tokens)
         problems = _token_problems(tokenizer, new)
@@ -71,7 +67,8 @@ def add_tokens(
     ids = [cast(int, new_tokenizer.backend.token_to_id(token)) for token in new]
     matrices = {k: _with_mean_rows(model.base[k], ids) for k in EDGE_WEIGHTS if k in model.base}
     base = cast(Base, {**model.base, **matrices})
-    # Changed tensors are saved together with an adapter over this model.
+    # The checkpoint does not have these rows, so an adapter alone would not load over it.
+    # save_pretrained therefore writes the changed matrices beside the adapter.
     changed = dict.fromkeys((*model.spec.changed, *(EDGE_WEIGHTS[key] for key in matrices)))
     config = replace(model.spec.config, vocab_size=base["embed_tokens"].shape[0])
     spec = replace(model.spec, config=config, changed=tuple(changed))
@@ -109,6 +106,7 @@ def _with_mean_rows(matrix: Float[Tensor, "v d"], ids: list[int]) -> Float[Tenso
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     mean = matrix[: min(ids)].mean(0, dtype=wide).to(matrix.dtype)
+    # 0 or less if the matrix already has rows for these ids (Qwen2.5 has 271 spare ones).
     missing = max(ids) + 1 - matrix.shape[0]
     extended = torch.cat([matrix, mean.expand(max(missing, 0), -1)])
     extended[min(ids) : max(ids) + 1] = mean

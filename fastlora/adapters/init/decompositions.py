@@ -35,6 +35,8 @@ def randomised_svd(
 
     torch.svd_lowrank draws from the global generator; this draws from `generator`, on the CPU.
     """
+    # QR after every product: without it all columns would turn towards the largest direction, and
+    # rounding would remove the others (algorithm 4.4).
     noise = torch.randn(matrix.shape[1], rank, generator=generator, dtype=matrix.dtype)
     q, _ = torch.linalg.qr(matrix @ noise.to(matrix.device))
     for _ in range(iterations):

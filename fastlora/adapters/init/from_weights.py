@@ -79,9 +79,11 @@ def projection_factors(
         generator: on the CPU; only "pissa_niter_N" draws from it.
         loftq: only "loftq" reads these.
     """
+    # torch has no QR and no SVD in 16 bits.
     weight = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
     if init == "olora":
         q, upper = torch.linalg.qr(weight)
+        # Copies, because views would keep all of Q and R in memory.
         return LoRA(upper[:r].contiguous(), q[:, :r].contiguous())
     if init == "loftq":
         return loftq_factors(weight, r, scaling, loftq)

@@ -35,6 +35,8 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
     """
     assert spec.lora is not None, spec
     config, init = spec.lora, spec.lora.init_lora_weights
+    # A seed means these draws in this order: by layer and target, A, then B, then B's bias. Another
+    # order would give other weights for the same random_state.
     generator, device = torch.Generator().manual_seed(random_state), base["norm"].device
 
     def fresh(layer: int | None, target: Target) -> AdapterRecord:
@@ -101,6 +103,7 @@ def _first_pair(
         a = torch.randn(r, d_in, generator=generator) / r
     else:
         a = _uniform((r, d_in), d_in, generator)
+    # Every value but False gives zeros. Methods such as "pissa" replace A and B afterwards.
     return a, torch.zeros(d_out, r) if init else _uniform((d_out, r), r * experts, generator)
 
 

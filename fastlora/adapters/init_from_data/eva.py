@@ -22,7 +22,7 @@ from fastlora.adapters.targets import with_targets
 from fastlora.errors import raise_problems
 from fastlora.models.names import projection_path
 from fastlora.models.params import Adapter
-from fastlora.models.spec import LoraConfig, Target
+from fastlora.models.spec import LoraConfig, Target, lora_scaling
 from fastlora.models.state import Batch, StateT, require_adapter
 
 
@@ -144,7 +144,7 @@ def _ranks(
 def _with_rank(t: Target, r: int, lora: LoraConfig, settings: InitSettings) -> Target:
     grows = settings.adjust_scaling_factors and r != t.r
     alpha = t.lora_alpha * r / t.r if grows else t.lora_alpha
-    return replace(t, r=r, lora_alpha=alpha, scaling=alpha / (r**0.5 if lora.use_rslora else r))
+    return replace(t, r=r, lora_alpha=alpha, scaling=lora_scaling(r, alpha, lora.use_rslora))
 
 
 def _eva_record(record: Any, components: Mapping[str, Components], t: Target, whiten: bool) -> Any:

@@ -121,7 +121,7 @@ def batch_positions(spec: Spec, batch: Batch, dtype: torch.dtype) -> Positions:
 
 
 def targets_by_input(targets: Sequence[Target]) -> dict[str, list[Target]]:
-    """The projection that stands for an input (SHARED_INPUT) -> the targets with that input."""
+    """First projection with an input (SHARED_INPUT) -> all targets with that input."""
     groups: dict[str, list[Target]] = {}
     for t in targets:
         groups.setdefault(SHARED_INPUT.get(t.name, t.name), []).append(t)

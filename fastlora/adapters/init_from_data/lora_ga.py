@@ -46,6 +46,7 @@ def lora_ga(model: StateT, batches: Sequence[Batch], settings: InitSettings) -> 
                 for t in lora.targets[i]
             }
         )
+    # The gradients came from the last layer back to the first.
     return with_initial_factors(model, factors[::-1], "lora_ga")
 
 
@@ -71,6 +72,7 @@ def weight_gradients(
     for i in reversed(range(len(entering))):
         names = [t.name for t in lora.targets[i]]
         total: dict[str, Tensor] = {}
+        # pop frees the inputs of a layer that is done.
         for n, x in enumerate(entering.pop()):
             weights = {name: dense(base["layers"][i][name]["weight"], x.dtype) for name in names}
             positions = batch_positions(spec, batches[n], x.dtype)
@@ -127,6 +129,7 @@ def _lora_ga_factors(
     a, b, largest = vh[for_a], u[:, for_b] * s[for_b], s[for_b][0]
     if settings.scale == "stable":
         b = b * (b.shape[0] ** 0.25 / settings.stable_gamma**0.5)
+    # Without a gradient (`largest` is 0) B stays 0.
     elif settings.scale == "weight_svd" and largest > 0:
         weight = dense(linear["weight"], gradient.dtype).to(gradient.dtype)
         b = b * (torch.linalg.matrix_norm(weight, 2) / largest)

@@ -16,6 +16,7 @@ from fastlora.models.state import ModelState, StateT, require_adapter
 class InitSettings:
     """The arguments of `initialize` that belong to methods, with PEFT's defaults."""
 
+    # Below 1 no projection could get its rank r, and the sum of all ranks could not be kept.
     rho: float = setting(number(low=1, high=1e6), 2.0)
     tau: float = setting(number(low=0, high=1), 0.99)
     use_label_mask: bool = setting(FLAG, True)

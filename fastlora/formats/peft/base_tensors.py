@@ -117,6 +117,7 @@ def take_base_tensors(
             f"two heads   {PREFIX}lm_head's matrix is not the embedding's, but the base has one for"
             " both; load a base whose tie_word_embeddings is false"
         )
+    # Any of the two will do: a difference was reported above.
     if tied and of_base:
         of_base = {EMBED_TOKENS: next(iter(of_base.values()))}
     return of_adapter, of_base, problems

@@ -29,6 +29,7 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": spec.name_or_path or None,
         "revision": spec.revision,
+        # PEFT's save_pretrained writes true; is_trainable=True of from_pretrained overrides it.
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
@@ -42,6 +43,7 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         "modules_to_save": _modules_to_save(lora),
         "rank_pattern": _patterns(spec.config, lora, lambda t: t.r, lora.r),
         "alpha_pattern": _patterns(spec.config, lora, lambda t: t.lora_alpha, lora.lora_alpha),
+        # The target names already say which layers are adapted.
         "layers_to_transform": None,
         "layers_pattern": None,
         # Newer fields only if they are used: older PEFT warns about every field it does not know.
@@ -116,6 +118,7 @@ def _target_names(config: LlamaConfig, lora: LoraConfig, *, parameters: bool) ->
         names += [short] if everywhere else [_full_name(i, name, short) for i in layers]
     if parameters:
         return names
+    # Of a tied pair only the embedding is named; ensure_weight_tying adds the head.
     return names + [m for m in edge_targets(lora) if not (lora.extras.tied and m == "lm_head")]
 
 

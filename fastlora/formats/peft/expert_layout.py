@@ -133,6 +133,7 @@ def _stack_experts(
     """(a, b) of an ExpertLoRA, from tensors in the order of `_legacy_shapes`."""
     ordered = [tensors[k] for k in keys]
     per_expert = len(ordered) // experts
+    # A part is [A, B] of one matrix, or [A, B, A, B] of gate and up.
     parts = [ordered[i : i + per_expert] for i in range(0, len(ordered), per_expert)]
     a = torch.stack([torch.cat(part[0::2]) for part in parts])
     return a, torch.stack([torch.block_diag(*part[1::2]) for part in parts])

@@ -4,6 +4,7 @@
 folder with exactly the tensors of its model, copied into the tensors that its optimizer updates.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,11 +42,7 @@ def restore_adapter(model: StateT, folder: Path) -> StateT:
     expected = peft_state_dict(folded, lora) | base_tensors_out(spec, model.base)
     path = folder / WEIGHTS_FILE
     tensors = read_safetensors(path)
-    problems = [
-        f"{key}: the file has {_form(tensors.get(key))}, the model {_form(expected.get(key))}"
-        for key in sorted(tensors.keys() | expected.keys())
-        if _form(tensors.get(key)) != _form(expected.get(key))
-    ]
+    problems = tensor_differences(tensors, expected, "the model")
     raise_problems(CheckpointError, f"{path} does not fit this model:", problems)
 
     def saved_leaf(key: str, leaf: Tensor) -> Tensor:
@@ -61,6 +58,23 @@ def restore_adapter(model: StateT, folder: Path) -> StateT:
     device = model.base["norm"].device
     offsets = unfold_offset(tree_map(lambda x: x.to(device, copy=True), saved), adapter)
     return replace(model, base=with_offset(model.base, offsets))
+
+
+def tensor_differences(
+    saved: Mapping[str, Tensor], expected: Mapping[str, Tensor], owner: str
+) -> list[str]:
+    """One line for each tensor that differs in shape or dtype, or that only one side has.
+
+    Args:
+        saved: key -> tensor of a file.
+        expected: key -> tensor that `owner` has.
+        owner: for the message: "the model".
+    """
+    return [
+        f"{key}: the file has {_form(saved.get(key))}, {owner} {_form(expected.get(key))}"
+        for key in sorted(saved.keys() | expected.keys())
+        if _form(saved.get(key)) != _form(expected.get(key))
+    ]
 
 
 def _form(x: Tensor | None) -> str:

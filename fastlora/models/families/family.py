@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 # Meanings of absent fields that most families share. These and each family's own are those of
-# transformers 5.23's configuration classes (tests/models/test_config.py compares them).
+# transformers 5.23's configuration classes (tests/models/test_config_json.py compares them).
 SHARED_DEFAULTS: Mapping[str, Any] = dict(
     num_key_value_heads=None,  # null: as many as query heads
     head_dim=None,  # null: hidden_size / num_attention_heads

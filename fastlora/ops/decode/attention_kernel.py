@@ -251,15 +251,7 @@ def decode_forward(
     )  # fmt: skip
     if not single:
         _join_kernel[(b * h,)](
-            lengths,
-            parts,
-            lse,
-            out,
-            S,
-            seen,
-            how.splits,
-            CHUNK=16,
-            num_warps=2,
-            **static,  # pyright: ignore
-        )
+            lengths, parts, lse, out, S, seen, how.splits,
+            CHUNK=16, num_warps=2, **static,  # pyright: ignore
+        )  # fmt: skip
     return out

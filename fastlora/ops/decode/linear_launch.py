@@ -7,7 +7,6 @@ import triton
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.decode.linear import COPIES, Product, batch_tile
 from fastlora.ops.decode.linear_kernel import EMPTY, matrix_kernel, vector_kernel
 from fastlora.ops.decode.packed_kernel import (
     DOT8,
@@ -17,6 +16,7 @@ from fastlora.ops.decode.packed_kernel import (
     packed_matrix_kernel,
     packed_vector_kernel,
 )
+from fastlora.ops.decode.product import COPIES, Product, batch_tile
 from fastlora.ops.dispatch import precision
 from fastlora.ops.quant.dequantize_kernel import _TRITON
 from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, shape_of

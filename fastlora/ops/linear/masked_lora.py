@@ -77,12 +77,12 @@ torch.library.define(
 # op whose mutated argument is None (torch 2.13).
 torch.library.define(
     "fastlora::masked_x_a_backward",
-    "(Tensor x, Tensor dlow, Tensor a, Tensor keys, int[] ranks, int[] slots, float p) -> Tensor",
+    "(Tensor x, Tensor dx_a, Tensor a, Tensor keys, int[] ranks, int[] slots, float p) -> Tensor",
 )
 
 torch.library.define(
     "fastlora::masked_x_a_backward_",
-    "(Tensor(a!) dx, Tensor x, Tensor dlow, Tensor a, Tensor keys, int[] ranks, int[] slots,"
+    "(Tensor(a!) dx, Tensor x, Tensor dx_a, Tensor a, Tensor keys, int[] ranks, int[] slots,"
     " float p, bool needs_a) -> Tensor",
 )
 

@@ -33,10 +33,13 @@ def qat_linear_reference(
     scheme: str,
 ) -> Float[Tensor, "*n d_out"]:
     """The specification, differentiable in every tensor; keeps several copies of the weight."""
-    how = SCHEMES[scheme]
     total = _total(weight, a, b, magnitude, scaling)
-    x = x if how.activation is None else fake_quantize(x, how.activation)
-    return F.linear(x, fake_quantize(total, how.weight), bias)
+    return F.linear(_quantised_input(x, scheme), fake_quantize(total, SCHEMES[scheme].weight), bias)
+
+
+def _quantised_input(x: Tensor, scheme: str) -> Tensor:
+    quantiser = SCHEMES[scheme].activation
+    return x if quantiser is None else fake_quantize(x, quantiser)
 
 
 def _total(
@@ -83,11 +86,6 @@ def _qat_linear(x, weight, bias, a, b, magnitude, scaling, scheme):
     return F.linear(_quantised_input(x, scheme), quantised, bias)
 
 
-def _quantised_input(x, scheme):
-    how = SCHEMES[scheme].activation
-    return x if how is None else fake_quantize(x, how)
-
-
 def _quantised_weight(weight, a, b, magnitude, scaling, scheme):
     quantised = torch.empty_like(weight)
     for rows in _chunks(weight):
@@ -106,8 +104,8 @@ def _qat_linear_backward(dy, x, weight, a, b, magnitude, scaling, scheme, needs_
     dx = x.new_empty(0)
     if needs_dx:
         dx = torch.mm(dy, _quantised_weight(weight, a, b, magnitude, scaling, scheme))
-        how = SCHEMES[scheme].activation
-        dx = dx if how is None else fake_quantize_backward(x, dx, how)
+        if (quantiser := SCHEMES[scheme].activation) is not None:
+            dx = fake_quantize_backward(x, dx, quantiser)
     if a is None:  # nothing is trained through the weight
         return [dx]
     x, da, db = _quantised_input(x, scheme), torch.zeros_like(a), torch.empty_like(b)

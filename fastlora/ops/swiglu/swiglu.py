@@ -46,13 +46,13 @@ def lora_swiglu_reference(
 # exists as a tensor of the MLP's width.
 torch.library.define(
     "fastlora::lora_swiglu",
-    "(Tensor g, Tensor u, Tensor x_a_g, Tensor x_a_u, Tensor b_g, Tensor b_u, Tensor? gains,"
+    "(Tensor g, Tensor u, Tensor gate_x_a, Tensor up_x_a, Tensor b_g, Tensor b_u, Tensor? gains,"
     " float scaling_g, float scaling_u) -> Tensor",
 )
 
 torch.library.define(
     "fastlora::lora_swiglu_backward",
-    "(Tensor(a!) dh, Tensor? dlow, Tensor? a, Tensor g, Tensor u, Tensor x_a_g, Tensor x_a_u,"
+    "(Tensor(a!) dh, Tensor? dh_a, Tensor? a, Tensor g, Tensor u, Tensor gate_x_a, Tensor up_x_a,"
     " Tensor b_g, Tensor b_u, Tensor? gains, float scaling_g, float scaling_u)"
     " -> (Tensor, Tensor, Tensor)",
 )

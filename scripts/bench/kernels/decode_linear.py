@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.decode.attention import decode_attention
-from fastlora.ops.decode.linear import Part, Product, decode_product, prepare_product
+from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.decode.linear_launch import Tile, launch_product
+from fastlora.ops.decode.product import Part, Product, prepare_product
 from fastlora.ops.quant.weights import LEVELS, NestedAbsmax, Weight, Weight4bit, empty_form, parts
 
 V = 128256

@@ -3,7 +3,7 @@
     python scripts/bench/kernels/input_gradients.py
 
 "today": one product per weight, each of which adds to one buffer. "stacked": one product over the
-stacked weights. The others change the order. 8,192 tokens in bf16, r = 16; dlow is the gradient of
+stacked weights. The others change the order. 8,192 tokens in bf16, r = 16; dx_a is the gradient of
 x times all A matrices. Times are in microseconds.
 """
 
@@ -28,9 +28,9 @@ def drawn(*shape: int) -> Tensor:
 
 
 def ways(d: int, rows: tuple[int, ...]) -> dict[str, Callable[[], Tensor]]:
-    """Name -> function that computes dlow A + sum of dy_i W_i."""
-    dlow, a, whole = drawn(N, R * len(rows)), drawn(R * len(rows), d), drawn(sum(rows), d)
-    weights = [w.clone() for w in whole.split(rows)]
+    """Name -> function that computes dx_a A + sum of dy_i W_i."""
+    dx_a, a, stacked = drawn(N, R * len(rows)), drawn(R * len(rows), d), drawn(sum(rows), d)
+    weights = [w.clone() for w in stacked.split(rows)]
     dys = [drawn(N, n) for n in rows]
     dy = torch.cat(dys, 1)
 
@@ -42,12 +42,12 @@ def ways(d: int, rows: tuple[int, ...]) -> dict[str, Callable[[], Tensor]]:
     terms = list(zip(dys, weights, strict=True))
     views = list(zip(dy.split(rows, 1), weights, strict=True))
     return {
-        "today": lambda: added(dlow @ a, terms),
-        "low-rank last": lambda: added(dys[0] @ weights[0], [*terms[1:], (dlow, a)]),
-        "reversed": lambda: added(dlow @ a, terms[::-1]),
-        "dy one buffer": lambda: added(dlow @ a, views),
-        "stacked": lambda: added(dlow @ a, [(dy, whole)]),
-        "stacked, low-rank last": lambda: added(dy @ whole, [(dlow, a)]),
+        "today": lambda: added(dx_a @ a, terms),
+        "low-rank last": lambda: added(dys[0] @ weights[0], [*terms[1:], (dx_a, a)]),
+        "reversed": lambda: added(dx_a @ a, terms[::-1]),
+        "dy one buffer": lambda: added(dx_a @ a, views),
+        "stacked": lambda: added(dx_a @ a, [(dy, stacked)]),
+        "stacked, low-rank last": lambda: added(dy @ stacked, [(dx_a, a)]),
     }
 
 

@@ -26,7 +26,7 @@ def main() -> None:
     for name, (d, segments) in INPUTS.items():
         new = lambda *s: torch.randn(*s, device="cuda", dtype=torch.bfloat16)
         x, a = new(N, d), new(R * segments, d)
-        dlow, keys = new(N, R * segments), torch.arange(segments, device="cuda")
+        dx_a, keys = new(N, R * segments), torch.arange(segments, device="cuda")
         static = ([R] * segments, [*range(segments)], 0.05)
         for tile in FORWARD:
             masked_lora_kernel._FORWARD = tile
@@ -37,10 +37,10 @@ def main() -> None:
     for tile, (name, (d, segments)) in product(BACKWARD, INPUTS.items()):
         (masked_lora_kernel._BACKWARD, masked_lora_kernel._CHUNKS), shape = tile, (R * segments, d)
         x, a, dx = new(N, d), new(*shape), new(N, d)
-        dlow, keys = new(N, R * segments), torch.arange(segments, device="cuda")
+        dx_a, keys = new(N, R * segments), torch.arange(segments, device="cuda")
         static = ([R] * segments, [*range(segments)], 0.05)
-        run = lambda dx=dx, x=x, dlow=dlow, a=a, keys=keys, s=static: (
-            masked_lora_kernel.masked_x_a_backward_(dx, x, dlow, a, keys, *s, needs_a=True)
+        run = lambda dx=dx, x=x, dx_a=dx_a, a=a, keys=keys, s=static: (
+            masked_lora_kernel.masked_x_a_backward_(dx, x, dx_a, a, keys, *s, needs_a=True)
         )
         print(f"{name:<10}backward {tile}: {timed(run, [()])}", flush=True)
 

@@ -25,12 +25,12 @@ BACKWARD += [((32, 128, 4, 2), 8), ((32, 128, 8, 2), 8), ((64, 64, 8, 2), 8), ((
 
 
 def drawn(f: int) -> tuple[Tensor, ...]:
-    """(dh, dlow, a, g, u, low_g, low_u, b_g, b_u)."""
+    """(dh, dh_a, a, g, u, gate_x_a, up_x_a, b_g, b_u)."""
     shapes = ((N, f), (N, R), (R, f), (N, f), (N, f), (N, R), (N, R), (f, R), (f, R))
     return tuple(torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in shapes)
 
 
-def low_part(x_a: Tensor, b: Tensor) -> Tensor:
+def low_rank_term(x_a: Tensor, b: Tensor) -> Tensor:
     """x A' times B'. lora_linear writes it, and the base product then adds to it."""
     return torch.addmm(x_a.new_empty(1), x_a, b.t(), beta=0)
 
@@ -48,16 +48,16 @@ def plain_backward(dh: Tensor, part: Tensor, g: Tensor, u: Tensor) -> tuple[Tens
 
 def before(*given: Any) -> Tensor:
     _, _, _, g, u, gate_x_a, up_x_a, b_g, b_u = given
-    low_part(gate_x_a, b_g)
-    low_part(up_x_a, b_u)
+    low_rank_term(gate_x_a, b_g)
+    low_rank_term(up_x_a, b_u)
     return plain(g, u)
 
 
 def before_backward(*given: Any) -> tuple[Tensor, ...]:
-    dh, dlow, a, g, u, gate_x_a, up_x_a, _, _ = given
-    dg, du = plain_backward(dh, dlow @ a, g, u)
+    dh, dh_a, a, g, u, gate_x_a, up_x_a, _, _ = given
+    dg, du = plain_backward(dh, dh_a @ a, g, u)
     # g replaces h in the last product; it has the same shape.
-    return dg.t() @ gate_x_a, du.t() @ up_x_a, dlow.t() @ g
+    return dg.t() @ gate_x_a, du.t() @ up_x_a, dh_a.t() @ g
 
 
 def now(*given: Any) -> Tensor:

@@ -1,0 +1,101 @@
+"""Log-probability of each token's label under a head, without all logits in memory at once.
+
+A frozen head needs one gradient per token, by the hidden state. A head with trained tensors needs
+their gradients too, so its backward pass computes the logits of each chunk again
+(ops/loss/linear_cross_entropy.py has both).
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fastlora.models.head import Head, head_factors, is_frozen_product, logits, masked_for_head
+from fastlora.models.spec import Spec
+from fastlora.ops.dispatch import transforms_active, use_kernel
+from fastlora.ops.loss.linear_cross_entropy import (
+    chunk_logprobs,
+    chunk_value_and_grad,
+    chunk_value_and_grad_kernel,
+    chunked_logprobs,
+    label_logprobs,
+    label_logprobs_and_grad,
+    label_logprobs_and_grad_kernel,
+    linear_logprobs,
+)
+from fastlora.runtime.compiled import compiled, compiles
+
+
+def head_logprobs(
+    hidden: Float[Tensor, "n d"],
+    model_head: Head,
+    spec: Spec,
+    labels: Int[Tensor, "n"],
+    key: Int[Tensor, ""] | None,
+) -> Float[Tensor, "n"]:
+    """log softmax(logits)[i, labels[i]] of each row i in at least float32; 0 if the label is -100.
+
+    Args:
+        hidden: the final norm's output.
+        model_head: the result of `head`.
+        spec: the model's.
+        labels: in [0, v), or -100.
+        key: the result of `decoder.dropout_key`.
+
+    Raises:
+        ValueError: spec.kernels is "triton" on a device that runs no Triton kernels.
+    """
+    kernel = use_kernel(hidden, spec.kernels)
+    if is_frozen_product(model_head):
+        return _frozen_head(hidden, model_head, spec, labels, kernel)
+    return _trained_head(hidden, model_head, spec, labels, key, kernel)
+
+
+def _frozen_head(
+    hidden: Float[Tensor, "n d"],
+    model_head: Head,
+    spec: Spec,
+    labels: Int[Tensor, "n"],
+    kernel: bool,
+) -> Float[Tensor, "n"]:
+    value, value_and_grad = _regions(spec, hidden, chunk_logprobs, chunk_value_and_grad)
+    # Only the gradient by the hidden states is needed. The forward pass computes it chunk by chunk,
+    # so that the backward pass needs no logits.
+    if kernel:
+        value_and_grad = chunk_value_and_grad_kernel
+    rows, weight = head_factors(hidden, model_head["weight"], spec)
+    return linear_logprobs(rows, weight, labels, value, value_and_grad)
+
+
+def _trained_head(
+    hidden: Float[Tensor, "n d"],
+    model_head: Head,
+    spec: Spec,
+    labels: Int[Tensor, "n"],
+    key: Int[Tensor, ""] | None,
+    kernel: bool,
+) -> Float[Tensor, "n"]:
+    value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
+    if kernel:
+        value_and_grad = label_logprobs_and_grad_kernel
+    # Tensors are passed flat, because each chunk is differentiated by them.
+    params, structure = tree_flatten(model_head)
+    masked = masked_for_head(hidden, model_head, spec, key)
+    # Without dropout both are one tensor, which is passed once: its gradient is computed once.
+    inputs = (hidden,) if masked is hidden else (hidden, masked)
+
+    def logits_of(*tensors: Tensor) -> Tensor:
+        rows = tensors[: len(inputs)]
+        tracked_head = tree_unflatten(tensors[len(inputs) :], structure)
+        return logits(rows[0], rows[-1], tracked_head, spec)
+
+    vocab_size = spec.config.vocab_size
+    return chunked_logprobs(logits_of, inputs, params, labels, vocab_size, value, value_and_grad)
+
+
+def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:
+    """The functions, each as a compiled region if the spec says so."""
+    if not compiles(spec.compile, x.device) or transforms_active():
+        return fns
+    return tuple(lambda *args, fn=fn: compiled(fn, args) for fn in fns)
