@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional as FL
@@ -53,11 +54,10 @@ def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     plain = model.with_spec(kernels="torch")
     for name, sampling in SAMPLINGS.items():
         replayed = run(model, sampling)
-        yield (
-            f"{family} {name}, kernels against plain torch",
-            differing(replayed, run(plain, sampling)),
-            0,
-        )
+        # A draw may fall between two sums of probabilities that differ by rounding.
+        if sampling.temperature == 0:
+            others = run(plain, sampling)
+            yield f"{family} {name}, kernels against plain torch", differing(replayed, others), 0
         with monkeypatch.context() as patch:
             patch.setattr(engine, "_can_record", lambda model: False)
             yield (
@@ -71,8 +71,12 @@ def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     out, logprobs = model.generate(
         ids, max_new_tokens=NEW, temperature=1.0, seed=0, eos_token_id=(), return_logprobs=True
     )
-    expected = FL.token_logprobs(model.adapter, model.base, model.spec, out, out)[:, PROMPT:]
-    yield f"{family} log-probabilities, fp32", float((logprobs - expected).abs().max()), 1e-4
+    wide = lambda tree: tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
+    exact = FL.token_logprobs(wide(model.adapter), wide(model.base), plain.spec, out, out)
+    uncached = FL.token_logprobs(plain.adapter, plain.base, plain.spec, out, out)
+    error = lambda x: float((x.double() - exact[:, PROMPT:]).norm())
+    ratio = error(logprobs) / error(uncached[:, PROMPT:])
+    yield f"{family} log-probabilities, error over the uncached pass's, fp32", ratio, 1.5
     greedy = model.generate(ids, max_new_tokens=NEW, eos_token_id=())
     likeliest = model(greedy[:, :-1])[:, PROMPT - 1 :].argmax(-1)
     yield (
