@@ -231,7 +231,7 @@ class Model(ModelState):
             prompt: a text (BOS is not added twice), or a list of messages with role and content.
             stream: called with pieces of text that join to the result.
             eos_token_id: ids that stop; None: the checkpoint's, tokenizer's and chat template's.
-            settings: as for `generate`, but for return_logprobs.
+            settings: as for `generate`, without return_logprobs.
 
         Raises:
             ValueError: as `generate`; also if the prompt has no token, or its chat template fails.

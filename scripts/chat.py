@@ -132,7 +132,10 @@ class Terminal:
 
     def temperature(self, text: str) -> None:
         """/temperature."""
-        self.chat.set_temperature(float(text))
+        try:
+            self.chat.set_temperature(float(text))
+        except ValueError:
+            raise ValueError(f"/temperature: got {text!r}, expected a number >= 0") from None
         self.note(f"temperature {text}")
 
     def clear(self, _: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from fastlora.errors import raise_problems
@@ -25,6 +26,7 @@ from fastlora.generation.prepare import PreparedModel, prepare
 from fastlora.generation.rows import (
     LARGEST_LOGIT,
     LOGPROB,
+    MOST_ALTERNATIVES,
     NO_TOKEN,
     REPORTED_STEPS,
     TOKEN,
@@ -49,6 +51,7 @@ class RowSettings:
     stop: tuple[int, ...]  # ids that end the row; the stop id is part of the result
     adapter_id: int = 0  # of a stack of adapters
     logprobs: bool = False
+    alternatives: int = 0  # how many likeliest tokens are reported for each new one, at most 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +62,8 @@ class NewTokens:
     ids: list[int]
     logprobs: list[float] | None  # of each id under the model's own logits, if asked for
     finish_reason: Literal["stop", "length"] | None  # None: the row goes on
+    # For each new token the ids and log-probabilities of the likeliest ones, if asked for.
+    alternatives: list[list[tuple[int, float]]] | None = None
 
 
 class _Row:
@@ -105,6 +110,7 @@ class Engine:
         self.prefixes = Prefixes(self.model, self.cache)
         self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
         self.pending: list[NewTokens] = []  # read from the device, but not returned yet
+        self.failed: list[NonFiniteLogits] = []  # not raised yet; their rows still hold slots
 
     @property
     def free_slots(self) -> int:
@@ -159,6 +165,11 @@ class Engine:
                 problems.append(
                     f"row {i}: adapter_id={settings.adapter_id}: expected one in [0, {adapters})"
                 )
+            if not 0 <= settings.alternatives <= MOST_ALTERNATIVES:
+                problems.append(
+                    f"row {i}: alternatives={settings.alternatives}: expected a number in"
+                    f" [0, {MOST_ALTERNATIVES}]"
+                )
         raise_problems(ValueError, "Engine.admit cannot do this:", problems)
 
     def _make_room(
@@ -179,6 +190,10 @@ class Engine:
             seen = torch.zeros(shape, dtype=torch.bool, device=self.device)
             # Rows that run already have no penalty, and so need no entries.
             self.rows, replaced = self.rows._replace(seen=seen), True
+        if self.rows.likeliest is None and any(settings.alternatives for _, settings in prompts):
+            k = min(MOST_ALTERNATIVES, self.vocab_size)
+            likeliest = self.rows.report.new_zeros(REPORTED_STEPS, 2, k, self.slots)
+            self.rows, replaced = self.rows._replace(likeliest=likeliest), True
         if replaced:
             self.graphs.clear()
 
@@ -189,19 +204,24 @@ class Engine:
         """Up to `steps` tokens for every running row, at most 16. The host waits once.
 
         Raises:
-            NonFiniteLogits: a row has NaN or infinite logits. It is released. The tokens of the
-                other rows are returned by the next call.
+            NonFiniteLogits: a row has NaN or infinite logits. It is released. If several rows have,
+                each call raises for one. The next call returns the tokens of the other rows.
         """
-        if self.pending or not self.running:
-            pending, self.pending = self.pending, []
-            return pending
-        rows = self.running.values()
-        steps = min(steps, REPORTED_STEPS, max(row.left for row in rows))
-        # A row that ends earlier needs less room than `steps`.
-        self._make_room(max(row.cached + min(steps, row.left) for row in rows))
-        self.rows.cursor.zero_()
-        done = self._run(steps)
-        return self._read(self.rows.report[:done].cpu())
+        if self.running and not (self.failed or self.pending):
+            rows = self.running.values()
+            steps = min(steps, REPORTED_STEPS, max(row.left for row in rows))
+            # A row that ends earlier needs less room than `steps`. One index more than the tokens
+            # need: a row that has ended still goes through the model, and writes behind its last.
+            self._make_room(1 + max(row.cached + min(steps, row.left) for row in rows))
+            self.rows.cursor.zero_()
+            done = self._run(steps)
+            self.pending = self._read(self.rows.report[:done].cpu())
+        if self.failed:
+            error = self.failed[0]
+            self.release(error.slot)
+            raise error
+        pending, self.pending = self.pending, []
+        return pending
 
     def _run(self, steps: int) -> int:
         """Run steps, and return their number: fewer on the CPU if all rows end before."""
@@ -222,8 +242,8 @@ class Engine:
 
     def _variant(self) -> Variant:
         settings = [row.settings for row in self.running.values()]
-        logprobs = any(x.logprobs for x in settings)
-        return variant_of([x.sampling for x in settings], logprobs, self.vocab_size)
+        logprobs, more = any(x.logprobs for x in settings), any(x.alternatives for x in settings)
+        return variant_of([x.sampling for x in settings], logprobs, self.vocab_size, more)
 
     def _kernels(self, b: int) -> StepKernels:
         # Prepared once for all steps of up to 64 rows, because adapters are copied.
@@ -233,35 +253,44 @@ class Engine:
         return self.kernels[largest]
 
     def _read(self, report: Tensor) -> list[NewTokens]:
-        """The report of all running rows. Rows that have ended leave their slots."""
+        """The new tokens of all running rows. Rows that have ended leave their slots."""
         tokens = report[:, TOKEN].long().T.tolist()
         largest, logprobs = report[:, LARGEST_LOGIT].T, report[:, LOGPROB].T.tolist()
-        new, failed = [], None
+        likeliest = None
+        if self._variant().alternatives and self.rows.likeliest is not None:
+            likeliest = self.rows.likeliest.cpu()
+        new = []
         for slot, row in [*self.running.items()]:
             ids = [i for i in tokens[slot] if i != NO_TOKEN]
             wrong = ~largest[slot, : len(ids)].isfinite()
             if bool(wrong.any()):
                 at = int(wrong.nonzero()[0, 0])
-                failed = failed or (slot, row.made + at, float(largest[slot, at]))
-                self._forget(slot)
+                self._fail(slot, row.made + at, float(largest[slot, at]))
                 continue
             row.made += len(ids)
             stopped = bool(ids) and ids[-1] in row.settings.stop
             reason = "stop" if stopped else None if row.left else "length"
             asked = logprobs[slot][: len(ids)] if row.settings.logprobs else None
-            new.append(NewTokens(slot=slot, ids=ids, logprobs=asked, finish_reason=reason))
+            more = None
+            if likeliest is not None and row.settings.alternatives:
+                more = _pairs(likeliest[: len(ids), :, : row.settings.alternatives, slot])
+            new.append(
+                NewTokens(
+                    slot=slot, ids=ids, logprobs=asked, finish_reason=reason, alternatives=more
+                )
+            )
             if reason is not None:
                 del self.running[slot]
-        if failed is None:
-            return new
-        self.pending = new
-        raise NonFiniteLogits(explanation(self.state, *failed), failed[0])
+        return new
 
-    def _forget(self, slot: int) -> None:
-        """Free the slot of a row whose cache may hold NaN."""
-        self.release(slot)
+    def _fail(self, slot: int, made: int, largest: float) -> None:
+        """Note the error of a row, and remove the NaN that its slot may hold."""
+        self.failed.append(NonFiniteLogits(explanation(self.state, slot, made, largest), slot))
         self.prefixes.forget(slot)
         self.cache.clear(slot)
+        # Until another row gets the slot, steps write to this index only, which every row
+        # overwrites before it reads it.
+        self.rows.lengths[slot] = 0
 
     # ── rows leave ────────────────────────────────────────────────────────────────────────
 
@@ -275,15 +304,29 @@ class Engine:
             raise ValueError(f"slot={slot}: no row is running there; running: {[*self.running]}")
         del self.running[slot]
         self.rows.running[slot] = False
+        self.pending = [new for new in self.pending if new.slot != slot]
+        self.failed = [error for error in self.failed if error.slot != slot]
 
     def close(self) -> None:
-        """Free the memory of cache, rows and graphs. The engine is of no use afterwards."""
+        """Free the memory of cache, rows and graphs. The engine is of no use afterwards.
+
+        Closing it again does nothing.
+        """
+        if self.slots == 0:
+            return
         self.graphs.clear()
         self.running.clear()
         self.kernels.clear()
-        self.pending = []
+        self.pending, self.failed = [], []
         self.slots = 0
         del self.model, self.state, self.cache, self.prefixes, self.rows, self.table
+
+
+def _pairs(likeliest: Float64[Tensor, "steps 2 k"]) -> list[list[tuple[int, float]]]:
+    """For each step, pairs of id and log-probability."""
+    return [
+        [(int(i), logprob) for i, logprob in zip(*step, strict=True)] for step in likeliest.tolist()
+    ]
 
 
 def _can_record(model: PreparedModel) -> bool:

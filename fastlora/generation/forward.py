@@ -180,9 +180,7 @@ def _embed(
         return embed(ids[None], tree["adapter"], own, spec, tree.get("gain"), rows)[0]
 
     tree: dict[str, Any] = {"adapter": model.adapter}
-    return torch.vmap(one)(
-        _of_rows(tree if gain is None else tree | {"gain": gain}, adapter_ids), ids
-    )
+    return _row_by_row(one, tree if gain is None else tree | {"gain": gain}, adapter_ids, ids)
 
 
 def _logits(
@@ -198,7 +196,7 @@ def _logits(
         hidden = rms_norm(x, own["norm"], eps)
         return logits(hidden, hidden, head(adapter, base, spec), spec)
 
-    return torch.vmap(one)(_of_rows(model.adapter, adapter_ids), x)
+    return _row_by_row(one, model.adapter, adapter_ids, x)
 
 
 def _queries_keys_values(
@@ -255,9 +253,15 @@ def _each_row(
             params = with_replaced(model.base, own, tied=False)["layers"][i]
         return tree_map(lambda y: y[0], run(params, adapter, *(x[None] for x in row)))
 
-    return torch.vmap(one)(_of_rows((layer.adapter, model.layer_copies[i]), adapter_ids), *xs)
+    return _row_by_row(one, (layer.adapter, model.layer_copies[i]), adapter_ids, *xs)
 
 
-def _of_rows(stack: Any, adapter_ids: Int[Tensor, "b"]) -> Any:
-    """Each row's own adapter, from a stack of all."""
-    return tree_map(lambda x: x[adapter_ids], stack)
+def _row_by_row(
+    run: Callable[..., Any], stack: Any, adapter_ids: Int[Tensor, "b"], *xs: Tensor
+) -> Any:
+    """run(adapter, *row) of every row, where a stack holds the adapters."""
+    trees = tree_map(lambda x: x[adapter_ids], stack)
+    if len(adapter_ids) == 1 and not adapter_ids.is_cuda:  # vmap takes most of a small step's time
+        result = run(tree_map(lambda x: x[0], trees), *(x[0] for x in xs))
+        return tree_map(lambda y: y[None], result)
+    return torch.vmap(run)(trees, *xs)

@@ -5,7 +5,7 @@ Rows that end make room for the next prompts, so that the GPU always works on as
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -88,7 +88,8 @@ def generate_many(
         model: with an adapter, without one, or with a stack of adapters.
         prompts: texts, chats (lists of messages) or lists of ids.
         tokenizer: the model's; needed for texts and chats, and for the results' `text`.
-        max_batch: rows at a time; "auto": as many as fit into the free memory, at most 256.
+        max_batch: rows at a time; "auto": as many as fit into the free memory, at most 64 on a GPU
+            and 16 on a CPU.
         n: samples of each prompt.
         max_new_tokens: as `Model.generate`, and so are the settings up to `eos_token_id`.
         temperature: 0 always takes the likeliest token.
@@ -151,7 +152,11 @@ def _is_ids(x: Any) -> bool:
 
 
 _PROMPTS = Rule(
-    lambda x: not isinstance(x, str | bytes) and hasattr(x, "__len__") and hasattr(x, "__iter__"),
+    lambda x: (
+        not isinstance(x, str | bytes | Mapping)
+        and hasattr(x, "__len__")
+        and hasattr(x, "__iter__")
+    ),
     "a list of prompts: texts, chats or lists of ids",
 )
 _MAX_BATCH = Rule(
@@ -198,7 +203,7 @@ def _dependent_problems(
     rule = Rule(_is_prompt, f"{PROMPT.expected}, or a list of ids")
     problems += argument_problems({f"prompts[{i}]": (x, rule) for i, x in enumerate(prompts)})
     if tokenizer is None and any(_is_prompt(x) and not _is_ids(x) for x in prompts):
-        problems.append("tokenizer=None: texts and chats need the model's tokenizer")
+        problems.append("tokenizer=None: the texts and chats in prompts need the model's tokenizer")
     return problems
 
 
@@ -226,7 +231,7 @@ def _encoded(
             problems.append(f"prompts[{i}] holds {wrong}; expected ids of the vocabulary [0, {v})")
         elif len(ids) + max_new_tokens > longest:
             problems.append(
-                f"prompts[{i}]: {len(ids)} tokens and {max_new_tokens} new ones make"
+                f"prompts[{i}]: {len(ids)} tokens and max_new_tokens={max_new_tokens} make"
                 f" {len(ids) + max_new_tokens}; max_seq_length is {longest}. Shorten the prompt, or"
                 " load with a larger max_seq_length"
             )

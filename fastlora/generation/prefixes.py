@@ -16,7 +16,7 @@ _PREFILL_TOKENS = 8192
 
 
 class Prefix(NamedTuple):
-    """A prompt but for its last token, which is the input of the row's first step."""
+    """A prompt without its last token, which is the input of the row's first step."""
 
     ids: tuple[int, ...]
     adapter_id: int

@@ -21,11 +21,13 @@ from fastlora.generation.sampling import (
     Variant,
     choose,
     chosen_logprobs,
+    likeliest_tokens,
     row_sampling,
     row_values,
 )
 
 REPORTED_STEPS = 16  # steps between two synchronisations of host and device
+MOST_ALTERNATIVES = 20
 
 # Rows of `report`. Ids are exact in float64, and one tensor is one copy to the host.
 TOKEN, LARGEST_LOGIT, LOGPROB = range(3)
@@ -47,6 +49,8 @@ class Rows(NamedTuple):
     seen: Bool[Tensor, "slots v"] | None  # ids of prompt and new tokens, if a row has a penalty
     report: Float64[Tensor, "steps 3 slots"]
     cursor: Int[Tensor, "1"]  # the entry of `report` that the next step writes
+    # As `report`: the results of `likeliest_tokens`, if a row asks for them.
+    likeliest: Float64[Tensor, "steps 2 k slots"] | None = None
 
 
 def new_rows(slots: int, stop_ids: int, device: torch.device) -> Rows:
@@ -77,7 +81,7 @@ class NewRow(NamedTuple):
 
 
 def begin(rows: Rows, new: Sequence[NewRow], vocab_size: int) -> None:
-    """Write the entries of new rows, whose prompts but for the last token are in the cache.
+    """Write the entries of new rows. The cache holds their prompts without the last token.
 
     Two copies to the device, one of whole numbers and one of others.
     """
@@ -141,6 +145,9 @@ def step(
         entries.append(chosen_logprobs(logits, chosen))
     entry = torch.stack([x.double() for x in entries])[None]
     rows.report[:, : len(entries), :b].index_copy_(0, rows.cursor, entry)
+    if variant.alternatives and rows.likeliest is not None:
+        found = likeliest_tokens(logits, rows.likeliest.shape[2])
+        rows.likeliest[..., :b].index_copy_(0, rows.cursor, found[None])
     if variant.penalty and seen is not None:
         seen.scatter_(1, chosen[:, None], True)
     token.copy_(chosen)

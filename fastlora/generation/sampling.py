@@ -61,9 +61,12 @@ class Variant(NamedTuple):
     min_p: bool = False
     penalty: bool = False
     logprobs: bool = False
+    alternatives: bool = False  # some row asks for the likeliest tokens
 
 
-def variant_of(rows: Sequence[Sampling], logprobs: bool, vocab_size: int) -> Variant:
+def variant_of(
+    rows: Sequence[Sampling], logprobs: bool, vocab_size: int, alternatives: bool = False
+) -> Variant:
     """The least that serves all rows. top_k is rounded up to a power of two: fewer variants."""
     draws = [x for x in rows if x.temperature > 0]
     top_k = max((x.top_k or 0 for x in draws), default=0)
@@ -75,6 +78,7 @@ def variant_of(rows: Sequence[Sampling], logprobs: bool, vocab_size: int) -> Var
         min_p=any(bool(x.min_p) for x in draws),
         penalty=any(x.repetition_penalty != 1.0 for x in rows),
         logprobs=logprobs,
+        alternatives=alternatives,
     )
 
 
@@ -169,7 +173,8 @@ def filtered(
     scores = scores / rows.temperature.clamp(min=_LEAST_TEMPERATURE)[:, None]
     if variant.top_k:
         likeliest = scores.topk(variant.top_k, dim=-1).values
-        kth = likeliest.gather(-1, (rows.top_k - 1).clamp(min=0)[:, None])
+        # A greedy row, or one that has ended, may have a larger top_k than the variant.
+        kth = likeliest.gather(-1, (rows.top_k - 1).clamp(0, variant.top_k - 1)[:, None])
         scores = scores.masked_fill((scores < kth) & (rows.top_k > 0)[:, None], -math.inf)
     if variant.top_p:
         # From the least likely token: remove it if it and all before it stay below 1 - top_p.
@@ -212,3 +217,10 @@ def chosen_logprobs(logits: Float[Tensor, "b v"], token: Int[Tensor, "b"]) -> Fl
     """Log-probabilities of the chosen tokens under the model's own logits, in at least float32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1)
+
+
+def likeliest_tokens(logits: Float[Tensor, "b v"], k: int) -> Float64[Tensor, "2 k b"]:
+    """Ids and log-probabilities of the k likeliest tokens, under the model's own logits."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    values, ids = wide.topk(k, dim=-1)
+    return torch.stack((ids.double(), (values - wide.logsumexp(-1, keepdim=True)).double())).mT

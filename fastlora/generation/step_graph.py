@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+# A graph holds some MB of launches. A server's clients could ask for hundreds of variants.
+_MOST_GRAPHS = 64
+
 
 class StepGraphs:
     """The graphs of one engine, by key: the shape of the step and what its rows need."""
@@ -37,6 +40,8 @@ class StepGraphs:
         elif key in self.replays:
             self.replays[key]()
         elif key in self.ran:
+            if len(self.replays) == _MOST_GRAPHS:
+                del self.replays[next(iter(self.replays))]  # the oldest
             self.replays[key] = self._capture(step)  # runs nothing
             self.replays[key]()
         else:

@@ -84,8 +84,8 @@ class Budget:
         """About the length of a value's text: characters and items, at all depths.
 
         Lists may hold the same list many times, so that their text is exponentially longer than
-        the list. Weights of nested containers are kept, which keeps this fast. Templates cannot
-        change a container that exists.
+        the list. Weights of dicts and nested containers are kept, which keeps this fast. Templates
+        cannot change a container that exists.
         """
         if isinstance(value, (str, bytes)):
             return len(value)
@@ -97,9 +97,14 @@ class Budget:
         parts = chain(value, value.values()) if isinstance(value, Mapping) else value
         total, nested = 1 + len(value), False
         for part in parts:
-            total += self.weight(part)
+            if type(part) is str:  # most parts are; a call for each would take most of the time
+                total += len(part)
+                continue
+            entry = self._weights.get(id(part))
+            total += self.weight(part) if entry is None else entry[1]
             nested = nested or isinstance(part, _CONTAINERS)
-        if nested and isinstance(value, _CONTAINERS):
+        # Messages are dicts of texts, which a template that copies lists of them weighs again.
+        if (nested and isinstance(value, _CONTAINERS)) or type(value) is dict:
             self._weights[id(value)] = (value, total)
         return total
 

@@ -96,20 +96,18 @@ class Conversation:
     ) -> Iterator[str]:
         pieces = TextPieces(self.served.tokenizer.decode)
         (slot,) = self._engine.admit([(prompt, settings)])
-        running = True
         try:
-            while running:
+            while slot in self._engine.running:
                 (new,) = self._engine.advance(self._steps)
                 self.last.tokens += len(new.ids)
                 self.last.end = new.finish_reason or ""
-                running = new.finish_reason is None
                 yield pieces.push(new.ids)
-                if running and is_stopped():
+                if new.finish_reason is None and is_stopped():
                     self.last.end = "stopped"
                     break
             yield pieces.finish()
         finally:
-            if running:
+            if slot in self._engine.running:  # not after NaN logits, which free the slot
                 self._engine.release(slot)
 
     def _prompt(self, messages: list[dict[str, str]]) -> tuple[list[int], list[dict[str, str]]]:

@@ -77,8 +77,8 @@ class Format:
         choice = {"index": index, **delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "object": self.chunk, "choices": [choice]}
 
-    def _token_text(self, token: Token) -> str:
-        return self._tokenizer.decode([token.id], skip_special_tokens=False)
+    def _token_text(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _content(self, text: str) -> JSON:
         raise NotImplementedError
@@ -107,17 +107,23 @@ class ChatFormat(Format):
         return {"delta": {} if text is None else {"content": text}}
 
     def _tokens(self, tokens: Sequence[Token]) -> JSON:
-        return {"content": [self._token(token) for token in tokens], "refusal": None}
+        content = [
+            {
+                **self._token(token.id, token.logprob),
+                "top_logprobs": [self._token(*other) for other in token.alternatives],
+            }
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
-    def _token(self, token: Token) -> JSON:
+    def _token(self, token: int, logprob: float) -> JSON:
         text = self._token_text(token)
         # A token may be a part of a character; its bytes are not known then.
         whole = "\N{REPLACEMENT CHARACTER}" not in text
         return {
             "token": text,
-            "logprob": token.logprob,
+            "logprob": logprob,
             "bytes": list(text.encode()) if whole else None,
-            "top_logprobs": [],
         }
 
 
@@ -133,9 +139,15 @@ class CompletionFormat(Format):
         return {"text": text or ""}
 
     def _tokens(self, tokens: Sequence[Token]) -> JSON:
+        asked = any(token.alternatives for token in tokens)
         return {
-            "tokens": [self._token_text(token) for token in tokens],
+            "tokens": [self._token_text(token.id) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": None,
+            "top_logprobs": [self._likeliest(token) for token in tokens] if asked else None,
             "text_offset": [token.offset for token in tokens],
         }
+
+    def _likeliest(self, token: Token) -> dict[str, float]:
+        """Text -> log-probability, also of the sampled token."""
+        pairs = (*token.alternatives, (token.id, token.logprob))
+        return {self._token_text(i): logprob for i, logprob in pairs}

@@ -1,25 +1,16 @@
-"""The base and its adapters by name, as one model whose adapter is a stack.
-
-A row of a batch names its adapter by a number. Number 0 is the base: an adapter of zeros.
-"""
+"""Loads a base and its adapters, as one model whose adapter is a stack (stacking.py)."""
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import reduce
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 import fastlora
-from fastlora.adapters.targets import with_targets
 from fastlora.errors import raise_problems
 from fastlora.generation.text import text_stop_ids
-from fastlora.models.params import TARGETS, Adapter, Base, LayerAdapter, LoRA
-from fastlora.models.self_contained import self_contained
-from fastlora.models.spec import Extras, Target
-from fastlora.models.state import ModelState, require_adapter
+from fastlora.models.state import ModelState
+from serving.stacking import stack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,83 +81,3 @@ def load_served(
     stacked = stack(base, named) if named else base
     ids = {n: i for i, n in enumerate((base_name, *named))}
     return Served(model=stacked, tokenizer=tokenizer, adapter_ids=ids)
-
-
-def stack(base: ModelState, models: Mapping[str, ModelState]) -> ModelState:
-    """One model for the base (number 0) and all adapters (from 1 on, in this order).
-
-    Leaves are [n + 1, ...]. Ranks are filled up with zeros, and each adapter's scaling is
-    multiplied into its B, so that ranks, scalings and adapted modules may differ.
-
-    Raises:
-        ValueError: an adapter is not plain LoRA on the base's projections. Lists all of them.
-    """
-    originals = {name: self_contained(model) for name, model in models.items()}
-    problems = [
-        f"{name!r}: {reason}; merge it into its base (scripts/merge.py) and serve the folder alone"
-        for name, model in originals.items()
-        for reason in _not_stackable(base.base, model)
-    ]
-    raise_problems(ValueError, "these adapters cannot be served together:", problems)
-    parts = [require_adapter(model) for model in originals.values()]
-    dtype = reduce(torch.promote_types, (x.dtype for _, tree in parts for x in tree_leaves(tree)))
-    layers: list[LayerAdapter] = []
-    targets: list[tuple[Target, ...]] = []
-    for i in range(base.spec.config.num_hidden_layers):
-        scalings = [{t.name: t.scaling for t in lora.targets[i]} for lora, _ in parts]
-        adapted = [name for name in TARGETS if any(name in s for s in scalings)]
-        rows = [tree["layers"][i] for _, tree in parts]
-        layer: LayerAdapter = {}
-        for name in adapted:
-            scaled: list[Any] = [
-                (row[name], s[name]) if name in s else None
-                for row, s in zip(rows, scalings, strict=True)
-            ]
-            layer[name] = _stacked(scaled, dtype)
-        layers.append(layer)
-        rank = lambda n, layer=layer: layer[n].a.shape[-2]
-        targets.append(
-            tuple(Target(name=n, r=rank(n), lora_alpha=rank(n), scaling=1.0) for n in adapted)
-        )
-    r = max((t.r for ts in targets for t in ts), default=1)
-    # A first adapter's settings, except that alpha is the rank, for a scaling of 1.
-    settings = replace(
-        parts[0][0], r=r, lora_alpha=r, use_rslora=False, init_lora_weights=True, lora_dropout=0.0
-    )
-    lora = with_targets(settings, tuple(targets))
-    spec = replace(base.spec, lora=lora)
-    return replace(base, spec=spec, adapter=Adapter(layers=tuple(layers)))
-
-
-def _stacked(scaled: Sequence[tuple[LoRA, float] | None], dtype: torch.dtype) -> LoRA:
-    """A [n + 1, r, d_in] and B [n + 1, d_out, r]. None, and row 0, are zeros."""
-    given = [part[0] for part in scaled if part is not None]
-    r = max(lora.a.shape[0] for lora in given)
-    n, d_in, d_out = len(scaled) + 1, given[0].a.shape[1], given[0].b.shape[0]
-    a, b = (
-        given[0].a.new_zeros(n, r, d_in, dtype=dtype),
-        given[0].b.new_zeros(n, d_out, r, dtype=dtype),
-    )
-    for i, part in enumerate(scaled, 1):
-        if part is not None:
-            lora, scaling = part
-            a[i, : lora.a.shape[0]] = lora.a.detach()
-            b[i, :, : lora.b.shape[1]] = scaling * lora.b.detach()
-    return LoRA(a, b)
-
-
-def _not_stackable(base: Base, model: ModelState) -> list[str]:
-    """Reasons why an adapter cannot be a row of a stack."""
-    lora, adapter = require_adapter(model)
-    reasons = []
-    same = zip(tree_leaves(base), tree_leaves(model.base), strict=False)
-    if any(x is not y for x, y in same):
-        reasons.append("its folder changes the base's embedding or head")
-    if lora.extras != Extras() or lora.bias != "none":
-        reasons.append("it trains the embedding, the head, biases, norms or tokens")
-    records = [record for layer in adapter["layers"] for record in layer.values()]
-    if any(type(record) is not LoRA for record in records):
-        reasons.append("it has DoRA magnitudes, biases of B, or experts' matrices")
-    if lora.qat_scheme is not None:
-        reasons.append("it is fake quantised")
-    return reasons

@@ -20,6 +20,7 @@ class Token(NamedTuple):
     id: int
     logprob: float
     offset: int  # characters of the reply before it
+    alternatives: Sequence[tuple[int, float]] = ()  # ids and log-probabilities, likeliest first
 
 
 class Piece(NamedTuple):
@@ -56,8 +57,9 @@ class Choice:
             text = self._take(self._pieces.push(ids))
         else:
             text = ""
-            for i, logprob in zip(ids, event.logprobs, strict=False):
-                self._tokens.append(Token(i, logprob, self._read))
+            alternatives = event.alternatives or [[]] * len(ids)
+            for i, logprob, others in zip(ids, event.logprobs, alternatives, strict=False):
+                self._tokens.append(Token(i, logprob, self._read, others))
                 text += self._take(self._pieces.push([i]))
         if event.finish_reason is not None:
             text += self._take(self._pieces.finish()) + self._stops.finish()

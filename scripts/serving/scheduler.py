@@ -39,6 +39,7 @@ class RowEvent(NamedTuple):
     ids: Sequence[int] = ()
     logprobs: Sequence[float] | None = None
     finish_reason: Literal["stop", "length"] | None = None  # None: the row goes on
+    alternatives: Sequence[list[tuple[int, float]]] | None = None  # of each id, the likeliest ones
     error: str | None = None
 
 
@@ -125,18 +126,37 @@ class Scheduler:
         self._loop.call_soon_threadsafe(self._ready.set_result, None)
         try:
             while self._take_commands(engine):
-                try:
-                    self._admit(engine)
-                    self._advance(engine)
-                except Exception:  # the engine's state is unknown now, so another one replaces it
-                    LOG.exception("the engine failed; its %d rows are given up", self.running)
-                    self._fail(list(self._running.values()), "generation failed")
+                if not self._turn(engine):  # its state is unknown now, so another one replaces it
                     engine.close()
                     engine = self._new_engine()
         finally:
             self.alive = False
-            self._fail([*self._running.values(), *self._waiting], _STOPPED)
+            self._fail([*self._running.values(), *self._waiting, *self._unread()], _STOPPED)
+            self._waiting.clear()
             engine.close()
+
+    def _turn(self, engine: Engine) -> bool:
+        """Admit and advance rows. False: the engine failed, and its rows are given up.
+
+        The error and the tensors that its traceback holds are freed before another engine is made.
+        """
+        try:
+            self._admit(engine)
+            self._advance(engine)
+        except Exception:
+            LOG.exception("the engine failed; its %d rows are given up", self.running)
+            self._fail(list(self._running.values()), "generation failed")
+            return False
+        return True
+
+    def _unread(self) -> list[Row]:
+        """Rows that were submitted while the thread ended."""
+        rows = []
+        while not self._inbox.empty():
+            command, row = self._inbox.get()
+            if command == "submit" and row is not None:
+                rows.append(row)
+        return rows
 
     def _new_engine(self) -> Engine:
         """An engine that has generated two tokens, so that no client waits for compilation."""
@@ -194,7 +214,8 @@ class Scheduler:
                 self.metrics.first_token_seconds.observe(now - row.submitted)
             row.tokens += len(new.ids)
             self.metrics.new_tokens += len(new.ids)
-            news.append((row, RowEvent(new.ids, new.logprobs, new.finish_reason)))
+            event = RowEvent(new.ids, new.logprobs, new.finish_reason, new.alternatives)
+            news.append((row, event))
             if new.finish_reason is not None:
                 self._end(row)
                 self.metrics.reply_seconds.observe(now - row.submitted)

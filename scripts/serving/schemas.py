@@ -12,6 +12,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    ValidationInfo,
     field_validator,
 )
 
@@ -140,19 +141,26 @@ class ChatRequest(_Request):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
-    top_logprobs: Zero = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = None
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: TextFormat = None
     modalities: TextOnly = None
 
+    @field_validator("top_logprobs")
+    @classmethod
+    def _beside_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("expected logprobs=true beside it")
+        return value
+
 
 class CompletionRequest(_Request):
     """The body of /v1/completions."""
 
     prompt: Text | list[Text] | list[int] | list[list[int]]
-    logprobs: Zero = None
+    logprobs: int | None = Field(None, ge=0, le=5)  # how many alternatives; None: no logprobs
     echo: No = None
     best_of: Annotated[Any, _only(None, 1)] = None
     suffix: NoSuffix = None

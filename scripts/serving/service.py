@@ -57,7 +57,7 @@ class Service:
             limit = body.max_completion_tokens or body.max_tokens
             field = "max_completion_tokens" if body.max_completion_tokens else "max_tokens"
             limits = [self._new_tokens(prompt, limit, field, "messages")]
-            settings = self._settings(body, adapter, limits, bool(body.logprobs))
+            settings = self._settings(body, adapter, limits, bool(body.logprobs), body.top_logprobs)
             replies = self._replies([prompt], settings, body)
             style = ChatFormat(body.model, self.served.tokenizer, logprobs=bool(body.logprobs))
             return await self._respond(request, body, replies, style, held)
@@ -78,7 +78,7 @@ class Service:
                 for p in prompts
             ]
             wants_logprobs = body.logprobs is not None
-            settings = self._settings(body, adapter, limits, wants_logprobs)
+            settings = self._settings(body, adapter, limits, wants_logprobs, body.logprobs)
             replies = self._replies(prompts, settings, body)
             style = CompletionFormat(body.model, tokenizer, logprobs=wants_logprobs)
             return await self._respond(request, body, replies, style, held)
@@ -144,6 +144,7 @@ class Service:
         adapter: int,
         limits: list[int],
         logprobs: bool,
+        alternatives: int | None,
     ) -> list[list[RowSettings]]:
         """For each prompt, the settings of its n rows."""
         sampling = Sampling(
@@ -162,6 +163,7 @@ class Service:
                     stop=self.stop_ids,
                     adapter_id=adapter,
                     logprobs=logprobs,
+                    alternatives=alternatives or 0,
                 )
                 for j in range(body.n or 1)
             ]

@@ -126,6 +126,7 @@ REFUSED: dict[str, tuple[list, str]] = {
     "too long": ([([1] * 9, settings(2))], "9 prompt tokens and 2 new ones make 11.* is 10"),
     "empty": ([([], settings(2))], "row 0: expected a prompt token"),
     "no such adapter": ([([1], settings(2, adapter_id=1))], r"adapter_id=1.*\[0, 1\)"),
+    "alternatives": ([([1], settings(2, alternatives=21))], r"alternatives=21.*\[0, 20\]"),
 }
 
 
@@ -138,22 +139,91 @@ def test_wrong_rows_are_refused_before_any_slot_is_taken(case, model):
     assert one.free_slots == 2
 
 
-def test_a_row_with_nan_is_an_error_and_its_neighbours_go_on(pair):
-    """The second adapter of a stack is broken. Its slot is used again by the first."""
+@pytest.mark.parametrize("ends", ["ended", "released"])
+def test_a_row_that_left_at_the_caches_end_does_not_disturb_the_others(ends, model, monkeypatch):
+    """Its slot goes through the model in each later step, and writes behind its 8 tokens."""
+    monkeypatch.setattr(cache, "_FIRST_LENGTH", 8)
+    ids, how = prompt(2, 3).tolist(), settings(20)
+    one = Engine(model, slots=2, max_length=40)
+    one.admit([(ids[0], settings(6) if ends == "ended" else how), (ids[1][:2], how)])
+    got = {new.slot: new.ids for new in one.advance(6)}
+    if ends == "released":
+        one.release(0)
+    assert to_end(one, {1: got[1]}, steps=1) == {1: alone(model, ids[1][:2], how)}
+
+
+@pytest.mark.parametrize("other", [0.0, 1.5])
+def test_a_larger_top_k_of_a_greedy_or_ended_row_does_not_disturb_the_others(other, model):
+    ids = prompt(2, 4).tolist()
+    hows = [
+        settings(3 if other else 12, Sampling(temperature=other, top_k=60)),
+        settings(12, Sampling(temperature=1.5, top_k=3)),
+    ]
+    one = Engine(model, slots=2, max_length=20)
+    one.admit([*zip(ids, hows, strict=True)])
+    assert to_end(one, steps=3) == {i: alone(model, ids[i], hows[i]) for i in range(2)}
+
+
+@pytest.fixture
+def broken(pair) -> tuple[Model, Model]:
+    """(a model, a stack of its adapter and one that gives NaN)."""
     tree = adapted(pair("llama2").model, r=2)
     stack = torch.utils._pytree.tree_map(lambda x: torch.stack([x, x]), tree.adapter)
     stack["layers"][0]["v_proj"].a[1] = math.nan
-    one = Engine(Model(spec=tree.spec, base=tree.base, adapter=stack), slots=2, max_length=30)
-    ids = prompt(1, 6)[0].tolist()
-    one.admit([(ids, settings(6)), (ids, settings(6, adapter_id=1))])
-    with pytest.raises(NonFiniteLogits, match="row 1 is nan") as raised:
+    return tree, Model(spec=tree.spec, base=tree.base, adapter=stack)
+
+
+def test_each_row_with_nan_is_an_error_and_its_neighbours_go_on(broken):
+    """Then the slots whose rows had NaN are used again, by rows that are shorter than a third."""
+    tree, stack = broken
+    one = Engine(stack, slots=3, max_length=60)
+    ids, bad = prompt(1, 6)[0].tolist(), settings(9, adapter_id=1)
+    one.admit([(ids, bad), (ids, settings(50)), (ids[:4], bad)])
+    for slot in (0, 2):
+        with pytest.raises(NonFiniteLogits, match=f"row {slot} is nan") as raised:
+            one.advance()
+        assert raised.value.slot == slot and slot not in one.running
+    expected = alone(tree, ids, settings(50))
+    got = {new.slot: new.ids for new in one.advance()}
+    assert got == {1: expected[:16]}
+    for new in one.advance():
+        got[new.slot] += new.ids
+    shorter = [ids[1:3], ids[:1]]
+    slots = one.admit([(short, settings(5)) for short in shorter])
+    assert sorted(slots) == [0, 2]
+    alone_ids = [alone(tree, short, settings(5)) for short in shorter]
+    assert to_end(one, got) == {1: expected, **dict(zip(slots, alone_ids, strict=True))}
+
+
+def test_a_row_with_nan_that_is_released_raises_no_error(broken):
+    tree, stack = broken
+    one, ids = Engine(stack, slots=3, max_length=20), prompt(1, 6)[0].tolist()
+    bad = settings(6, adapter_id=1)
+    one.admit([(ids, bad), (ids, bad), (ids, settings(6))])
+    with pytest.raises(NonFiniteLogits):
         one.advance()
-    assert raised.value.slot == 1 and 1 not in one.running
-    expected = alone(tree, ids, settings(6))
-    assert [x.ids for x in one.advance()] == [expected]
-    first, second = one.admit([(ids[1:], settings(6)), (ids, settings(6))])
-    assert to_end(one) == {first: alone(tree, ids[1:], settings(6)), second: expected}
-    assert first == 1  # the slot whose cache held NaN; the other one still holds the prompt
+    one.release(1)
+    assert [new.ids for new in one.advance()] == [alone(tree, ids, settings(6))]
+    assert one.free_slots == 3
+
+
+def test_alternatives_are_the_likeliest_tokens_of_an_uncached_pass(model):
+    """Beside a row that asks for none."""
+    ids = prompt(2, 5).tolist()
+    one = Engine(model, slots=2, max_length=40)
+    one.admit([(ids[0], settings(20)), (ids[1], settings(20, alternatives=3))])
+    tokens, found = [], []
+    while one.running:
+        for new in one.advance():
+            if new.slot == 0:
+                assert new.alternatives is None
+            else:
+                tokens, found = tokens + new.ids, found + (new.alternatives or [])
+    logits = model(torch.tensor([ids[1] + tokens[:-1]]))[0, 4:]
+    values, likeliest = logits.log_softmax(-1).topk(3)
+    assert [[i for i, _ in step] for step in found] == likeliest.tolist()
+    logprobs = torch.tensor([[x for _, x in step] for step in found])
+    torch.testing.assert_close(logprobs, values, rtol=1e-5, atol=1e-5)
 
 
 def test_closing_frees_the_cache(model):
@@ -161,7 +231,8 @@ def test_closing_frees_the_cache(model):
     one.admit([(prompt(1, 6)[0].tolist(), settings(6))])
     one.advance(2)
     held = [weakref.ref(one.cache), weakref.ref(one.cache.k[0]), weakref.ref(one.rows.token)]
-    one.close()
+    for _ in range(2):  # the second call does nothing
+        one.close()
     gc.collect()
     assert not any(ref() is not None for ref in held)
 
@@ -201,6 +272,16 @@ def test_a_step_runs_plainly_once_and_is_replayed_then(fake_graphs):
     graphs.clear()
     graphs.run("a", lambda: ran.append("a"))
     assert fake_graphs[-1] == "plain"
+
+
+def test_the_oldest_graph_makes_room_for_another(fake_graphs, monkeypatch):
+    monkeypatch.setattr(step_graph, "_MOST_GRAPHS", 2)
+    graphs = StepGraphs(torch.device("cpu"), record=True)
+    for key in "aabbcc":
+        graphs.run(key, lambda: None)
+    assert [*graphs.replays] == ["b", "c"]
+    graphs.run("a", lambda: None)  # recorded at once, because it ran before
+    assert fake_graphs[-2:] == ["capture", "replay"] and [*graphs.replays] == ["c", "a"]
 
 
 def test_a_growing_cache_and_new_kinds_of_rows_make_new_graphs(model, fake_graphs, monkeypatch):

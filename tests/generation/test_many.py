@@ -163,8 +163,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a number": ({"prompts": [[1], 5]}, "prompts"),
     "an empty prompt": ({"prompts": [[1], []]}, r"prompts\[1\]: expected at least one token"),
     "no such id": ({"prompts": [[1, 96]]}, r"prompts\[0\] holds \[96\]; .*\[0, 96\)"),
-    "too long": ({"max_new_tokens": 120}, r"prompts\[0\]: 9 tokens and 120 .* 129; .* is 128"),
-    "no tokenizer": ({"prompts": ["text"]}, "tokenizer=None: texts and chats need"),
+    "too long": (
+        {"max_new_tokens": 120},
+        r"prompts\[0\]: 9 .* max_new_tokens=120 .* 129; .* is 128",
+    ),
+    "no tokenizer": ({"prompts": ["text"]}, "tokenizer=None: the texts and chats in prompts need"),
     "max_batch": ({"max_batch": 0}, 'max_batch=0: expected "auto" or'),
     "n": ({"n": 0}, "n=0: expected"),
     "temperature": ({"temperature": -1.0}, "temperature=-1.0"),

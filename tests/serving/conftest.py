@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from oracles.serving_process import ServerProcess, save_adapter, serve
+from oracles.serving_process import Script, ServerProcess, save_adapter, serve
 
 # A template with tools, which the demo's own does not have.
 TOOLS_TEMPLATE = (
@@ -31,8 +31,15 @@ def adapter_folders(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def server(tmp_path_factory, adapter_folders) -> Iterator[ServerProcess]:
     named = [f"--adapter={name}={folder}" for name, folder in adapter_folders.items()]
-    with serve(tmp_path_factory.mktemp("log") / "server.log", "demo", *named) as running:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    with serve(log, "demo", *named, kind=Script) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def full(request) -> bool:
+    """Whether the long forms of the tests are asked for: pytest --full tests/serving."""
+    return request.config.getoption("--full")
 
 
 @pytest.fixture(scope="session")

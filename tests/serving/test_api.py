@@ -1,8 +1,12 @@
 """The server as the official openai client sees it."""
 
+from typing import Any
+
 import openai
 import pytest
 import torch
+from pydantic import BaseModel
+from serving.schemas import ChatRequest, CompletionRequest
 
 import fastlora
 from fastlora import functional as FL
@@ -131,6 +135,31 @@ def test_chat_logprobs_have_a_token_and_its_bytes(client):
     assert streamed == tokens
 
 
+def test_top_logprobs_are_the_likeliest_tokens_of_each_step(client, models):
+    loaded, tokenizer = models
+    found = chat(client, "two", logprobs=True, top_logprobs=3, max_tokens=8, temperature=2, seed=1)
+    tokens = found.choices[0].logprobs.content
+    ids = tokenizer.apply_chat_template(CHAT, add_generation_prompt=True)
+    for token in tokens:
+        p = loaded["two"](torch.tensor([ids]))[0, -1].log_softmax(-1)
+        values, likeliest = p.topk(3)
+        assert [t.logprob for t in token.top_logprobs] == pytest.approx(values.tolist(), abs=1e-4)
+        texts = [tokenizer.decode([i], skip_special_tokens=False) for i in likeliest.tolist()]
+        assert [t.token for t in token.top_logprobs] == texts
+        # A text may have several ids, which differ in their log-probabilities.
+        same = [i for i in range(4096) if abs(float(p[i]) - token.logprob) < 1e-4]
+        decoded = {tokenizer.decode([i], skip_special_tokens=False): i for i in same}
+        ids = [*ids, decoded[token.token]]
+    reply = client.completions.create(
+        model="two", prompt=PROMPT, logprobs=2, max_tokens=4, temperature=2, seed=1
+    )
+    found = reply.choices[0].logprobs
+    for token, logprob, others in zip(
+        found.tokens, found.token_logprobs, found.top_logprobs, strict=True
+    ):
+        assert len(others) in (2, 3) and others[token] == logprob
+
+
 def test_a_stop_string_across_tokens_ends_the_reply_before_it(client, server):
     whole = chat(client, max_tokens=20)
     text = whole.choices[0].message.content
@@ -165,6 +194,10 @@ def test_a_reply_ends_at_the_models_limit(client):
     assert reply.usage.total_tokens <= limit
 
 
+SCHEMAS: dict[str, tuple[type[BaseModel], dict[str, Any]]] = {
+    "chat/completions": (ChatRequest, {"model": "demo", "messages": CHAT}),
+    "completions": (CompletionRequest, {"model": "demo", "prompt": PROMPT}),
+}
 WRONG = {
     "temperature": {"temperature": 3},
     "top_p": {"top_p": 0},
@@ -179,7 +212,7 @@ WRONG = {
     "messages[0].content[0].type": {
         "messages": [{"role": "user", "content": [{"type": "image_url", "text": "x"}]}]
     },
-    "top_logprobs": {"logprobs": True, "top_logprobs": 2},
+    "top_logprobs": {"top_logprobs": 2},
     "presence_penalty": {"presence_penalty": 0.5},
     "logit_bias": {"logit_bias": {"5": 1}},
     "response_format": {"response_format": {"type": "json_object"}},
@@ -197,6 +230,18 @@ def test_a_wrong_or_unknown_field_is_named(client, field):
     assert error["param"] == field
     assert error["message"].startswith(f"{field}: ")
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("route", SCHEMAS)
+def test_every_field_with_a_wrong_value_is_named(server, route):
+    """-1.5 is wrong for each."""
+    schema, good = SCHEMAS[route]
+    with server.http() as http:
+        for field in schema.model_fields:
+            response = http.post(f"/v1/{route}", json=good | {field: -1.5})
+            error = response.json()["error"]
+            assert response.status_code == 400 and error["param"] == field, (field, error)
+            assert error["message"].startswith(f"{field}: ") and "-1.5" in error["message"]
 
 
 def test_values_that_change_nothing_are_accepted(client):

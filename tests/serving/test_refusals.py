@@ -178,12 +178,14 @@ def test_serve_refuses_wrong_arguments(arguments, refusal):
 
 
 def test_serve_names_adapters_that_cannot_share_a_batch(tmp_path, refusal):
-    dora = save_adapter(tmp_path / "dora", 1, use_dora=True)
     head = save_adapter(tmp_path / "head", 1, modules_to_save=["lm_head"])
-    text = refusal("demo", f"--adapter=d={dora}", f"--adapter=h={head}")
-    assert "'d': it has DoRA magnitudes" in text
-    assert "'h': it trains the embedding, the head" in text
-    assert "scripts/merge.py" in text
+    dora = save_adapter(tmp_path / "dora", 1, use_dora=True)
+    bias = save_adapter(tmp_path / "bias", 1, lora_bias=True)
+    named = {"h": head, "d": dora, "b": bias}
+    text = refusal("demo", *(f"--adapter={name}={folder}" for name, folder in named.items()))
+    assert "'h': it trains copies of whole matrices (lm_head.weight)" in text
+    assert "scripts/merge.py" in text and "'d'" not in text
+    assert "one adapter has DoRA magnitudes, and another one lora_bias" in text
 
 
 def test_serving_needs_a_tokenizer(tmp_path, refusal):

@@ -1,14 +1,16 @@
 """Failures of the engine reach the rows that they concern, and the scheduler goes on."""
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 
 import pytest
 from serving.metrics import Metrics
 from serving.scheduler import Row, RowEvent, Scheduler
+from serving.stacking import stack
 
 import fastlora
-from fastlora.generation.engine import Engine, NonFiniteLogits, RowSettings
+from fastlora.generation.engine import Engine, RowSettings
 from fastlora.generation.sampling import Sampling
 
 
@@ -17,17 +19,19 @@ def model():
     return fastlora.load("demo", dtype="float32")[0]
 
 
-def settings(tokens: int) -> RowSettings:
-    return RowSettings(max_new_tokens=tokens, sampling=Sampling(), seed=None, stop=())
+def settings(tokens: int, adapter: int) -> RowSettings:
+    return RowSettings(
+        max_new_tokens=tokens, sampling=Sampling(), seed=None, stop=(), adapter_id=adapter
+    )
 
 
 class Client:
     """A row and its events."""
 
-    def __init__(self, tokens: int, first: int = 5) -> None:
+    def __init__(self, tokens: int, *, adapter: int = 0) -> None:
         self.events: list[RowEvent] = []
         self.ended = asyncio.Event()
-        self.row = Row([first, 6, 7], settings(tokens), self.receive)
+        self.row = Row([5, 6, 7], settings(tokens, adapter), self.receive)
 
     def receive(self, event: RowEvent) -> None:
         self.events.append(event)
@@ -85,27 +89,26 @@ def test_a_cancelled_row_leaves_its_slot_to_the_next(model):
     run(model, use, slots=1)
 
 
-def test_a_row_without_finite_scores_fails_alone(model, monkeypatch):
-    real, failed = Engine.advance, []
-
-    def advance(self, steps):
-        if len(self.running) == 2 and not failed:
-            slot = next(slot for slot, row in self.running.items() if row.prompt[0] == 9)
-            failed.append(slot)
-            self.release(slot)
-            raise NonFiniteLogits("NaN", slot)
-        return real(self, steps)
-
-    monkeypatch.setattr(Engine, "advance", advance)
+def test_rows_without_finite_scores_fail_alone(model):
+    """Two at once, beside a good row; later rows get their slots."""
+    broken = fastlora.lora(model, r=2)
+    layers = broken.adapter["layers"]
+    layers[0]["v_proj"].a.fill_(math.nan)
+    served = stack(model, {"broken": broken})
 
     async def use(scheduler: Scheduler) -> None:
-        good, bad = Client(20), Client(20, first=9)
-        scheduler.submit([good.row, bad.row])
-        assert await bad.error() == "the model gave no finite score"
-        assert len(await good.ids()) == 20
+        alone = Client(20)
+        scheduler.submit([alone.row])
+        expected = await alone.ids()
+        clients = [Client(20, adapter=i) for i in (1, 0, 1, 0, 0)]
+        scheduler.submit([client.row for client in clients])
+        for i, client in enumerate(clients):
+            if i in (0, 2):
+                assert await client.error() == "the model gave no finite score"
+            else:
+                assert await client.ids() == expected
 
-    run(model, use)
-    assert failed
+    run(served, use, slots=3)
 
 
 @pytest.mark.parametrize("method", ["advance", "admit"])

@@ -135,6 +135,11 @@ def _field_problems(raw: Mapping[str, Any]) -> list[str]:
         if name not in raw:
             continue
         value = raw[name]
+        # First, because looking at each item of a long value takes long. Long patterns would also
+        # make matching slow.
+        if (size := _text_size(value)) > MAX_PATTERN_CHARS:
+            problems.append(f"{name}: {size:,} characters; expected at most {MAX_PATTERN_CHARS:,}.")
+            continue
         items = _items(value)
         # Items of items: trainable_token_indices may be a dict of lists.
         deep = [x for item in items if isinstance(item, list) for x in item]
@@ -142,9 +147,6 @@ def _field_problems(raw: Mapping[str, Any]) -> list[str]:
             problems.append(f"{name}={value!r:.200}: expected {_type_names(field)}.")
         elif any(type(x) is int and abs(x) >= 2**31 for x in (value, *items, *deep)):
             problems.append(f"{name}={value!r:.200}: expected less than 2**31.")
-        # Long patterns would make matching slow.
-        elif (size := _text_size(value)) > MAX_PATTERN_CHARS:
-            problems.append(f"{name}: {size:,} characters; expected at most {MAX_PATTERN_CHARS:,}.")
     return problems
 
 
@@ -165,7 +167,7 @@ def _text_size(value: Any) -> int:
         value = [*value, *value.values()]
     if not isinstance(value, list):
         return len(value) if isinstance(value, str) else 0
-    return len(value) + sum(len(e) for e in value if isinstance(e, str | list))
+    return len(value) + sum([len(e) for e in value if type(e) is str or type(e) is list])
 
 
 def _unsupported(raw: Mapping[str, Any], config: LlamaConfig) -> list[str]:

@@ -150,8 +150,13 @@ def _stages(x: Float[Tensor, "b d_in"], product: Product, tile: Tile) -> int:
     """tile.stages, or fewer if the GPU's shared memory does not hold their tiles."""
     if not x.is_cuda:
         return tile.stages
-    rows = tile.rows * (2 if product.gated else 1) + batch_tile(x.shape[0])
     limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    return stages_within(limit, x, product, tile)
+
+
+def stages_within(limit: int, x: Float[Tensor, "b d_in"], product: Product, tile: Tile) -> int:
+    """At most tile.stages, so that their tiles of W and x fit into `limit` bytes."""
+    rows = tile.rows * (2 if product.gated else 1) + batch_tile(x.shape[0])
     return max(1, min(tile.stages, limit // (rows * tile.columns * x.element_size())))
 
 
