@@ -22,7 +22,7 @@ FLOORS = [
     {"text"},
     {"adapters"},
     {"formats", "generation", "data"},
-    {"model", "losses"},
+    {"model"},
     {"loading", "training"},
     {"__init__"},
 ]
