@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastlora.models.params import LayerAdapter
 from fastlora.ops.dispatch import transforms_active
-from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear, grouped_rows
+from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear
 
 
 class Routes(NamedTuple):
@@ -62,8 +62,6 @@ def expert_mlp(
     scalings: dict[str, float],
     per_token: int,
     renormalise: bool,
-    *,
-    wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
     """The weighted sum of each token's experts, in x.dtype.
 
@@ -77,22 +75,13 @@ def expert_mlp(
         scalings: name in the adapter -> factor of its low-rank term.
         per_token: number of experts per token.
         renormalise: whether the weights of a token's experts are scaled to sum to 1.
-        wait: False: few tokens, no gradient, and the host must not wait for the GPU.
     """
 
     def grouped(rows: Tensor, name: str) -> Tensor:
         weight, key = experts[name], f"experts.{name}"
-        lora = adapter.get(key)
-        if not wait:
-            y = grouped_rows(rows, weight, routes.offsets)
-            if lora is None:
-                return y
-            update = grouped_rows(
-                grouped_rows(rows, lora.a, routes.offsets), lora.b, routes.offsets
-            )
-            return y.add_(update, alpha=scalings[key])
-        if lora is None:
+        if key not in adapter:
             return grouped_linear(rows, weight, routes.offsets)
+        lora = adapter[key]
         return grouped_lora_linear(rows, weight, lora.a, lora.b, routes.offsets, scalings[key])
 
     weights, indices = chosen_experts(logits.flatten(0, 1), per_token, renormalise)
