@@ -1,6 +1,6 @@
 """The complete form of the fault suite: prints its tally and writes a table of every case.
 
-    python -m tests.faults.full TABLE.json [--kills 200] [--hang 10] [--known KNOWN.json]
+    python -m tests.faults.full TABLE.json [--kills 200] [--hang 10]
 
 `--only TEXT` runs the cases whose names hold a text, `--kills 0` no kills. The exit status is 1
 unless every run gave the same bits, no temporary file stayed, and every case came out as it must.
@@ -35,7 +35,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--hang", type=float, default=10.0, help="seconds that count as hung")
     parser.add_argument("--only", default="", help="run the cases whose names hold this text")
-    parser.add_argument("--known", type=Path, help="write the names of the failing cases here")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -85,13 +84,10 @@ def main() -> int:
         shutil.rmtree(scratch, ignore_errors=True)
     _print_tally(results)
     report["cases"] = list(results.values())
-    bad = {n: dict(item=r["item"], outcome=r["outcome"]) for n, r in results.items()}
-    bad = {name: row for name, row in bad.items() if row["outcome"] not in GOOD}
+    bad = [name for name, result in results.items() if result["outcome"] not in GOOD]
     print(f"seconds: {time.monotonic() - begun:.0f}")
     if given.table is not None:
         given.table.write_text(json.dumps(report, indent=1))
-    if given.known is not None:
-        given.known.write_text(json.dumps(bad, indent=1, sort_keys=True) + "\n")
     return 0 if good and not bad else 1
 
 

@@ -4,7 +4,6 @@ import pytest
 
 from faults.bounded import check, chosen, results
 from faults.cases import FILES
-from faults.known import parameters
 
 
 @pytest.fixture(scope="module")
@@ -13,6 +12,6 @@ def outcomes():
     return results(FILES)
 
 
-@pytest.mark.parametrize("name", parameters(chosen(FILES)))
+@pytest.mark.parametrize("name", chosen(FILES), ids=str)
 def test_a_case_comes_out_as_it_must(outcomes, name):
     check(outcomes[name])
