@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastlora.checkpoints.file_bytes import check_size
+from fastlora.checkpoints.file_bytes import check_size, read_bytes
 from fastlora.checkpoints.tensors import first_line, unique_names
 from fastlora.errors import CheckpointError, raise_problems
 
@@ -31,7 +31,6 @@ def read_row_file(path: Path) -> list[Any]:
         raise ValueError(f"{path}: expected a file whose name ends in .jsonl or .json.")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. Rows are read from .jsonl or .json files.")
-    check_size(path, _MAX_FILE_BYTES)
     try:
         return _read_lines(path) if path.suffix == ".jsonl" else _read_document(path)
     except OSError as error:
@@ -39,8 +38,7 @@ def read_row_file(path: Path) -> list[Any]:
 
 
 def _read_document(path: Path) -> list[Any]:
-    check_size(path, _MAX_DOCUMENT_BYTES)
-    data = path.read_bytes()
+    data = read_bytes(path, _MAX_DOCUMENT_BYTES)
     try:
         rows = _parse(data)
     except json.JSONDecodeError as error:
@@ -80,6 +78,7 @@ def _read_lines(path: Path) -> list[Any]:
 
 def _lines(path: Path) -> Iterator[bytes]:
     """The lines of a file. Only line feeds end one: JSON strings may hold U+2028."""
+    check_size(path, _MAX_FILE_BYTES)
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_MAX_LINE_BYTES + 1):
