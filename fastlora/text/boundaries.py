@@ -35,7 +35,11 @@ def unnamed_end_of_turn(tokenizer: Tokenizer) -> int | None:
 
     None also if no added token follows the reply, or the one that follows begins the next reply.
     """
-    tokens = _tokens_after_reply(tokenizer)
+    return _unnamed_end(tokenizer, _tokens_after_reply(tokenizer))
+
+
+def _unnamed_end(tokenizer: Tokenizer, tokens: list[int] | None) -> int | None:
+    """`unnamed_end_of_turn`, from the tokens behind a reply."""
     if not tokens or tokens[0] in tokenizer.eos_token_ids:
         return None
     # Ordinary tokens may occur inside a reply, where generation must not stop.
@@ -55,7 +59,7 @@ def stop_warning(tokenizer: Tokenizer) -> str | None:
     if tokens is None:
         return None
     source = tokenizer.chat_templates["default"].source
-    if (end := unnamed_end_of_turn(tokenizer)) is not None:
+    if (end := _unnamed_end(tokenizer, tokens)) is not None:
         token = tokenizer.decode([end], skip_special_tokens=False)
         return (
             f"the chat template ({source}) ends a reply with {token!r} (id {end}), which the "
