@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves
+from torch.utils._pytree import tree_flatten_with_path
 
 from fastlora.arguments import (
     FUNCTION,
@@ -22,6 +22,7 @@ from fastlora.errors import raise_problems
 from fastlora.generation.forward import decode, new_cache, prefill, prepare
 from fastlora.generation.sampling import SEED, Sampling, choose, new_generator, seen_ids
 from fastlora.models.names import tensors_from_base
+from fastlora.models.params import first_nonfinite
 from fastlora.models.state import ModelState
 
 
@@ -159,9 +160,7 @@ def _first_non_finite(model: ModelState) -> str:
     paths = tree_flatten_with_path(model.adapter)[0]
     adapter = {"".join(map(str, path)): leaf for path, leaf in paths}
     for owner, tensors in (("base", base), ("adapter", adapter)):
-        for name, tensor in tensors.items():
-            # A quantised weight is a record of several tensors.
-            if not all(bool(x.isfinite().all()) for x in tree_leaves(tensor)):
-                return f"The {owner}'s tensor {name} holds NaN or infinity; load it again."
+        if (name := first_nonfinite(tensors)) is not None:
+            return f"The {owner}'s tensor {name} holds NaN or infinity; load it again."
     dtype = str(model.base["norm"].dtype).removeprefix("torch.")
     return f"All weights are finite: an activation overflows {dtype}. Load in a wider dtype."

@@ -19,11 +19,13 @@ An absent key means that the model has no such tensor: a projection without bias
 head. No leaf is None, so torch.utils._pytree and torch.func accept the trees.
 """
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastlora.ops.quant.weights import Quantized, Weight
 
@@ -138,3 +140,15 @@ def is_quantized(base: Base) -> bool:
     """Whether any projection is in 4 or 8 bits."""
     linears = (p[n] for p in base["layers"] for n in PROJECTIONS if n in p)
     return any(isinstance(linear["weight"], Quantized) for linear in linears)
+
+
+def first_nonfinite(tensors: Mapping[str, Any]) -> str | None:
+    """The name of the first tensor that holds NaN or infinity; None if all are finite.
+
+    Args:
+        tensors: name -> tensor, or a quantised weight, which is a record of several tensors.
+    """
+    for name, tensor in tensors.items():
+        if not all(bool(x.isfinite().all()) for x in tree_leaves(tensor)):
+            return name
+    return None

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import token_logprobs
 from fastlora.models.decoder import hidden_states
 from fastlora.models.names import tensors_from_base
+from fastlora.models.params import first_nonfinite
 from fastlora.models.state import Batch, ModelState, Seed, require_adapter
 from fastlora.training.learner import Learner
 
@@ -53,10 +53,8 @@ def _forward_cause(model: ModelState, batches: Sequence[Batch], seeds: Sequence[
         ("adapter's", named_leaves(adapter)),
     )
     for owner, tensors in groups:
-        for name, tensor in tensors.items():
-            # A quantised weight is a record of several tensors.
-            if not all(bool(x.isfinite().all()) for x in tree_leaves(tensor)):
-                return f"the {owner} tensor {name} holds NaN or infinity"
+        if (name := first_nonfinite(tensors)) is not None:
+            return f"the {owner} tensor {name} holds NaN or infinity"
     for number, (batch, seed) in enumerate(zip(batches, seeds, strict=True), 1):
         row = _first_row(model, batch, seed)
         if row is not None:
