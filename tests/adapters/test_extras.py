@@ -62,7 +62,11 @@ def test_a_fresh_adapter_is_the_base(case):
 def test_fresh_factors_of_embedding_and_head_have_the_distribution_of_pefts(init):
     settings = dict(r=8, target_modules=ENDS, init_lora_weights=init)
     model = lora(fast(U), **settings)
-    peft = get_peft_model(hugging_face(U), peft_config(**settings))
+    # PEFT draws from the global generator. Without a seed, one of a hundred of its draws of 256
+    # numbers is more than 2.2 standard errors away, and with ours beyond the tolerance.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        peft = get_peft_model(hugging_face(U), peft_config(**settings))
     theirs = get_peft_model_state_dict(peft, save_embedding_layers=False)
     for key, x in peft_state_dict(model.adapter, model.spec.lora).items():
         y = theirs[key]
