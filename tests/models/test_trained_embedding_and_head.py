@@ -186,9 +186,12 @@ def test_generation_chooses_the_likeliest_tokens(model):
 
 @pytest.mark.compile
 @pytest.mark.parametrize("name", ["biases and norms", "LoRA on both", "one copy of a tied pair"])
-def test_compiled_gradients_equal_the_plain_ones(name, pair):
+def test_compiled_gradients_equal_the_plain_ones(name, pair, region_backend):
     model = made(name, pair).with_spec(compile=True)
-    for recompute in ("none", "selective", "full"):
+    # Inductor for the default policy, first; its C++ takes nine tenths of the time.
+    for recompute in ("selective", "none", "full"):
+        if recompute != "selective":
+            region_backend("aot_eager")
         assert_same(*both_ways(model.with_spec(recompute=recompute)), 1e-10)
 
 
