@@ -12,6 +12,7 @@ A run, from a checkpoint to an adapter on disk:
 `Model` and `Tokenizer` are immutable: every function returns a new one. Between `load` and `train`,
 `add_tokens` extends the vocabulary and `initialize` sets the adapter from data. `load_adapter`
 reads an adapter; `combine`, `disable`, `merge` and `quantize` make another model of one.
+`generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
 """
 
@@ -24,6 +25,7 @@ from fastlora.adapters.edits.vocabulary import add_tokens
 from fastlora.adapters.init_from_data.dispatch import initialize
 from fastlora.errors import CheckpointError
 from fastlora.formats.peft.reading import load_adapter
+from fastlora.generation.many import generate_many
 from fastlora.loading import load
 from fastlora.model import Model
 from fastlora.runtime.gradients import value_and_grad
@@ -43,6 +45,7 @@ __all__ = [
     "combine",
     "disable",
     "functional",
+    "generate_many",
     "initialize",
     "load",
     "load_adapter",

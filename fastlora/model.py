@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fastlora import functional
 from fastlora.adapters.edits.combining import disable
-from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, check_arguments, optional
+from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, check_arguments, optional, settings_from
 from fastlora.checkpoints.hub import REPO_ID
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
@@ -171,14 +171,19 @@ class Model(ModelState):
         temperature: float = 0.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
         repetition_penalty: float = 1.0,
         eos_token_id: int | Sequence[int] | None = None,
-        seed: int | None = None,
-        stream: Callable[[Int[Tensor, "b"]], None] | None = None,
-    ) -> Int[Tensor, "b t_new"]:
+        seed: int | Sequence[int] | None = None,
+        stream: Callable[[Int[Tensor, "b"]], Any] | None = None,
+        adapter_ids: Sequence[int] | Int[Tensor, "b"] | None = None,
+        return_logprobs: bool = False,
+    ) -> Int[Tensor, "b t_new"] | Any:  # with return_logprobs a pair
         """Prompt and continuation [b, t + new] with new <= max_new_tokens, int64.
 
         A row that has stopped is filled with the config's pad_token_id, or else the first stop id.
+        With `return_logprobs` also the log-probabilities of the new tokens, [b, new] in float32:
+        of the model's own logits, and 0 where a row is filled.
 
         Args:
             input_ids: prompts; shorter ones are padded on the left.
@@ -187,30 +192,28 @@ class Model(ModelState):
             temperature: 0 always takes the likeliest token.
             top_k: sample among the k likeliest tokens only.
             top_p: sample among the likeliest tokens that together reach this probability.
-            repetition_penalty: divides positive scores of ids already seen, multiplies negative
-                ones; 1 changes nothing.
+            min_p: sample among tokens with at least this share of the likeliest one's probability.
+            repetition_penalty: makes ids already seen less likely; 1 changes nothing.
             eos_token_id: ids that stop a row; None uses the checkpoint's, () stops no row.
-            seed: of the sampling; None draws fresh entropy.
-            stream: called after every step with the new token of each row.
+            seed: of the sampling, one for all rows or one for each; None draws fresh entropy.
+            stream: called for every new token with that of each row, up to 16 tokens late.
+            adapter_ids: the number of each row's adapter, if model.adapter is a stack.
+            return_logprobs: whether to return log-probabilities too.
 
         Raises:
-            ValueError: as `__call__`; also if prompt and new tokens together exceed
-                `spec.max_seq_length`, a prompt is padded on the right, or a setting is out of
-                range.
+            ValueError: as `__call__`; also if prompt and new tokens exceed `spec.max_seq_length`,
+                a prompt is padded on the right, or a setting is out of range.
             FloatingPointError: the model gives NaN or infinity; names a tensor that holds one.
         """
-        sampling = Sampling(
-            temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty
-        )
+        sampling = settings_from(Sampling, locals())
         # First, because the checks of generation read the shape of input_ids.
         check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
-        check_generation(
-            self, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, seed, stream
-        )
-        stop = stop_ids(eos_token_id, default=self.spec.config.eos_token_id)
-        return generate(
-            self, input_ids, attention_mask, max_new_tokens, sampling, stop, seed, stream
-        )
+        inputs = (self, input_ids, attention_mask)
+        extra = (seed, stream, adapter_ids, return_logprobs)
+        check_generation(*inputs, max_new_tokens, sampling, eos_token_id, *extra)
+        stop = stop_ids(eos_token_id, self.spec.config.eos_token_id)
+        ids, logprobs = generate(*inputs, max_new_tokens, sampling, stop, *extra)
+        return ids if logprobs is None else (ids, logprobs)
 
     def generate_text(
         self,
@@ -228,17 +231,16 @@ class Model(ModelState):
             prompt: a text (BOS is not added twice), or a list of messages with role and content.
             stream: called with pieces of text that join to the result.
             eos_token_id: ids that stop; None: the checkpoint's, tokenizer's and chat template's.
-            settings: as for `generate`.
+            settings: as for `generate`, without return_logprobs.
 
         Raises:
             ValueError: as `generate`; also if the prompt has no token, or its chat template fails.
         """
-        check_arguments(
-            "Model.generate_text",
-            tokenizer=(tokenizer, TOKENIZER),
-            prompt=(prompt, PROMPT),
+        rules = dict(
+            tokenizer=(tokenizer, TOKENIZER), prompt=(prompt, PROMPT),
             stream=(stream, optional(FUNCTION)),
-        )
+        )  # fmt: skip
+        check_arguments("Model.generate_text", **rules)
         ids = encode_prompt(tokenizer, prompt)
         if eos_token_id is None:
             config = self.spec.config
@@ -248,6 +250,7 @@ class Model(ModelState):
             torch.tensor([ids], dtype=torch.int64, device=self.base["norm"].device),
             eos_token_id=eos_token_id,
             stream=pieces,
+            return_logprobs=False,
             **settings,
         )
         # The last token may end inside a character, whose bytes the stream has held back.

@@ -1,4 +1,6 @@
-# Sourced by demo.sh, docs.sh and test.sh: makes a virtual environment of pinned packages once.
+# Sourced by demo.sh, docs.sh and test.sh.
+
+# Makes a virtual environment of pinned packages once.
 #   environment NAME REQUIREMENTS
 environment() {
     local folder=".venv-$1" stamp
@@ -11,4 +13,18 @@ environment() {
         touch "$stamp"
     fi
     PATH="$PWD/$folder/bin:$PATH"
+}
+
+# Debian's Chromium, in which the tests open the server's page. Playwright's own download of a
+# browser needs another host than pip does.
+install_chromium() {
+    if command -v chromium >/dev/null; then
+        return
+    fi
+    if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
+        echo "the tests of the server's page need Chromium: sudo apt-get install chromium" >&2
+        exit 1
+    fi
+    apt-get -qq update
+    DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null
 }

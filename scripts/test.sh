@@ -4,6 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/environment.sh
 environment test scripts/requirements-test.txt
+install_chromium
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff check fastlora tests scripts
 ruff format --check fastlora tests scripts

@@ -49,11 +49,14 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
         temperature=(None, *NOT_A_NUMBER, "hot", -1.0),
         top_k=NOT_A_COUNT,
         top_p=(*NOT_A_NUMBER, 0, -0.5, 1.5),
+        min_p=(*NOT_A_NUMBER, -0.5, 1.5),
         repetition_penalty=(None, *NOT_A_NUMBER, 0, -1.0),
         max_new_tokens=(None, *NOT_A_COUNT, 10**6),
         eos_token_id=NOT_IDS,
         seed=NOT_A_SEED,
+        adapter_ids=(0, "0", [0], [0, 0], [0.5], [True], STRANGER),  # the model has no stack
     )
+    batches: dict[str, Any] = dict(return_logprobs=NOT_A_FLAG, seed=(*NOT_A_SEED, [1, 2, 3], [-1]))
     masks = (*NOT_A_TENSOR, IDS[:1], IDS[0], IDS.double(), 5 * torch.ones_like(IDS))
     not_a_batch = (None, "text", 5, (), [], STRANGER, IDS)
     adapters = ("text", 5, (), [], STRANGER, torch.zeros(1), {"layers": ()})
@@ -108,7 +111,35 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
                 input_ids=(None, *NOT_A_TENSOR, IDS.float(), IDS[0], IDS - 60),
                 attention_mask=masks,
                 stream=NOT_A_FUNCTION,
-                **sampling,
+                **sampling | batches,
+            ),
+        ),
+        "generate_many": Call(
+            fastlora.generate_many,
+            dict(model=model, prompts=[[1, 10]], max_new_tokens=2),
+            dict(
+                model=(None, "demo", 5, (), {}, STRANGER),
+                prompts=(
+                    None,
+                    5,
+                    "text",
+                    {},
+                    STRANGER,
+                    [5],
+                    [None],
+                    ["text"],
+                    [[]],
+                    [[-1]],
+                    [[10**6]],
+                    [[1.5]],
+                    [[True]],
+                    [[STRANGER]],
+                    [[1], [[1]]],
+                ),
+                tokenizer=NOT_A_TOKENIZER,
+                max_batch=(None, *NOT_A_COUNT, "all"),
+                n=(None, *NOT_A_COUNT),
+                **sampling | batches,
             ),
         ),
         "generate_text": Call(
@@ -147,7 +178,7 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
 
 FUNCTIONS = ["load", "with_adapter", "with_spec", "to", "__call__", "loss", "generate"]
 FUNCTIONS += ["generate_text", "num_parameters", "save_pretrained", "save_pretrained_merged"]
-FUNCTIONS += ["push_to_hub"]
+FUNCTIONS += ["push_to_hub", "generate_many"]
 
 
 def refusal(call: Call, name: str, value: Any) -> Exception:
@@ -175,7 +206,8 @@ def test_the_table_holds_every_public_method(calls):
         if callable(value) and (name == "__call__" or not name.startswith("_"))
     }
     without_arguments = {"for_training", "for_inference", "print_trainable_parameters"}
-    assert methods - without_arguments == set(FUNCTIONS) - {"load"} == set(calls) - {"load"}
+    others = {"load", "generate_many"}
+    assert methods - without_arguments == set(FUNCTIONS) - others == set(calls) - others
 
 
 def test_several_wrong_arguments_are_listed_together(calls):

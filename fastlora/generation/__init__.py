@@ -1,7 +1,16 @@
-"""Generation: the next tokens of a prompt, one at a time, with cached keys and values.
+"""Generation: tokens of many rows at a time, with cached keys and values.
 
-forward.py     a model prepared for generation, its cache, and the two passes that use it
-sampling.py    from logits to the next token
-generate.py    the loop over new tokens, for one batch of prompts
-text.py        prompts to ids, and ids to text as they arrive
+prepare.py       everything that is the same for all tokens, computed once
+cache.py         one slot of keys and values for each row
+forward.py       prefill for prompts, decode for one more token of every row
+prefixes.py      prompts into the cache, each distinct one once
+kernel_layer.py  a decode layer through Triton kernels
+sampling.py      from logits to the next token, with settings of each row
+rows.py          the state of all rows on the device, and one step
+step_graph.py    a step as a CUDA graph
+engine.py        rows join, go on and leave
+nonfinite.py     the error of a row whose logits are NaN
+generate.py      one batch of prompts
+many.py          many prompts, as an iterator
+text.py          prompts to ids, and ids to text as they arrive
 """

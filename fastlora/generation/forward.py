@@ -1,162 +1,267 @@
-"""Forward passes with a key-value cache: prefill for the prompt, decode for one more token.
+"""The two passes over a cache: `prefill` for prompts, `decode` for one more token of every row.
 
-`prepare` does once what would otherwise be repeated at every token.
+Rows are not padded on the left: token i of a row has position i and lies at index i of its slot.
+`decode` contains no host synchronisation and no shape that depends on data, so that a CUDA graph
+can record it.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from fastlora.models.attention import attention_output, queries_keys_values
-from fastlora.models.decoder import layer_adapters, position_tables, product_dtype
-from fastlora.models.embedding import embed, embedding_gain
-from fastlora.models.head import Head, head, logits
+from fastlora.generation.cache import Cache
+from fastlora.generation.kernel_layer import StepKernels, run_kernel_layer
+from fastlora.generation.prepare import PreparedModel
+from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
+from fastlora.models.decoder import attention_masks
+from fastlora.models.embedding import embed
+from fastlora.models.head import head, logits
 from fastlora.models.mlp import mlp_block
 from fastlora.models.names import with_replaced
-from fastlora.models.params import Adapter, Base, LayerAdapter, LayerParams
-from fastlora.models.projections import LayerSpec, layer_spec
 from fastlora.models.rope_tables import rope_tables
-from fastlora.models.self_contained import self_contained
-from fastlora.models.spec import Spec
-from fastlora.models.state import ModelState
-from fastlora.ops.attention.attention import attention
+from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.rms_norm import rms_norm
 
 
-class PreparedLayer(NamedTuple):
-    """One decoder layer."""
+class RopeTable(NamedTuple):
+    """cos and sin of the angles of positions 0, 1, ..."""
 
-    params: LayerParams
-    adapter: LayerAdapter  # in the dtype of the layer's products
-    spec: LayerSpec
-    attention_type: str  # "full_attention" or "sliding_attention"
+    cos: Float[Tensor, "s hd"]
+    sin: Float[Tensor, "s hd"]
 
 
-class PreparedModel(NamedTuple):
-    """A model as generation uses it: everything that is the same for all tokens."""
-
-    spec: Spec
-    base: Base  # the adapter's copies of base tensors are in their places
-    adapter: Adapter | None
-    layers: tuple[PreparedLayer, ...]
-    embedding_gain: Float[Tensor, "d"] | None  # of DoRA on the embedding
-    head: Head
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, allocated once for prompt and new tokens together."""
-
-    k: tuple[Float[Tensor, "b kv s hd"], ...]
-    v: tuple[Float[Tensor, "b kv s hd"], ...]
-
-
-def prepare(model: ModelState) -> PreparedModel:
-    """Cast the adapter, put copies of base tensors in place, and compute DoRA's scales, once."""
-    model = self_contained(model, unpark=model.adapter is None)
-    adapter, base, spec = model.adapter, model.base, model.spec
-    adapters = layer_adapters(adapter, spec.config)
-    if adapter is not None:
-        dtype = base["norm"].dtype
-        base = with_replaced(base, adapter, tied=spec.extras.tied)
-        adapters = tuple(product_dtype(x, spec, dtype) for x in adapters)
-    layers = tuple(
-        PreparedLayer(params, adapters[i], layer_spec(spec, i), spec.config.layer_types[i])
-        for i, params in enumerate(base["layers"])
-    )
-    return PreparedModel(
-        spec=spec,
-        base=base,
-        adapter=adapter,
-        layers=layers,
-        embedding_gain=embedding_gain(adapter, base, spec),
-        head=head(adapter, base, spec),
-    )
-
-
-def new_cache(model: PreparedModel, b: int, length: int) -> Cache:
-    """An empty cache of `length` positions: 2 * b * layers * kv * length * hd elements.
-
-    In the base's dtype and on its device.
-    """
+def rope_table(model: PreparedModel, length: int) -> RopeTable | None:
+    """The table of `length` positions; None for dynamic RoPE, whose angles depend on the length."""
     config, like = model.spec.config, model.base["norm"]
-    shape = (b, config.num_key_value_heads, length, config.head_dim)
-    new = lambda: tuple(like.new_empty(shape) for _ in range(config.num_hidden_layers))
-    return Cache(k=new(), v=new())
+    if config.rope_parameters.rope_type == "dynamic":
+        return None
+    index = torch.arange(length, device=like.device)[None]
+    cos, sin = rope_tables(config, index, index[:, -1:] + 1, like.dtype)
+    return RopeTable(cos[0], sin[0])
 
 
 def prefill(
     model: PreparedModel,
-    input_ids: Int[Tensor, "b t"],
-    attention_mask: Int[Tensor, "b t"] | None,
     cache: Cache,
-) -> Float[Tensor, "b v"]:
-    """Logits after the prompt. Writes the prompt's keys and values into the cache.
+    slots: Int[Tensor, "b"],
+    input_ids: Int[Tensor, "b t"],
+    lengths: Int[Tensor, "b"],
+    adapter_ids: Int[Tensor, "b"],
+) -> None:
+    """Write keys and values of the first t tokens of some prompts into their slots.
+
+    Attention is causal, so a row shorter than t may hold any ids behind its own tokens: no token of
+    the row sees them, and `decode` overwrites their keys and values before it reads them.
 
     Args:
         model: of `prepare`.
-        input_ids: prompts, padded on the left.
-        attention_mask: 1 = real token; None means all are.
-        cache: of at least t positions.
+        cache: of at least t indices.
+        slots: where each row goes.
+        input_ids: rows, padded on the right.
+        lengths: of the whole prompts, which dynamic RoPE needs; they may be longer than t.
+        adapter_ids: the number of each row's adapter, for a stack.
     """
-    x = embed(input_ids, model.adapter, model.base, model.spec, model.embedding_gain)
-    tables = position_tables(model.spec.config, input_ids, x.dtype, attention_mask, None, None)
-    x = _run_layers(model, x, tables.cos, tables.sin, tables.masks, cache, first=0)
-    return _last_logits(model, x)
+    (b, t), spec = input_ids.shape, model.spec
+    x = _embed(model, input_ids, adapter_ids)
+    index = torch.arange(t, device=x.device).expand(b, t)
+    cos, sin = rope_tables(spec.config, index, lengths[:, None], x.dtype)
+    masks = attention_masks(spec, x, None, None, model.layers[0].spec.fused)
+    for i, layer in enumerate(model.layers):
+        q, k, v = _queries_keys_values(model, i, x, cos, sin, adapter_ids)
+        cache.write(i, slots, k, v)
+        if i + 1 < len(model.layers):  # of the last layer only keys and values are needed
+            heads = rotated_attention(q, k, v, masks[layer.attention_type], layer.spec)
+            x = _rest_of_layer(model, i, x, heads, adapter_ids)
 
 
 def decode(
     model: PreparedModel,
-    token: Int[Tensor, "b 1"],
-    position_ids: Int[Tensor, "b 1"],
-    real: Bool[Tensor, "b s"],
     cache: Cache,
+    token: Int[Tensor, "b"],
+    lengths: Int[Tensor, "b"],
+    adapter_ids: Int[Tensor, "b"],
+    table: RopeTable | None,
+    kernels: StepKernels,
+    end: int,
 ) -> Float[Tensor, "b v"]:
-    """Logits after one more token. Writes its key and value into the cache.
+    """Logits after one more token of the rows in slots 0 to b - 1, in the base's dtype.
+
+    Writes the token's keys and values at index `lengths` of its slot.
 
     Args:
         model: of `prepare`.
+        cache: of at least b slots.
         token: the newest token of each row.
-        position_ids: its position, which counts real tokens only.
-        real: for all s positions in use, the new one included: whether they hold a real token.
-        cache: holds s - 1 positions.
+        lengths: number of tokens of each row before `token`.
+        adapter_ids: the number of each row's adapter, for a stack.
+        table: of `rope_table`, at least as long as the cache.
+        kernels: of kernel_layer.step_kernels.
+        end: no row has more than `end` tokens, the new one included.
     """
-    config, s = model.spec.config, real.shape[1]
-    x = embed(token, model.adapter, model.base, model.spec, model.embedding_gain)
-    cos, sin = rope_tables(config, position_ids, position_ids + 1, x.dtype)
-    in_window = torch.arange(s, device=real.device) > s - 1 - (config.sliding_window or s)
-    masks = {
-        "full_attention": real[:, None, None],
-        "sliding_attention": (real & in_window)[:, None, None],
-    }
-    return _last_logits(model, _run_layers(model, x, cos, sin, masks, cache, first=s - 1))
+    b, rows = token.shape[0], torch.arange(token.shape[0], device=token.device)
+    x = _embed(model, token[:, None], adapter_ids)
+    cos, sin = _angles(model, lengths, table, x.dtype)
+    masks = _decode_masks(model, lengths, end) if None in kernels.layers else {}
+    for i, layer in enumerate(model.layers):
+        k_cache, v_cache = cache.k[i], cache.v[i]
+        if b < cache.slots:
+            k_cache, v_cache = k_cache[:b], v_cache[:b]
+        if (kernel := kernels.layers[i]) is not None:
+            x = run_kernel_layer(x[:, 0], kernel, cos, sin, k_cache, v_cache, lengths)[:, None]
+            continue
+        q, k, v = _queries_keys_values(model, i, x, cos[:, None], sin[:, None], adapter_ids)
+        k_cache[rows, :, lengths] = k[:, :, 0]
+        v_cache[rows, :, lengths] = v[:, :, 0]
+        mask = masks[layer.attention_type]
+        heads = _one_query(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
+        x = _rest_of_layer(model, i, x, heads, adapter_ids)
+    if kernels.head is not None:
+        return decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")[0]
+    return _logits(model, x[:, 0], adapter_ids)
 
 
-def _run_layers(
-    model: PreparedModel,
-    x: Float[Tensor, "b t d"],
-    cos: Float[Tensor, "#b t hd"],
-    sin: Float[Tensor, "#b t hd"],
-    masks: Mapping[str, Bool[Tensor, "#b 1 t s"] | None],
-    cache: Cache,
-    first: int,
+def _angles(
+    model: PreparedModel, position: Int[Tensor, "b"], table: RopeTable | None, dtype: torch.dtype
+) -> tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
+    if table is not None:
+        return table.cos[position], table.sin[position]
+    cos, sin = rope_tables(model.spec.config, position[:, None], position[:, None] + 1, dtype)
+    return cos[:, 0], sin[:, 0]
+
+
+def _decode_masks(
+    model: PreparedModel, lengths: Int[Tensor, "b"], end: int
+) -> dict[str, Bool[Tensor, "b 1 1 s"]]:
+    """Layer type -> the indices that the new token, at index `lengths`, attends to."""
+    index, last = torch.arange(end, device=lengths.device), lengths[:, None]
+    seen = index <= last
+    masks = {"full_attention": seen[:, None, None]}
+    if (window := model.spec.config.sliding_window) is not None:
+        masks["sliding_attention"] = (seen & (index > last - window))[:, None, None]
+    else:
+        masks["sliding_attention"] = masks["full_attention"]
+    return masks
+
+
+def _one_query(
+    q: Float[Tensor, "b h 1 hd"],
+    k: Float[Tensor, "b kv s hd"],
+    v: Float[Tensor, "b kv s hd"],
+    mask: Bool[Tensor, "b 1 1 s"],
+) -> Float[Tensor, "b h 1 hd"]:
+    """Attention of one token of each row.
+
+    The h / kv query heads of a key head are passed as so many queries, because they see the same
+    keys. Then no key is repeated.
+    """
+    (b, h, _, hd), kv = q.shape, k.shape[1]
+    grouped = q.reshape(b, kv, h // kv, hd)
+    mask = mask.expand(b, 1, h // kv, mask.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(b, h, 1, hd)
+
+
+# ── the parts of a pass, each for one adapter or for a stack ──────────────────────────────
+
+
+def _embed(
+    model: PreparedModel, ids: Int[Tensor, "b t"], adapter_ids: Int[Tensor, "b"]
 ) -> Float[Tensor, "b t d"]:
-    """x after all layers, for tokens at cache positions first, first + 1, ..."""
-    end = first + x.shape[1]
-    for i, (params, adapter, static, attention_type) in enumerate(model.layers):
-        q, k, v = queries_keys_values(x, params, adapter, cos, sin, static, None)
-        cache.k[i][:, :, first:end] = k
-        cache.v[i][:, :, first:end] = v
-        if first > 0:  # otherwise k and v are all that the cache holds
-            k, v = cache.k[i][:, :, :end], cache.v[i][:, :, :end]
-        heads = attention(q, k, v, masks[attention_type])
-        x = x + attention_output(heads, params, adapter, static, None)
-        x = mlp_block(x, params, adapter, static, None)
-    return x
+    spec, base, gain, rows = model.spec, model.base, model.embedding_gain, model.row_of_id
+    if model.stack_size is None or model.adapter is None:
+        return embed(ids, model.adapter, base, spec, gain, rows)
+
+    def one(tree: Any, ids: Int[Tensor, "t"]) -> Float[Tensor, "t d"]:
+        own = with_replaced(base, tree["adapter"], tied=spec.extras.tied)
+        return embed(ids[None], tree["adapter"], own, spec, tree.get("gain"), rows)[0]
+
+    tree: dict[str, Any] = {"adapter": model.adapter}
+    return _row_by_row(one, tree if gain is None else tree | {"gain": gain}, adapter_ids, ids)
 
 
-def _last_logits(model: PreparedModel, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b v"]:
-    hidden = rms_norm(x[:, -1], model.base["norm"], model.spec.config.rms_norm_eps)
-    return logits(hidden, hidden, model.head, model.spec)
+def _logits(
+    model: PreparedModel, x: Float[Tensor, "b d"], adapter_ids: Int[Tensor, "b"]
+) -> Float[Tensor, "b v"]:
+    spec, base, eps = model.spec, model.base, model.spec.config.rms_norm_eps
+    if model.head is not None:
+        hidden = rms_norm(x, base["norm"], eps)
+        return logits(hidden, hidden, model.head, spec)
+
+    def one(adapter: Any, x: Float[Tensor, "d"]) -> Float[Tensor, "v"]:
+        own = with_replaced(base, adapter, tied=spec.extras.tied)
+        hidden = rms_norm(x, own["norm"], eps)
+        return logits(hidden, hidden, head(adapter, base, spec), spec)
+
+    return _row_by_row(one, model.adapter, adapter_ids, x)
+
+
+def _queries_keys_values(
+    model: PreparedModel,
+    i: int,
+    x: Float[Tensor, "b t d"],
+    cos: Float[Tensor, "b t hd"],
+    sin: Float[Tensor, "b t hd"],
+    adapter_ids: Int[Tensor, "b"],
+) -> tuple[Tensor, Tensor, Tensor]:
+    spec = model.layers[i].spec
+    run = lambda params, adapter, x, cos, sin: queries_keys_values(
+        x, params, adapter, cos, sin, spec, None
+    )
+    return _each_row(model, i, run, adapter_ids, x, cos, sin)
+
+
+def _rest_of_layer(
+    model: PreparedModel,
+    i: int,
+    x: Float[Tensor, "b t d"],
+    heads: Float[Tensor, "b h t hd"],
+    adapter_ids: Int[Tensor, "b"],
+) -> Float[Tensor, "b t d"]:
+    """The layer's output, from its input and attention's result."""
+    spec = model.layers[i].spec
+    # The loop over experts, which waits for the GPU, is the faster form on the CPU and in prefill.
+    wait = model.stack_size is not None or not x.is_cuda or x.shape[1] > 1
+
+    def run(params: Any, adapter: Any, x: Tensor, heads: Tensor) -> Tensor:
+        x = x + attention_output(heads, params, adapter, spec, None)
+        return mlp_block(x, params, adapter, spec, None, wait=wait)
+
+    return _each_row(model, i, run, adapter_ids, x, heads)
+
+
+def _each_row(
+    model: PreparedModel,
+    i: int,
+    run: Callable[..., Any],
+    adapter_ids: Int[Tensor, "b"],
+    *xs: Float[Tensor, "b ..."],
+) -> Any:
+    """run(params, adapter, *xs) of layer i. Under a stack, every row with its own of both."""
+    layer = model.layers[i]
+    if model.stack_size is None:
+        return run(layer.params, layer.adapter, *xs)
+
+    def one(tree: Any, *row: Tensor) -> Any:
+        adapter, copies = tree
+        params = layer.params
+        if copies:
+            own: Any = {"replaced": copies}
+            params = with_replaced(model.base, own, tied=False)["layers"][i]
+        return tree_map(lambda y: y[0], run(params, adapter, *(x[None] for x in row)))
+
+    return _row_by_row(one, (layer.adapter, model.layer_copies[i]), adapter_ids, *xs)
+
+
+def _row_by_row(
+    run: Callable[..., Any], stack: Any, adapter_ids: Int[Tensor, "b"], *xs: Tensor
+) -> Any:
+    """run(adapter, *row) of every row, where a stack holds the adapters."""
+    trees = tree_map(lambda x: x[adapter_ids], stack)
+    if len(adapter_ids) == 1 and not adapter_ids.is_cuda:  # vmap takes most of a small step's time
+        result = run(tree_map(lambda x: x[0], trees), *(x[0] for x in xs))
+        return tree_map(lambda y: y[None], result)
+    return torch.vmap(run)(trees, *xs)

@@ -1,15 +1,14 @@
-"""Generate for one batch of prompts: prefill once, then one token at a time for all rows."""
+"""Generate for one batch of prompts: all rows begin together, and the result is one tensor."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float32, Int
 from torch import Tensor
-from torch.utils._pytree import tree_flatten_with_path
 
 from fastlora.arguments import (
+    FLAG,
     FUNCTION,
     Rule,
     argument_problems,
@@ -19,20 +18,47 @@ from fastlora.arguments import (
     whole_number,
 )
 from fastlora.errors import raise_problems
-from fastlora.generation.forward import decode, new_cache, prefill, prepare
-from fastlora.generation.sampling import SEED, Sampling, choose, new_generator, seen_ids
-from fastlora.models.names import tensors_from_base
-from fastlora.models.params import first_nonfinite
+from fastlora.generation.engine import Engine, NewTokens, RowSettings
+from fastlora.generation.prepare import stack_size
+from fastlora.generation.sampling import SEED, Sampling, row_seeds
 from fastlora.models.state import ModelState
 
 
-def _stop_ids_rule(vocab_size: int) -> Rule:
+def stop_ids_rule(vocab_size: int) -> Rule:
+    """Rule: a token id, or a list of them."""
+
     def accepts(x: Any) -> bool:
         ids = [x] if type(x) is int else int_list(x) if hasattr(x, "__len__") else None
         is_id = lambda i: type(i) is int and 0 <= i < vocab_size
         return type(ids) is list and all(map(is_id, ids))
 
     return Rule(accepts, f"a token id in [0, {vocab_size}) or a list of them")
+
+
+def seeds_rule(rows: int) -> Rule:
+    """Rule: a seed, or a list of one seed for each row."""
+
+    def accepts(x: Any) -> bool:
+        if SEED.accepts(x):
+            return True
+        seeds = int_list(x) if hasattr(x, "__len__") else None
+        return type(seeds) is list and len(seeds) == rows and all(map(SEED.accepts, seeds))
+
+    return Rule(accepts, f"{SEED.expected}, or a list of {rows}, one for each row")
+
+
+def adapter_ids_problems(model: ModelState, adapter_ids: Any, rows: int) -> list[str]:
+    """Problems with the number of each row's adapter; a stack needs them."""
+    adapters = stack_size(model.adapter)
+    if adapters is None:
+        given = adapter_ids is not None
+        return ["adapter_ids is given, but model.adapter is not a stack"] if given else []
+    ids = int_list(adapter_ids) if hasattr(adapter_ids, "__len__") else None
+    is_id = lambda i: type(i) is int and 0 <= i < adapters
+    if type(ids) is list and len(ids) == rows and all(map(is_id, ids)):
+        return []
+    expected = f"{rows} whole numbers in [0, {adapters}), one for each row"
+    return argument_problems({"adapter_ids": (adapter_ids, Rule(lambda _: False, expected))})
 
 
 def check_generation(
@@ -44,6 +70,8 @@ def check_generation(
     eos_token_id: Any,
     seed: Any,
     stream: Any,
+    adapter_ids: Any = None,
+    return_logprobs: Any = False,
 ) -> None:
     """Check what `generate` takes beyond tensors, which `check_inputs` has checked before.
 
@@ -51,14 +79,17 @@ def check_generation(
         ValueError: a setting of a wrong type or value, a text that becomes too long, or a row that
             ends in padding. Lists all problems.
     """
+    b, t = input_ids.shape
     rules = {
         "max_new_tokens": (max_new_tokens, whole_number(1)),
-        "eos_token_id": (eos_token_id, optional(_stop_ids_rule(model.spec.config.vocab_size))),
-        "seed": (seed, optional(SEED)),
+        "eos_token_id": (eos_token_id, optional(stop_ids_rule(model.spec.config.vocab_size))),
+        "seed": (seed, optional(seeds_rule(b))),
         "stream": (stream, optional(FUNCTION)),
+        "return_logprobs": (return_logprobs, FLAG),
     }
     problems = setting_problems(sampling) + argument_problems(rules)
-    t, longest = input_ids.shape[1], model.spec.max_seq_length
+    problems += adapter_ids_problems(model, adapter_ids, b)
+    longest = model.spec.max_seq_length
     if isinstance(max_new_tokens, int) and max_new_tokens > 0 and t + max_new_tokens > longest:
         problems.append(
             f"max_new_tokens={max_new_tokens}: {t} prompt tokens and {max_new_tokens} new ones "
@@ -80,6 +111,13 @@ def stop_ids(eos_token_id: int | Sequence[int] | None, default: Sequence[int]) -
     return (eos_token_id,) if isinstance(eos_token_id, int) else tuple(int_list(eos_token_id))
 
 
+def seed_of_each_row(seed: int | Sequence[int] | None, rows: int) -> list[int]:
+    """The argument `seed` as one seed for each row."""
+    if seed is None or SEED.accepts(seed):
+        return row_seeds(seed, rows)  # pyright: ignore[reportArgumentType]
+    return [int(x) for x in int_list(seed)]
+
+
 @torch.no_grad()
 def generate(
     model: ModelState,
@@ -88,79 +126,101 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling,
     stop: tuple[int, ...],
-    seed: int | None,
+    seed: int | Sequence[int] | None,
     stream: Callable[[Int[Tensor, "b"]], Any] | None,
-) -> Int[Tensor, "b t_new"]:
-    """Prompt and continuation, int64. Ends when every row has stopped, or after `max_new_tokens`.
+    adapter_ids: Sequence[int] | Int[Tensor, "b"] | None = None,
+    logprobs: bool = False,
+) -> tuple[Int[Tensor, "b t_new"], Float32[Tensor, "b new"] | None]:
+    """(prompt and continuation, log-probabilities of the new tokens if asked for).
 
-    A row that has stopped is filled with the config's pad_token_id, or else the first stop id. An
-    id outside the vocabulary is passed over, because a stopped row still goes through the model.
+    Ends when every row has stopped, or after `max_new_tokens`. A row that has stopped is filled
+    with the config's pad_token_id, or else the first stop id; their log-probabilities are 0. An id
+    outside the vocabulary is passed over, because models refuse such ids.
 
     Args:
-        model: with or without an adapter.
+        model: with or without an adapter, or with a stack of adapters.
         input_ids: prompts, padded on the left.
         attention_mask: 1 = real token; None means all are.
         max_new_tokens: tokens to add at most.
         sampling: how to choose tokens.
         stop: ids that stop a row. The stop id is part of the result.
-        seed: of the private generator that samples; None draws fresh entropy.
-        stream: called after every step with the new token of each row.
+        seed: row i draws from a seed derived from it and i, or from the i-th of a list; None draws
+            fresh entropy.
+        stream: called for every new token with that of each row, up to 16 tokens late.
+        adapter_ids: the number of each row's adapter, for a stack.
+        logprobs: whether to return them.
 
     Raises:
         FloatingPointError: no finite score for the next token of a row that has not stopped.
     """
-    prepared = prepare(model)
-    config, (b, t) = prepared.spec.config, input_ids.shape
-    device = input_ids.device
-    generator = new_generator(seed, device)
-    real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    penalises = sampling.repetition_penalty != 1.0
-    seen = seen_ids(input_ids, real, config.vocab_size) if penalises else None
-    stop_tensor = torch.tensor(stop, dtype=torch.int64, device=device)
-    # A stopped row stays in the batch until all rows have stopped; `fill` replaces its tokens.
+    b, t = input_ids.shape
+    seeds = seed_of_each_row(seed, b)
+    numbers = [0] * b if adapter_ids is None else int_list(adapter_ids)
+    rows = [
+        RowSettings(
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seeds[i],
+            stop=stop,
+            adapter_id=numbers[i],
+            logprobs=logprobs,
+        )
+        for i in range(b)
+    ]
+    engine = Engine(model, slots=b, max_length=t + max_new_tokens)
+    result = _Result(b, _filler(model, stop), input_ids.device, stream)
+    try:
+        # Slots of a new engine are given in order, so slot i is row i.
+        engine.admit([*zip(_prompts(input_ids, attention_mask), rows, strict=True)])
+        while engine.running:
+            result.add(engine.advance())
+    finally:
+        engine.close()
+    ids = torch.tensor(_padded(result.ids, result.fill), device=input_ids.device)
+    values = torch.tensor(_padded(result.logprobs, 0.0), device=input_ids.device)
+    return torch.cat((input_ids, ids), dim=1), values if logprobs else None
+
+
+def _filler(model: ModelState, stop: tuple[int, ...]) -> int:
+    config = model.spec.config
     fillers = (config.pad_token_id, *stop)
-    fill = next((i for i in fillers if i is not None and 0 <= i < config.vocab_size), 0)
-    cache = new_cache(prepared, b, t + max_new_tokens)
-    scores = prefill(prepared, input_ids, attention_mask, cache)
-    ids, position = input_ids, real.sum(-1, keepdim=True)
-    running = torch.ones(b, dtype=torch.bool, device=device)
-    for step in range(max_new_tokens):
-        _check_finite(scores, running, step, model)
-        token = torch.where(running, choose(scores, seen, sampling, generator), fill)
-        ids = torch.cat((ids, token[:, None]), dim=1)
-        if stream is not None:
-            stream(token)
-        running = running & ~torch.isin(token, stop_tensor)
-        if step == max_new_tokens - 1 or not running.any():
-            break
-        seen = None if seen is None else seen.scatter(1, token[:, None], True)
-        real = F.pad(real, (0, 1), value=1)
-        scores = decode(prepared, token[:, None], position, real.bool(), cache)
-        position = position + 1
-    return ids
+    return next((i for i in fillers if i is not None and 0 <= i < config.vocab_size), 0)
 
 
-def _check_finite(
-    scores: Float[Tensor, "b v"], running: Bool[Tensor, "b"], step: int, model: ModelState
-) -> None:
-    """Raise FloatingPointError if the likeliest token of a running row has no finite score."""
-    best = scores.amax(-1)  # NaN if any score of the row is
-    wrong = running & ~best.isfinite()
-    if not bool(wrong.any()):
-        return
-    row = int(wrong.nonzero()[0, 0])
-    raise FloatingPointError(
-        f"Model.generate: after {step} new tokens the largest logit of row {row} is "
-        f"{float(best[row])}. {_first_non_finite(model)}"
-    )
+def _prompts(
+    input_ids: Int[Tensor, "b t"], attention_mask: Int[Tensor, "b t"] | None
+) -> list[list[int]]:
+    """The real tokens of each row."""
+    rows = input_ids.tolist()
+    if attention_mask is None:
+        return rows
+    pairs = zip(rows, attention_mask.tolist(), strict=True)
+    return [[i for i, real in zip(row, mask, strict=True) if real] for row, mask in pairs]
 
 
-def _first_non_finite(model: ModelState) -> str:
-    base = tensors_from_base(model.spec.config, model.base)
-    paths = tree_flatten_with_path(model.adapter)[0]
-    adapter = {"".join(map(str, path)): leaf for path, leaf in paths}
-    for owner, tensors in (("base", base), ("adapter", adapter)):
-        if (name := first_nonfinite(tensors)) is not None:
-            return f"The {owner}'s tensor {name} holds NaN or infinity; load it again."
-    dtype = str(model.base["norm"].dtype).removeprefix("torch.")
-    return f"All weights are finite: an activation overflows {dtype}. Load in a wider dtype."
+def _padded(rows: list[list], fill: Any) -> list[list]:
+    longest = max(len(row) for row in rows)
+    return [[*row, *[fill] * (longest - len(row))] for row in rows]
+
+
+class _Result:
+    """The new tokens of all rows."""
+
+    def __init__(
+        self, b: int, fill: int, device: torch.device, stream: Callable[[Tensor], Any] | None
+    ) -> None:
+        self.fill, self.device, self.stream = fill, device, stream
+        self.ids: list[list[int]] = [[] for _ in range(b)]
+        self.logprobs: list[list[float]] = [[] for _ in range(b)]
+
+    def add(self, block: list[NewTokens]) -> None:
+        """Keep the tokens of one `advance`, and stream them one column after the other."""
+        before = max(len(ids) for ids in self.ids)
+        for new in block:
+            self.ids[new.slot] += new.ids
+            self.logprobs[new.slot] += new.logprobs or []
+        if self.stream is None:
+            return
+        for column in range(before, max(len(ids) for ids in self.ids)):
+            token = [ids[column] if column < len(ids) else self.fill for ids in self.ids]
+            self.stream(torch.tensor(token, device=self.device))

@@ -11,13 +11,15 @@ from fastlora.text.boundaries import encode_with_one_bos, reply_stop_ids
 from fastlora.text.chat_template import MESSAGES
 from fastlora.text.tokenizer import Tokenizer
 
+Prompt = str | Sequence[Mapping[str, Any]]  # a text, or a chat: messages with role and content
+
 PROMPT = Rule(
     lambda x: ENCODABLE_TEXT.accepts(x) or MESSAGES.accepts(x),
     f"{ENCODABLE_TEXT.expected}, or {MESSAGES.expected}",
 )
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: str | Sequence[Mapping[str, Any]]) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The ids of a text, or of a chat up to the beginning of its next reply.
 
     A text that begins with BOS, as rendered chats do, gets no second one.

@@ -116,11 +116,24 @@ def attention_block(
     return attention_output(heads, params, adapter, spec, key)
 
 
-def _use_flash(x: Float[Tensor, "b t d"], spec: LayerSpec) -> bool:
+def rotated_attention(
+    q: Float[Tensor, "b h t hd"],
+    k: Float[Tensor, "b kv t hd"],
+    v: Float[Tensor, "b kv t hd"],
+    mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
+    spec: LayerSpec,
+) -> Float[Tensor, "b h t hd"]:
+    """Attention of `queries_keys_values`' results, for callers that keep the rotated keys."""
+    if isinstance(mask, Spans) or (mask is None and _use_flash(q, spec)):
+        return flash_attention(q, k, v, None, mask)
+    return attention(q, k, v, mask, deterministic=spec.deterministic)
+
+
+def _use_flash(x: Float[Tensor, "b *h t d"], spec: LayerSpec) -> bool:
     """Whether the Triton kernels compute plain causal attention.
 
     They do if results must be deterministic, or if they are faster than SDPA.
     """
-    t, heads, head_dim = x.shape[1], spec.num_attention_heads, spec.head_dim
+    t, heads, head_dim = x.shape[-2], spec.num_attention_heads, spec.head_dim
     supported = spec.fused and flash.kernel_supports(x.dtype, heads, head_dim, t)
     return supported and (spec.deterministic or flash.kernel_is_faster(head_dim, t))

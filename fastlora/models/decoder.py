@@ -114,7 +114,7 @@ def hidden_states(
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
-    masks = _attention_masks(spec, x, attention_mask, segment_ids, fused)
+    masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device, first_row)
     stash = _stash(spec, x)
@@ -146,7 +146,7 @@ def hidden_states(
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
 
 
-def _attention_masks(
+def attention_masks(
     spec: Spec,
     x: Float[Tensor, "b t d"],
     attention_mask: Int[Tensor, "b t"] | None,

@@ -17,6 +17,7 @@ def embed(
     base: Base,
     spec: Spec,
     gain: Float[Tensor, "d"] | None = None,
+    row_of_id: Int[Tensor, "v"] | None = None,
 ) -> Float[Tensor, "b t d"]:
     """The input of the first layer, in the base's dtype.
 
@@ -28,6 +29,7 @@ def embed(
         base: with the adapter's copies in it (`names.with_replaced`).
         spec: how to run them.
         gain: the result of `embedding_gain`, if the caller has it already.
+        row_of_id: the result of `trained_row_of_id`, if the caller has it already.
     """
     x, scheme = F.embedding(input_ids, base["embed_tokens"]), spec.qat_scheme
     # Of all schemes only "int8-int4" quantises the embedding.
@@ -44,9 +46,21 @@ def embed(
         # A and B are float32 over a base in 16 bits, so the sum is rounded once, here.
         x = (y if gain is None else gain * y).to(x.dtype)
     if (rows := adapter.get("tokens", {}).get("embed_tokens")) is not None:
-        ids, v = dict(spec.extras.tokens)["embed_tokens"], base["embed_tokens"].shape[0]
-        x = _with_rows(x, input_ids, rows, ids, v)
+        if row_of_id is None:
+            row_of_id = trained_row_of_id(spec, base)
+            assert row_of_id is not None, spec
+        x = _with_rows(x, input_ids, rows, row_of_id)
     return x
+
+
+def trained_row_of_id(spec: Spec, base: Base) -> Int[Tensor, "v"] | None:
+    """For each id the number of its trained row, or -1; None if the embedding has no such rows."""
+    ids, device = dict(spec.extras.tokens).get("embed_tokens"), base["embed_tokens"].device
+    if ids is None:
+        return None
+    row_of_id = torch.full((base["embed_tokens"].shape[0],), -1, device=device)
+    row_of_id[torch.tensor(ids, device=device)] = torch.arange(len(ids), device=device)
+    return row_of_id
 
 
 def embedding_gain(adapter: Adapter | None, base: Base, spec: Spec) -> Float[Tensor, "d"] | None:
@@ -68,13 +82,9 @@ def _with_rows(
     x: Float[Tensor, "b t d"],
     input_ids: Int[Tensor, "b t"],
     rows: Float[Tensor, "n d"],
-    ids: tuple[int, ...],
-    vocab_size: int,
+    row_of_id: Int[Tensor, "v"],
 ) -> Float[Tensor, "b t d"]:
-    """x with the trained row at every token whose id is in `ids`. The matrix is not copied."""
-    row_of_id = torch.full((vocab_size,), -1, device=input_ids.device)
-    numbers = torch.arange(len(ids), device=row_of_id.device)
-    row_of_id[torch.tensor(ids, device=row_of_id.device)] = numbers
+    """x with the trained row at every token whose id has one. The matrix is not copied."""
     row = row_of_id[input_ids]
     # Tokens without a trained row look up row 0, and torch.where discards it. Selecting the tokens
     # by a mask instead would make the host wait for the GPU, to learn their number.

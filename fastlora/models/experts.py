@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastlora.models.params import LayerAdapter
 from fastlora.ops.dispatch import transforms_active
-from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear
+from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear, grouped_rows
 
 
 class Routes(NamedTuple):
@@ -62,6 +62,8 @@ def expert_mlp(
     scalings: dict[str, float],
     per_token: int,
     renormalise: bool,
+    *,
+    wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
     """The weighted sum of each token's experts, in x.dtype.
 
@@ -75,13 +77,22 @@ def expert_mlp(
         scalings: name in the adapter -> factor of its low-rank term.
         per_token: number of experts per token.
         renormalise: whether the weights of a token's experts are scaled to sum to 1.
+        wait: False: few tokens, no gradient, and the host must not wait for the GPU.
     """
 
     def grouped(rows: Tensor, name: str) -> Tensor:
         weight, key = experts[name], f"experts.{name}"
-        if key not in adapter:
+        lora = adapter.get(key)
+        if not wait:
+            y = grouped_rows(rows, weight, routes.offsets)
+            if lora is None:
+                return y
+            update = grouped_rows(
+                grouped_rows(rows, lora.a, routes.offsets), lora.b, routes.offsets
+            )
+            return y.add_(update, alpha=scalings[key])
+        if lora is None:
             return grouped_linear(rows, weight, routes.offsets)
-        lora = adapter[key]
         return grouped_lora_linear(rows, weight, lora.a, lora.b, routes.offsets, scalings[key])
 
     weights, indices = chosen_experts(logits.flatten(0, 1), per_token, renormalise)

@@ -31,10 +31,13 @@ def mlp_block(
     adapter: LayerAdapter,
     spec: LayerSpec,
     key: Int[Tensor, ""] | None,
+    *,
+    wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
     """x + SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up).
 
-    In a sparse layer: x + the weighted sum of the SwiGLUs of each token's experts.
+    In a sparse layer: x + the weighted sum of the SwiGLUs of each token's experts. `wait` is that
+    of `expert_mlp`.
     """
     normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
     if "experts" in params:
@@ -44,7 +47,8 @@ def mlp_block(
         (logits,) = project(normed, (ROUTER,), params, adapter, spec, key)
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
         experts = params["experts"]
-        return x + expert_mlp(normed, logits, experts, adapter, scalings, k, spec.norm_topk_prob)
+        renormalise = spec.norm_topk_prob
+        return x + expert_mlp(normed, logits, experts, adapter, scalings, k, renormalise, wait=wait)
     if _can_fuse_swiglu(params, adapter, spec, x.dtype, key):
         return x + _fused_mlp(normed, params, adapter, spec, key)
     gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)

@@ -80,6 +80,14 @@ class DoRA(NamedTuple):
     magnitude: Float[Tensor, "d_out"]
 
 
+class PreparedDoRA(NamedTuple):
+    """A DoRA whose norms are computed already, for a model that is not trained any more."""
+
+    a: Float[Tensor, "r d_in"]
+    b: Float[Tensor, "d_out r"]
+    gain: Float[Tensor, "d_out"]  # magnitude / norms
+
+
 class ExpertLoRA(NamedTuple):
     """A LoRA for every expert: delta_W[e] = scaling * b[e] @ a[e]."""
 
@@ -89,7 +97,7 @@ class ExpertLoRA(NamedTuple):
 
 # How one projection is adapted. Matrices are cast to the activations' dtype before they multiply;
 # bias and magnitude stay float32.
-AdapterRecord = LoRA | BiasedLoRA | DoRA | ExpertLoRA
+AdapterRecord = LoRA | BiasedLoRA | DoRA | PreparedDoRA | ExpertLoRA
 
 
 class Linear(TypedDict):

@@ -18,6 +18,7 @@ from fastlora.models.params import (
     LayerParams,
     Linear,
     LoRA,
+    PreparedDoRA,
 )
 from fastlora.models.spec import Spec
 from fastlora.ops.dropout import dropout, fold, key_and_row
@@ -150,7 +151,10 @@ def _branch(linear: Linear, lora: AdapterRecord | None, scaling: float) -> Branc
     if lora is None:
         return Branch(weight, bias)
     return Branch(
-        weight, None if isinstance(lora, DoRA) else bias, b_with_offset(lora, linear), scaling
+        weight,
+        None if isinstance(lora, DoRA | PreparedDoRA) else bias,
+        b_with_offset(lora, linear),
+        scaling,
     )
 
 
@@ -237,6 +241,8 @@ def _add_bias_or_magnitude(
     """
     if isinstance(lora, DoRA):
         return _scaled(y, dora_scale(linear, lora, scaling), linear.get("bias"))
+    if isinstance(lora, PreparedDoRA):
+        return _scaled(y, lora.gain, linear.get("bias"))
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
 
 

@@ -39,12 +39,12 @@ def low_word(x: Int[Tensor, "*n"]) -> Int32[Tensor, "*n"]:
     return (x & _WORD).to(torch.int32)
 
 
-def fold(key: Int[Tensor, ""], data: int | Int[Tensor, "*k"]) -> Int[Tensor, "*k"]:
+def fold(key: Int[Tensor, "*#k"], data: int | Int[Tensor, "*#k"]) -> Int[Tensor, "*#k"]:
     """Derive a new key from a key and a number, such as a layer's or a projection's index.
 
     The result is int64 in [0, 2**32). A tensor of numbers, each below 2**31, gives one key per
-    number. Both 32-bit words of the key are used, so seeds that differ by 2**32 give different
-    keys.
+    number, and a tensor of keys one per key. Both 32-bit words of the key are used, so seeds that
+    differ by 2**32 give different keys.
     """
     if isinstance(data, Tensor):
         data = data & _INDEX

@@ -33,7 +33,14 @@ def _are_messages(value: Any) -> bool:
     )
 
 
+def _are_tools(value: Any) -> bool:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+    return is_list and all(isinstance(tool, Mapping) for tool in value)
+
+
 MESSAGES = Rule(_are_messages, "a list of dicts with role and content")
+
+TOOLS = Rule(_are_tools, "a list of dicts that describe functions, as JSON schemas")
 
 
 def render(
@@ -42,6 +49,7 @@ def render(
     special_tokens: Mapping[str, str],
     *,
     add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     marks: tuple[str, str] = ("", ""),
 ) -> str:
     """The text of a chat.
@@ -51,18 +59,19 @@ def render(
         messages: the chat.
         special_tokens: variables of the template: "bos_token" -> "<s>", ...
         add_generation_prompt: end with the beginning of the assistant's next message.
+        tools: descriptions of functions that the model may call, as JSON schemas.
         marks: written before and after every {% generation %} block.
 
     Raises:
-        ValueError: no messages, messages that are not JSON values, or a template that fails with
-            them or tries something unsafe.
+        ValueError: no messages, messages or tools that are not JSON values, or a template that
+            fails with them or tries something unsafe.
     """
     from fastlora.text.template_sandbox import run_template  # noqa: PLC0415  jinja2 takes 50 ms
 
     variables = {
         **special_tokens,
         "messages": _json_copy(messages),
-        "tools": None,
+        "tools": None if tools is None else _json_values("tools", list(tools)),
         "documents": None,
         "add_generation_prompt": add_generation_prompt,
     }
@@ -107,12 +116,17 @@ def _json_copy(messages: Messages) -> list[dict[str, Any]]:
     if not messages:
         raise ValueError("messages=[]: a chat needs at least one message")
     present = [{k: v for k, v in message.items() if v is not None} for message in messages]
-    try:
-        chat = json.loads(json.dumps(present))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"messages must hold JSON values only: {error}") from error
+    chat = _json_values("messages", present)
     for i, message in enumerate(chat):
         names = ("reasoning_content", "thinking", "reasoning")
         if reasoning := [message[name] for name in names if name in message]:
             chat[i] = {"thinking": reasoning[0], **message, "reasoning_content": reasoning[0]}
     return chat
+
+
+def _json_values(name: str, value: list[Any]) -> list[Any]:
+    """A copy of an argument in JSON's types."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name} must hold JSON values only: {error}") from error

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
@@ -29,6 +29,7 @@ from fastlora.checkpoints.atomic import atomic_write
 from fastlora.text.backend import backend_errors
 from fastlora.text.chat_template import (
     MESSAGES,
+    TOOLS,
     ChatTemplate,
     Messages,
     Span,
@@ -150,6 +151,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: Literal[True] = True,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]: ...
 
     @overload
@@ -160,6 +162,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: Literal[False],
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str: ...
 
     def apply_chat_template(
@@ -169,6 +172,7 @@ class Tokenizer:
         add_generation_prompt: bool = False,
         tokenize: bool = True,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int] | str:
         """A chat's token ids, or its text with `tokenize=False`.
 
@@ -179,13 +183,18 @@ class Tokenizer:
             add_generation_prompt: end with the beginning of the assistant's next message.
             tokenize: False returns the text.
             chat_template: a name in `chat_templates`; None is "default".
+            tools: descriptions of functions that the model may call, as JSON schemas. A template
+                that does not read `tools` ignores them.
 
         Raises:
             ValueError: as `render_chat`.
         """
         check_arguments("Tokenizer.apply_chat_template", tokenize=(tokenize, FLAG))
         text = self.render_chat(
-            messages, add_generation_prompt=add_generation_prompt, chat_template=chat_template
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            chat_template=chat_template,
+            tools=tools,
         )
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
@@ -195,24 +204,27 @@ class Tokenizer:
         *,
         add_generation_prompt: bool = False,
         chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """A chat's text, rendered in jinja2's sandbox.
 
         Raises:
-            ValueError: no such template, no messages, messages that are not JSON values, a template
-                that fails with them or tries something unsafe, or an argument of another type.
+            ValueError: no such template, no messages, messages or tools that are not JSON values, a
+                template that fails or tries something unsafe, or an argument of another type.
         """
         check_arguments(
             "Tokenizer.render_chat",
             messages=(messages, MESSAGES),
             add_generation_prompt=(add_generation_prompt, FLAG),
             chat_template=(chat_template, optional(TEXT)),
+            tools=(tools, optional(TOOLS)),
         )
         return render(
             self._template(chat_template),
             messages,
             self.special_tokens,
             add_generation_prompt=add_generation_prompt,
+            tools=tools,
         )
 
     def render_replies(

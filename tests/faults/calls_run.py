@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+import fastlora
 from faults.case import IDS, Case, Context, call_functional
 from faults.values import (
     CHOICE,
@@ -61,6 +62,11 @@ def _call(context: Context, **changed: Any) -> Any:
 def _generate(context: Context, **changed: Any) -> Any:
     given = dict(input_ids=IDS[:, :3].clone(), max_new_tokens=2)
     return context.tuned.generate(**given | changed)
+
+
+def _many(context: Context, **changed: Any) -> Any:
+    given = dict(model=context.tuned, tokenizer=context.tokenizer, max_new_tokens=2)
+    return [*fastlora.generate_many(**given | dict(prompts=["w1 w2", [1, 10]]) | changed)]
 
 
 def _text(context: Context, **changed: Any) -> Any:
@@ -130,12 +136,27 @@ def cases() -> Iterator[Case]:
         temperature=(None, *NUMBER, -1.0),
         top_k=COUNT,
         top_p=(*NOT_NUMBERS, math.nan, 0, -0.5, 1.5, HUGE, True),
+        min_p=(*NOT_NUMBERS, math.nan, -0.5, 1.5, HUGE, True),
         repetition_penalty=(None, *POSITIVE),
         eos_token_id=STOPS_WRONG,
         seed=tuple(value for value in SEED if value != ()),
         stream=FUNCTION,
+        adapter_ids=([0, 0], [0], 5, "00", torch.zeros(2, dtype=torch.int64), STRANGER),
+        return_logprobs=FLAG,
     )
     yield from bad_calls("generate", _generate, generate)
+    lists = ([5], [None], [[]], [[-1]], [[64]], [[1.5]], [[True]], [[STRANGER]], ["\ud800"], [{}])
+    many = dict(
+        model=MODEL,
+        prompts=(None, 5, "text", {}, STRANGER, *lists),
+        tokenizer=TOKENIZER,
+        max_batch=(None, *COUNT, "all", -HUGE),
+        n=(None, *COUNT),
+        seed=(*(value for value in SEED if value != ()), [1], [1, 2, 3], [-1, 2]),
+    )
+    shared = ("max_new_tokens", "min_p", "eos_token_id", "adapter_ids", "return_logprobs")
+    many |= {name: generate[name] for name in shared}
+    yield from bad_calls("generate_many", _many, many)
     prompts = (None, 5, {}, [], [5], ["user"], [{"content": "x"}], "\ud800", STRANGER, "")
     text = dict(tokenizer=(None, *TOKENIZER), prompt=prompts, stream=FUNCTION)
     yield from bad_calls("generate_text", _text, text | dict(eos_token_id=STOPS_WRONG))

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from fastlora.generation.generate import stop_ids
-from fastlora.generation.sampling import Sampling, choose, filtered
+from fastlora.generation.sampling import Sampling, choose, variant_of
 from fastlora.generation.text import encode_prompt, text_stop_ids
 from fastlora.text.tokenizer import Tokenizer
 from oracles.pairs import adapted
+from oracles.sampling import filter_all, rows_of
 from oracles.tokenizer_folders import CHATML, llama2, qwen
 from oracles.transformers_side import prompt
 
@@ -42,15 +43,15 @@ def test_logits_that_are_not_finite_are_an_error_that_names_a_tensor(pair, part,
 
 @pytest.mark.parametrize("temperature", [1e-4, 1e-6, 1e-30, 1e-38, 1e-44, 1e-320])
 def test_a_tiny_temperature_takes_the_likeliest_token(temperature):
-    sampling = Sampling(temperature=temperature)
-    generator = torch.Generator().manual_seed(0)
+    settings, index = [Sampling(temperature=temperature)] * 5, torch.zeros(5, dtype=torch.int64)
     for scores in (SCORES, 1e9 * SCORES):
-        assert torch.equal(choose(scores, None, sampling, generator), scores.argmax(-1))
+        tokens = choose(scores, None, rows_of(settings, 96), index, variant_of(settings, False, 96))
+        assert torch.equal(tokens, scores.argmax(-1))
 
 
 @pytest.mark.parametrize("top_p", [1e-6, 1e-44, 1e-320])
 def test_a_tiny_top_p_keeps_the_likeliest_token(top_p):
-    kept = filtered(SCORES, Sampling(temperature=1.0, top_p=top_p)).isfinite()
+    kept = filter_all(SCORES, Sampling(temperature=1.0, top_p=top_p)).isfinite()
     assert torch.equal(kept, torch.nn.functional.one_hot(SCORES.argmax(-1), 96).bool())
 
 

@@ -42,9 +42,7 @@ def test_spans_replace_masks_where_kernels_support_them(
     config = replace(tiny.spec.config, head_dim=64, sliding_window=window, layer_types=(kind,) * 2)
     spec = replace(tiny.spec, config=config)
     x, ids = torch.empty(2, 256, 128, dtype=dtype), torch.ones(2, 256, dtype=torch.int64)
-    seen = decoder._attention_masks(
-        spec, x, ids if padded else None, ids if packed else None, fused
-    )
+    seen = decoder.attention_masks(spec, x, ids if padded else None, ids if packed else None, fused)
     assert isinstance(seen[kind], Spans) is spanned
 
 

@@ -105,13 +105,123 @@ for kernel, constants, how, *kilobytes in KERNELS:
     print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared / least)
 """
 
+DECODE = """
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fastlora.ops.decode import attention_kernel, linear_launch, packed_kernel
+from fastlora.ops.decode.product import Part, prepare_product
+from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
 
-def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory():
+SHARED = 99 * 1024  # bytes per block on an RTX 30 or 40
+COLUMNS, RANK = 1024, 16
+TYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32",
+         torch.uint8: "*u8"}
+calls = []
+
+
+class Recorded:
+    # Notes the arguments with which the launcher calls a kernel.
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *given, **fixed: calls.append((self.kernel, given, fixed))
+
+
+for module, names in (
+    (linear_launch, ("vector_kernel", "matrix_kernel")),
+    (linear_launch, ("packed_vector_kernel", "packed_matrix_kernel")),
+    (attention_kernel, ("_part_kernel", "_join_kernel")),
+):
+    for name in names:
+        setattr(module, name, Recorded(getattr(module, name)))
+
+
+def weight(rows, packed):
+    if not packed:
+        return torch.zeros(rows, COLUMNS, dtype=torch.bfloat16)
+    form, blocks = empty_form((rows, COLUMNS), torch.bfloat16, "cpu"), rows * COLUMNS // 64
+    new = lambda n, dtype: torch.zeros(n, dtype=dtype)
+    absmax = NestedAbsmax(new(blocks, torch.uint8), torch.zeros(blocks // 256), torch.zeros(256),
+                          torch.tensor(0.0))
+    return Weight4bit(new(rows * COLUMNS // 2, torch.uint8), torch.zeros(16), form, absmax)
+
+
+def product(rows, b, packed, gated):
+    new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
+    parts = [
+        Part(weight(n, packed), new(RANK, COLUMNS), new(n, RANK), gain=new(n), bias=new(n))
+        for n in rows
+    ]
+    made = prepare_product(parts, b, norm=new(COLUMNS), eps=1e-5, gated=gated)
+    x, residual, clear = new(b, COLUMNS), new(b, rows[0]), torch.zeros(64, dtype=torch.int32)
+    residual = residual if gated or len(rows) == 1 else None
+    linear_launch.launch_product(x, made, residual, clear, pdl=True)
+    fixed = calls[-1][2]
+    if b > 1:
+        tile = linear_launch.choose_tile(made, b)
+        fixed["STAGES"] = linear_launch.stages_within(SHARED, x, made, tile)
+    # On the CPU the launcher leaves out the instructions of a GPU.
+    for name, code in (("DOT8", packed_kernel.DOT8), ("SHUFFLE", packed_kernel.SHUFFLE)):
+        if name in fixed:
+            fixed[name] = code
+
+
+def attention(head_dim, pairs):
+    new = lambda *shape: torch.zeros(*shape, dtype=torch.bfloat16)
+    b, kv, s = pairs // 8, 8, 1024
+    card = attention_kernel.Card(132, SHARED, pdl=True)
+    how = attention_kernel.tile(pairs, s, head_dim, 2, card)
+    cache, new_key, angle = new(b, kv, s, head_dim), new(b, kv, head_dim), new(b, head_dim)
+    attention_kernel.decode_forward(
+        new(b, 4 * kv, head_dim), new_key, new_key, angle, angle, cache, cache,
+        torch.zeros(b, dtype=torch.int64), None, how,
+    )
+
+
+def kind(value):
+    if isinstance(value, torch.Tensor):
+        return TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+for packed in (False, True):
+    for b in (1, 32):
+        product((1024, 512, 512), b, packed, False)
+        product((1024, 1024), b, packed, True)
+attention(64, 8)  # several parts of the keys for each row, which a second kernel joins
+attention(128, 256)  # one part
+for kernel, given, fixed in calls:
+    names = kernel.arg_names
+    options = {name: value for name, value in fixed.items() if name not in names}
+    options.pop("launch_pdl", None)  # how the kernel is launched, not how it is compiled
+    constants = {name: value for name, value in fixed.items() if name in names}
+    signature = {name: kind(value) for name, value in zip(names, given)}
+    signature |= dict.fromkeys(constants, "constexpr")
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, {name: signature[name] for name in names}, constexprs=values)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    print(kernel.__name__, len(compiled.asm["cubin"]), compiled.metadata.shared / SHARED)
+"""
+
+
+def compiled(program: str) -> list[tuple[str, int, float]]:
+    """Name, bytes, and share of a small card's shared memory of each kernel."""
     environ = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
     ran = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    _, sizes, shared = zip(*(line.split() for line in ran.stdout.splitlines()), strict=True)
-    assert len(sizes) == 29 and min(map(int, sizes)) > 1000
-    assert max(map(float, shared)) <= 1, ran.stdout
+    lines = [line.split() for line in ran.stdout.splitlines()]
+    return [(name, int(size), float(shared)) for name, size, shared in lines]
+
+
+@pytest.mark.parametrize(
+    ("program", "count"), [(COMPILE, 29), (DECODE, 11)], ids=["training", "decoding"]
+)
+def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(program, count):
+    kernels = compiled(program)
+    assert len(kernels) == count and min(size for _, size, _ in kernels) > 1000
+    assert max(shared for *_, shared in kernels) <= 1, kernels

@@ -20,6 +20,8 @@ NOT_A_TEXT = (None, 5, (), 1.5, b"text", {}, STRANGER)
 NOT_IDS = ("text", 5, None, [1.5], ["1"], [[1]], [None], [True], {}, [-1], [2**40], [10**400])
 NOT_MESSAGES = ("text", 5, None, [], [5], ["user"], {}, [{"content": "no role"}], STRANGER)
 
+NOT_TOOLS = ("text", 5, [5], ["f"], {}, {"a": 1}, [{"a": {1, 2}}], [{"a": STRANGER}], STRANGER)
+
 MESSAGES = [{"role": "user", "content": "a"}]
 CHAT: dict[str, Any] = dict(messages=NOT_MESSAGES, chat_template=(5, (), "no such", b"", {}))
 
@@ -40,9 +42,12 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
     ),
     "apply_chat_template": (
         dict(messages=MESSAGES),
-        CHAT | dict(add_generation_prompt=NOT_A_FLAG, tokenize=NOT_A_FLAG),
+        CHAT | dict(add_generation_prompt=NOT_A_FLAG, tokenize=NOT_A_FLAG, tools=NOT_TOOLS),
     ),
-    "render_chat": (dict(messages=MESSAGES), CHAT | dict(add_generation_prompt=NOT_A_FLAG)),
+    "render_chat": (
+        dict(messages=MESSAGES),
+        CHAT | dict(add_generation_prompt=NOT_A_FLAG, tools=NOT_TOOLS),
+    ),
     "render_replies": (dict(messages=MESSAGES), CHAT),
     "with_tokens": (
         dict(tokens=["a"]),

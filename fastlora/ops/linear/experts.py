@@ -208,3 +208,19 @@ def grouped_lora_linear(
         a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
     x_a = _GroupedLinear.apply(x, a, offsets)
     return _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling)  # pyright: ignore[reportReturnType]
+
+
+def grouped_rows(
+    x: Float[Tensor, "m d_in"], weight: Float[Tensor, "e d_out d_in"], offsets: Int[Tensor, "e"]
+) -> Float[Tensor, "m d_out"]:
+    """`grouped_linear` for few rows and without a derivative, for which no host waits for a GPU.
+
+    If there are fewer rows than matrices, each row's matrix is copied for one batched product.
+    Otherwise the reference reads each matrix once.
+    """
+    if _grouped_mm_supports(x, weight):
+        return F.grouped_mm(x.contiguous(), weight.transpose(1, 2), offs=offsets)
+    if x.shape[0] >= weight.shape[0]:
+        return grouped_linear_reference(x, weight, offsets)
+    group = (torch.arange(x.shape[0], device=x.device)[:, None] >= offsets).sum(1)
+    return torch.bmm(weight[group], x[:, :, None])[:, :, 0]

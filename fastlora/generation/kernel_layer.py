@@ -1,0 +1,178 @@
+"""One decoder layer of a decode step through the Triton kernels of ops/decode.
+
+A dense layer has four launches around attention: RMSNorm and q, k, v; o and the residual; RMSNorm,
+gate, up and SwiGLU; down and the residual. `kernel_layer` prepares the tensors once. It
+returns None for layers that the kernels do not support, which forward.py runs in plain torch.
+"""
+
+from typing import NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.generation.prepare import PreparedLayer, PreparedModel
+from fastlora.models.fused_qkv import QKV
+from fastlora.models.init_offset import a_with_offset, b_with_offset
+from fastlora.models.mlp import mlp_block
+from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
+from fastlora.ops.decode.attention import decode_attention
+from fastlora.ops.decode.linear import decode_product
+from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
+from fastlora.ops.dispatch import Kernels
+from fastlora.ops.rms_norm import rms_norm
+
+
+class KernelLayer(NamedTuple):
+    """A decoder layer as the kernels read it. It serves one step at a time, of up to b rows."""
+
+    source: PreparedLayer
+    window: int | None
+    qkv: Product
+    o: Product
+    gate_up: Product | None  # None: the MLP runs in plain torch
+    down: Product | None
+
+
+class StepKernels(NamedTuple):
+    """What of a decode step runs through the kernels. None: plain torch."""
+
+    layers: tuple[KernelLayer | None, ...]
+    head: Product | None  # the final norm and the logits
+
+
+def step_kernels(model: PreparedModel, b: int) -> StepKernels:
+    """All layers and the head of a model, prepared for steps of up to `b` rows.
+
+    Nothing runs through the kernels if `b` is above 64 or the model's spec keeps to plain torch.
+    """
+    layers, base, config = model.layers, model.base, model.spec.config
+    if not layers[0].spec.fused or b > MAX_BATCH:
+        return StepKernels((None,) * len(layers), None)
+    made = tuple(kernel_layer(layer, b, config.sliding_window) for layer in layers)
+    logits = None
+    # A head with LoRA, trained rows or fake quantisation runs in plain torch.
+    if model.head is not None and model.head.keys() == {"weight"} and not model.spec.qat_scheme:
+        logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
+    return StepKernels(made, logits)
+
+
+def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> KernelLayer | None:
+    """The layer prepared for steps of up to `b` rows, or None if the kernels do not support it.
+
+    Not supported: fake quantisation, weights in 8 bits, stacks of adapters, more than 64 rows, and
+    layers with a sliding window if `window` is None. An MLP that is not supported, such as a
+    mixture of experts, runs in plain torch between the kernels. Adapters are copied, weights are
+    not. The caller decides whether kernels should run at all (`layer.spec.fused`).
+
+    Args:
+        layer: of `prepare`.
+        b: the largest number of rows.
+        window: how many tokens a token sees in a layer of type "sliding_attention".
+    """
+    params, spec = layer.params, layer.spec
+    if layer.attention_type != "sliding_attention":
+        window = None
+    elif window is None:
+        return None
+    names = [name for name in PROJECTIONS if name in layer.adapter]
+    if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
+        return None
+    eps = spec.rms_norm_eps
+    qkv = _product(layer, QKV, b, norm=params["input_layernorm"], eps=eps)
+    o = _product(layer, ("o_proj",), b)
+    if qkv is None or o is None:
+        return None
+    gate_up = down = None
+    if "experts" not in params:
+        norm = params["post_attention_layernorm"]
+        gate_up = _product(layer, ("gate_proj", "up_proj"), b, norm=norm, eps=eps, gated=True)
+        down = _product(layer, ("down_proj",), b)
+    if gate_up is None or down is None:
+        gate_up = down = None
+    return KernelLayer(layer, window, qkv, o, gate_up, down)
+
+
+def run_kernel_layer(
+    x: Float[Tensor, "b d"],
+    layer: KernelLayer,
+    cos: Float[Tensor, "b hd"],
+    sin: Float[Tensor, "b hd"],
+    k_cache: Float[Tensor, "b kv S hd"],
+    v_cache: Float[Tensor, "b kv S hd"],
+    lengths: Int[Tensor, "b"],
+    kernels: Kernels = "triton",
+) -> Float[Tensor, "b d"]:
+    """The layer's output for one new token of each row, in x.dtype.
+
+    Writes the token's key and value at index lengths[i] of each row's cache.
+
+    Args:
+        x: the layer's input, of at most as many rows as the layer was prepared for.
+        layer: of `kernel_layer`.
+        cos: cosines of each row's position.
+        sin: sines of each row's position.
+        k_cache: rotated keys; changed in place.
+        v_cache: values; changed in place.
+        lengths: how many tokens each row's cache holds.
+        kernels: "triton", or "torch" for the references of both operations.
+    """
+    params, spec = layer.source.params, layer.source.spec
+    x = x.contiguous()
+    # Each launch clears the `low` of the launch before it; the first one that of the layer's last.
+    last = layer.o if layer.down is None else layer.down
+    qkv = decode_product(x, layer.qkv, clear=last.low, kernels=kernels)
+    q, k, v = (y.unflatten(1, (-1, spec.head_dim)) for y in qkv)
+    if "q_norm" in params:
+        q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+    angles = (cos, sin) if spec.rope else (None, None)
+    heads = decode_attention(
+        q, k, v, *angles, k_cache, v_cache, lengths, layer.window, kernels=kernels
+    )
+    (x,) = decode_product(heads.flatten(1), layer.o, x, clear=layer.qkv.low, kernels=kernels)
+    if layer.gate_up is None or layer.down is None:
+        # Experts: the form without a synchronisation, which a CUDA graph can record.
+        wait = not x.is_cuda
+        return mlp_block(x[:, None], params, layer.source.adapter, spec, None, wait=wait)[:, 0]
+    (hidden,) = decode_product(x, layer.gate_up, clear=layer.o.low, kernels=kernels)
+    (x,) = decode_product(hidden, layer.down, x, clear=layer.gate_up.low, kernels=kernels)
+    return x
+
+
+def kernel_head(
+    weight: Float[Tensor, "v d"], norm: Float[Tensor, "d"], eps: float, b: int
+) -> Product | None:
+    """The final norm and a head without adapter, for up to `b` rows; None if not supported.
+
+    `decode_product(x, head)[0]` returns the logits.
+    """
+    return prepare_product([Part(weight)], b, norm=norm, eps=eps)
+
+
+def _product(
+    layer: PreparedLayer,
+    names: tuple[str, ...],
+    b: int,
+    *,
+    norm: Float[Tensor, "d"] | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+) -> Product | None:
+    parts = [_part(layer, name) for name in names]
+    return prepare_product(parts, b, norm=norm, eps=eps, gated=gated)
+
+
+def _part(layer: PreparedLayer, name: str) -> Part:
+    """A projection with its adapter: LoRA, its bias or DoRA's gain, and an initial offset."""
+    linear, lora = layer.params[name], layer.adapter.get(name)
+    weight, bias = linear["weight"], linear.get("bias")
+    if lora is None:
+        return Part(weight, bias=bias)
+    assert not isinstance(lora, DoRA | ExpertLoRA), type(lora)  # prepare() leaves no DoRA
+    scaling = dict(layer.spec.scalings)[name]
+    a, matrix_b = a_with_offset(lora, linear), b_with_offset(lora, linear)
+    gain = lora.gain if isinstance(lora, PreparedDoRA) else None
+    if isinstance(lora, BiasedLoRA):
+        lora_bias = scaling * lora.bias.float()
+        bias = lora_bias if bias is None else bias + lora_bias
+    return Part(weight, a, matrix_b, scaling, gain, bias)

@@ -1,0 +1,72 @@
+"""Products of one decode step: y = gain * (W x + s B A x) + bias for 1 to 64 rows of x.
+
+Up to three matrices of one input are one product, with what surrounds them in a decoder layer:
+
+    x -> RMSNorm (if `norm` is given) -> each matrix with its low-rank term, gain and bias
+      -> silu(first) * second (if `gated`) -> + residual (if given)
+
+The reference is the specification; decode_product runs it, or the kernels of linear_kernel.py and
+packed_kernel.py. Nothing here has a gradient.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.ops.decode.product import Product
+from fastlora.ops.dispatch import Kernels, use_kernel
+from fastlora.ops.quant.dequantize import dense
+from fastlora.ops.quant.weights import shape_of
+from fastlora.ops.rms_norm import rms_norm
+
+
+# ── 1. reference ──────────────────────────────────────────────────────────────────────────
+def product_reference(
+    x: Float[Tensor, "b d_in"], product: Product, residual: Float[Tensor, "b d_out"] | None = None
+) -> tuple[Float[Tensor, "b _"], ...]:
+    """The specification, in x.dtype: one result for each part, or one in all if gated."""
+    kind = x.dtype
+    if product.norm is not None:
+        x = rms_norm(x, product.norm.to(kind), product.eps)
+    sizes = [shape_of(w)[0] for w in product.weights]
+    ys = [F.linear(x, dense(w, kind).to(kind)) for w in product.weights]
+    if product.a is not None and product.b is not None:
+        low = F.linear(x, product.a.to(kind)).chunk(len(sizes), -1)
+        factors = zip(low, product.b.to(kind).split(sizes), product.scalings, strict=True)
+        ys = [y + s * F.linear(x_a, b) for y, (x_a, b, s) in zip(ys, factors, strict=True)]
+    if product.gain is not None:
+        ys = [y * g.to(kind) for y, g in zip(ys, product.gain.split(sizes), strict=True)]
+    if product.bias is not None:
+        ys = [y + v.to(kind) for y, v in zip(ys, product.bias.split(sizes), strict=True)]
+    if product.gated:
+        ys = [F.silu(ys[0]) * ys[1]]
+    return tuple(ys) if residual is None else tuple(y + residual for y in ys)
+
+
+# ── 2. public function ────────────────────────────────────────────────────────────────────
+@torch.no_grad()
+def decode_product(
+    x: Float[Tensor, "b d_in"],
+    product: Product,
+    residual: Float[Tensor, "b d_out"] | None = None,
+    clear: Int[Tensor, "words"] | None = None,
+    kernels: Kernels = "auto",
+) -> tuple[Float[Tensor, "b _"], ...]:
+    """The product of x, in x.dtype: one result for each part, or one in all if gated.
+
+    The kernels add up in float32. They need `product.low` filled with EMPTY: it is after
+    `prepare_product`, and the next call that has it as `clear` fills it again.
+
+    Args:
+        x: contiguous, of as many rows as the product was prepared for.
+        product: of `prepare_product`.
+        residual: contiguous; added to each result.
+        clear: `low` of another product, whose launch on this stream is complete or comes before.
+        kernels: "auto", "triton" or "torch", as in ops/dispatch.py.
+    """
+    if not use_kernel(x, kernels):
+        return product_reference(x, product, residual)
+    from fastlora.ops.decode.linear_launch import launch_product  # noqa: PLC0415  imports triton
+
+    return launch_product(x, product, residual, clear)

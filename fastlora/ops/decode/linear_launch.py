@@ -1,0 +1,179 @@
+"""Launches the kernels of `decode_product`, with tiles measured on one H200."""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.ops.decode.linear_kernel import EMPTY, matrix_kernel, vector_kernel
+from fastlora.ops.decode.packed_kernel import (
+    DOT8,
+    LOAD8,
+    SHUFFLE,
+    TABLE,
+    packed_matrix_kernel,
+    packed_vector_kernel,
+)
+from fastlora.ops.decode.product import COPIES, Product, batch_tile
+from fastlora.ops.dispatch import precision
+from fastlora.ops.quant.dequantize_kernel import _TRITON
+from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, shape_of
+
+
+class Tile(NamedTuple):
+    """Rows and columns of W for one program and one step, warps, and pipeline stages."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 1
+
+
+# Rows of A for one program, beside 4-bit weights.
+_A_ROWS = 4
+
+# EMPTY is stored in blocks of this many elements, by different programs.
+_CLEARED = 1024
+
+
+def choose_tile(product: Product, b: int) -> Tile:
+    """The tile for a product of b rows.
+
+    Microseconds for one launch with r = 16, for 1B's and 8B's shapes (H200, triton 3.6):
+
+                        qkv             o               gate and up     down
+        1 row           5.3   17.3      3.9   11.0      22.1  68.5       9.6  29.5
+        32 rows         13.5  27.1      8.4   15.7      21.5  64.8      24.2  46.3
+
+    The tiles for 4-bit weights are not measured.
+    """
+    packed, columns = isinstance(product.weights[0], Weight4bit), shape_of(product.weights[0])[1]
+    if b > 1:
+        if packed:
+            return Tile(32, 128, 4, 2)
+        return Tile(64, 64, 4, 4 if product.gated and columns >= 4096 else 6)
+    if packed:
+        return Tile(8, 2048, 4)
+    if product.gated:
+        return Tile(2, 4096, 4)
+    if len(product.weights) > 1 and columns <= 2048:
+        return Tile(8, 2048, 4)
+    return Tile(8 if columns > 12000 else 4, 2048, 4)
+
+
+def launch_product(
+    x: Float[Tensor, "b d_in"],
+    product: Product,
+    residual: Float[Tensor, "b d_out"] | None,
+    clear: Int[Tensor, "words"] | None,
+    tile: Tile | None = None,
+    pdl: bool | None = None,
+) -> tuple[Float[Tensor, "b _"], ...]:
+    """One launch on the current stream; see `decode_product`.
+
+    Args:
+        x: contiguous.
+        product: what to compute.
+        residual: contiguous, or None.
+        clear: filled with EMPTY.
+        tile: None: `choose_tile`'s.
+        pdl: whether the kernel may start before the one before it ends; None: if the GPU can.
+    """
+    b, first = x.shape[0], product.weights[0]
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    assert product.low is None or clear is not product.low, "a launch must not clear its own low"
+    tile = choose_tile(product, b) if tile is None else tile
+    if pdl is None:
+        pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    sizes = [shape_of(w)[0] for w in product.weights]
+    outputs = sizes[:1] if product.gated else sizes
+    out = torch.empty(b * sum(outputs), dtype=x.dtype, device=x.device)
+    tensors = [product.a, product.b, product.gain, product.bias, residual, out, product.low, clear]
+    arguments: list[Any] = [x, x if product.norm is None else product.norm, *_weights(product, b)]
+    arguments += [x if t is None else t for t in tensors]  # absent tensors are never read
+    arguments += [] if b == 1 else [b]
+    arguments += [product.eps, *[*product.scalings, 1.0, 1.0][:3]]
+    fixed = _constants(x, product, sizes, residual, clear, tile) | dict(PDL=pdl, launch_pdl=pdl)
+    # Programs: for the rows of A, then for the rows of each part.
+    step = tile.rows * (2 if product.gated else 1)
+    kernel: Any = vector_kernel if b == 1 else matrix_kernel
+    if isinstance(first, Weight4bit):
+        kernel = packed_vector_kernel if b == 1 else packed_matrix_kernel
+        step = _A_ROWS if b == 1 else tile.rows
+    programs = sum(triton.cdiv(n, tile.rows) for n in outputs)
+    programs += triton.cdiv(fixed["A_ROWS"], step)
+    kernel[(programs,)](*arguments, **fixed)
+    parts = zip(out.split([b * n for n in outputs]), outputs, strict=True)
+    return tuple(y.view(b, n) for y, n in parts)
+
+
+def _constants(
+    x: Float[Tensor, "b d_in"],
+    product: Product,
+    sizes: list[int],
+    residual: Tensor | None,
+    clear: Tensor | None,
+    tile: Tile,
+) -> dict[str, Any]:
+    """The arguments that are compiled into a kernel."""
+    (b, columns), first = x.shape, product.weights[0]
+    rank = 0 if product.b is None else product.b.shape[1]
+    n0, n1, n2 = [*sizes, 0, 0][:3]
+    bk = min(tile.columns, max(triton.next_power_of_2(columns), 16))
+    fixed: dict[str, Any] = dict(
+        K=columns, N0=n0, N1=n1, N2=n2, R=rank, A_ROWS=rank * len(sizes),
+        CLEAR=0 if clear is None else clear.numel(), EMPTY=EMPTY, NORM=product.norm is not None,
+        GATED=product.gated, GAIN=product.gain is not None, BIAS=product.bias is not None,
+        RESIDUAL=residual is not None, BN=tile.rows, BK=bk, BC=_CLEARED, num_warps=tile.warps,
+        enable_fp_fusion=True,  # triton 3.10 has another default
+    )  # fmt: skip
+    if b == 1:
+        fixed |= dict(COPIES=COPIES)
+    else:
+        stages = _stages(x, product, tile)
+        fixed |= dict(BATCH=batch_tile(b), STAGES=stages, PRECISION=precision(x.dtype))
+    if isinstance(first, Weight4bit):
+        block = first.form.shape[2]
+        fixed |= dict(BLOCK=block, NESTED=isinstance(first.absmax, NestedAbsmax), TABLE=TABLE)
+        fixed["BK"] = max(bk, block)
+        if b == 1:
+            load = LOAD8[str(x.dtype).removeprefix("torch.")]
+            fixed |= dict(BA=_A_ROWS, DOT8=DOT8 if x.is_cuda else None, LOAD8=load)
+        else:
+            fixed |= dict(ROUND=_TRITON[first.form.dtype], SHUFFLE=SHUFFLE if x.is_cuda else None)
+    return fixed
+
+
+def _stages(x: Float[Tensor, "b d_in"], product: Product, tile: Tile) -> int:
+    """tile.stages, or fewer if the GPU's shared memory does not hold their tiles."""
+    if not x.is_cuda:
+        return tile.stages
+    limit = torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    return stages_within(limit, x, product, tile)
+
+
+def stages_within(limit: int, x: Float[Tensor, "b d_in"], product: Product, tile: Tile) -> int:
+    """At most tile.stages, so that their tiles of W and x fit into `limit` bytes."""
+    rows = tile.rows * (2 if product.gated else 1) + batch_tile(x.shape[0])
+    return max(1, min(tile.stages, limit // (rows * tile.columns * x.element_size())))
+
+
+def _weights(product: Product, b: int) -> list[Tensor]:
+    """The arguments that describe the weights, with copies of the first for absent parts."""
+    dense = [w for w in product.weights if isinstance(w, Tensor)]
+    if dense:
+        return [*dense, dense[0], dense[0]][:3]
+    packed = [w for w in product.weights if isinstance(w, Weight4bit)]
+    packed = [*packed, packed[0], packed[0]][:3]
+    first, code = packed[0], packed[0].levels
+    absmax = [w.absmax for w in packed]
+    nested = [x for x in absmax if isinstance(x, NestedAbsmax)]
+    if nested:
+        values, scales = [x.values for x in nested], [x.scale for x in nested]
+        offsets, code = [x.offset for x in nested], nested[0].code
+    else:  # the kernel does not read scales and offsets
+        values = scales = offsets = [x for x in absmax if isinstance(x, Tensor)]
+    data = [w.packed.view(torch.int32) if b == 1 else w.packed for w in packed]
+    return [*data, *values, *scales, *offsets, first.levels, code]

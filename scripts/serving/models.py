@@ -1,0 +1,83 @@
+"""Loads a base and its adapters, as one model whose adapter is a stack (stacking.py)."""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+import fastlora
+from fastlora.errors import raise_problems
+from fastlora.generation.text import text_stop_ids
+from fastlora.models.state import ModelState
+from serving.stacking import stack
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """The models that the server and the chat run."""
+
+    model: ModelState  # the adapter is a stack; None without adapters
+    tokenizer: fastlora.Tokenizer
+    adapter_ids: dict[str, int]  # name -> number in the stack; the first name is the base's
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The ids that end a reply."""
+        config = self.model.spec.config
+        return tuple(text_stop_ids(self.tokenizer, config.eos_token_id, config.vocab_size))
+
+
+def named_folder(text: str) -> tuple[str, str]:
+    """A command's argument NAME=FOLDER as a pair."""
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=FOLDER")
+    return name, folder
+
+
+def load_served(
+    name_or_path: str,
+    adapters: Mapping[str, str],
+    *,
+    name: str | None = None,
+    load_in_4bit: bool = False,
+    max_seq_length: int | None = None,
+) -> Served:
+    """Load a base and adapters over it.
+
+    Args:
+        name_or_path: a folder, a Hub id or "demo". If it is an adapter's, its base is loaded too,
+            and both are served.
+        adapters: name -> PEFT folder or Hub id.
+        name: of the base; None is the last part of `name_or_path`.
+        load_in_4bit: quantise the base to NF4.
+        max_seq_length: longest prompt and reply together; None is the model's.
+
+    Raises:
+        ValueError: the folder has no tokenizer, a name is given twice, or an adapter cannot share
+            a batch with others. Lists all problems.
+        FileNotFoundError, CheckpointError: as `fastlora.load` and `load_adapter`.
+    """
+    dtype = "auto" if torch.cuda.is_available() else "float32"  # bfloat16 is slow on most CPUs
+    model, tokenizer = fastlora.load(
+        name_or_path, dtype=dtype, load_in_4bit=load_in_4bit, max_seq_length=max_seq_length
+    )
+    if tokenizer is None:
+        raise ValueError(f"{name_or_path} has no tokenizer.json; serving text needs one.")
+    own = name_or_path.rstrip("/").split("/")[-1]
+    base = fastlora.disable(model)
+    named: dict[str, ModelState] = {}
+    if model.adapter is not None:
+        named[own] = model
+        own = model.spec.name_or_path.rstrip("/").split("/")[-1]
+    base_name = name or own
+    twice = {base_name, *named} & set(adapters)
+    if base_name in named:
+        twice.add(base_name)
+    problems = [f"the name {n!r} is used twice" for n in sorted(twice)]
+    raise_problems(ValueError, "these models cannot be served:", problems)
+    named |= {n: fastlora.load_adapter(base, folder) for n, folder in adapters.items()}
+    stacked = stack(base, named) if named else base
+    ids = {n: i for i, n in enumerate((base_name, *named))}
+    return Served(model=stacked, tokenizer=tokenizer, adapter_ids=ids)

@@ -1,0 +1,122 @@
+"""A decode step through kernel_layer.py equals the plain one, for every adapter kind and family."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora.generation.cache import Cache
+from fastlora.generation.forward import decode, prefill, rope_table
+from fastlora.generation.kernel_layer import StepKernels, kernel_layer, step_kernels
+from fastlora.generation.prepare import PreparedModel, prepare
+from fastlora.ops.quant.weights import Weight4bit
+from oracles.pairs import adapted, read_pair
+from oracles.quantized_bases import load
+from oracles.trees import token_ids
+
+LENGTH = 16
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "LoRA": ("llama3.2", {}),
+    "few targets": ("llama2", dict(r=5, target_modules=["q_proj", "down_proj"])),
+    "DoRA over biases": ("llama_bias", dict(use_dora=True)),
+    "lora_bias over biases": ("qwen2", dict(lora_bias=True)),
+    "offset": ("llama2", dict(r=4, init_lora_weights="pissa")),
+    "q_norm": ("qwen3", {}),
+    "window": ("mistral", {}),
+    "layers without RoPE": ("smollm3", {}),
+    "experts": ("qwen3_moe_mixed", {}),
+}
+
+
+def kernels_of(model: PreparedModel, b: int) -> StepKernels:
+    """As on a GPU."""
+    fused = tuple(
+        layer._replace(spec=dataclasses.replace(layer.spec, fused=True)) for layer in model.layers
+    )
+    return step_kernels(model._replace(layers=fused), b)
+
+
+def plain_step(model: PreparedModel) -> StepKernels:
+    return StepKernels((None,) * len(model.layers), None)
+
+
+def logits(model: PreparedModel, kernels: StepKernels, b: int) -> list[Tensor]:
+    """Of two decode steps behind prompts of different lengths."""
+    config = model.spec.config
+    cache = Cache(config, model.base["norm"], b, LENGTH)
+    ids = token_ids(b, 8, vocab_size=config.vocab_size)
+    lengths, no_ids = torch.arange(b) % 5 + 4, torch.zeros(b, dtype=torch.long)
+    prefill(model, cache, torch.arange(b), ids, lengths, no_ids)
+    table = rope_table(model, LENGTH)
+    steps = []
+    for i in range(2):
+        steps.append(decode(model, cache, ids[:, i], lengths + i, no_ids, table, kernels, LENGTH))
+    return steps
+
+
+def check(model: PreparedModel, b: int) -> None:
+    made = kernels_of(model, b)
+    assert made.head is not None and None not in made.layers
+    expected = logits(model, plain_step(model), b)
+    for actual, plain in zip(logits(model, made, b), expected, strict=True):
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_step_equals_the_plain_step(case, pair):
+    family, settings = CASES[case]
+    check(prepare(adapted(pair(family).model, **settings)), b=2)
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@torch.no_grad()
+def test_step_equals_the_plain_step_for_any_number_of_rows(b, pair):
+    check(prepare(adapted(pair("llama2").model)), b)
+
+
+@torch.no_grad()
+def test_layer_prepared_for_many_rows_serves_few(pair):
+    model = prepare(adapted(pair("llama2").model))
+    made = kernels_of(model, 4)
+    logits(model, made, 4)
+    actual = logits(model, made, 1)[1]
+    expected = logits(model, plain_step(model), 1)[1]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_head_with_an_adapter_is_left_to_plain_torch(pair):
+    model = prepare(adapted(pair("llama2").model, target_modules=["q_proj", "lm_head"]))
+    made = kernels_of(model, 2)
+    assert made.head is None and None not in made.layers
+    pairs = zip(logits(model, made, 2), logits(model, plain_step(model), 2), strict=True)
+    for actual, plain in pairs:
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("b", [1, 2])
+@torch.no_grad()
+def test_step_over_nf4_equals_the_plain_step(b, tmp_path):
+    sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+    read_pair("llama2", tmp_path, **sizes)
+    model = load(tmp_path, load_in_4bit=True)
+    assert isinstance(model.base["layers"][0]["q_proj"]["weight"], Weight4bit)
+    check(prepare(adapted(model)), b)
+
+
+@torch.no_grad()
+def test_unsupported_layers_are_left_to_plain_torch(pair, quantised_folder):
+    plain = pair("llama2").model
+    for model in (
+        adapted(plain, r=4, qat_scheme="int8"),
+        load(quantised_folder("int8")),
+    ):
+        made = prepare(model)
+        assert kernels_of(made, 1).layers == plain_step(made).layers
+    model = prepare(plain)
+    assert kernels_of(model, 65) == plain_step(model)
+    assert kernel_layer(model.layers[0], 65) is None
+    assert kernel_layer(prepare(pair("mistral").model).layers[0], 1) is None  # no window given

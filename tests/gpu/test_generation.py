@@ -1,0 +1,112 @@
+"""Generation on the GPU: graphs equal eager steps, batches equal single rows, nothing leaks."""
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import fastlora
+from fastlora import functional as FL
+from fastlora.generation import engine
+from fastlora.generation.engine import Engine, RowSettings
+from fastlora.generation.sampling import Sampling
+from fastlora.model import Model
+from oracles.gpu_models import Row, adapted, families, tokens
+
+pytestmark = pytest.mark.gpu
+
+# Past the first 256 indices of the cache, so that graphs are made again.
+PROMPT, NEW = 240, 40
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "temperature": Sampling(temperature=1.0),
+    "filters": Sampling(temperature=1.0, top_k=50, top_p=0.9, min_p=0.01),
+    "penalty": Sampling(repetition_penalty=1.3),
+}
+
+
+def run(model: Model, sampling: Sampling, rows: int = 3, slots: int = 4) -> list[list[int]]:
+    """The new tokens of some rows."""
+    prompts, one = tokens(model, rows, PROMPT).tolist(), Engine(model, slots=slots, max_length=400)
+    settings = [
+        RowSettings(max_new_tokens=NEW, sampling=sampling, seed=i, stop=(), logprobs=True)
+        for i in range(rows)
+    ]
+    found = {slot: [] for slot in one.admit([*zip(prompts, settings, strict=True)])}
+    while one.running:
+        for new in one.advance():
+            found[new.slot] += new.ids
+    one.close()
+    return [*found.values()]
+
+
+def differing(a: list[list[int]], b: list[list[int]]) -> float:
+    return float((torch.tensor(a) != torch.tensor(b)).sum())
+
+
+def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Row]:
+    """Ids that differ, in fp32, where rounding does not decide between tokens."""
+    model = adapted(folder, "float32")
+    plain = model.with_spec(kernels="torch")
+    for name, sampling in SAMPLINGS.items():
+        replayed = run(model, sampling)
+        # A draw may fall between two sums of probabilities that differ by rounding.
+        if sampling.temperature == 0:
+            others = run(plain, sampling)
+            yield f"{family} {name}, kernels against plain torch", differing(replayed, others), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "_can_record", lambda model: False)
+            yield (
+                f"{family} {name}, graph against eager",
+                differing(replayed, run(model, sampling)),
+                0,
+            )
+        single = run(model, sampling, rows=1, slots=1)
+        yield f"{family} {name}, batch against single", differing(replayed[:1], single), 0
+    ids = tokens(model, 2, PROMPT)
+    out, logprobs = model.generate(
+        ids, max_new_tokens=NEW, temperature=1.0, seed=0, eos_token_id=(), return_logprobs=True
+    )
+    wide = lambda tree: tree_map(lambda x: x.double() if x.is_floating_point() else x, tree)
+    exact = FL.token_logprobs(wide(model.adapter), wide(model.base), plain.spec, out, out)
+    uncached = FL.token_logprobs(plain.adapter, plain.base, plain.spec, out, out)
+    error = lambda x: float((x.double() - exact[:, PROMPT:]).norm())
+    ratio = error(logprobs) / error(uncached[:, PROMPT:])
+    yield f"{family} log-probabilities, error over the uncached pass's, fp32", ratio, 1.5
+    greedy = model.generate(ids, max_new_tokens=NEW, eos_token_id=())
+    likeliest = model(greedy[:, :-1])[:, PROMPT - 1 :].argmax(-1)
+    yield (
+        f"{family} greedy, cached against uncached",
+        differing(likeliest.tolist(), greedy[:, PROMPT:].tolist()),
+        0,
+    )
+
+
+def memory(folder: Path) -> Iterator[Row]:
+    """Bytes still allocated after interrupted iterators, beyond those after the first."""
+    model: Any = adapted(folder, "bfloat16")
+    prompts, left = tokens(model, 6, 30).tolist(), []
+    for _ in range(4):
+        results = fastlora.generate_many(model, prompts, max_new_tokens=20, max_batch=2, n=2)
+        next(results)
+        del results
+        gc.collect()
+        torch.cuda.synchronize()
+        left.append(torch.cuda.memory_allocated())
+    yield "bytes left by an interrupted generate_many", float(left[-1] - left[1]), 0
+
+
+@pytest.mark.parametrize("family", families())
+def test_graphs_kernels_and_batches_give_the_same_tokens(family, checkpoint, check, monkeypatch):
+    folder, _ = checkpoint(family)
+    check(laws(family, folder, monkeypatch))
+
+
+@pytest.mark.part("llama3.2")
+def test_interrupted_iterators_free_the_gpus_memory(checkpoint, check):
+    folder, _ = checkpoint("llama3.2")
+    check(memory(folder))
