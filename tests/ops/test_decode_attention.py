@@ -108,7 +108,8 @@ def test_only_the_new_entries_of_the_caches_change(kernels):
     _, k, v, cos, sin, k_cache, v_cache, lengths = copied(given)
     decode_attention(*given, None, kernels=kernels)
     for i, n in enumerate(lengths.clamp(max=S - 1).tolist()):
-        k_cache[i, :, n] = apply_rope(k[i][:, None], cos[i][None], sin[i][None])[:, 0]
+        rotated = apply_rope(k[i : i + 1, :, None], cos[i : i + 1, None], sin[i : i + 1, None])
+        k_cache[i, :, n] = rotated[0, :, 0]
         v_cache[i, :, n] = v[i]
     torch.testing.assert_close(given[5], k_cache)
     assert torch.equal(given[6], v_cache)
