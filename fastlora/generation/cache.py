@@ -1,5 +1,7 @@
 """The keys and values of all rows: one slot for each row, with its tokens at indices 0, 1, ..."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -53,17 +55,23 @@ class Cache:
                 tensors[i] = new
         return True
 
+    def rows(self, slots: Sequence[int]) -> slice | Int[Tensor, "b"]:
+        """An index of some slots: a slice if they are consecutive, which is fast to write to."""
+        if [*slots] == [*range(slots[0], slots[0] + len(slots))]:
+            return slice(slots[0], slots[0] + len(slots))
+        return torch.tensor(slots, device=self.like.device)
+
     def write(
         self,
         layer: int,
-        slots: Int[Tensor, "b"],
+        rows: slice | Int[Tensor, "b"],
         k: Float[Tensor, "b kv t hd"],
         v: Float[Tensor, "b kv t hd"],
     ) -> None:
-        """Set the first t indices of some slots."""
+        """Set the first t indices of some slots; `rows` is that of `self.rows`."""
         t = k.shape[2]
-        self.k[layer][slots, :, :t] = k
-        self.v[layer][slots, :, :t] = v
+        self.k[layer][rows, :, :t] = k
+        self.v[layer][rows, :, :t] = v
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of one slot to another."""

@@ -133,7 +133,7 @@ class Engine:
         keys = [Prefix(tuple(ids[:-1]), settings.adapter_id) for ids, settings in prompts]
         slots = self.prefixes.choose_slots(keys, self.running)
         self._make_room(max(len(ids) for ids, _ in prompts), prompts)
-        self.prefixes.fill(keys, slots)
+        self.prefixes.fill(keys, slots, self._kernels(1))
         new = []
         for slot, (ids, settings) in zip(slots, prompts, strict=True):
             seed = row_seeds(None, 1)[0] if settings.seed is None else settings.seed

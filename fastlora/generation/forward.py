@@ -5,7 +5,7 @@ Rows are not padded on the left: token i of a row has position i and lies at ind
 can record it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastlora.generation.cache import Cache
-from fastlora.generation.kernel_layer import StepKernels, run_kernel_layer
+from fastlora.generation.kernel_layer import (
+    StepKernels,
+    prompt_heads,
+    rest_of_prompt_layer,
+    run_kernel_layer,
+)
 from fastlora.generation.prepare import PreparedModel
 from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
 from fastlora.models.decoder import attention_masks
@@ -48,10 +53,11 @@ def rope_table(model: PreparedModel, length: int) -> RopeTable | None:
 def prefill(
     model: PreparedModel,
     cache: Cache,
-    slots: Int[Tensor, "b"],
+    slots: Sequence[int],
     input_ids: Int[Tensor, "b t"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
+    kernels: StepKernels,
 ) -> None:
     """Write keys and values of the first t tokens of some prompts into their slots.
 
@@ -65,17 +71,27 @@ def prefill(
         input_ids: rows, padded on the right.
         lengths: of the whole prompts, which dynamic RoPE needs; they may be longer than t.
         adapter_ids: the number of each row's adapter, for a stack.
+        kernels: of kernel_layer.step_kernels, for any number of rows.
     """
     (b, t), spec = input_ids.shape, model.spec
     x = _embed(model, input_ids, adapter_ids)
     index = torch.arange(t, device=x.device).expand(b, t)
     cos, sin = rope_tables(spec.config, index, lengths[:, None], x.dtype)
     masks = attention_masks(spec, x, None, None, model.layers[0].spec.fused)
+    rows = cache.rows(slots)
     for i, layer in enumerate(model.layers):
-        q, k, v = _queries_keys_values(model, i, x, cos, sin, adapter_ids)
-        cache.write(i, slots, k, v)
-        if i + 1 < len(model.layers):  # of the last layer only keys and values are needed
-            heads = rotated_attention(q, k, v, masks[layer.attention_type], layer.spec)
+        kernel = kernels.layers[i]
+        if kernel is not None:
+            q, k, v = prompt_heads(x, kernel, cos, sin)
+        else:
+            q, k, v = _queries_keys_values(model, i, x, cos, sin, adapter_ids)
+        cache.write(i, rows, k, v)
+        if i + 1 == len(model.layers):  # of the last layer only keys and values are needed
+            return
+        heads = rotated_attention(q, k, v, masks[layer.attention_type], layer.spec)
+        if kernel is not None:
+            x = rest_of_prompt_layer(x, heads, kernel)
+        else:
             x = _rest_of_layer(model, i, x, heads, adapter_ids)
 
 

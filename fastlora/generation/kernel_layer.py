@@ -1,8 +1,9 @@
-"""One decoder layer of a decode step through the Triton kernels of ops/decode.
+"""One decoder layer of generation through the operations of ops/decode.
 
 A dense layer has four launches around attention: RMSNorm and q, k, v; o and the residual; RMSNorm,
-gate, up and SwiGLU; down and the residual. `kernel_layer` prepares the tensors once. It
-returns None for layers that the kernels do not support, which forward.py runs in plain torch.
+gate, up and SwiGLU; down and the residual. `kernel_layer` prepares the tensors once, and the
+tokens of prompts go through the same products. It returns None for layers that the kernels do not
+support, which forward.py runs in plain torch.
 """
 
 from typing import NamedTuple
@@ -11,12 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.generation.prepare import PreparedLayer, PreparedModel
+from fastlora.models.attention import Heads
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
+from fastlora.ops.attention.rope import apply_rope
 from fastlora.ops.decode.attention import decode_attention
-from fastlora.ops.decode.linear import decode_product
+from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
 from fastlora.ops.rms_norm import rms_norm
@@ -137,6 +140,35 @@ def run_kernel_layer(
     (hidden,) = decode_product(x, layer.gate_up, clear=layer.o.low, kernels=kernels)
     (x,) = decode_product(hidden, layer.down, x, clear=layer.gate_up.low, kernels=kernels)
     return x
+
+
+def prompt_heads(
+    x: Float[Tensor, "b t d"],
+    layer: KernelLayer,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+) -> Heads:
+    """Rotated q, k and v of the tokens of prompts, as `queries_keys_values` returns them."""
+    (b, t, _), params, spec = x.shape, layer.source.params, layer.source.spec
+    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in prompt_product(x.flatten(0, 1), layer.qkv))
+    if "q_norm" in params:
+        q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
+        k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+    q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+    return (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v) if spec.rope else (q, k, v)
+
+
+def rest_of_prompt_layer(
+    x: Float[Tensor, "b t d"], heads: Float[Tensor, "b h t hd"], layer: KernelLayer
+) -> Float[Tensor, "b t d"]:
+    """The layer's output for the tokens of prompts, from its input and attention's result."""
+    shape, params, spec = x.shape, layer.source.params, layer.source.spec
+    merged = heads.transpose(1, 2).reshape(-1, spec.num_attention_heads * spec.head_dim)
+    (flat,) = prompt_product(merged, layer.o, x.flatten(0, 1))
+    if layer.gate_up is None or layer.down is None:
+        return mlp_block(flat.view(shape), params, layer.source.adapter, spec, None)
+    (hidden,) = prompt_product(flat, layer.gate_up)
+    return prompt_product(hidden, layer.down, flat)[0].view(shape)
 
 
 def kernel_head(

@@ -8,6 +8,7 @@ import torch
 
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import prefill
+from fastlora.generation.kernel_layer import StepKernels
 from fastlora.generation.prepare import PreparedModel
 
 # Prompts are prefilled together up to this many tokens, padding included: more would be no faster
@@ -45,8 +46,8 @@ class Prefixes:
         # Low slots first: a step runs on all slots up to the last one in use.
         return [free.pop(0) if slot is None else slot for slot in chosen]
 
-    def fill(self, wanted: Sequence[Prefix], slots: Sequence[int]) -> None:
-        """Bring prompts into their slots of the cache."""
+    def fill(self, wanted: Sequence[Prefix], slots: Sequence[int], kernels: StepKernels) -> None:
+        """Bring prompts into their slots of the cache. `kernels` is that of `prefill`."""
         targets: dict[Prefix, list[int]] = defaultdict(list)
         for key, slot in zip(wanted, slots, strict=True):
             if key.ids:
@@ -60,7 +61,7 @@ class Prefixes:
         missing = [(key, same[0]) for key, same in targets.items() if same and key not in holders]
         for slot in slots:
             self.forget(slot)
-        self._prefill(missing)
+        self._prefill(missing, kernels)
         holders |= dict(missing)
         for key, same in targets.items():
             for slot in same:
@@ -72,7 +73,7 @@ class Prefixes:
         """The slot holds no prompt any more."""
         self.of_slot.pop(slot, None)
 
-    def _prefill(self, missing: Sequence[tuple[Prefix, int]]) -> None:
+    def _prefill(self, missing: Sequence[tuple[Prefix, int]], kernels: StepKernels) -> None:
         """Run the model over prompts, each with its slot; rows of similar length together."""
         rest = sorted(missing, key=lambda entry: len(entry[0].ids), reverse=True)
         device = self.model.base["norm"].device
@@ -83,8 +84,9 @@ class Prefixes:
             prefill(
                 self.model,
                 self.cache,
-                tensor([slot for _, slot in together]),
+                [slot for _, slot in together],
                 tensor([[*key.ids, *[0] * (t - len(key.ids))] for key, _ in together]),
                 tensor([len(key.ids) + 1 for key, _ in together]),
                 tensor([key.adapter_id for key, _ in together]),
+                kernels,
             )

@@ -16,6 +16,7 @@ from oracles.pairs import adapted, read_pair
 from oracles.quantized_bases import load
 from oracles.trees import token_ids
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTH = 16
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "LoRA": ("llama3.2", {}),
@@ -46,9 +47,9 @@ def logits(model: PreparedModel, kernels: StepKernels, b: int) -> list[Tensor]:
     """Of two decode steps behind prompts of different lengths."""
     config = model.spec.config
     cache = Cache(config, model.base["norm"], b, LENGTH)
-    ids = token_ids(b, 8, vocab_size=config.vocab_size)
-    lengths, no_ids = torch.arange(b) % 5 + 4, torch.zeros(b, dtype=torch.long)
-    prefill(model, cache, torch.arange(b), ids, lengths, no_ids)
+    ids = token_ids(b, 8, vocab_size=config.vocab_size).to(DEVICE)
+    lengths, no_ids = (torch.arange(b) % 5 + 4).to(DEVICE), torch.zeros_like(ids[:, 0])
+    prefill(model, cache, [*range(b)], ids, lengths, no_ids, kernels)
     table = rope_table(model, LENGTH)
     steps = []
     for i in range(2):
@@ -68,18 +69,36 @@ def check(model: PreparedModel, b: int) -> None:
 @torch.no_grad()
 def test_step_equals_the_plain_step(case, pair):
     family, settings = CASES[case]
-    check(prepare(adapted(pair(family).model, **settings)), b=2)
+    check(prepare(adapted(pair(family).model, **settings).to(DEVICE)), b=2)
 
 
 @pytest.mark.parametrize("b", [1, 3])
 @torch.no_grad()
 def test_step_equals_the_plain_step_for_any_number_of_rows(b, pair):
-    check(prepare(adapted(pair("llama2").model)), b)
+    check(prepare(adapted(pair("llama2").model).to(DEVICE)), b)
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_prompts_through_the_products_equal_the_plain_pass(case, pair):
+    family, settings = CASES[case]
+    model = prepare(adapted(pair(family).model, **settings).to(DEVICE))
+    config, slots = model.spec.config, [0, 2]  # not consecutive: another kind of index
+    ids = token_ids(2, LENGTH, vocab_size=config.vocab_size).to(DEVICE)
+    lengths = torch.tensor([LENGTH + 1, LENGTH - 3], device=DEVICE)
+    caches = []
+    for kernels in (plain_step(model), kernels_of(model, 2)):
+        caches.append(Cache(config, model.base["norm"], 3, LENGTH))
+        prefill(model, caches[-1], slots, ids, lengths, torch.zeros_like(lengths), kernels)
+    plain, made = caches
+    for expected, actual in zip([*plain.k, *plain.v], [*made.k, *made.v], strict=True):
+        assert float(expected[slots].abs().max()) > 0
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_layer_prepared_for_many_rows_serves_few(pair):
-    model = prepare(adapted(pair("llama2").model))
+    model = prepare(adapted(pair("llama2").model).to(DEVICE))
     made = kernels_of(model, 4)
     logits(model, made, 4)
     actual = logits(model, made, 1)[1]
@@ -89,7 +108,8 @@ def test_layer_prepared_for_many_rows_serves_few(pair):
 
 @torch.no_grad()
 def test_head_with_an_adapter_is_left_to_plain_torch(pair):
-    model = prepare(adapted(pair("llama2").model, target_modules=["q_proj", "lm_head"]))
+    model = adapted(pair("llama2").model, target_modules=["q_proj", "lm_head"])
+    model = prepare(model.to(DEVICE))
     made = kernels_of(model, 2)
     assert made.head is None and None not in made.layers
     pairs = zip(logits(model, made, 2), logits(model, plain_step(model), 2), strict=True)
@@ -104,7 +124,7 @@ def test_step_over_nf4_equals_the_plain_step(b, tmp_path):
     read_pair("llama2", tmp_path, **sizes)
     model = load(tmp_path, load_in_4bit=True)
     assert isinstance(model.base["layers"][0]["q_proj"]["weight"], Weight4bit)
-    check(prepare(adapted(model)), b)
+    check(prepare(adapted(model).to(DEVICE)), b)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastlora.ops.decode.linear import decode_product, product_reference
+from fastlora.ops.decode.linear import decode_product, product_reference, prompt_product
 from fastlora.ops.decode.product import Part, Product, prepare_product
 from fastlora.ops.quant.weights import LEVELS, NestedAbsmax, Weight, Weight4bit, empty_form
 
@@ -90,8 +90,11 @@ CASES = {
 }  # fmt: skip
 
 
-def errors(case: Case, b: int, dtype: torch.dtype) -> tuple[float, float]:
-    """(of the kernels, of the reference in `dtype`), each the largest against float64."""
+def errors(case: Case, b: int, dtype: torch.dtype, kernels: str) -> tuple[float, float]:
+    """(of `kernels`, of the reference in `dtype`), each the largest against float64.
+
+    `kernels` is "triton", or "prompt" for prompt_product.
+    """
     product = make(case, b, dtype)
     x = random(b, case.columns, seed=3).to(DEVICE, dtype)
     n = case.sizes[0]
@@ -99,8 +102,11 @@ def errors(case: Case, b: int, dtype: torch.dtype) -> tuple[float, float]:
     wide = None if residual is None else residual.double()
     truth = product_reference(x.double(), product, wide)
     worst = []
-    for kernels in ("triton", "torch"):
-        ys = decode_product(x, product, residual, kernels=kernels)
+    for which in (kernels, "torch"):
+        if which == "prompt":
+            ys = prompt_product(x, product, residual)
+        else:
+            ys = decode_product(x, product, residual, kernels=which)
         largest = 0.0
         for y, t in zip(ys, truth, strict=True):
             assert y.dtype == dtype
@@ -112,12 +118,19 @@ def errors(case: Case, b: int, dtype: torch.dtype) -> tuple[float, float]:
 @pytest.mark.parametrize("b", [1, 3, 17])
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_equals_the_reference_in_float32(name, b):
-    kernel, _ = errors(CASES[name], b, torch.float32)
+    kernel, _ = errors(CASES[name], b, torch.float32, "triton")
     assert kernel < 1e-5
 
 
 @pytest.mark.parametrize("b", [1, 4])
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_errs_no_more_than_the_reference_in_16_bits(name, b):
-    kernel, reference = errors(CASES[name], b, HALF)
+    kernel, reference = errors(CASES[name], b, HALF, "triton")
     assert kernel <= 1.2 * reference
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_product_of_prompts_errs_no_more_than_the_reference(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        prompt, reference = errors(CASES[name], 40, dtype, "prompt")
+        assert prompt <= max(1.2 * reference, 1e-6)

@@ -1,12 +1,13 @@
-"""Products of one decode step: y = gain * (W x + s B A x) + bias for 1 to 64 rows of x.
+"""Products of generation: y = gain * (W x + s B A x) + bias, for the rows of one decode step (1 to
+64) or for the tokens of prompts.
 
 Up to three matrices of one input are one product, with what surrounds them in a decoder layer:
 
     x -> RMSNorm (if `norm` is given) -> each matrix with its low-rank term, gain and bias
       -> silu(first) * second (if `gated`) -> + residual (if given)
 
-The reference is the specification; decode_product runs it, or the kernels of linear_kernel.py and
-packed_kernel.py. Nothing here has a gradient.
+The reference is the specification. decode_product runs it, or the kernels of linear_kernel.py and
+packed_kernel.py; prompt_product runs torch's matrix products. Nothing here has a gradient.
 """
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastlora.ops.decode.product import Product
 from fastlora.ops.dispatch import Kernels, use_kernel
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import shape_of
+from fastlora.ops.quant.weights import Weight, shape_of
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -44,7 +45,7 @@ def product_reference(
     return tuple(ys) if residual is None else tuple(y + residual for y in ys)
 
 
-# ── 2. public function ────────────────────────────────────────────────────────────────────
+# ── 2. public functions ───────────────────────────────────────────────────────────────────
 @torch.no_grad()
 def decode_product(
     x: Float[Tensor, "b d_in"],
@@ -70,3 +71,53 @@ def decode_product(
     from fastlora.ops.decode.linear_launch import launch_product  # noqa: PLC0415  imports triton
 
     return launch_product(x, product, residual, clear)
+
+
+@torch.no_grad()
+def prompt_product(
+    x: Float[Tensor, "n d_in"], product: Product, residual: Float[Tensor, "n d_out"] | None = None
+) -> tuple[Float[Tensor, "n _"], ...]:
+    """The product of any number of rows by torch's matrix products, in x.dtype.
+
+    Base and low-rank product share one buffer, so that their sum is rounded once. The number of
+    operations is small because a prompt of 2,048 tokens is limited by the host (H200).
+
+    Args:
+        x: in the dtype of the product's weights.
+        product: of `prepare_product`, for any number of rows.
+        residual: added to each result.
+    """
+    if product.norm is not None:
+        x = F.rms_norm(x, x.shape[-1:], product.norm, product.eps)
+    sizes = [shape_of(w)[0] for w in product.weights]
+    absent = (None,) * len(sizes)
+    low = absent if product.a is None else (x @ product.a.t()).chunk(len(sizes), -1)
+    split = lambda t: absent if t is None else t.split(sizes)
+    gains, biases = split(product.gain), split(product.bias)
+    # A residual is the start of the sum if nothing changes the product behind it.
+    unchanged = product.gain is None and product.bias is None and not product.gated
+    first = residual if unchanged else None
+    each = zip(product.weights, low, split(product.b), product.scalings, strict=True)
+    ys = [_sum_of_products(x, *term, first) for term in each]
+    ys = [y if g is None else y * g for y, g in zip(ys, gains, strict=True)]
+    ys = [(y if v is None else y + v).to(x.dtype) for y, v in zip(ys, biases, strict=True)]
+    if product.gated:
+        ys = [F.silu(ys[0], inplace=True).mul_(ys[1])]
+    return tuple(ys) if residual is first else tuple(y + residual for y in ys)
+
+
+def _sum_of_products(
+    x: Float[Tensor, "n d_in"],
+    weight: Weight,
+    low: Float[Tensor, "n r"] | None,
+    b: Float[Tensor, "d_out r"] | None,
+    scaling: float,
+    first: Float[Tensor, "n d_out"] | None,
+) -> Float[Tensor, "n d_out"]:
+    """first + scaling * low B' + x W'."""
+    wide = dense(weight, x.dtype).t()
+    if low is None or b is None:
+        return x @ wide if first is None else torch.addmm(first, x, wide)
+    # With beta = 0 torch ignores the first argument.
+    start, beta = (low.new_empty(1), 0) if first is None else (first, 1)
+    return torch.addmm(start, low, b.t(), beta=beta, alpha=scaling).addmm_(x, wide)

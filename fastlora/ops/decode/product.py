@@ -146,16 +146,24 @@ def _low_rank(
     from fastlora.ops.decode.linear_kernel import EMPTY  # noqa: PLC0415  imports triton
 
     like = next(part.a for part in parts if part.a is not None)
-    a = like.new_zeros(len(parts), rank, like.shape[1])
     sizes = [shape_of(part.weight)[0] for part in parts]
-    matrix_b = like.new_zeros(sum(sizes), rank)
-    for i, (part, rows) in enumerate(zip(parts, matrix_b.split(sizes), strict=True)):
-        if part.a is not None and part.b is not None:
-            a[i, : part.a.shape[0]] = part.a
-            rows[:, : part.b.shape[1]] = part.b
+    # Few operations, because generation prepares some hundred products before its first token.
+    rows = [_padded(part.a, like, (rank, like.shape[1])) for part in parts]
+    columns = [_padded(part.b, like, (n, rank)) for part, n in zip(parts, sizes, strict=True)]
+    a, matrix_b = torch.cat(rows), torch.cat(columns)
     numbers = len(parts) * rank * max(batch_tile(b), COPIES)
     low = torch.full((numbers,), EMPTY, dtype=torch.int32, device=like.device)
-    return a.flatten(0, 1), matrix_b, low
+    return a, matrix_b, low
+
+
+def _padded(x: Float[Tensor, "_ _"] | None, like: Tensor, shape: tuple[int, int]) -> Tensor:
+    """x with zeros behind its rows or columns up to `shape`; None counts as empty."""
+    if x is not None and x.shape == shape:
+        return x
+    padded = like.new_zeros(shape)
+    if x is not None:
+        padded[: x.shape[0], : x.shape[1]] = x
+    return padded
 
 
 def batch_tile(b: int) -> int:
