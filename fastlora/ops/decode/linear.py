@@ -103,7 +103,9 @@ def prompt_product(
     ys = [(y if v is None else y + v).to(x.dtype) for y, v in zip(ys, biases, strict=True)]
     if product.gated:
         ys = [F.silu(ys[0], inplace=True).mul_(ys[1])]
-    return tuple(ys) if residual is first else tuple(y + residual for y in ys)
+    if residual is not None and first is None:
+        ys = [y + residual for y in ys]
+    return tuple(ys)
 
 
 def _sum_of_products(
