@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from fastlora.generation import cache, engine, prefixes, step_graph
 from fastlora.generation.engine import Engine, NewTokens, NonFiniteLogits, RowSettings
+from fastlora.generation.kernel_layer import StepKernels
 from fastlora.generation.sampling import Sampling
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.model import Model
@@ -242,6 +244,27 @@ def test_a_step_through_kernels_gives_the_tokens_of_plain_torch(model):
     ids = prompt(1, 6)[0].tolist()
     expected = alone(model, ids, settings(4, Sampling()))
     assert alone(model.with_spec(kernels="triton"), ids, settings(4, Sampling())) == expected
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
+def test_the_ends_of_a_step_through_kernels_give_what_plain_torch_gives(rows, model, monkeypatch):
+    """For rows of every kind, of which one ends by a stop id and the others by their limits."""
+    ids = prompt(3, 6).tolist()
+    hows = [settings(4, Sampling(), logprobs=True), settings(3, PENALTY, alternatives=2)]
+    second = alone(model, ids[2], settings(5))[1]
+    hows.append(RowSettings(max_new_tokens=5, sampling=DRAWS, seed=0, stop=(second,)))
+    found = []
+    for ends in (False, True):
+        only = lambda model, b, ends=ends: StepKernels((None,) * len(model.layers), None, ends)
+        monkeypatch.setattr(engine, "step_kernels", only)
+        one = Engine(model, slots=3, max_length=20)
+        one.admit([(ids[i], hows[i]) for i in rows])
+        found.append(one.advance(3) + one.advance(3))
+    for plain, kernel in zip(*found, strict=True):
+        logprobs = [torch.tensor(x.logprobs or []) for x in (kernel, plain)]
+        torch.testing.assert_close(*logprobs, rtol=1e-6, atol=1e-6)
+        assert replace(kernel, logprobs=None) == replace(plain, logprobs=None)
 
 
 # ── graphs, faked on the CPU ──────────────────────────────────────────────────────────────
