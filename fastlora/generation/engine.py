@@ -24,12 +24,8 @@ from fastlora.generation.nonfinite import NonFiniteLogits, explanation
 from fastlora.generation.prefixes import Prefix, Prefixes
 from fastlora.generation.prepare import PreparedModel, prepare
 from fastlora.generation.rows import (
-    LARGEST_LOGIT,
-    LOGPROB,
     MOST_ALTERNATIVES,
-    NO_TOKEN,
     REPORTED_STEPS,
-    TOKEN,
     NewRow,
     begin,
     new_rows,
@@ -38,6 +34,7 @@ from fastlora.generation.rows import (
 from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.models.state import ModelState
+from fastlora.ops.decode.next_token import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
 from fastlora.ops.decode.product import MAX_BATCH
 
 
@@ -229,14 +226,16 @@ class Engine:
         if self.fixed_shapes:  # few sizes, each a graph
             b = min(1 << (b - 1).bit_length(), self.slots)
         kernels = self._kernels(b)
-        for i in range(steps):
+        run = lambda end: step(
+            self.model, self.cache, self.rows, b, end, variant, self.table, kernels
+        )
+        if self.fixed_shapes:
             end = self.cache.length
-            if not self.fixed_shapes:
-                longest = max(row.cached + min(i, row.left - 1) for row in self.running.values())
-                end = longest + 1
-            args = (self.model, self.cache, self.rows, b, end, variant, self.table, kernels)
-            self.graphs.run((b, end, variant), lambda args=args: step(*args))
-            if not self.fixed_shapes and not self.rows.running.any():
+            self.graphs.run((b, end, variant), lambda: run(end), steps)
+            return steps
+        for i in range(steps):
+            run(1 + max(row.cached + min(i, row.left - 1) for row in self.running.values()))
+            if not self.rows.running.any():
                 return i + 1
         return steps
 

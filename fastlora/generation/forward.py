@@ -30,6 +30,7 @@ from fastlora.models.mlp import mlp_block
 from fastlora.models.names import with_replaced
 from fastlora.models.rope_tables import rope_tables
 from fastlora.ops.decode.linear import decode_product
+from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
 
 
@@ -120,8 +121,13 @@ def decode(
         end: no row has more than `end` tokens, the new one included.
     """
     b, rows = token.shape[0], torch.arange(token.shape[0], device=token.device)
-    x = _embed(model, token[:, None], adapter_ids)
-    cos, sin = _angles(model, lengths, table, x.dtype)
+    if kernels.ends and table is not None and _plain_embedding(model):
+        embedding = model.base["embed_tokens"]
+        inputs = step_inputs(token, lengths, embedding, *table, kernels="triton")
+        x, cos, sin = inputs.x[:, None], inputs.cos, inputs.sin
+    else:
+        x = _embed(model, token[:, None], adapter_ids)
+        cos, sin = _angles(model, lengths, table, x.dtype)
     masks = _decode_masks(model, lengths, end) if None in kernels.layers else {}
     for i, layer in enumerate(model.layers):
         k_cache, v_cache = cache.k[i], cache.v[i]
@@ -139,6 +145,13 @@ def decode(
     if kernels.head is not None:
         return decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")[0]
     return _logits(model, x[:, 0], adapter_ids)
+
+
+def _plain_embedding(model: PreparedModel) -> bool:
+    """Whether `_embed` reads rows of the matrix and does nothing else."""
+    adapter = model.adapter
+    adapted = adapter is not None and ("embed_tokens" in adapter or "tokens" in adapter)
+    return model.stack_size is None and model.spec.qat_scheme is None and not adapted
 
 
 def _angles(

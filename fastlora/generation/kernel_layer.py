@@ -41,6 +41,7 @@ class StepKernels(NamedTuple):
 
     layers: tuple[KernelLayer | None, ...]
     head: Product | None  # the final norm and the logits
+    ends: bool = False  # whether the step's ends do (ops/decode/next_token.py)
 
 
 def step_kernels(model: PreparedModel, b: int) -> StepKernels:
@@ -56,7 +57,7 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     # A head with LoRA, trained rows or fake quantisation runs in plain torch.
     if model.head is not None and model.head.keys() == {"weight"} and not model.spec.qat_scheme:
         logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
-    return StepKernels(made, logits)
+    return StepKernels(made, logits, ends=True)
 
 
 def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> KernelLayer | None:

@@ -20,19 +20,14 @@ from fastlora.generation.sampling import (
     Sampling,
     Variant,
     choose,
-    chosen_logprobs,
     likeliest_tokens,
     row_sampling,
     row_values,
 )
+from fastlora.ops.decode.next_token import NO_TOKEN, TokenRows, take_tokens
 
 REPORTED_STEPS = 16  # steps between two synchronisations of host and device
 MOST_ALTERNATIVES = 20
-
-# Rows of `report`. Ids are exact in float64, and one tensor is one copy to the host.
-TOKEN, LARGEST_LOGIT, LOGPROB = range(3)
-
-NO_TOKEN = -1  # of a row that did not run
 
 
 class Rows(NamedTuple):
@@ -47,8 +42,8 @@ class Rows(NamedTuple):
     stop: Int[Tensor, "slots n"]  # stop ids, and NO_TOKEN in unused places
     sampling: RowSampling
     seen: Bool[Tensor, "slots v"] | None  # ids of prompt and new tokens, if a row has a penalty
-    report: Float64[Tensor, "steps 3 slots"]
-    cursor: Int[Tensor, "1"]  # the entry of `report` that the next step writes
+    report: Float64[Tensor, "steps 3 slots"]  # see ops/decode/next_token.py
+    cursor: Int[Tensor, "slots"]  # the entry of `report` that the next step writes
     # As `report`: the results of `likeliest_tokens`, if a row asks for them.
     likeliest: Float64[Tensor, "steps 2 k slots"] | None = None
 
@@ -64,7 +59,7 @@ def new_rows(slots: int, stop_ids: int, device: torch.device) -> Rows:
         sampling=row_sampling(slots, device),
         seen=None,
         report=torch.zeros(REPORTED_STEPS, 3, slots, dtype=torch.float64, device=device),
-        cursor=torch.zeros(1, dtype=torch.int64, device=device),
+        cursor=zeros(),
     )
 
 
@@ -138,21 +133,17 @@ def step(
     token, lengths, made, limit, running, adapter_ids, stop = map(used, rows[:7])
     logits = decode(model, cache, token, lengths, adapter_ids, table, kernels, end)
     seen = None if rows.seen is None else used(rows.seen)
-    settings = RowSampling(*map(used, rows.sampling))
-    chosen = torch.where(running, choose(logits, seen, settings, made, variant), token)
-    entries = [torch.where(running, chosen, NO_TOKEN), logits.amax(-1)]
-    if variant.logprobs:
-        entries.append(chosen_logprobs(logits, chosen))
-    entry = torch.stack([x.double() for x in entries])[None]
-    rows.report[:, : len(entries), :b].index_copy_(0, rows.cursor, entry)
+    candidates = None  # the likeliest tokens, which take_tokens finds
+    if variant.draws or variant.penalty:
+        settings = RowSampling(*map(used, rows.sampling))
+        candidates = choose(logits, seen, settings, made, variant)
     if variant.alternatives and rows.likeliest is not None:
         found = likeliest_tokens(logits, rows.likeliest.shape[2])
-        rows.likeliest[..., :b].index_copy_(0, rows.cursor, found[None])
+        rows.likeliest[..., :b].index_copy_(0, rows.cursor[:1], found[None])
+    own = TokenRows(
+        token, lengths, made, limit, running, stop, rows.report[..., :b], used(rows.cursor)
+    )
+    which = "triton" if kernels.ends else "torch"
+    take_tokens(logits, own, candidates, logprobs=variant.logprobs, kernels=which)
     if variant.penalty and seen is not None:
-        seen.scatter_(1, chosen[:, None], True)
-    token.copy_(chosen)
-    lengths.add_(running)
-    made.add_(running)
-    stopped = (chosen[:, None] == stop).any(-1)
-    running.logical_and_(~stopped & (made < limit))
-    rows.cursor.add_(1)
+        seen.scatter_(1, token[:, None], True)

@@ -213,12 +213,6 @@ def draw(scores: Float[Tensor, "b v"], u: Float64[Tensor, "b"]) -> Int[Tensor, "
     return torch.where(possible, token, p.argmax(-1, keepdim=True))[:, 0]
 
 
-def chosen_logprobs(logits: Float[Tensor, "b v"], token: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
-    """Log-probabilities of the chosen tokens under the model's own logits, in at least float32."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return wide.gather(-1, token[:, None])[:, 0] - wide.logsumexp(-1)
-
-
 def likeliest_tokens(logits: Float[Tensor, "b v"], k: int) -> Float64[Tensor, "2 k b"]:
     """Ids and log-probabilities of the k likeliest tokens, under the model's own logits."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -1,17 +1,31 @@
-"""StepGraphs: records a decoding step in a CUDA graph and replays it.
+"""StepGraphs: records decoding steps in CUDA graphs and replays them.
 
-The host needs longer to launch the kernels of a step than the GPU to run them. A replayed step is
+The host needs longer to launch the kernels of a step than the GPU to run them. A replayed graph is
 one launch. A graph reads and writes fixed addresses, so it serves as long as the cache and the
 state of the rows are the same tensors.
+
+Between two replays the GPU is idle for some microseconds, so a graph may hold several steps. To
+record n steps takes the host as long as n steps without a graph. A larger graph is therefore
+recorded once the gaps so far have taken as long as its recording will.
 """
 
+import math
+import time
+from collections import defaultdict
 from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
 
-# A graph holds some MB of launches. A server's clients could ask for hundreds of variants.
-_MOST_GRAPHS = 64
+# A graph holds some MB of launches for each step. A server's clients could ask for hundreds of
+# variants.
+_MOST_STEPS = 128
+
+# Steps of a graph.
+_SIZES = (1, 4, 16)
+
+# Seconds between two replays (8 us on one H200).
+_GAP = 8e-6
 
 
 class StepGraphs:
@@ -26,34 +40,52 @@ class StepGraphs:
         """
         self.device, self.record = device, record
         self.ran: set[Hashable] = set()  # keys of steps that ran once without a graph
-        self.replays: dict[Hashable, Callable[[], None]] = {}
+        # By key and number of steps, the oldest first.
+        self.replays: dict[tuple[Hashable, int], Callable[[], None]] = {}
         self.pool: Any = None  # memory of the steps' intermediate tensors; one step uses it a time
+        self.seconds = math.inf  # for the recording of one step
+        self.lost: dict[Hashable, float] = defaultdict(float)  # seconds between replays so far
 
-    def run(self, key: Hashable, step: Callable[[], None]) -> None:
-        """Run a step once: as it is the first time, and recorded and replayed from the second on.
+    def run(self, key: Hashable, step: Callable[[], None], steps: int = 1) -> None:
+        """Run a step `steps` times: as it is the first time, and in graphs from the second on.
 
         The first run compiles kernels and lets libraries allocate their workspaces, which must not
         happen while a graph is recorded. It is a step like any other: its results count.
         """
-        if not self.record:
-            step()
-        elif key in self.replays:
-            self.replays[key]()
-        elif key in self.ran:
-            if len(self.replays) == _MOST_GRAPHS:
-                del self.replays[next(iter(self.replays))]  # the oldest
-            self.replays[key] = self._capture(step)  # runs nothing
-            self.replays[key]()
-        else:
-            self._on_side_stream(step)
-            self.ran.add(key)
+        while steps > 0:
+            size = 1
+            if not self.record:
+                step()
+            elif key in self.ran:
+                size = self._size(key, steps)
+                self._replay(key, step, size)
+            else:
+                self._on_side_stream(step)
+                self.ran.add(key)
+            steps -= size
 
     def clear(self) -> None:
         """Forget all graphs, because tensors that they read were replaced."""
         # Steps must run once without a graph again: libraries keep workspaces for each shape.
         self.ran.clear()
         self.replays.clear()
+        self.lost.clear()
         self.pool = None
+
+    def _size(self, key: Hashable, steps: int) -> int:
+        """The most steps in one graph that is recorded already, or whose recording pays."""
+        pays = lambda size: self.lost[key] >= size * self.seconds
+        fits = [size for size in _SIZES if size <= steps]
+        return max(size for size in fits if size == 1 or (key, size) in self.replays or pays(size))
+
+    def _replay(self, key: Hashable, step: Callable[[], None], size: int) -> None:
+        """Run `size` steps in one graph, which is recorded if there is none."""
+        if (key, size) not in self.replays:
+            while self.replays and size + sum(n for _, n in self.replays) > _MOST_STEPS:
+                del self.replays[next(iter(self.replays))]  # the oldest
+            self.replays[key, size] = self._capture(step, size)  # runs nothing
+        self.replays[key, size]()
+        self.lost[key] += _GAP
 
     def _on_side_stream(self, step: Callable[[], None]) -> None:
         """Run the step on another stream, as torch's notes on graphs ask for before a capture."""
@@ -64,12 +96,15 @@ class StepGraphs:
             step()
         current.wait_stream(side)
 
-    def _capture(self, step: Callable[[], None]) -> Callable[[], None]:
-        """Record the launches of `step`; the result replays them."""
+    def _capture(self, step: Callable[[], None], size: int) -> Callable[[], None]:
+        """Record the launches of `size` steps; the result replays them."""
         graph = torch.cuda.CUDAGraph()
         # In the default mode a CUDA call of any other thread, such as a server's, would end the
         # capture with an error.
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            step()
+            begin = time.perf_counter()
+            for _ in range(size):
+                step()
+        self.seconds = (time.perf_counter() - begin) / size
         self.pool = graph.pool()
         return graph.replay

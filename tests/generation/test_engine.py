@@ -3,6 +3,7 @@
 import gc
 import math
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from fastlora.generation import cache, engine, prefixes, step_graph
 from fastlora.generation.engine import Engine, NewTokens, NonFiniteLogits, RowSettings
+from fastlora.generation.kernel_layer import StepKernels
 from fastlora.generation.sampling import Sampling
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.model import Model
@@ -244,6 +246,27 @@ def test_a_step_through_kernels_gives_the_tokens_of_plain_torch(model):
     assert alone(model.with_spec(kernels="triton"), ids, settings(4, Sampling())) == expected
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
+def test_the_ends_of_a_step_through_kernels_give_what_plain_torch_gives(rows, model, monkeypatch):
+    """For rows of every kind, of which one ends by a stop id and the others by their limits."""
+    ids = prompt(3, 6).tolist()
+    hows = [settings(4, Sampling(), logprobs=True), settings(3, PENALTY, alternatives=2)]
+    second = alone(model, ids[2], settings(5))[1]
+    hows.append(RowSettings(max_new_tokens=5, sampling=DRAWS, seed=0, stop=(second,)))
+    found = []
+    for ends in (False, True):
+        only = lambda model, b, ends=ends: StepKernels((None,) * len(model.layers), None, ends)
+        monkeypatch.setattr(engine, "step_kernels", only)
+        one = Engine(model, slots=3, max_length=20)
+        one.admit([(ids[i], hows[i]) for i in rows])
+        found.append(one.advance(3) + one.advance(3))
+    for plain, kernel in zip(*found, strict=True):
+        logprobs = [torch.tensor(x.logprobs or []) for x in (kernel, plain)]
+        torch.testing.assert_close(*logprobs, rtol=1e-6, atol=1e-6)
+        assert replace(kernel, logprobs=None) == replace(plain, logprobs=None)
+
+
 # ── graphs, faked on the CPU ──────────────────────────────────────────────────────────────
 
 
@@ -252,9 +275,9 @@ def fake_graphs(monkeypatch) -> list[str]:
     """Steps as on CUDA: the first of a key on a side stream, then recorded and replayed."""
     calls: list[str] = []
 
-    def capture(self, run):
-        calls.append("capture")  # it runs nothing
-        return lambda: (calls.append("replay"), run())[1]
+    def capture(self, run, size):
+        calls.append("capture" if size == 1 else f"capture {size}")  # it runs nothing
+        return lambda: (calls.append("replay"), *(run() for _ in range(size)))[0]
 
     monkeypatch.setattr(StepGraphs, "_capture", capture)
     monkeypatch.setattr(
@@ -275,13 +298,47 @@ def test_a_step_runs_plainly_once_and_is_replayed_then(fake_graphs):
 
 
 def test_the_oldest_graph_makes_room_for_another(fake_graphs, monkeypatch):
-    monkeypatch.setattr(step_graph, "_MOST_GRAPHS", 2)
+    monkeypatch.setattr(step_graph, "_MOST_STEPS", 2)
     graphs = StepGraphs(torch.device("cpu"), record=True)
     for key in "aabbcc":
         graphs.run(key, lambda: None)
-    assert [*graphs.replays] == ["b", "c"]
+    assert [*graphs.replays] == [("b", 1), ("c", 1)]
     graphs.run("a", lambda: None)  # recorded at once, because it ran before
-    assert fake_graphs[-2:] == ["capture", "replay"] and [*graphs.replays] == ["c", "a"]
+    assert fake_graphs[-2:] == ["capture", "replay"]
+    assert [*graphs.replays] == [("c", 1), ("a", 1)]
+
+
+def test_several_steps_are_one_graph_once_the_gaps_took_as_long_as_its_recording(
+    fake_graphs, monkeypatch
+):
+    monkeypatch.setattr(step_graph, "_GAP", 1.0)
+    graphs, ran = StepGraphs(torch.device("cpu"), record=True), []
+    run = lambda steps: graphs.run("a", lambda: ran.append(1), steps)
+    graphs.seconds = 3.0
+    run(16)  # after 12 replays a graph of 4 steps pays
+    assert fake_graphs == ["plain", "capture", *["replay"] * 15] and len(ran) == 16
+    fake_graphs.clear()
+    run(3)  # too few for it
+    run(16)
+    run(6)
+    expected = [*["replay"] * 3, "capture 4", *["replay"] * 4, *["replay"] * 3]
+    assert fake_graphs == expected and len(ran) == 41
+    fake_graphs.clear()
+    for _ in range(7):
+        run(16)  # and one of 16 after 48
+    assert fake_graphs == [*["replay"] * 24, "capture 16", "replay"] and len(ran) == 153
+    graphs.run("b", lambda: None, 16)  # another key has lost nothing yet
+    assert not any(x.startswith("capture ") for x in fake_graphs[-17:])
+
+
+def test_a_graph_of_several_steps_makes_room_for_itself(fake_graphs, monkeypatch):
+    monkeypatch.setattr(step_graph, "_MOST_STEPS", 5)
+    graphs = StepGraphs(torch.device("cpu"), record=True)
+    for key in "aabbcc":
+        graphs.run(key, lambda: None)
+    graphs.seconds, graphs.lost["c"] = 1.0, 4.0
+    graphs.run("c", lambda: None, 4)
+    assert [*graphs.replays] == [("c", 1), ("c", 4)]
 
 
 def test_a_growing_cache_and_new_kinds_of_rows_make_new_graphs(model, fake_graphs, monkeypatch):
@@ -320,4 +377,4 @@ def test_a_capture_uses_the_memory_of_the_first(monkeypatch):
     graphs.ran |= {"a", "b"}
     graphs.run("a", lambda: None)
     graphs.run("b", lambda: None)
-    assert pools == [None, "the pool"]
+    assert pools == [None, "the pool"] and 0 < graphs.seconds < 1

@@ -28,6 +28,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {}),
     "layers without RoPE": ("smollm3", {}),
     "experts": ("qwen3_moe_mixed", {}),
+    "LoRA on the embedding": ("llama2", dict(r=4, target_modules=["q_proj", "embed_tokens"])),
+    "trained rows": ("llama2", dict(r=4, trainable_token_indices={"embed_tokens": [*range(90)]})),
 }
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.generation import engine
+from fastlora.generation import engine, step_graph
 from fastlora.generation.engine import Engine, RowSettings
 from fastlora.generation.sampling import Sampling
 from fastlora.model import Model
@@ -29,11 +29,13 @@ SAMPLINGS = {
 }
 
 
-def run(model: Model, sampling: Sampling, rows: int = 3, slots: int = 4) -> list[list[int]]:
+def run(
+    model: Model, sampling: Sampling, rows: int = 3, slots: int = 4, new_tokens: int = NEW
+) -> list[list[int]]:
     """The new tokens of some rows."""
     prompts, one = tokens(model, rows, PROMPT).tolist(), Engine(model, slots=slots, max_length=400)
     settings = [
-        RowSettings(max_new_tokens=NEW, sampling=sampling, seed=i, stop=(), logprobs=True)
+        RowSettings(max_new_tokens=new_tokens, sampling=sampling, seed=i, stop=(), logprobs=True)
         for i in range(rows)
     ]
     found = {slot: [] for slot in one.admit([*zip(prompts, settings, strict=True)])}
@@ -65,6 +67,12 @@ def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
                 differing(replayed, run(model, sampling)),
                 0,
             )
+        with monkeypatch.context() as patch:
+            # Graphs of 4 and of 16 steps are recorded as soon as so many steps are asked for.
+            patch.setattr(step_graph, "_GAP", 1e3)
+            several = run(model, sampling, new_tokens=2 * NEW)
+        single_steps = run(model, sampling, new_tokens=2 * NEW)
+        yield f"{family} {name}, several steps in a graph", differing(several, single_steps), 0
         single = run(model, sampling, rows=1, slots=1)
         yield f"{family} {name}, batch against single", differing(replayed[:1], single), 0
     ids = tokens(model, 2, PROMPT)
