@@ -16,6 +16,14 @@ from fastlora.ops.decode.packed_kernel import (
     packed_matrix_kernel,
     packed_vector_kernel,
 )
+from fastlora.ops.decode.packed_mma_kernel import (
+    READ,
+    READ_FLOATS,
+    READ_NUMBERS,
+    fill,
+    packed_mma_kernel,
+    step,
+)
 from fastlora.ops.decode.product import COPIES, Product, batch_tile
 from fastlora.ops.dispatch import precision
 from fastlora.ops.quant.dequantize_kernel import _TRITON
@@ -29,6 +37,9 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int = 1
+    # One row of x and 4-bit weights only: packed_mma_kernel, whose rows are a multiple of 16; its
+    # stages are the groups of blocks that it reads in advance.
+    mma: bool = False
 
 
 # Rows of A for one program, beside 4-bit weights.
@@ -97,13 +108,14 @@ def launch_product(
     arguments += [product.eps, *[*product.scalings, 1.0, 1.0][:3]]
     fixed = _constants(x, product, sizes, residual, clear, tile) | dict(PDL=pdl, launch_pdl=pdl)
     # Programs: for the rows of A, then for the rows of each part.
-    step = tile.rows * (2 if product.gated else 1)
+    rows = tile.rows * (2 if product.gated else 1)
     kernel: Any = vector_kernel if b == 1 else matrix_kernel
     if isinstance(first, Weight4bit):
         kernel = packed_vector_kernel if b == 1 else packed_matrix_kernel
-        step = _A_ROWS if b == 1 else tile.rows
+        kernel = packed_mma_kernel if tile.mma else kernel
+        rows = _A_ROWS if b == 1 else tile.rows
     programs = sum(triton.cdiv(n, tile.rows) for n in outputs)
-    programs += triton.cdiv(fixed["A_ROWS"], step)
+    programs += triton.cdiv(fixed["A_ROWS"], rows)
     kernel[(programs,)](*arguments, **fixed)
     parts = zip(out.split([b * n for n in outputs]), outputs, strict=True)
     return tuple(y.view(b, n) for y, n in parts)
@@ -138,12 +150,43 @@ def _constants(
         block = first.form.shape[2]
         fixed |= dict(BLOCK=block, NESTED=isinstance(first.absmax, NestedAbsmax), TABLE=TABLE)
         fixed["BK"] = max(bk, block)
+        if tile.mma:
+            return _mma_constants(x, product, fixed, tile)
         if b == 1:
             load = LOAD8[str(x.dtype).removeprefix("torch.")]
             fixed |= dict(BA=_A_ROWS, DOT8=DOT8 if x.is_cuda else None, LOAD8=load)
         else:
             fixed |= dict(ROUND=_TRITON[first.form.dtype], SHUFFLE=SHUFFLE if x.is_cuda else None)
     return fixed
+
+
+def _mma_constants(
+    x: Float[Tensor, "b d_in"], product: Product, fixed: dict[str, Any], tile: Tile
+) -> dict[str, Any]:
+    """Those of packed_mma_kernel."""
+    assert mma_supports(x, product) and tile.rows % 16 == 0 and tile.stages in (1, 2)
+    kind = "bf16" if x.dtype == torch.bfloat16 else "f16"
+    nested = isinstance(product.weights[0], Weight4bit) and fixed["NESTED"]
+    kept = {name: v for name, v in fixed.items() if name not in ("BN", "TABLE")}
+    return kept | dict(
+        FILL=fill(kind, tile.warps), READ=READ, READ_NUMBERS=READ_NUMBERS, READ_FLOATS=READ_FLOATS,
+        STEP=step(kind, norm=product.norm is not None, nested=nested), WARPS=tile.warps,
+        AHEAD=tile.stages, TILES=tile.rows // 16, BA=_A_ROWS,
+        PLACES=triton.next_power_of_2(x.shape[1]),
+    )  # fmt: skip
+
+
+def mma_supports(x: Float[Tensor, "b d_in"], product: Product) -> bool:
+    """Whether packed_mma_kernel computes this product of x."""
+    first = product.weights[0]
+    if not isinstance(first, Weight4bit) or first.form.shape[2] != 64 or x.shape[0] > 1:
+        return False
+    norm = x if product.norm is None else product.norm
+    absmax = [w.absmax for w in product.weights if isinstance(w, Weight4bit)]
+    read = [m.values if isinstance(m, NestedAbsmax) else m for m in absmax]
+    if any(t.data_ptr() % 16 for t in (x, norm, *read)) or norm.dtype != x.dtype:
+        return False
+    return x.shape[1] % 256 == 0 and x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _stages(x: Float[Tensor, "b d_in"], product: Product, tile: Tile) -> int:
