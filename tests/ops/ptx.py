@@ -88,7 +88,7 @@ class Machine:
                     continue
                 self.r[name][thread] = data[0]
 
-    def execute(self, op: str, x: list, guard: np.ndarray) -> None:
+    def execute(self, op: str, x: list, guard: np.ndarray) -> None:  # noqa: C901, PLR0912
         kind = np.uint64 if ".u64" in op or ".wide" in op else np.uint32
         match op.split("."):
             case ["ld", *_]:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.decode.linear import decode_product, product_reference
+from fastlora.ops.decode.linear_kernel import EMPTY
+from fastlora.ops.decode.linear_launch import Tile, launch_product, split_workspace
 from fastlora.ops.decode.product import Part, Product, prepare_product
 from fastlora.ops.quant.weights import LEVELS, NestedAbsmax, Weight, Weight4bit, empty_form
 
@@ -121,3 +123,29 @@ def test_kernel_equals_the_reference_in_float32(name, b):
 def test_kernel_errs_no_more_than_the_reference_in_16_bits(name, b):
     kernel, reference = errors(CASES[name], b, HALF)
     assert kernel <= 1.2 * reference
+
+
+SPLIT = {
+    "norm and three parts": ("norm and three parts", Tile(16, 16, 4, 1, splits=2)),
+    "columns that no part divides": ("two steps of columns", Tile(16, 256, 4, 1, splits=4)),
+    "more parts than steps": ("residual, odd columns", Tile(16, 64, 4, 1, splits=3)),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_kernel_equals_the_reference_and_counts_from_0_again(name):
+    case, tile = CASES[SPLIT[name][0]], SPLIT[name][1]
+    product = make(case, 5, torch.float32)
+    assert product.low is not None
+    low = [torch.full((4 * product.low.numel(),), EMPTY, dtype=torch.int32) for _ in range(2)]
+    x = random(5, case.columns, seed=3).to(DEVICE)
+    residual = random(5, case.sizes[0], seed=4).to(DEVICE) if case.residual else None
+    workspace = split_workspace(product, 5, tile)
+    wide = None if residual is None else residual.double()
+    truth = product_reference(x.double(), product, wide)
+    for i in range(2):
+        one = product._replace(low=low[i].to(DEVICE))
+        ys = launch_product(x, one, residual, None, tile, workspace=workspace)
+        for y, t in zip(ys, truth, strict=True):
+            assert float((y.double() - t).abs().max() / t.abs().max()) < 1e-5
+    assert not workspace.counts.any()

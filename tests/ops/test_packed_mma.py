@@ -39,7 +39,6 @@ def test_kernel_errs_no_more_than_the_reference(name, tile, monkeypatch):
     truth = product_reference(x.double(), product, wide)
     plain = product_reference(x, product, residual)
     error = lambda ys: max(
-        float((y.double() - t).abs().max() / t.abs().max())
-        for y, t in zip(ys, truth, strict=True)
+        float((y.double() - t).abs().max() / t.abs().max()) for y, t in zip(ys, truth, strict=True)
     )
     assert error(ys) <= 1.2 * error(plain)

@@ -25,6 +25,7 @@ from fastlora.ops.decode.packed_mma_kernel import (
     step,
 )
 from fastlora.ops.decode.product import COPIES, Product, batch_tile
+from fastlora.ops.decode.split_kernel import split_kernel
 from fastlora.ops.dispatch import precision
 from fastlora.ops.quant.dequantize_kernel import _TRITON
 from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, shape_of
@@ -40,6 +41,10 @@ class Tile(NamedTuple):
     # One row of x and 4-bit weights only: packed_mma_kernel, whose rows are a multiple of 16; its
     # stages are the groups of blocks that it reads in advance.
     mma: bool = False
+    # 2 to 64 rows and dense weights only: programs of split_kernel that share a tile.
+    splits: int = 1
+    # Most registers of a thread; 0: as many as the compiler takes.
+    registers: int = 0
 
 
 # Rows of A for one program, beside 4-bit weights.
@@ -47,6 +52,13 @@ _A_ROWS = 4
 
 # EMPTY is stored in blocks of this many elements, by different programs.
 _CLEARED = 1024
+
+
+class Workspace(NamedTuple):
+    """What the programs of split_kernel share; launches of one stream may use it together."""
+
+    sums: Float[Tensor, "numbers"]  # float32
+    counts: Int[Tensor, "tiles"]  # 0 between launches
 
 
 def choose_tile(product: Product, b: int) -> Tile:
@@ -81,6 +93,7 @@ def launch_product(
     clear: Int[Tensor, "words"] | None,
     tile: Tile | None = None,
     pdl: bool | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[Float[Tensor, "b _"], ...]:
     """One launch on the current stream; see `decode_product`.
 
@@ -91,6 +104,7 @@ def launch_product(
         clear: filled with EMPTY.
         tile: None: `choose_tile`'s.
         pdl: whether the kernel may start before the one before it ends; None: if the GPU can.
+        workspace: of `split_workspace`, for tiles with splits.
     """
     b, first = x.shape[0], product.weights[0]
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
@@ -104,6 +118,10 @@ def launch_product(
     tensors = [product.a, product.b, product.gain, product.bias, residual, out, product.low, clear]
     arguments: list[Any] = [x, x if product.norm is None else product.norm, *_weights(product, b)]
     arguments += [x if t is None else t for t in tensors]  # absent tensors are never read
+    if tile.splits > 1:
+        assert workspace is not None and b > 1 and not product.gated
+        assert product.low is None or product.low.numel() >= _split_words(product, b, tile)
+        arguments += workspace
     arguments += [] if b == 1 else [b]
     arguments += [product.eps, *[*product.scalings, 1.0, 1.0][:3]]
     fixed = _constants(x, product, sizes, residual, clear, tile) | dict(PDL=pdl, launch_pdl=pdl)
@@ -116,9 +134,27 @@ def launch_product(
         rows = _A_ROWS if b == 1 else tile.rows
     programs = sum(triton.cdiv(n, tile.rows) for n in outputs)
     programs += triton.cdiv(fixed["A_ROWS"], rows)
+    if tile.splits > 1:
+        kernel, programs = split_kernel, programs * tile.splits
     kernel[(programs,)](*arguments, **fixed)
     parts = zip(out.split([b * n for n in outputs]), outputs, strict=True)
     return tuple(y.view(b, n) for y, n in parts)
+
+
+def _split_words(product: Product, b: int, tile: Tile) -> int:
+    """Elements of `low` that split_kernel writes."""
+    return 0 if product.a is None else product.a.shape[0] * batch_tile(b) * tile.splits
+
+
+def split_workspace(product: Product, b: int, tile: Tile) -> Workspace:
+    """What a launch of this product with this tile needs."""
+    rows = [shape_of(w)[0] for w in product.weights]
+    tiles = sum(triton.cdiv(n, tile.rows) for n in rows)
+    numbers = tiles * tile.splits * (tile.rows + 1) * batch_tile(b)
+    like = product.weights[0]
+    assert isinstance(like, Tensor), "split_kernel reads dense weights"
+    sums = torch.empty(numbers, dtype=torch.float32, device=like.device)
+    return Workspace(sums, torch.zeros(tiles, dtype=torch.int32, device=like.device))
 
 
 def _constants(
@@ -141,11 +177,14 @@ def _constants(
         RESIDUAL=residual is not None, BN=tile.rows, BK=bk, BC=_CLEARED, num_warps=tile.warps,
         enable_fp_fusion=True,  # triton 3.10 has another default
     )  # fmt: skip
+    if tile.registers:
+        fixed["maxnreg"] = tile.registers
     if b == 1:
         fixed |= dict(COPIES=COPIES)
     else:
         stages = _stages(x, product, tile)
         fixed |= dict(BATCH=batch_tile(b), STAGES=stages, PRECISION=precision(x.dtype))
+        fixed |= dict(SPLITS=tile.splits) if tile.splits > 1 else {}
     if isinstance(first, Weight4bit):
         block = first.form.shape[2]
         fixed |= dict(BLOCK=block, NESTED=isinstance(first.absmax, NestedAbsmax), TABLE=TABLE)

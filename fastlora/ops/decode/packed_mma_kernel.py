@@ -176,7 +176,8 @@ def packed_mma_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_
     GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, COPIES: tl.constexpr,
     FILL: tl.constexpr, READ: tl.constexpr, READ_NUMBERS: tl.constexpr, READ_FLOATS: tl.constexpr,
-    STEP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr, PLACES: tl.constexpr,
+    STEP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
+    PLACES: tl.constexpr,
     BK: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One row x [K] in 16 bits, as `packed_vector_kernel`. A program has TILES times 16 rows.
