@@ -38,8 +38,8 @@ MMA = [
     Tile(16, 1024, 8, 1, mma=True),
     Tile(16, 1024, 8, 2, mma=True),
     Tile(16, 1024, 8, 1, mma=True, registers=80),
-    Tile(16, 1024, 4, 1, mma=True),
-    Tile(16, 1024, 4, 2, mma=True),
+    Tile(16, 1024, 4, 1, mma=True, registers=128),
+    Tile(16, 1024, 4, 2, mma=True, registers=128),
     Tile(32, 1024, 8, 1, mma=True, registers=80),
     Tile(32, 1024, 8, 2, mma=True, registers=128),
 ]
@@ -243,10 +243,10 @@ def sweep() -> None:
         for r in results:
             if not r.right:
                 say(f"WRONG {r.task}: error {r.error:.2e}, plain {r.plain:.2e}, same bits "
-                    f"{r.same} {r.failure[:300]}")  # fmt: skip
+                    f"{r.same} {r.failure[:160]!r}")  # fmt: skip
         missing = set(todo) - {r.task for r in results}
         say(f"checked {len(results)} in {time.time() - begin:.0f} s; not reached: {len(missing)}")
-        for task in sorted(missing, key=todo.index):
+        for task in sorted(missing, key=todo.index)[:8]:
             say(f"MISSING {task}")
         report([r for r in results if r.right], todo, begin, say)
         say(f"{time.time() - begin:.0f} s in all")
@@ -255,6 +255,7 @@ def sweep() -> None:
 def report(results: list[Checked], todo: list[Task], begin: float, say: Any) -> None:
     """Times the candidates of one product after the other, and prints them, fastest first."""
     groups: dict[tuple, list[Checked]] = {}
+    best = []
     for r in sorted(results, key=lambda r: todo.index(r.task)):
         groups.setdefault(r.task[:4], []).append(r)
     for checked in groups.values():
@@ -265,8 +266,14 @@ def report(results: list[Checked], todo: list[Task], begin: float, say: Any) -> 
                 say(f"no time left for {r.task}")
                 continue
             rows.append((stack.microseconds(r.task), r))
-        for us, r in sorted(rows, key=lambda row: row[0]):
+        rows.sort(key=lambda row: row[0])
+        old = [us for us, r in rows if r.task.tile is None]
+        best += [
+            f"{old[0] if old else math.nan:8.2f} -> {us:.2f} us {r.task}" for us, r in rows[:1]
+        ]
+        for us, r in rows:
             ratio = r.error / r.plain
             say(f"{us:8.2f} us {size / us / 1e6:5.2f} TB/s  {r.task}  error {ratio:.2f} of plain")
         del stack
         torch.cuda.empty_cache()
+    say("\n".join(["default -> best", *best]))
