@@ -2,7 +2,7 @@
 
 A process of its own compiles, runs and checks each candidate, which fills Triton's cache, and a
 candidate that stops with an error of the GPU does not end the sweep. A candidate is wrong if its
-largest error against float64 exceeds 1.2 times that of plain torch, or if a second run differs.
+largest error against float64 exceeds 1.5 times that of plain torch, or if a second run differs.
 """
 
 import math
@@ -32,7 +32,7 @@ from fastlora.ops.decode.product import Product
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 WORKERS = 14
 BYTES = 240e6  # of weights in one graph, four times the size of L2
-ALLOWED = 1.2  # times the error of plain torch
+ALLOWED = 1.5  # times the error of plain torch
 
 MMA = [
     Tile(16, 1024, 8, 1, mma=True),
