@@ -1,78 +1,12 @@
 """decode_product: the kernels against the reference in float64, in Triton's interpreter."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
 
 from fastlora.ops.decode.linear import decode_product, product_reference, prompt_product
-from fastlora.ops.decode.product import Part, Product, prepare_product
-from fastlora.ops.quant.weights import LEVELS, NestedAbsmax, Weight, Weight4bit, empty_form
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-# Triton's interpreter truncates to bfloat16 and multiplies its bits in tl.dot (triton 3.9).
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
-    sizes: tuple[int, ...] = (48,)
-    columns: int = 64
-    ranks: tuple[int, ...] = (16,)  # 0: that part has no adapter
-    norm: bool = False
-    gated: bool = False
-    residual: bool = False
-    gain: bool = False
-    bias: bool = False
-    bits: str = "dense"  # or "nf4", "fp4"; "nested" in front: double quantisation
-
-
-def random(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def packed(rows: int, columns: int, kind: str, dtype: torch.dtype, seed: int) -> Weight4bit:
-    """Random bytes with random absmax."""
-    generator = torch.Generator().manual_seed(seed)
-    data = torch.randint(0, 256, (rows * columns // 2,), generator=generator, dtype=torch.uint8)
-    blocks = rows * columns // 64
-    absmax = torch.rand(blocks, generator=generator) + 0.5
-    if kind.startswith("nested"):
-        values = torch.randint(0, 256, (blocks,), generator=generator, dtype=torch.uint8)
-        scale = torch.rand(-(-blocks // 256), generator=generator) + 0.5
-        code = torch.linspace(-1, 1, 256)
-        absmax = NestedAbsmax(*(t.to(DEVICE) for t in (values, scale, code, torch.tensor(1.5))))
-    else:
-        absmax = absmax.to(DEVICE)
-    levels = torch.tensor(LEVELS[kind.removeprefix("nested ")], device=DEVICE)
-    form = empty_form((rows, columns), dtype, DEVICE)
-    return Weight4bit(data.to(DEVICE), levels, form, absmax)
-
-
-def make(case: Case, b: int, dtype: torch.dtype) -> Product:
-    parts = []
-    for i, (n, r) in enumerate(zip(case.sizes, case.ranks, strict=True)):
-        on = lambda t: t.to(DEVICE, dtype)
-        weight: Weight = on(random(n, case.columns, seed=10 * i + 1))
-        if case.bits != "dense":
-            weight = packed(n, case.columns, case.bits, dtype, seed=10 * i + 1)
-        parts.append(
-            Part(
-                weight,
-                on(random(r, case.columns, seed=10 * i + 2)) if r else None,
-                on(random(n, r, seed=10 * i + 3)) if r else None,
-                scaling=0.5 + i,
-                gain=random(n, seed=10 * i + 4).to(DEVICE) if case.gain else None,
-                bias=random(n, seed=10 * i + 5).to(DEVICE) if case.bias and i != 1 else None,
-            )
-        )
-    norm = random(case.columns, seed=7).to(DEVICE, dtype) if case.norm else None
-    product = prepare_product(parts, b, norm=norm, eps=1e-5, gated=case.gated)
-    assert product is not None
-    return product
-
+from fastlora.ops.decode.linear_kernel import EMPTY
+from fastlora.ops.decode.linear_launch import Tile, launch_product
+from oracles.decode_products import DEVICE, HALF, Case, make, random
 
 CASES = {
     "plain": Case(ranks=(0,)),
@@ -138,3 +72,39 @@ def test_product_of_prompts_errs_no_more_than_the_reference(name):
         ys = prompt_product(x, product, added)
         assert {y.dtype for y in ys} == {dtype}
         assert error(ys) <= max(1.2 * error(product_reference(x, product, added)), 1e-6)
+
+
+SPLIT = {
+    "norm and three parts": ("norm and three parts", Tile(16, 16, 4, 1, splits=2)),
+    "columns that no part divides": ("two steps of columns", Tile(16, 256, 4, 1, splits=4)),
+    "more parts than steps": ("residual, odd columns", Tile(16, 64, 4, 1, splits=3)),
+}
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_kernel_equals_the_reference_and_counts_from_0_again(name):
+    case, tile = CASES[SPLIT[name][0]], SPLIT[name][1]
+    product = make(case, 5, torch.float32)
+    assert product.low is not None and product.counts is not None
+    x = random(5, case.columns, seed=3).to(DEVICE)
+    residual = random(5, case.sizes[0], seed=4).to(DEVICE) if case.residual else None
+    wide = None if residual is None else residual.double()
+    truth = product_reference(x.double(), product, wide)
+    for _ in range(2):
+        product.low.fill_(EMPTY)
+        ys = launch_product(x, product, residual, None, tile)
+        for y, t in zip(ys, truth, strict=True):
+            assert float((y.double() - t).abs().max() / t.abs().max()) < 1e-5
+    assert not product.counts.any()
+
+
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize("name", ["lora", "gated", "nested nf4", "nested nf4, gated"])
+def test_a_launch_empties_all_of_the_buffer_of_the_launch_before(name, b):
+    case = CASES[name]
+    product, before = (make(case, b, torch.float32) for _ in range(2))
+    assert before.low is not None
+    before.low.zero_()
+    decode_product(random(b, case.columns, seed=3).to(DEVICE), product, clear=before.low,
+                   kernels="triton")  # fmt: skip
+    assert (before.low == EMPTY).all()

@@ -99,6 +99,10 @@ def packed_vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see line
         if PDL:
             tl.extra.cuda.gdc_launch_dependents()
             tl.extra.cuda.gdc_wait()
+        if CLEAR > 0:
+            for start in range(program * BC, CLEAR, tl.num_programs(0) * BC):
+                c = start + tl.arange(0, BC)
+                tl.store(clear_ptr + c, tl.full((BC,), EMPTY, tl.int32), mask=c < CLEAR)
         sums = tl.zeros((BA, BK), tl.float32)
         a_squares = tl.zeros((BK,), tl.float32)
         for start in tl.static_range(0, K, BK):
@@ -368,6 +372,10 @@ def packed_matrix_kernel(  # noqa: C901, PLR0912, PLR0915
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+    if CLEAR > 0:
+        for start in range(program * BC, CLEAR, tl.num_programs(0) * BC):
+            c = start + tl.arange(0, BC)
+            tl.store(clear_ptr + c, tl.full((BC,), EMPTY, tl.int32), mask=c < CLEAR)
     if NORM:
         squares = tl.zeros((BK, BATCH), tl.float32)
     y = tl.zeros((BN, BATCH), tl.float32)
@@ -412,10 +420,6 @@ def packed_matrix_kernel(  # noqa: C901, PLR0912, PLR0915
         nb, byte = tl.arange(0, NB), tl.arange(0, HALF)
         blocks = first.to(tl.int64) * BLOCKS + row[:, None] * BLOCKS + nb[None, :]  # [BN, NB]
         bytes_at = blocks[:, :, None] * HALF + byte[None, None, :]
-        if CLEAR > 0:
-            for start in range(program * BC, CLEAR, tl.num_programs(0) * BC):
-                c = start + tl.arange(0, BC)
-                tl.store(clear_ptr + c, tl.full((BC,), EMPTY, tl.int32), mask=c < CLEAR)
         if GATED:
             z = tl.zeros((BN, BATCH), tl.float32)
         for step in tl.range(0, (K + BK - 1) // BK, num_stages=STAGES):

@@ -4,7 +4,7 @@ Dense weights of one dtype and 4-bit weights are supported. linear.py has the pr
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +20,10 @@ MAX_RANK = 512  # 256, and as much again for an initial offset
 # Copies of A x for one row. All programs read them, and one L2 slice answers a request in 1.3 ns:
 # 25,000 requests for one copy took 40 us (H200).
 COPIES = 32
+
+# Of the tiles of split_kernel, which has so many parts of A x: programs that share a tile, and its
+# rows.
+MOST_SPLITS, LEAST_ROWS = 4, 16
 
 
 class Part(NamedTuple):
@@ -47,6 +51,10 @@ class Product(NamedTuple):
     gated: bool
     # A x, written by the kernel (linear_kernel.py); None without low-rank terms.
     low: Int[Tensor, "words"] | None
+    # Zeros between launches: how many programs of split_kernel have added to a tile of rows; None
+    # if that kernel does not support the product.
+    counts: Int[Tensor, "tiles"] | None
+    launches: dict[Any, Any]  # of linear_launch.py: what is the same for all launches of a kind
 
 
 def prepare_product(
@@ -59,7 +67,7 @@ def prepare_product(
 ) -> Product | None:
     """A product for `b` rows, or None if the kernels do not support it.
 
-    Copies A, B, gains and biases side by side; weights are not copied. Supported are dense weights
+    Puts A, B, gains and biases side by side; weights are not copied. Supported are dense weights
     in float32, bfloat16 or float16 and 4-bit weights of one of these dtypes, all parts alike;
     adapters in the same dtype, of ranks up to 512; up to 64 rows. Synchronises with the device.
 
@@ -97,7 +105,16 @@ def prepare_product(
         eps=eps,
         gated=gated,
         low=low,
+        counts=_counts(weights, b, gated),
+        launches={},
     )
+
+
+def _counts(weights: tuple[Weight, ...], b: int, gated: bool) -> Int[Tensor, "tiles"] | None:
+    if b == 1 or gated or not isinstance(weights[0], Tensor):
+        return None
+    tiles = sum(-(-shape_of(w)[0] // LEAST_ROWS) for w in weights)
+    return torch.zeros(tiles, dtype=torch.int32, device=weights[0].device)
 
 
 def _supports(weights: tuple[Weight, ...]) -> bool:
@@ -147,13 +164,19 @@ def _low_rank(
 
     like = next(part.a for part in parts if part.a is not None)
     sizes = [shape_of(part.weight)[0] for part in parts]
-    # Few operations, because generation prepares some hundred products before its first token.
     rows = [_padded(part.a, like, (rank, like.shape[1])) for part in parts]
     columns = [_padded(part.b, like, (n, rank)) for part, n in zip(parts, sizes, strict=True)]
-    a, matrix_b = torch.cat(rows), torch.cat(columns)
-    numbers = len(parts) * rank * max(batch_tile(b), COPIES)
+    a, matrix_b = _one_after_the_other(rows), _one_after_the_other(columns)
+    numbers = len(parts) * rank * max(batch_tile(b) * MOST_SPLITS, COPIES)
     low = torch.full((numbers,), EMPTY, dtype=torch.int32, device=like.device)
     return a, matrix_b, low
+
+
+def _one_after_the_other(matrices: list[Tensor]) -> Float[Tensor, "_ _"]:
+    # Generation prepares some hundred products before its first token: copies are avoided.
+    if len(matrices) == 1 and matrices[0].is_contiguous():
+        return matrices[0]
+    return torch.cat(matrices)
 
 
 def _padded(x: Float[Tensor, "_ _"] | None, like: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -2,11 +2,14 @@
 
     python scripts/bench/kernels/decode_linear.py tiles 1b --batch 1 --bits 16 [--compile 3/14]
     python scripts/bench/kernels/decode_linear.py step 8b --batch 32 --bits 4 [--rank 0]
+    python scripts/bench/kernels/decode_linear.py --sweep packed split [--limit 150]
 
 Random weights of Llama-3.2-1B's or Llama-3.1-8B's shape, adapters on all seven projections. A CUDA
 graph runs one product of every layer, or a whole step, so that L2 never holds the weights. `tiles`
 prints microseconds for one launch and the bandwidth of reading the weights; `step` prints
 milliseconds. --compile i/n only compiles every nth tile: several processes fill Triton's cache.
+--sweep checks and times candidates of both shapes (decode_sweep.py) within --limit seconds:
+"packed" those for 4-bit weights, "split" those for 32 rows and dense weights.
 """
 
 import argparse
@@ -104,7 +107,8 @@ def timed(graph: torch.cuda.CUDAGraph, replays: int) -> float:
 
 def candidates(name: str) -> list[Tile]:
     if OPTIONS.tiles:
-        return [Tile(*map(int, text.split(","))) for text in OPTIONS.tiles]
+        sizes = (map(int, text.split(",")) for text in OPTIONS.tiles)
+        return [Tile(rows, columns, warps) for rows, columns, warps in sizes]
     k = SHAPES[OPTIONS.shape][1 if name == "down" else 0]
     if OPTIONS.batch > 1:
         rows = (16, 32, 64) if OPTIONS.bits == 16 else (16, 32)
@@ -211,8 +215,8 @@ def step() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("what", choices=("tiles", "step"))
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("what", choices=("tiles", "step"), nargs="?")
+    parser.add_argument("shape", choices=SHAPES, nargs="?")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--bits", type=int, default=16)
     parser.add_argument("--rank", type=int, default=16)
@@ -222,7 +226,18 @@ def main() -> None:
     parser.add_argument("--compile", default="")
     parser.add_argument("--products", nargs="*", default=["qkv", "o", "gate_up", "down", "head"])
     parser.add_argument("--tiles", nargs="*", default=[])
+    parser.add_argument("--sweep", nargs="+", choices=("packed", "split"), default=[])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["8b", "1b"])
+    parser.add_argument("--limit", type=float, default=150, help="seconds for a sweep")
     parser.parse_args(namespace=OPTIONS)
+    if OPTIONS.sweep:
+        import decode_sweep  # noqa: PLC0415  imports this file
+
+        decode_sweep.bench.OPTIONS = OPTIONS
+        decode_sweep.sweep()
+        return
+    if OPTIONS.what is None or OPTIONS.shape is None:
+        parser.error("give `tiles` or `step` and a shape, or --sweep")
     if not OPTIONS.compile and OPTIONS.what == "tiles":
         print(torch.__version__, torch.cuda.get_device_name(), *sys.argv[1:], flush=True)
     tiles() if OPTIONS.what == "tiles" else step()
