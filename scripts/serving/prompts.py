@@ -29,7 +29,7 @@ def chat_prompt(tokenizer: fastlora.Tokenizer, request: ChatRequest) -> list[int
 
 def _message(number: int, message: Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
-    given = message.model_dump(exclude_none=True)
+    given = message.model_dump(exclude_none=True, exclude={"annotations"})
     if isinstance(message.content, list):
         given["content"] = "".join(part.text for part in message.content)
     # "developer" is OpenAI's newer name of the system role; templates know the older one.

@@ -19,9 +19,9 @@ from oracles.trees import randomised
 ROOT = Path(__file__).parents[2]
 START_SECONDS = 90  # a machine under load compiles nothing, but imports take a while
 
-# Processes that have imported serve.py already: a server starts in 1 s and not in 5 s.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["serve"])
+# Processes that have imported the scripts already: a server starts in 1 s and not in 5 s.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["serve", "chat"])
 
 
 def save_adapter(folder: Path, seed: int, **settings) -> Path:
@@ -87,7 +87,7 @@ class Fork:
     """The main function of serve.py in a process that has imported it already."""
 
     def __init__(self, arguments: list[str], key: str | None, log: Path) -> None:
-        self._process = _FORKS.Process(target=_main, args=(arguments, key, log))
+        self._process = FORKS.Process(target=_main, args=(arguments, key, log))
         self._process.start()
         assert self._process.pid is not None
         self.pid, self.kill = self._process.pid, self._process.kill
