@@ -185,7 +185,7 @@ def _keys() -> KeyBindings:
 def main() -> None:
     given = arguments()
     try:
-        served = load_served(given.model, dict(given.adapter), load_in_4bit=given.load_in_4bit)
+        served = load_served(given.model, given.adapter, load_in_4bit=given.load_in_4bit)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from error
     if "default" not in served.tokenizer.chat_templates:

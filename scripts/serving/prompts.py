@@ -66,14 +66,10 @@ def completion_prompts(
     Raises:
         ApiError: 400 if a prompt has no token, or an id is outside the vocabulary.
     """
-    prompts: list[Any]
-    given = request.prompt
-    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
-    prompts = [given] if is_one else list(given)
-    if not prompts:
+    if not request.prompts:
         raise ApiError(400, "prompt: expected at least one prompt, got []", param="prompt")
     rows = []
-    for prompt in prompts:
+    for prompt in request.prompts:
         if isinstance(prompt, str):
             try:
                 prompt = encode_prompt(tokenizer, prompt)

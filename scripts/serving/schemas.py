@@ -179,3 +179,9 @@ class CompletionRequest(_Request):
     echo: No = None
     best_of: Annotated[Any, _only(None, 1)] = None
     suffix: NoSuffix = None
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Each prompt, a text or ids."""
+        is_one = isinstance(self.prompt, str) or any(isinstance(i, int) for i in self.prompt)
+        return [self.prompt] if is_one else list(self.prompt)

@@ -65,10 +65,8 @@ class Service:
     async def completion(self, request: Request, body: CompletionRequest) -> Response:
         """/v1/completions."""
         adapter, tokenizer = self._adapter_id(body.model), self.served.tokenizer
-        several = isinstance(body.prompt, list) and not all(isinstance(p, int) for p in body.prompt)
-        count = len(body.prompt) if several else 1
         with ExitStack() as held:
-            held.enter_context(self._reserve(count * (body.n or 1)))
+            held.enter_context(self._reserve(len(body.prompts) * (body.n or 1)))
             vocabulary = self.served.model.spec.config.vocab_size
             prompts = await asyncio.to_thread(completion_prompts, tokenizer, body, vocabulary)
             limits = [
