@@ -61,7 +61,7 @@ class _Request(_Strict):
     model: Text  # the base's name or an adapter's
     temperature: float | None = Field(None, ge=0, le=2)  # None is 1
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1)  # 0 and -1, as in vLLM, are no limit
+    top_k: int | None = Field(None, ge=-1)  # 0 and -1 set no limit, as in vLLM
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
