@@ -11,7 +11,7 @@ from pathlib import Path
 import pexpect
 import pexpect.fdpexpect
 
-from oracles.serving_process import FORKS
+from oracles.serving_process import forks
 
 ROOT = Path(__file__).parents[2]
 # pexpect's terminal does not answer questions about the cursor's position.
@@ -44,7 +44,7 @@ class Fork(pexpect.fdpexpect.fdspawn):
         outer, self._inner = pty.openpty()
         termios.tcsetwinsize(self._inner, (ROWS, COLUMNS))
         super().__init__(outer, encoding="utf-8", timeout=30)
-        self.process = FORKS.Process(target=_main, args=(os.ttyname(self._inner), arguments))
+        self.process = forks().Process(target=_main, args=(os.ttyname(self._inner), arguments))
         self.process.start()
 
     def end(self) -> None:
@@ -66,6 +66,7 @@ def run_fork(*arguments: str) -> Iterator[Fork]:
 
 
 def _main(terminal: str, arguments: tuple[str, ...]) -> None:
+    assert "chat" in sys.modules, "the script was not imported before the fork"
     import chat
 
     os.setsid()
