@@ -54,10 +54,25 @@ def test_streams_are_cut_at_the_deadline(tmp_path):
     assert "Traceback" not in text, text
 
 
-def test_a_second_signal_stops_at_once(tmp_path):
+@pytest.mark.parametrize("pause", [0.0, 0.3])
+def test_a_second_signal_cuts_the_streams_at_once(tmp_path, pause):
+    limit = ("--max-drain-seconds", "100")
+    with serve(tmp_path / "log", "demo", *limit) as server, server.client() as client:
+        stream = begin(client, 480)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(pause)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="the server has stopped"):
+            list(stream)
+        assert server.process.wait(20) == 0
+    text = (tmp_path / "log").read_text()
+    assert "Traceback" not in text, text
+
+
+def test_a_third_signal_ends_the_process(tmp_path):
     with serve(tmp_path / "log", "demo") as server, server.client() as client:
         begin(client, 480)
-        for _ in range(2):
+        for _ in range(3):
             server.process.send_signal(signal.SIGINT)
-            time.sleep(0.3)
+            time.sleep(0.02)
         server.process.wait(10)

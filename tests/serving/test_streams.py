@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -29,9 +30,22 @@ def stream_of(client, **settings):
 
 def test_64_streams_of_all_models_have_no_error(server, full):
     models, seconds = ["demo", "one", "two"], 60 if full else 1
-    counts = asyncio.run(hold_streams(server.url, models, streams=STREAMS, seconds=seconds))
-    print(f"{STREAMS} streams for {seconds} s: {dict(counts)}")
+    most_open = 0.0
+
+    async def main() -> Counter[str]:
+        nonlocal most_open
+        load = asyncio.create_task(
+            hold_streams(server.url, models, streams=STREAMS, seconds=seconds)
+        )
+        while not load.done():
+            most_open = max(most_open, await asyncio.to_thread(server.metric, "open_streams"))
+            await asyncio.sleep(0.1)
+        return await load
+
+    counts = asyncio.run(main())
+    print(f"{STREAMS} streams for {seconds} s: {dict(counts)}, {most_open:g} open at once")
     assert counts["errors"] == 0, counts
+    assert most_open == STREAMS
     assert counts["replies"] >= STREAMS
     server.wait_idle()
 
@@ -51,9 +65,8 @@ def test_the_65th_stream_is_refused_and_clients_that_vanish_free_their_slots(ser
         for stream in streams:
             stream.close()  # closes the connection in the middle of the reply
     server.wait_idle(10)
-    assert (
-        server.metric("new_tokens_total") - before < STREAMS * 300
-    )  # they have not run to the end
+    # They have not run to the end.
+    assert server.metric("new_tokens_total") - before < STREAMS * 300
     with server.client() as client:
         assert client.models.list().data
 
