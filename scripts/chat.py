@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.completion import NestedCompleter
+from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.formatted_text import FormattedText
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
@@ -44,11 +44,11 @@ class Terminal:
         """`history` is a file for past inputs; None keeps them in memory."""
         self.chat = chat
         self.console = Console(highlight=False)
-        names = dict.fromkeys(chat.served.adapter_ids)
-        words: dict[str, Any] = {text.split()[0]: None for text in HELP}
+        words = [text.split()[0] for text in HELP]
+        words += [f"/adapter {name}" for name in chat.served.adapter_ids]
         self.session: PromptSession[str] = PromptSession(
             history=InMemoryHistory() if history is None else FileHistory(history),
-            completer=NestedCompleter.from_nested_dict(words | {"/adapter": names}),
+            completer=WordCompleter(words, sentence=True),  # of the whole line
             complete_while_typing=False,
             key_bindings=_keys(),
         )
@@ -185,7 +185,7 @@ def _keys() -> KeyBindings:
 def main() -> None:
     given = arguments()
     try:
-        served = load_served(given.model, dict(given.adapter), load_in_4bit=given.load_in_4bit)
+        served = load_served(given.model, given.adapter, load_in_4bit=given.load_in_4bit)
     except (ValueError, OSError) as error:
         raise SystemExit(f"chat.py: {error}") from error
     if "default" not in served.tokenizer.chat_templates:

@@ -39,7 +39,7 @@ def main() -> None:
         listener = bind(given.host, given.port)  # first: loading a model may take minutes
         served = load_served(
             given.model,
-            dict(given.adapter),
+            given.adapter,
             name=given.name,
             load_in_4bit=given.load_in_4bit,
             max_seq_length=given.max_seq_length,

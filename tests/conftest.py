@@ -27,7 +27,7 @@ from oracles.quantized_bases import FAMILY, oracle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--full: 60 s of streams and 1,000 requests in the server's tests, instead of 3 s and 250."""
+    """--full: 60 s of streams and 1,000 requests in the server's tests, instead of 1 s and 250."""
     parser.addoption("--full", action="store_true", help="the long forms of the server's tests")
 
 

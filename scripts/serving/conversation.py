@@ -1,4 +1,4 @@
-"""A chat with one engine row: its messages, and the reply to the last of them as it is written."""
+"""A chat with one engine row: its messages, and the pieces of the reply to the last of them."""
 
 import time
 from collections.abc import Callable, Iterator

@@ -17,6 +17,7 @@ LOG = logging.getLogger("fastlora.serving")
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _MAX_SHOWN_PROBLEMS = 5
+_WHOLE = "body"  # where a problem concerns no single field
 
 
 class ApiError(Exception):
@@ -57,16 +58,20 @@ def field_name(location: Sequence[str | int]) -> str:
 
 
 def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The 400 that names all wrong fields. `problems` is pydantic's list."""
-    if problems and problems[0]["type"] == "json_invalid":
-        reason = problems[0].get("ctx", {}).get("error", "")
+    """The 400 that names all wrong fields, or the 415. `problems` is pydantic's list."""
+    first = problems[0]
+    if first["type"] == "json_invalid":
+        reason = first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the body is not valid JSON: {reason}", code="invalid_json")
+    if tuple(first["loc"]) == ("body",) and isinstance(first["input"], bytes):  # not parsed
+        message = "send the body as JSON, with the header 'Content-Type: application/json'"
+        return ApiError(415, message, code="unsupported_media_type")
     lines: dict[str, str] = {}
     for problem in problems:
         # The location begins with "body". Parts with "-" or "[" are pydantic's names of the
         # members of a union, not fields.
         path = [p for p in problem["loc"][1:] if isinstance(p, int) or p.isidentifier()]
-        name = field_name(path) or "body"
+        name = field_name(path) or _WHOLE
         if problem["type"] == "extra_forbidden":
             lines.setdefault(name, f"{name}: unknown field")
         elif problem["type"] == "missing":
@@ -79,9 +84,9 @@ def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     deepest = [
         n for n in lines if not any(m != n and m.startswith((f"{n}[", f"{n}.")) for m in lines)
     ]
-    first = next(iter(deepest), None)
     message = "; ".join(lines[name] for name in deepest[:_MAX_SHOWN_PROBLEMS])
-    return ApiError(400, message, param=first, code="invalid_value")
+    param = None if deepest[0] == _WHOLE else deepest[0]
+    return ApiError(400, message, param=param, code="invalid_value")
 
 
 def add_error_handlers(app: FastAPI) -> None:

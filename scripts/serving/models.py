@@ -1,7 +1,8 @@
 """Loads a base and its adapters, as one model whose adapter is a stack (stacking.py)."""
 
 import argparse
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ def named_folder(text: str) -> tuple[str, str]:
 
 def load_served(
     name_or_path: str,
-    adapters: Mapping[str, str],
+    adapters: Sequence[tuple[str, str]],
     *,
     name: str | None = None,
     load_in_4bit: bool = False,
@@ -49,7 +50,7 @@ def load_served(
     Args:
         name_or_path: a folder, a Hub id or "demo". If it is an adapter's, its base is loaded too,
             and both are served.
-        adapters: name -> PEFT folder or Hub id.
+        adapters: pairs of a name and a PEFT folder or Hub id.
         name: of the base; None is the last part of `name_or_path`.
         load_in_4bit: quantise the base to NF4.
         max_seq_length: longest prompt and reply together; None is the model's.
@@ -65,19 +66,17 @@ def load_served(
     )
     if tokenizer is None:
         raise ValueError(f"{name_or_path} has no tokenizer.json; serving text needs one.")
-    own = name_or_path.rstrip("/").split("/")[-1]
     base = fastlora.disable(model)
-    named: dict[str, ModelState] = {}
-    if model.adapter is not None:
-        named[own] = model
-        own = model.spec.name_or_path.rstrip("/").split("/")[-1]
-    base_name = name or own
-    twice = {base_name, *named} & set(adapters)
-    if base_name in named:
-        twice.add(base_name)
-    problems = [f"the name {n!r} is used twice" for n in sorted(twice)]
+    named = {} if model.adapter is None else {_last_part(name_or_path): model}
+    base_name = name or _last_part(model.spec.name_or_path if named else name_or_path)
+    counts = Counter([base_name, *named, *(n for n, _ in adapters)])
+    problems = [f"the name {n!r} is used twice" for n in sorted(counts) if counts[n] > 1]
     raise_problems(ValueError, "these models cannot be served:", problems)
-    named |= {n: fastlora.load_adapter(base, folder) for n, folder in adapters.items()}
+    named |= {n: fastlora.load_adapter(base, folder) for n, folder in adapters}
     stacked = stack(base, named) if named else base
     ids = {n: i for i, n in enumerate((base_name, *named))}
     return Served(model=stacked, tokenizer=tokenizer, adapter_ids=ids)
+
+
+def _last_part(name_or_path: str) -> str:
+    return name_or_path.rstrip("/").split("/")[-1]

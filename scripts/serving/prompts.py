@@ -29,7 +29,7 @@ def chat_prompt(tokenizer: fastlora.Tokenizer, request: ChatRequest) -> list[int
 
 def _message(number: int, message: Message) -> dict[str, Any]:
     """A message as chat templates expect it."""
-    given = message.model_dump(exclude_none=True)
+    given = message.model_dump(exclude_none=True, exclude={"annotations"})
     if isinstance(message.content, list):
         given["content"] = "".join(part.text for part in message.content)
     # "developer" is OpenAI's newer name of the system role; templates know the older one.
@@ -66,14 +66,10 @@ def completion_prompts(
     Raises:
         ApiError: 400 if a prompt has no token, or an id is outside the vocabulary.
     """
-    prompts: list[Any]
-    given = request.prompt
-    is_one = isinstance(given, str) or (given and isinstance(given[0], int))
-    prompts = [given] if is_one else list(given)
-    if not prompts:
+    if not request.prompts:
         raise ApiError(400, "prompt: expected at least one prompt, got []", param="prompt")
     rows = []
-    for prompt in prompts:
+    for prompt in request.prompts:
         if isinstance(prompt, str):
             try:
                 prompt = encode_prompt(tokenizer, prompt)

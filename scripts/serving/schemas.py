@@ -38,6 +38,8 @@ Text = Annotated[str, AfterValidator(_encodable)]
 StopText = Annotated[Text, StringConstraints(min_length=1, max_length=256)]
 Zero = Annotated[Any, _only(None, 0.0, 0)]
 Empty = Annotated[Any, _only(None, {})]
+Null = Annotated[Any, _only(None)]
+NoList = Annotated[Any, _only(None, [])]
 No = Annotated[Any, _only(None, False)]
 TextFormat = Annotated[Any, _only(None, {"type": "text"})]
 NoSuffix = Annotated[Any, _only(None, "")]
@@ -59,7 +61,7 @@ class _Request(_Strict):
     model: Text  # the base's name or an adapter's
     temperature: float | None = Field(None, ge=0, le=2)  # None is 1
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1)
+    top_k: int | None = Field(None, ge=-1)  # 0 and -1 set no limit, as in vLLM
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
@@ -68,7 +70,9 @@ class _Request(_Strict):
     max_tokens: int | None = Field(None, ge=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: str | None = None  # accepted and ignored, as are metadata, store and service_tier
+    user: str | None = None  # accepted and ignored, as are the next five
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -82,6 +86,13 @@ class _Request(_Strict):
         if isinstance(stop, list) and len(stop) > 16:
             raise ValueError(f"{len(stop)} texts; expected at most 16")
         return stop
+
+    @field_validator("stream_options")
+    @classmethod
+    def _beside_stream(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is not None and not info.data.get("stream"):
+            raise ValueError("expected stream=true beside it")
+        return value
 
     @property
     def stops(self) -> list[str]:
@@ -125,7 +136,11 @@ class Message(_Strict):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: Text | None = None
     reasoning_content: Text | None = None
-    refusal: None = None
+    refusal: Null = None
+    # The client writes these fields when it turns a reply into a dict.
+    annotations: NoList = None
+    audio: Null = None
+    function_call: Null = None
 
 
 class Tool(_Strict):
@@ -164,3 +179,9 @@ class CompletionRequest(_Request):
     echo: No = None
     best_of: Annotated[Any, _only(None, 1)] = None
     suffix: NoSuffix = None
+
+    @property
+    def prompts(self) -> list[Any]:
+        """Each prompt, a text or ids."""
+        is_one = isinstance(self.prompt, str) or any(isinstance(i, int) for i in self.prompt)
+        return [self.prompt] if is_one else list(self.prompt)

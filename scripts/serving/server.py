@@ -1,11 +1,11 @@
 """The process: its socket, and how it stops.
 
 The first SIGTERM or SIGINT lets the open streams end, for at most `drain_seconds`, while new
-requests get 503. Then the remaining streams end with an error event. A second signal stops at once.
+requests get 503. Then, or at a second signal, the remaining streams end with an error event. A
+third signal ends the process without that.
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
 import time
@@ -62,7 +62,7 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=_LAST_SECONDS,
         )
         super().__init__(config)
-        self._service, self._draining = service, False
+        self._service, self._signals = service, 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._drain_task: asyncio.Task[None] | None = None
 
@@ -77,29 +77,30 @@ class Server(uvicorn.Server):
             print(f"serving {names} at http://{shown}:{port}", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal, stop at the second."""
-        if self._draining or self._loop is None:
+        """Drain at the first signal, cut the streams at the second, exit at the third."""
+        self._signals += 1
+        if self._loop is None or self._signals > 2:
             self.should_exit = True
-            self.force_exit = self._draining
-            return
-        self._draining = True
-        self._loop.call_soon_threadsafe(self._begin_drain)
+            self.force_exit = self._signals > 1
+        elif self._signals == 1:
+            self._loop.call_soon_threadsafe(self._begin_drain)
 
     def _begin_drain(self) -> None:
         self._service.open.stopping = True
         self._drain_task = asyncio.get_running_loop().create_task(self._drain())
 
     async def _drain(self) -> None:
-        streams, deadline = self._service.open, self._service.limits.drain_seconds
+        streams = self._service.open
         print(f"stopping; {streams.open} streams are open", flush=True)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline):
-                while streams.open:
-                    await asyncio.sleep(0.05)
+        await self._until_closed(self._service.limits.drain_seconds, signals=1)
         if streams.open:
-            LOG.warning("%d streams are cut after %g seconds", streams.open, deadline)
+            LOG.warning("%d streams are cut", streams.open)
             await self._service.scheduler.stop()
-            end = time.monotonic() + _LAST_SECONDS
-            while streams.open and time.monotonic() < end:
-                await asyncio.sleep(0.05)
+            await self._until_closed(_LAST_SECONDS, signals=2)
         self.should_exit = True
+
+    async def _until_closed(self, seconds: float, *, signals: int) -> None:
+        """Return when no stream is open, after some seconds, or at one more signal."""
+        end = time.monotonic() + seconds
+        while self._service.open.open and self._signals <= signals and time.monotonic() < end:
+            await asyncio.sleep(0.05)

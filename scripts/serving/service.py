@@ -65,10 +65,8 @@ class Service:
     async def completion(self, request: Request, body: CompletionRequest) -> Response:
         """/v1/completions."""
         adapter, tokenizer = self._adapter_id(body.model), self.served.tokenizer
-        several = isinstance(body.prompt, list) and not all(isinstance(p, int) for p in body.prompt)
-        count = len(body.prompt) if several else 1
         with ExitStack() as held:
-            held.enter_context(self._reserve(count * (body.n or 1)))
+            held.enter_context(self._reserve(len(body.prompts) * (body.n or 1)))
             vocabulary = self.served.model.spec.config.vocab_size
             prompts = await asyncio.to_thread(completion_prompts, tokenizer, body, vocabulary)
             limits = [
@@ -149,7 +147,7 @@ class Service:
         """For each prompt, the settings of its n rows."""
         sampling = Sampling(
             temperature=1.0 if body.temperature is None else body.temperature,
-            top_k=body.top_k,
+            top_k=body.top_k if body.top_k and body.top_k > 0 else None,
             top_p=body.top_p,
             min_p=body.min_p,
             repetition_penalty=body.repetition_penalty or 1.0,
@@ -228,13 +226,14 @@ class Service:
         return pieces
 
     async def _events(self, replies: Replies, style: Format, usage: Any) -> AsyncIterator[str]:
+        # With `include_usage`, every chunk has the field, and the last one its value.
+        more = {} if usage is None else {"usage": None}
+        text = lambda chunks: "".join(event(chunk | more) for chunk in chunks)  # one write
         try:
-            for chunk in style.opening(len(replies.rows)):
-                yield event(chunk)
+            yield text(style.opening(len(replies.rows)))
             async for piece in replies.pieces():
                 self._count(piece)
-                # One event for all chunks of a piece costs one write.
-                yield "".join(event(chunk) for chunk in style.chunks(piece))
+                yield text(style.chunks(piece))
             if usage is not None:
                 yield event(style.usage_chunk(usage()))
             yield DONE

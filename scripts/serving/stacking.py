@@ -5,6 +5,9 @@ filled up with zeros, and each adapter's scaling is multiplied into its B, so th
 and adapted modules may differ. An adapter gets, for everything that only another one trains, values
 that change nothing: zeros for A and B, the base's norms for DoRA's magnitude, the base's tensors
 for copies of biases and norms and for trained token rows.
+
+`fastlora.functional` has no `stack` yet. Once it has, it replaces `stack` below, whose only
+caller is models.py.
 """
 
 from collections.abc import Mapping, Sequence

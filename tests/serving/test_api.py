@@ -30,7 +30,7 @@ def models(adapter_folders):
 
 
 def chat(client, model="demo", **settings):
-    settings = {"max_tokens": 20, "temperature": 0, "messages": CHAT, **settings}
+    settings = {"max_tokens": 12, "temperature": 0, "messages": CHAT, **settings}
     return client.chat.completions.create(model=model, **settings)
 
 
@@ -49,7 +49,7 @@ def test_models_are_the_base_and_its_adapters(client):
 @pytest.mark.parametrize("name", ["demo", "one", "two"])
 def test_greedy_replies_equal_generate_text_of_each_model(client, models, name):
     loaded, tokenizer = models
-    expected = loaded[name].generate_text(tokenizer, CHAT, max_new_tokens=20)
+    expected = loaded[name].generate_text(tokenizer, CHAT, max_new_tokens=12)
     reply = chat(client, name)
     assert reply.choices[0].message.content == expected
     assert reply.model == name and reply.object == "chat.completion"
@@ -71,6 +71,7 @@ def test_a_streams_first_chunk_has_the_role_and_the_last_the_usage(client):
     chunks = list(chat(client, stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert chunks[-1].choices == [] and all(c.usage is None for c in chunks[:-1])
+    assert all("usage" in c.model_fields_set for c in chunks)  # null, as from OpenAI
     assert chunks[-1].usage == chat(client).usage
     assert len({chunk.id for chunk in chunks}) == 1
 
@@ -218,6 +219,7 @@ WRONG = {
     "response_format": {"response_format": {"type": "json_object"}},
     "tools": {"tools": [{"type": "function", "function": {"name": "f"}}]},
     "tempereture": {"extra_body": {"tempereture": 1}},
+    "stream_options": {"stream_options": {"include_usage": True}},
     "stream_options.usage": {"stream": True, "stream_options": {"usage": True}},
 }
 
@@ -252,6 +254,20 @@ def test_values_that_change_nothing_are_accepted(client):
     assert same.choices[0].message == chat(client).choices[0].message
 
 
+def test_a_reply_as_a_dict_is_a_message(client):
+    first = chat(client, max_tokens=4).choices[0].message
+    texts = {
+        chat(client, messages=[*CHAT, message, *CHAT]).choices[0].message.content
+        for message in (
+            {"role": "assistant", "content": first.content},
+            first,
+            first.model_dump(),
+            first.model_dump() | {"annotations": []},
+        )
+    }
+    assert len(texts) == 1
+
+
 def test_unknown_models_and_routes_are_404(client, server):
     with pytest.raises(openai.NotFoundError) as caught:
         chat(client, "three")
@@ -284,6 +300,12 @@ def test_top_k_and_min_p_come_in_the_extra_body(client):
     for extra in ({"top_k": 1}, {"min_p": 1.0}):
         reply = chat(client, temperature=1, extra_body=extra)
         assert reply.choices[0].message.content == greedy
+    # vLLM's values of no limit
+    free, zero, minus = (
+        chat(client, temperature=1, seed=1, extra_body=extra).choices[0].message.content
+        for extra in ({}, {"top_k": 0}, {"top_k": -1})
+    )
+    assert free == zero == minus != greedy
 
 
 def test_health_metrics_and_schema(server, client):
@@ -297,6 +319,16 @@ def test_health_metrics_and_schema(server, client):
     assert page.headers["content-type"].startswith("text/plain; version=0.0.4")
     assert 'fastlora_http_responses_total{route="/v1/chat/completions",status="200"}' in page.text
     assert {"/v1/models", "/v1/completions", "/v1/chat/completions", "/health"} <= set(paths)
+
+
+def test_a_body_without_its_content_type_is_415(server):
+    body = b'{"model": "demo", "prompt": "a", "max_tokens": 1}'
+    form = {"Content-Type": "application/x-www-form-urlencoded"}  # what curl -d sends
+    with server.http() as http:
+        for headers in ({}, form, {"Content-Type": "text/plain"}):
+            response = http.post("/v1/completions", content=body, headers=headers)
+            assert response.status_code == 415, headers
+            assert "Content-Type: application/json" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

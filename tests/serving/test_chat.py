@@ -1,47 +1,35 @@
 """scripts/chat.py in a pseudo-terminal."""
 
-import os
 import re
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pexpect
 import pytest
 from chat import printable
 
 import fastlora
+from oracles.chat_terminal import run_fork, run_script
 
-ROOT = Path(__file__).parents[2]
 PROMPT = "def walk(top):"
+CTRL_C, TAB = "\x03", "\t"
 NOTE = r"\d+ tokens, [\d.]+ a second"
 
 
 @pytest.fixture
-def start(adapter_folders) -> Iterator:
-    """start(arguments): a chat that waits for input."""
-    children = []
+def start(adapter_folders) -> Iterator[Callable[..., Any]]:
+    """start(arguments, run=run_fork): a chat that waits for input."""
+    adapters = [f"--adapter={name}={folder}" for name, folder in adapter_folders.items()]
+    with ExitStack() as running:
 
-    def of(*arguments: str) -> pexpect.spawn:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        # pexpect's terminal does not answer questions about the cursor's position.
-        environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
-        adapters = [f"--adapter={name}={folder}" for name, folder in adapter_folders.items()]
-        child = pexpect.spawn(
-            sys.executable,
-            [str(ROOT / "scripts/chat.py"), "demo", *adapters, *arguments],
-            env=environment,
-            encoding="utf-8",
-            timeout=30,
-            dimensions=(40, 200),
-        )
-        children.append(child)
-        child.expect("demo>")
-        return child
+        def of(*arguments: str, run: Callable[..., Any] = run_fork) -> Any:
+            child = running.enter_context(run("demo", *adapters, *arguments))
+            child.expect("demo>")
+            return child
 
-    yield of
-    for child in children:
-        child.close(force=True)
+        yield of
 
 
 def plain(text: str) -> str:
@@ -50,7 +38,7 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def say(child: pexpect.spawn, line: str, expected: str) -> str:
+def say(child: Any, line: str, expected: str) -> str:
     """Send a line; the text up to what is expected."""
     child.send(line + "\r")
     child.expect(expected)
@@ -69,7 +57,7 @@ def expected_reply(folder: Path | None, messages: list[dict[str, str]], tokens: 
 
 
 def test_base_and_adapter_reply_and_the_chat_remembers(start, adapter_folders):
-    child = start("--temperature", "0", "--max-new-tokens", "12")
+    child = start("--temperature", "0", "--max-new-tokens", "12", run=run_script)
     messages = [{"role": "user", "content": PROMPT}]
     first = expected_reply(None, messages, 12)
     assert plain(first) in say(child, PROMPT, NOTE)
@@ -94,12 +82,11 @@ def test_ctrl_c_stops_a_reply_and_the_chat_goes_on(start):
     child = start("--temperature", "2", "--seed", "3", "--max-new-tokens", "450")
     child.send(PROMPT + "\r")
     child.expect(r"(?s)top\):.{500}")  # more than the echo of the input
-    child.sendintr()
+    child.send(CTRL_C)
     child.expect("stopped", timeout=10)
     child.expect("demo>")
-    child.sendintr()  # at the prompt it clears the line
+    child.send(f"not sent{CTRL_C}")  # at the prompt it clears the line
     say(child, "/seed", "random seeds")
-    say(child, "/quit", pexpect.EOF)
 
 
 def test_commands_and_their_errors(start):
@@ -117,6 +104,21 @@ def test_commands_and_their_errors(start):
     say(child, "/clear", "the chat is empty")
     assert say(child, PROMPT, NOTE)[-20:] == first[-20:]  # the same seed, the same sample
     say(child, paste("x " * 600), "the message makes")
+    child.send("/quit\r")
+    child.process.join(10)
+    assert child.process.exitcode == 0
+
+
+def test_tab_completes_commands_and_names(start):
+    child = start()
+    for typed, rest, expected in (
+        ("/adapter o", "ne", "one writes from here on"),
+        ("/ba", "se", "demo writes from here on"),
+    ):
+        child.send(typed + TAB)
+        child.expect(rest)
+        say(child, "", expected)
+        child.expect(">")
 
 
 def test_a_long_chat_drops_its_oldest_messages(start):

@@ -129,7 +129,7 @@ def test_adapters_that_do_not_fit_together_are_refused(case, pair):
 
 def test_an_adapters_folder_serves_its_base_too(tmp_path, base, adapted):
     adapted["ranks and scalings"].save_pretrained(tmp_path / "sql")
-    served = load_served(str(tmp_path / "sql"), {})
+    served = load_served(str(tmp_path / "sql"), [])
     assert served.adapter_ids == {"demo": 0, "sql": 1}
     with pytest.raises(ValueError, match="'demo' is used twice"):
-        load_served("demo", {"demo": str(tmp_path / "sql")})
+        load_served("demo", [("demo", str(tmp_path / "sql"))])

@@ -152,6 +152,7 @@ REFUSED = {
     "--max-streams 0": "streams=0: expected a whole number >= 1",
     "--adapter x": "expected NAME=FOLDER",
     "--adapter demo=runs/none": "the name 'demo' is used twice",
+    "--adapter x=runs/one --adapter x=runs/two": "the name 'x' is used twice",
     "--adapter x=runs/none": "runs/none",
     "--host 203.0.113.7 --no-key": "203.0.113.7",
 }

@@ -97,10 +97,10 @@ def test_rows_without_finite_scores_fail_alone(model):
     served = stack(model, {"broken": broken})
 
     async def use(scheduler: Scheduler) -> None:
-        alone = Client(20)
+        alone = Client(8)
         scheduler.submit([alone.row])
         expected = await alone.ids()
-        clients = [Client(20, adapter=i) for i in (1, 0, 1, 0, 0)]
+        clients = [Client(8, adapter=i) for i in (1, 0, 1, 0, 0)]
         scheduler.submit([client.row for client in clients])
         for i, client in enumerate(clients):
             if i in (0, 2):
