@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from fastlora.ops.decode.linear import decode_product, product_reference
@@ -11,6 +12,7 @@ from fastlora.ops.decode.linear_kernel import EMPTY
 from fastlora.ops.decode.linear_launch import Tile, launch_product, split_workspace
 from fastlora.ops.decode.product import Part, Product, prepare_product
 from fastlora.ops.quant.weights import LEVELS, NestedAbsmax, Weight, Weight4bit, empty_form
+from oracles.ptx import Machine, interpret
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -149,3 +151,39 @@ def test_split_kernel_equals_the_reference_and_counts_from_0_again(name):
         for y, t in zip(ys, truth, strict=True):
             assert float((y.double() - t).abs().max() / t.abs().max()) < 1e-5
     assert not workspace.counts.any()
+
+
+MMA = {
+    "nested nf4": Case(sizes=(48, 16, 24), columns=512, ranks=(16, 0, 5), norm=True,
+                       bits="nested nf4"),
+    "nested nf4, gated": Case(sizes=(40, 40), columns=256, ranks=(16, 8), norm=True, gated=True,
+                              gain=True, bits="nested nf4"),
+    "fp4, residual": Case(columns=2304, residual=True, bias=True, bits="fp4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "tile"),
+    [
+        ("nested nf4", Tile(16, 256, 4, 2, mma=True)),
+        ("nested nf4", Tile(32, 256, 4, 1, mma=True)),
+        ("nested nf4, gated", Tile(16, 256, 4, 1, mma=True)),
+        ("nested nf4, gated", Tile(32, 256, 4, 2, mma=True)),
+        ("fp4, residual", Tile(16, 1024, 8, 2, mma=True)),
+    ],
+)
+def test_tensor_cores_err_no_more_than_the_reference(name, tile, monkeypatch):
+    case = MMA[name]
+    product = make(case, 1, torch.float16)
+    x = random(1, case.columns, seed=3).to(DEVICE, torch.float16)
+    residual = random(1, case.sizes[0], seed=4).to(x) if case.residual else None
+    if DEVICE == "cpu":  # the interpreter does not execute inline PTX
+        monkeypatch.setattr(tl, "inline_asm_elementwise", interpret(Machine()))
+    ys = launch_product(x, product, residual, None, tile)
+    wide = None if residual is None else residual.double()
+    truth = product_reference(x.double(), product, wide)
+    plain = product_reference(x, product, residual)
+    error = lambda ys: max(
+        float((y.double() - t).abs().max() / t.abs().max()) for y, t in zip(ys, truth, strict=True)
+    )
+    assert error(ys) <= 1.2 * error(plain)

@@ -210,12 +210,11 @@ class Stack:
 
     def microseconds(self, task: Task) -> float:
         _, tile, workspace = made(task)
-        products = self.products
-        if tile.splits > 1:
-            low = [torch.full_like(p.low.repeat(tile.splits), EMPTY) for p in products]
-            products = [p._replace(low=x) for p, x in zip(products, low, strict=True)]
-        for p in products:
-            p.low.fill_(EMPTY)
+        products = []
+        for p in self.products:
+            assert p.low is not None
+            low = p.low if tile.splits == 1 else p.low.repeat(tile.splits)
+            products.append(p._replace(low=torch.full_like(low, EMPTY)))
 
         def run() -> None:
             for i, p in enumerate(products):
