@@ -8,8 +8,9 @@ from torch import Tensor
 
 from fastlora.models.config import LlamaConfig
 
-# A decode step may read all indices of a slot, so a short generation begins with few of them.
-_FIRST_LENGTH = 256
+# A new cache has room for this many tokens, or as many as fit into so many bytes. Growing costs as
+# much time as some dozens of steps on a GPU, because their graphs are recorded again.
+_FIRST_LENGTH, _FIRST_BYTES = 256, 2**30
 
 
 class Cache:
@@ -19,18 +20,22 @@ class Cache:
     an uninitialised NaN would be NaN.
     """
 
-    def __init__(self, config: LlamaConfig, like: Tensor, slots: int, max_length: int) -> None:
-        """Allocate a short cache.
+    def __init__(
+        self, config: LlamaConfig, like: Tensor, slots: int, max_length: int, *, short: bool = True
+    ) -> None:
+        """Allocate a cache that may be shorter than `max_length`.
 
         Args:
             config: the model's.
             like: the cache has its dtype and device.
             slots: number of rows.
             max_length: tokens of the longest row; the cache never grows beyond it.
+            short: whether a step reads all indices of a slot, so that few are better.
         """
         self.config, self.like, self.slots = config, like, slots
         self.max_length = max_length
-        self.length = min(_FIRST_LENGTH, max_length)
+        fits = 0 if short else _FIRST_BYTES // (slots * slot_bytes(config, like.dtype, 1))
+        self.length = min(max(_FIRST_LENGTH, fits), max_length)
         self.k, self.v = self._zeros(), self._zeros()
 
     def _zeros(self) -> list[Float[Tensor, "slots kv s hd"]]:

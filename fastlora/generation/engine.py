@@ -97,7 +97,11 @@ class Engine:
             self.device = self.model.base["norm"].device
             self.vocab_size = self.model.spec.config.vocab_size
             like = self.model.base["norm"]
-            self.cache = Cache(self.model.spec.config, like, slots, max_length)
+            self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
+            # Attention's kernel reads the indices of a row's own tokens only.
+            short = None in self._kernels(1).layers
+            config = self.model.spec.config
+            self.cache = Cache(config, like, slots, max_length, short=short)
             self.table = rope_table(self.model, self.cache.length)
             self.rows = new_rows(slots, 4, self.device)
         self.graphs = StepGraphs(self.device, record=_can_record(self.model))
@@ -105,7 +109,6 @@ class Engine:
         self.fixed_shapes = self.graphs.record or self.device.type != "cpu"
         self.running: dict[int, _Row] = {}
         self.prefixes = Prefixes(self.model, self.cache)
-        self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
         self.pending: list[NewTokens] = []  # read from the device, but not returned yet
         self.failed: list[NonFiniteLogits] = []  # not raised yet; their rows still hold slots
 

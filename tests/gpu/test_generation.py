@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.generation import engine, step_graph
+from fastlora.generation import cache, engine, step_graph
 from fastlora.generation.engine import Engine, RowSettings
 from fastlora.generation.sampling import Sampling
 from fastlora.model import Model
@@ -19,7 +19,6 @@ from oracles.gpu_models import Row, adapted, families, tokens
 
 pytestmark = pytest.mark.gpu
 
-# Past the first 256 indices of the cache, so that graphs are made again.
 PROMPT, NEW = 240, 40
 SAMPLINGS = {
     "greedy": Sampling(),
@@ -73,6 +72,10 @@ def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
             several = run(model, sampling, new_tokens=2 * NEW)
         single_steps = run(model, sampling, new_tokens=2 * NEW)
         yield f"{family} {name}, several steps in a graph", differing(several, single_steps), 0
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "_FIRST_BYTES", 0)  # grows beyond 256, and graphs are made again
+            grown = run(model, sampling)
+        yield f"{family} {name}, a cache that grows", differing(replayed, grown), 0
         single = run(model, sampling, rows=1, slots=1)
         yield f"{family} {name}, batch against single", differing(replayed[:1], single), 0
     ids = tokens(model, 2, PROMPT)

@@ -6,6 +6,7 @@ this kernel uses are known; another one raises. Branches are taken by all thread
 
 import ctypes
 import re
+from typing import Any
 
 import numpy as np
 import triton.language as tl
@@ -54,7 +55,7 @@ class Machine:
         found = re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s]+", text)
         return [re.findall(r"[^,\s{}]+", x) if x[0] == "{" else x for x in found]
 
-    def value(self, name: str, kind=np.uint32) -> np.ndarray:
+    def value(self, name: str, kind: Any = np.uint32) -> np.ndarray:
         if name in self.r:
             return self.r[name].astype(kind) if kind == np.uint64 else self.r[name]
         number = int(name[2:], 16) if name.startswith("0f") else int(name, 0)

@@ -194,7 +194,7 @@ def packed_mma_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_
     BLOCKS: tl.constexpr = K // BLOCK
     STEPS: tl.constexpr = (BLOCKS // 4 + WARPS - 1) // WARPS  # of one warp, for each row
     EVEN: tl.constexpr = STEPS * WARPS * 4 == BLOCKS
-    MATRICES: tl.constexpr = 2 if GATED else 1
+    MATRICES: tl.constexpr = 1 + GATED
     ALL: tl.constexpr = STEPS * MATRICES * TILES
     if program < A_PROGRAMS:
         a_row, k = program * BA + tl.arange(0, BA), tl.arange(0, BK)
