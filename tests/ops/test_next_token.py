@@ -91,11 +91,13 @@ def assert_same(actual: TokenRows, expected: TokenRows) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("b", "v"), [(1, 1), (1, 3001), (3, 1024), (5, 4099), (32, 97)])
 def test_tokens_and_state_are_those_of_a_python_loop(b, v, dtype, kernels):
-    """For three steps, so that rows end by limits; with the likeliest and with given tokens."""
+    """For three steps, so that rows end by limits and stop ids; with and without given tokens."""
+    steps = [random_logits(b, v, dtype, seed=i) for i in range(3)]
     for candidates in (None, torch.arange(b, device=DEVICE) % v):
         rows = random_rows(b, v)
-        for i in range(3):
-            logits = random_logits(b, v, dtype, seed=i)
+        second = steps[1].argmax(-1) if candidates is None else candidates
+        rows.stop[::2, 1] = second[::2]
+        for logits in steps:
             expected = by_loop(logits, rows, candidates)
             take_tokens(logits, rows, candidates, kernels=kernels)
             assert_same(rows, expected)
@@ -114,6 +116,7 @@ SPECIAL = {
     "only -inf": [-INF, -INF, -INF],
     "only NaN": [NAN, NAN],
     "tiny": [1e-45, 0.0, 2e-45],
+    "far below zero": [-200.0, -199.0],
     "huge": [3e38, -3e38, 3.1e38],
 }
 
