@@ -108,7 +108,8 @@ def test_only_the_new_entries_of_the_caches_change(kernels):
     _, k, v, cos, sin, k_cache, v_cache, lengths = copied(given)
     decode_attention(*given, None, kernels=kernels)
     for i, n in enumerate(lengths.clamp(max=S - 1).tolist()):
-        k_cache[i, :, n] = apply_rope(k[i][:, None], cos[i][None], sin[i][None])[:, 0]
+        angles = cos[i].view(1, 1, -1), sin[i].view(1, 1, -1)
+        k_cache[i, :, n] = apply_rope(k[i][None, :, None], *angles)[0, :, 0]
         v_cache[i, :, n] = v[i]
     torch.testing.assert_close(given[5], k_cache)
     assert torch.equal(given[6], v_cache)
