@@ -1,8 +1,7 @@
 """The two ends of a decode step: the inputs of the first layer, and the next token of every row.
 
-A step takes about 1 ms, and each torch operation in it 2 to 5 us of a GPU. These ends are 25 small
-operations in plain torch and three kernels in next_token_kernel.py. The references below are the
-specification.
+In plain torch they are some 25 small operations, 0.15 ms of a step of 1.08 (1B, one row, H200). In
+next_token_kernel.py they are three kernels. The references below are the specification.
 """
 
 from typing import NamedTuple
