@@ -34,8 +34,8 @@ from fastlora.generation.rows import (
 from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.models.state import ModelState
-from fastlora.ops.decode.next_token import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
 from fastlora.ops.decode.product import MAX_BATCH
+from fastlora.ops.decode.token_rows import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

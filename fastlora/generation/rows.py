@@ -24,7 +24,8 @@ from fastlora.generation.sampling import (
     row_sampling,
     row_values,
 )
-from fastlora.ops.decode.next_token import NO_TOKEN, TokenRows, take_tokens
+from fastlora.ops.decode.next_token import take_tokens
+from fastlora.ops.decode.token_rows import NO_TOKEN, TokenRows
 
 REPORTED_STEPS = 16  # steps between two synchronisations of host and device
 MOST_ALTERNATIVES = 20
@@ -42,7 +43,7 @@ class Rows(NamedTuple):
     stop: Int[Tensor, "slots n"]  # stop ids, and NO_TOKEN in unused places
     sampling: RowSampling
     seen: Bool[Tensor, "slots v"] | None  # ids of prompt and new tokens, if a row has a penalty
-    report: Float64[Tensor, "steps 3 slots"]  # see ops/decode/next_token.py
+    report: Float64[Tensor, "steps 3 slots"]  # see ops/decode/token_rows.py
     cursor: Int[Tensor, "slots"]  # the entry of `report` that the next step writes
     # As `report`: the results of `likeliest_tokens`, if a row asks for them.
     likeliest: Float64[Tensor, "steps 2 k slots"] | None = None

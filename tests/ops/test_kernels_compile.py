@@ -113,8 +113,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastlora.ops.decode import attention_kernel, linear_launch, next_token_kernel, packed_kernel
-from fastlora.ops.decode.next_token import TokenRows
 from fastlora.ops.decode.product import Part, prepare_product
+from fastlora.ops.decode.token_rows import TokenRows
 from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
 
 SHARED = 99 * 1024  # bytes per block on an RTX 30 or 40

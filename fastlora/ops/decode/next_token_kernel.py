@@ -21,7 +21,7 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.ops.decode.next_token import NO_TOKEN, TokenRows
+from fastlora.ops.decode.token_rows import NO_TOKEN, TokenRows
 
 _COPIED = 1024  # elements of an embedding row for one program
 
