@@ -47,8 +47,9 @@ class Tile(NamedTuple):
     registers: int = 0
 
 
-# Rows of A for one program, beside 4-bit weights.
-_A_ROWS = 4
+# Beside one row of x and 4-bit weights: rows of A for one program, and columns that each of its
+# warps reads at once. Other programs wait for A x, so a program reads one row in few steps.
+_A_ROWS, _A_COLUMNS = 1, 1024
 
 # EMPTY is stored in blocks of this many elements, by different programs.
 _CLEARED = 1024
@@ -61,27 +62,25 @@ def choose_tile(product: Product, x: Float[Tensor, "b d_in"]) -> Tile:
     scripts/bench/kernels/decode_linear.py):
 
                         qkv             o               gate and up     down
-        1 row           5.3   16.9      3.9    9.8      22.1  63.5       9.6  30.4
-        1 row, NF4      4.5    8.8      2.7    6.4      15.0  39.9       8.2  17.2
+        1 row           4.9   16.9      3.9    9.8      21.7  61.3       9.7  30.4
+        1 row, NF4            10.0             6.4            36.3             19.0
         32 rows         10.8  21.4      7.7   14.0      21.5  64.8      14.4  35.4
-        32 rows, NF4          55.0           37.3             98.7            99.9
+        32 rows, NF4          54.4            36.6            98.8            100.0
     """
     columns, several = shape_of(product.weights[0])[1], len(product.weights) > 1
     if isinstance(product.weights[0], Weight4bit):
         if x.shape[0] > 1:
             return Tile(64, 128, 8, 3)
         if x.is_cuda and mma_supports(x, product):  # the interpreter knows no inline PTX
+            if several:
+                return Tile(16, 1024, 4, 1, mma=True, registers=128)
             return Tile(16, 1024, 8 if columns > 4096 else 4, 2, mma=True)
         return Tile(8, 2048, 4)
     if x.shape[0] > 1:
         return _tile_of_rows(product, columns, several)
-    if 2048 < columns <= 4096:
-        return Tile(8, 1024, 4)
     if product.gated:
-        return Tile(2, 4096, 4)
-    if several and columns <= 2048:
-        return Tile(8, 2048, 4)
-    return Tile(4, 2048, 4)
+        return Tile(4, 1024, 2)
+    return Tile(8, 1024, 4) if several or 2048 < columns <= 4096 else Tile(4, 2048, 4)
 
 
 def _tile_of_rows(product: Product, columns: int, several: bool) -> Tile:
@@ -215,11 +214,14 @@ def _constants(
         block = first.form.shape[2]
         fixed |= dict(BLOCK=block, NESTED=isinstance(first.absmax, NestedAbsmax), TABLE=TABLE)
         fixed["BK"] = max(bk, block)
+        if b == 1:
+            every = max(triton.next_power_of_2(columns), 16)
+            fixed |= dict(BA=_A_ROWS, KA=min(_A_COLUMNS * tile.warps, every))
         if tile.mma:
             return _mma_constants(x, product, fixed, tile)
         if b == 1:
             load = LOAD8[str(x.dtype).removeprefix("torch.")]
-            fixed |= dict(BA=_A_ROWS, DOT8=DOT8 if x.is_cuda else None, LOAD8=load)
+            fixed |= dict(DOT8=DOT8 if x.is_cuda else None, LOAD8=load)
         else:
             fixed |= dict(ROUND=_TRITON[first.form.dtype], SHUFFLE=SHUFFLE if x.is_cuda else None)
     return fixed
@@ -232,11 +234,11 @@ def _mma_constants(
     assert mma_supports(x, product) and tile.rows % 16 == 0 and tile.stages in (1, 2)
     kind = "bf16" if x.dtype == torch.bfloat16 else "f16"
     nested = isinstance(product.weights[0], Weight4bit) and fixed["NESTED"]
-    kept = {name: v for name, v in fixed.items() if name not in ("BN", "TABLE")}
+    kept = {name: v for name, v in fixed.items() if name not in ("BN", "BK", "TABLE")}
     return kept | dict(
         FILL=fill(kind, tile.warps), READ=READ, READ_NUMBERS=READ_NUMBERS, READ_FLOATS=READ_FLOATS,
         STEP=step(kind, norm=product.norm is not None, nested=nested), WARPS=tile.warps,
-        AHEAD=tile.stages, TILES=tile.rows // 16, BA=_A_ROWS,
+        AHEAD=tile.stages, TILES=tile.rows // 16,
         PLACES=triton.next_power_of_2(x.shape[1]),
     )  # fmt: skip
 

@@ -79,7 +79,8 @@ def packed_vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see line
     BLOCK: tl.constexpr, NESTED: tl.constexpr, DOT8: tl.constexpr, LOAD8: tl.constexpr,
     TABLE: tl.constexpr,
     COPIES: tl.constexpr,
-    BN: tl.constexpr, BK: tl.constexpr, BA: tl.constexpr, BC: tl.constexpr, PDL: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, BA: tl.constexpr, KA: tl.constexpr, BC: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One row x [K], as `vector_kernel`. BK is a multiple of BLOCK."""
     program = tl.program_id(0)
@@ -92,7 +93,7 @@ def packed_vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see line
     WORDS: tl.constexpr = BLOCK // 8  # of 32 bits, eight values each
     if program < A_PROGRAMS:
         # Rows of A, which is dense.
-        a_row, k = program * BA + tl.arange(0, BA), tl.arange(0, BK)
+        a_row, k = program * BA + tl.arange(0, BA), tl.arange(0, KA)
         a_here = (a_row < A_ROWS)[:, None]
         a_at = a_row[:, None] * K + k[None, :]
         a = tl.load(a_ptr + a_at, mask=a_here & (k < K)[None, :], other=0.0)
@@ -103,17 +104,17 @@ def packed_vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see line
             for start in range(program * BC, CLEAR, tl.num_programs(0) * BC):
                 c = start + tl.arange(0, BC)
                 tl.store(clear_ptr + c, tl.full((BC,), EMPTY, tl.int32), mask=c < CLEAR)
-        sums = tl.zeros((BA, BK), tl.float32)
-        a_squares = tl.zeros((BK,), tl.float32)
-        for start in tl.static_range(0, K, BK):
+        sums = tl.zeros((BA, KA), tl.float32)
+        a_squares = tl.zeros((KA,), tl.float32)
+        for start in tl.static_range(0, K, KA):
             a_x = tl.load(x_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
             if NORM:
                 a_squares += a_x * a_x
                 a_x *= tl.load(norm_ptr + start + k, mask=start + k < K, other=0.0).to(tl.float32)
             now_a = a
-            if start + BK < K:
-                inside_a = (k < K - start - BK)[None, :]
-                a = tl.load(a_ptr + a_at + (start + BK), mask=a_here & inside_a, other=0.0)
+            if start + KA < K:
+                inside_a = (k < K - start - KA)[None, :]
+                a = tl.load(a_ptr + a_at + (start + KA), mask=a_here & inside_a, other=0.0)
             sums += now_a.to(tl.float32) * a_x[None, :]
         low_sum = tl.sum(sums, 1)
         if NORM:
