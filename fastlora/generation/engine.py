@@ -99,7 +99,8 @@ class Engine:
             like = self.model.base["norm"]
             self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
             # Attention's kernel reads the indices of a row's own tokens only.
-            short = None in self._kernels(1).layers
+            kernels = self._kernels(1)
+            short = not kernels.triton or None in kernels.layers
             config = self.model.spec.config
             self.cache = Cache(config, like, slots, max_length, short=short)
             self.table = rope_table(self.model, self.cache.length)

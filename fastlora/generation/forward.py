@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_map
 from fastlora.generation.cache import Cache
 from fastlora.generation.kernel_layer import (
     StepKernels,
-    prompt_heads,
-    rest_of_prompt_layer,
+    product_heads,
+    rest_by_products,
     run_kernel_layer,
 )
 from fastlora.generation.prepare import PreparedModel
@@ -81,19 +81,12 @@ def prefill(
     masks = attention_masks(spec, x, None, None, model.layers[0].spec.fused)
     rows = cache.rows(slots)
     for i, layer in enumerate(model.layers):
-        kernel = kernels.layers[i]
-        if kernel is not None:
-            q, k, v = prompt_heads(x, kernel, cos, sin)
-        else:
-            q, k, v = _queries_keys_values(model, i, x, cos, sin, adapter_ids)
+        q, k, v = _queries_keys_values(model, i, kernels, x, cos, sin, adapter_ids)
         cache.write(i, rows, k, v)
         if i + 1 == len(model.layers):  # of the last layer only keys and values are needed
             return
         heads = rotated_attention(q, k, v, masks[layer.attention_type], layer.spec)
-        if kernel is not None:
-            x = rest_of_prompt_layer(x, heads, kernel)
-        else:
-            x = _rest_of_layer(model, i, x, heads, adapter_ids)
+        x = _rest_of_layer(model, i, kernels, x, heads, adapter_ids)
 
 
 def decode(
@@ -121,30 +114,43 @@ def decode(
         end: no row has more than `end` tokens, the new one included.
     """
     b, rows = token.shape[0], torch.arange(token.shape[0], device=token.device)
-    if kernels.ends and table is not None and _plain_embedding(model):
-        embedding = model.base["embed_tokens"]
-        inputs = step_inputs(token, lengths, embedding, *table, kernels="triton")
-        x, cos, sin = inputs.x[:, None], inputs.cos, inputs.sin
-    else:
-        x = _embed(model, token[:, None], adapter_ids)
-        cos, sin = _angles(model, lengths, table, x.dtype)
-    masks = _decode_masks(model, lengths, end) if None in kernels.layers else {}
+    x, cos, sin = _inputs(model, token, lengths, adapter_ids, table, kernels)
+    by_kernels = kernels.triton and None not in kernels.layers
+    masks = {} if by_kernels else _decode_masks(model, lengths, end)
     for i, layer in enumerate(model.layers):
         k_cache, v_cache = cache.k[i], cache.v[i]
         if b < cache.slots:
             k_cache, v_cache = k_cache[:b], v_cache[:b]
-        if (kernel := kernels.layers[i]) is not None:
+        kernel, angles = kernels.layers[i], (cos[:, None], sin[:, None])
+        if kernel is not None and kernels.triton:
             x = run_kernel_layer(x[:, 0], kernel, cos, sin, k_cache, v_cache, lengths)[:, None]
             continue
-        q, k, v = _queries_keys_values(model, i, x, cos[:, None], sin[:, None], adapter_ids)
+        q, k, v = _queries_keys_values(model, i, kernels, x, *angles, adapter_ids)
         k_cache[rows, :, lengths] = k[:, :, 0]
         v_cache[rows, :, lengths] = v[:, :, 0]
         mask = masks[layer.attention_type]
         heads = _one_query(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
-        x = _rest_of_layer(model, i, x, heads, adapter_ids)
+        x = _rest_of_layer(model, i, kernels, x, heads, adapter_ids)
     if kernels.head is not None:
         return decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")[0]
     return _logits(model, x[:, 0], adapter_ids)
+
+
+def _inputs(
+    model: PreparedModel,
+    token: Int[Tensor, "b"],
+    lengths: Int[Tensor, "b"],
+    adapter_ids: Int[Tensor, "b"],
+    table: RopeTable | None,
+    kernels: StepKernels,
+) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
+    """What the first layer of a step reads: the embeddings, and the angles of the positions."""
+    if kernels.triton and table is not None and _plain_embedding(model):
+        embedding = model.base["embed_tokens"]
+        inputs = step_inputs(token, lengths, embedding, *table, kernels="triton")
+        return inputs.x[:, None], inputs.cos, inputs.sin
+    x = _embed(model, token[:, None], adapter_ids)
+    return x, *_angles(model, lengths, table, x.dtype)
 
 
 def _plain_embedding(model: PreparedModel) -> bool:
@@ -231,11 +237,14 @@ def _logits(
 def _queries_keys_values(
     model: PreparedModel,
     i: int,
+    kernels: StepKernels,
     x: Float[Tensor, "b t d"],
     cos: Float[Tensor, "b t hd"],
     sin: Float[Tensor, "b t hd"],
     adapter_ids: Int[Tensor, "b"],
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if (prepared := kernels.layers[i]) is not None:
+        return product_heads(x, prepared, cos, sin)
     spec = model.layers[i].spec
     run = lambda params, adapter, x, cos, sin: queries_keys_values(
         x, params, adapter, cos, sin, spec, None
@@ -246,11 +255,14 @@ def _queries_keys_values(
 def _rest_of_layer(
     model: PreparedModel,
     i: int,
+    kernels: StepKernels,
     x: Float[Tensor, "b t d"],
     heads: Float[Tensor, "b h t hd"],
     adapter_ids: Int[Tensor, "b"],
 ) -> Float[Tensor, "b t d"]:
     """The layer's output, from its input and attention's result."""
+    if (prepared := kernels.layers[i]) is not None:
+        return rest_by_products(x, heads, prepared)
     spec = model.layers[i].spec
     # The loop over experts, which waits for the GPU, is the faster form on the CPU and in prefill.
     wait = model.stack_size is not None or not x.is_cuda or x.shape[1] > 1

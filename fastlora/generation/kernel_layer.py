@@ -1,9 +1,9 @@
 """One decoder layer of generation through the operations of ops/decode.
 
 A dense layer has four launches around attention: RMSNorm and q, k, v; o and the residual; RMSNorm,
-gate, up and SwiGLU; down and the residual. `kernel_layer` prepares the tensors once, and the
-tokens of prompts go through the same products. It returns None for layers that the kernels do not
-support, which forward.py runs in plain torch.
+gate, up and SwiGLU; down and the residual. `kernel_layer` prepares the tensors once. The tokens of
+prompts, and a step without Triton, go through the same products in torch. It returns None for
+layers that the kernels do not support, which forward.py runs as training does.
 """
 
 from typing import NamedTuple
@@ -37,11 +37,13 @@ class KernelLayer(NamedTuple):
 
 
 class StepKernels(NamedTuple):
-    """What of a decode step runs through the kernels. None: plain torch."""
+    """What of a decode step is prepared. None: not supported."""
 
     layers: tuple[KernelLayer | None, ...]
     head: Product | None  # the final norm and the logits
-    ends: bool = False  # whether the step's ends do (ops/decode/next_token.py)
+    # Whether Triton runs the layers, the head and the step's ends (ops/decode/next_token.py). If it
+    # does not, torch runs the layers' products.
+    triton: bool = False
 
 
 def step_kernels(model: PreparedModel, b: int) -> StepKernels:
@@ -50,14 +52,16 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     Nothing runs through the kernels if `b` is above 64 or the model's spec keeps to plain torch.
     """
     layers, base, config = model.layers, model.base, model.spec.config
-    if not layers[0].spec.fused or b > MAX_BATCH:
-        return StepKernels((None,) * len(layers), None)
-    made = tuple(kernel_layer(layer, b, config.sliding_window) for layer in layers)
+    triton = layers[0].spec.fused and b <= MAX_BATCH
+    # torch's products take any number of rows.
+    made = tuple(kernel_layer(layer, b if triton else 1, config.sliding_window) for layer in layers)
+    if not triton:
+        return StepKernels(made, None)
     logits = None
     # A head with LoRA, trained rows or fake quantisation runs in plain torch.
     if model.head is not None and model.head.keys() == {"weight"} and not model.spec.qat_scheme:
         logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
-    return StepKernels(made, logits, ends=True)
+    return StepKernels(made, logits, triton=True)
 
 
 def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> KernelLayer | None:
@@ -143,13 +147,13 @@ def run_kernel_layer(
     return x
 
 
-def prompt_heads(
+def product_heads(
     x: Float[Tensor, "b t d"],
     layer: KernelLayer,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
 ) -> Heads:
-    """Rotated q, k and v of the tokens of prompts, as `queries_keys_values` returns them."""
+    """Rotated q, k and v of any tokens, as `queries_keys_values` returns them."""
     (b, t, _), params, spec = x.shape, layer.source.params, layer.source.spec
     q, k, v = (y.view(b, t, -1, spec.head_dim) for y in prompt_product(x.flatten(0, 1), layer.qkv))
     if "q_norm" in params:
@@ -159,15 +163,17 @@ def prompt_heads(
     return (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v) if spec.rope else (q, k, v)
 
 
-def rest_of_prompt_layer(
+def rest_by_products(
     x: Float[Tensor, "b t d"], heads: Float[Tensor, "b h t hd"], layer: KernelLayer
 ) -> Float[Tensor, "b t d"]:
-    """The layer's output for the tokens of prompts, from its input and attention's result."""
+    """The layer's output for any tokens, from its input and attention's result."""
     shape, params, spec = x.shape, layer.source.params, layer.source.spec
     merged = heads.transpose(1, 2).reshape(-1, spec.num_attention_heads * spec.head_dim)
     (flat,) = prompt_product(merged, layer.o, x.flatten(0, 1))
     if layer.gate_up is None or layer.down is None:
-        return mlp_block(flat.view(shape), params, layer.source.adapter, spec, None)
+        # Experts: of a step without a synchronisation, which a CUDA graph can record.
+        wait = shape[1] > 1 or not x.is_cuda
+        return mlp_block(flat.view(shape), params, layer.source.adapter, spec, None, wait=wait)
     (hidden,) = prompt_product(flat, layer.gate_up)
     return prompt_product(hidden, layer.down, flat)[0].view(shape)
 

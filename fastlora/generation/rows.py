@@ -144,7 +144,7 @@ def step(
     own = TokenRows(
         token, lengths, made, limit, running, stop, rows.report[..., :b], used(rows.cursor)
     )
-    which = "triton" if kernels.ends else "torch"
+    which = "triton" if kernels.triton else "torch"
     take_tokens(logits, own, candidates, logprobs=variant.logprobs, kernels=which)
     if variant.penalty and seen is not None:
         seen.scatter_(1, token[:, None], True)

@@ -139,6 +139,6 @@ def test_unsupported_layers_are_left_to_plain_torch(pair, quantised_folder):
         made = prepare(model)
         assert kernels_of(made, 1).layers == plain_step(made).layers
     model = prepare(plain)
-    assert kernels_of(model, 65) == plain_step(model)
+    assert kernels_of(model, 64).triton and not kernels_of(model, 65).triton
     assert kernel_layer(model.layers[0], 65) is None
     assert kernel_layer(prepare(pair("mistral").model).layers[0], 1) is None  # no window given
