@@ -14,9 +14,10 @@ A run, from a checkpoint to an adapter on disk:
 reads an adapter; `combine`, `disable`, `merge` and `quantize` make another model of one.
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
+`losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
 """
 
-from fastlora import functional
+from fastlora import functional, losses
 from fastlora.adapters.create import lora
 from fastlora.adapters.edits.combining import combine, disable
 from fastlora.adapters.edits.merging import merge
@@ -50,6 +51,7 @@ __all__ = [
     "load",
     "load_adapter",
     "lora",
+    "losses",
     "merge",
     "plan",
     "quantize",

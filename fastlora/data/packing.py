@@ -4,9 +4,9 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int
 
-from fastlora.data.examples import Example, Packed
+from fastlora.data.examples import ID_TYPE, Example, Packed
 from fastlora.errors import raise_problems
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
@@ -63,6 +63,6 @@ def _packed(documents: Sequence[Example], length: int, pad_token_id: int) -> Pac
     )
 
 
-def padded_to(values: np.ndarray, length: int, fill: int) -> Int64[np.ndarray, "t"]:
-    """`values`, padded on the right with `fill` to a length."""
-    return np.pad(values, (0, length - len(values)), constant_values=fill).astype(np.int64)
+def padded_to(values: np.ndarray, length: int, fill: int) -> Int[np.ndarray, "t"]:
+    """`values` in int32, padded on the right with `fill` to a length."""
+    return np.pad(values, (0, length - len(values)), constant_values=fill).astype(ID_TYPE)

@@ -1,7 +1,8 @@
 """History: the figures of every step of a run, and those that the progress bar shows."""
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ import torch
 from fastlora.arguments import Rule, describe, number, setting, setting_problems, whole_number
 from fastlora.errors import raise_problems
 from fastlora.models.state import Batch
+from fastlora.training.logging.figures import draw
 
 Record = dict[str, Any]  # the figures of one step, with which `log` is called
 
-# What every record holds. A step after which eval_data was evaluated has an "eval_loss" too.
+# What every record must hold. It has "eval_loss" after an evaluation, and norms by group such as
+# "grad_norm/A" and "update_norm/B", which checkpoints of older versions lack.
 _RECORD_RULES: dict[str, Rule] = {
     "step": whole_number(1, 2**63),
     "loss": number(),
@@ -82,6 +85,19 @@ class History:
             eval_steps=tuple(record["step"] for record in evaluated),
             eval_losses=tuple(record["eval_loss"] for record in evaluated),
         )
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of the loss, the learning rate, the throughput and the gradient's norm.
+
+        Args:
+            path: the file; its ending gives the format: .png, .svg, .pdf, ... An existing one is
+                replaced.
+
+        Raises:
+            ValueError: `path` is not a path, its ending no format, or the history is empty.
+            ModuleNotFoundError: matplotlib is not installed (extra `plots`).
+        """
+        draw(path, {"run": asdict(self)})
 
 
 def record_problems(records: Any, *, from_first_step: bool = False) -> list[str]:

@@ -12,16 +12,22 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.errors import raise_problems
+from fastlora.losses.objectives import loss_identity
 from fastlora.models.names import projection_path, tensors_from_base
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
+from fastlora.training.custom_optimizer import optimizer_identity
 from fastlora.training.run import Run, Sequences
+from fastlora.training.schedules import schedule_identity
 
 # Elements of each base tensor that are hashed, evenly spread, besides the sum over all of them.
 _SAMPLES = 256
 
 _SUM_ELEMENTS = 2**24  # added up at a time: 128 MiB as int64
+
+# Settings that choose which steps are evaluated and saved. They change no step.
+_WATCHING = ("eval_every", "save_every", "keep", "keep_best", "early_stopping")
 
 # Whole numbers of the size of an element, to add up its bits.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,17 +40,23 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
     change it by rounding only, so users may change them. The keys are part of the file format.
     """
     lora, adapter = require_adapter(model)
-    settings = asdict(run.settings)
+    settings = {f.name: getattr(run.settings, f.name) for f in fields(run.settings)}
     # max_steps and num_epochs count by the number of steps that they lead to, which is below.
-    for name in ("max_steps", "num_epochs", "eval_every", "save_every"):
+    for name in ("max_steps", "num_epochs", *_WATCHING):
         del settings[name]
     settings["max_grad_norm"] = run.settings.max_grad_norm or None  # 0 and None mean the same
+    settings["lr_scheduler"] = schedule_identity(run.settings.lr_scheduler, run.steps)
+    settings["loss"] = loss_identity(run.settings.loss)
+    if not isinstance(run.settings.optimizer, str):
+        settings["optimizer"] = optimizer_identity(run.settings.optimizer)
+    for name in ("learning_rates", "lr_scheduler_kwargs"):  # an empty dict means the same as None
+        settings[name] = dict(settings[name]) if settings[name] else None
     # With a constant rate and no warm-up, a step does not depend on the length of the run: such a
     # run may be extended.
     constant = run.settings.lr_scheduler == "constant" and not run.settings.warmup_ratio
     identity = settings | {
         "steps of the whole run": None if constant else run.steps,
-        "hash of the training data": _hash_sequences(run.sequences),
+        "hash of the training data": hash_sequences(run.sequences),
         "hash of the base model": _hash_base(model),
         "base dtype": str(model.base["norm"].dtype),
         "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(adapter)}),
@@ -106,7 +118,8 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
     ]
 
 
-def _hash_sequences(sequences: Sequences) -> str:
+def hash_sequences(sequences: Sequences) -> str:
+    """A fingerprint of encoded data: 16 hexadecimal digits of a SHA-256."""
     digest = hashlib.sha256()
     for sequence in sequences:
         for column in (getattr(sequence, field.name) for field in fields(sequence)):

@@ -1,0 +1,146 @@
+"""train(loss=...): what each loss minimises, with every way of splitting and resuming a run."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import fastlora
+from fastlora import functional as FL
+from fastlora import losses
+from fastlora.training.loop import train
+from oracles.preference_data import LABELLED, PAIRS
+from oracles.training_runs import ROWS, Killed, stop_at
+from oracles.trees import randomised, relative_error, same_bits
+
+RUN: dict[str, Any] = dict(
+    max_steps=4, batch_size=4, learning_rate=1e-2, warmup_ratio=0.0, progress=False
+)
+DATA = {"dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": LABELLED}
+
+
+@pytest.mark.parametrize("loss", DATA)
+def test_the_loss_of_preference_rows_falls(loss, model, tokenizer):
+    run = RUN | dict(max_steps=25, batch_size=7, lr_scheduler="constant")
+    trained, history = train(model, tokenizer, DATA[loss], loss=loss, **run)
+    assert history.losses[-1] < history.losses[0] - 0.05
+    assert trained.spec == model.spec
+
+
+def test_dpo_starts_at_log_2_and_raises_the_margin(model, tokenizer):
+    trained, history = train(
+        model, tokenizer, PAIRS, loss="dpo", **RUN | dict(max_steps=10, batch_size=7)
+    )
+    assert history.losses[0] == pytest.approx(torch.tensor(2.0).log().item(), rel=1e-6)
+    pairs = losses.encode_pairs(PAIRS, tokenizer, max_seq_length=64)
+    batch = next(losses.preference_batches(pairs, 7, seed=None))
+    sums = [
+        losses.row_logprobs(m.adapter, m.base, m.spec, batch)[0].chunk(2) for m in (model, trained)
+    ]
+    before, after = (chosen - rejected for chosen, rejected in sums)
+    assert (after > before).all()
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "simpo"])
+def test_only_the_product_of_batch_size_and_accumulation_counts(loss, model, tokenizer):
+    """Seven pairs in steps of four: each epoch ends in a smaller step."""
+    split = dict(batch_size=2, gradient_accumulation_steps=2)
+    whole, one = train(model, tokenizer, PAIRS, loss=loss, **RUN)
+    parts, two = train(model, tokenizer, PAIRS, loss=loss, **RUN | split)
+    assert two.losses == pytest.approx(one.losses, rel=1e-9)
+    assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-7)
+    assert relative_error(parts.adapter, whole.adapter) < 1e-6
+
+
+def test_a_function_that_is_the_supervised_loss_gives_its_bits(model, tokenizer):
+    def supervised(adapter: Any, base: Any, spec: Any, batch: Any, *, seed: Any) -> torch.Tensor:
+        return FL.loss_sum(adapter, base, spec, batch, seed=seed)[0]
+
+    results = [
+        train(model, tokenizer, ROWS, loss=loss, packing=False, **RUN)
+        for loss in ("sft", supervised)
+    ]
+    assert results[0][1].losses == results[1][1].losses
+    assert same_bits(results[0][0].adapter, results[1][0].adapter)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_dft_and_distillation_train_supervised_rows(packing, model, tokenizer):
+    teacher = model.with_adapter(randomised(model.adapter, seed=11))
+    run = RUN | dict(max_steps=30, lr_scheduler="constant", packing=packing)
+    _, dft = train(model, tokenizer, ROWS, loss="dft", **run)
+    _, sft = train(model, tokenizer, ROWS, loss="sft", **run)
+    assert dft.tokens == sft.tokens and dft.losses[0] < sft.losses[0]
+    student, history = train(
+        model, tokenizer, ROWS, loss=losses.Distill(teacher=teacher, beta=0.0), **run
+    )
+    assert history.losses[-1] < 0.5 * history.losses[0]
+    assert not same_bits(student.adapter, model.adapter)
+
+
+def test_eval_data_are_rows_of_the_same_kind_and_have_the_same_loss(model, tokenizer):
+    run = RUN | dict(max_steps=2, eval_every=1, eval_data=PAIRS[:3])
+    _, history = train(model, tokenizer, PAIRS, loss="dpo", **run)
+    assert history.eval_steps == (1, 2)
+    assert history.eval_losses[1] != pytest.approx(history.eval_losses[0], rel=1e-6)
+    assert max(history.eval_losses) < 3
+
+
+def test_the_given_model_does_not_change(model, tokenizer):
+    before = tree_map(torch.clone, model.adapter)
+    train(model, tokenizer, PAIRS, loss="dpo", **RUN)
+    assert same_bits(model.adapter, before)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_resumed_run_gives_the_same_bits(loss, model, tokenizer, tmp_path):
+    data = DATA[loss]
+    whole, one = train(model, tokenizer, data, loss=loss, **RUN)
+    run = RUN | dict(output_dir=tmp_path / "run", save_every=1)
+    with pytest.raises(Killed):
+        train(model, tokenizer, data, loss=loss, log=stop_at(2), **run)
+    resumed, two = train(model, tokenizer, data, loss=loss, resume=True, **run)
+    assert two.losses == one.losses
+    assert same_bits(resumed.adapter, whole.adapter)
+
+
+def test_another_loss_is_another_run(model, tokenizer, tmp_path):
+    run = RUN | dict(output_dir=tmp_path / "run", save_every=1)
+    with pytest.raises(Killed):
+        train(model, tokenizer, PAIRS, loss="dpo", log=stop_at(2), **run)
+    with pytest.raises(ValueError, match="loss"):
+        train(model, tokenizer, PAIRS, loss=losses.DPO(beta=0.2), resume=True, **run)
+
+
+def test_rows_of_another_kind_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="row 1: no chosen and no rejected"):
+        train(model, tokenizer, ROWS, loss="dpo", **RUN)
+    with pytest.raises(ValueError, match="row 1: no completion and no label"):
+        train(model, tokenizer, PAIRS, loss="kto", **RUN)
+    with pytest.raises(ValueError, match="eval_data"):
+        train(model, tokenizer, PAIRS, eval_data=ROWS, loss="dpo", **RUN)
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_before_the_first_step(model, tokenizer):
+    config = dataclasses.replace(model.spec.config, vocab_size=5000)
+    spec = dataclasses.replace(model.spec, config=config)
+    teacher = dataclasses.replace(model, spec=spec)
+    with pytest.raises(ValueError, match="5,000 ids"):
+        train(model, tokenizer, ROWS, loss=losses.Distill(teacher=teacher), **RUN)
+
+
+def test_a_nan_of_a_preference_loss_names_its_tensor(model, tokenizer):
+    broken = tree_map(torch.clone, model.adapter)
+    broken["layers"][0]["q_proj"].a[0, 0] = float("nan")
+    for loss in ("dpo", "kto"):
+        with pytest.raises(FloatingPointError, match=r"q_proj\.lora_A"):
+            train(model.with_adapter(broken), tokenizer, DATA[loss], loss=loss, **RUN)
+
+
+@pytest.mark.parametrize("value", ["distill", "ppo", None, 3, losses.DPO])
+def test_a_value_that_is_no_loss_is_refused_by_name(value, model, tokenizer):
+    plain: Any = getattr(fastlora.train, "__wrapped__", fastlora.train)
+    with pytest.raises(ValueError, match=r"loss=.*losses\.DPO\(beta"):
+        plain(model, tokenizer, PAIRS, loss=value, **RUN)
