@@ -7,8 +7,9 @@
 In reading order: preferences.py holds dpo, orpo, kto and simpo, policy.py dft, grpo and
 group_advantages: pure functions of log-probabilities, to be used by hand over
 `functional.token_logprobs` or `row_logprobs` (row_logprobs.py). distillation.py compares two models
-in chunks of logits. objectives.py holds the records that `train(loss=...)` takes, and
-preference_rows.py the rows and batches of DPO, ORPO, SimPO and KTO.
+in chunks of logits. objectives.py holds the records that `train(loss=...)` takes.
+preference_rows.py reads the rows of DPO, ORPO, SimPO and KTO, and preference_batches.py makes
+batches of them. README.md has an example of each loss.
 """
 
 from fastlora.losses.distillation import distill, divergence
@@ -22,11 +23,8 @@ from fastlora.losses.objectives import (
     SimPO,
 )
 from fastlora.losses.policy import dft, group_advantages, grpo
-from fastlora.losses.preference_rows import (
-    encode_labelled,
-    encode_pairs,
-    preference_batches,
-)
+from fastlora.losses.preference_batches import preference_batches
+from fastlora.losses.preference_rows import encode_labelled, encode_pairs
 from fastlora.losses.preferences import dpo, kto, orpo, simpo
 from fastlora.losses.row_logprobs import row_logprobs
 

@@ -1,13 +1,11 @@
 """DPO, ORPO, KTO, SimPO, DFT, Distill: what `train(loss=...)` minimises, with its settings.
 
-`train` takes a name ("dpo") for a loss with its default settings, one of these records, or a
-function. A step's loss is the sum of `loss_sum` over its micro-batches divided by the sum of
+A step's loss is the sum of `loss_sum` over its micro-batches divided by the sum of
 `count`, so it does not depend on how a step is split, except for KTO's baseline.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +25,7 @@ from fastlora.losses.preferences import (
     kto,
     orpo,
     simpo,
+    smoothing_problems,
 )
 from fastlora.losses.row_logprobs import batch_logprobs, row_logprobs
 from fastlora.models.input_checks import MODEL
@@ -58,7 +57,11 @@ class Objective:
     def __post_init__(self) -> None:
         """Check the settings."""
         heading = f"losses.{type(self).__name__} cannot use these arguments:"
-        raise_problems(ValueError, heading, setting_problems(self))
+        raise_problems(ValueError, heading, setting_problems(self) + self._more_problems())
+
+    def _more_problems(self) -> list[str]:
+        """Problems with settings that depend on each other."""
+        return []
 
     def loss_sum(
         self, adapter: Adapter, base: Base, spec: Spec, batch: Batch, seed: Seed
@@ -74,8 +77,14 @@ class Objective:
         """This objective with `reference="start"` replaced by the model."""
         return self
 
+    def models(self) -> dict[str, ModelState]:
+        """The other models that the loss depends on, by the names of the settings."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: x for name, x in values.items() if isinstance(x, ModelState)}
+
     def describe(self) -> str:
-        """The loss and its settings, as one line: two runs with other lines are different runs."""
+        """The loss and its settings, as one line. Two runs with different lines, or with different
+        tensors of `models`, are different runs."""
         shown = [(f.name, getattr(self, f.name)) for f in fields(self)]
         text = lambda x: repr(x) if isinstance(x, str | float | int | None) else describe(x)
         given = ", ".join(f"{name}={text(value)}" for name, value in shown)
@@ -131,6 +140,9 @@ class DPO(_WithReference):
     beta: float = setting(POSITIVE, 0.1)
     label_smoothing: float = setting(LABEL_SMOOTHING, 0.0)
     loss_type: str = setting(DPO_KINDS, "sigmoid")
+
+    def _more_problems(self) -> list[str]:
+        return smoothing_problems(self.loss_type, self.label_smoothing)
 
     def loss_sum(
         self, adapter: Adapter, base: Base, spec: Spec, batch: Batch, seed: Seed
@@ -250,80 +262,3 @@ class Distill(Objective):
     ) -> Float[Tensor, ""]:
         settings = dict(beta=self.beta, temperature=self.temperature)
         return distill(adapter, base, spec, batch, self.teacher, seed=seed, **settings)[0]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class FromFunction(Objective):
-    """A function `(adapter, base, spec, batch, *, seed)` of the user's.
-
-    It returns the sum of its losses over the trained tokens of a batch of supervised rows.
-    """
-
-    fn: Callable[..., Tensor] = setting(Rule(callable, "a function"))
-
-    def loss_sum(
-        self, adapter: Adapter, base: Base, spec: Spec, batch: Batch, seed: Seed
-    ) -> Float[Tensor, ""]:
-        return self.fn(adapter, base, spec, batch, seed=seed)
-
-    def describe(self) -> str:
-        name = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)
-        return f"function {getattr(self.fn, '__module__', None)}.{name}"
-
-
-NAMED: dict[str, type[Objective]] = {
-    "dpo": DPO, "orpo": ORPO, "kto": KTO, "simpo": SimPO, "dft": DFT,
-}  # fmt: skip
-SUPERVISED = "sft"
-
-LOSS = Rule(
-    lambda x: (
-        isinstance(x, Objective)
-        or (type(x) is str and x in (SUPERVISED, *NAMED))
-        or (callable(x) and not isinstance(x, type))
-    ),
-    f"{', '.join(map(repr, (SUPERVISED, *NAMED)))}, a record such as fastlora.losses.DPO(beta=0.2)"
-    " or losses.Distill(teacher=...), or a function",
-)
-
-
-def objective_of(loss: Any, model: ModelState) -> Objective | None:
-    """The objective that `train(loss=...)` means, for a value that `LOSS` accepts; None for "sft".
-
-    Args:
-        loss: a name, an `Objective` or a function.
-        model: the model at the start of the run, for `reference="start"`.
-    """
-    if isinstance(loss, Objective):
-        return loss.started_from(model)
-    if isinstance(loss, str):
-        return None if loss == SUPERVISED else NAMED[loss]().started_from(model)
-    return FromFunction(fn=loss)
-
-
-def loss_problems(settings: Any) -> list[str]:
-    """One line for each argument of `train` that rows with preferences cannot have.
-
-    Args:
-        settings: of `train`. For such rows train_on must be "responses", because replies are
-            compared, too_long "error", because a cut reply is another reply, and on_bad_row
-            "error".
-    """
-    loss = settings.loss
-    kind = NAMED.get(loss, Objective) if isinstance(loss, str) else type(loss)
-    if not issubclass(kind, Objective) or kind.rows == "supervised":
-        return []
-    only = {"train_on": "responses", "too_long": "error", "on_bad_row": "error"}
-    return [
-        f"{name}={describe(value)} with rows of preferences, which loss={kind.__name__.lower()!r}"
-        f" needs: expected {expected!r}"
-        for name, expected in only.items()
-        if (value := getattr(settings, name)) != expected
-    ]
-
-
-def loss_identity(loss: Any) -> str:
-    """A text that tells two losses apart, for records of runs."""
-    if isinstance(loss, str):
-        return loss if loss == SUPERVISED else NAMED[loss]().describe()
-    return (loss if isinstance(loss, Objective) else FromFunction(fn=loss)).describe()

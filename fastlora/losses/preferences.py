@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.arguments import Rule, check_arguments, number, one_of
+from fastlora.arguments import Rule, argument_problems, check_arguments, number, one_of
+from fastlora.errors import raise_problems
 
 # Shared by the records in objectives.py, so that a rule is written once.
 POSITIVE = number(above=0)
@@ -46,19 +47,21 @@ def dpo(
         ref_chosen_logps: of the reference; no gradient is needed.
         ref_rejected_logps: the same of the rejected replies.
         beta: a larger one keeps the policy closer to the reference.
-        label_smoothing: the probability, in [0, 0.5), that a label is wrong; for "sigmoid".
+        label_smoothing: the probability, in [0, 0.5), that a label is wrong; with "sigmoid" only
+            (conservative DPO of Rafailov et al.'s code, which TRL 1.16 no longer has).
         loss_type: "sigmoid" (Rafailov et al. 2023, arXiv:2305.18290), "hinge" (SLiC, Zhao et al.
             2023, arXiv:2305.10425) or "ipo" (Azar et al. 2023, arXiv:2310.12036).
 
     Raises:
         ValueError: beta, label_smoothing or loss_type has another value.
     """
-    check_arguments(
-        "losses.dpo",
-        beta=(beta, POSITIVE),
-        label_smoothing=(label_smoothing, LABEL_SMOOTHING),
-        loss_type=(loss_type, DPO_KINDS),
-    )
+    rules = {
+        "beta": (beta, POSITIVE),
+        "label_smoothing": (label_smoothing, LABEL_SMOOTHING),
+        "loss_type": (loss_type, DPO_KINDS),
+    }
+    problems = argument_problems(rules) + smoothing_problems(loss_type, label_smoothing)
+    raise_problems(ValueError, "losses.dpo cannot use these arguments:", problems)
     margin = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)
     match loss_type:
         case "sigmoid":
@@ -67,6 +70,13 @@ def dpo(
             return (1 - beta * margin).relu()
         case _:
             return (margin - 1 / (2 * beta)).square()
+
+
+def smoothing_problems(loss_type: str, label_smoothing: float) -> list[str]:
+    """One line if a kind of `dpo` would ignore label_smoothing."""
+    if loss_type == "sigmoid" or not label_smoothing:
+        return []
+    return [f"label_smoothing={label_smoothing!r}: loss_type={loss_type!r} has none; expected 0"]
 
 
 def _smoothed(logits: Float[Tensor, "b"], label_smoothing: float) -> Float[Tensor, "b"]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.errors import raise_problems
-from fastlora.losses.objectives import loss_identity
+from fastlora.losses.loss_argument import loss_identity
 from fastlora.models.names import projection_path, tensors_from_base
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
@@ -60,6 +60,7 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
         "hash of the base model": _hash_base(model),
         "base dtype": str(model.base["norm"].dtype),
         "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(adapter)}),
+        **_loss_identity(run, model),
         **_lora_identity(lora),
         **_config_identity(model),
     }
@@ -88,6 +89,18 @@ def _lora_identity(lora: LoraConfig) -> dict[str, Any]:
         "embedding and head tied": extras.tied or extras.shared_rows,
         **targets,
     }
+
+
+def _loss_identity(run: Run, model: ModelState) -> dict[str, Any]:
+    """Hashes of the other models that the loss depends on: DPO's reference, a teacher."""
+    models = {} if run.objective is None else run.objective.models()
+    hashes = {}
+    for name, other in models.items():
+        leaves = {str(i): x for i, x in enumerate(tree_leaves(other.adapter))}
+        hashes[f"hash of the loss's {name}"] = _hash_tensors(leaves)
+        if other.base is not model.base:  # else its hash is known
+            hashes[f"hash of the loss's {name}'s base"] = _hash_base(other)
+    return hashes
 
 
 def _config_identity(model: ModelState) -> dict[str, Any]:
@@ -135,8 +148,11 @@ def _hash_base(model: ModelState) -> str:
     seconds for an 8B model.
     """
     base = self_contained(model, unpark=False).base
+    return _hash_tensors(tensors_from_base(model.spec.config, base))
+
+
+def _hash_tensors(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    tensors = tensors_from_base(model.spec.config, base)
     # The order of the names, not of the tree: two trees of the same tensors are the same base.
     for name, weight in sorted(tensors.items(), key=operator.itemgetter(0)):
         for leaf in tree_leaves(weight):

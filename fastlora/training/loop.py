@@ -20,7 +20,8 @@ from fastlora.arguments import settings_from
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
 from fastlora.errors import CheckpointError
-from fastlora.losses.objectives import Objective, objective_of
+from fastlora.losses.loss_argument import objective_of
+from fastlora.losses.objectives import Objective
 from fastlora.models.state import StateT
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.checkpoint import restore_checkpoint, save_checkpoint
@@ -142,10 +143,10 @@ def train(
             the groups.
         neftune_alpha: NEFTune: uniform noise of at most alpha / sqrt(tokens * hidden_size) on the
             embedded tokens, in training only (Jain et al. 2023); 5 is common.
-        loss: "sft" (the mean of -log p), "dft", "dpo", "orpo", "simpo", "kto", a record with settings,
-            such as losses.DPO(beta=0.2) or losses.Distill(teacher=model), or a function (adapter,
-            base, spec, batch, *, seed) that returns a sum over a batch's trained tokens. "dpo",
-            "orpo" and "simpo" need rows {"prompt", "chosen", "rejected"}, "kto" {"prompt",
+        loss: "sft" (the mean of -log p), "dft", "dpo", "orpo", "simpo", "kto", a record with
+            settings, such as losses.DPO(beta=0.2) or losses.Distill(teacher=model), or a function
+            (adapter, base, spec, batch, *, seed) that returns a sum over a batch's trained tokens.
+            "dpo", "orpo" and "simpo" need rows {"prompt", "chosen", "rejected"}, "kto" {"prompt",
             "completion", "label"}; these are never packed, and batch_size counts them. The
             reference of "dpo" and "kto" is the given model, at no memory.
         packing: fill sequences of exactly `model.spec.max_seq_length` tokens with complete rows

@@ -14,12 +14,8 @@ from fastlora.data.packing import pack
 from fastlora.data.reading import read_examples
 from fastlora.data.sources import sources_of
 from fastlora.losses.objectives import Objective
-from fastlora.losses.preference_rows import (
-    Labelled,
-    Pair,
-    encode_preferences,
-    preference_batches,
-)
+from fastlora.losses.preference_batches import preference_batches
+from fastlora.losses.preference_rows import Labelled, Pair, encode_preferences
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch
 from fastlora.text.tokenizer import Tokenizer

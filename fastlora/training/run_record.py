@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from fastlora.losses.objectives import loss_identity
+from fastlora.losses.loss_argument import loss_identity
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.training.history import Record
 from fastlora.training.identity import hash_sequences

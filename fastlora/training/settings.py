@@ -30,7 +30,8 @@ from fastlora.data.row_forms import COLUMNS
 from fastlora.data.sources import DATA
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
-from fastlora.losses.objectives import LOSS, Objective, loss_problems
+from fastlora.losses.loss_argument import LOSS, loss_problems
+from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
 from fastlora import losses
-from fastlora.losses.objectives import LOSS, FromFunction, objective_of
+from fastlora.losses.loss_argument import objective_of
 from fastlora.model import Model
 from oracles import losses as papers
 from oracles.preference_data import LABELLED, PAIRS
@@ -62,9 +62,11 @@ def expected(name: str, model: Model, reference: Any, batch: dict[str, Tensor], 
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["float64", "nf4"])
 def test_sum_and_gradient_are_those_of_the_papers_from_whole_logits(
-    name, model, pairs, labelled, request
+    name, kind, model, quantised, pairs, labelled
 ):
+    model, tolerance = (model, 1e-8) if kind == "float64" else (quantised, 1e-5)
     batch = labelled if name == "kto" else pairs
     objective = objective_of(name, model)
     assert objective is not None
@@ -73,8 +75,8 @@ def test_sum_and_gradient_are_those_of_the_papers_from_whole_logits(
     value, grads = fastlora.value_and_grad(ours)(policy)
     theirs = lambda a: expected(name, model, model.adapter, batch, a).sum()
     wanted, wanted_grads = fastlora.value_and_grad(theirs)(policy)
-    torch.testing.assert_close(value, wanted, rtol=1e-8, atol=1e-8)
-    assert relative_error(grads, wanted_grads) < 1e-6
+    torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+    assert relative_error(grads, wanted_grads) < 100 * tolerance
     assert objective.count(batch) == len(expected(name, model, model.adapter, batch, policy))
 
 
@@ -96,6 +98,38 @@ def test_the_reference_shares_the_base(model):
     assert isinstance(objective, losses.DPO) and isinstance(objective.reference, Model)
     assert objective.reference.base is model.base
     assert objective.reference.adapter is model.adapter
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("reference", ["start", None, "another adapter"])
+def test_the_reference_takes_no_memory(name, reference, model, pairs, labelled):
+    """Beside the policy's forward pass, autograd keeps only some values of each row."""
+    batch = labelled if name == "kto" else pairs
+    other = model.with_adapter(randomised(model.adapter, seed=6))
+    kind = {"dpo": losses.DPO, "kto": losses.KTO}[name]
+    chosen = other if reference == "another adapter" else reference
+    objective = kind(reference=chosen).started_from(model)
+    kept = {id(x) for x in (*tree_leaves(model), *tree_leaves(other))}
+
+    def saved_bytes(fn: Any) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if id(x) not in kept:
+                sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            value = fn(tree_map(lambda x: x.detach().requires_grad_(), model.adapter))
+        assert value.requires_grad
+        return sum(sizes.values())
+
+    rows = {k: batch[k] for k in ("input_ids", "labels", "attention_mask")}
+    args = (model.base, model.spec)
+    alone = saved_bytes(lambda a: losses.row_logprobs(a, *args, rows)[0].sum())
+    loss = saved_bytes(lambda a: objective.loss_sum(a, *args, batch, None))
+    assert alone > 10_000
+    assert loss <= alone + 200 * len(rows["input_ids"])
 
 
 def test_a_policy_equal_to_its_reference_has_dpo_log_2(model, pairs):
@@ -153,6 +187,14 @@ def test_dropout_is_the_policys_alone(model, pairs):
     torch.testing.assert_close(ref, row_sums(model, model.adapter, pairs)[0])
 
 
+def test_the_base_under_a_pissa_adapter_is_the_checkpoints(base, pairs):
+    """PiSSA subtracts its start from the base; a reference without adapter must not."""
+    model = fastlora.lora(base, r=2, init_lora_weights="pissa")
+    ref, _ = losses.DPO(reference=None).reference_logprobs(model.base, model.spec, pairs)
+    wanted, _ = losses.row_logprobs(None, base.base, base.spec, pairs)
+    torch.testing.assert_close(ref, wanted)
+
+
 def test_an_objective_differentiates_under_torch_func(model, pairs):
     objective = losses.DPO(reference=None)
     fn = lambda a: objective.loss_sum(a, model.base, model.spec, pairs, None)
@@ -160,31 +202,12 @@ def test_an_objective_differentiates_under_torch_func(model, pairs):
     assert relative_error(torch.func.grad(fn)(model.adapter), grads) < 1e-8
 
 
-def test_a_name_a_record_and_a_function_are_objectives(model):
-    assert objective_of("sft", model) is None
-    assert isinstance(objective_of("simpo", model), losses.SimPO)
-    record = losses.ORPO(beta=0.3)
-    assert objective_of(record, model) is record
-    found = objective_of(FL.loss_sum, model)
-    assert isinstance(found, FromFunction) and found.describe().endswith("functional.loss_sum")
-
-
-def test_the_description_tells_settings_apart(model):
-    assert losses.DPO(beta=0.1).describe() != losses.DPO(beta=0.2).describe()
-    assert losses.DPO().describe() == losses.DPO().describe()
-    assert losses.ORPO(beta=0.3).describe() == "orpo(beta=0.3)"
-
-
-@pytest.mark.parametrize("value", ["distill", "ppo", None, 3, losses.DPO, (losses.DPO(),)])
-def test_the_rule_of_loss_refuses_everything_else(value):
-    assert not LOSS.accepts(value)
-
-
 @pytest.mark.parametrize(
     ("kind", "wrong", "message"),
     [
         (losses.DPO, dict(beta=0.0), "losses.DPO.*\n.*beta=0.0"),
         (losses.DPO, dict(loss_type="kto"), "loss_type='kto'"),
+        (losses.DPO, dict(loss_type="ipo", label_smoothing=0.1), "loss_type='ipo' has none"),
         (losses.KTO, dict(desirable_weight=-1.0), "desirable_weight"),
         (losses.SimPO, dict(cpo_alpha=-1.0), "cpo_alpha"),
     ],

@@ -1,13 +1,13 @@
-"""Preference rows: how they are read, encoded and batched, and which are refused."""
+"""Preference rows: how they are read and encoded, and which are refused."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
-import torch
 
 from fastlora.data.encoding import encode_rows
-from fastlora.losses import encode_labelled, encode_pairs, preference_batches
+from fastlora.losses import encode_labelled, encode_pairs
 from oracles.preference_data import LABELLED, PAIRS
 
 USER = {"role": "user", "content": "What is a rank?"}
@@ -35,6 +35,38 @@ def test_chats_with_and_without_a_prompt_are_the_same_rows(tokenizer):
     assert tokenizer.decode(trained) == GOOD["content"]
 
 
+def test_replies_may_have_the_forms_that_supervised_rows_have(tokenizer):
+    """ShareGPT's messages, content in parts, renamed columns, a prompt's text beside two chats."""
+    human, gpt = {"from": "human", "value": USER["content"]}, {"from": "gpt", "value": "A number."}
+    short = {"role": "assistant", "content": "A number."}
+    parts = {"role": "assistant", "content": [{"type": "text", "text": "A number."}]}
+    plain = {"prompt": [USER], "chosen": [short], "rejected": [BAD]}
+    others = [
+        {"chosen": [human, gpt], "rejected": [human, {"from": "gpt", "value": BAD["content"]}]},
+        {"prompt": USER["content"], "chosen": [USER, short], "rejected": [USER, BAD]},
+        {"prompt": [USER], "chosen": [parts], "rejected": [BAD]},
+    ]
+    wanted, *found = encode_pairs([plain, *others], tokenizer, max_seq_length=64)
+    renamed = {"question": [USER], "good": [short], "rejected": [BAD], "chosen": "unused"}
+    columns = {"prompt": "question", "chosen": "good"}
+    found += encode_pairs([renamed], tokenizer, max_seq_length=64, columns=columns)
+    for pair in found:
+        assert pair.chosen_ids.tolist() == wanted.chosen_ids.tolist()
+        assert pair.rejected_ids.tolist() == wanted.rejected_ids.tolist()
+
+
+def test_tools_reach_the_prompt(tokenizer):
+    """The demo's template shows no tools; this one does."""
+    template = tokenizer.chat_templates["default"]
+    text = "{% if tools %}{{ tools | tojson }}{% endif %}" + template.text
+    templates = {"default": template._replace(text=text)}
+    shows_tools = dataclasses.replace(tokenizer, chat_templates=templates)
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    pair = {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": tools}
+    (encoded,) = encode_pairs([pair], shows_tools, max_seq_length=128)
+    assert tokenizer.decode([*encoded.chosen_ids.tolist()]).count("look") == 1
+
+
 def test_rows_of_a_file_are_those_of_a_list(tokenizer, tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
@@ -46,45 +78,6 @@ def test_rows_of_a_file_are_those_of_a_list(tokenizer, tmp_path):
         assert np.array_equal(a.input_ids, b.input_ids)
 
 
-def test_a_batch_of_pairs_has_chosen_replies_first(tokenizer):
-    pairs = encode_pairs(PAIRS, tokenizer, max_seq_length=64)
-    first, *_, last = preference_batches(pairs, 3, seed=None)
-    assert len(first["input_ids"]) == 6 and len(last["input_ids"]) == 2
-    for i, pair in enumerate(pairs[:3]):
-        for row, ids in ((i, pair.chosen_ids), (i + 3, pair.rejected_ids)):
-            real = first["attention_mask"][row].bool()
-            assert first["input_ids"][row][real].tolist() == ids.tolist()
-            assert (first["labels"][row][~real] == -100).all()
-
-
-def test_the_order_depends_on_seed_and_epoch_and_start_leaves_batches_out(tokenizer):
-    pairs = encode_pairs(PAIRS, tokenizer, max_seq_length=64)
-    order = lambda **s: [b["input_ids"].tolist() for b in preference_batches(pairs, 2, **s)]
-    assert order(seed=1, epoch=2) == order(seed=1, epoch=2)
-    assert order(seed=1, epoch=2) != order(seed=1, epoch=3)
-    assert order(seed=1, start=2) == order(seed=1)[2:]
-
-
-def test_a_batch_of_labelled_rows_has_replies_to_other_prompts(tokenizer):
-    rows = encode_labelled(LABELLED[:3], tokenizer, max_seq_length=64)
-    (batch,) = preference_batches(rows, 8, seed=None)
-    assert batch["label"].tolist() == [int(row["label"]) for row in LABELLED[:3]]
-    for i in range(3):
-        mixed = {"prompt": LABELLED[i]["prompt"], "completion": LABELLED[(i + 1) % 3]["completion"]}
-        (example,) = encode_rows([mixed], tokenizer, max_seq_length=64)
-        real = batch["KL_attention_mask"][i].bool()
-        assert batch["KL_input_ids"][i][real].tolist() == example.input_ids.tolist()
-        assert batch["KL_labels"][i][real].tolist() == example.labels.tolist()
-
-
-def test_a_reply_to_another_prompt_is_cut_at_max_seq_length(tokenizer):
-    rows = encode_labelled(LABELLED, tokenizer, max_seq_length=64)
-    longest = max(len(row.input_ids) for row in rows)
-    for batch in preference_batches(rows, 4, seed=None, max_seq_length=longest):
-        assert batch["KL_input_ids"].shape[1] <= longest
-        assert batch["input_ids"].dtype == batch["label"].dtype == torch.int64
-
-
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -93,7 +86,12 @@ def test_a_reply_to_another_prompt_is_cut_at_max_seq_length(tokenizer):
         ({"chosen": "b", "rejected": "c"}, "no prompt"),
         ({"chosen": [USER, GOOD], "rejected": [GOOD, USER]}, "different messages"),
         ({"chosen": [USER, GOOD], "rejected": [USER]}, "the beginning of the other"),
-        ({"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}, "a text"),
+        ({"prompt": "a", "chosen": [GOOD], "rejected": [BAD]}, "prompt and chosen is a text"),
+        ({"prompt": "a", "chosen": "b", "rejected": [BAD]}, "prompt and rejected is a text"),
+        ({"prompt": "Who?", "chosen": [USER, GOOD], "rejected": [USER, BAD]}, "the prompts differ"),
+        ({"prompt": [USER], "chosen": [USER, GOOD], "rejected": [BAD]}, "chosen repeats"),
+        ({"prompt": [USER], "chosen": [GOOD], "rejected": None}, "no rejected"),
+        ({"prompt": "a", "chosen": 3, "rejected": "c"}, "prompt and chosen is a text"),
         ({"prompt": [USER], "chosen": [{}], "rejected": [BAD]}, "chosen, message 1 has no role"),
         ({"prompt": "a", "chosen": "", "rejected": "c"}, "the chosen replies.*\n.*row 2"),
         ({"prompt": "a", "chosen": "b", "rejected": "c " * 99}, "the rejected replies.*\n.*row 2"),
@@ -111,7 +109,9 @@ def test_a_bad_pair_is_refused_with_its_number(tokenizer, row, message):
         ({"prompt": "a", "completion": "b"}, "no label"),
         ({"prompt": "a", "completion": "b", "label": 2}, "label is 2"),
         ({"prompt": "a", "completion": "b", "label": "yes"}, "label is 'yes'"),
-        ({"prompt": "a", "completion": [GOOD], "label": True}, "a text"),
+        ({"prompt": "a", "completion": "b", "label": None}, "no label"),
+        ({"prompt": "a", "completion": "b", "label": 1.0}, "label is 1.0"),
+        ({"prompt": "a", "completion": [GOOD], "label": True}, "prompt and completion is a text"),
     ],
 )
 def test_a_bad_labelled_row_is_refused_with_its_number(tokenizer, row, message):
@@ -123,3 +123,27 @@ def test_no_rows_are_refused(tokenizer):
     for encode in (encode_pairs, encode_labelled):
         with pytest.raises(ValueError, match="holds no rows"):
             encode([], tokenizer, max_seq_length=32)
+
+
+def test_bad_rows_are_listed_at_once(tokenizer):
+    rows = [{"chosen": "a"}, *PAIRS, {"rejected": "b"}]
+    with pytest.raises(ValueError, match=r"row 1: no rejected(.|\n)*row 9: no chosen"):
+        encode_pairs(rows, tokenizer, max_seq_length=64)
+    long = [{"prompt": "a", "chosen": "b " * 99, "rejected": "c"}]
+    long += [{"prompt": "a", "chosen": "b", "rejected": "c " * 99}]
+    with pytest.raises(
+        ValueError, match=r"the chosen replies(.|\n)*row 1(.|\n)*rejected(.|\n)*row 2"
+    ):
+        encode_pairs(long, tokenizer, max_seq_length=64)
+
+
+def test_one_labelled_row_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="1 row with a label"):
+        encode_labelled(LABELLED[:1], tokenizer, max_seq_length=64)
+
+
+def test_weights_are_refused(tokenizer, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(PAIRS[0]) + "\n")
+    with pytest.raises(ValueError, match="weights"):
+        encode_pairs({path: 2.0}, tokenizer, max_seq_length=64)

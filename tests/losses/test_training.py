@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
 from fastlora import losses
+from fastlora.model import Model
 from fastlora.training.loop import train
 from oracles.preference_data import LABELLED, PAIRS
 from oracles.training_runs import ROWS, Killed, stop_at
@@ -19,11 +20,25 @@ RUN: dict[str, Any] = dict(
     max_steps=4, batch_size=4, learning_rate=1e-2, warmup_ratio=0.0, progress=False
 )
 DATA = {"dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": LABELLED}
+ALL = {**DATA, "dft": ROWS, "distill": ROWS}
+
+
+def loss_of(name: str, model: Model) -> Any:
+    """A value of train(loss=...)."""
+    if name != "distill":
+        return name
+    return losses.Distill(teacher=model.with_adapter(randomised(model.adapter, seed=11)))
+
+
+def with_dropout(model: Model) -> Model:
+    assert model.spec.lora is not None
+    lora = dataclasses.replace(model.spec.lora, lora_dropout=0.3)
+    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, lora=lora))
 
 
 @pytest.mark.parametrize("loss", DATA)
 def test_the_loss_of_preference_rows_falls(loss, model, tokenizer):
-    run = RUN | dict(max_steps=25, batch_size=7, lr_scheduler="constant")
+    run = RUN | dict(max_steps=12, batch_size=7, learning_rate=2e-2, lr_scheduler="constant")
     trained, history = train(model, tokenizer, DATA[loss], loss=loss, **run)
     assert history.losses[-1] < history.losses[0] - 0.05
     assert trained.spec == model.spec
@@ -69,23 +84,35 @@ def test_a_function_that_is_the_supervised_loss_gives_its_bits(model, tokenizer)
 @pytest.mark.parametrize("packing", [True, False])
 def test_dft_and_distillation_train_supervised_rows(packing, model, tokenizer):
     teacher = model.with_adapter(randomised(model.adapter, seed=11))
-    run = RUN | dict(max_steps=30, lr_scheduler="constant", packing=packing)
+    run = RUN | dict(max_steps=12, learning_rate=3e-2, lr_scheduler="constant", packing=packing)
     _, dft = train(model, tokenizer, ROWS, loss="dft", **run)
     _, sft = train(model, tokenizer, ROWS, loss="sft", **run)
     assert dft.tokens == sft.tokens and dft.losses[0] < sft.losses[0]
     student, history = train(
         model, tokenizer, ROWS, loss=losses.Distill(teacher=teacher, beta=0.0), **run
     )
-    assert history.losses[-1] < 0.5 * history.losses[0]
+    assert history.losses[-1] < 0.7 * history.losses[0]
     assert not same_bits(student.adapter, model.adapter)
 
 
-def test_eval_data_are_rows_of_the_same_kind_and_have_the_same_loss(model, tokenizer):
-    run = RUN | dict(max_steps=2, eval_every=1, eval_data=PAIRS[:3])
-    _, history = train(model, tokenizer, PAIRS, loss="dpo", **run)
+@pytest.mark.parametrize("loss", ALL)
+def test_eval_data_have_the_same_loss(loss, model, tokenizer):
+    """Without dropout; of all rows together, also if the last batch is smaller. A run of rate 0
+    over the same rows has that loss in its first step."""
+    rows = ALL[loss][:6]
+    run = dict(max_steps=2, batch_size=6, learning_rate=1e-2, warmup_ratio=0.0, progress=False)
+    run |= dict(packing=False, eval_every=1, eval_data=rows, loss=loss_of(loss, model))
+    trained, history = train(with_dropout(model), tokenizer, rows, **run)
+    again = dict(max_steps=1, learning_rate=1e-30, eval_data=None, eval_every=None)
+    if loss in ("dpo", "kto"):  # whose reference is the start of a run
+        again |= dict(loss={"dpo": losses.DPO, "kto": losses.KTO}[loss](reference=model))
+    plain = dataclasses.replace(trained, spec=model.spec)
+    _, at_the_end = train(plain, tokenizer, rows, **run | again)
+    # KTO's baseline depends on the order of the rows, DPO's loss does not.
+    close = 0.05 if loss == "kto" else 1e-6
     assert history.eval_steps == (1, 2)
+    assert history.eval_losses[1] == pytest.approx(at_the_end.losses[0], rel=close)
     assert history.eval_losses[1] != pytest.approx(history.eval_losses[0], rel=1e-6)
-    assert max(history.eval_losses) < 3
 
 
 def test_the_given_model_does_not_change(model, tokenizer):
@@ -94,16 +121,70 @@ def test_the_given_model_does_not_change(model, tokenizer):
     assert same_bits(model.adapter, before)
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ALL)
 def test_a_resumed_run_gives_the_same_bits(loss, model, tokenizer, tmp_path):
-    data = DATA[loss]
-    whole, one = train(model, tokenizer, data, loss=loss, **RUN)
-    run = RUN | dict(output_dir=tmp_path / "run", save_every=1)
+    """With dropout, and two micro-batches in a step."""
+    model, data, objective = with_dropout(model), ALL[loss], loss_of(loss, model)
+    run = RUN | dict(max_steps=3, batch_size=2, gradient_accumulation_steps=2, loss=objective)
+    whole, one = train(model, tokenizer, data, **run)
+    run |= dict(output_dir=tmp_path / "run", save_every=1)
     with pytest.raises(Killed):
-        train(model, tokenizer, data, loss=loss, log=stop_at(2), **run)
-    resumed, two = train(model, tokenizer, data, loss=loss, resume=True, **run)
+        train(model, tokenizer, data, log=stop_at(2), **run)
+    resumed, two = train(model, tokenizer, data, resume=True, **run)
     assert two.losses == one.losses
     assert same_bits(resumed.adapter, whole.adapter)
+    run |= dict(output_dir=None, save_every=None, seed=4)
+    _, other = train(model, tokenizer, data, **run)
+    assert other.losses != one.losses
+
+
+def test_another_reference_or_teacher_is_another_run(model, tokenizer, tmp_path):
+    """The start adapter is DPO's reference, and a resumed run could not know it otherwise."""
+    other = model.with_adapter(randomised(model.adapter, seed=12))
+    third = other.with_adapter(randomised(model.adapter, seed=13))
+    cases = {
+        "reference": (PAIRS, model, losses.DPO(), other, losses.DPO()),
+        "teacher": (
+            ROWS, model, losses.Distill(teacher=other), model, losses.Distill(teacher=third)
+        ),
+    }  # fmt: skip
+    for name, (data, start, loss, new_start, new_loss) in cases.items():
+        run = RUN | dict(max_steps=2, output_dir=tmp_path / name, save_every=1)
+        with pytest.raises(Killed):
+            train(start, tokenizer, data, loss=loss, log=stop_at(1), **run)
+        with pytest.raises(ValueError, match=f"hash of the loss's {name}:"):
+            train(new_start, tokenizer, data, loss=new_loss, resume=True, **run)
+
+
+@pytest.mark.parametrize("loss", ALL)
+def test_a_base_in_4_bits_is_trained_and_left_unchanged(loss, quantised, tokenizer):
+    before = [x.clone() for x in tree_leaves(quantised.base)]
+    run = RUN | dict(max_steps=8, batch_size=7, learning_rate=2e-2, lr_scheduler="constant")
+    _, history = train(quantised, tokenizer, ALL[loss], loss=loss_of(loss, quantised), **run)
+    assert history.losses[-1] < history.losses[0]
+    assert same_bits(tree_leaves(quantised.base), before)
+
+
+def test_kto_with_one_row_in_a_micro_batch_compares_with_another_prompt(model, tokenizer):
+    """Its own reply would make the baseline equal to its log-ratio, and the loss 1/2."""
+    other = losses.KTO(reference=None)
+    run = RUN | dict(max_steps=2, batch_size=1, loss=other, lr_scheduler="constant")
+    _, history = train(model, tokenizer, LABELLED, **run)
+    assert history.losses[0] != pytest.approx(0.5, abs=1e-6)
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("loss", ALL)
+def test_compiled_layers_train_as_eager_ones(loss, model, tokenizer, region_backend):
+    region_backend("aot_eager")
+    model, objective = with_dropout(model), loss_of(loss, model)
+    run = RUN | dict(max_steps=2, batch_size=2, gradient_accumulation_steps=2, loss=objective)
+    run |= dict(eval_data=ALL[loss][:3])
+    eager, one = train(model.with_spec(compile=False), tokenizer, ALL[loss], **run)
+    compiled, two = train(model.with_spec(compile=True), tokenizer, ALL[loss], **run)
+    assert two.losses == pytest.approx(one.losses, rel=1e-9)
+    assert two.eval_losses == pytest.approx(one.eval_losses, rel=1e-9)
+    assert relative_error(compiled.adapter, eager.adapter) < 1e-6
 
 
 def test_another_loss_is_another_run(model, tokenizer, tmp_path):
