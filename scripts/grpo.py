@@ -3,10 +3,11 @@
     python scripts/grpo.py                          # the demo: 5 minutes on two cores
     python scripts/grpo.py --loss-type dr_grpo --steps 50
 
-The demo's task is to describe a function. The reward is the share of the words in the function's
-name that the reply contains, times the share of the reply's words that are not repetitions; a reply
-that does not end in time gets none. A short supervised run teaches the form of a reply, then GRPO
-raises the reward. Sampling and training use the same base tensors: there is one copy of the model.
+The demo's task is to describe a function in one line. Half of the reward is for its form: a capital
+letter first, a full stop last. The other half is the share of the words in the function's name that
+the line contains, times the share of the line's words that are not repetitions. A reply that does
+not end in time gets none. A short supervised run teaches the task, then GRPO raises the reward.
+Sampling and training use the same base tensors: there is one copy of the model.
 
 Writes the adapter, rewards.json and rewards.png (with matplotlib: pip install "fastlora[plots]")
 to --output. Copy this file and change `reward`. `improve` is the whole algorithm.
@@ -58,24 +59,27 @@ class Settings:
     """Settings of a run, under the names of TRL's GRPOConfig."""
 
     loss_type: str = "dapo"
-    steps: int = 100
+    steps: int = 120
     prompts_per_step: int = 8
     num_generations: int = 8  # samples of each prompt
     num_iterations: int = 2  # updates with the same samples; from the second on, ratios are clipped
     max_completion_length: int = 24
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     beta: float = 0.0  # weight of the divergence from the model before the run
     seed: int = 3407
 
 
 def reward(prompt: Chat, reply: Completion) -> float:
-    """In [0, 1]: how many words of the function's name the reply contains, without repetitions."""
-    said = re.findall(r"[a-z]+", (reply.text or "").lower())
+    """In [0, 1]: form, and words of the function's name without repetitions; see above."""
+    text = (reply.text or "").strip()
+    said = re.findall(r"[a-z]+", text.lower())
     name = re.findall(r"(?:def|class) (\w+)", prompt[-1]["content"])[-1]
     wanted = {word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)}
     if reply.finish_reason != "stop" or not said or not wanted:
         return 0.0
-    return len(wanted & {*said}) / len(wanted) * len({*said}) / len(said)
+    form = re.fullmatch(r"[A-Z][^.\n]*\.", text) is not None
+    words = len(wanted & {*said}) / len(wanted) * len({*said}) / len(said)
+    return (form + words) / 2
 
 
 # ── the algorithm ─────────────────────────────────────────────────────────────────────────

@@ -115,17 +115,21 @@ class LiveLogits(TorchDispatchMode):
     """The largest tensor [..., v] of both passes, and the most elements of such tensors that were
     in memory at a time."""
 
-    def __init__(self, v: int) -> None:
+    def __init__(self, v: int, parameters: Any) -> None:
+        """Views of `parameters`, such as the head's, are not counted."""
         super().__init__()
         self.v, self.largest, self.most = v, 0, 0
         self._live: dict[int, int] = {}  # storage -> elements
+        self._known = {x.untyped_storage().data_ptr() for x in tree_leaves(parameters)}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):
             if isinstance(x, Tensor) and x.dim() > 1 and x.shape[-1] == self.v:
-                self.largest = max(self.largest, x.numel())
                 storage = x.untyped_storage()
+                if storage.data_ptr() in self._known:
+                    continue
+                self.largest = max(self.largest, x.numel())
                 if storage._cdata not in self._live:
                     self._live[storage._cdata] = x.numel()
                     weakref.finalize(storage, self._live.pop, storage._cdata, None)
@@ -145,7 +149,7 @@ def test_only_one_chunk_of_logits_is_held(tiny, beta, monkeypatch):
         loss = lambda a, batch=batch: losses.distill(
             a, tiny.base, tiny.spec, batch, teacher, beta=beta
         )[0]
-        with LiveLogits(v) as logits:
+        with LiveLogits(v, (tiny.base, tiny.adapter)) as logits:
             fastlora.value_and_grad(loss)(tiny.adapter)
         assert logits.largest == rows * v
         most.append(logits.most)

@@ -36,7 +36,7 @@ def row_sums(model: Model, adapter: Any, batch: dict[str, Tensor], prefix: str =
     """(sum of log p, number of tokens) of each row, from whole logits."""
     ids, labels, mask = (batch[prefix + name] for name in ("input_ids", "labels", "attention_mask"))
     logits = FL.forward(adapter, model.base, model.spec, ids, attention_mask=mask)
-    logp = logits[:, :-1].log_softmax(-1)
+    logp = logits[:, :-1].double().log_softmax(-1)
     picked = logp.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
     trained = labels[:, 1:] != -100
     return (picked * trained).sum(1), trained.sum(1)
@@ -75,7 +75,7 @@ def test_sum_and_gradient_are_those_of_the_papers_from_whole_logits(
     value, grads = fastlora.value_and_grad(ours)(policy)
     theirs = lambda a: expected(name, model, model.adapter, batch, a).sum()
     wanted, wanted_grads = fastlora.value_and_grad(theirs)(policy)
-    torch.testing.assert_close(value, wanted, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(value.double(), wanted, rtol=tolerance, atol=tolerance)
     assert relative_error(grads, wanted_grads) < 100 * tolerance
     assert objective.count(batch) == len(expected(name, model, model.adapter, batch, policy))
 

@@ -161,7 +161,8 @@ def test_a_base_in_4_bits_is_trained_and_left_unchanged(loss, quantised, tokeniz
     before = [x.clone() for x in tree_leaves(quantised.base)]
     run = RUN | dict(max_steps=8, batch_size=7, learning_rate=2e-2, lr_scheduler="constant")
     _, history = train(quantised, tokenizer, ALL[loss], loss=loss_of(loss, quantised), **run)
-    assert history.losses[-1] < history.losses[0]
+    # DFT's loss, -p log p, rises with p below 1/e.
+    assert (history.losses[-1] < history.losses[0]) != (loss == "dft")
     assert same_bits(tree_leaves(quantised.base), before)
 
 
@@ -174,17 +175,17 @@ def test_kto_with_one_row_in_a_micro_batch_compares_with_another_prompt(model, t
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("loss", ALL)
-def test_compiled_layers_train_as_eager_ones(loss, model, tokenizer, region_backend):
+def test_compiled_layers_train_as_eager_ones(model, tokenizer, region_backend):
+    """All losses in one test: they share the compiled layer."""
     region_backend("aot_eager")
-    model, objective = with_dropout(model), loss_of(loss, model)
-    run = RUN | dict(max_steps=2, batch_size=2, gradient_accumulation_steps=2, loss=objective)
-    run |= dict(eval_data=ALL[loss][:3])
-    eager, one = train(model.with_spec(compile=False), tokenizer, ALL[loss], **run)
-    compiled, two = train(model.with_spec(compile=True), tokenizer, ALL[loss], **run)
-    assert two.losses == pytest.approx(one.losses, rel=1e-9)
-    assert two.eval_losses == pytest.approx(one.eval_losses, rel=1e-9)
-    assert relative_error(compiled.adapter, eager.adapter) < 1e-6
+    model = with_dropout(model)
+    for loss, rows in ALL.items():
+        run = RUN | dict(max_steps=2, batch_size=7, packing=False, loss=loss_of(loss, model))
+        rows = rows[:7] if loss in DATA else ROWS[:7]
+        eager, one = train(model.with_spec(compile=False), tokenizer, rows, **run)
+        compiled, two = train(model.with_spec(compile=True), tokenizer, rows, **run)
+        assert two.losses == pytest.approx(one.losses, rel=1e-9), loss
+        assert relative_error(compiled.adapter, eager.adapter) < 1e-6, loss
 
 
 def test_another_loss_is_another_run(model, tokenizer, tmp_path):

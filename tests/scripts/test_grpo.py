@@ -73,14 +73,16 @@ def test_a_divergence_from_the_start_keeps_the_policy_near_it(demo):
     ("text", "reason", "wanted"),
     [
         ("Read a text file.", "stop", 1.0),
-        ("read the text", "stop", 2 / 2),
-        ("read read", "stop", 1 / 4),
+        ("read the text.", "stop", 1 / 2),
+        ("Read. The text.", "stop", 1 / 2),
+        ("A file.", "stop", 1 / 2),
+        ("Read read.", "stop", 1 / 2 + 1 / 8),
         ("a file", "stop", 0.0),
         ("Read a text", "length", 0.0),
         ("", "stop", 0.0),
     ],
 )
-def test_the_reward_is_the_share_of_words(text, reason, wanted):
+def test_the_reward_is_form_and_words(text, reason, wanted):
     reply = Completion(index=0, sample=0, ids=[], text=text, logprobs=None, finish_reason=reason)
     prompt = [{"role": "user", "content": "class A:\n  def read_text(self):"}]
     assert grpo.reward(prompt, reply) == wanted
