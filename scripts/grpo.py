@@ -44,9 +44,9 @@ Reward = Callable[[Chat, Completion], float]
 
 HELDOUT = 64  # rows of the demo that the policy is measured on
 
-# What the three papers divide rewards by, and where they clip. Two parts of DAPO are left out: its
-# dynamic sampling, which replaces prompts whose samples all have the same reward, and its penalty
-# for long replies.
+# How the three papers scale rewards, and where they clip. Two parts of DAPO are left out: its dynamic
+# sampling, which replaces prompts whose samples all have the same reward, and its penalty for long
+# replies.
 KINDS: dict[str, dict[str, Any]] = {
     "grpo": dict(scale_rewards="group", epsilon_high=0.2),
     "dr_grpo": dict(scale_rewards="none", epsilon_high=0.2),

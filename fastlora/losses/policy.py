@@ -130,7 +130,7 @@ def _divisor(
     max_completion_length: int | None,
     num_items_in_batch: int | None,
 ) -> Int[Tensor, "*b"] | int:
-    """What the loss of each token is divided by before all are added up."""
+    """The divisor of each token's loss, before all are added up."""
     match loss_type:
         case "grpo":
             return len(mask) * mask.sum(1, keepdim=True).clamp(min=1)

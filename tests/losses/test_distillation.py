@@ -158,7 +158,7 @@ def test_only_one_chunk_of_logits_is_held(tiny, beta, monkeypatch):
 
 
 def test_a_teacher_may_have_another_base(tiny, shallow):
-    """One layer instead of two; a head of its own."""
+    """One layer instead of two, and another head."""
     batch = batch_of(2, 9)
     ours = lambda a: losses.distill(a, tiny.base, tiny.spec, batch, shallow, beta=0.0)[0]
     value, grads = fastlora.value_and_grad(ours)(tiny.adapter)
