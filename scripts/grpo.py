@@ -1,6 +1,6 @@
 """Reinforcement learning (GRPO) with a reward that a program checks.
 
-    python scripts/grpo.py                          # the demo: 5 minutes on two cores
+    python scripts/grpo.py                          # the demo: 6 minutes on two cores
     python scripts/grpo.py --loss-type dr_grpo --steps 50
 
 The demo's task is to describe a function in one line. Half of the reward is for its form: a capital
@@ -44,8 +44,8 @@ Reward = Callable[[Chat, Completion], float]
 
 HELDOUT = 64  # rows of the demo that the policy is measured on
 
-# How the three papers scale rewards, and where they clip. Two parts of DAPO are left out: its dynamic
-# sampling, which replaces prompts whose samples all have the same reward, and its penalty for long
+# How the three papers scale rewards, and where they clip. Two parts of DAPO are left out: dynamic
+# sampling, which replaces prompts whose samples all have the same reward, and the penalty for long
 # replies.
 KINDS: dict[str, dict[str, Any]] = {
     "grpo": dict(scale_rewards="group", epsilon_high=0.2),

@@ -28,8 +28,8 @@ from fastlora.ops.loss.linear_cross_entropy import IGNORE, rows_per_chunk
 BETA = number(low=0, high=1)
 TEMPERATURE: Rule = number(above=0)
 
-# A chunk holds about eight float32 tensors of its logits: a quarter of the rows of the supervised
-# loss, which holds two.
+# A chunk holds up to 11 float32 tensors of its logits: a quarter of the rows of the supervised loss,
+# which holds two.
 _CHUNK_SHARE = 4
 
 
@@ -90,8 +90,9 @@ def distill(
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(sum of `divergence` over the trained tokens, their number); the teacher has no gradient.
 
-    Beyond the hidden states of both models, peak memory is one chunk of logits (about 8 float32
-    tensors of at most 2**25 elements). Under torch.func every chunk is kept.
+    Beyond the hidden states of both models, peak memory is one chunk of logits: float32 tensors of
+    at most 2**25 elements, 7 for a forward or reverse KL and 11 between them. Under torch.func
+    every chunk is kept.
 
     Args:
         adapter: the student's trained tensors; None computes the base model.

@@ -12,6 +12,8 @@ import fastlora
 from fastlora import functional as FL
 from fastlora.data.rows import read_rows
 from fastlora.generation.many import Completion
+from oracles import losses as papers
+from oracles.trees import randomised
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +28,47 @@ def odd(prompt, reply) -> float:
     return sum(i % 2 for i in reply.ids) / len(reply.ids)
 
 
-@pytest.mark.parametrize("loss_type", grpo.KINDS)
-def test_the_reward_rises(loss_type, demo):
+def test_the_reward_rises(demo):
     settings = grpo.Settings(
-        loss_type=loss_type, steps=5, prompts_per_step=2, num_generations=6,
-        max_completion_length=5, num_iterations=3, learning_rate=1e-2,
-    )  # fmt: skip
+        steps=6, prompts_per_step=2, num_generations=16, max_completion_length=4, learning_rate=1e-2
+    )
     rewards = [reward for _, reward in grpo.improve(*demo, odd, settings)]
     assert np.mean(rewards[-2:]) > rewards[0] + 0.15
+
+
+@pytest.mark.parametrize("loss_type", grpo.KINDS)
+def test_each_kind_is_the_papers(loss_type, demo):
+    """Advantages, clipping at ratios off 1, and the divergence from the start."""
+    model, tokenizer, chats = demo
+    settings = grpo.Settings(
+        loss_type=loss_type, num_generations=4, max_completion_length=5, beta=0.04
+    )
+    replies = grpo.sample(model, tokenizer, chats[:2], settings, seed=1)
+    rewards = [0.0, 1.0, 0.5, 0.0, 1.0, 0.0, 0.0, 0.0]
+    batch = grpo.policy_batch(tokenizer, chats[:2], replies, rewards, settings)
+    groups = torch.tensor(rewards).view(2, 4)
+    wanted = groups - groups.mean(1, keepdim=True)
+    if loss_type != "dr_grpo":
+        wanted = wanted / (groups.std(1, keepdim=True) + 1e-4)
+    torch.testing.assert_close(batch["advantages"], wanted.flatten())
+    policy = randomised(model.adapter, seed=2, std=0.02)
+    value = grpo.policy_loss(policy, model, batch, settings, model.adapter)
+    logps, ref = (
+        FL.token_logprobs(
+            adapter, model.base, model.spec, batch["input_ids"], batch["labels"],
+            attention_mask=batch["attention_mask"],
+        )
+        for adapter in (policy, model.adapter)
+    )  # fmt: skip
+    mask = batch["labels"] != -100
+    ratio = (logps - batch["old_logps"]).exp()[mask]
+    assert ratio.min() < 0.8 and ratio.max() > 1.28
+    expected = papers.grpo(
+        logps, batch["old_logps"], wanted.flatten(), mask, loss_type=loss_type, epsilon=0.2,
+        epsilon_high=0.28 if loss_type == "dapo" else 0.2, beta=0.04, ref_logps=ref,
+        num_items_in_batch=mask.sum(), max_completion_length=5,
+    )  # fmt: skip
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_samples_have_the_policys_log_probabilities_and_ratio_1(demo):
@@ -53,20 +88,6 @@ def test_samples_have_the_policys_log_probabilities_and_ratio_1(demo):
     torch.testing.assert_close(logps[sampled], batch["old_logps"][sampled], rtol=1e-4, atol=1e-4)
     groups = batch["advantages"].view(4, 3)
     torch.testing.assert_close(groups.sum(1), torch.zeros(4), atol=1e-5, rtol=0)
-
-
-def test_a_divergence_from_the_start_keeps_the_policy_near_it(demo):
-    moved = []
-    for beta in (0.0, 1e3):
-        settings = grpo.Settings(
-            steps=3, prompts_per_step=2, num_generations=4, max_completion_length=4,
-            num_iterations=4, learning_rate=1e-2, beta=beta,
-        )  # fmt: skip
-        *_, (last, _) = grpo.improve(*demo, odd, settings)
-        with torch.no_grad():
-            ids = torch.tensor([demo[1].encode("def f(x):")])
-            moved.append((last(ids) - demo[0](ids)).abs().max().item())
-    assert moved[1] < 0.5 * moved[0]
 
 
 @pytest.mark.parametrize(
@@ -89,12 +110,13 @@ def test_the_reward_is_form_and_words(text, reason, wanted):
 
 
 def test_the_script_runs_to_its_end(tmp_path, monkeypatch, capsys):
-    arguments = ["--steps", "2", "--warmup-steps", "2", "--output", str(tmp_path)]
+    arguments = ["--steps", "2", "--warmup-steps", "1", "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments])
     small = dict(prompts_per_step=2, num_generations=2, max_completion_length=3)
     original = grpo.Settings
     monkeypatch.setattr(grpo, "Settings", lambda **s: original(**s | small))
     monkeypatch.setattr(grpo, "HELDOUT", 2)
+    monkeypatch.setattr(grpo, "read_rows", lambda path: read_rows(path)[:32])
     grpo.main()
     written = json.loads((tmp_path / "rewards.json").read_text())
     assert len(written["rewards"]) == 2 and {*written["heldout"]} == {"before", "after"}
