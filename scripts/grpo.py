@@ -37,7 +37,6 @@ from fastlora.data.examples import make_example
 from fastlora.data.rows import read_rows
 from fastlora.generation.many import Completion
 from fastlora.text.tokenizer import Tokenizer
-from fastlora.training.logging.figures import smoothed
 
 Chat = list[dict[str, str]]
 Reward = Callable[[Chat, Completion], float]
@@ -228,7 +227,8 @@ def write_rewards(output: Path, rewards: list[float], heldout: dict[str, float])
     axes = Figure(figsize=(7, 4), layout="constrained").subplots()
     steps = range(1, len(rewards) + 1)
     axes.plot(steps, rewards, alpha=0.3, label="mean of a step's samples")
-    axes.plot(steps, smoothed(rewards), color="C0", label="smoothed")
+    recent = [np.mean(rewards[max(0, step - 10) : step]) for step in steps]
+    axes.plot(steps, recent, color="C0", label="mean of the last 10 steps")
     ends = (0, len(rewards))
     axes.plot(
         ends, [heldout["before"], heldout["after"]], "o", color="C1", label="held-out, greedy"

@@ -28,8 +28,8 @@ from fastlora.ops.loss.linear_cross_entropy import IGNORE, rows_per_chunk
 BETA = number(low=0, high=1)
 TEMPERATURE: Rule = number(above=0)
 
-# A chunk holds up to 11 float32 tensors of its logits: a quarter of the rows of the supervised loss,
-# which holds two.
+# A chunk takes up to 11 float32 tensors of its logits, so it has a quarter of the rows of the
+# supervised loss, which takes two.
 _CHUNK_SHARE = 4
 
 
