@@ -58,12 +58,14 @@ def test_dpo_starts_at_log_2_and_raises_the_margin(model, tokenizer):
     assert (after > before).all()
 
 
-@pytest.mark.parametrize("loss", ["dpo", "orpo", "simpo"])
+@pytest.mark.parametrize("loss", sorted(ALL.keys() - {"kto"}))
 def test_only_the_product_of_batch_size_and_accumulation_counts(loss, model, tokenizer):
-    """Seven pairs in steps of four: each epoch ends in a smaller step."""
+    """Seven rows in steps of four: each epoch ends in a smaller step. KTO's baseline is estimated
+    from each micro-batch."""
+    rows, run = ALL[loss][:7], RUN | dict(packing=False, loss=loss_of(loss, model))
     split = dict(batch_size=2, gradient_accumulation_steps=2)
-    whole, one = train(model, tokenizer, PAIRS, loss=loss, **RUN)
-    parts, two = train(model, tokenizer, PAIRS, loss=loss, **RUN | split)
+    whole, one = train(model, tokenizer, rows, **run)
+    parts, two = train(model, tokenizer, rows, **run | split)
     assert two.losses == pytest.approx(one.losses, rel=1e-9)
     assert two.grad_norms == pytest.approx(one.grad_norms, rel=1e-7)
     assert relative_error(parts.adapter, whole.adapter) < 1e-6
@@ -79,6 +81,34 @@ def test_a_function_that_is_the_supervised_loss_gives_its_bits(model, tokenizer)
     ]
     assert results[0][1].losses == results[1][1].losses
     assert same_bits(results[0][0].adapter, results[1][0].adapter)
+
+
+@pytest.mark.parametrize("loss", ["dft", "distill"])
+def test_packed_and_padded_rows_have_the_same_loss(loss, model, tokenizer):
+    run = RUN | dict(max_steps=1, batch_size=16, loss=loss_of(loss, model))
+    packed, padded = (
+        train(model, tokenizer, ROWS, packing=packing, **run) for packing in (True, False)
+    )
+    assert packed[1].losses == pytest.approx(padded[1].losses, rel=1e-9)
+    assert relative_error(packed[0].adapter, padded[0].adapter) < 1e-6
+
+
+class Margin(losses.Objective):
+    """A user's loss of pairs: minus the difference of log-probabilities."""
+
+    rows = "pairs"
+
+    def loss_sum(self, adapter, base, spec, batch, seed):
+        chosen, rejected = losses.row_logprobs(adapter, base, spec, batch, seed=seed)[0].chunk(2)
+        return (rejected - chosen).sum()
+
+    def count(self, batch):
+        return len(batch["input_ids"]) // 2
+
+
+def test_a_users_record_trains_pairs(model, tokenizer):
+    _, history = train(model, tokenizer, PAIRS, loss=Margin(), **RUN | dict(batch_size=7))
+    assert history.losses[-1] < history.losses[0] - 1
 
 
 @pytest.mark.parametrize("packing", [True, False])
