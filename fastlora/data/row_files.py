@@ -10,7 +10,7 @@ from fastlora.checkpoints.file_bytes import check_size, read_bytes
 from fastlora.checkpoints.tensors import first_line, unique_names
 from fastlora.errors import CheckpointError, raise_problems
 
-_MAX_FILE_BYTES = 16 * 2**30  # encoded rows are held in memory
+_MAX_FILE_BYTES = 2**44  # larger ones are streamed long before (lanes.py)
 _MAX_LINE_BYTES = 256 * 2**20  # of one row; bounds what is read of a file without line feeds
 _MAX_DOCUMENT_BYTES = 4 * 2**30  # a .json file is parsed as one value, its text beside it
 _MAX_SHOWN_CHARS = 60
