@@ -56,15 +56,14 @@ def read_cache(key: str, name: str) -> Encoded | None:
     """
     path = cache_folder() / f"{key}.rows"
     try:
-        encoded = _read(path, name)
-    except FileNotFoundError:
+        return _read(path, name)
+    except OSError:  # there is none; if the folder cannot be used, writing will say so
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         warnings.warn(
             f"{path} is damaged and not used; the rows are encoded again ({error})", stacklevel=3
         )
         return None
-    return encoded
 
 
 def write_cache(key: str, encoded: Encoded) -> None:

@@ -89,7 +89,7 @@ class Lane:
             if hasattr(source.iterable, "set_epoch"):  # a Hugging Face stream that shuffles
                 source.iterable.set_epoch(number)
         return chain.from_iterable(
-            _in_order(source, draw).rows(skip_unreadable=self.skip_unreadable)
+            _in_order(source, draw).rows(skip_unreadable=self.skip_unreadable, streamed=True)
             for source in self.sources
         )
 

@@ -41,8 +41,9 @@ from fastlora.training.output_folder import (
     refuse_to_overwrite,
     run_bytes,
 )
+from fastlora.training.positions import figures, finish_stream, with_position
 from fastlora.training.recovery import kept_on_failure
-from fastlora.training.run import DATA_POSITION, Run, prepare_run
+from fastlora.training.run import Run, prepare_run
 from fastlora.training.run_record import json_settings, run_record
 from fastlora.training.schedules import Schedule
 from fastlora.training.settings import Settings, check_train_arguments
@@ -219,11 +220,11 @@ def train(
     folder = None if output_dir is None else Path(output_dir)
 
     with output_lock(folder), ExitStack() as after:
-        # Every row is encoded before the first step, so a bad row is reported within seconds. Of data
-        # that are streamed, the first block.
+        # Every row is encoded before the first step, so a bad row is reported within seconds. Of
+        # data that are streamed, it is the first block.
         objective = objective_of(loss, model)
         run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
-        after.callback(_finish_stream, run, folder)
+        after.callback(finish_stream, run, folder)
         learner = make_learner(model, settings, objective)
         checkpoint = checkpoint_to_resume(resume, folder)
         # Training changes none of it, so it is computed once for all checkpoints.
@@ -241,7 +242,7 @@ def train(
         if settings.keep_best:
             best.read(learner, records, checkpoint)
         stop = StopRequest()
-        info = RunInfo(folder, tuple(map(_figures, records)), json_settings(settings))
+        info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings))
         with stop.listening(), kept_on_failure(folder, learner, records, identity, stop):
             with open_log(log, info) as write:
                 _run_steps(run, learner, records, identity, folder, stop, best, write, progress)
@@ -290,43 +291,20 @@ def _run_steps(
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = perf_counter() - started
-            records.append(_with_position(record, run, records))
+            records.append(with_position(record, run, records))
             ends = _evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
                 device = learner.model.base["norm"].device
                 bar.set_postfix(progress_figures(record, micro_batches, device), refresh=False)
             bar.update()
             # Last, so that an error in the user's function finds the step's checkpoint written.
-            log(_figures(record))
+            log(figures(record))
             if ends:
                 break
             if stop.signal is not None:
                 raise stop.error()
             # Evaluation, saving and log are not counted; the next step's batch is.
             started = perf_counter()
-
-
-def _with_position(record: Record, run: Run, records: list[Record]) -> Record:
-    """The record with the place in the data from which a run that resumes reads on.
-
-    Only the last record has it.
-    """
-    if run.stream is not None:
-        record[DATA_POSITION] = run.stream.position
-        if records:
-            records[-1].pop(DATA_POSITION, None)
-    return record
-
-
-def _figures(record: Record) -> Record:
-    return {name: figure for name, figure in record.items() if name != DATA_POSITION}
-
-
-def _finish_stream(run: Run, folder: Path | None) -> None:
-    """End the threads of data that were streamed, and report what was left out of them."""
-    if run.stream is not None:
-        run.stream.close()
-        report([*run.left_out, run.stream.left_out], folder)
 
 
 def _evaluate_and_save(
