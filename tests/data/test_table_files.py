@@ -13,7 +13,6 @@ from fastlora.data.rows import read_rows
 from fastlora.data.sources import sources_of
 from fastlora.errors import CheckpointError
 
-
 ROWS = [
     {"prompt": 'a,\n"b"', "completion": " straße 🙂", "n": "007"},
     {"prompt": "", "completion": "NULL", "n": "1.50"},
