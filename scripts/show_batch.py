@@ -151,8 +151,9 @@ def packed_batch(arguments: argparse.Namespace) -> list[list[Document]]:
     report([left_out], None)
     sequences = pack(examples, length, pad_token_id=tokenizer.pad_token_id)
     batch = next(batches(sequences, arguments.sequences, seed=arguments.seed))
-    columns = (batch[name].numpy() for name in ("input_ids", "labels", "segment_ids"))
-    return [documents(*row, tokenizer) for row in zip(*columns, strict=True)]
+    ids, labels, segments = (batch[x].numpy() for x in ("input_ids", "labels", "segment_ids"))
+    rows = zip(ids, labels, segments, strict=True)
+    return [documents(i, trained, s, tokenizer) for i, trained, s in rows]
 
 
 def main() -> None:

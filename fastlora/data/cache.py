@@ -138,7 +138,7 @@ def _read(path: Path, name: str) -> Encoded:
     body = np.memmap(path, dtype=ID_TYPE, mode="r", offset=start)
     digest = hashlib.sha256()
     for first in range(0, len(body), _BLOCK_BYTES):
-        digest.update(body[first : first + _BLOCK_BYTES])
+        digest.update(body[first : first + _BLOCK_BYTES].data)
     if digest.hexdigest() != header["sha256"]:
         raise ValueError("its content is not what was written")
     ends = np.cumsum(body[:count], dtype=np.int64)

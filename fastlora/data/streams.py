@@ -44,7 +44,8 @@ _LEAST_SEQUENCES = 64
 
 _REFRESH_SECONDS = 0.1
 
-_Batches = Callable[..., Iterator[dict[str, Tensor]]]
+_Batch = Mapping[str, Tensor]
+_Batches = Callable[..., Iterator[_Batch]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,7 +107,7 @@ class Stream:
 
     def steps(
         self, position: Any, batch_size: int, micro_batches: int, batches: _Batches
-    ) -> Generator[list[dict[str, Tensor]], None, None]:
+    ) -> Generator[list[_Batch], None, None]:
         """Without end, the micro-batches of each step behind a position; None is the beginning.
 
         Raises:

@@ -20,7 +20,7 @@ from queue import Empty, SimpleQueue
 from subprocess import PIPE
 from threading import Lock
 from time import perf_counter
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from fastlora.data.row_chunks import Chunk, EncodedRow, encode_chunk
 from fastlora.data.row_steps import RowContext
@@ -111,6 +111,8 @@ class _Pool:
     def close(self) -> None:
         """End the processes. Rows that are being encoded are lost."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             for process in self._processes:
                 process.kill()
@@ -138,7 +140,8 @@ class _Pool:
         except _FAILURES as error:
             self._lost(error)
         else:
-            self.size += 1
+            with self._lock:
+                self.size += 1
             self._idle.put(process)
 
     def _encode(self, rows: list[Any]) -> list[EncodedRow]:
@@ -152,7 +155,8 @@ class _Pool:
                 answer = _ask(process, data)
                 self._idle.put(process)
             except _FAILURES as error:
-                self.size -= 1
+                with self._lock:
+                    self.size -= 1
                 self._lost(error)
         if isinstance(answer, list) or self._closed:
             return answer or []
@@ -178,6 +182,5 @@ class _Pool:
 
 def _ask(process: Process, data: bytes) -> Any:
     """The answer to a message."""
-    assert process.stdin is not None and process.stdout is not None
-    send_pickle(process.stdin, data)
-    return receive(process.stdout)
+    send_pickle(cast(BinaryIO, process.stdin), data)
+    return receive(cast(BinaryIO, process.stdout))

