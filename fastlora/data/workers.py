@@ -26,8 +26,8 @@ from fastlora.data.row_chunks import Chunk, EncodedRow, encode_chunk
 from fastlora.data.row_steps import RowContext
 from fastlora.data.worker_process import main, receive, send_pickle
 
-# A worker needs about as long to start, because it imports torch.
-START_AFTER_SECONDS = 3.0
+# A worker takes two to four seconds of its core to start, because it imports torch.
+START_AFTER_SECONDS = 5.0
 
 _MOST_WORKERS = 16  # each takes about 250 MB, part of it shared
 
