@@ -2,7 +2,7 @@
 
     rows        of all lanes, drawn by weight, in chunks (lanes.py)
     examples    encoded in chunks, in order (encoding.py)
-    block       consecutive chunks with about two million tokens: packed by best fit, and shuffled
+    block       consecutive chunks with about a million tokens: packed by best fit, and shuffled
     batches     of consecutive sequences; a batch may reach into the next block
 
 A thread makes the next block while the steps use the present one. A block depends on the seed and
@@ -36,8 +36,8 @@ from fastlora.data.sources import Source
 from fastlora.errors import CheckpointError
 
 # Tokens that are shuffled and packed together: the buffer of the shuffling and the window of the
-# packing. 16 bytes of memory each.
-BLOCK_TOKENS = 2**21
+# packing. Two blocks are in memory: a run must not grow by more than 20 MB.
+BLOCK_TOKENS = 2**20
 
 # A block has at least as many full sequences, so that best fit has a choice.
 _LEAST_SEQUENCES = 64

@@ -110,7 +110,7 @@ def train(
             epoch over weighted sources has as many examples as they have together: sources with
             fewer than their share are repeated, and of the others a sample is drawn with `seed`.
             A Hugging Face stream (IterableDataset) and files of more than 8 GiB are streamed: read,
-            shuffled and packed in blocks of two million tokens, in the background. They need
+            shuffled and packed in blocks of a million tokens, in the background. They need
             max_steps; bad rows are then reported when they are reached, and a run that resumes
             reads on behind the last row that was used. Other data are encoded before the first
             step, and cached in ~/.cache/fastlora (8 bytes a token; may be deleted at any time).
