@@ -3,7 +3,7 @@
 90 steps, and memory only; with --full 2,000, and blocks of a stream of the full size.
 """
 
-from itertools import chain, repeat
+from itertools import chain, pairwise, repeat
 from statistics import median
 from time import perf_counter
 
@@ -61,5 +61,5 @@ def test_memory_is_flat_and_speed_steady(model, tokenizer, source, request, monk
     # A leak grows in each fifth of the steps; the allocator's blocks come now and then.
     fifth = (steps - warm) // 5
     parts = memory[warm::fifth]
-    assert min(b - a for a, b in zip(parts, parts[1:], strict=False)) < 1
+    assert min(b - a for a, b in pairwise(parts)) < 1
     assert late < 1.5 * early or not full  # other tests may run beside the short form
