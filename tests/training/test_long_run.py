@@ -58,8 +58,8 @@ def test_memory_is_flat_and_speed_steady(model, tokenizer, source, request, monk
     print(f"{source}: {steps} steps, {grown:.1f} MB more than after step {warm};", end=" ")
     print(f"median step {early * 1e3:.2f} ms in the first half, {late * 1e3:.2f} ms in the second")
     assert grown < 20
-    # A leak grows in each fifth of the steps; the allocator's blocks come now and then.
+    # A leak grows in most fifths of the steps; the allocator's blocks come now and then.
     fifth = (steps - warm) // 5
     parts = memory[warm::fifth]
-    assert min(b - a for a, b in pairwise(parts)) < 1
+    assert median(b - a for a, b in pairwise(parts)) < 1
     assert late < 1.5 * early or not full  # other tests may run beside the short form
