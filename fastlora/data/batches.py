@@ -45,7 +45,7 @@ def batches(
         # One generator per epoch: a resumed run need not repeat the draws of earlier epochs.
         order = np.random.default_rng([seed, epoch]).permutation(order)
     for first in range(start * batch_size, len(order), batch_size):
-        chosen = [sequences[i] for i in order[first : first + batch_size]]
+        chosen = [sequences[i] for i in order[first : first + batch_size].tolist()]
         columns = _collate(chosen, pad_token_id, max_seq_length)
         yield {
             name: torch.from_numpy(np.stack(column).astype(np.int64))

@@ -2,28 +2,24 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
-from typing import Any, Literal, NamedTuple
+from contextlib import closing
+from typing import Literal, NamedTuple
 
-from fastlora.arguments import ENCODABLE_TEXT, check_arguments, one_of, whole_number
+from fastlora.arguments import check_arguments, one_of, whole_number
 from fastlora.data.examples import TRAIN_ON, Example, TrainOn
 from fastlora.data.left_out import LeftOut, report
-from fastlora.data.long_rows import TOO_LONG, TooLong, fit, is_trained
-from fastlora.data.row_files import Unreadable
+from fastlora.data.long_rows import TOO_LONG, TooLong, fit
+from fastlora.data.row_chunks import UNKNOWN_KIND, BadRow, Chunk, EncodedRow, chunked
 from fastlora.data.row_forms import Row
-from fastlora.data.row_steps import NothingToTrain, RowContext, Steps, row_context, row_steps
-from fastlora.data.rows import ROW_KINDS, checked_row, row_kind
-from fastlora.errors import CheckpointError, raise_problems
+from fastlora.data.row_steps import RowContext, row_context
+from fastlora.data.rows import ROW_KINDS
+from fastlora.data.workers import Workers
+from fastlora.errors import raise_problems
 from fastlora.text.boundaries import stop_warning
-from fastlora.text.offsets import Encoded, encode_texts
 from fastlora.text.tokenizer import Tokenizer
 
 OnBadRow = Literal["error", "skip"]
 ON_BAD_ROW = one_of("error", "skip")
-
-# Texts in one call of the tokenizers library. It spreads them over all cores; more would only take
-# more memory.
-_CHUNK_ROWS = 512
 
 # With so many bad rows, the rest of the data is not read before they are reported.
 _MOST_PROBLEMS = 1000
@@ -36,13 +32,6 @@ class RowLimits(NamedTuple):
     split_text: bool = False
     too_long: TooLong = "error"
     on_bad_row: OnBadRow = "error"
-
-
-class BadRow(NamedTuple):
-    """A row that cannot be trained on."""
-
-    kind: str  # words that such rows share
-    reason: str  # of this row
 
 
 def encode_rows(
@@ -95,19 +84,16 @@ def encode_rows(
     )
     left_out = LeftOut("rows")
     stream = ((f"row {n}", row) for n, row in enumerate(rows, 1))
-    encoder = RowEncoder(
-        row_context(tokenizer, train_on),
-        RowLimits(max_seq_length, split_text, too_long, on_bad_row),
-        left_out,
-    )
-    examples = [example for chunk in encoder.chunks(stream) for example in chunk]
+    limits = RowLimits(max_seq_length, split_text, too_long, on_bad_row)
+    with closing(RowEncoder(row_context(tokenizer, train_on), limits, left_out)) as encoder:
+        examples = [example for chunk in encoder.chunks(chunked(stream)) for example in chunk]
     encoder.finish()
     report([left_out], None)
     return examples
 
 
 class RowEncoder:
-    """Encodes rows in chunks, and collects the problems of all of them."""
+    """Encodes rows in chunks, and collects the problems of all of them. Close it after use."""
 
     def __init__(
         self,
@@ -118,24 +104,26 @@ class RowEncoder:
     ) -> None:
         """`left_out` is filled with what is skipped, dropped or cut."""
         self.context, self.limits, self.left_out = context, limits, left_out
-        self.columns = columns
+        self.chats = False  # whether a row was a chat
+        self._workers = Workers(context, columns)
         self._problems: list[str] = []
-        self._unknown_kinds, self._chats = False, False
+        self._unknown_kinds = False
 
-    def chunks(self, stream: Iterable[tuple[str, Any]]) -> Iterator[list[Example]]:
-        """The examples of each chunk of (place, row), in order."""
-        stream = iter(stream)
-        while chunk := list(islice(stream, _CHUNK_ROWS)):
+    def chunks(self, chunks: Iterable[Chunk]) -> Iterator[list[Example]]:
+        """The examples of each chunk, in order. Chunks are read ahead of the one that is due."""
+        for chunk, results in self._workers.encoded(chunks):
             self.left_out.read += len(chunk)
-            rows = [self._checked(row) for _, row in chunk]
-            results = _encode_chunk(rows, self.context)
             yield [
                 example
-                for (place, _), row, result in zip(chunk, rows, results, strict=True)
-                for example in self._examples(place, row, result)
+                for (place, _), result in zip(chunk, results, strict=True)
+                for example in self._examples(place, result)
             ]
             if len(self._problems) >= _MOST_PROBLEMS:
                 break
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        self._workers.close()
 
     def finish(self) -> None:
         """Call it after the last row.
@@ -143,6 +131,11 @@ class RowEncoder:
         Raises:
             ValueError: lists the rows that cannot be trained on.
         """
+        self.refuse()
+        self.warn()
+
+    def refuse(self) -> None:
+        """Raise a ValueError if rows so far cannot be trained on."""
         train_on, most = self.context.train_on, self.limits.max_seq_length
         raise_problems(
             ValueError,
@@ -153,39 +146,31 @@ class RowEncoder:
             ' too_long="drop", "truncate" or "split", and on_bad_row="skip".'
             + (f" Expected {ROW_KINDS}." if self._unknown_kinds else ""),
         )
-        if self._chats and (warning := stop_warning(self.context.tokenizer)):
-            warnings.warn(warning, stacklevel=3)
 
-    def _checked(self, row: Any) -> dict[str, Any] | BadRow:
-        if isinstance(row, Unreadable):
-            return BadRow("not JSON", row.reason)
-        try:
-            checked = checked_row(row, self.columns)
-        except ValueError as error:
-            self._unknown_kinds = True
-            return BadRow("not a row of a known kind", str(error))
-        self._chats = self._chats or _is_chat(checked)
-        return checked
+    def warn(self) -> None:
+        """Warn if rows were chats and the template ends their turns in an unexpected way."""
+        if self.chats and (warning := stop_warning(self.context.tokenizer)):
+            warnings.warn(warning, stacklevel=4)
 
-    def _examples(
-        self, place: str, row: dict[str, Any] | BadRow, result: Example | BadRow
-    ) -> list[Example]:
+    def _examples(self, place: str, result: EncodedRow) -> list[Example]:
         """The examples of one row: none if it is left out, several if it is split."""
-        if isinstance(result, BadRow):
+        self.chats = self.chats or result.is_chat
+        example = result.example
+        if isinstance(example, BadRow):
             if self.limits.on_bad_row == "skip":
-                self.left_out.add(place, f"skipped: {result.kind}", result.reason)
+                self.left_out.add(place, f"skipped: {example.kind}", example.reason)
             else:
-                self._problems.append(f"{place}: {result.reason}")
+                self._unknown_kinds = self._unknown_kinds or example.kind == UNKNOWN_KIND
+                self._problems.append(f"{place}: {example.reason}")
             return []
-        assert not isinstance(row, BadRow)
         most, too_long = self.limits.max_seq_length, self.limits.too_long
-        is_split = self.limits.split_text and too_long == "error" and row_kind(row) == "text"
+        is_split = self.limits.split_text and too_long == "error" and result.kind == "text"
         try:
-            pieces = fit(result, most, "split" if is_split else too_long)
+            pieces = fit(example, most, "split" if is_split else too_long)
         except ValueError as error:
             self._problems.append(f"{place}: {error}")
             return []
-        t = len(result.input_ids)
+        t = len(example.input_ids)
         if t > most and not is_split:
             self._count(place, t, pieces)
         return pieces
@@ -200,63 +185,3 @@ class RowEncoder:
         if not pieces and too_long != "drop":
             what = f"dropped: no token to train within max_seq_length={most}"
         self.left_out.add(place, what, f"{t} tokens", tokens=max(t - kept, 0))
-
-
-def _is_chat(row: Row) -> bool:
-    kind = row_kind(row)
-    is_text = kind == "text" or (kind == "prompt" and isinstance(row["prompt"], str))
-    return not is_text
-
-
-def _encode_chunk(
-    rows: Sequence[dict[str, Any] | BadRow], context: RowContext
-) -> list[Example | BadRow]:
-    """The example of each row, in order. All rows take a step, and the texts that they ask for are
-    encoded together; most rows ask for one."""
-    results: list[Example | BadRow | None] = [
-        row if isinstance(row, BadRow) else None for row in rows
-    ]
-    steps: dict[int, Steps] = {
-        i: row_steps(row, context) for i, row in enumerate(rows) if not isinstance(row, BadRow)
-    }
-    answers: dict[int, Encoded | CheckpointError | None] = dict.fromkeys(steps)
-    while answers:
-        asked: dict[bool, dict[int, str]] = {False: {}, True: {}}
-        for i, answer in answers.items():
-            outcome = _advance(steps[i], answer)
-            if isinstance(outcome, Example | BadRow):
-                results[i] = outcome
-            else:
-                asked[outcome.add_special_tokens][i] = outcome.text
-        answers = {}
-        for special, texts in asked.items():
-            encoded = encode_texts(
-                context.tokenizer.backend, list(texts.values()), add_special_tokens=special
-            )
-            answers |= zip(texts, encoded, strict=True)
-    return [result for result in results if result is not None]
-
-
-def _advance(steps: Steps, answer: Encoded | CheckpointError | None) -> Any:
-    """The next Request of a row, or its Example or BadRow.
-
-    `answer` is for its last Request; None starts the steps.
-    """
-    try:
-        if isinstance(answer, CheckpointError):
-            raise answer
-        request = next(steps) if answer is None else steps.send(answer)
-        if not ENCODABLE_TEXT.accepts(request.text):
-            raise ValueError(f"{request.text!r:.60}: expected {ENCODABLE_TEXT.expected}")
-    except StopIteration as done:
-        if is_trained(done.value):
-            return done.value
-        return BadRow(
-            "no token to train",
-            "no token to train: the reply is empty, or masked, or there is none",
-        )
-    except NothingToTrain as error:
-        return BadRow("no token to train", str(error))
-    except ValueError as error:
-        return BadRow("refused by the tokenizer or its chat template", str(error))
-    return request

@@ -4,6 +4,7 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from fastlora.data.examples import Example, TrainOn, make_example
 from fastlora.data.reply_spans import Chat, find_reply
@@ -72,14 +73,14 @@ def _find_replies(
     tokenizer: Tokenizer,
     stops: Sequence[int],
     tools: Tools,
-) -> Generator[Request, Encoded, tuple[list[int], list[Span], list[Span]]]:
+) -> Generator[Request, Encoded, tuple[list[int], Int[np.ndarray, "t 2"], list[Span]]]:
     """Ids of a chat, the characters of each, and the characters of the replies `wanted`."""
     rendered = tokenizer.render_replies(messages, tools=tools)
     text = tokenizer.render_chat(messages, tools=tools) if rendered is None else rendered[0]
     encoded = yield Request(text)
-    ids, spans = encoded.ids, encoded.spans
+    ids, spans = encoded.ids, encoded.span_array
     if rendered is None:
-        chat = Chat(messages, text, ids, spans, tokenizer, stops, tools)
+        chat = Chat(messages, text, ids, encoded.spans, tokenizer, stops, tools)
         return ids, spans, [find_reply(chat, i) for i in wanted]
     blocks = rendered[1]
     turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
@@ -101,14 +102,14 @@ def _blocks(messages: Sequence[Row], tokenizer: Tokenizer, tools: Tools) -> list
     return rendered[1] if rendered else []
 
 
-def _in_replies(spans: Sequence[Span], replies: Sequence[Span]) -> np.ndarray:
+def _in_replies(spans: Int[np.ndarray, "t 2"], replies: Sequence[Span]) -> np.ndarray:
     """For each token, whether it shares a character with a reply or is an empty token inside one.
 
     Args:
         spans: first character and end of every token.
         replies: first character and end of every reply.
     """
-    a, b = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+    a, b = spans.T
     inside = np.zeros(len(spans), dtype=bool)
     for start, end in replies:
         inside |= (a < end) & ((b > start) | ((a == b) & (a >= start)))

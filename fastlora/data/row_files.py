@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from fastlora.checkpoints.file_bytes import check_size, read_bytes
 from fastlora.checkpoints.tensors import first_line, unique_names
 from fastlora.errors import CheckpointError, raise_problems
 
-_MAX_FILE_BYTES = 16 * 2**30  # encoded rows are held in memory
+_MAX_FILE_BYTES = 16 * 2**30  # encoded rows are held in memory, unless they are streamed
 _MAX_LINE_BYTES = 256 * 2**20  # of one row; bounds what is read of a file without line feeds
 _MAX_DOCUMENT_BYTES = 4 * 2**30  # a .json file is parsed as one value, its text beside it
 _MAX_SHOWN_CHARS = 60
@@ -24,14 +25,16 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-def read_row_file(path: Path, *, skip_unreadable: bool = False) -> Iterator[Any]:
+def read_row_file(
+    path: Path, *, skip_unreadable: bool = False, streamed: bool = False
+) -> Iterator[Any]:
     """The values of a .jsonl file (one per line) or a .json file (a list, or one per line).
 
     Empty lines are skipped. Numbers beyond the range of a float and names given twice in one object
     are errors, as in a model's files.
 
     With `skip_unreadable`, a line that is not JSON gives an Unreadable. Otherwise all such lines
-    are reported together, after the last line.
+    are reported together, after the last line. With `streamed`, a .jsonl file may have any size.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -41,7 +44,7 @@ def read_row_file(path: Path, *, skip_unreadable: bool = False) -> Iterator[Any]
         raise FileNotFoundError(f"{path}: no such file. Rows are read from .jsonl or .json files.")
     try:
         if path.suffix == ".jsonl":
-            yield from _read_lines(path, skip_unreadable)
+            yield from _read_lines(path, skip_unreadable, streamed)
         else:
             yield from _read_document(path, skip_unreadable)
     except OSError as error:
@@ -67,9 +70,9 @@ def _read_document(path: Path, skip_unreadable: bool) -> Iterable[Any]:
     return rows
 
 
-def _read_lines(path: Path, skip_unreadable: bool) -> Iterator[Any]:
+def _read_lines(path: Path, skip_unreadable: bool, streamed: bool = False) -> Iterator[Any]:
     problems: list[str] = []
-    for number, line in enumerate(_lines(path), 1):
+    for number, line in enumerate(_lines(path, streamed), 1):
         try:
             if line.strip():
                 row = _parse(line)
@@ -92,9 +95,9 @@ def _read_lines(path: Path, skip_unreadable: bool) -> Iterator[Any]:
     )
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _lines(path: Path, streamed: bool) -> Iterator[bytes]:
     """The lines of a file. Only line feeds end one: JSON strings may hold U+2028."""
-    check_size(path, _MAX_FILE_BYTES)
+    check_size(path, sys.maxsize if streamed else _MAX_FILE_BYTES)
     with path.open("rb") as file:
         number = 0
         while line := file.readline(_MAX_LINE_BYTES + 1):

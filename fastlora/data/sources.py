@@ -77,10 +77,11 @@ class Source(NamedTuple):
     weight: float | None  # share of the examples; None if no weights were given
     several: bool  # of this run: places then name the source
 
-    def rows(self, *, skip_unreadable: bool) -> Iterator[tuple[str, Any]]:
+    def rows(self, *, skip_unreadable: bool, streamed: bool = False) -> Iterator[tuple[str, Any]]:
         """(place, row), in order. The places are "row 1", ... or "FILE, row 1", ...
 
-        With `skip_unreadable`, a line that is not JSON gives an Unreadable in place of a row.
+        With `skip_unreadable`, a line that is not JSON gives an Unreadable in place of a row. With
+        `streamed`, a .jsonl file may have any size.
 
         Raises:
             CheckpointError: a file is damaged.
@@ -93,7 +94,7 @@ class Source(NamedTuple):
                 yield f"{prefix}row {n}", row
         for file in self.files:
             prefix = f"{file}, " if named else ""
-            for n, row in enumerate(_file_rows(file, skip_unreadable), 1):
+            for n, row in enumerate(_file_rows(file, skip_unreadable, streamed), 1):
                 yield f"{prefix}row {n}", row
 
     @property
@@ -205,9 +206,9 @@ def _names() -> str:
     return ", ".join(TABLE_SUFFIXES) + ", " + " or ".join(LINE_SUFFIXES)
 
 
-def _file_rows(file: Path, skip_unreadable: bool) -> Iterator[Any]:
+def _file_rows(file: Path, skip_unreadable: bool, streamed: bool) -> Iterator[Any]:
     if file.suffix in LINE_SUFFIXES:
-        return read_row_file(file, skip_unreadable=skip_unreadable)
+        return read_row_file(file, skip_unreadable=skip_unreadable, streamed=streamed)
     return read_table_file(file)
 
 

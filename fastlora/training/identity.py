@@ -3,7 +3,7 @@
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,7 +18,7 @@ from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.training.custom_optimizer import optimizer_identity
-from fastlora.training.run import Run, Sequences
+from fastlora.training.run import Run
 from fastlora.training.schedules import schedule_identity
 
 # Elements of each base tensor that are hashed, evenly spread, besides the sum over all of them.
@@ -56,7 +56,7 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
     constant = run.settings.lr_scheduler == "constant" and not run.settings.warmup_ratio
     identity = settings | {
         "steps of the whole run": None if constant else run.steps,
-        "hash of the training data": hash_sequences(run.sequences),
+        "hash of the training data": _hash_data(run),
         "hash of the base model": _hash_base(model),
         "base dtype": str(model.base["norm"].dtype),
         "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(adapter)}),
@@ -131,7 +131,16 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
     ]
 
 
-def hash_sequences(sequences: Sequences) -> str:
+def _hash_data(run: Run) -> str:
+    """A hash of all sequences; of a stream, of its first block, with the sizes of its files."""
+    if run.stream is None:
+        return hash_sequences(run.sequences)
+    assert run.stream.first is not None
+    sizes = [file.stat().st_size for source in run.stream.sources for file in source.files]
+    return f"{hash_sequences(run.stream.first)} and files of {sizes} bytes"
+
+
+def hash_sequences(sequences: Iterable[Any]) -> str:
     """A fingerprint of encoded data: 16 hexadecimal digits of a SHA-256."""
     digest = hashlib.sha256()
     for sequence in sequences:

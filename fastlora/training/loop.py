@@ -10,6 +10,7 @@ To change the loop, copy `_run_steps`.
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -41,6 +42,7 @@ from fastlora.training.output_folder import (
     refuse_to_overwrite,
     run_bytes,
 )
+from fastlora.training.positions import figures, finish_stream, with_position
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
 from fastlora.training.run_record import json_settings, run_record
@@ -108,6 +110,11 @@ def train(
             dicts, such as a Hugging Face data set, a list of these, or a dict {source: weight}. An
             epoch over weighted sources has as many examples as they have together: sources with
             fewer than their share are repeated, and of the others a sample is drawn with `seed`.
+            A Hugging Face stream (IterableDataset) and files of more than 8 GiB are streamed: read,
+            shuffled and packed in blocks of a million tokens, in the background. They need
+            max_steps; bad rows are then reported when they are reached, and a run that resumes
+            reads on behind the last row that was used. Other data are encoded before the first
+            step, and cached in ~/.cache/fastlora (8 bytes a token; may be deleted at any time).
             Kinds of rows: `data.rows.ROW_KINDS`; with messages also "tools" (a list, or its JSON).
         eval_data: the same; evaluated after the last step, and every `eval_every` steps.
         output_dir: a folder for the trained adapter, in PEFT's format, and for checkpoints. It is
@@ -213,10 +220,12 @@ def train(
     assert tokenizer is not None
     folder = None if output_dir is None else Path(output_dir)
 
-    with output_lock(folder):
-        # Every row is encoded before the first step, so a bad row is reported within seconds.
+    with output_lock(folder), ExitStack() as after:
+        # Every row is encoded before the first step, so a bad row is reported within seconds. Of
+        # data that are streamed, it is the first block.
         objective = objective_of(loss, model)
         run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
+        after.callback(finish_stream, run, folder)
         learner = make_learner(model, settings, objective)
         checkpoint = checkpoint_to_resume(resume, folder)
         # Training changes none of it, so it is computed once for all checkpoints.
@@ -228,12 +237,13 @@ def train(
             needed = run_bytes(learner, settings, len(records), run.steps)
             needed += tokenizer_bytes(tokenizer)
             check_space(folder, needed, "the run, with all its checkpoints,")
-        report(run.left_out, folder)
+        if run.stream is None:
+            report(run.left_out, folder)
         best = Best()
         if settings.keep_best:
             best.read(learner, records, checkpoint)
         stop = StopRequest()
-        info = RunInfo(folder, tuple(records), json_settings(settings))
+        info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings))
         with stop.listening(), kept_on_failure(folder, learner, records, identity, stop):
             with open_log(log, info) as write:
                 _run_steps(run, learner, records, identity, folder, stop, best, write, progress)
@@ -275,21 +285,21 @@ def _run_steps(
     done = len(records)
     if stops_early(records, run.settings.early_stopping):  # it resumes after its end
         return
-    steps = zip(range(done + 1, run.steps + 1), run.micro_batches(done), strict=False)
-    with tqdm(total=run.steps, initial=done, disable=not progress, unit="step") as bar:
+    bar = tqdm(total=run.steps, initial=done, disable=not progress, unit="step")
+    with bar, closing(run.batches_after(records)) as batches:
         started = perf_counter()
-        for step, micro_batches in steps:
+        for step, micro_batches in zip(range(done + 1, run.steps + 1), batches, strict=False):
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = perf_counter() - started
-            records.append(record)
+            records.append(with_position(record, run, records))
             ends = _evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
                 device = learner.model.base["norm"].device
                 bar.set_postfix(progress_figures(record, micro_batches, device), refresh=False)
             bar.update()
             # Last, so that an error in the user's function finds the step's checkpoint written.
-            log(record)
+            log(figures(record))
             if ends:
                 break
             if stop.signal is not None:

@@ -1,18 +1,21 @@
 """Run: the settings and encoded data of a training run, and the micro-batches of each step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 from fastlora.data.batches import batches, count_batches
 from fastlora.data.encoding import RowLimits
-from fastlora.data.examples import Example, Packed
+from fastlora.data.examples import Example
+from fastlora.data.lanes import is_streamed
 from fastlora.data.left_out import LeftOut
-from fastlora.data.packing import pack
+from fastlora.data.packing import PackedSequences, pack
 from fastlora.data.reading import read_examples
-from fastlora.data.sources import sources_of
+from fastlora.data.row_steps import row_context
+from fastlora.data.sources import Source, sources_of
+from fastlora.data.streams import Stream, StreamSettings
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_batches import preference_batches
 from fastlora.losses.preference_rows import Labelled, Pair, encode_preferences
@@ -21,7 +24,11 @@ from fastlora.models.state import Batch
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.settings import Settings, check_vocabulary
 
-Sequences = list[Example] | list[Packed] | list[Pair] | list[Labelled]
+# The key of a record that holds where a stream was after the step.
+DATA_POSITION = "data_position"
+
+Steps = Generator[list[Batch], None, None]  # the micro-batches of each step
+Sequences = list[Example] | PackedSequences | list[Pair] | list[Labelled]
 
 
 class Run(NamedTuple):
@@ -33,6 +40,7 @@ class Run(NamedTuple):
     batches: Callable[..., Iterator[Batch]]  # data.batches with this run's padding
     left_out: tuple[LeftOut, ...] = ()  # counts of rows that were left out, by argument
     objective: Objective | None = None  # what is minimised; None: the mean of -log p
+    stream: Stream | None = None  # data that are read while they are trained on; no sequences then
 
     @property
     def steps_per_epoch(self) -> int:
@@ -46,7 +54,18 @@ class Run(NamedTuple):
         s = self.settings
         return s.max_steps or math.ceil(s.num_epochs * self.steps_per_epoch)
 
-    def micro_batches(self, done: int) -> Iterator[list[Batch]]:
+    def batches_after(
+        self, records: Sequence[Mapping[str, Any]]
+    ) -> Generator[list[Batch], None, None]:
+        """Without end, the micro-batches of each step after those that `records` are of."""
+        s = self.settings
+        if self.stream is None:
+            return self.micro_batches(len(records))
+        position = records[-1].get(DATA_POSITION) if records else None
+        steps = s.gradient_accumulation_steps
+        return self.stream.steps(position, s.batch_size, steps, self.batches)
+
+    def micro_batches(self, done: int) -> Steps:
         """Without end, the micro-batches of each step after the first `done` steps."""
         s = self.settings
         # A resumed run starts within an epoch; every later epoch starts at its first batch.
@@ -117,7 +136,24 @@ def prepare_run(
             return examples
         return pack(examples, spec.max_seq_length, pad_token_id=pad_token_id)
 
-    sources_of(data, "data")  # a missing file is reported before eval_data is encoded
+    def streamed(sources: list[Source]) -> Stream:
+        how = StreamSettings(
+            row_context(tokenizer, settings.train_on),  # pyright: ignore[reportArgumentType]
+            limits,
+            settings.columns,
+            settings.seed,
+            settings.packing,
+            pad_token_id,
+            lambda examples: check_vocabulary(examples, spec.config.vocab_size),
+        )
+        return Stream(sources, how, "data", progress)
+
+    sources = sources_of(data, "data")  # a missing file is reported before eval_data is encoded
+    streams = kind == "supervised" and is_streamed(sources)
+    if streams and settings.max_steps is None:
+        raise ValueError(
+            "data are streamed, so their number of rows is not known; give train max_steps"
+        )
     # eval_data before data, which may be long: an error in it is reported earlier.
     eval_sequences = [] if eval_data is None else sequences(eval_data, "eval_data")
     padded_batches = partial(
@@ -125,6 +161,7 @@ def prepare_run(
         pad_token_id=pad_token_id,
         max_seq_length=spec.max_seq_length,
     )
-    train_sequences = sequences(data, "data")
+    stream = streamed(sources) if streams else None
+    train_sequences = sequences(data, "data") if stream is None else []
     out = tuple(left_out)
-    return Run(settings, train_sequences, eval_sequences, padded_batches, out, objective)
+    return Run(settings, train_sequences, eval_sequences, padded_batches, out, objective, stream)

@@ -68,7 +68,7 @@ def run_record(
         },
         # The resolved targets are in adapter_config.json.
         "lora": {f.name: getattr(lora, f.name) for f in fields(lora) if f.name != "targets"},
-        "data": _data(data, run.sequences, identity["hash of the training data"]),
+        "data": _training_data(data, run, records, identity["hash of the training data"]),
         "eval_data": None if eval_data is None else _eval_data(eval_data, run.eval_sequences),
         "versions": versions(),
         "device": device(model.base["norm"].device),
@@ -106,6 +106,22 @@ def source_name(data: Any) -> str:
 
 def _eval_data(data: Any, sequences: Sequences) -> dict[str, Any]:
     return _data(data, sequences, hash_sequences(sequences))
+
+
+def _training_data(
+    data: Any, run: Run, records: Sequence[Record], fingerprint: str
+) -> dict[str, Any]:
+    """Of a stream, the sequences that were used, and the tokens that were trained."""
+    if run.stream is None:
+        return _data(data, run.sequences, fingerprint)
+    s = run.settings
+    return {
+        "name": source_name(data),
+        "fingerprint": fingerprint,
+        "sequences": len(records) * s.batch_size * s.gradient_accumulation_steps,
+        "tokens": sum(record["tokens"] for record in records),
+        "streamed": True,
+    }
 
 
 def _data(data: Any, sequences: Sequences, fingerprint: str) -> dict[str, Any]:

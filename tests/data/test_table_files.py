@@ -4,15 +4,14 @@ import importlib.util
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import csv, feather, parquet
 
 from fastlora.data import table_files
 from fastlora.data.rows import read_rows
 from fastlora.data.sources import sources_of
 from fastlora.errors import CheckpointError
-
-pyarrow = pytest.importorskip("pyarrow", reason="requirements-test.txt has pyarrow")
-from pyarrow import csv, feather, parquet  # noqa: E402
 
 ROWS = [
     {"prompt": 'a,\n"b"', "completion": " straße 🙂", "n": "007"},

@@ -95,7 +95,7 @@ def test_evaluation_is_the_mean_over_all_held_out_tokens(model, tokenizer):
     assert history.eval_steps == (2, 4, 5)
     logp, tokens = 0.0, 0
     for example in encode_rows(held_out, tokenizer, max_seq_length=64):
-        ids, labels = (torch.tensor(x)[None] for x in (example.input_ids, example.labels))
+        ids, labels = (torch.tensor(x).long()[None] for x in (example.input_ids, example.labels))
         logp += (
             token_logprobs(trained.adapter, trained.base, trained.spec, ids, labels).sum().item()
         )
