@@ -134,9 +134,9 @@ def _divisor(
     match loss_type:
         case "grpo":
             return len(mask) * mask.sum(1, keepdim=True).clamp(min=1)
-        case "dr_grpo" if max_completion_length is None:
-            raise ValueError('losses.grpo: loss_type="dr_grpo" needs max_completion_length.')
         case "dr_grpo":
+            if max_completion_length is None:
+                raise ValueError('losses.grpo: loss_type="dr_grpo" needs max_completion_length.')
             return len(mask) * max_completion_length
         case "dapo" if num_items_in_batch is not None:
             return num_items_in_batch

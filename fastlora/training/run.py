@@ -21,8 +21,9 @@ from fastlora.losses.preference_rows import (
     preference_batches,
 )
 from fastlora.models.spec import Spec
-from fastlora.models.state import Batch
+from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.samples import write_samples
 from fastlora.training.settings import Settings, check_vocabulary
 
 Sequences = list[Example] | list[Packed] | list[Pair] | list[Labelled]
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     batches: Callable[..., Iterator[Batch]]  # data.batches with this run's padding
     left_out: tuple[LeftOut, ...] = ()  # counts of rows that were left out, by argument
     objective: Objective | None = None  # what is minimised; None: the mean of -log p
+    samples: Callable[[ModelState], list[dict[str, Any]]] | None = None  # texts of sample_prompts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -131,4 +133,8 @@ def prepare_run(
     )
     train_sequences = sequences(data, "data")
     out = tuple(left_out)
-    return Run(settings, train_sequences, eval_sequences, padded_batches, out, objective)
+    samples = None
+    if (prompts := settings.sample_prompts) is not None:
+        new = settings.sample_tokens
+        samples = partial(write_samples, tokenizer=tokenizer, prompts=prompts, new_tokens=new)
+    return Run(settings, train_sequences, eval_sequences, padded_batches, out, objective, samples)
