@@ -131,7 +131,7 @@ def test_the_folder_has_the_files_and_fields_of_peft(tmp_path):
     theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
     assert config.keys() == theirs.keys()
     ours = {"base_model_name_or_path", "inference_mode", "task_type", "rank_pattern"}
-    ours |= {"r", "lora_alpha"}
+    ours |= {"r", "lora_alpha", "target_modules"}
     assert {k: v for k, v in config.items() if k not in ours} == {
         k: v for k, v in theirs.items() if k not in ours
     }
