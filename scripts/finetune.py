@@ -28,7 +28,7 @@ from fastlora.data.batches import batches, count_trained_tokens
 from fastlora.data.encoding import encode_rows
 from fastlora.data.packing import pack
 from fastlora.data.rows import read_rows
-from fastlora.training.settings import Settings
+from fastlora.training.settings import Settings, check_train_arguments
 
 
 def main() -> None:
@@ -45,7 +45,7 @@ def main() -> None:
 
 def run(args: Any) -> int:
     """Train, save and reload; returns the exit code."""
-    rows, heldout = read_data(args.data, args.eval_data)
+    rows, heldout = read_data(args.data, args.eval_data, args.hold_out)
     base, tokenizer = fastlora.load(
         args.model,
         revision=args.revision,
@@ -64,32 +64,36 @@ def run(args: Any) -> int:
     print(forecast(model, args))
     model.print_trainable_parameters()
     print(f"{len(rows):,} rows to train on, {len(heldout):,} held out")
+    given = dict(
+        eval_data=heldout or None,
+        output_dir=args.output,
+        resume="auto" if args.resume else False,
+        log=list(args.log),
+        progress=args.progress,
+    )
+    settings = arguments_for(Settings, args)
+    # train checks them too, but after the first samples.
+    check_train_arguments(
+        Settings(**settings), model=model, tokenizer=tokenizer, data=rows, **given
+    )
     if args.dry_run:
         return 0
 
-    before = heldout_loss(model, tokenizer, heldout) if args.loss == "sft" else None
+    before = heldout_loss(model, tokenizer, heldout) if heldout and args.loss == "sft" else None
     if before is not None:
         print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout)
 
     if not args.resume:
         make_room(args.output)
-    model, history = fastlora.train(
-        model,
-        tokenizer,
-        rows,
-        eval_data=heldout,
-        output_dir=args.output,
-        resume="auto" if args.resume else False,
-        log=list(args.log),
-        progress=args.progress,
-        **arguments_for(Settings, args),
-    )
+    model, history = fastlora.train(model, tokenizer, rows, **given, **settings)
     note_options(args.output, dataclasses.asdict(args))
 
-    after = min(history.eval_losses) if args.keep_best else history.eval_losses[-1]
-    was = "" if before is None else f", it was {before:.3f}"
-    print(f"\nafter {len(history.steps)} steps: held-out loss {after:.3f}{was}")
+    print(f"\nafter {len(history.steps)} steps", end="")
+    if heldout:
+        after = min(history.eval_losses) if args.keep_best else history.eval_losses[-1]
+        print(f": held-out loss {after:.3f}", end="")
+        print("" if before is None else f", it was {before:.3f}")
     show_samples(model, tokenizer, heldout)
 
     reloaded = fastlora.load_adapter(base, args.output)
@@ -102,9 +106,11 @@ def run(args: Any) -> int:
     return 0 if args.repeat is None else report_repeat(args.repeat, args.output)
 
 
-def read_data(data: Path, eval_data: Path | None) -> tuple[list[dict], list[dict]]:
+def read_data(data: Path, eval_data: Path | None, hold_out: bool) -> tuple[list[dict], list[dict]]:
     """Rows to train on, and held-out rows: those of `eval_data`, or one row in twenty of `data`."""
     rows = read_rows(data)
+    if eval_data is None and not hold_out:
+        return rows, []
     if eval_data is None and data != DEMO / "train.jsonl":
         return [row for i, row in enumerate(rows) if i % 20], rows[::20]
     return rows, read_rows(eval_data or DEMO / "heldout.jsonl")

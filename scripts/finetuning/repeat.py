@@ -60,8 +60,9 @@ def _from_train(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         lora[name] = dict(lora[name]) or None
     model = {name: record["model"][name] for name in ("revision", "dtype", "max_seq_length")}
+    own = {"hold_out": False, "log": []}
     lora["recompute"] = record["model"]["recompute"]
-    return {**settings, **lora, **model, **sources, "model": record["model"]["name"], "log": []}
+    return {**settings, **lora, **model, **sources, "model": record["model"]["name"], **own}
 
 
 def differences(before: Path, after: Path) -> list[str]:

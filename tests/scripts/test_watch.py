@@ -110,7 +110,7 @@ def test_texts_are_shown_as_texts_and_older_ones_can_be_read(page, tmp_path):
     page.get_by_text("Settings").click()
     expect(page.get_by_text("rows.jsonl: 1,000 sequences of 64,000 tokens")).to_be_visible()
     page.locator("svg").first.hover()
-    expect(page.locator("output").first).to_contain_text("step 1")
+    expect(page.locator(".reading").first).to_contain_text("step 1")
 
 
 def test_the_page_fits_a_phone(page, tmp_path):

@@ -16,14 +16,18 @@ PADDED = {"attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])}
 
 
 def test_operations_are_those_that_torch_counts(base):
-    """Forward: one of the two products of each matrix, two of the seven of attention."""
+    """Forward: one of the two products of each matrix, two of the seven of attention, which torch
+    does not count on the CPU."""
     ids = torch.ones(2, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         base.with_spec(kernels="torch")(ids)
-    # torch counts the whole square of positions, and not only the half before each token.
-    config, pairs = base.spec.config, 2 * 16 * 16
-    ours = step_operations(config, 32, 0) / 2 + step_operations(config, 0, pairs) * 2 / 7
-    assert ours == counter.get_total_flops()
+    config = base.spec.config
+    assert step_operations(config, 32, 0) / 2 == counter.get_total_flops()
+    q = torch.ones(2, config.num_attention_heads, 16, config.head_dim)
+    with FlopCounterMode(display=False) as counter:
+        (q @ q.mT) @ q
+    forward = step_operations(config, 0, 2 * 16 * 16) * 2 / 7
+    assert forward == config.num_hidden_layers * counter.get_total_flops()
 
 
 def test_tokens_and_pairs_leave_padding_out(model):

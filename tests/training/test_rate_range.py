@@ -1,5 +1,6 @@
 """find_learning_rate: a range test, whose trial run changes nothing."""
 
+import itertools
 import math
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fastlora
+from fastlora.training import rate_range as rates
 from fastlora.training.rate_range import exponential, find_learning_rate, rate_range, smooth
 from oracles.training_runs import ROWS
 
@@ -20,9 +22,9 @@ def records(losses, low=1e-5, high=1.0) -> list[dict]:
 
 
 def test_rates_rise_by_one_factor_from_low_to_high():
-    rates = [r["learning_rate"] for r in records([0.0] * 51)]
-    assert (rates[0], rates[-1]) == (pytest.approx(1e-5), 1.0)
-    ratios = [b / a for a, b in zip(rates, rates[1:], strict=False)]
+    found = [r["learning_rate"] for r in records([0.0] * 51)]
+    assert (found[0], found[-1]) == (pytest.approx(1e-5), 1.0)
+    ratios = [b / a for a, b in itertools.pairwise(found)]
     assert ratios == pytest.approx([ratios[0]] * 50)
 
 
@@ -46,22 +48,29 @@ def test_a_loss_that_only_rises_has_no_suggestion():
         rate_range(records([float(i) for i in range(50)]), 0.5)
 
 
-def test_the_trial_ends_at_divergence_and_leaves_the_model(model, tokenizer, tmp_path):
+QUICK = dict(low=1e-4, steps=40, batch_size=10, packing=False, progress=False)
+
+
+def test_the_trial_ends_at_overflow_and_leaves_the_model(model, tokenizer, tmp_path):
     before = [leaf.clone() for leaf in tree_leaves(model.adapter)]
-    found = fastlora.find_learning_rate(
-        model, tokenizer, ROWS, low=1e-4, high=1e3, steps=40, batch_size=10, packing=False,
-        progress=False,
-    )  # fmt: skip
-    assert len(found.rates) < 40, "rates near 1000 diverge"
-    assert 1e-4 < found.suggestion < 1
+    found = fastlora.find_learning_rate(model, tokenizer, ROWS, high=1e30, **QUICK)
+    assert len(found.rates) < 40, "rates near 1e30 overflow"
+    assert found.suggestion in found.rates
     assert all(map(torch.equal, before, tree_leaves(model.adapter)))
     found.plot(tmp_path / "rates.png")
     assert (tmp_path / "rates.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_trial_ends_when_the_loss_has_risen(model, tokenizer, monkeypatch):
+    """The logits of a random model are bounded, so any loss counts as risen here."""
+    monkeypatch.setattr(rates, "_DIVERGED", 0.5)
+    found = fastlora.find_learning_rate(model, tokenizer, ROWS, high=0.1, **QUICK)
+    assert len(found.rates) == 5, "a tenth of the steps is always run"
+
+
 def test_bad_arguments_are_refused_together(model, tokenizer):
     call = getattr(find_learning_rate, "__wrapped__", find_learning_rate)
-    with pytest.raises(ValueError, match="low=1: expected less than high=0.1") as error:
+    with pytest.raises(ValueError, match=r"low=1: expected less than high=0\.1") as error:
         call(model, tokenizer, ROWS, low=1, high=0.1, learning_rate=1e-3, colour=3)
     assert "learning_rate: the range test sets it itself" in str(error.value)
     assert "colour is not a setting" in str(error.value)

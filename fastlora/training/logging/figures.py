@@ -37,6 +37,7 @@ def draw(path: str | os.PathLike[str], runs: Mapping[str, Columns]) -> None:
         ValueError: `path` is not a path, its ending no format, or there is nothing to draw.
         ModuleNotFoundError: matplotlib is not installed.
     """
+    check_arguments("plot", path=(path, PATH))
     figure, ending = _new_figure(path, (11, 7))
     if not any(len(columns["steps"]) for columns in runs.values()):
         raise ValueError("plot: there is no step to draw; the history is empty")
@@ -52,7 +53,6 @@ def draw(path: str | os.PathLike[str], runs: Mapping[str, Columns]) -> None:
 
 def _new_figure(path: str | os.PathLike[str], inches: tuple[float, float]) -> tuple[Any, str]:
     """(an empty figure, the format that the path's ending names)."""
-    check_arguments("plot", path=(path, PATH))
     figure = extra_module("matplotlib.figure", "plots", "plot").Figure(
         figsize=inches, layout="constrained"
     )
@@ -104,6 +104,7 @@ def draw_rates(
     Raises:
         ValueError, ModuleNotFoundError: as `draw`.
     """
+    check_arguments("plot", path=(path, PATH))
     figure, ending = _new_figure(path, (7, 4.5))
     axes = figure.subplots()
     axes.plot(rates, losses, color="C0", alpha=0.25)
