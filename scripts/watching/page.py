@@ -25,7 +25,7 @@ def page(folder: Path, every: float) -> tuple[str, bool]:
     data = figures(folder) | {"every": every}
     # "<" could end the script element; JSON has it only within texts.
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
-    return _TEMPLATE.read_text(encoding="utf-8").replace(_PLACE, text), data["ended"]
+    return _TEMPLATE.read_text(encoding="utf-8").replace(_PLACE, text), bool(data["ended"])
 
 
 def figures(folder: Path) -> dict[str, Any]:
