@@ -1,4 +1,4 @@
-"""What a step cost: tokens, memory, share of the card's peak; and the progress bar's text."""
+"""The cost of a step (tokens, memory, share of the card's peak) and the progress bar's text."""
 
 import re
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def card_peak(name: str) -> float | None:
 
 
 def step_cost(model: ModelState, micro_batches: Sequence[Batch], seconds: float) -> Record:
-    """What a step cost beside its time, for its record.
+    """The tokens, memory and share of the peak of a step, for its record.
 
     Returns:
         "read_tokens": tokens that the model read, trained or not, without padding. On CUDA also

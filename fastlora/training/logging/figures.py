@@ -45,6 +45,10 @@ def draw(path: str | os.PathLike[str], runs: Mapping[str, Columns]) -> None:
         for number, (name, columns) in enumerate(runs.items()):
             _curve(axes, column, columns, name, f"C{number % 10}")
         axes.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+        low, high = axes.get_ylim()
+        if logarithmic and high < 10 * low:  # few powers of ten: plain numbers at the ticks between
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
     if len(runs) > 1:
         figure.axes[0].legend()
