@@ -7,15 +7,13 @@ its newest checkpoint). Needs matplotlib: pip install "fastlora[plots]".
 """
 
 import argparse
-import json
 from dataclasses import asdict
 from pathlib import Path
 
+from watching.records import records_of
+
 import fastlora
-from fastlora.training.checkpoint import STATE_FILE, complete_checkpoints
-from fastlora.training.logging.backends import JSONL_FILE
 from fastlora.training.logging.figures import draw
-from fastlora.training.output_folder import RUN_FILE
 
 
 def main() -> None:
@@ -27,19 +25,7 @@ def main() -> None:
 
 def history_of(folder: Path) -> fastlora.History:
     """The history of a run's folder: of its end, of its log, or of its newest checkpoint."""
-    if (folder / RUN_FILE).is_file():
-        return fastlora.History.of(json.loads((folder / RUN_FILE).read_text())["history"])
-    if (folder / JSONL_FILE).is_file():
-        lines = (folder / JSONL_FILE).read_text().split("\n")
-        # The text after the last line break is a line that is being written.
-        return fastlora.History.of([json.loads(line) for line in lines[:-1]])
-    if checkpoints := [*complete_checkpoints(folder).values()]:
-        state = json.loads((checkpoints[-1] / STATE_FILE).read_text())
-        return fastlora.History.of(state["history"])
-    raise SystemExit(
-        f"{folder} holds no {RUN_FILE}, no {JSONL_FILE} and no complete checkpoint; expected an"
-        " output_dir of fastlora.train"
-    )
+    return fastlora.History.of(records_of(folder))
 
 
 def names(folders: list[Path]) -> dict[str, Path]:

@@ -9,9 +9,9 @@ from fastlora.formats.peft.writing import save_adapter
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
+from fastlora.training.logging.backends import RUN_RECORD
 from fastlora.training.model_card import may_replace_card, model_card
 from fastlora.training.output_folder import write_run_file
-from fastlora.training.run_record import RUN_RECORD
 
 
 def finish_folder(

@@ -1,15 +1,12 @@
-"""History: the figures of every step of a run, and those that the progress bar shows."""
+"""History: the figures of every step of a run."""
 
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from fastlora.arguments import Rule, describe, number, setting, setting_problems, whole_number
 from fastlora.errors import raise_problems
-from fastlora.models.state import Batch
 from fastlora.training.logging.figures import draw
 
 Record = dict[str, Any]  # the figures of one step, with which `log` is called
@@ -127,23 +124,3 @@ def record_problems(records: Any, *, from_first_step: bool = False) -> list[str]
                 f" record of step {index + 1}"
             )
     return problems
-
-
-def progress_figures(
-    record: Record, micro_batches: Sequence[Batch], device: torch.device
-) -> dict[str, str]:
-    """The figures of a step as the progress bar shows them: name -> text.
-
-    The tokens per second count all tokens that the model reads, without padding.
-    """
-    # Packed batches mark padding by segment 0, others by a zero in the attention mask.
-    tokens = sum(
-        int((b["attention_mask" if "attention_mask" in b else "segment_ids"] > 0).sum())
-        for b in micro_batches
-    )
-    shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{tokens / record['seconds']:.0f}"}
-    if "eval_loss" in record:
-        shown["eval"] = f"{record['eval_loss']:.4f}"
-    if device.type == "cuda":
-        shown["peak"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
-    return shown

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.errors import raise_problems
+from fastlora.formats.peft.names import named_leaves
 from fastlora.losses.loss_argument import loss_identity
 from fastlora.models.names import projection_path, tensors_from_base
 from fastlora.models.self_contained import self_contained
@@ -28,6 +29,7 @@ _SUM_ELEMENTS = 2**24  # added up at a time: 128 MiB as int64
 
 # Settings that choose which steps are evaluated and saved. They change no step.
 _WATCHING = ("eval_every", "save_every", "keep", "keep_best", "early_stopping")
+_WATCHING += ("sample_prompts", "sample_tokens")
 
 # Whole numbers of the size of an element, to add up its bits.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -147,6 +149,16 @@ def hash_sequences(sequences: Iterable[Any]) -> str:
         for column in (getattr(sequence, field.name) for field in fields(sequence)):
             # The length first, so that two columns cannot be mistaken for one.
             digest.update(len(column).to_bytes(8, "little") + column.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hash_adapter(model: ModelState) -> str:
+    """A fingerprint of all bytes of an adapter: 16 hexadecimal digits of a SHA-256."""
+    _, adapter = require_adapter(model)
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(adapter).items()):
+        digest.update(repr((name, tuple(leaf.shape), str(leaf.dtype))).encode())
+        digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

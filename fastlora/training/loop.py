@@ -9,8 +9,9 @@ To change the loop, copy `_run_steps`.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -21,6 +22,7 @@ from fastlora.arguments import settings_from
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
 from fastlora.errors import CheckpointError
+from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import StateT
@@ -28,8 +30,8 @@ from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.checkpoint import restore_checkpoint, save_checkpoint
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.finished import finish_folder, tokenizer_bytes
-from fastlora.training.history import History, Record, progress_figures
-from fastlora.training.identity import run_identity
+from fastlora.training.history import History, Record
+from fastlora.training.identity import hash_adapter, run_identity
 from fastlora.training.keeping import Best, remove_superseded, stops_early
 from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
@@ -43,6 +45,7 @@ from fastlora.training.output_folder import (
     run_bytes,
 )
 from fastlora.training.positions import figures, finish_stream, with_position
+from fastlora.training.progress import bar_figures, step_cost
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
 from fastlora.training.run_record import json_settings, run_record
@@ -80,6 +83,8 @@ def train(
     columns: Mapping[str, str] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
+    sample_prompts: Sequence[Prompt] | None = None,
+    sample_tokens: int = 64,
     save_every: int | None = None,
     keep: int | None = None,
     keep_best: bool = False,
@@ -172,6 +177,10 @@ def train(
         template_kwargs: variables of the chat template: {"enable_thinking": False}. To generate,
             use `tokenizer.with_template_kwargs(...)`.
         eval_every: steps.
+        sample_prompts: texts or chats that the model continues, greedily, whenever eval_data is
+            evaluated (also without eval_data). The texts are under "samples" in the record for
+            `log`.
+        sample_tokens: tokens of each of these texts at most.
         save_every: steps. output_dir/checkpoint-N is an adapter folder with the files that `resume`
             needs. The last step is saved too.
         keep: newest checkpoints that stay; older ones are deleted when a newer one is complete.
@@ -185,12 +194,13 @@ def train(
             after it.
         seed: of the order of the data and of dropout.
         log: a function, called after every step with a dict of step, loss, learning_rate, tokens,
-            seconds and grad_norm, as in `History`, eval_loss after an evaluation, and norms by
-            group of tensors ("grad_norm/A", "update_norm/B", ...). "jsonl" writes these to
+            seconds and grad_norm, as in `History`, eval_loss after an evaluation, norms by group of
+            tensors ("grad_norm/A", "update_norm/B", ...), and figures of `progress.step_cost`.
+            "jsonl" writes these to
             output_dir/log.jsonl, "tensorboard" to output_dir/tensorboard, "wandb" and "trackio" to
             these services (each an extra of the package). Or a list of these.
-        progress: show a bar on stderr with the loss, tokens (trained or not) per second and peak
-            memory.
+        progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
+            left, and on CUDA the share of the card's peak and the memory.
 
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
@@ -231,6 +241,7 @@ def train(
         # Training changes none of it, so it is computed once for all checkpoints.
         saves = folder is not None or checkpoint is not None
         identity = run_identity(run, learner.model) if saves else {}
+        initial = hash_adapter(learner.model) if saves else ""
         learner, records = _start(checkpoint, learner, identity, run.steps)
         refuse_to_overwrite(folder, len(records), checkpoint, identity)
         if folder is not None:
@@ -239,18 +250,22 @@ def train(
             check_space(folder, needed, "the run, with all its checkpoints,")
         if run.stream is None:
             report(run.left_out, folder)
+        describe_run = partial(
+            run_record, run, data=data, eval_data=eval_data, identity=identity, initial=initial
+        )
         best = Best()
         if settings.keep_best:
             best.read(learner, records, checkpoint)
         stop = StopRequest()
-        info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings))
+        start = describe_run(model=learner.model, records=records, ended=False) if saves else {}
+        info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings), start)
         with stop.listening(), kept_on_failure(folder, learner, records, identity, stop):
             with open_log(log, info) as write:
                 _run_steps(run, learner, records, identity, folder, stop, best, write, progress)
             trained = best.model(learner.model)
             if folder is not None:
-                record = run_record(run, trained, data, eval_data, records, identity)
-                finish_folder(folder, trained, tokenizer, identity, records, record)
+                end = describe_run(model=trained, records=records, ended=True)
+                finish_folder(folder, trained, tokenizer, identity, records, end)
             # A signal during the last step or save: the run has finished.
             if stop.signal is not None:
                 raise stop.error()
@@ -291,12 +306,13 @@ def _run_steps(
         for step, micro_batches in zip(range(done + 1, run.steps + 1), batches, strict=False):
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
-            record["seconds"] = perf_counter() - started
+            record["seconds"] = seconds = perf_counter() - started
+            record |= step_cost(learner.model, micro_batches, seconds)
             records.append(with_position(record, run, records))
             ends = _evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
-                device = learner.model.base["norm"].device
-                bar.set_postfix(progress_figures(record, micro_batches, device), refresh=False)
+                # The place for the rows encoded so far: bar_figures(..., encoded="1,024 rows").
+                bar.set_postfix(bar_figures(record), refresh=False)
             bar.update()
             # Last, so that an error in the user's function finds the step's checkpoint written.
             log(figures(record))
@@ -323,9 +339,12 @@ def _evaluate_and_save(
     """
     s, step = run.settings, len(records)
     ends = step == run.steps
-    if run.eval_sequences and (ends or _is_due(step, s.eval_every)):
+    due = ends or _is_due(step, s.eval_every)
+    if run.eval_sequences and due:
         records[-1]["eval_loss"] = evaluate(run, learner.model, step)
         ends = ends or stops_early(records, s.early_stopping)
+    if run.samples is not None and due:
+        records[-1]["samples"] = run.samples(learner.model)
     save = s.save_every is not None and (ends or _is_due(step, s.save_every))
     if s.keep_best and best.update(learner, records):
         save = True  # a run that resumes needs the best adapter

@@ -20,8 +20,9 @@ from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_batches import preference_batches
 from fastlora.losses.preference_rows import Labelled, Pair, encode_preferences
 from fastlora.models.spec import Spec
-from fastlora.models.state import Batch
+from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.samples import write_samples
 from fastlora.training.settings import Settings, check_vocabulary
 
 # The key of a record that holds where a stream was after the step.
@@ -41,6 +42,7 @@ class Run(NamedTuple):
     left_out: tuple[LeftOut, ...] = ()  # counts of rows that were left out, by argument
     objective: Objective | None = None  # what is minimised; None: the mean of -log p
     stream: Stream | None = None  # data that are read while they are trained on; no sequences then
+    samples: Callable[[ModelState], list[dict[str, Any]]] | None = None  # texts of sample_prompts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -164,4 +166,17 @@ def prepare_run(
     stream = streamed(sources) if streams else None
     train_sequences = sequences(data, "data") if stream is None else []
     out = tuple(left_out)
-    return Run(settings, train_sequences, eval_sequences, padded_batches, out, objective, stream)
+    samples = None
+    if (prompts := settings.sample_prompts) is not None:
+        new = settings.sample_tokens
+        samples = partial(write_samples, tokenizer=tokenizer, prompts=prompts, new_tokens=new)
+    return Run(
+        settings,
+        train_sequences,
+        eval_sequences,
+        padded_batches,
+        out,
+        objective,
+        stream=stream,
+        samples=samples,
+    )

@@ -1,11 +1,14 @@
 """run.json: all that a run's result depends on, and the result, as JSON for people and scripts.
 
     {"settings": every argument of train that is a number or a choice,
-     "model": name, revision, dtype, ..., "lora": its settings,
-     "data": name, fingerprint and size, "eval_data": the same or null,
+     "steps": of the whole run,
+     "model": name, revision, fingerprint, dtype, ..., "lora": its settings,
+     "adapter": fingerprints before and after the run,
+     "data": name, source, fingerprint and size, "eval_data": the same or null,
      "versions": of Python and packages, "device": name, threads or capability,
      "result": steps, losses, seconds, when it ended}
 
+It is written after the last step, and with log="jsonl" also before the first, without "ended".
 training_run.json, which `train` itself reads, has the whole history.
 """
 
@@ -24,11 +27,9 @@ import torch
 from fastlora.losses.loss_argument import loss_identity
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.training.history import Record
-from fastlora.training.identity import hash_sequences
+from fastlora.training.identity import hash_adapter, hash_sequences
 from fastlora.training.keeping import best_step
 from fastlora.training.run import Run, Sequences
-
-RUN_RECORD = "run.json"
 
 # Packages that compute, or that turn text into numbers. Those that are not installed are left out.
 _PACKAGES = ("torch", "triton", "numpy", "tokenizers", "safetensors", "jinja2", "bitsandbytes")
@@ -41,24 +42,30 @@ def run_record(
     eval_data: Any,
     records: Sequence[Record],
     identity: Mapping[str, Any],
+    initial: str,
+    ended: bool,
 ) -> dict[str, Any]:
     """The content of run.json.
 
     Args:
         run: its settings and sequences.
-        model: the trained one.
+        model: as it is now.
         data: the argument of `train`, for its name.
         eval_data: the same.
-        records: of all steps.
+        records: of the steps so far.
         identity: of the run.
+        initial: fingerprint of the adapter before the first step.
+        ended: whether the run has ended.
     """
     lora, _ = require_adapter(model)
     spec = model.spec
     content = {
         "settings": json_settings(run.settings),
+        "steps": run.steps,
         "model": {
             "name": spec.name_or_path,
             "revision": spec.revision,
+            "fingerprint": identity["hash of the base model"],
             "dtype": str(model.base["norm"].dtype).removeprefix("torch."),
             "max_seq_length": spec.max_seq_length,
             "recompute": spec.recompute,
@@ -68,11 +75,12 @@ def run_record(
         },
         # The resolved targets are in adapter_config.json.
         "lora": {f.name: getattr(lora, f.name) for f in fields(lora) if f.name != "targets"},
+        "adapter": {"initial": initial, "trained": hash_adapter(model) if ended else None},
         "data": _training_data(data, run, records, identity["hash of the training data"]),
         "eval_data": None if eval_data is None else _eval_data(eval_data, run.eval_sequences),
         "versions": versions(),
         "device": device(model.base["norm"].device),
-        "result": _result(records),
+        "result": _result(records) | (_end() if ended else {}),
     }
     return json.loads(json.dumps(content, default=_as_json))
 
@@ -104,6 +112,19 @@ def source_name(data: Any) -> str:
     return type(data).__name__
 
 
+def _source(data: Any) -> Any:
+    """Paths of the data from which a run can be repeated, absolute; None: rows in memory."""
+    if isinstance(data, str | os.PathLike):
+        return os.path.abspath(data)
+    if isinstance(data, Mapping):
+        sources = {_source(source): weight for source, weight in data.items()}
+        return None if None in sources else sources
+    if isinstance(data, list | tuple) and data:
+        sources = [_source(x) if isinstance(x, str | os.PathLike) else None for x in data]
+        return None if None in sources else sources
+    return None
+
+
 def _eval_data(data: Any, sequences: Sequences) -> dict[str, Any]:
     return _data(data, sequences, hash_sequences(sequences))
 
@@ -117,6 +138,7 @@ def _training_data(
     s = run.settings
     return {
         "name": source_name(data),
+        "source": _source(data),
         "fingerprint": fingerprint,
         "sequences": len(records) * s.batch_size * s.gradient_accumulation_steps,
         "tokens": sum(record["tokens"] for record in records),
@@ -127,6 +149,7 @@ def _training_data(
 def _data(data: Any, sequences: Sequences, fingerprint: str) -> dict[str, Any]:
     return {
         "name": source_name(data),
+        "source": _source(data),
         "fingerprint": fingerprint,
         "sequences": len(sequences),
         "tokens": sum(len(sequence.input_ids) for sequence in sequences),
@@ -155,6 +178,10 @@ def device(at: torch.device) -> dict[str, Any]:
     return {"type": "cuda", "name": name, "capability": capability, "cuda": torch.version.cuda}
 
 
+def _end() -> dict[str, str]:
+    return {"ended": datetime.now(UTC).isoformat(timespec="seconds")}
+
+
 def _result(records: Sequence[Record]) -> dict[str, Any]:
     """Losses of the first, last and best step, and the time that the steps took."""
     if not records:
@@ -166,7 +193,6 @@ def _result(records: Sequence[Record]) -> dict[str, Any]:
         "last_loss": records[-1]["loss"],
         "trained_tokens": sum(r["tokens"] for r in records),
         "seconds": sum(r["seconds"] for r in records),
-        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if (best := best_step(records)) is not None:
         result |= {"last_eval_loss": [*evaluations.values()][-1], "best_step": best}

@@ -43,6 +43,7 @@ from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.logging.open import LOG, log_problems
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 from fastlora.training.parameter_groups import RATES, rates_problems
+from fastlora.training.samples import SAMPLE_PROMPTS, sample_problems
 from fastlora.training.schedules import SCHEDULERS, Schedule, schedule_problems
 
 _LARGEST_MASK_GIB = 8
@@ -92,6 +93,8 @@ class Settings:
     columns: Mapping[str, str] | None = setting(optional(COLUMNS))
     template_kwargs: Mapping[str, Any] | None = setting(optional(TEMPLATE_KWARGS))
     eval_every: int | None = setting(optional(_COUNT))
+    sample_prompts: Sequence[Any] | None = setting(optional(SAMPLE_PROMPTS))
+    sample_tokens: int = setting(_COUNT)
     save_every: int | None = setting(optional(_COUNT))
     keep: int | None = setting(optional(_COUNT))
     keep_best: bool = setting(FLAG)
@@ -139,9 +142,7 @@ def check_train_arguments(
     )
     if tokenizer is None:
         problems.append("tokenizer is None; does the model's folder have a tokenizer.json?")
-    if isinstance(tokenizer, Tokenizer) and TEMPLATE_KWARGS.accepts(settings.template_kwargs):
-        unread = template_kwargs_problem(settings.template_kwargs or {}, tokenizer.chat_templates)
-        problems += [unread] if unread else []
+    problems += _text_problems(settings, model, tokenizer)
     problems += _companion_problems(settings, eval_data, output_dir, resume)
     problems += loss_problems(settings)
     problems += log_problems(log, output_dir)
@@ -155,13 +156,32 @@ def check_train_arguments(
     raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
 
 
+def _text_problems(settings: Settings, model: Any, tokenizer: Any) -> list[str]:
+    """Variables and prompts that the chat template does not take, and prompts that are too long."""
+    if not isinstance(tokenizer, Tokenizer):
+        return []
+    given = {} if settings.template_kwargs is None else settings.template_kwargs
+    if not TEMPLATE_KWARGS.accepts(given):
+        return []  # its rule reports it
+    if unread := template_kwargs_problem(given, tokenizer.chat_templates):
+        return [unread]
+    if settings.sample_prompts is None or not isinstance(model, ModelState):
+        return []
+    if given:
+        tokenizer = tokenizer.with_template_kwargs(given)
+    length = model.spec.max_seq_length
+    return sample_problems(settings.sample_prompts, settings.sample_tokens, tokenizer, length)
+
+
 def _companion_problems(
     settings: Settings, eval_data: Any, output_dir: Any, resume: Any
 ) -> list[str]:
     """Arguments that mean nothing without another one."""
     problems = []
-    if settings.eval_every is not None and eval_data is None:
-        problems.append(f"eval_every={settings.eval_every!r} without eval_data; give the rows")
+    if settings.eval_every is not None and eval_data is None and settings.sample_prompts is None:
+        problems.append(
+            f"eval_every={settings.eval_every!r} without eval_data or sample_prompts; give the rows"
+        )
     if settings.save_every is not None and output_dir is None:
         problems.append(f"save_every={settings.save_every!r} without output_dir; name a folder")
     if (resume is True or resume == "auto") and output_dir is None:
@@ -181,10 +201,12 @@ def _keeping_problems(settings: Settings, eval_data: Any, output_dir: Any) -> li
         problems.append(f"keep={settings.keep!r} without output_dir; name a folder")
     if settings.keep_best is True and eval_data is None:
         problems.append("keep_best=True without eval_data, by whose loss it chooses; give the rows")
-    if settings.early_stopping is not None and settings.eval_every is None:
-        problems.append(
-            f"early_stopping={settings.early_stopping!r} without eval_every: it counts evaluations"
-        )
+    if settings.early_stopping is not None:
+        given = f"early_stopping={settings.early_stopping!r}"
+        if settings.eval_every is None:
+            problems.append(f"{given} without eval_every: it counts evaluations")
+        elif eval_data is None:
+            problems.append(f"{given} without eval_data, whose loss it watches; give the rows")
     return problems
 
 

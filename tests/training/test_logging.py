@@ -2,13 +2,13 @@
 
 import json
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
 from fastlora.training.logging import extras
 from fastlora.training.loop import train
-from oracles.training_runs import QUIET, ROWS, Killed, long_run, stop_at
+from oracles.training_runs import QUIET, ROWS, Killed, Recorder, long_run, stop_at
 
 
 def lines(folder) -> list[dict]:
@@ -31,17 +31,6 @@ def test_each_function_of_a_list_gets_its_copy(model, tokenizer):
     seen: list[dict] = []
     train(model, tokenizer, ROWS, max_steps=2, log=[dict.clear, seen.append], **QUIET)
     assert [record["step"] for record in seen] == [1, 2]
-
-
-class Recorder(ModuleType):
-    """A module in place of wandb or trackio, or of torch.utils.tensorboard."""
-
-    def __init__(self, name: str):
-        super().__init__(name)
-        self.run, self.calls = None, []
-        for call in ("init", "log", "finish"):
-            note = lambda *args, call=call, **given: self.calls.append((call, args, given))
-            setattr(self, call, note)
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -122,7 +122,10 @@ def test_log_is_called_with_every_step_of_the_history(model, tokenizer):
         log=records.append, **QUIET,
     )  # fmt: skip
     always = {"step", "loss", "learning_rate", "tokens", "seconds", "grad_norm"}
-    always |= {f"{kind}_norm/{group}" for kind in ("grad", "update") for group in "AB"}
+    always |= {
+        "read_tokens",
+        *(f"{kind}_norm/{group}" for kind in ("grad", "update") for group in "AB"),
+    }
     assert [set(r) - {"eval_loss"} for r in records] == [always] * 3
     assert ["eval_loss" in r for r in records] == [False, True, True]
     assert History.of(records) == history

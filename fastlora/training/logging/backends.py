@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastlora.checkpoints.tensors import write_text
+from fastlora.checkpoints.tensors import write_json, write_text
 from fastlora.training.history import Record
 from fastlora.training.logging.extras import extra_module
 
 JSONL_FILE, TENSORBOARD_FOLDER = "log.jsonl", "tensorboard"
+RUN_RECORD = "run.json"
+SAMPLES = "samples"  # the entry of a record that is not a number: [{"prompt": ..., "text": ...}]
 
 # The project of trackio, which needs one. Weights & Biases has its own default and variable for it.
 _PROJECT = "fastlora"
@@ -24,6 +26,7 @@ class RunInfo(NamedTuple):
     folder: Path | None
     records: Sequence[Record]  # of the steps that an earlier part of this run took
     settings: Mapping[str, Any]  # JSON values, shown beside the curves
+    record: Mapping[str, Any]  # run.json as it is now; empty without a folder
 
 
 @contextmanager
@@ -31,10 +34,13 @@ def jsonl(info: RunInfo) -> Iterator[Write]:
     """Append one JSON object per step to log.jsonl, which holds the whole run.
 
     A run that resumes first rewrites the steps before, so that steps which a killed run logged but
-    did not save appear once. Every line is flushed.
+    did not save appear once. Every line is flushed. run.json is written first: scripts/watch.py
+    reads the number of steps and the settings there while the run goes on.
     """
     assert info.folder is not None
     path = info.folder / JSONL_FILE
+    info.folder.mkdir(parents=True, exist_ok=True)
+    write_json(info.folder / RUN_RECORD, dict(info.record))
     write_text(path, "".join(map(_line, info.records)))
     with path.open("a", encoding="utf-8") as file:
 
@@ -43,6 +49,11 @@ def jsonl(info: RunInfo) -> Iterator[Write]:
             file.flush()
 
         yield write
+
+
+def shown(prompt: str | Sequence[Mapping[str, Any]]) -> str:
+    """A prompt as one text; of a chat, the last message."""
+    return prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
 
 
 def _line(record: Record) -> str:
@@ -59,11 +70,19 @@ def tensorboard(info: RunInfo) -> Iterator[Write]:
     writer = module.SummaryWriter(str(info.folder / TENSORBOARD_FOLDER), purge_step=first)
     try:
         writer.add_text("settings", f"```\n{json.dumps(info.settings, indent=2)}\n```", first)
-        yield lambda record: [
-            writer.add_scalar(name, value, record["step"])
-            for name, value in record.items()
-            if name != "step"
-        ]
+
+        def write(record: Record) -> None:
+            for name, value in record.items():
+                if name not in ("step", SAMPLES):
+                    writer.add_scalar(name, value, record["step"])
+            for number, sample in enumerate(record.get(SAMPLES, [])):
+                # Indented text is shown as it is: the texts are not Markdown.
+                text = "    " + f"{shown(sample['prompt'])} >>> {sample['text']}".replace(
+                    "\n", "\n    "
+                )
+                writer.add_text(f"{SAMPLES}/{number}", text, record["step"])
+
+        yield write
     finally:
         writer.close()
 
@@ -80,9 +99,15 @@ def _wandb_like(name: str, info: RunInfo, **more: Any) -> Iterator[Write]:
         given = {} if info.folder is None else {"name": info.folder.name}
         module.init(config=dict(info.settings), **given, **more)
     try:
-        yield lambda record: module.log(
-            {key: value for key, value in record.items() if key != "step"}, step=record["step"]
-        )
+
+        def write(record: Record) -> None:
+            figures = {key: value for key, value in record.items() if key != "step"}
+            if SAMPLES in record:
+                rows = [[shown(sample["prompt"]), sample["text"]] for sample in record[SAMPLES]]
+                figures[SAMPLES] = module.Table(columns=["prompt", "text"], data=rows)
+            module.log(figures, step=record["step"])
+
+        yield write
     finally:
         if not running:
             module.finish()

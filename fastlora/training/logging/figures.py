@@ -38,26 +38,35 @@ def draw(path: str | os.PathLike[str], runs: Mapping[str, Columns]) -> None:
         ModuleNotFoundError: matplotlib is not installed.
     """
     check_arguments("plot", path=(path, PATH))
-    path = Path(path)
-    figure = extra_module("matplotlib.figure", "plots", "plot").Figure(
-        figsize=(11, 7), layout="constrained"
-    )
-    formats = figure.canvas.get_supported_filetypes()
-    ending = path.suffix.removeprefix(".").lower()
-    if ending not in formats:
-        raise ValueError(
-            f"path={os.fspath(path)!r}: expected an ending of {', '.join(sorted(formats))}"
-        )
+    figure, ending = _new_figure(path, (11, 7))
     if not any(len(columns["steps"]) for columns in runs.values()):
         raise ValueError("plot: there is no step to draw; the history is empty")
     for axes, (column, title, logarithmic) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         for number, (name, columns) in enumerate(runs.items()):
             _curve(axes, column, columns, name, f"C{number % 10}")
         axes.set(title=title, xlabel="step", yscale="log" if logarithmic else "linear")
+        low, high = axes.get_ylim()
+        if logarithmic and high < 10 * low:  # few powers of ten: plain numbers at the ticks between
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
     if len(runs) > 1:
         figure.axes[0].legend()
-    atomic_write(path, lambda file: figure.savefig(file, format=ending, dpi=120))
+    atomic_write(Path(path), lambda file: figure.savefig(file, format=ending, dpi=120))
+
+
+def _new_figure(path: str | os.PathLike[str], inches: tuple[float, float]) -> tuple[Any, str]:
+    """(an empty figure, the format that the path's ending names)."""
+    figure = extra_module("matplotlib.figure", "plots", "plot").Figure(
+        figsize=inches, layout="constrained"
+    )
+    formats = figure.canvas.get_supported_filetypes()
+    ending = Path(path).suffix.removeprefix(".").lower()
+    if ending not in formats:
+        raise ValueError(
+            f"path={os.fspath(path)!r}: expected an ending of {', '.join(sorted(formats))}"
+        )
+    return figure, ending
 
 
 def _curve(axes: Any, column: str, columns: Columns, name: str, color: str) -> None:
@@ -85,3 +94,30 @@ def smoothed(values: Sequence[float]) -> list[float]:
         total, weight = keep * total + value, keep * weight + 1
         result.append(total / weight)
     return result
+
+
+def draw_rates(
+    path: str | os.PathLike[str],
+    rates: Sequence[float],
+    losses: Sequence[float],
+    averages: Sequence[float],
+    suggestion: float,
+) -> None:
+    """Write a picture of a learning-rate range test: the loss over the rate.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `draw`.
+    """
+    check_arguments("plot", path=(path, PATH))
+    figure, ending = _new_figure(path, (7, 4.5))
+    axes = figure.subplots()
+    axes.plot(rates, losses, color="C0", alpha=0.25)
+    axes.plot(rates, averages, color="C0")
+    axes.axvline(suggestion, color="C3", linestyle="--", label=f"suggestion: {suggestion:.2g}")
+    axes.set(xscale="log", xlabel="learning rate", title="loss (line: smoothed)")
+    # A loss that has diverged would press the rest of the curve flat.
+    low, high = min(losses), max(averages[: max(2, len(averages) // 2)])
+    axes.set_ylim(low - 0.1 * (high - low), high + 0.6 * (high - low))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    atomic_write(Path(path), lambda file: figure.savefig(file, format=ending, dpi=120))
