@@ -50,6 +50,12 @@ def notebook(text: str) -> dict[str, Any]:
     return {"cells": cells(text), "metadata": metadata, **FORMAT}
 
 
+def code(text: str) -> str:
+    """The source of all code cells of a script."""
+    found = (cell["source"] for cell in cells(text) if cell["cell_type"] == "code")
+    return "\n\n\n".join("".join(source) for source in found) + "\n"
+
+
 def write_notebooks(folder: Path) -> list[Path]:
     """Write the notebooks of all scripts; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
