@@ -1,0 +1,105 @@
+"""Points with mlx-lm's `lora` command: mlx_side.py FOLDER > ROWS."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx_lm
+import numpy as np
+from points import DEMO, FORMS, ROWS, try_points
+from safetensors.numpy import load_file
+
+FOLDER = Path(sys.argv[1])
+
+
+def run(
+    rows: list[dict], name: str = "run", iters: int = 4, seed: int = 0, **config: Any
+) -> dict[str, Any]:
+    data, adapter = FOLDER / f"{name}-data", FOLDER / name
+    data.mkdir(parents=True, exist_ok=True)
+    for part in ("train", "valid"):
+        (data / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    settings = dict(
+        model=str(DEMO),
+        train=True,
+        data=str(data),
+        adapter_path=str(adapter),
+        iters=iters,
+        batch_size=4,
+        steps_per_report=1,
+        steps_per_eval=100,
+        val_batches=1,
+        learning_rate=1e-3,
+        num_layers=-1,
+        seed=seed,
+    )
+    (FOLDER / f"{name}.yaml").write_text(json.dumps(settings | config))
+    done = subprocess.run(
+        [sys.executable, "-m", "mlx_lm", "lora", "-c", FOLDER / f"{name}.yaml"],
+        capture_output=True,
+        text=True,
+    )
+    text = done.stdout + done.stderr
+    lines = [line for line in text.splitlines() if line.strip()]
+    keep = [x for x in lines if "Train loss" in x or "WARNING" in x or "truncat" in x]
+    return dict(
+        rc=done.returncode,
+        seen=keep[:6] if done.returncode == 0 else lines[-1:],
+        files=sorted(p.name for p in adapter.glob("*")),
+    )
+
+
+def resume():
+    run(ROWS, "whole", iters=6, save_every=3)
+    run(
+        ROWS,
+        "parts",
+        iters=3,
+        save_every=3,
+        resume_adapter_file=str(FOLDER / "whole/0000003_adapters.safetensors"),
+    )
+    a, b = (load_file(FOLDER / x / "adapters.safetensors") for x in ("whole", "parts"))
+    return dict(
+        same_bits=all(np.array_equal(a[k], b[k]) for k in a),
+        largest_difference=max(float(np.abs(a[k] - b[k]).max()) for k in a),
+    )
+
+
+POINTS = {
+    f"rows: {n}": (lambda rows=rows, n=n: run(rows, n.split()[0])) for n, rows in FORMS.items()
+} | {
+    "masks": lambda: run(ROWS, "masked", mask_prompt=True),
+    "masks of text": lambda: run(FORMS["text"], "maskedtext", mask_prompt=True),
+    "too_long": lambda: run(ROWS, "long", max_seq_length=24),
+    "schedules": lambda: [
+        run(ROWS, "sched", lr_schedule=dict(name=n, warmup=1, arguments=a))
+        for n, a in (
+            ("cosine_decay", [1e-3, 4]),
+            ("linear_schedule", [1e-3, 0.0, 4]),
+            ("exponential_decay", [1e-3, 0.9]),
+        )
+    ],
+    "schedule wsd": lambda: run(
+        ROWS, "wsd", lr_schedule=dict(name="warmup_stable_decay", arguments=[1e-3, 4])
+    ),
+    "resume": resume,
+    "unknown setting": lambda: run(
+        ROWS, "unknown", neftune_alpha=5.0, packing=True, early_stopping=1, keep_best=True
+    ),
+    "bad_row": lambda: run([*ROWS, {"messages": None}], "bad"),
+    "nan": lambda: run(ROWS, "nan", learning_rate=1e38),
+    "loggers": lambda: run(ROWS, "log", report_to="jsonl"),
+    "loggers: wandb": lambda: run(ROWS, "wandb", report_to="wandb"),
+    "command line": lambda: (
+        subprocess.run(
+            [sys.executable, "-m", "mlx_lm", "lora", "--help"], capture_output=True, text=True
+        ).returncode
+    ),
+    "overwrites": lambda: [run(ROWS, "twice", iters=1), run(ROWS, "twice", iters=1)],
+}
+
+if __name__ == "__main__":
+    print(json.dumps(dict(library="mlx-lm", point="versions", result=mlx_lm.__version__)))
+    try_points("mlx-lm", POINTS)
