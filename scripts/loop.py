@@ -70,6 +70,7 @@ def train(
 
 if __name__ == "__main__":
     model, tokenizer = fastlora.load("demo", dtype="float32", max_seq_length=256)
+    assert tokenizer is not None
     model = fastlora.lora(model, r=16)
     model, losses = train(model, tokenizer, DEMO / "train.jsonl", max_steps=30, learning_rate=2e-3)
     print(*(f"{loss:.3f}" for loss in losses))

@@ -43,8 +43,7 @@ model.save_pretrained("runs/peft_trainer/start")  # A is random: the twin starts
 # %% [markdown]
 # ## Rows
 #
-# Only the replies are trained. fastlora shuffles with a generator of its own, so the rows are put
-# into its order here.
+# Only the replies are trained. The rows are put into the order in which fastlora takes them.
 
 # %%
 rows = [json.loads(line) for line in open(MODEL / "train.jsonl")][:80]

@@ -7,7 +7,7 @@
 #
 # `pip install torchtune==0.6.1 torchao==0.9.0`: torchtune is no longer developed, and its last
 # version needs a module (`torchao.dtypes.nf4tensor`) that torchao 0.18 does not have. Run this in
-# an environment of its own, from the folder of this file, or with that folder on PYTHONPATH.
+# a separate environment, from the folder of this file, or with that folder on PYTHONPATH.
 
 # %%
 import re
@@ -21,7 +21,7 @@ from fastlora.checkpoints.hub import DEMO
 # %% [markdown]
 # ## Rows
 #
-# fastlora shuffles with a generator of its own, so the rows are put into its order here.
+# The rows are put into the order in which fastlora takes them.
 
 # %%
 runs = Path("runs/torchtune_lora")

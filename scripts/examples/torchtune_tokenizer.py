@@ -1,4 +1,4 @@
-"""The demo's chats for torchtune, which reads only the tokenizers of its own models."""
+"""The demo's chats for torchtune, which reads only the tokenizers of known models."""
 
 from typing import Any
 

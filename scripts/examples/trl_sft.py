@@ -21,7 +21,7 @@ from fastlora.checkpoints.hub import DEMO as MODEL  # a small Llama; any other w
 # %% [markdown]
 # ## Rows
 #
-# fastlora shuffles with a generator of its own, so the rows are put into its order here.
+# The rows are put into the order in which fastlora takes them.
 
 # %%
 rows = [json.loads(line) for line in open(MODEL / "train.jsonl")][:80]

@@ -50,7 +50,7 @@ model.save_pretrained("runs/unsloth_sft/start")  # A is random: the twin starts 
 # %% [markdown]
 # ## Rows
 #
-# fastlora shuffles with a generator of its own, so the rows are put into its order here. The
+# The rows are put into the order in which fastlora takes them. The
 # trainer adds a BOS token to every text. Without `removeprefix` each row would begin with two on
 # the CPU, where Unsloth leaves SFTTrainer unchanged.
 

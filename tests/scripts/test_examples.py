@@ -70,7 +70,7 @@ def test_the_losses_of_torchtune_s_twin_are_equal(own_state, tmp_path, monkeypat
 
 
 def test_the_losses_of_unsloth_s_twin_are_equal(own_state, tmp_path, monkeypatch):
-    """In a process of its own: Unsloth changes transformers, TRL and PEFT when it is imported."""
+    """In another process: Unsloth changes transformers, TRL and PEFT when it is imported."""
     assert UNSLOTH.exists(), "scripts/test.sh installs scripts/requirements-unsloth.txt"
     monkeypatch.setenv("PYTHONPATH", str(UNSLOTH))
     monkeypatch.setenv("UNSLOTH_DISABLE_STATISTICS", "1")

@@ -1,6 +1,7 @@
 """Points with axolotl's command: axolotl_side.py FOLDER > ROWS."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,15 +71,13 @@ def run(
         text=True,
         timeout=120,
     )
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
-    keep = [
-        x[-200:] for x in lines if "'loss'" in x or "drop" in x.lower() or "truncat" in x.lower()
-    ]
-    return dict(
-        rc=done.returncode,
-        seen=keep[:5] if not done.returncode else [x[-250:] for x in lines[-2:]],
-        files=sorted(p.name for p in out.glob("*")),
-    )
+    text = done.stdout + done.stderr
+    lines = [line[-250:] for line in text.splitlines() if line.strip()]
+    seen = lines[-2:]
+    if done.returncode == 0:
+        seen = re.findall(r"'(?:loss|eval_loss)': '[^']*'|'tokens/trainable': \d+", text)
+        seen += [line for line in lines if re.search("[Dd]ropp|[Tt]runcat|[Ss]kipp", line)][:3]
+    return dict(rc=done.returncode, seen=seen, files=sorted(path.name for path in out.glob("*")))
 
 
 def resume():

@@ -1,6 +1,7 @@
 """Points with mlx-lm's `lora` command: mlx_side.py FOLDER > ROWS."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,14 +42,12 @@ def run(
         capture_output=True,
         text=True,
     )
-    text = done.stdout + done.stderr
-    lines = [line for line in text.splitlines() if line.strip()]
-    keep = [x for x in lines if "Train loss" in x or "WARNING" in x or "truncat" in x]
-    return dict(
-        rc=done.returncode,
-        seen=keep[:6] if done.returncode == 0 else lines[-1:],
-        files=sorted(p.name for p in adapter.glob("*")),
-    )
+    # The table of losses has colours, and an arrow in each row.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout + done.stderr)
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    seen = [line for line in lines if re.search("[▲▼]|WARNING|[Tt]runcat|nan", line)][:6]
+    files = sorted(path.name for path in adapter.glob("*"))
+    return dict(rc=done.returncode, seen=seen if done.returncode == 0 else lines[-2:], files=files)
 
 
 def resume():

@@ -41,7 +41,7 @@ FORMS: dict[str, list[dict[str, Any]]] = {
 
 
 def try_points(library: str, points: dict[str, Callable[[], Any]]) -> None:
-    """Print a line of JSON for each point: what it returned, or its error."""
+    """Print a line of JSON for each point: the result or the error."""
     for name, point in points.items():
         try:
             result = point()

@@ -3,7 +3,7 @@
     python scripts/bench/random_checkpoint.py 1b /tmp/1b
     python scripts/bench/whole_job/compare.py /tmp/1b /tmp/job --repeat 3
 
-Makes chats of ragged length and runs each library in a process of its own, alternating. Prints a
+Makes chats of ragged length and runs each library in a new process, alternating. Prints a
 line of JSON for every run, with total_s, and the medians. Unsloth needs PYTHONPATH to lead to it.
 Compile caches are empty in the first run unless --warm-cache is given.
 """
