@@ -52,7 +52,8 @@ def run(job: str, args: argparse.Namespace, rows: Path, cache: Path) -> dict[str
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }
     started = time.time()
-    command = [sys.executable, *command, *options, "--started", str(started)]
+    settings = ["--length", str(args.length), "--started", str(started)]
+    command = [sys.executable, *command, *options, *settings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     seconds = time.time() - started
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
@@ -70,6 +71,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where adapters, rows and caches are written")
     parser.add_argument("--jobs", nargs="*", choices=JOBS, default=list(JOBS))
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--warm-cache", action="store_true", help="run each once before")
     args = parser.parse_args()

@@ -15,10 +15,11 @@ def main() -> None:
     for name in ("model", "rows", "output"):
         parser.add_argument(name)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--started", type=float, default=time.time(), help="time.time()")
     args = parser.parse_args()
     shutil.rmtree(args.output, ignore_errors=True)  # train does not write over another run
-    model, tokenizer = fastlora.load(args.model, max_seq_length=2048)
+    model, tokenizer = fastlora.load(args.model, max_seq_length=args.length)
     model = fastlora.lora(model, r=16, lora_alpha=16)
     ready, stamps = time.time(), []
     _, history = fastlora.train(

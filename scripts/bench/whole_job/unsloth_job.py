@@ -32,12 +32,16 @@ def main() -> None:
     for name in ("model", "rows", "output"):
         parser.add_argument(name)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--started", type=float, default=time.time(), help="time.time()")
     parser.add_argument("--packing", action="store_true")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
     model, tokenizer = FastLanguageModel.from_pretrained(
-        args.model, max_seq_length=2048, load_in_4bit=False, dtype=torch.bfloat16 if cuda else None
+        args.model,
+        max_seq_length=args.length,
+        load_in_4bit=False,
+        dtype=torch.bfloat16 if cuda else None,
     )
     model = FastLanguageModel.get_peft_model(
         model, r=16, lora_alpha=16, use_gradient_checkpointing=False
@@ -53,7 +57,7 @@ def main() -> None:
         lr_scheduler_type="cosine",
         warmup_steps=round(0.03 * args.steps),
         packing=args.packing,
-        max_length=2048,
+        max_length=args.length,
         dataset_text_field="text",
         logging_steps=1,
         report_to="none",
