@@ -13,6 +13,12 @@ from points import DEMO, FORMS, ROWS, try_points
 from safetensors.numpy import load_file
 
 FOLDER = Path(sys.argv[1])
+SCHEDULES = {
+    "cosine_decay": [4],
+    "linear_schedule": [0.0, 4],
+    "exponential_decay": [0.9],
+    "warmup_stable_decay": [4],
+}
 
 
 def run(
@@ -67,36 +73,23 @@ def resume():
 
 
 POINTS = {
-    f"rows: {n}": (lambda rows=rows, n=n: run(rows, n.split()[0])) for n, rows in FORMS.items()
-} | {
+    "unknown setting": lambda: run(ROWS, "unknown", packing=True, early_stopping=1),
+    "bad_row": lambda: run([*ROWS, {"messages": None}], "bad"),
+    "nan": lambda: run(ROWS, "nan", learning_rate=1e38),
+    "loggers: jsonl": lambda: run(ROWS, "log", report_to="jsonl"),
+    "loggers: wandb": lambda: run(ROWS, "wandb", report_to="wandb"),
+    "overwrites": lambda: [run(ROWS, "twice", iters=1), run(ROWS, "twice", iters=1)],
     "masks": lambda: run(ROWS, "masked", mask_prompt=True),
     "masks of text": lambda: run(FORMS["text"], "maskedtext", mask_prompt=True),
     "too_long": lambda: run(ROWS, "long", max_seq_length=24),
-    "schedules": lambda: [
-        run(ROWS, "sched", lr_schedule=dict(name=n, warmup=1, arguments=a))
-        for n, a in (
-            ("cosine_decay", [1e-3, 4]),
-            ("linear_schedule", [1e-3, 0.0, 4]),
-            ("exponential_decay", [1e-3, 0.9]),
-        )
-    ],
-    "schedule wsd": lambda: run(
-        ROWS, "wsd", lr_schedule=dict(name="warmup_stable_decay", arguments=[1e-3, 4])
-    ),
     "resume": resume,
-    "unknown setting": lambda: run(
-        ROWS, "unknown", neftune_alpha=5.0, packing=True, early_stopping=1, keep_best=True
-    ),
-    "bad_row": lambda: run([*ROWS, {"messages": None}], "bad"),
-    "nan": lambda: run(ROWS, "nan", learning_rate=1e38),
-    "loggers": lambda: run(ROWS, "log", report_to="jsonl"),
-    "loggers: wandb": lambda: run(ROWS, "wandb", report_to="wandb"),
-    "command line": lambda: (
-        subprocess.run(
-            [sys.executable, "-m", "mlx_lm", "lora", "--help"], capture_output=True, text=True
-        ).returncode
-    ),
-    "overwrites": lambda: [run(ROWS, "twice", iters=1), run(ROWS, "twice", iters=1)],
+    **{f"rows: {n}": lambda rows=rows, n=n: run(rows, n.split()[0]) for n, rows in FORMS.items()},
+    **{
+        f"schedule: {name}": lambda name=name, end=end: run(
+            ROWS, name, lr_schedule=dict(name=name, warmup=1, arguments=[1e-3, *end])
+        )
+        for name, end in SCHEDULES.items()
+    },
 }
 
 if __name__ == "__main__":
