@@ -52,7 +52,7 @@ def train(
         tokens, total, gradient = sum(map(count_trained_tokens, micro_batches)), 0.0, []
         for i, batch in enumerate(micro_batches):
             batch = {name: x.to(device) for name, x in batch.items()}
-            value, grads = loss_and_grad(adapter, batch, dropout_seed(seed, step, i))
+            value, grads = loss_and_grad(adapter, batch, dropout_seed(seed, step + 1, i))
             grads = tree_leaves(grads)
             gradient = list(map(torch.add, gradient, grads)) if gradient else grads
             total = total + value

@@ -29,6 +29,7 @@ def main() -> None:
         max_steps=args.steps,
         batch_size=4,
         train_on="all",
+        too_long="truncate",
         output_dir=args.output,
         log=lambda record: stamps.append(time.time()),
         progress=False,
