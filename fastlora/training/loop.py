@@ -44,7 +44,7 @@ from fastlora.training.output_folder import (
     refuse_to_overwrite,
     run_bytes,
 )
-from fastlora.training.positions import figures, finish_stream, with_position
+from fastlora.training.positions import encoded_rows, figures, finish_stream, with_position
 from fastlora.training.progress import bar_figures, step_cost
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
@@ -311,8 +311,7 @@ def _run_steps(
             records.append(with_position(record, run, records))
             ends = _evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
-                # The place for the rows encoded so far: bar_figures(..., encoded="1,024 rows").
-                bar.set_postfix(bar_figures(record), refresh=False)
+                bar.set_postfix(bar_figures(record, encoded=encoded_rows(run)), refresh=False)
             bar.update()
             # Last, so that an error in the user's function finds the step's checkpoint written.
             log(figures(record))
