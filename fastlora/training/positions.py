@@ -24,9 +24,9 @@ def figures(record: Record) -> Record:
     return {name: figure for name, figure in record.items() if name != DATA_POSITION}
 
 
-def encoded_rows(run: Run) -> str | None:
-    """How many rows of a stream are encoded, for the bar; None if all are, as of other data."""
-    return None if run.stream is None else f"{run.stream.left_out.read:,} rows"
+def encoded_rows(run: Run) -> str:
+    """How many rows of a stream are encoded, for the bar; "" if all are, as of other data."""
+    return "" if run.stream is None else f"{run.stream.left_out.read:,} rows"
 
 
 def finish_stream(run: Run, folder: Path | None) -> None:
