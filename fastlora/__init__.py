@@ -12,11 +12,13 @@ A run, from a checkpoint to an adapter on disk:
 `Model` and `Tokenizer` are immutable: every function returns a new one. Between `load` and `train`,
 `add_tokens` extends the vocabulary and `initialize` sets the adapter from data. `load_adapter`
 reads an adapter; `combine`, `disable`, `merge` and `quantize` make another model of one.
+`find_learning_rate` tries rates before a run.
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
+`losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
 """
 
-from fastlora import functional
+from fastlora import functional, losses
 from fastlora.adapters.create import lora
 from fastlora.adapters.edits.combining import combine, disable
 from fastlora.adapters.edits.merging import merge
@@ -33,6 +35,7 @@ from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import History
 from fastlora.training.loop import train
 from fastlora.training.planning.plan import plan
+from fastlora.training.rate_range import RateRange, find_learning_rate
 
 __version__ = "0.1.0"
 
@@ -40,16 +43,19 @@ __all__ = [
     "CheckpointError",
     "History",
     "Model",
+    "RateRange",
     "Tokenizer",
     "add_tokens",
     "combine",
     "disable",
+    "find_learning_rate",
     "functional",
     "generate_many",
     "initialize",
     "load",
     "load_adapter",
     "lora",
+    "losses",
     "merge",
     "plan",
     "quantize",

@@ -28,3 +28,16 @@ install_chromium() {
     apt-get -qq update
     DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends chromium >/dev/null
 }
+
+# Installs a library with the older packages that it needs into a folder of the test environment,
+# once, for the tests of scripts/examples, which put the folder on PYTHONPATH.
+#   peer NAME
+peer() {
+    local folder=".venv-test/$1/site-packages"
+    if [ ! -d "$folder" ]; then
+        rm -rf "$folder.new"
+        pip install --quiet --disable-pip-version-check --no-deps --target "$folder.new" \
+            -r "scripts/requirements-$1.txt"
+        mv "$folder.new" "$folder"
+    fi
+}

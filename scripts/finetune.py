@@ -2,62 +2,100 @@
 
     python scripts/finetune.py                                     # the demo: minutes on two cores
     python scripts/finetune.py --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl
+    python scripts/finetune.py --config run.toml --seed 1          # options from a file
+    python scripts/finetune.py --repeat runs/adapter/run.json      # the same bits, or what differs
 
-Copy this file and change it: `main` shows the steps of a run in order.
+All arguments of fastlora.lora and fastlora.train are options. Exit codes are in --help. Needs tyro:
+pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps of a run in order.
 """
 
-import argparse
+import dataclasses
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from finetuning.ending import OTHER_BITS, exit_code
+from finetuning.forecast import forecast
+from finetuning.options import arguments_for, parse
+from finetuning.repeat import differences, note_options
+from finetuning.toml import to_toml
 
 import fastlora
+from fastlora.adapters.lora_arguments import LoraArguments
 from fastlora.checkpoints.hub import DEMO
 from fastlora.data.batches import batches, count_trained_tokens
 from fastlora.data.encoding import encode_rows
 from fastlora.data.packing import pack
 from fastlora.data.rows import read_rows
+from fastlora.training.settings import Settings, check_train_arguments
 
 
 def main() -> None:
-    args = parse_arguments()
-    rows, heldout = read_data(args.data, args.eval_data)
-    # Most CPUs compute bfloat16 slower than float32.
-    dtype = "auto" if torch.cuda.is_available() else "float32"
+    try:
+        code = run(parse(sys.argv[1:]))
+    except Exception as error:
+        if (known := exit_code(error)) is None:
+            raise
+        notes = "\n".join(getattr(error, "__notes__", []))
+        print(f"error: {error}\n{notes}".rstrip(), file=sys.stderr)
+        code = known
+    raise SystemExit(code)
+
+
+def run(args: Any) -> int:
+    """Train, save and reload; returns the exit code."""
+    rows, heldout = read_data(args.data, args.eval_data, args.hold_out)
     base, tokenizer = fastlora.load(
         args.model,
-        dtype=dtype,
+        revision=args.revision,
+        dtype=args.dtype,
         max_seq_length=args.max_seq_length,
         load_in_4bit=args.load_in_4bit,
     )
     if tokenizer is None:
-        raise SystemExit(f"{args.model} has no tokenizer.json; training on text needs one.")
-    model = fastlora.lora(base, r=args.r, lora_alpha=args.r, random_state=args.seed)
+        raise ValueError(f"{args.model} has no tokenizer.json; training on text needs one.")
+    model = fastlora.lora(base, **arguments_for(LoraArguments, args), random_state=args.seed)
+    if args.learning_rate is None:
+        # 2e-4 suits models of hidden size 2048; narrower models need a higher learning rate.
+        scaled_rate = 2e-4 * 2048 / model.spec.config.hidden_size
+        args = dataclasses.replace(args, learning_rate=scaled_rate)
+    print(to_toml(args))
+    print(forecast(model, args))
     model.print_trainable_parameters()
     print(f"{len(rows):,} rows to train on, {len(heldout):,} held out")
-
-    before = heldout_loss(model, tokenizer, heldout)
-    print(f"\nbefore: held-out loss {before:.3f} nats per token")
-    show_samples(model, tokenizer, heldout)
-
-    # 2e-4 suits models of hidden size 2048; narrower models need a higher learning rate.
-    scaled_rate = 2e-4 * 2048 / model.spec.config.hidden_size
-    model, history = fastlora.train(
-        model,
-        tokenizer,
-        rows,
-        num_epochs=args.epochs,
-        max_steps=args.max_steps,
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate or scaled_rate,
-        seed=args.seed,
+    given = dict(
+        eval_data=heldout or None,
+        output_dir=args.output,
+        resume="auto" if args.resume else False,
+        log=list(args.log),
+        progress=args.progress,
     )
+    settings = arguments_for(Settings, args)
+    # train checks them too, but after the first samples.
+    check_train_arguments(
+        Settings(**settings), model=model, tokenizer=tokenizer, data=rows, **given
+    )
+    if args.dry_run:
+        return 0
 
-    after = heldout_loss(model, tokenizer, heldout)
-    print(f"\nafter {len(history.steps)} steps: held-out loss {after:.3f}, it was {before:.3f}")
+    before = heldout_loss(model, tokenizer, heldout) if heldout and args.loss == "sft" else None
+    if before is not None:
+        print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout)
 
-    model.save_pretrained(args.output)
+    if not args.resume:
+        make_room(args.output)
+    model, history = fastlora.train(model, tokenizer, rows, **given, **settings)
+    note_options(args.output, dataclasses.asdict(args))
+
+    print(f"\nafter {len(history.steps)} steps", end="")
+    if heldout:
+        after = min(history.eval_losses) if args.keep_best else history.eval_losses[-1]
+        print(f": held-out loss {after:.3f}", end="")
+        print("" if before is None else f", it was {before:.3f}")
+    show_samples(model, tokenizer, heldout)
+
     reloaded = fastlora.load_adapter(base, args.output)
     ids = torch.tensor([tokenizer.encode("def reload(adapter):")]).to(base.base["norm"].device)
     difference = (model(ids) - reloaded(ids)).abs().max().item()
@@ -65,11 +103,14 @@ def main() -> None:
     if difference:
         raise SystemExit(f"the model reloaded from {args.output} differs; {verdict}")
     print(f"\nsaved to {args.output}; the reloaded model agrees; {verdict}")
+    return 0 if args.repeat is None else report_repeat(args.repeat, args.output)
 
 
-def read_data(data: Path, eval_data: Path | None) -> tuple[list[dict], list[dict]]:
+def read_data(data: Path, eval_data: Path | None, hold_out: bool) -> tuple[list[dict], list[dict]]:
     """Rows to train on, and held-out rows: those of `eval_data`, or one row in twenty of `data`."""
     rows = read_rows(data)
+    if eval_data is None and not hold_out:
+        return rows, []
     if eval_data is None and data != DEMO / "train.jsonl":
         return [row for i, row in enumerate(rows) if i % 20], rows[::20]
     return rows, read_rows(eval_data or DEMO / "heldout.jsonl")
@@ -99,24 +140,25 @@ def show_samples(model, tokenizer, rows: list[dict], number: int = 3) -> None:
         print(f"  {shown}\n    model: {reply!r}\n    row:   {expected!r}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", default="demo", help='"demo", a folder, or a Hub id')
-    add("--data", type=Path, default=DEMO / "train.jsonl", help="JSONL: chat, prompt, Alpaca, text")
-    add("--eval-data", type=Path, help="JSONL; default: hold out one row in twenty")
-    add("--output", type=Path, default=Path("runs/adapter"), help="PEFT folder to write")
-    add("--load-in-4bit", action="store_true", help="QLoRA: the base in NF4")
-    add("--max-seq-length", type=int)
-    add("--r", type=int, default=16)
-    add("--epochs", type=float, default=2)
-    add("--max-steps", type=int)
-    add("--batch-size", type=int, default=4, help="packed sequences per step")
-    add("--learning-rate", type=float, help="default: 2e-4 * 2048 / hidden_size")
-    add("--seed", type=int, default=3407)
-    return parser.parse_args()
+def make_room(folder: Path) -> None:
+    """Rename the output folder of an earlier run: runs/adapter to runs/adapter.1, or .2, ..."""
+    is_run = (folder / "adapter_config.json").is_file() or any(folder.glob("checkpoint-*"))
+    if not is_run:
+        return
+    number = 1
+    while (moved := folder.with_name(f"{folder.name}.{number}")).exists():
+        number += 1
+    folder.rename(moved)
+    print(f"{folder} was the folder of an earlier run; it is {moved} now")
+
+
+def report_repeat(before: Path, after: Path) -> int:
+    """Say what a repeated run has in common with the first; returns the exit code."""
+    if not (lines := differences(before, after)):
+        print(f"{after} has the same bits as {before.parent}")
+        return 0
+    print(f"{after} differs from {before.parent} in:\n  " + "\n  ".join(lines))
+    return OTHER_BITS
 
 
 if __name__ == "__main__":

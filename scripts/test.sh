@@ -5,6 +5,8 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 environment test scripts/requirements-test.txt
 install_chromium
+peer torchtune
+peer unsloth
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 ruff check fastlora tests scripts
 ruff format --check fastlora tests scripts

@@ -27,8 +27,9 @@ from oracles.quantized_bases import FAMILY, oracle
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--full: 60 s of streams and 1,000 requests in the server's tests, instead of 1 s and 250."""
-    parser.addoption("--full", action="store_true", help="the long forms of the server's tests")
+    """--full: 60 s of streams and 1,000 requests in the server's tests, instead of 1 s and 250, and
+    2,000 training steps in test_long_run.py, instead of 90."""
+    parser.addoption("--full", action="store_true", help="the long forms of some tests")
 
 
 @pytest.fixture(scope="session")

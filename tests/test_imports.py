@@ -22,7 +22,7 @@ FLOORS = [
     {"text"},
     {"adapters"},
     {"formats", "generation", "data"},
-    {"model"},
+    {"model", "losses"},
     {"loading", "training"},
     {"__init__"},
 ]

@@ -45,9 +45,12 @@ def batches(
         # One generator per epoch: a resumed run need not repeat the draws of earlier epochs.
         order = np.random.default_rng([seed, epoch]).permutation(order)
     for first in range(start * batch_size, len(order), batch_size):
-        chosen = [sequences[i] for i in order[first : first + batch_size]]
+        chosen = [sequences[i] for i in order[first : first + batch_size].tolist()]
         columns = _collate(chosen, pad_token_id, max_seq_length)
-        yield {name: torch.from_numpy(np.stack(column)) for name, column in columns.items()}
+        yield {
+            name: torch.from_numpy(np.stack(column).astype(np.int64))
+            for name, column in columns.items()
+        }
 
 
 def _collate(
@@ -73,7 +76,7 @@ def _collate(
     return columns
 
 
-def count_batches(sequences: Sequence[Example] | Sequence[Packed], batch_size: int) -> int:
+def count_batches(sequences: Sequence[object], batch_size: int) -> int:
     """Batches in one epoch, including a last one that is not full."""
     return -(-len(sequences) // batch_size)
 

@@ -1,45 +1,74 @@
-"""encode_rows(): token ids and labels of training rows, by the kind of each row."""
+"""encode_rows(): token ids and labels of training rows, in chunks."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Literal, NamedTuple
 
-from fastlora.arguments import check_arguments, whole_number
-from fastlora.data.examples import TRAIN_ON, Example, TrainOn, make_example
-from fastlora.data.replies import encode_chat
-from fastlora.data.rows import Row, row_kind, row_problem
+from fastlora.arguments import check_arguments, one_of, whole_number
+from fastlora.data.examples import TRAIN_ON, Example, TrainOn
+from fastlora.data.left_out import LeftOut, report
+from fastlora.data.long_rows import TOO_LONG, TooLong, fit
+from fastlora.data.row_chunks import UNKNOWN_KIND, BadRow, Chunk, EncodedRow, chunked
+from fastlora.data.row_forms import Row
+from fastlora.data.row_steps import RowContext, row_context
+from fastlora.data.rows import ROW_KINDS
+from fastlora.data.workers import Workers
 from fastlora.errors import raise_problems
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
-from fastlora.text.boundaries import encode_with_one_bos, reply_stop_ids, stop_warning
+from fastlora.text.boundaries import stop_warning
 from fastlora.text.tokenizer import Tokenizer
+
+OnBadRow = Literal["error", "skip"]
+ON_BAD_ROW = one_of("error", "skip")
+
+# With so many bad rows, the rest of the data is not read before they are reported.
+_MOST_PROBLEMS = 1000
+
+
+class RowLimits(NamedTuple):
+    """What is done with rows that are too long or cannot be trained on."""
+
+    max_seq_length: int
+    split_text: bool = False
+    too_long: TooLong = "error"
+    on_bad_row: OnBadRow = "error"
 
 
 def encode_rows(
-    rows: Sequence[Row],
+    rows: Iterable[Row],
     tokenizer: Tokenizer,
     *,
     train_on: TrainOn = "responses",
     max_seq_length: int,
     split_text: bool = False,
+    too_long: TooLong = "error",
+    on_bad_row: OnBadRow = "error",
 ) -> list[Example]:
-    """Token ids and labels of every row, in order.
+    """Token ids and labels of every row, in order, as int32.
 
     Args:
         rows: as `read_rows` returns them.
         tokenizer: the model's.
         train_on: "responses" trains what the assistant says, including the token that ends its
-            turn, and nothing else. "all" trains every token. Plain text is always trained in full.
-            If the chat template has no {% generation %} block, a reply is the text between the
-            prompt from which generation would start and the first token at which it would stop:
-            one of the tokenizer's end-of-text ids, or the token with which the template ends a
-            turn. Replies with `"weight": 0` or `"train": false` are never trained.
+            turn, and nothing else. "last_response" trains the last reply of each row only. "all"
+            trains every token. Plain text is always trained in full. If the chat template has no
+            {% generation %} block, a reply is the text between the prompt from which generation
+            would start and the first token at which it would stop: one of the tokenizer's
+            end-of-text ids, or the token with which the template ends a turn. Replies with
+            `"weight": 0` or `"train": false` are never trained.
         max_seq_length: the most tokens that an example may have.
         split_text: for packing. A {"text"} row that is too long becomes several examples of
-            `max_seq_length` tokens (the last one is shorter). Each begins with the last token of
-            the example before it, so that every token but the first is trained once. Rows of other
-            kinds are never split, and nothing is cut off.
+            `max_seq_length` tokens (the last one is shorter), unless `too_long` says otherwise.
+            Each begins with the last token of the example before it, so that every token but the
+            first is trained once.
+        too_long: what is done with other rows that are too long: "error" refuses them, "drop"
+            leaves them out, "truncate" keeps the first `max_seq_length` tokens, "split" splits them
+            as text. Parts without a trained token are left out.
+        on_bad_row: "skip" leaves rows out that cannot be trained on, except those that are too
+            long.
 
-    Warns if the template ends a turn with a token that the tokenizer's files do not name as end of
-    text, or with none.
+    The numbers of rows and tokens that are left out are written to stderr. Warns if the template
+    ends a turn with a token that the tokenizer's files do not name as end of text, or with none.
 
     Raises:
         ValueError: rows are longer than `max_seq_length`, have no token to train, or are refused by
@@ -50,134 +79,109 @@ def encode_rows(
         "encode_rows",
         train_on=(train_on, TRAIN_ON),
         max_seq_length=(max_seq_length, whole_number(2)),
+        too_long=(too_long, TOO_LONG),
+        on_bad_row=(on_bad_row, ON_BAD_ROW),
     )
-    # A bad row does not stop the loop: all of them are reported together.
-    examples, problems = [], []
-    stops = reply_stop_ids(tokenizer)
-    for number, row in enumerate(rows, 1):
-        try:
-            example = _encode_row(row, tokenizer, train_on, stops)
-            split = split_text and row_kind(row) == "text"
-            parts = _split(example, max_seq_length) if split else [example]
-            examples += [_checked(part, max_seq_length) for part in parts]
-        except ValueError as error:
-            problems.append(f"row {number}: {error}")
-    raise_problems(
-        ValueError,
-        f"rows that cannot be trained on (train_on={train_on!r}, max_seq_length={max_seq_length}):",
-        problems,
-        "Remove or correct them, or raise max_seq_length if rows are too long.",
-    )
-    if any(map(_is_chat, rows)) and (warning := stop_warning(tokenizer)):
-        warnings.warn(warning, stacklevel=2)
+    left_out = LeftOut("rows")
+    stream = ((f"row {n}", row) for n, row in enumerate(rows, 1))
+    limits = RowLimits(max_seq_length, split_text, too_long, on_bad_row)
+    with closing(RowEncoder(row_context(tokenizer, train_on), limits, left_out)) as encoder:
+        examples = [example for chunk in encoder.chunks(chunked(stream)) for example in chunk]
+    encoder.finish()
+    report([left_out], None)
     return examples
 
 
-def _is_chat(row: Row) -> bool:
-    kind = row_kind(row)
-    is_text = kind == "text" or (kind == "prompt" and isinstance(row["prompt"], str))
-    return not is_text
+class RowEncoder:
+    """Encodes rows in chunks, and collects the problems of all of them. Close it after use."""
 
+    def __init__(
+        self,
+        context: RowContext,
+        limits: RowLimits,
+        left_out: LeftOut,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        """`left_out` is filled with what is skipped, dropped or cut."""
+        self.context, self.limits, self.left_out = context, limits, left_out
+        self.chats = False  # whether a row was a chat
+        self._workers = Workers(context, columns)
+        self._problems: list[str] = []
+        self._unknown_kinds = False
 
-def _encode_row(row: Row, tokenizer: Tokenizer, train_on: TrainOn, stops: Sequence[int]) -> Example:
-    if wrong := row_problem(row):
-        raise ValueError(wrong)
-    match row_kind(row):
-        case "messages":
-            return encode_chat(row["messages"], 0, tokenizer, train_on, stops)
-        case "prompt" if isinstance(row["prompt"], str):
-            return _encode_completion(row["prompt"], row["completion"], tokenizer, train_on)
-        case "prompt":
-            chat = [*row["prompt"], *row["completion"]]
-            return encode_chat(chat, len(row["prompt"]), tokenizer, train_on, stops)
-        case "instruction":
-            return _encode_instruction(row, tokenizer, train_on, stops)
-        case _ if row["text"]:
-            ids = _with_eos(encode_with_one_bos(tokenizer, row["text"]), tokenizer)
-            return make_example(ids, [True] * len(ids))
-        case _:
-            raise ValueError("no token to train: the text is empty")
+    def chunks(self, chunks: Iterable[Chunk]) -> Iterator[list[Example]]:
+        """The examples of each chunk, in order. Chunks are read ahead of the one that is due."""
+        for chunk, results in self._workers.encoded(chunks):
+            self.left_out.read += len(chunk)
+            yield [
+                example
+                for (place, _), result in zip(chunk, results, strict=True)
+                for example in self._examples(place, result)
+            ]
+            if len(self._problems) >= _MOST_PROBLEMS:
+                break
 
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        self._workers.close()
 
-def _checked(example: Example, max_seq_length: int) -> Example:
-    if (t := len(example.input_ids)) > max_seq_length:
-        raise ValueError(f"{t} tokens, {t - max_seq_length} more than max_seq_length")
-    if (example.labels == IGNORE).all():
-        raise ValueError("no token to train: the reply is empty, or masked, or there is none")
-    return example
+    def finish(self) -> None:
+        """Call it after the last row.
 
+        Raises:
+            ValueError: lists the rows that cannot be trained on.
+        """
+        self.refuse()
+        self.warn()
 
-def _split(example: Example, max_seq_length: int) -> list[Example]:
-    ids = example.input_ids.tolist()
-    # Neighbours share one token: the last of one is the untrained first of the next.
-    starts = range(0, len(ids) - 1, max_seq_length - 1) if len(ids) > 1 else (0,)
-    pieces = (ids[start : start + max_seq_length] for start in starts)
-    return [make_example(piece, [True] * len(piece)) for piece in pieces]
+    def refuse(self) -> None:
+        """Raise a ValueError if rows so far cannot be trained on."""
+        train_on, most = self.context.train_on, self.limits.max_seq_length
+        raise_problems(
+            ValueError,
+            f"{self.left_out.name}: rows that cannot be trained on (train_on={train_on!r},"
+            f" max_seq_length={most}):",
+            self._problems,
+            "Remove or correct them, or raise max_seq_length if rows are too long. train takes"
+            ' too_long="drop", "truncate" or "split", and on_bad_row="skip".'
+            + (f" Expected {ROW_KINDS}." if self._unknown_kinds else ""),
+        )
 
+    def warn(self) -> None:
+        """Warn if rows were chats and the template ends their turns in an unexpected way."""
+        if self.chats and (warning := stop_warning(self.context.tokenizer)):
+            warnings.warn(warning, stacklevel=4)
 
-def _with_eos(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """`ids` with the tokenizer's first end-of-text id appended, unless they end with one."""
-    eos_ids = tokenizer.eos_token_ids
-    ends_already = not eos_ids or (ids and ids[-1] in eos_ids)
-    return ids if ends_already else ids + list(eos_ids[:1])
+    def _examples(self, place: str, result: EncodedRow) -> list[Example]:
+        """The examples of one row: none if it is left out, several if it is split."""
+        self.chats = self.chats or result.is_chat
+        example = result.example
+        if isinstance(example, BadRow):
+            if self.limits.on_bad_row == "skip":
+                self.left_out.add(place, f"skipped: {example.kind}", example.reason)
+            else:
+                self._unknown_kinds = self._unknown_kinds or example.kind == UNKNOWN_KIND
+                self._problems.append(f"{place}: {example.reason}")
+            return []
+        most, too_long = self.limits.max_seq_length, self.limits.too_long
+        is_split = self.limits.split_text and too_long == "error" and result.kind == "text"
+        try:
+            pieces = fit(example, most, "split" if is_split else too_long)
+        except ValueError as error:
+            self._problems.append(f"{place}: {error}")
+            return []
+        t = len(example.input_ids)
+        if t > most and not is_split:
+            self._count(place, t, pieces)
+        return pieces
 
-
-def _encode_completion(
-    prompt: str, completion: str, tokenizer: Tokenizer, train_on: TrainOn
-) -> Example:
-    """BOS (if the tokenizer adds it), prompt, completion, end of text."""
-    if not completion:
-        raise ValueError("no token to train: the completion is empty")
-    prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
-    # Whether the tokenizer adds BOS shows in any text.
-    first = tokenizer.encode("a")[:1]
-    if first == [tokenizer.bos_token_id] and prompt_ids[:1] != first:
-        prompt_ids = first + prompt_ids
-    completion_ids = _with_eos(_continuation(prompt, completion, tokenizer), tokenizer)
-    trained = [train_on == "all"] * len(prompt_ids) + [True] * len(completion_ids)
-    return make_example(prompt_ids + completion_ids, trained)
-
-
-def _continuation(prompt: str, completion: str, tokenizer: Tokenizer) -> list[int]:
-    """Ids of `completion` as they follow the ids of `prompt`, which generation will see unchanged.
-
-    If both were encoded as one text, a token could reach across the boundary; if the completion
-    were encoded alone, SentencePiece would put a space before it. So we encode the completion after
-    the prompt if that leaves the prompt's ids unchanged; else after a line break or a full stop,
-    with which it is unlikely to merge; else alone.
-    """
-    for before in (prompt, "\n", ".", ""):
-        ids_before = tokenizer.encode(before, add_special_tokens=False)
-        both = tokenizer.encode(before + completion, add_special_tokens=False)
-        if both[: len(ids_before)] == ids_before:
-            break
-    return both[len(ids_before) :]
-
-
-# The two prompts of Stanford Alpaca (tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT). Models that
-# were tuned on this format expect it word for word.
-_ALPACA_INPUT = (
-    "Below is an instruction that describes a task, paired with an input that provides further "
-    "context. Write a response that appropriately completes the request.\n\n"
-    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
-)
-
-_ALPACA_NO_INPUT = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes "
-    "the request.\n\n### Instruction:\n{instruction}\n\n### Response:"
-)
-
-
-def _encode_instruction(
-    row: Row, tokenizer: Tokenizer, train_on: TrainOn, stops: Sequence[int]
-) -> Example:
-    """A chat of two turns if the tokenizer has a chat template, else Alpaca's prompt."""
-    instruction, context = row["instruction"], row.get("input") or ""
-    if not tokenizer.chat_templates:
-        text = _ALPACA_INPUT if context else _ALPACA_NO_INPUT
-        prompt = text.format(instruction=instruction, input=context)
-        return _encode_completion(prompt, row["output"], tokenizer, train_on)
-    question = f"{instruction}\n\n{context}" if context else instruction
-    turns = (("user", question), ("assistant", row["output"]))
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return encode_chat(messages, 0, tokenizer, train_on, stops)
+    def _count(self, place: str, t: int, pieces: Sequence[Example]) -> None:
+        """Count a row of t tokens that was too long."""
+        too_long, most = self.limits.too_long, self.limits.max_seq_length
+        # Neighbouring pieces share one token.
+        kept = sum(len(piece.input_ids) for piece in pieces) - max(len(pieces) - 1, 0)
+        done = {"truncate": "truncated", "split": "split"}.get(too_long, "dropped")
+        what = f"{done}: longer than max_seq_length={most}"
+        if not pieces and too_long != "drop":
+            what = f"dropped: no token to train within max_seq_length={most}"
+        self.left_out.add(place, what, f"{t} tokens", tokens=max(t - kept, 0))

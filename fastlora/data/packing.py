@@ -2,18 +2,42 @@
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from typing import overload
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int
 
-from fastlora.data.examples import Example, Packed
+from fastlora.data.examples import ID_TYPE, Example, Packed
 from fastlora.errors import raise_problems
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
 
+class PackedSequences(Sequence[Packed]):
+    """Packed sequences, each made of its examples when it is asked for."""
+
+    def __init__(
+        self, bins: Sequence[Sequence[Example]], max_seq_length: int, pad_token_id: int
+    ) -> None:
+        self._bins, self._length, self._pad = bins, max_seq_length, pad_token_id
+
+    def __len__(self) -> int:
+        return len(self._bins)
+
+    @overload
+    def __getitem__(self, index: int) -> Packed: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Packed]: ...
+
+    def __getitem__(self, index: int | slice) -> Packed | list[Packed]:
+        if isinstance(index, slice):
+            return [_packed(bin, self._length, self._pad) for bin in self._bins[index]]
+        return _packed(self._bins[index], self._length, self._pad)
+
+
 def pack(
     examples: Sequence[Example], max_seq_length: int, *, pad_token_id: int = 0
-) -> list[Packed]:
+) -> PackedSequences:
     """Sequences of exactly `max_seq_length` tokens, each filled with complete examples.
 
     Best-fit decreasing: the longest example first, each into the fullest sequence that still has
@@ -48,7 +72,7 @@ def pack(
             bins_with_room[left] = []
             insort(rooms, left)
         bins_with_room[left].append(chosen)
-    return [_packed(documents, max_seq_length, pad_token_id) for documents in bins]
+    return PackedSequences(bins, max_seq_length, pad_token_id)
 
 
 def _packed(documents: Sequence[Example], length: int, pad_token_id: int) -> Packed:
@@ -63,6 +87,6 @@ def _packed(documents: Sequence[Example], length: int, pad_token_id: int) -> Pac
     )
 
 
-def padded_to(values: np.ndarray, length: int, fill: int) -> Int64[np.ndarray, "t"]:
-    """`values`, padded on the right with `fill` to a length."""
-    return np.pad(values, (0, length - len(values)), constant_values=fill).astype(np.int64)
+def padded_to(values: np.ndarray, length: int, fill: int) -> Int[np.ndarray, "t"]:
+    """`values` in int32, padded on the right with `fill` to a length."""
+    return np.pad(values, (0, length - len(values)), constant_values=fill).astype(ID_TYPE)

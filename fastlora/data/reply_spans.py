@@ -9,10 +9,10 @@ chat once more with other text in that message and compare.
     reply      Hello <end>                           up to the first stop at or after d
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from fastlora.data.rows import Row
+from fastlora.data.row_forms import Row
 from fastlora.text.tokenizer import Span, Tokenizer
 
 # Private-use characters, which no template changes and no message begins or ends with by chance.
@@ -28,6 +28,13 @@ class Chat(NamedTuple):
     spans: list[Span]  # first character and end of every token
     tokenizer: Tokenizer
     stops: Sequence[int]  # ids at which generation ends
+    tools: Sequence[Mapping[str, Any]] | None = None  # that the template describes to the model
+
+    def render(self, messages: Sequence[Row], *, add_generation_prompt: bool = False) -> str:
+        """Other messages rendered as this chat is."""
+        return self.tokenizer.render_chat(
+            messages, add_generation_prompt=add_generation_prompt, tools=self.tools
+        )
 
     @property
     def source(self) -> str:
@@ -56,7 +63,7 @@ def find_reply(chat: Chat, i: int) -> Span:
     e = len(chat.text) - _common_suffix(chat.text[d:], marked[d:])
     start = _start(chat, i, marked, d, e)
     is_last = i + 1 == len(chat.messages)
-    turn = chat.text if is_last else chat.tokenizer.render_chat(chat.messages[: i + 1])
+    turn = chat.text if is_last else chat.render(chat.messages[: i + 1])
     # Otherwise the template renders the turn in another way once more messages follow.
     complete = chat.text.startswith(turn) and max(start, e) <= len(turn) > start
     most = len(turn) if complete else len(chat.text)
@@ -78,11 +85,11 @@ def find_reply(chat: Chat, i: int) -> Span:
 def _start(chat: Chat, i: int, marked: str, d: int, e: int) -> int:
     """The first character of the reply, whose content has the characters [d, e)."""
     before = chat.messages[:i]
-    prompt = chat.tokenizer.render_chat(before, add_generation_prompt=True)
+    prompt = chat.render(before, add_generation_prompt=True)
     fits = chat.text.startswith(prompt)
     if fits and len(prompt) <= d:
         return len(prompt)
-    bare = chat.tokenizer.render_chat(before)
+    bare = chat.render(before)
     opening = prompt[len(bare) :] if prompt.startswith(bare) else ""
     if fits and len(bare) <= d and len(prompt) <= e:
         return len(prompt)  # the content begins with the <think> that the prompt ends in
@@ -127,7 +134,7 @@ def _with_mark(chat: Chat, i: int, other: int | None = None) -> str | None:
         if other is not None and other >= 0:
             messages[other] = _content(messages[other], _OTHER_MARK)
         try:
-            text = chat.tokenizer.render_chat(messages)
+            text = chat.render(messages)
         except ValueError:  # templates may refuse content next to tool calls
             continue
         if text != chat.text and (other is None or _MARK in text):

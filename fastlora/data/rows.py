@@ -1,15 +1,13 @@
-"""read_rows(): training rows from a file or from dicts, with every bad row reported."""
+"""read_rows(): training rows from files or from dicts, with every bad row reported."""
 
-import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from fastlora.arguments import PATH, Rule
-from fastlora.data.row_files import read_row_file
+from fastlora.data.row_files import Unreadable
+from fastlora.data.row_forms import Row, standard_row
+from fastlora.data.sources import Data, sources_of
 from fastlora.errors import raise_problems
 
-Row = Mapping[str, Any]
 RowKind = Literal["messages", "prompt", "instruction", "text"]
 
 # The keys that make a row of each kind. A row is of the first kind that it has all keys of: rows of
@@ -23,65 +21,82 @@ REQUIRED_KEYS: dict[RowKind, tuple[str, ...]] = {
 
 ROW_KINDS = (
     '{"messages": [{"role", "content"}, …]}, {"prompt", "completion"}, '
-    '{"instruction", "input", "output"} or {"text"}'
-)
-
-
-def _is_data(value: Any) -> bool:
-    # Old-style sequences have __getitem__ only; iter() accepts them.
-    iterable = hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
-    return PATH.accepts(value) or (iterable and not isinstance(value, str | bytes | Mapping))
-
-
-DATA = Rule(
-    _is_data,
-    "the path of a .jsonl or .json file, or an iterable of dicts (one of a dict's data sets)",
+    '{"instruction", "input", "output"}, {"text"} or {"conversations": [{"from", "value"}, …]}'
 )
 
 
 def read_rows(
-    data: str | os.PathLike[str] | Iterable[Row], *, name: str = "data"
+    data: Data, *, name: str = "data", columns: Mapping[str, str] | None = None
 ) -> list[dict[str, Any]]:
-    """Training rows from a .jsonl or .json file, or from any iterable of dicts, as a new list.
+    """Training rows in their standard form (`standard_row`), as a new list.
 
-    A .jsonl file holds one object per line (empty lines are skipped), a .json file one list of
-    objects, or one object per line too. A row may have more keys than its kind requires. A message
-    with `"weight": 0` or `"train": false` is not trained.
+    A row may have more keys than its kind requires. A message with `"weight": 0` or
+    `"train": false` is not trained.
 
     Args:
-        data: the path of a file, or the rows.
+        data: files, dicts, or several sources; see `sources_of`. Weights are not used here.
         name: what error messages call rows that do not come from a file.
+        columns: standard name -> name in the data.
 
     Raises:
-        FileNotFoundError: the file does not exist.
-        CheckpointError: the file is not JSON, or too long; the message names the file and the
-            lines.
+        FileNotFoundError: a file does not exist.
+        ModuleNotFoundError: a file needs pyarrow, which is not installed.
+        CheckpointError: a file is damaged, or too long; the message names the file and the lines.
         ValueError: there are no rows, or some are of none of the kinds in `REQUIRED_KEYS`; the
             message gives their numbers (the first row is 1) and their keys.
     """
-    from_file = isinstance(data, str | os.PathLike)
-    rows = list(read_row_file(Path(data)) if from_file else data)
-    source = str(data) if from_file else name
-    if not rows:
-        raise ValueError(f"{source} holds no rows; expected at least one of {ROW_KINDS}.")
-    problems = [f"row {n}: {wrong}" for n, row in enumerate(rows, 1) if (wrong := row_problem(row))]
+    rows, problems = [], []
+    sources = sources_of(data, name)
+    for source in sources:
+        for place, row in source.rows(skip_unreadable=False):
+            try:
+                rows.append(checked_row(row, columns))
+            except ValueError as error:
+                problems.append(f"{place}: {error}")
+    source = ", ".join(source.name for source in sources)
     raise_problems(
         ValueError, f"{source} has rows that cannot be read:", problems, f"Expected {ROW_KINDS}."
     )
-    return [dict(row) for row in rows]
+    if not rows:
+        raise no_rows(source)
+    return rows
 
 
-def row_problem(row: Any) -> str | None:
-    """Why a row cannot be read; None for a good row."""
-    if not isinstance(row, Mapping):
-        return f"a {type(row).__name__}, not a dict: {row!r:.60}"
-    if row.get("tools"):
-        return "has tools, which are not passed to chat templates; put them into the system message"
+def no_rows(source: str) -> ValueError:
+    """The error of data without rows."""
+    return ValueError(f"{source} holds no rows; expected at least one of {ROW_KINDS}.")
+
+
+def checked_row(row: Any, columns: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The standard form of a row that can be encoded.
+
+    Raises:
+        ValueError: says why it cannot.
+    """
+    if isinstance(row, Unreadable):
+        raise ValueError(row.reason)
+    try:
+        new = standard_row(row, columns)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    kind = row_kind(new, columns)
+    if columns and kind is not None:
+        others = {key for keys in REQUIRED_KEYS.values() for key in keys} - {*REQUIRED_KEYS[kind]}
+        new = {key: value for key, value in new.items() if key not in others}
+    if wrong := row_problem(new):
+        raise ValueError(wrong)
+    return new
+
+
+def row_problem(row: Row) -> str | None:
+    """Why a row in standard form cannot be encoded; None for a good row."""
     if (kind := row_kind(row)) is None:
         return f"keys {sorted(map(str, row))}"
     values = {key: row[key] for key in REQUIRED_KEYS[kind]}
     if kind == "messages" or (kind == "prompt" and not isinstance(row["prompt"], str)):
         return next(filter(None, (_chat_problem(k, v) for k, v in values.items())), None)
+    if row.get("tools") and kind != "instruction":
+        return f"has tools, which only rows with messages can have; its kind is {[*values]}"
     if kind == "instruction":
         # Alpaca's rows without input have "" there; other files have null or leave it out.
         values["input"] = row.get("input") or ""
@@ -89,11 +104,14 @@ def row_problem(row: Any) -> str | None:
     return f"{', '.join(wrong)}, expected text" if wrong else None
 
 
-def row_kind(row: Row) -> RowKind | None:
-    """The first kind that the row has all keys of, or None."""
-    return next(
-        (kind for kind, keys in REQUIRED_KEYS.items() if all(key in row for key in keys)), None
-    )
+def row_kind(row: Row, columns: Mapping[str, str] | None = None) -> RowKind | None:
+    """The first kind that the row has all keys of, or None. Kinds that `columns` names come first:
+    who renames a prompt does not mean a "text" beside it."""
+    named: list[RowKind] = [
+        k for k, keys in REQUIRED_KEYS.items() if columns and set(keys) & set(columns)
+    ]
+    kinds: list[RowKind] = [*named, *(kind for kind in REQUIRED_KEYS if kind not in named)]
+    return next((kind for kind in kinds if all(key in row for key in REQUIRED_KEYS[kind])), None)
 
 
 def _chat_problem(key: str, messages: Any) -> str | None:

@@ -16,6 +16,7 @@ from fastlora.models.init_offset import cast_offset
 from fastlora.models.layer import decoder_layer
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
 from fastlora.models.names import with_replaced
+from fastlora.models.neftune import with_noise
 from fastlora.models.params import Adapter, Base, LayerAdapter
 from fastlora.models.positions import attention_mask_2d, first_seen, positions, sequence_lengths
 from fastlora.models.projections import layer_spec
@@ -103,7 +104,7 @@ def hidden_states(
         attention_mask: 1 = real token; padding left or right.
         position_ids: default: see `positions.positions`.
         segment_ids: packed documents.
-        seed: of the LoRA dropout masks; None: without dropout.
+        seed: of the LoRA dropout masks and of NEFTune's noise; None: without both.
         first_row: number of the first token's row in the dropout masks, if the rows of a larger
             batch run one by one under torch.vmap; None: 0.
     """
@@ -111,6 +112,8 @@ def hidden_states(
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
     base = with_replaced(base, adapter, tied=spec.extras.tied)
     x = embed(input_ids, adapter, base, spec)
+    masked = (attention_mask, position_ids, segment_ids)
+    x = _noisy(x, spec, input_ids, *masked, seed, first_row)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
@@ -144,6 +147,25 @@ def hidden_states(
         else:
             x = stash.run(run, x, rest, Copies(matrices_of(adapters[i]), matrices_of(lora)))
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+
+
+def _noisy(
+    x: Float[Tensor, "b t d"],
+    spec: Spec,
+    input_ids: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b t"] | None,
+    position_ids: Int[Tensor, "#b t"] | None,
+    segment_ids: Int[Tensor, "b t"] | None,
+    seed: int | Int[Tensor, ""] | None,
+    first_row: Int[Tensor, ""] | None,
+) -> Float[Tensor, "b t d"]:
+    """The embedded tokens with NEFTune's noise, if the spec asks for it and there is a seed."""
+    if spec.neftune_alpha is None or seed is None:
+        return x
+    if position_ids is None:
+        position_ids = positions(input_ids, attention_mask, segment_ids)
+    lengths = sequence_lengths(position_ids, segment_ids)
+    return with_noise(x, spec.neftune_alpha, seed_tensor(seed, x.device), lengths, first_row)
 
 
 def attention_masks(
@@ -238,6 +260,11 @@ def dropout_key(
     """The seed as a tensor on the device; None without dropout."""
     if seed is None or spec.lora is None or spec.lora.lora_dropout == 0.0:
         return None
+    return seed_tensor(seed, device)
+
+
+def seed_tensor(seed: int | Int[Tensor, ""], device: torch.device) -> Int[Tensor, ""]:
+    """The seed as an int64 tensor on the device."""
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64)
     # torch.tensor would copy from pageable host memory, which waits for the GPU.

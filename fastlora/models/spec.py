@@ -86,6 +86,7 @@ class Spec:
     compile: Compile = "auto"
     kernels: Kernels = "auto"
     deterministic: bool = False
+    neftune_alpha: float | None = None  # of the run that trains; noise only where a seed is given
     # Names of base tensors that differ from the checkpoint's, and UNTIED if the head has become a
     # second matrix. save_pretrained writes changed embeddings and heads, and refuses the rest.
     changed: tuple[str, ...] = ()

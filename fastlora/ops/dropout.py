@@ -83,14 +83,36 @@ def keep_mask(
         device: of the result.
         first_row: the result is the part of a larger mask that begins at this row; None: 0.
     """
+    bits = _random_bits(key, rows, columns, device, first_row)
+    # The unsigned comparison bits >= p * 2**32, done in int32: subtract 2**31 from both sides.
+    return (bits ^ -(2**31)) >= int(p * 2**32) - 2**31
+
+
+def _random_bits(
+    key: Int[Tensor, ""],
+    rows: int,
+    columns: int,
+    device: torch.device,
+    first_row: Int[Tensor, ""] | None,
+) -> Int32[Tensor, "rows columns"]:
+    """32 random bits for each element; the arguments are those of `keep_mask`."""
     number = torch.arange(rows, dtype=torch.int32, device=device)
     if first_row is not None:
         number = number + low_word(first_row)
     row = hash32(number ^ low_word(key))
     column = torch.arange(columns, dtype=torch.int32, device=device) & _INDEX
-    bits = hash32(row[:, None] + column * (0x9E3779B1 - 2**32))
-    # The unsigned comparison bits >= p * 2**32, done in int32: subtract 2**31 from both sides.
-    return (bits ^ -(2**31)) >= int(p * 2**32) - 2**31
+    return hash32(row[:, None] + column * (0x9E3779B1 - 2**32))
+
+
+def uniform(
+    key: Int[Tensor, ""],
+    rows: int,
+    columns: int,
+    device: torch.device,
+    first_row: Int[Tensor, ""] | None = None,
+) -> Float[Tensor, "rows columns"]:
+    """float32 numbers, uniform in [-1, 1]; the arguments are those of `keep_mask`."""
+    return _random_bits(key, rows, columns, device, first_row).float() * 2.0**-31
 
 
 def dropout(

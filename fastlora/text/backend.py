@@ -140,3 +140,14 @@ def _qwen2(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> 
     backend.pre_tokenizer = pre_tokenizers.Sequence([words, level])
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def clean_up_spaces(text: str) -> str:
+    """Remove the spaces that word-level vocabularies leave before punctuation and contractions."""
+    # The replacements of transformers' clean_up_tokenization, in its order.
+    for mark in (".", "?", "!", ","):
+        text = text.replace(f" {mark}", mark)
+    text = text.replace(" ' ", "'")
+    for ending in ("n't", "'m", "'s", "'ve", "'re"):
+        text = text.replace(f" {ending}", ending)
+    return text

@@ -42,6 +42,44 @@ MESSAGES = Rule(_are_messages, "a list of dicts with role and content")
 
 TOOLS = Rule(_are_tools, "a list of dicts that describe functions, as JSON schemas")
 
+# Variables that `render` sets itself.
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def _are_template_kwargs(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    names = [isinstance(name, str) and name.isidentifier() for name in value]
+    reserved = [name in _RESERVED or str(name).endswith("_token") for name in value]
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return all(names) and not any(reserved)
+
+
+TEMPLATE_KWARGS = Rule(
+    _are_template_kwargs,
+    "a dict of JSON values by the names of variables of the chat template, such as"
+    ' {"enable_thinking": False}; without messages, tools, documents, add_generation_prompt and'
+    " special tokens",
+)
+
+
+def template_kwargs_problem(
+    template_kwargs: Mapping[str, Any], templates: Mapping[str, ChatTemplate]
+) -> str | None:
+    """Why these variables have no effect on any template; None if each is read by one."""
+    unread = [
+        name
+        for name in template_kwargs
+        if not any(re.search(rf"\b{name}\b", template.text) for template in templates.values())
+    ]
+    if not unread:
+        return None
+    where = sorted(template.source for template in templates.values()) or "it has none"
+    return f"template_kwargs: no chat template of the tokenizer ({where}) reads {unread}"
+
 
 def render(
     template: ChatTemplate,
@@ -50,6 +88,7 @@ def render(
     *,
     add_generation_prompt: bool = False,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     marks: tuple[str, str] = ("", ""),
 ) -> str:
     """The text of a chat.
@@ -60,6 +99,7 @@ def render(
         special_tokens: variables of the template: "bos_token" -> "<s>", ...
         add_generation_prompt: end with the beginning of the assistant's next message.
         tools: descriptions of functions that the model may call, as JSON schemas.
+        template_kwargs: more variables of the template.
         marks: written before and after every {% generation %} block.
 
     Raises:
@@ -69,6 +109,7 @@ def render(
     from fastlora.text.template_sandbox import run_template  # noqa: PLC0415  jinja2 takes 50 ms
 
     variables = {
+        **json.loads(json.dumps(dict(template_kwargs or {}))),
         **special_tokens,
         "messages": _json_copy(messages),
         "tools": None if tools is None else _json_values("tools", list(tools)),
@@ -79,7 +120,12 @@ def render(
 
 
 def render_replies(
-    template: ChatTemplate, messages: Messages, special_tokens: Mapping[str, str]
+    template: ChatTemplate,
+    messages: Messages,
+    special_tokens: Mapping[str, str],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> tuple[str, list[Span]] | None:
     """A chat's text and the spans that the template writes inside {% generation %} blocks.
 
@@ -90,7 +136,8 @@ def render_replies(
     """
     if not re.search(r"{%[-+]?\s*generation\s*[-+]?%}", template.text):
         return None
-    marked = render(template, messages, special_tokens, marks=_MARKS)
+    given: dict[str, Any] = {"tools": tools, "template_kwargs": template_kwargs}
+    marked = render(template, messages, special_tokens, **given, marks=_MARKS)
     text, spans, start = "", [], 0
     for piece in re.split(f"({'|'.join(_MARKS)})", marked):
         if piece == _MARKS[0]:
@@ -99,7 +146,7 @@ def render_replies(
             spans.append((start, len(text)))
         else:
             text += piece
-    if text != render(template, messages, special_tokens):
+    if text != render(template, messages, special_tokens, **given):
         raise ValueError(
             f"{template.source}: what a {{% generation %}} block writes is changed afterwards "
             "(a filter around it?), so the replies cannot be located. Move the block outwards."
@@ -130,3 +177,24 @@ def _json_values(name: str, value: list[Any]) -> list[Any]:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name} must hold JSON values only: {error}") from error
+
+
+def choose_template(templates: Mapping[str, ChatTemplate], name: str | None) -> ChatTemplate:
+    """The template of a name; None is "default".
+
+    Raises:
+        ValueError: there is none of this name, or none at all.
+    """
+    if not templates:
+        raise ValueError(
+            "this tokenizer has no chat template: its folder has neither chat_template.jinja "
+            "nor a chat_template in tokenizer_config.json. Put a chat_template.jinja there (an "
+            "instruct model of the same family has one), or give plain text, not messages."
+        )
+    chosen = "default" if name is None else name
+    if chosen not in templates:
+        raise ValueError(
+            f"chat_template={name!r}: this tokenizer has no template named {chosen!r}, only "
+            f"{sorted(templates)}"
+        )
+    return templates[chosen]

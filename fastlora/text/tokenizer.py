@@ -26,16 +26,20 @@ from fastlora.arguments import (
     optional,
 )
 from fastlora.checkpoints.atomic import atomic_write
-from fastlora.text.backend import backend_errors
+from fastlora.text.backend import backend_errors, clean_up_spaces
 from fastlora.text.chat_template import (
     MESSAGES,
+    TEMPLATE_KWARGS,
     TOOLS,
     ChatTemplate,
     Messages,
     Span,
+    choose_template,
     render,
     render_replies,
+    template_kwargs_problem,
 )
+from fastlora.text.offsets import spans_without_gaps
 from fastlora.text.tokenizer_files import (
     check_output_folder,
     read_tokenizer_files,
@@ -65,6 +69,7 @@ class Tokenizer:
     chat_templates: Mapping[str, ChatTemplate] = field(repr=False)
     clean_up_spaces: bool
     files: Mapping[str, bytes] = field(repr=False)  # name -> contents, for `save_pretrained`
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)  # variables of chat templates
 
     @classmethod
     def from_folder(
@@ -119,13 +124,7 @@ class Tokenizer:
         check_arguments("Tokenizer.encode_with_offsets", text=(text, ENCODABLE_TEXT))
         with backend_errors(f"the tokenizer cannot encode {text!r:.80}"):
             encoding = self.backend.encode(text, add_special_tokens=False)
-        spans, reached = [], 0
-        for start, end in encoding.offsets:
-            # start > reached: ByteLevel cut off leading spaces. start < reached: several tokens
-            # share a character, such as the bytes of an emoji.
-            spans.append((min(start, reached), end))
-            reached = end
-        return encoding.ids, spans
+        return encoding.ids, spans_without_gaps(encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of one row of ids. Ids beyond the vocabulary, which pad embeddings, are skipped.
@@ -141,7 +140,7 @@ class Tokenizer:
         )
         with backend_errors(f"the tokenizer cannot decode {describe(ids)}"):
             text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-        return _clean_up(text) if self.clean_up_spaces else text
+        return clean_up_spaces(text) if self.clean_up_spaces else text
 
     @overload
     def apply_chat_template(
@@ -220,15 +219,20 @@ class Tokenizer:
             tools=(tools, optional(TOOLS)),
         )
         return render(
-            self._template(chat_template),
+            choose_template(self.chat_templates, chat_template),
             messages,
             self.special_tokens,
             add_generation_prompt=add_generation_prompt,
             tools=tools,
+            template_kwargs=self.template_kwargs,
         )
 
     def render_replies(
-        self, messages: Messages, *, chat_template: str | None = None
+        self,
+        messages: Messages,
+        *,
+        chat_template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> tuple[str, list[Span]] | None:
         """A chat's text and the spans that its template writes inside `{% generation %}` blocks.
 
@@ -241,8 +245,15 @@ class Tokenizer:
             "Tokenizer.render_replies",
             messages=(messages, MESSAGES),
             chat_template=(chat_template, optional(TEXT)),
+            tools=(tools, optional(TOOLS)),
         )
-        return render_replies(self._template(chat_template), messages, self.special_tokens)
+        return render_replies(
+            choose_template(self.chat_templates, chat_template),
+            messages,
+            self.special_tokens,
+            tools=tools,
+            template_kwargs=self.template_kwargs,
+        )
 
     def with_tokens(self, tokens: Sequence[str], *, special: bool = False) -> "Tokenizer":
         """A tokenizer with these tokens added, at the next free ids, in this order.
@@ -260,6 +271,19 @@ class Tokenizer:
         new = [AddedToken(t, normalized=not special, special=special) for t in tokens]
         (backend.add_special_tokens if special else backend.add_tokens)(new)
         return replace(self, backend=backend, files=with_added_tokens(self.files, backend))
+
+    def with_template_kwargs(self, template_kwargs: Mapping[str, Any]) -> "Tokenizer":
+        """A tokenizer whose chats are rendered with these variables, in training and generation:
+        `tokenizer.with_template_kwargs({"enable_thinking": False})`. No file holds them.
+
+        Raises:
+            ValueError: values that are not JSON, or a name that no template of the tokenizer reads.
+        """
+        rules = dict(template_kwargs=(template_kwargs, TEMPLATE_KWARGS))
+        check_arguments("Tokenizer.with_template_kwargs", **rules)
+        if problem := template_kwargs_problem(template_kwargs, self.chat_templates):
+            raise ValueError(problem)
+        return replace(self, template_kwargs={**self.template_kwargs, **template_kwargs})
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the files that this tokenizer was read from, each atomically.
@@ -320,31 +344,5 @@ class Tokenizer:
         token = self.special_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
-    def _template(self, name: str | None) -> ChatTemplate:
-        if not self.chat_templates:
-            raise ValueError(
-                "this tokenizer has no chat template: its folder has neither chat_template.jinja "
-                "nor a chat_template in tokenizer_config.json. Put a chat_template.jinja there (an "
-                "instruct model of the same family has one), or give plain text, not messages."
-            )
-        chosen = "default" if name is None else name
-        if chosen not in self.chat_templates:
-            raise ValueError(
-                f"chat_template={name!r}: this tokenizer has no template named {chosen!r}, only "
-                f"{sorted(self.chat_templates)}"
-            )
-        return self.chat_templates[chosen]
-
 
 TOKENIZER = instance(Tokenizer, "a fastlora.Tokenizer, as fastlora.load returns it")
-
-
-def _clean_up(text: str) -> str:
-    """Remove the spaces that word-level vocabularies leave before punctuation and contractions."""
-    # The replacements of transformers' clean_up_tokenization, in its order.
-    for mark in (".", "?", "!", ","):
-        text = text.replace(f" {mark}", mark)
-    text = text.replace(" ' ", "'")
-    for ending in ("n't", "'m", "'s", "'ve", "'re"):
-        text = text.replace(f" {ending}", ending)
-    return text

@@ -24,6 +24,7 @@ from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.restoring import restore_adapter, tensor_differences
 from fastlora.formats.peft.writing import save_adapter
 from fastlora.models.state import StateT
+from fastlora.training.custom_optimizer import count_update, is_custom, make_states
 from fastlora.training.history import Record, record_problems
 from fastlora.training.identity import check_same_run
 from fastlora.training.learner import Learner
@@ -181,12 +182,15 @@ def restore_checkpoint(
     # After the settings: reading all files of an 8B model with a trained head takes seconds.
     _check_files(folder, state)
     model = restore_adapter(learner.model, folder)
-    _restore_optimizer(folder / OPTIMIZER_FILE, learner)
+    _restore_optimizer(folder / OPTIMIZER_FILE, learner, len(state["history"]))
     return replace(learner, model=model), state["history"]
 
 
-def _restore_optimizer(path: Path, learner: Learner) -> None:
+def _restore_optimizer(path: Path, learner: Learner, done: int) -> None:
     """Fill the optimizer's state from a file, which must hold exactly the tensors of this state."""
+    if is_custom(learner.optimizer):
+        make_states(learner.optimizer)
+        count_update(learner.optimizer, done)
     fresh = {name: fresh_state(learner.optimizer, leaf) for name, leaf in learner.leaves.items()}
     expected = {f"{name}.{key}": x for name, state in fresh.items() for key, x in state.items()}
     saved = read_safetensors(path)

@@ -1,18 +1,18 @@
-"""History: the figures of every step of a run, and those that the progress bar shows."""
+"""History: the figures of every step of a run."""
 
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import torch
 
 from fastlora.arguments import Rule, describe, number, setting, setting_problems, whole_number
 from fastlora.errors import raise_problems
-from fastlora.models.state import Batch
+from fastlora.training.logging.figures import draw
 
 Record = dict[str, Any]  # the figures of one step, with which `log` is called
 
-# What every record holds. A step after which eval_data was evaluated has an "eval_loss" too.
+# What every record must hold. It has "eval_loss" after an evaluation, and norms by group such as
+# "grad_norm/A" and "update_norm/B", which checkpoints of older versions lack.
 _RECORD_RULES: dict[str, Rule] = {
     "step": whole_number(1, 2**63),
     "loss": number(),
@@ -83,6 +83,19 @@ class History:
             eval_losses=tuple(record["eval_loss"] for record in evaluated),
         )
 
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture of the loss, the learning rate, the throughput and the gradient's norm.
+
+        Args:
+            path: the file; its ending gives the format: .png, .svg, .pdf, ... An existing one is
+                replaced.
+
+        Raises:
+            ValueError: `path` is not a path, its ending no format, or the history is empty.
+            ModuleNotFoundError: matplotlib is not installed (extra `plots`).
+        """
+        draw(path, {"run": asdict(self)})
+
 
 def record_problems(records: Any, *, from_first_step: bool = False) -> list[str]:
     """A line for every figure of the records that is missing or is not the number it should be.
@@ -111,23 +124,3 @@ def record_problems(records: Any, *, from_first_step: bool = False) -> list[str]
                 f" record of step {index + 1}"
             )
     return problems
-
-
-def progress_figures(
-    record: Record, micro_batches: Sequence[Batch], device: torch.device
-) -> dict[str, str]:
-    """The figures of a step as the progress bar shows them: name -> text.
-
-    The tokens per second count all tokens that the model reads, without padding.
-    """
-    # Packed batches mark padding by segment 0, others by a zero in the attention mask.
-    tokens = sum(
-        int((b["attention_mask" if "attention_mask" in b else "segment_ids"] > 0).sum())
-        for b in micro_batches
-    )
-    shown = {"loss": f"{record['loss']:.4f}", "tokens/s": f"{tokens / record['seconds']:.0f}"}
-    if "eval_loss" in record:
-        shown["eval"] = f"{record['eval_loss']:.4f}"
-    if device.type == "cuda":
-        shown["peak"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f} GiB"
-    return shown

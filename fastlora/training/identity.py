@@ -3,7 +3,7 @@
 import hashlib
 import json
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -12,16 +12,24 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.errors import raise_problems
+from fastlora.formats.peft.names import named_leaves
+from fastlora.losses.loss_argument import loss_identity
 from fastlora.models.names import projection_path, tensors_from_base
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
-from fastlora.training.run import Run, Sequences
+from fastlora.training.custom_optimizer import optimizer_identity
+from fastlora.training.run import Run
+from fastlora.training.schedules import schedule_identity
 
 # Elements of each base tensor that are hashed, evenly spread, besides the sum over all of them.
 _SAMPLES = 256
 
 _SUM_ELEMENTS = 2**24  # added up at a time: 128 MiB as int64
+
+# Settings that choose which steps are evaluated and saved. They change no step.
+_WATCHING = ("eval_every", "save_every", "keep", "keep_best", "early_stopping")
+_WATCHING += ("sample_prompts", "sample_tokens")
 
 # Whole numbers of the size of an element, to add up its bits.
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -34,20 +42,27 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
     change it by rounding only, so users may change them. The keys are part of the file format.
     """
     lora, adapter = require_adapter(model)
-    settings = asdict(run.settings)
+    settings = {f.name: getattr(run.settings, f.name) for f in fields(run.settings)}
     # max_steps and num_epochs count by the number of steps that they lead to, which is below.
-    for name in ("max_steps", "num_epochs", "eval_every", "save_every"):
+    for name in ("max_steps", "num_epochs", *_WATCHING):
         del settings[name]
     settings["max_grad_norm"] = run.settings.max_grad_norm or None  # 0 and None mean the same
+    settings["lr_scheduler"] = schedule_identity(run.settings.lr_scheduler, run.steps)
+    settings["loss"] = loss_identity(run.settings.loss)
+    if not isinstance(run.settings.optimizer, str):
+        settings["optimizer"] = optimizer_identity(run.settings.optimizer)
+    for name in ("learning_rates", "lr_scheduler_kwargs"):  # an empty dict means the same as None
+        settings[name] = dict(settings[name]) if settings[name] else None
     # With a constant rate and no warm-up, a step does not depend on the length of the run: such a
     # run may be extended.
     constant = run.settings.lr_scheduler == "constant" and not run.settings.warmup_ratio
     identity = settings | {
         "steps of the whole run": None if constant else run.steps,
-        "hash of the training data": _hash_sequences(run.sequences),
+        "hash of the training data": _hash_data(run),
         "hash of the base model": _hash_base(model),
         "base dtype": str(model.base["norm"].dtype),
         "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(adapter)}),
+        **_loss_identity(run, model),
         **_lora_identity(lora),
         **_config_identity(model),
     }
@@ -78,6 +93,18 @@ def _lora_identity(lora: LoraConfig) -> dict[str, Any]:
     }
 
 
+def _loss_identity(run: Run, model: ModelState) -> dict[str, Any]:
+    """Hashes of the other models that the loss depends on: DPO's reference, a teacher."""
+    models = {} if run.objective is None else run.objective.models()
+    hashes = {}
+    for name, other in models.items():
+        leaves = {str(i): x for i, x in enumerate(tree_leaves(other.adapter))}
+        hashes[f"hash of the loss's {name}"] = _hash_tensors(leaves)
+        if other.base is not model.base:  # else its hash is known
+            hashes[f"hash of the loss's {name}'s base"] = _hash_base(other)
+    return hashes
+
+
 def _config_identity(model: ModelState) -> dict[str, Any]:
     """All fields of the model's config that this library reads: "config.rope_theta", ..."""
     config = asdict(model.spec.config)
@@ -106,12 +133,32 @@ def differences(saved: Mapping[str, Any], present: Mapping[str, Any]) -> list[st
     ]
 
 
-def _hash_sequences(sequences: Sequences) -> str:
+def _hash_data(run: Run) -> str:
+    """A hash of all sequences; of a stream, of its first block, with the sizes of its files."""
+    if run.stream is None:
+        return hash_sequences(run.sequences)
+    assert run.stream.first is not None
+    sizes = [file.stat().st_size for source in run.stream.sources for file in source.files]
+    return f"{hash_sequences(run.stream.first)} and files of {sizes} bytes"
+
+
+def hash_sequences(sequences: Iterable[Any]) -> str:
+    """A fingerprint of encoded data: 16 hexadecimal digits of a SHA-256."""
     digest = hashlib.sha256()
     for sequence in sequences:
         for column in (getattr(sequence, field.name) for field in fields(sequence)):
             # The length first, so that two columns cannot be mistaken for one.
             digest.update(len(column).to_bytes(8, "little") + column.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def hash_adapter(model: ModelState) -> str:
+    """A fingerprint of all bytes of an adapter: 16 hexadecimal digits of a SHA-256."""
+    _, adapter = require_adapter(model)
+    digest = hashlib.sha256()
+    for name, leaf in sorted(named_leaves(adapter).items()):
+        digest.update(repr((name, tuple(leaf.shape), str(leaf.dtype))).encode())
+        digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
@@ -122,8 +169,11 @@ def _hash_base(model: ModelState) -> str:
     seconds for an 8B model.
     """
     base = self_contained(model, unpark=False).base
+    return _hash_tensors(tensors_from_base(model.spec.config, base))
+
+
+def _hash_tensors(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
-    tensors = tensors_from_base(model.spec.config, base)
     # The order of the names, not of the tree: two trees of the same tensors are the same base.
     for name, weight in sorted(tensors.items(), key=operator.itemgetter(0)):
         for leaf in tree_leaves(weight):

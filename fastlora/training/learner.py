@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic
 
 import torch
@@ -11,12 +12,14 @@ from torch.utils._pytree import tree_map
 
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import loss_sum
+from fastlora.losses.objectives import Objective
 from fastlora.models.names import projection_shape
 from fastlora.models.params import PROJECTIONS, Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.training.optimizers import make_optimizer
+from fastlora.training.parameter_groups import rate_ratios
 from fastlora.training.settings import Settings
 
 
@@ -28,19 +31,36 @@ class Learner(Generic[StateT]):
     leaves: dict[str, Tensor]  # PEFT's tensor name -> leaf of the model's adapter
     optimizer: torch.optim.Optimizer
     loss_and_grad: Callable[..., tuple[Tensor, Adapter]]  # micro_batch_loss and its gradient
+    neftune_alpha: float | None = None
+
+    @property
+    def spec(self) -> Spec:
+        """The model's spec with the noise of NEFTune, which the trained model must not keep."""
+        if self.neftune_alpha is None:
+            return self.model.spec
+        return replace(self.model.spec, neftune_alpha=self.neftune_alpha)
 
 
-def make_learner(model: StateT, settings: Settings) -> Learner[StateT]:
+def make_learner(
+    model: StateT, settings: Settings, objective: Objective | None = None
+) -> Learner[StateT]:
     """A learner over copies of the adapter's tensors; the given model is not written to."""
     _, adapter = require_adapter(model)
     # Copies: the optimizer updates its tensors in place.
     copies = tree_map(lambda x: x.detach().clone(), adapter)
     # In this order everywhere: the gradient's norm is rounded in the order of its terms.
     leaves = named_leaves(copies)
-    optimizer = make_optimizer(settings.optimizer, list(leaves.values()), settings.weight_decay)
+    ratios = rate_ratios(leaves, settings.learning_rate, settings.learning_rates)
+    optimizer = make_optimizer(
+        settings.optimizer, list(leaves.values()), settings.weight_decay, ratios
+    )
     cuda_graph = should_use_cuda_graph(model.spec, model.base["norm"].device.type, settings)
-    loss_and_grad = value_and_grad(micro_batch_loss, cuda_graph=cuda_graph)
-    return Learner(replace(model, adapter=copies), leaves, optimizer, loss_and_grad)
+    if objective is None:
+        loss_and_grad = value_and_grad(micro_batch_loss, cuda_graph=cuda_graph)
+    else:
+        loss_and_grad = value_and_grad(partial(micro_batch_loss, objective=objective))
+    trained = replace(model, adapter=copies)
+    return Learner(trained, leaves, optimizer, loss_and_grad, settings.neftune_alpha)
 
 
 def micro_batch_loss(
@@ -50,12 +70,16 @@ def micro_batch_loss(
     batch: Batch,
     scale: Float[Tensor, ""],
     seed: Seed,
+    objective: Objective | None = None,
 ) -> Float[Tensor, ""]:
-    """The sum of -log p over a micro-batch's trained tokens, times `scale`.
+    """The sum of -log p over a micro-batch's trained tokens, or the sum that `objective` takes over
+    its items, times `scale`.
 
     The mean over the step's tokens is taken after the backward pass: the gradient of a mean over
     131,072 tokens is so small that float16 would lose its digits.
     """
+    if objective is not None:
+        return objective.loss_sum(adapter, base, spec, batch, seed) * scale
     return loss_sum(adapter, base, spec, batch, seed=seed)[0] * scale
 
 

@@ -9,7 +9,9 @@ To change the loop, copy `_run_steps`.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -17,26 +19,37 @@ from typing import Any
 from tqdm import tqdm
 
 from fastlora.arguments import settings_from
-from fastlora.data.rows import Row
+from fastlora.data.left_out import report
+from fastlora.data.sources import Data
 from fastlora.errors import CheckpointError
-from fastlora.formats.peft.writing import save_adapter
+from fastlora.generation.text import Prompt
+from fastlora.losses.loss_argument import objective_of
+from fastlora.losses.objectives import Objective
 from fastlora.models.state import StateT
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.checkpoint import restore_checkpoint, save_checkpoint
-from fastlora.training.history import History, Record, progress_figures
-from fastlora.training.identity import run_identity
+from fastlora.training.custom_optimizer import OptimizerFactory
+from fastlora.training.finished import finish_folder, tokenizer_bytes
+from fastlora.training.history import History, Record
+from fastlora.training.identity import hash_adapter, run_identity
+from fastlora.training.keeping import Best, remove_superseded, stops_early
 from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
+from fastlora.training.logging.backends import RunInfo
+from fastlora.training.logging.open import Log, open_log
 from fastlora.training.output_folder import (
     add_way_on,
     check_space,
     checkpoint_to_resume,
     refuse_to_overwrite,
     run_bytes,
-    write_run_file,
 )
+from fastlora.training.positions import encoded_rows, figures, finish_stream, with_position
+from fastlora.training.progress import bar_figures, step_cost
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
+from fastlora.training.run_record import json_settings, run_record
+from fastlora.training.schedules import Schedule
 from fastlora.training.settings import Settings, check_train_arguments
 from fastlora.training.signals import StopRequest
 from fastlora.training.step import evaluate, optimizer_step
@@ -45,27 +58,40 @@ from fastlora.training.step import evaluate, optimizer_step
 def train(
     model: StateT,
     tokenizer: Tokenizer | None,
-    data: str | os.PathLike[str] | Iterable[Row],
+    data: Data,
     *,
-    eval_data: str | os.PathLike[str] | Iterable[Row] | None = None,
+    eval_data: Data | None = None,
     output_dir: str | os.PathLike[str] | None = None,
     max_steps: int | None = None,
     num_epochs: float = 1,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
     learning_rate: float = 2e-4,
-    lr_scheduler: str = "cosine",
+    learning_rates: Mapping[str, float] | None = None,
+    lr_scheduler: str | Schedule = "cosine",
+    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
     warmup_ratio: float = 0.03,
     weight_decay: float = 0.0,
     max_grad_norm: float | None = 1.0,
-    optimizer: str = "adamw",
+    optimizer: str | OptimizerFactory = "adamw",
+    neftune_alpha: float | None = None,
+    loss: str | Objective | Callable[..., Any] = "sft",
     packing: bool = True,
     train_on: str = "responses",
+    too_long: str = "error",
+    on_bad_row: str = "error",
+    columns: Mapping[str, str] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
+    sample_prompts: Sequence[Prompt] | None = None,
+    sample_tokens: int = 64,
     save_every: int | None = None,
+    keep: int | None = None,
+    keep_best: bool = False,
+    early_stopping: int | None = None,
     resume: bool | str | os.PathLike[str] = False,
     seed: int = 3407,
-    log: Callable[[Record], object] | None = None,
+    log: Log | None = None,
     progress: bool = True,
 ) -> tuple[StateT, History]:
     """The model with a trained adapter, and the history. The given model's tensors are not changed.
@@ -85,7 +111,16 @@ def train(
     Args:
         model: with an adapter (`fastlora.lora`).
         tokenizer: the model's.
-        data: a .jsonl or .json file, or dicts; see `data.read_rows`.
+        data: a file (JSONL, JSON, Parquet, Arrow, CSV), a folder or a glob of them, an iterable of
+            dicts, such as a Hugging Face data set, a list of these, or a dict {source: weight}. An
+            epoch over weighted sources has as many examples as they have together: sources with
+            fewer than their share are repeated, and of the others a sample is drawn with `seed`.
+            A Hugging Face stream (IterableDataset) and files of more than 8 GiB are streamed: read,
+            shuffled and packed in blocks of a million tokens, in the background. They need
+            max_steps; bad rows are then reported when they are reached, and a run that resumes
+            reads on behind the last row that was used. Other data are encoded before the first
+            step, and cached in ~/.cache/fastlora (8 bytes a token; may be deleted at any time).
+            Kinds of rows: `data.rows.ROW_KINDS`; with messages also "tools" (a list, or its JSON).
         eval_data: the same; evaluated after the last step, and every `eval_every` steps.
         output_dir: a folder for the trained adapter, in PEFT's format, and for checkpoints. It is
             locked during the run: a second run is refused. An adapter or checkpoints of another run
@@ -97,7 +132,16 @@ def train(
             as many.
         gradient_accumulation_steps: micro-batches in a step.
         learning_rate: the highest of the run.
-        lr_scheduler: after the warm-up, "cosine" or "linear" decay to 0, or "constant".
+        learning_rates: highest rates of groups of tensors: "B" (LoRA+ of Hayou et al. 2024 is
+            {"B": ratio * learning_rate}), "embeddings" (LoRA, copies and rows of the embedding
+            and of the head) and "norms". All follow the same schedule.
+        lr_scheduler: after the warm-up, "cosine" or "linear" decay to 0, "constant",
+            "cosine_with_restarts", or "wsd", which is constant and decays in the last tenth of the
+            steps (warm-up, stable, decay). Or a function of a step's index (from 0) and the number
+            of steps, which returns the share of learning_rate; it replaces the warm-up too.
+        lr_scheduler_kwargs: as in transformers: min_lr_rate (the floor, a share) for "cosine",
+            num_cycles for "cosine_with_restarts", num_decay_steps, decay_type ("cosine", "linear",
+            "1-sqrt") and min_lr_ratio for "wsd".
         warmup_ratio: share of all steps over which the rate rises from 0, rounded up. The first
             step of a warm-up has rate 0; a run of one step has no warm-up.
         weight_decay: AdamW's, for A, B and other matrices. Norms, biases and DoRA's magnitudes have
@@ -105,32 +149,63 @@ def train(
         max_grad_norm: gradients with a larger norm are scaled down to it; None or 0: no clipping.
         optimizer: "adamw": torch's, betas (0.9, 0.999), eps 1e-8. "adamw_8bit": with 8-bit moments,
             from bitsandbytes. "paged_adamw_8bit": with 8-bit moments that CUDA moves to host memory
-            when the GPU is full; on CUDA only.
+            when the GPU is full; on CUDA only. Or a function that makes a torch.optim.Optimizer of
+            the parameter groups that it is given, such as torch.optim.NAdam or
+            functools.partial(torch.optim.SGD, momentum=0.9). The rate and weight_decay are set in
+            the groups.
+        neftune_alpha: NEFTune: uniform noise of at most alpha / sqrt(tokens * hidden_size) on the
+            embedded tokens, in training only (Jain et al. 2023); 5 is common.
+        loss: "sft" (the mean of -log p), "dft", "dpo", "orpo", "simpo", "kto", a record with
+            settings, such as losses.DPO(beta=0.2) or losses.Distill(teacher=model), or a function
+            (adapter, base, spec, batch, *, seed) that returns a sum over a batch's trained tokens.
+            "dpo", "orpo" and "simpo" need rows {"prompt", "chosen", "rejected"}, "kto" {"prompt",
+            "completion", "label"}; these are never packed, and batch_size counts them. The
+            reference of "dpo" and "kto" is the given model, at no memory.
         packing: fill sequences of exactly `model.spec.max_seq_length` tokens with complete rows
             that do not attend to each other; plain text that is too long is split. Where the
             attention kernels do not run (on the CPU, in float32, for head sizes other than 64 and
             128), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses more
             than 8 GiB of it. Lower max_seq_length to a length that your rows fill. Without packing,
             a batch is padded to its longest row.
-        train_on: "responses" or "all"; see `data.encode_rows`.
+        train_on: "responses", "last_response" or "all"; see `data.encode_rows`.
+        too_long: rows of more than `model.spec.max_seq_length` tokens are an error; "drop" leaves
+            them out, "truncate" keeps their first tokens, "split" splits them.
+        on_bad_row: rows that cannot be trained on are an error; "skip" leaves them out. The numbers
+            of rows that are left out or cut are written to stderr, and the rows to
+            output_dir/rows_left_out.jsonl.
+        columns: standard names of columns to those of the data: {"prompt": "question"}.
+        template_kwargs: variables of the chat template: {"enable_thinking": False}. To generate,
+            use `tokenizer.with_template_kwargs(...)`.
         eval_every: steps.
+        sample_prompts: texts or chats that the model continues, greedily, whenever eval_data is
+            evaluated (also without eval_data). The texts are under "samples" in the record for
+            `log`.
+        sample_tokens: tokens of each of these texts at most.
         save_every: steps. output_dir/checkpoint-N is an adapter folder with the files that `resume`
             needs. The last step is saved too.
+        keep: newest checkpoints that stay; older ones are deleted when a newer one is complete.
+        keep_best: return and save the adapter after the step with the lowest loss of eval_data, not
+            that after the last step. The checkpoint of that step is saved, and `keep` spares it.
+        early_stopping: end the run after this many evaluations without a lower loss than before.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
             is damaged, the error names the one to continue from, which replaces the damaged ones
             after it.
         seed: of the order of the data and of dropout.
-        log: called after every step with a dict of step, loss, learning_rate, tokens, seconds and
-            grad_norm, as in `History`, and eval_loss after an evaluation.
-        progress: show a bar on stderr with the loss, tokens (trained or not) per second and peak
-            memory.
+        log: a function, called after every step with a dict of step, loss, learning_rate, tokens,
+            seconds and grad_norm, as in `History`, eval_loss after an evaluation, norms by group of
+            tensors ("grad_norm/A", "update_norm/B", ...), and figures of `progress.step_cost`.
+            "jsonl" writes these to
+            output_dir/log.jsonl, "tensorboard" to output_dir/tensorboard, "wandb" and "trackio" to
+            these services (each an extra of the package). Or a list of these.
+        progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
+            left, and on CUDA the share of the card's peak and the memory.
 
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
             setting in which a resumed run differs from its checkpoint.
-        ModuleNotFoundError: the optimizer belongs to bitsandbytes, which is not installed.
+        ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
         FileNotFoundError: the file of rows or the checkpoint to resume from does not exist.
         CheckpointError: a file of rows or a checkpoint is broken.
         OSError: the disk is too full for the run's checkpoints and adapter (found before the first
@@ -155,29 +230,46 @@ def train(
     assert tokenizer is not None
     folder = None if output_dir is None else Path(output_dir)
 
-    with output_lock(folder):
-        # Every row is encoded before the first step, so a bad row is reported within seconds.
-        run = prepare_run(model.spec, tokenizer, settings, data, eval_data)
-        learner = make_learner(model, settings)
+    with output_lock(folder), ExitStack() as after:
+        # Every row is encoded before the first step, so a bad row is reported within seconds. Of
+        # data that are streamed, it is the first block.
+        objective = objective_of(loss, model)
+        run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
+        after.callback(finish_stream, run, folder)
+        learner = make_learner(model, settings, objective)
         checkpoint = checkpoint_to_resume(resume, folder)
         # Training changes none of it, so it is computed once for all checkpoints.
         saves = folder is not None or checkpoint is not None
         identity = run_identity(run, learner.model) if saves else {}
+        initial = hash_adapter(learner.model) if saves else ""
         learner, records = _start(checkpoint, learner, identity, run.steps)
         refuse_to_overwrite(folder, len(records), checkpoint, identity)
         if folder is not None:
             needed = run_bytes(learner, settings, len(records), run.steps)
+            needed += tokenizer_bytes(tokenizer)
             check_space(folder, needed, "the run, with all its checkpoints,")
+        if run.stream is None:
+            report(run.left_out, folder)
+        describe_run = partial(
+            run_record, run, data=data, eval_data=eval_data, identity=identity, initial=initial
+        )
+        best = Best()
+        if settings.keep_best:
+            best.read(learner, records, checkpoint)
         stop = StopRequest()
+        start = describe_run(model=learner.model, records=records, ended=False) if saves else {}
+        info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings), start)
         with stop.listening(), kept_on_failure(folder, learner, records, identity, stop):
-            _run_steps(run, learner, records, identity, folder, stop, log, progress)
+            with open_log(log, info) as write:
+                _run_steps(run, learner, records, identity, folder, stop, best, write, progress)
+            trained = best.model(learner.model)
             if folder is not None:
-                write_run_file(folder, identity, records)
-                save_adapter(learner.model, folder)
+                end = describe_run(model=trained, records=records, ended=True)
+                finish_folder(folder, trained, tokenizer, identity, records, end)
             # A signal during the last step or save: the run has finished.
             if stop.signal is not None:
                 raise stop.error()
-    return learner.model, History.of(records)
+    return trained, History.of(records)
 
 
 def _start(
@@ -199,34 +291,67 @@ def _run_steps(
     identity: Mapping[str, Any],
     folder: Path | None,
     stop: StopRequest,
-    log: Callable[[Record], object] | None,
+    best: Best,
+    log: Callable[[Record], object],
     progress: bool,
 ) -> None:
     """Run the steps that `records` does not have yet. Each writes to the learner's tensors and
     appends its figures to `records`; evaluation and checkpoints follow when they are due."""
-    s, done = run.settings, len(records)
-    # The last step is always due.
-    is_due = lambda step, every: step == run.steps or (every is not None and step % every == 0)
-    steps = zip(range(done + 1, run.steps + 1), run.micro_batches(done), strict=False)
-    with tqdm(total=run.steps, initial=done, disable=not progress, unit="step") as bar:
+    done = len(records)
+    if stops_early(records, run.settings.early_stopping):  # it resumes after its end
+        return
+    bar = tqdm(total=run.steps, initial=done, disable=not progress, unit="step")
+    with bar, closing(run.batches_after(records)) as batches:
         started = perf_counter()
-        for step, micro_batches in steps:
+        for step, micro_batches in zip(range(done + 1, run.steps + 1), batches, strict=False):
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
-            record["seconds"] = perf_counter() - started
-            records.append(record)
-            if run.eval_sequences and is_due(step, s.eval_every):
-                record["eval_loss"] = evaluate(run, learner.model, step)
-            if folder is not None and s.save_every and is_due(step, s.save_every):
-                save_checkpoint(folder / f"checkpoint-{step}", learner, identity, records)
+            record["seconds"] = seconds = perf_counter() - started
+            record |= step_cost(learner.model, micro_batches, seconds)
+            records.append(with_position(record, run, records))
+            ends = _evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
-                device = learner.model.base["norm"].device
-                bar.set_postfix(progress_figures(record, micro_batches, device), refresh=False)
+                bar.set_postfix(bar_figures(record, encoded=encoded_rows(run)), refresh=False)
             bar.update()
             # Last, so that an error in the user's function finds the step's checkpoint written.
-            if log is not None:
-                log(dict(record))  # a copy: log may change it
-            if stop.signal is not None and step < run.steps:
+            log(figures(record))
+            if ends:
+                break
+            if stop.signal is not None:
                 raise stop.error()
             # Evaluation, saving and log are not counted; the next step's batch is.
             started = perf_counter()
+
+
+def _evaluate_and_save(
+    run: Run,
+    learner: Learner,
+    records: list[Record],
+    identity: Mapping[str, Any],
+    folder: Path | None,
+    best: Best,
+) -> bool:
+    """Evaluate and save after the last step of `records`, if it is due.
+
+    Returns:
+        Whether the run ends with this step.
+    """
+    s, step = run.settings, len(records)
+    ends = step == run.steps
+    due = ends or _is_due(step, s.eval_every)
+    if run.eval_sequences and due:
+        records[-1]["eval_loss"] = evaluate(run, learner.model, step)
+        ends = ends or stops_early(records, s.early_stopping)
+    if run.samples is not None and due:
+        records[-1]["samples"] = run.samples(learner.model)
+    save = s.save_every is not None and (ends or _is_due(step, s.save_every))
+    if s.keep_best and best.update(learner, records):
+        save = True  # a run that resumes needs the best adapter
+    if save and folder is not None:
+        save_checkpoint(folder / f"checkpoint-{step}", learner, identity, records)
+        remove_superseded(folder, records, s)
+    return ends
+
+
+def _is_due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import token_logprobs
 from fastlora.models.decoder import hidden_states
+from fastlora.models.input_checks import BATCH_ENTRIES
 from fastlora.models.names import tensors_from_base
 from fastlora.models.params import first_nonfinite
 from fastlora.models.state import Batch, ModelState, Seed, require_adapter
@@ -69,7 +70,7 @@ def _forward_cause(model: ModelState, batches: Sequence[Batch], seeds: Sequence[
 
 def _first_row(model: ModelState, batch: Batch, seed: Seed) -> int | None:
     """The first row of a batch with a token whose log-probability is not finite."""
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    inputs = _inputs(batch)
     labels = batch["labels"]
     logp = token_logprobs(model.adapter, model.base, model.spec, labels=labels, seed=seed, **inputs)
     rows = (~logp.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -113,6 +114,11 @@ def _is_finite_after(model: ModelState, batch: Batch, seed: Seed, layers: int) -
     if "replaced" in adapter:
         adapter["replaced"] = copies
     base: Any = model.base | {"layers": model.base["layers"][:layers]}
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    inputs = _inputs(batch)
     hidden = hidden_states(adapter, base, spec, seed=seed, **inputs)
     return bool(hidden.isfinite().all())
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    """What the model reads of a batch. Batches of preference rows have more entries."""
+    return {name: x for name, x in batch.items() if name in BATCH_ENTRIES and name != "labels"}

@@ -1,4 +1,5 @@
-"""The optimizers that `train` knows: AdamW with moments in float32, or in 8 bits (bitsandbytes).
+"""The optimizers of `train`: AdamW with moments in float32 or in 8 bits (bitsandbytes), and those
+that a user's function makes (custom_optimizer.py).
 
 Each is an object of another library. `train` creates it here, and saves and restores its state
 tensor by tensor, so that a resumed run has the same bits as an uninterrupted one.
@@ -12,6 +13,15 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.quant.bitsandbytes import bitsandbytes
+from fastlora.training.custom_optimizer import (
+    Groups,
+    OptimizerFactory,
+    build,
+    count_update,
+    is_custom,
+    trial_problems,
+    updates_begun,
+)
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw_8bit")
 
@@ -20,13 +30,18 @@ _DTYPES_OF_BITSANDBYTES = {"torch.float32", "torch.bfloat16", "torch.float16"}
 # Entries of bitsandbytes' state that are the same constant tables for every tensor: not saved.
 _TABLES = ("qmap1", "qmap2")
 
+# Entry of a parameter group: its learning rate as a multiple of the step's.
+_RATIO = "rate_ratio"
 
-def optimizer_problems(name: str, leaves: Sequence[Tensor]) -> list[str]:
+
+def optimizer_problems(name: str | OptimizerFactory, leaves: Sequence[Tensor]) -> list[str]:
     """Why an optimizer cannot train these tensors.
 
     Raises:
         ModuleNotFoundError: the optimizer belongs to bitsandbytes, which is not installed.
     """
+    if not isinstance(name, str):
+        return trial_problems(name, leaves)
     if name == "adamw":
         return []
     bitsandbytes("bitsandbytes.optim")  # raises now, not in the middle of train
@@ -44,7 +59,10 @@ def optimizer_problems(name: str, leaves: Sequence[Tensor]) -> list[str]:
 
 
 def make_optimizer(
-    name: str, leaves: Sequence[Tensor], weight_decay: float
+    name: str | OptimizerFactory,
+    leaves: Sequence[Tensor],
+    weight_decay: float,
+    ratios: Sequence[float] | None = None,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) with betas (0.9, 0.999) and eps 1e-8.
 
@@ -54,12 +72,18 @@ def make_optimizer(
         name: "adamw": torch's, fused on CUDA. "adamw_8bit": tensors of 4,096 elements or more have
             both moments in 8 bits, in blocks of 256 numbers (Dettmers et al. 2022,
             arXiv:2110.02861). "paged_adamw_8bit": the same in memory that the driver moves to the
-            host when the device is full.
+            host when the device is full. A function makes another optimizer of the groups.
         leaves: the tensors that every step writes to.
         weight_decay: of matrices. Vectors (norms, biases and DoRA's magnitudes) have none: decay
             would pull them to 0, where a norm gives nothing at all.
+        ratios: for each leaf the factor on the step's learning rate; None: 1.
+
+    Raises:
+        TypeError: a function did not return an optimizer of the leaves.
     """
-    groups = _parameter_groups(leaves, weight_decay)
+    groups = _parameter_groups(leaves, weight_decay, ratios or [1.0] * len(leaves))
+    if not isinstance(name, str):
+        return build(name, groups)
     if name == "adamw":
         # One kernel for all leaves; torch has it for CUDA tensors.
         fused = all(leaf.is_cuda for leaf in leaves)
@@ -69,15 +93,24 @@ def make_optimizer(
     return make(groups, lr=0.0, weight_decay=weight_decay, optim_bits=8, is_paged=paged)
 
 
-def _parameter_groups(leaves: Sequence[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """torch's groups: matrices with weight decay, then vectors without; none is empty."""
-    matrices = [leaf for leaf in leaves if leaf.dim() > 1]
-    vectors = [leaf for leaf in leaves if leaf.dim() <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+def _parameter_groups(
+    leaves: Sequence[Tensor], weight_decay: float, ratios: Sequence[float]
+) -> Groups:
+    """torch's groups: for each ratio, matrices with weight decay and vectors without; none is
+    empty."""
+    members: dict[tuple[float, bool], list[Tensor]] = {}
+    for leaf, ratio in zip(leaves, ratios, strict=True):
+        members.setdefault((ratio, leaf.dim() <= 1), []).append(leaf)
+    # Matrices first: bitsandbytes and users' optimizers number the tensors in this order.
+    return [
+        {
+            "params": members[key],
+            "lr": 0.0,
+            "weight_decay": 0.0 if key[1] else weight_decay,
+            _RATIO: key[0],
+        }
+        for key in sorted(members, key=lambda key: key[1])
     ]
-    return [group for group in groups if group["params"]]
 
 
 def update(
@@ -91,9 +124,11 @@ def update(
         The loss and the norm.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(_RATIO, 1.0)
     figures = torch.stack([loss.double(), norm.double()])
-    if optimizer.defaults.get("fused"):
+    count_update(optimizer)
+    # Optimizers other than AdamW may not read `found_inf`.
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults.get("fused"):
         # The kernel reads `found_inf` on the device, so the host need not wait before the update.
         fused: Any = optimizer
         fused.grad_scale, fused.found_inf = None, (~figures.isfinite().all()).float()
@@ -103,26 +138,36 @@ def update(
         values = figures.tolist()
         if all(map(math.isfinite, values)):
             optimizer.step()
+    if not all(map(math.isfinite, values)):
+        count_update(optimizer, -1)
     optimizer.zero_grad()
     return values[0], values[1]
 
 
 def steps_taken(optimizer: torch.optim.Optimizer, leaf: Tensor) -> int:
-    """The number of updates that a leaf has had."""
+    """The number of updates that a leaf has had; of a user's optimizer, the updates begun."""
+    if is_custom(optimizer):
+        return updates_begun(optimizer)
     return int(optimizer.state[leaf].get("step", 0))
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Tensor]:
     """The state of one leaf after a step: name -> tensor.
 
-    bitsandbytes counts steps in an int, which becomes a tensor too.
+    bitsandbytes counts steps in an int, which becomes a tensor too. Other numbers do so in float64.
     """
-    state = {k: v for k, v in optimizer.state[leaf].items() if k not in _TABLES}
-    return {k: v if isinstance(v, Tensor) else torch.tensor(v) for k, v in state.items()}
+    state = {k: v for k, v in optimizer.state[leaf].items() if k not in _TABLES and v is not None}
+    number = lambda v: torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None)
+    return {k: v if isinstance(v, Tensor) else number(v) for k, v in state.items()}
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Tensor]:
-    """Create the state of a leaf before its first step; returns its `state_tensors`."""
+    """Create the state of a leaf before its first step; returns its `state_tensors`.
+
+    The states of a user's optimizer are created all at once, by `custom_optimizer.make_states`.
+    """
+    if is_custom(optimizer):
+        return state_tensors(optimizer, leaf)
     if isinstance(optimizer, torch.optim.AdamW):
         moments = {name: torch.zeros_like(leaf) for name in ("exp_avg", "exp_avg_sq")}
         # torch's fused kernel needs the count on the leaf's device, the others on the CPU.
@@ -149,4 +194,4 @@ def restore_state(
         if isinstance(state[name], Tensor):
             state[name].copy_(value)
         else:
-            state[name] = int(value)
+            state[name] = type(state[name])(value.item())

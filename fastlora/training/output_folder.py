@@ -139,6 +139,10 @@ def run_bytes(learner: Learner, settings: Settings, done: int, steps: int) -> in
     count = 0  # of checkpoints: those due so far are rounded down, the last step's is always due
     if settings.save_every is not None:
         count = -(-steps // settings.save_every) - done // settings.save_every
+    if settings.keep is not None:
+        count = min(count, settings.keep + 1)  # the new one is complete before the oldest goes
+    if settings.keep_best:
+        count += 2  # the best one, and the next before it takes its place
     return count * (adapter + moments + _SMALL_FILES_BYTES) + adapter + _SMALL_FILES_BYTES
 
 

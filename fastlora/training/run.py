@@ -1,22 +1,35 @@
 """Run: the settings and encoded data of a training run, and the micro-batches of each step."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple
 
 from fastlora.data.batches import batches, count_batches
-from fastlora.data.encoding import encode_rows
-from fastlora.data.examples import Example, Packed
-from fastlora.data.packing import pack
-from fastlora.data.rows import read_rows
+from fastlora.data.encoding import RowLimits
+from fastlora.data.examples import Example
+from fastlora.data.lanes import is_streamed
+from fastlora.data.left_out import LeftOut
+from fastlora.data.packing import PackedSequences, pack
+from fastlora.data.reading import read_examples
+from fastlora.data.row_steps import row_context
+from fastlora.data.sources import Source, sources_of
+from fastlora.data.streams import Stream, StreamSettings
+from fastlora.losses.objectives import Objective
+from fastlora.losses.preference_batches import preference_batches
+from fastlora.losses.preference_rows import Labelled, Pair, encode_preferences
 from fastlora.models.spec import Spec
-from fastlora.models.state import Batch
+from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.samples import write_samples
 from fastlora.training.settings import Settings, check_vocabulary
 
-Sequences = list[Example] | list[Packed]
+# The key of a record that holds where a stream was after the step.
+DATA_POSITION = "data_position"
+
+Steps = Generator[list[Batch], None, None]  # the micro-batches of each step
+Sequences = list[Example] | PackedSequences | list[Pair] | list[Labelled]
 
 
 class Run(NamedTuple):
@@ -26,6 +39,10 @@ class Run(NamedTuple):
     sequences: Sequences
     eval_sequences: Sequences
     batches: Callable[..., Iterator[Batch]]  # data.batches with this run's padding
+    left_out: tuple[LeftOut, ...] = ()  # counts of rows that were left out, by argument
+    objective: Objective | None = None  # what is minimised; None: the mean of -log p
+    stream: Stream | None = None  # data that are read while they are trained on; no sequences then
+    samples: Callable[[ModelState], list[dict[str, Any]]] | None = None  # texts of sample_prompts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -39,7 +56,18 @@ class Run(NamedTuple):
         s = self.settings
         return s.max_steps or math.ceil(s.num_epochs * self.steps_per_epoch)
 
-    def micro_batches(self, done: int) -> Iterator[list[Batch]]:
+    def batches_after(
+        self, records: Sequence[Mapping[str, Any]]
+    ) -> Generator[list[Batch], None, None]:
+        """Without end, the micro-batches of each step after those that `records` are of."""
+        s = self.settings
+        if self.stream is None:
+            return self.micro_batches(len(records))
+        position = records[-1].get(DATA_POSITION) if records else None
+        steps = s.gradient_accumulation_steps
+        return self.stream.steps(position, s.batch_size, steps, self.batches)
+
+    def micro_batches(self, done: int) -> Steps:
         """Without end, the micro-batches of each step after the first `done` steps."""
         s = self.settings
         # A resumed run starts within an epoch; every later epoch starts at its first batch.
@@ -55,34 +83,100 @@ class Run(NamedTuple):
 
 
 def prepare_run(
-    spec: Spec, tokenizer: Tokenizer, settings: Settings, data: Any, eval_data: Any
+    spec: Spec,
+    tokenizer: Tokenizer,
+    settings: Settings,
+    data: Any,
+    eval_data: Any,
+    progress: bool = False,
+    objective: Objective | None = None,
 ) -> Run:
     """Read, encode and pack the rows of `data` and of `eval_data`, which may be None.
 
+    With `progress`, a bar on stderr shows the rows that are encoded. Rows with preferences, which
+    `objective` may ask for, are not packed.
+
     Raises:
-        FileNotFoundError, CheckpointError, ValueError: as `read_rows` and `encode_rows`; ValueError
-            also for a tokenizer whose ids exceed the model's vocabulary.
+        FileNotFoundError, CheckpointError, ValueError: as `read_examples`; ValueError also for a
+            tokenizer whose ids exceed the model's vocabulary.
     """
 
     # Masks and labels say what is padding, so any id of the vocabulary will do. Some tokenizers
     # name one that the model's embedding does not have.
     pad_token_id = tokenizer.pad_token_id
     pad_token_id = pad_token_id if 0 <= pad_token_id < spec.config.vocab_size else 0
+    if settings.template_kwargs:
+        tokenizer = tokenizer.with_template_kwargs(settings.template_kwargs)
+    limits = RowLimits(
+        spec.max_seq_length,
+        settings.packing,
+        settings.too_long,  # pyright: ignore[reportArgumentType]  (checked)
+        settings.on_bad_row,  # pyright: ignore[reportArgumentType]  (checked)
+    )
+    left_out: list[LeftOut] = []
+    kind = "supervised" if objective is None else objective.rows
 
     def sequences(data: Any, name: str) -> Sequences:
-        examples = encode_rows(
-            read_rows(data, name=name),
+        if kind != "supervised":
+            length, columns = spec.max_seq_length, settings.columns
+            rows = encode_preferences(kind, data, tokenizer, length, name, columns)
+            check_vocabulary(rows, spec.config.vocab_size)
+            return rows
+        examples, out = read_examples(
+            data,
             tokenizer,
+            limits,
+            name=name,
             train_on=settings.train_on,  # pyright: ignore[reportArgumentType]  (checked)
-            max_seq_length=spec.max_seq_length,
-            split_text=settings.packing,
+            columns=settings.columns,
+            seed=settings.seed,
+            progress=progress,
         )
+        left_out.append(out)
         check_vocabulary(examples, spec.config.vocab_size)
         if not settings.packing:
             return examples
         return pack(examples, spec.max_seq_length, pad_token_id=pad_token_id)
 
+    def streamed(sources: list[Source]) -> Stream:
+        how = StreamSettings(
+            row_context(tokenizer, settings.train_on),  # pyright: ignore[reportArgumentType]
+            limits,
+            settings.columns,
+            settings.seed,
+            settings.packing,
+            pad_token_id,
+            lambda examples: check_vocabulary(examples, spec.config.vocab_size),
+        )
+        return Stream(sources, how, "data", progress)
+
+    sources = sources_of(data, "data")  # a missing file is reported before eval_data is encoded
+    streams = kind == "supervised" and is_streamed(sources)
+    if streams and settings.max_steps is None:
+        raise ValueError(
+            "data are streamed, so their number of rows is not known; give train max_steps"
+        )
     # eval_data before data, which may be long: an error in it is reported earlier.
     eval_sequences = [] if eval_data is None else sequences(eval_data, "eval_data")
-    padded_batches = partial(batches, pad_token_id=pad_token_id, max_seq_length=spec.max_seq_length)
-    return Run(settings, sequences(data, "data"), eval_sequences, padded_batches)
+    padded_batches = partial(
+        batches if kind == "supervised" else preference_batches,
+        pad_token_id=pad_token_id,
+        max_seq_length=spec.max_seq_length,
+    )
+    stream = streamed(sources) if streams else None
+    train_sequences = sequences(data, "data") if stream is None else []
+    out = tuple(left_out)
+    samples = None
+    if (prompts := settings.sample_prompts) is not None:
+        new = settings.sample_tokens
+        samples = partial(write_samples, tokenizer=tokenizer, prompts=prompts, new_tokens=new)
+    return Run(
+        settings,
+        train_sequences,
+        eval_sequences,
+        padded_batches,
+        out,
+        objective,
+        stream=stream,
+        samples=samples,
+    )

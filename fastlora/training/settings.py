@@ -1,6 +1,6 @@
 """The arguments of train(): each setting with its rule, and the checks that run before any work."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.arguments import (
     FLAG,
-    FUNCTION,
     PATH,
     RANDOM_SEED,
     Rule,
     argument_problems,
+    instance,
     number,
     one_of,
     optional,
@@ -23,24 +23,44 @@ from fastlora.arguments import (
     whole_number,
 )
 from fastlora.checkpoints.output_folders import folder_error
+from fastlora.data.encoding import ON_BAD_ROW
 from fastlora.data.examples import TRAIN_ON, Example
-from fastlora.data.rows import DATA
+from fastlora.data.long_rows import TOO_LONG
+from fastlora.data.row_forms import COLUMNS
+from fastlora.data.sources import DATA
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
+from fastlora.losses.loss_argument import LOSS, loss_problems
+from fastlora.losses.objectives import Objective
+from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
 from fastlora.ops.attention.flash import kernel_supports
 from fastlora.ops.dispatch import use_kernel
-from fastlora.text.tokenizer import TOKENIZER
+from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
+from fastlora.text.tokenizer import TOKENIZER, Tokenizer
+from fastlora.training.custom_optimizer import OptimizerFactory
+from fastlora.training.logging.open import LOG, log_problems
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
-
-SCHEDULERS = ("cosine", "linear", "constant")
+from fastlora.training.parameter_groups import RATES, rates_problems
+from fastlora.training.samples import SAMPLE_PROMPTS, sample_problems
+from fastlora.training.schedules import SCHEDULERS, Schedule, schedule_problems
 
 _LARGEST_MASK_GIB = 8
 
 _COUNT = whole_number(1, 2**31)
 _MOST_EPOCHS = 1e9  # times fewer than 2**31 steps an epoch: the number of steps fits into int64
 _LARGEST_FLOAT32 = 3.4e38  # rounded down: larger numbers are infinity in the optimizer's kernels
+_RATE = number(above=0, high=_LARGEST_FLOAT32)
+
+
+def _name_or_function(*names: str) -> Rule:
+    """Rule: one of these names, or a function."""
+    name = one_of(*names)
+    return Rule(lambda x: name.accepts(x) or callable(x), f"{name.expected}, or a function")
+
+
+_OPTIMIZER = _name_or_function(*OPTIMIZERS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +71,10 @@ class Settings:
     num_epochs: float = setting(number(above=0, high=_MOST_EPOCHS))
     batch_size: int = setting(_COUNT)
     gradient_accumulation_steps: int = setting(_COUNT)
-    learning_rate: float = setting(number(above=0, high=_LARGEST_FLOAT32))
-    lr_scheduler: str = setting(one_of(*SCHEDULERS))
+    learning_rate: float = setting(_RATE)
+    learning_rates: Mapping[str, float] | None = setting(optional(RATES))
+    lr_scheduler: str | Schedule = setting(_name_or_function(*SCHEDULERS))
+    lr_scheduler_kwargs: Mapping[str, Any] | None = setting(optional(instance(Mapping, "a dict")))
     warmup_ratio: float = setting(number(low=0, high=1))
     weight_decay: float = setting(number(low=0, high=_LARGEST_FLOAT32))
     max_grad_norm: float | None = setting(
@@ -61,11 +83,22 @@ class Settings:
             f"a number in (0, {_LARGEST_FLOAT32:g}]; or None or 0 for no clipping",
         )
     )
-    optimizer: str = setting(one_of(*OPTIMIZERS))
+    optimizer: str | OptimizerFactory = setting(_OPTIMIZER)
+    neftune_alpha: float | None = setting(optional(_RATE))
+    loss: str | Objective | Callable[..., Any] = setting(LOSS)
     packing: bool = setting(FLAG)
     train_on: str = setting(TRAIN_ON)
+    too_long: str = setting(TOO_LONG)
+    on_bad_row: str = setting(ON_BAD_ROW)
+    columns: Mapping[str, str] | None = setting(optional(COLUMNS))
+    template_kwargs: Mapping[str, Any] | None = setting(optional(TEMPLATE_KWARGS))
     eval_every: int | None = setting(optional(_COUNT))
+    sample_prompts: Sequence[Any] | None = setting(optional(SAMPLE_PROMPTS))
+    sample_tokens: int = setting(_COUNT)
     save_every: int | None = setting(optional(_COUNT))
+    keep: int | None = setting(optional(_COUNT))
+    keep_best: bool = setting(FLAG)
+    early_stopping: int | None = setting(optional(_COUNT))
     seed: int = setting(RANDOM_SEED)
 
 
@@ -91,7 +124,7 @@ def check_train_arguments(
 
     Raises:
         ValueError: listing every argument that `train` cannot use, with what is expected.
-        ModuleNotFoundError: the optimizer belongs to bitsandbytes, which is not installed.
+        ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
     # All problems are collected first, so that one error names them all.
     problems = setting_problems(settings)
@@ -103,13 +136,16 @@ def check_train_arguments(
             "eval_data": (eval_data, optional(DATA)),
             "output_dir": (output_dir, optional(PATH)),
             "resume": (resume, _RESUME),
-            "log": (log, optional(FUNCTION)),
+            "log": (log, optional(LOG)),
             "progress": (progress, FLAG),
         }
     )
     if tokenizer is None:
         problems.append("tokenizer is None; does the model's folder have a tokenizer.json?")
+    problems += _text_problems(settings, model, tokenizer)
     problems += _companion_problems(settings, eval_data, output_dir, resume)
+    problems += loss_problems(settings)
+    problems += log_problems(log, output_dir)
     # The remaining checks look into the model.
     if isinstance(model, ModelState):
         problems += _model_problems(settings, model)
@@ -120,13 +156,32 @@ def check_train_arguments(
     raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
 
 
+def _text_problems(settings: Settings, model: Any, tokenizer: Any) -> list[str]:
+    """Variables and prompts that the chat template does not take, and prompts that are too long."""
+    if not isinstance(tokenizer, Tokenizer):
+        return []
+    given = {} if settings.template_kwargs is None else settings.template_kwargs
+    if not TEMPLATE_KWARGS.accepts(given):
+        return []  # its rule reports it
+    if unread := template_kwargs_problem(given, tokenizer.chat_templates):
+        return [unread]
+    if settings.sample_prompts is None or not isinstance(model, ModelState):
+        return []
+    if given:
+        tokenizer = tokenizer.with_template_kwargs(given)
+    length = model.spec.max_seq_length
+    return sample_problems(settings.sample_prompts, settings.sample_tokens, tokenizer, length)
+
+
 def _companion_problems(
     settings: Settings, eval_data: Any, output_dir: Any, resume: Any
 ) -> list[str]:
     """Arguments that mean nothing without another one."""
     problems = []
-    if settings.eval_every is not None and eval_data is None:
-        problems.append(f"eval_every={settings.eval_every!r} without eval_data; give the rows")
+    if settings.eval_every is not None and eval_data is None and settings.sample_prompts is None:
+        problems.append(
+            f"eval_every={settings.eval_every!r} without eval_data or sample_prompts; give the rows"
+        )
     if settings.save_every is not None and output_dir is None:
         problems.append(f"save_every={settings.save_every!r} without output_dir; name a folder")
     if (resume is True or resume == "auto") and output_dir is None:
@@ -134,6 +189,24 @@ def _companion_problems(
             f"resume={resume!r} without output_dir; name the folder, or the checkpoint in"
             " resume=..."
         )
+    problems += rates_problems(settings.learning_rates, _RATE)
+    problems += schedule_problems(settings.lr_scheduler, settings.lr_scheduler_kwargs)
+    return problems + _keeping_problems(settings, eval_data, output_dir)
+
+
+def _keeping_problems(settings: Settings, eval_data: Any, output_dir: Any) -> list[str]:
+    """Arguments that choose checkpoints or end a run early, without those that they need."""
+    problems = []
+    if settings.keep is not None and output_dir is None:
+        problems.append(f"keep={settings.keep!r} without output_dir; name a folder")
+    if settings.keep_best is True and eval_data is None:
+        problems.append("keep_best=True without eval_data, by whose loss it chooses; give the rows")
+    if settings.early_stopping is not None:
+        given = f"early_stopping={settings.early_stopping!r}"
+        if settings.eval_every is None:
+            problems.append(f"{given} without eval_every: it counts evaluations")
+        elif eval_data is None:
+            problems.append(f"{given} without eval_data, whose loss it watches; give the rows")
     return problems
 
 
@@ -158,7 +231,7 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
             "model's adapter has float16 tensors, in which AdamW's eps = 1e-8 is 0; expected"
             " fastlora.lora(..., adapter_dtype='float32') and a bfloat16 base"
         )
-    if isinstance(settings.optimizer, str) and settings.optimizer in OPTIMIZERS:
+    if _OPTIMIZER.accepts(settings.optimizer):
         problems += optimizer_problems(settings.optimizer, leaves)
     return problems
 
@@ -188,7 +261,7 @@ def mask_problems(settings: Settings, model: ModelState) -> list[str]:
     ]
 
 
-def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
+def check_vocabulary(examples: Sequence[Example | Pair | Labelled], vocab_size: int) -> None:
     """Raise a ValueError if the tokenizer gave an id that the model's vocabulary does not have."""
     largest = max(int(example.input_ids.max()) for example in examples)
     if largest >= vocab_size:

@@ -12,12 +12,14 @@ from torch.nn.utils import get_total_norm
 from fastlora.data.batches import count_trained_tokens
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import loss_sum
-from fastlora.models.state import Batch, ModelState, Seed
+from fastlora.models.state import Batch, ModelState, Seed, require_adapter
 from fastlora.training.history import Record
 from fastlora.training.learner import Learner
 from fastlora.training.nonfinite import nonfinite_cause, nonfinite_cause_of_batches
 from fastlora.training.optimizers import update
+from fastlora.training.parameter_groups import group_norms, update_differences
 from fastlora.training.run import Run
+from fastlora.training.schedules import learning_rate_factor
 from fastlora.training.settings import Settings
 
 # A float16 base whose gradient overflows is differentiated again with the next smaller scale. The
@@ -28,7 +30,7 @@ _FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
 def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequence[Batch]) -> Record:
     """Step number `step` (the first is 1): writes to the learner's adapter and optimizer.
 
-    Reads from the device once, at the end; over a float16 base twice.
+    Reads from the device twice, both at the end; over a float16 base three times.
 
     Returns:
         The step's figures, as in `History`, without the seconds.
@@ -41,8 +43,9 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     tokens = sum(map(count_trained_tokens, micro_batches))
     # All copies at once, while the device is idle: a copy waits for the work queued before it.
     placed = [_to_device(model, batch) for batch in micro_batches]
-    seeds = _dropout_seeds(model, settings.seed, step, len(placed))
-    loss, gradient = _loss_and_gradient(learner, placed, tokens, seeds)
+    seeds = _seeds(learner, settings.seed, step, len(placed))
+    items = tokens if run.objective is None else sum(map(run.objective.count, micro_batches))
+    loss, gradient = _loss_and_gradient(learner, placed, items, seeds)
     # Norm and clipping in float32, before the gradient is rounded to the leaves' dtype.
     norm = get_total_norm(gradient)
     scaled = gradient
@@ -52,9 +55,14 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     for leaf, g in zip(learner.leaves.values(), scaled, strict=True):
         leaf.grad = g.to(leaf.dtype)
     factor = learning_rate_factor(
-        settings.lr_scheduler, step - 1, warmup_steps(settings, run.steps), run.steps
+        settings.lr_scheduler,
+        step - 1,
+        warmup_steps(settings, run.steps),
+        run.steps,
+        settings.lr_scheduler_kwargs,
     )
     learning_rate = settings.learning_rate * factor
+    before = [leaf.detach().clone() for leaf in learner.leaves.values()]
     loss, grad_norm = update(learner.optimizer, learning_rate, loss, norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         cause = nonfinite_cause(learner, placed, seeds, gradient)
@@ -64,9 +72,27 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
             f" max_grad_norm={settings.max_grad_norm}; at step 1, look for NaN in the base or the"
             " adapter."
         )
-    return dict(
+    figures = dict(
         step=step, loss=loss, learning_rate=learning_rate, tokens=tokens, grad_norm=grad_norm
     )
+    return figures | _norms_by_group(learner, gradient, before)
+
+
+def _norms_by_group(
+    learner: Learner, gradient: Sequence[Tensor], before: Sequence[Tensor]
+) -> dict[str, float]:
+    """Norms by group of tensors: "grad_norm/A", "update_norm/A", "grad_norm/B", ...
+
+    The gradient is the one before clipping. The update is the difference that the step made.
+    """
+    moved = update_differences([*learner.leaves.values()], before)
+    norms = {
+        f"{kind}/{group}": norm
+        for kind, tensors in (("grad_norm", gradient), ("update_norm", moved))
+        for group, norm in group_norms(learner.leaves, tensors).items()
+    }
+    # One read for all of them.
+    return dict(zip(norms, torch.stack([x.double() for x in norms.values()]).tolist(), strict=True))
 
 
 def _loss_and_gradient(
@@ -98,7 +124,7 @@ def _micro_batch(
     new one each time, because a reused tensor would look like an input that does not change.
     """
     model = learner.model
-    loss, grads = learner.loss_and_grad(model.adapter, model.base, model.spec, batch, scale, seed)
+    loss, grads = learner.loss_and_grad(model.adapter, model.base, learner.spec, batch, scale, seed)
     wide = lambda g: g.to(torch.promote_types(g.dtype, torch.float32))
     return loss, [wide(g) for g in named_leaves(grads).values()]
 
@@ -116,51 +142,31 @@ def warmup_steps(settings: Settings, steps: int) -> int:
     return math.ceil(settings.warmup_ratio * steps) if steps > 1 else 0
 
 
-def learning_rate_factor(scheduler: str, index: int, warmup_steps: int, steps: int) -> float:
-    """Share of the highest learning rate at the step with this index (the first is 0), in [0, 1].
-
-    The schedules are those of huggingface/transformers (optimization.py, v5.23,
-    get_*_schedule_with_warmup): the first step of a warm-up has rate 0, and a decay would reach 0
-    at the step after the last one.
-    """
-    if index < warmup_steps:
-        return index / warmup_steps
-    progress = (index - warmup_steps) / max(1, steps - warmup_steps)
-    match scheduler:
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        case "linear":
-            return (steps - index) / max(1, steps - warmup_steps)
-        case _:
-            return 1.0
-
-
-def _dropout_seeds(model: ModelState, seed: int, step: int, micro_batches: int) -> Sequence[Seed]:
-    """A 0-d tensor for each micro-batch, on the model's device; None if there is no dropout."""
-    if model.spec.lora is None or model.spec.lora.lora_dropout == 0:
+def _seeds(learner: Learner, seed: int, step: int, micro_batches: int) -> Sequence[Seed]:
+    """A 0-d tensor for each micro-batch, on the model's device; None without dropout and noise."""
+    spec = learner.spec
+    if (spec.lora is None or spec.lora.lora_dropout == 0) and spec.neftune_alpha is None:
         return [None] * micro_batches
     # Tensors, for the reason given in `_micro_batch`: a CUDA graph reads them when it is replayed.
     seeds = [dropout_seed(seed, step, i) for i in range(micro_batches)]
-    return torch.tensor(seeds, device=model.base["norm"].device).unbind()
+    return torch.tensor(seeds, device=learner.model.base["norm"].device).unbind()
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """A 63-bit seed for the dropout masks of one micro-batch: a hash of the three numbers."""
+    """A 63-bit seed for the masks and noise of one micro-batch: a hash of the three numbers."""
     (word,) = np.random.SeedSequence((seed, step, micro_batch)).generate_state(1, np.uint64)
     return int(word >> 1)  # fits into int64
 
 
 @torch.no_grad()
 def evaluate(run: Run, model: ModelState, step: int) -> float:
-    """Mean of -log p over all trained tokens of eval_data, without dropout, in the order given.
+    """The run's loss over all of eval_data, without dropout, in the order given: the mean of -log p
+    over the trained tokens, or the mean of the objective's losses.
 
     Raises:
         FloatingPointError: the mean is NaN or infinite; the message names the step.
     """
-    sums = [
-        loss_sum(model.adapter, model.base, model.spec, batch)
-        for batch in _eval_batches(run, model)
-    ]
+    sums = [_eval_sum(run, model, batch) for batch in _eval_batches(run, model)]
     # Added in float64, which is exact for 10**8 tokens, and read once: the GPU need not wait.
     total, tokens = (
         torch.stack([x.double() for x in part]).sum() for part in zip(*sums, strict=True)
@@ -170,6 +176,15 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
         cause = nonfinite_cause_of_batches(model, _eval_batches(run, model))
         raise FloatingPointError(f"after step {step} the loss of eval_data is {loss}: {cause}.")
     return loss
+
+
+def _eval_sum(run: Run, model: ModelState, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(sum of the losses of a batch, their number)."""
+    if run.objective is None:
+        return loss_sum(model.adapter, model.base, model.spec, batch)
+    _, adapter = require_adapter(model)
+    total = run.objective.loss_sum(adapter, model.base, model.spec, batch, None)
+    return total, torch.tensor(run.objective.count(batch), device=total.device)
 
 
 def _eval_batches(run: Run, model: ModelState) -> Iterator[Batch]:

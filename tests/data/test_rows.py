@@ -28,7 +28,7 @@ def test_rows_come_from_jsonl_json_and_iterables_alike(tmp_path):
 
 def test_every_bad_row_is_named_with_its_keys():
     bad = [
-        {"conversations": [], "id": 1},
+        {"dialog": [], "id": 1},
         "text",
         {"messages": []},
         {"messages": [{"content": "x"}]},
@@ -36,13 +36,13 @@ def test_every_bad_row_is_named_with_its_keys():
         {"prompt": CHAT, "completion": "x"},
         {"instruction": "x", "output": None},
         {"text": 7},
-        {"messages": CHAT, "tools": [{}]},
+        {"text": "a", "tools": [{}]},
     ]
     with pytest.raises(ValueError) as error:
         read_rows(iter([{"text": "fine"}, *bad]))  # of a list the tests' type hook tries one item
     for number, why in enumerate(
         [
-            "keys ['conversations', 'id']",
+            "keys ['dialog', 'id']",
             "a str, not a dict",
             "at least one message",
             "message 1 has no role",
@@ -62,7 +62,7 @@ def test_a_missing_file_or_one_that_is_not_json_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
         read_rows(tmp_path / "no.jsonl")
     with pytest.raises(ValueError, match=r"\.jsonl or \.json"):
-        read_rows(tmp_path / "rows.csv")
+        read_rows(tmp_path / "rows.txt")
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": \n{"text": "b"}\nnonsense\n')
     with pytest.raises(CheckpointError, match=r"(?s)rows\.jsonl.*line 3: .*line 5: "):

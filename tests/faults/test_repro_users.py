@@ -234,15 +234,17 @@ def test_b10_a_prompt_that_opens_thinking_is_no_part_of_the_reply(base):
     assert encoded(tokenizer, chat("w1", "w2 w3", "w4", "w5"))[1] == ids_of("w2 w3 </s> w5 </s>")
 
 
-@pytest.mark.parametrize(
-    ("row", "named"),
-    [
-        ({"messages": chat("w1", "w2"), "tools": [{"type": "function"}]}, "tools"),
-        ({"conversations": [{"from": "human", "value": "w1"}]}, "conversations"),
-    ],
-)
-def test_b11_rows_that_are_not_read_yet_are_refused_by_name(base, row, named):
-    """Until the trainer's data work reads them."""
-    with pytest.raises(ValueError, match=named) as error:
+def test_b11_tools_that_the_template_does_not_read_are_refused_by_name(base):
+    row = {"messages": chat("w1", "w2"), "tools": [{"type": "function"}]}
+    with pytest.raises(ValueError, match="tools") as error:
         encode_rows([row], tokenizer_of(base), max_seq_length=64)
     assert "row 1" in str(error.value)
+
+
+def test_b11_conversations_are_trained_as_messages(base):
+    turns = [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]
+    tokenizer = tokenizer_of(base)
+    found = of_row(tokenizer, {"conversations": turns})
+    assert found == encoded(tokenizer, chat("w1", "w2")) and found[1]
+    with pytest.raises(ValueError, match="row 1: no token to train"):
+        encode_rows([{"conversations": turns[:1]}], tokenizer, max_seq_length=64)

@@ -127,7 +127,14 @@ def test_the_folder_has_the_files_and_fields_of_peft(tmp_path):
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == model.spec.name_or_path
     assert (config["target_modules"], config["rank_pattern"]) == (SEVEN, {"q_proj": 2})
-    assert config.keys() <= set(PeftConfig().to_dict())
+    PeftConfig(target_modules=SEVEN).save_pretrained(tmp_path / "theirs")
+    theirs = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
+    assert config.keys() == theirs.keys()
+    ours = {"base_model_name_or_path", "inference_mode", "task_type", "rank_pattern"}
+    ours |= {"r", "lora_alpha", "target_modules"}
+    assert {k: v for k, v in config.items() if k not in ours} == {
+        k: v for k, v in theirs.items() if k not in ours
+    }
 
 
 def test_a_card_names_the_base_only_if_it_is_a_valid_hub_id(tmp_path):

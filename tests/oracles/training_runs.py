@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fastlora.model import Model
@@ -60,3 +61,14 @@ def settings(**changed: Any) -> Settings:
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     names = [field.name for field in dataclasses.fields(Settings)]
     return Settings(**{name: defaults[name] for name in names} | changed)
+
+
+class Recorder(ModuleType):
+    """A module in place of wandb or trackio, or of torch.utils.tensorboard."""
+
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.run, self.calls = None, []
+        for call in ("init", "log", "finish"):
+            note = lambda *args, call=call, **given: self.calls.append((call, args, given))
+            setattr(self, call, note)

@@ -22,6 +22,18 @@ NOT_MESSAGES = ("text", 5, None, [], [5], ["user"], {}, [{"content": "no role"}]
 
 NOT_TOOLS = ("text", 5, [5], ["f"], {}, {"a": 1}, [{"a": {1, 2}}], [{"a": STRANGER}], STRANGER)
 
+NOT_TEMPLATE_KWARGS = (
+    "text",
+    5,
+    None,
+    [],
+    {"messages": 1},
+    {"a b": 1},
+    {5: 1},
+    {"no_such": 1},
+    STRANGER,
+)
+
 MESSAGES = [{"role": "user", "content": "a"}]
 CHAT: dict[str, Any] = dict(messages=NOT_MESSAGES, chat_template=(5, (), "no such", b"", {}))
 
@@ -48,11 +60,12 @@ CALLS: dict[str, tuple[dict[str, Any], dict[str, tuple[Any, ...]]]] = {
         dict(messages=MESSAGES),
         CHAT | dict(add_generation_prompt=NOT_A_FLAG, tools=NOT_TOOLS),
     ),
-    "render_replies": (dict(messages=MESSAGES), CHAT),
+    "render_replies": (dict(messages=MESSAGES), CHAT | dict(tools=NOT_TOOLS)),
     "with_tokens": (
         dict(tokens=["a"]),
         dict(tokens=(None, 5, "new", [5], [None], ["\ud800"], {"a": 1}), special=NOT_A_FLAG),
     ),
+    "with_template_kwargs": ({}, dict(template_kwargs=NOT_TEMPLATE_KWARGS)),
     "save_pretrained": ({}, dict(folder=NOT_A_PATH)),
 }
 

@@ -95,7 +95,7 @@ def test_evaluation_is_the_mean_over_all_held_out_tokens(model, tokenizer):
     assert history.eval_steps == (2, 4, 5)
     logp, tokens = 0.0, 0
     for example in encode_rows(held_out, tokenizer, max_seq_length=64):
-        ids, labels = (torch.tensor(x)[None] for x in (example.input_ids, example.labels))
+        ids, labels = (torch.tensor(x).long()[None] for x in (example.input_ids, example.labels))
         logp += (
             token_logprobs(trained.adapter, trained.base, trained.spec, ids, labels).sum().item()
         )
@@ -122,6 +122,10 @@ def test_log_is_called_with_every_step_of_the_history(model, tokenizer):
         log=records.append, **QUIET,
     )  # fmt: skip
     always = {"step", "loss", "learning_rate", "tokens", "seconds", "grad_norm"}
+    always |= {
+        "read_tokens",
+        *(f"{kind}_norm/{group}" for kind in ("grad", "update") for group in "AB"),
+    }
     assert [set(r) - {"eval_loss"} for r in records] == [always] * 3
     assert ["eval_loss" in r for r in records] == [False, True, True]
     assert History.of(records) == history

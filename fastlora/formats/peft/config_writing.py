@@ -11,6 +11,29 @@ from fastlora.models.names import EMBED_TOKENS, is_mixture, layer_targets, proje
 from fastlora.models.params import EXPERTS, PROJECTIONS, ROUTER, TARGETS
 from fastlora.models.spec import LoraConfig, Spec, Target
 
+# The version whose fields are written. An older PEFT ignores fields that it does not know, with a
+# warning (PeftConfigMixin.from_peft_type).
+PEFT_VERSION = "0.21.2"
+
+# PEFT's defaults of the fields that fastlora does not use, so that a file has all of them.
+_PEFT_DEFAULTS = {
+    "peft_version": PEFT_VERSION,
+    "auto_mapping": None,
+    "exclude_modules": None,
+    "layer_replication": None,
+    "alora_invocation_tokens": None,
+    "loftq_config": {},
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "qalora_group_size": 16,
+    "use_qalora": False,
+    "use_bdlora": None,
+    **{
+        f"{name}_config": None
+        for name in ("arrow", "corda", "eva", "kasa", "lora_ga", "monteclora", "velora")
+    },
+}
+
 
 def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     """The JSON object of adapter_config.json: the resolved targets, not the user's patterns.
@@ -24,7 +47,7 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     """
     parameters = _target_names(spec.config, lora, parameters=True)
     indices = _token_indices(lora)
-    return {
+    return _PEFT_DEFAULTS | {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": spec.name_or_path or None,
@@ -46,11 +69,10 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
         # The target names already say which layers are adapted.
         "layers_to_transform": None,
         "layers_pattern": None,
-        # Newer fields only if they are used: older PEFT warns about every field it does not know.
-        **({"lora_bias": True} if lora.lora_bias else {}),
-        **({"target_parameters": parameters} if parameters else {}),
-        **({"ensure_weight_tying": True} if lora.extras.tied else {}),
-        **({"trainable_token_indices": indices} if indices else {}),
+        "lora_bias": lora.lora_bias,
+        "target_parameters": parameters or None,
+        "ensure_weight_tying": bool(lora.extras.tied),
+        "trainable_token_indices": indices or None,
     }
 
 

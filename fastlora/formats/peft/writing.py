@@ -68,7 +68,7 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     if (path / CONFIG_FILE).is_file() and _differs(path / CONFIG_FILE, config):
         (path / CONFIG_FILE).unlink()
     if not (path / "README.md").exists():
-        write_text(path / "README.md", _readme(model.spec, lora))
+        write_text(path / "README.md", readme(model.spec, lora))
     # The config comes last: PEFT and fastlora do not load a folder without it.
     write_json(path / CONFIG_FILE, config)
 
@@ -112,17 +112,19 @@ def push_to_hub(
 
 def _is_local(name: str) -> bool:
     """Whether a base's name is a path of this machine, and neither a Hub id nor the demo."""
-    return name != "demo" and not _is_hub_id(name)
+    return name != "demo" and not is_hub_id(name)
 
 
-def _is_hub_id(name: str) -> bool:
+def is_hub_id(name: str) -> bool:
+    """Whether a base's name can be a repository of the Hub, and is not a path."""
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None and not Path(name).exists()
 
 
-def _readme(spec: Spec, lora: LoraConfig) -> str:
+def readme(spec: Spec, lora: LoraConfig) -> str:
+    """README.md of an adapter: a model card with its base, rank and targets."""
     name = spec.name_or_path
     # The Hub rejects a model card whose base_model is not a Hub id, such as a local path.
-    is_id = "/" in name and _is_hub_id(name)
+    is_id = "/" in name and is_hub_id(name)
     base = [f"base_model: {name}"] if is_id else []
     tags = [f"- base_model:adapter:{name}"] if is_id else []
     front = [*base, "library_name: peft", "pipeline_tag: text-generation", "tags:", *tags, "- lora"]

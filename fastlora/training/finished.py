@@ -1,0 +1,50 @@
+"""finish_folder(): what a finished run leaves in its output_dir, beside the checkpoints."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastlora.checkpoints.tensors import write_json, write_text
+from fastlora.formats.peft.writing import save_adapter
+from fastlora.models.state import ModelState
+from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.history import Record
+from fastlora.training.logging.backends import RUN_RECORD
+from fastlora.training.model_card import may_replace_card, model_card
+from fastlora.training.output_folder import write_run_file
+
+
+def finish_folder(
+    folder: Path,
+    model: ModelState,
+    tokenizer: Tokenizer,
+    identity: Mapping[str, Any],
+    records: Sequence[Record],
+    record: Mapping[str, Any],
+) -> None:
+    """Write training_run.json, run.json, the tokenizer, README.md and the adapter.
+
+    A README.md that the user wrote is kept.
+
+    Args:
+        folder: output_dir.
+        model: the trained one.
+        tokenizer: its files, with the chat template, go beside the adapter: vLLM and chat front
+            ends read them there.
+        identity: of the run.
+        records: of all steps.
+        record: the content of run.json.
+    """
+    # The adapter comes last: PEFT loads no folder without it, so a folder that loads is complete.
+    write_run_file(folder, identity, records)
+    write_json(folder / RUN_RECORD, dict(record))
+    tokenizer.save_pretrained(folder)
+    card = folder / "README.md"
+    if not card.exists() or may_replace_card(card.read_text(errors="replace"), model):
+        write_text(card, model_card(model, record))
+    save_adapter(model, folder)
+
+
+def tokenizer_bytes(tokenizer: Tokenizer) -> int:
+    """Bytes of the tokenizer's files: 17 MB for Llama 3."""
+    return sum(map(len, tokenizer.files.values()))

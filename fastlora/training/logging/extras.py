@@ -1,0 +1,24 @@
+"""extra_module(): a module that an optional extra of the package installs."""
+
+from importlib import import_module
+from typing import Any
+
+
+def extra_module(module: str, extra: str, purpose: str) -> Any:
+    """Import and return a module, at the first use: `import fastlora` must not load it.
+
+    Args:
+        module: its name, "matplotlib.figure".
+        extra: of the package, that installs it.
+        purpose: what needs it, for the message.
+
+    Raises:
+        ModuleNotFoundError: it is not installed, or cannot be imported.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f'{purpose} needs {module.partition(".")[0]}: pip install "fastlora[{extra}]"'
+            f" ({error!s:.200})"
+        ) from error

@@ -1,0 +1,132 @@
+"""model_card(): README.md of a trained adapter, filled from its run, without blanks to fill in."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from fastlora.formats.peft.writing import is_hub_id, readme
+from fastlora.models.spec import LoraConfig, Spec
+from fastlora.models.state import ModelState, require_adapter
+
+# Tells a card that may be written again from one that the user has written.
+_MARK = "<!-- written by fastlora.train -->"
+
+
+def may_replace_card(text: str, model: ModelState) -> bool:
+    """Whether a README.md is one that fastlora wrote and nobody edited the first lines of."""
+    lora, _ = require_adapter(model)
+    return _MARK in text or text == readme(model.spec, lora)
+
+
+def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
+    """The text of README.md.
+
+    Args:
+        model: the trained one.
+        record: the content of run.json.
+    """
+    lora, _ = require_adapter(model)
+    name = model.spec.name_or_path
+    # A path of this machine means nothing to the readers of the card.
+    base = name if name == "demo" or is_hub_id(name) else "the-folder-of-the-base"
+    parts = [
+        readme(model.spec, lora),
+        _MARK,
+        "## Training\n",
+        "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _facts(record).items())]),
+        "\nAll settings and versions are in `run.json`, every step in `training_run.json`.\n",
+        "## Loading\n",
+        f"```python\n{_python(base)}\n```\n",
+        f"```sh\n{_shell(base, model.spec, lora)}\n```\n",
+    ]
+    if problems := vllm_problems(lora):
+        parts.append(
+            f"vLLM does not load this adapter: it has {', '.join(problems)}. Merge it into the base"
+            " with `model.save_pretrained_merged(folder, tokenizer)` and serve that folder.\n"
+        )
+    if base != name:
+        parts.append("The base was loaded from a local folder, which is not part of this one.\n")
+    parts.append("The licence of the base applies to what is computed with it.\n")
+    return "\n".join(parts)
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, str]:
+    """Row title -> text, of what is known."""
+    settings, result = record["settings"], record["result"]
+    facts = {"data": _data(record["data"])}
+    if record["eval_data"] is not None:
+        facts["held-out data"] = _data(record["eval_data"])
+    facts["steps"] = (
+        f"{result['steps']:,}, of {settings['batch_size']} x"
+        f" {settings['gradient_accumulation_steps']} sequences of at most"
+        f" {record['model']['max_seq_length']:,} tokens"
+    )
+    facts["loss"] = f"{result['first_loss']:.4f} at the first step, {result['last_loss']:.4f} last"
+    if "best_step" in result:
+        facts["held-out loss"] = (
+            f"{result['last_eval_loss']:.4f} at the end, lowest {result['best_eval_loss']:.4f}"
+            f" after step {result['best_step']:,}"
+        )
+        if settings["keep_best"]:
+            facts["weights"] = f"those after step {result['best_step']:,} (keep_best=True)"
+    names = ("learning_rate", "learning_rates", "lr_scheduler", "warmup_ratio", "weight_decay")
+    names += ("max_grad_norm", "optimizer", "neftune_alpha", "packing", "train_on", "seed")
+    given = [f"{n}={settings[n]!r}" for n in names if settings.get(n) is not None]
+    facts["settings"] = f"`{', '.join(given)}`"
+    facts["base dtype"] = record["model"]["dtype"]
+    facts["device"] = str(record["device"]["name"])
+    facts["time"] = f"{result['seconds']:.0f} s in steps; ended {result['ended']}"
+    facts["versions"] = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
+    return facts
+
+
+def _data(data: Mapping[str, Any]) -> str:
+    name = data["name"].replace("|", "\\|").replace("\n", " ")
+    return (
+        f"{name}: {data['sequences']:,} sequences of {data['tokens']:,} tokens,"
+        f" fingerprint `{data['fingerprint']}`"
+    )
+
+
+def _python(base: str) -> str:
+    return "\n".join(
+        [
+            "import fastlora",
+            'model, tokenizer = fastlora.load("this-folder")  # the base, then the adapter',
+            "",
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM",
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            'model = PeftModel.from_pretrained(base, "this-folder")',
+        ]
+    )
+
+
+def _shell(base: str, spec: Spec, lora: LoraConfig) -> str:
+    """Commands of llama.cpp, and of vLLM if it loads the adapter."""
+    lines = [f"python convert_lora_to_gguf.py --base {base} this-folder  # llama.cpp"]
+    if not vllm_problems(lora):
+        rank = max([lora.r, *(t.r for layer in lora.targets for t in layer)])
+        # vLLM refuses a rank above --max-lora-rank, whose default is 16.
+        lines.append(
+            f"vllm serve {base} --enable-lora --max-lora-rank {_vllm_rank(rank)}"
+            " --lora-modules adapter=this-folder"
+        )
+    return "\n".join(lines)
+
+
+def _vllm_rank(rank: int) -> int:
+    """The smallest value of --max-lora-rank that allows a rank."""
+    return next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank), rank)
+
+
+def vllm_problems(lora: LoraConfig) -> list[str]:
+    """The parts of an adapter with which vLLM refuses to load it (vllm/lora/peft_helper.py)."""
+    rank = max([lora.r, *(t.r for layer in lora.targets for t in layer)])
+    parts = {
+        "modules_to_save": bool(lora.modules_to_save),
+        "trained tokens": bool(lora.extras.tokens),
+        "DoRA": lora.use_dora,
+        "biases": lora.bias != "none" or lora.lora_bias,
+        "a rank above 512": rank > 512,
+    }
+    return [name for name, present in parts.items() if present]
