@@ -1,5 +1,6 @@
-"""Triton kernel of `decode_product` for 2 to 64 rows and 4-bit weights (NF4, FP4), dequantised while
-they are read. packed_vector_kernel.py describes the tiles.
+"""Triton kernel of `decode_product` for 2 to 64 rows and 4-bit weights (NF4, FP4).
+
+It dequantises weights while it reads them. packed_vector_kernel.py describes the tiles.
 """
 
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false

@@ -1,4 +1,4 @@
-"""Inline PTX of packed_mma_kernel.py: the table of byte pairs, loads, and products of four blocks."""
+"""Inline PTX of packed_mma_kernel.py: the table of byte pairs, loads, products of four blocks."""
 
 GROUP = 4  # blocks of one step of a warp
 

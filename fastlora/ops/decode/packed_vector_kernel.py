@@ -1,7 +1,6 @@
-"""Triton kernel of `decode_product` for one row and 4-bit weights (NF4, FP4), dequantised while they
-are read.
+"""Triton kernel of `decode_product` for one row and 4-bit weights (NF4, FP4).
 
-As vector_kernel in linear_kernel.py, whose text explains low-rank terms and PDL. A weight is
+It dequantises weights while it reads them, and is otherwise like vector_kernel in linear_kernel.py, whose text explains low-rank terms and PDL. A weight is
 levels[index] * absmax of its block, rounded to the record's dtype (ops/quant/dequantize.py).
 
 A block of BLOCK values is a row of BLOCK / 2 bytes here, so that tiles are [rows, blocks, bytes]
