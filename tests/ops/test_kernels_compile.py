@@ -112,7 +112,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlora.ops.decode import attention_kernel, linear_launch, next_token_kernel, packed_kernel
+from fastlora.ops.decode import attention_kernel, linear_launch, next_token_kernel, packed_ptx
 from fastlora.ops.decode.product import Part, prepare_product
 from fastlora.ops.decode.token_rows import TokenRows
 from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
@@ -169,7 +169,7 @@ def product(rows, b, packed, gated, tile=None):
         tile = tile or linear_launch.choose_tile(made, x)
         fixed["STAGES"] = linear_launch.stages_within(SHARED, x, made, tile)
     # On the CPU the launcher leaves out the instructions of a GPU.
-    for name, code in (("DOT8", packed_kernel.DOT8), ("SHUFFLE", packed_kernel.SHUFFLE)):
+    for name, code in (("DOT8", packed_ptx.DOT8), ("SHUFFLE", packed_ptx.SHUFFLE)):
         if name in fixed:
             fixed[name] = code
 

@@ -6,8 +6,8 @@ Up to three matrices of one input are one product, with what surrounds them in a
     x -> RMSNorm (if `norm` is given) -> each matrix with its low-rank term, gain and bias
       -> silu(first) * second (if `gated`) -> + residual (if given)
 
-The reference is the specification. decode_product runs it, or the kernels of linear_kernel.py and
-packed_kernel.py; prompt_product runs torch's matrix products. Nothing here has a gradient.
+The reference is the specification. decode_product runs it, or the kernels that linear_launch.py
+chooses from; prompt_product runs torch's matrix products. Nothing here has a gradient.
 """
 
 import torch
