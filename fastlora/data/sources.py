@@ -140,7 +140,10 @@ def sources_of(data: Data, name: str) -> list[Source]:
 
 def _source(source: Any, name: str, weight: float | None, several: bool) -> Source:
     if isinstance(source, str | os.PathLike):
-        files = _files(source)
+        try:
+            files = _files(source)
+        except (FileNotFoundError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from None
         for file in files:
             if file.suffix in TABLE_SUFFIXES:
                 require_pyarrow(file)

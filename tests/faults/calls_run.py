@@ -117,7 +117,8 @@ def cases() -> Iterator[Case]:
         save_every=COUNT,
         resume=(None, 5, 1.5, (), {}, "", "no-such", "a\0b", STRANGER, True),
         seed=(None, *SEED),
-        log=(*FUNCTION, "no such logger"),
+        # An empty tuple names no logger.
+        log=(*(value for value in FUNCTION if value != ()), "no such logger"),
         progress=FLAG,
     )
     yield from bad_calls("train", _train, train)

@@ -7,9 +7,9 @@ import pytest
 from fastlora.data import lanes, streams
 from fastlora.data.left_out import REPORT_FILE
 from fastlora.training.checkpoint import STATE_FILE
+from fastlora.training.logging.backends import RUN_RECORD
 from fastlora.training.loop import train
 from fastlora.training.positions import DATA_POSITION
-from fastlora.training.run_record import RUN_RECORD
 from oracles.training_runs import QUIET, ROWS, Killed, stop_at, timeless
 from oracles.trees import same_bits
 
