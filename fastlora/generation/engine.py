@@ -34,6 +34,7 @@ from fastlora.generation.rows import (
 from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.models.state import ModelState
+from fastlora.ops.decode.attention import decode_kernel_serves
 from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.ops.decode.token_rows import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
 
@@ -98,11 +99,8 @@ class Engine:
             self.vocab_size = self.model.spec.config.vocab_size
             like = self.model.base["norm"]
             self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
-            # Attention's kernel reads the indices of a row's own tokens only.
-            kernels = self._kernels(1)
-            short = not kernels.triton or None in kernels.layers
-            config = self.model.spec.config
-            self.cache = Cache(config, like, slots, max_length, short=short)
+            short = slots > MAX_BATCH or not _reads_own_tokens(self._kernels(1), like)
+            self.cache = Cache(self.model.spec.config, like, slots, max_length, short=short)
             self.table = rope_table(self.model, self.cache.length)
             self.rows = new_rows(slots, 4, self.device)
         self.graphs = StepGraphs(self.device, record=_can_record(self.model))
@@ -206,7 +204,8 @@ class Engine:
 
         Raises:
             NonFiniteLogits: a row has NaN or infinite logits. It is released. If several rows have,
-                each call raises for one. The next call returns the tokens of the other rows.
+                each call raises for one. The next call returns the tokens of the other rows. After
+                any other error, which may have ended a step in its middle, close the engine.
         """
         if self.running and not (self.failed or self.pending):
             rows = self.running.values()
@@ -249,8 +248,9 @@ class Engine:
         return variant_of([x.sampling for x in settings], logprobs, self.vocab_size, more)
 
     def _kernels(self, b: int) -> StepKernels:
-        # Prepared once for all steps of up to 64 rows, because adapters are copied.
-        largest = min(self.slots, MAX_BATCH) if b <= MAX_BATCH else b
+        # Prepared once for all steps of up to 64 rows, and once for larger ones, because adapters
+        # are copied.
+        largest = min(self.slots, MAX_BATCH) if b <= MAX_BATCH else self.slots
         if largest not in self.kernels:
             self.kernels[largest] = step_kernels(self.model, largest)
         return self.kernels[largest]
@@ -330,6 +330,17 @@ def _pairs(likeliest: Float64[Tensor, "steps 2 k"]) -> list[list[tuple[int, floa
     return [
         [(int(i), logprob) for i, logprob in zip(*step, strict=True)] for step in likeliest.tolist()
     ]
+
+
+def _reads_own_tokens(kernels: StepKernels, like: Tensor) -> bool:
+    """Whether attention in a step reads the indices of a row's own tokens only, as its kernel does.
+
+    `like` has the cache's dtype.
+    """
+    if not kernels.triton or None in kernels.layers:
+        return False
+    sizes = {layer.source.spec.head_dim for layer in kernels.layers if layer is not None}
+    return all(decode_kernel_serves(like.dtype, head_dim) for head_dim in sizes)
 
 
 def _can_record(model: PreparedModel) -> bool:

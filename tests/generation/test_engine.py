@@ -11,7 +11,7 @@ import torch
 
 from fastlora.generation import cache, engine, prefixes, step_graph
 from fastlora.generation.engine import Engine, NewTokens, NonFiniteLogits, RowSettings
-from fastlora.generation.kernel_layer import StepKernels
+from fastlora.generation.kernel_layer import StepKernels, step_kernels
 from fastlora.generation.sampling import Sampling
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.model import Model
@@ -226,6 +226,54 @@ def test_alternatives_are_the_likeliest_tokens_of_an_uncached_pass(model):
     assert [[i for i, _ in step] for step in found] == likeliest.tolist()
     logprobs = torch.tensor([[x for _, x in step] for step in found])
     torch.testing.assert_close(logprobs, values, rtol=1e-5, atol=1e-5)
+
+
+def test_many_rows_get_what_they_get_alone_and_adapters_are_copied_twice_at_most(
+    model, monkeypatch
+):
+    """With 1, 2, ... 5 rows, where kernels serve 2."""
+    monkeypatch.setattr(engine, "MAX_BATCH", 2)
+    prepared = []
+    monkeypatch.setattr(
+        engine, "step_kernels", lambda model, b: prepared.append(b) or step_kernels(model, b)
+    )
+    prompts = [prompt(1, t, seed=t)[0].tolist() for t in (1, 3, 9, 2, 6)]
+    one, tokens = Engine(model, slots=5, max_length=30), {}
+    for ids in prompts:
+        one.admit([(ids, settings(10))])
+        for new in one.advance(1):
+            tokens.setdefault(new.slot, []).extend(new.ids)
+    to_end(one, tokens)
+    assert prepared == [2, 5]
+    monkeypatch.undo()
+    for slot, ids in enumerate(prompts):
+        assert tokens[slot] == alone(model, ids, settings(10))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+def test_a_cache_begins_long_only_if_steps_read_the_tokens_of_their_rows(model, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_BATCH", 2)
+    length = lambda model, slots: Engine(model, slots=slots, max_length=1000).cache.length
+    kernels = model.with_spec(kernels="triton")
+    assert length(kernels, 1) == 256  # heads of 8 are not attention's kernel's
+    monkeypatch.setattr(engine, "decode_kernel_serves", lambda dtype, head_dim: True)
+    assert length(model, 1) == 256
+    assert [length(kernels, slots) for slots in (1, 2, 3)] == [1000, 1000, 256]
+
+
+def test_settings_and_results_are_float32_under_another_default_dtype(model):
+    ids, how = prompt(1, 6), settings(3, Sampling(temperature=0.7, top_p=0.9), logprobs=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        one = Engine(model, slots=1, max_length=9)
+        one.admit([(ids[0].tolist(), how)])
+        sampling = one.rows.sampling
+        _, logprobs = model.generate(ids, max_new_tokens=2, eos_token_id=[], return_logprobs=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in sampling} == {torch.float32, torch.int64}
+    assert sampling.temperature.tolist() == torch.tensor([0.7]).tolist()
+    assert logprobs.dtype == torch.float32
 
 
 def test_closing_frees_the_cache(model):
