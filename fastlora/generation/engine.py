@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora.errors import raise_problems
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import rope_table
-from fastlora.generation.kernel_layer import StepKernels, step_kernels
+from fastlora.generation.kernel_layer import StepKernels, reads_own_tokens, step_kernels
 from fastlora.generation.nonfinite import NonFiniteLogits, explanation
 from fastlora.generation.prefixes import Prefix, Prefixes
 from fastlora.generation.prepare import PreparedModel, prepare
@@ -34,7 +34,6 @@ from fastlora.generation.rows import (
 from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
 from fastlora.models.state import ModelState
-from fastlora.ops.decode.attention import decode_kernel_serves
 from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.ops.decode.token_rows import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
 
@@ -99,7 +98,7 @@ class Engine:
             self.vocab_size = self.model.spec.config.vocab_size
             like = self.model.base["norm"]
             self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
-            short = slots > MAX_BATCH or not _reads_own_tokens(self._kernels(1), like)
+            short = slots > MAX_BATCH or not reads_own_tokens(self._kernels(1), like.dtype)
             self.cache = Cache(self.model.spec.config, like, slots, max_length, short=short)
             self.table = rope_table(self.model, self.cache.length)
             self.rows = new_rows(slots, 4, self.device)
@@ -330,17 +329,6 @@ def _pairs(likeliest: Float64[Tensor, "steps 2 k"]) -> list[list[tuple[int, floa
     return [
         [(int(i), logprob) for i, logprob in zip(*step, strict=True)] for step in likeliest.tolist()
     ]
-
-
-def _reads_own_tokens(kernels: StepKernels, like: Tensor) -> bool:
-    """Whether attention in a step reads the indices of a row's own tokens only, as its kernel does.
-
-    `like` has the cache's dtype.
-    """
-    if not kernels.triton or None in kernels.layers:
-        return False
-    sizes = {layer.source.spec.head_dim for layer in kernels.layers if layer is not None}
-    return all(decode_kernel_serves(like.dtype, head_dim) for head_dim in sizes)
 
 
 def _can_record(model: PreparedModel) -> bool:
