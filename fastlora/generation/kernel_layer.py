@@ -59,8 +59,14 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     """
     layers, base, config = model.layers, model.base, model.spec.config
     triton = layers[0].spec.fused and b <= MAX_BATCH
-    # torch's products take any number of rows.
-    made = tuple(kernel_layer(layer, b if triton else 1, config.sliding_window) for layer in layers)
+    # torch's products take any number of rows. A layer for which the adapters of a stack have
+    # tensors of any kind differs from row to row.
+    rows = b if triton else 1
+    own = [model.stack_size is not None and bool(x.adapter) for x in layers]
+    made = tuple(
+        None if differs or copies else kernel_layer(layer, rows, config.sliding_window)
+        for layer, differs, copies in zip(layers, own, model.layer_copies, strict=True)
+    )
     if not triton:
         return StepKernels(made, None)
     logits = None
