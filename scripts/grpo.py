@@ -1,6 +1,6 @@
 """Reinforcement learning (GRPO) with a reward that a program checks.
 
-    python scripts/grpo.py                          # the demo: 6 minutes on two cores
+    python scripts/grpo.py                          # the demo: 8 minutes on two cores
     python scripts/grpo.py --loss-type dr_grpo --steps 50
 
 The demo's task is to describe a function in one line. Half of the reward is for its form: a capital

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora.errors import raise_problems
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import rope_table
-from fastlora.generation.kernel_layer import StepKernels, step_kernels
+from fastlora.generation.kernel_layer import StepKernels, reads_own_tokens, step_kernels
 from fastlora.generation.nonfinite import NonFiniteLogits, explanation
 from fastlora.generation.prefixes import Prefix, Prefixes
 from fastlora.generation.prepare import PreparedModel, prepare
@@ -98,11 +98,8 @@ class Engine:
             self.vocab_size = self.model.spec.config.vocab_size
             like = self.model.base["norm"]
             self.kernels: dict[int, StepKernels] = {}  # by the largest number of rows
-            # Attention's kernel reads the indices of a row's own tokens only.
-            kernels = self._kernels(1)
-            short = not kernels.triton or None in kernels.layers
-            config = self.model.spec.config
-            self.cache = Cache(config, like, slots, max_length, short=short)
+            short = slots > MAX_BATCH or not reads_own_tokens(self._kernels(1), like.dtype)
+            self.cache = Cache(self.model.spec.config, like, slots, max_length, short=short)
             self.table = rope_table(self.model, self.cache.length)
             self.rows = new_rows(slots, 4, self.device)
         self.graphs = StepGraphs(self.device, record=_can_record(self.model))
@@ -206,7 +203,8 @@ class Engine:
 
         Raises:
             NonFiniteLogits: a row has NaN or infinite logits. It is released. If several rows have,
-                each call raises for one. The next call returns the tokens of the other rows.
+                each call raises for one. The next call returns the tokens of the other rows. After
+                any other error, which may have ended a step in its middle, close the engine.
         """
         if self.running and not (self.failed or self.pending):
             rows = self.running.values()
@@ -249,8 +247,9 @@ class Engine:
         return variant_of([x.sampling for x in settings], logprobs, self.vocab_size, more)
 
     def _kernels(self, b: int) -> StepKernels:
-        # Prepared once for all steps of up to 64 rows, because adapters are copied.
-        largest = min(self.slots, MAX_BATCH) if b <= MAX_BATCH else b
+        # Prepared once for all steps of up to 64 rows, and once for larger ones, because adapters
+        # are copied.
+        largest = min(self.slots, MAX_BATCH) if b <= MAX_BATCH else self.slots
         if largest not in self.kernels:
             self.kernels[largest] = step_kernels(self.model, largest)
         return self.kernels[largest]

@@ -177,7 +177,8 @@ def generate(
     finally:
         engine.close()
     ids = torch.tensor(_padded(result.ids, result.fill), device=input_ids.device)
-    values = torch.tensor(_padded(result.logprobs, 0.0), device=input_ids.device)
+    values = torch.tensor(_padded(result.logprobs, 0.0), dtype=torch.float32)
+    values = values.to(input_ids.device)
     return torch.cat((input_ids, ids), dim=1), values if logprobs else None
 
 

@@ -2,12 +2,14 @@
 
 A dense layer has four launches around attention: RMSNorm and q, k, v; o and the residual; RMSNorm,
 gate, up and SwiGLU; down and the residual. `kernel_layer` prepares the tensors once. The tokens of
-prompts, and a step without Triton, go through the same products in torch. It returns None for
-layers that the kernels do not support, which forward.py runs as training does.
+prompts, and a step without Triton, go through torch's matrix products of the same tensors. For
+layers that the kernels do not support `kernel_layer` returns None, and forward.py runs them as
+training does.
 """
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
 from fastlora.ops.attention.rope import apply_rope
-from fastlora.ops.decode.attention import decode_attention
+from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
@@ -26,7 +28,10 @@ from fastlora.ops.rms_norm import rms_norm
 
 
 class KernelLayer(NamedTuple):
-    """A decoder layer as the kernels read it. It serves one step at a time, of up to b rows."""
+    """A decoder layer as the kernels read it, for one step at a time of up to b rows.
+
+    `product_heads` and `rest_by_products` take any number of rows.
+    """
 
     source: PreparedLayer
     window: int | None
@@ -49,12 +54,19 @@ class StepKernels(NamedTuple):
 def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     """All layers and the head of a model, prepared for steps of up to `b` rows.
 
-    Nothing runs through the kernels if `b` is above 64 or the model's spec keeps to plain torch.
+    On the CPU, for more than 64 rows and with kernels="torch" in the model's spec, torch runs the
+    products and no Triton kernel does (kernels="triton" runs them on the CPU, too).
     """
     layers, base, config = model.layers, model.base, model.spec.config
     triton = layers[0].spec.fused and b <= MAX_BATCH
-    # torch's products take any number of rows.
-    made = tuple(kernel_layer(layer, b if triton else 1, config.sliding_window) for layer in layers)
+    # torch's products take any number of rows. A layer for which the adapters of a stack have
+    # tensors of any kind differs from row to row.
+    rows = b if triton else 1
+    own = [model.stack_size is not None and bool(x.adapter) for x in layers]
+    made = tuple(
+        None if differs or copies else kernel_layer(layer, rows, config.sliding_window)
+        for layer, differs, copies in zip(layers, own, model.layer_copies, strict=True)
+    )
     if not triton:
         return StepKernels(made, None)
     logits = None
@@ -62,6 +74,17 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     if model.head is not None and model.head.keys() == {"weight"} and not model.spec.qat_scheme:
         logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
     return StepKernels(made, logits, triton=True)
+
+
+def reads_own_tokens(kernels: StepKernels, dtype: torch.dtype) -> bool:
+    """Whether attention in a step reads the indices of a row's own tokens only, as its kernel does.
+
+    `dtype` is the cache's.
+    """
+    if not kernels.triton or None in kernels.layers:
+        return False
+    sizes = {layer.source.spec.head_dim for layer in kernels.layers if layer is not None}
+    return all(decode_kernel_serves(dtype, head_dim) for head_dim in sizes)
 
 
 def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> KernelLayer | None:

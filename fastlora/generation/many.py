@@ -3,13 +3,11 @@
 Rows that end make room for the next prompts, so that the GPU always works on as many rows as fit.
 """
 
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from fastlora.arguments import (
     whole_number,
 )
 from fastlora.errors import raise_problems
-from fastlora.generation.cache import slot_bytes
+from fastlora.generation.batch_size import largest_batch
 from fastlora.generation.engine import Engine, NewTokens, RowSettings
 from fastlora.generation.generate import (
     adapter_ids_problems,
@@ -38,15 +36,7 @@ from fastlora.generation.sampling import Sampling
 from fastlora.generation.text import PROMPT, Prompt, encode_prompt, text_stop_ids
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
-from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
-
-# The kernels of a decode step serve 64 rows; more run in plain torch.
-_MOST_ROWS = MAX_BATCH
-_MOST_ROWS_ON_CPU = 16
-
-# The share of free memory that slots may take. Prefill and the logits need some too.
-_SHARE = 0.8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,7 +265,7 @@ def _results(
     if not waiting:
         return
     length = max(len(row.prompt) + row.settings.max_new_tokens for row in waiting)
-    slots = _auto_batch(model, length) if max_batch == "auto" else max_batch
+    slots = largest_batch(model, length) if max_batch == "auto" else max_batch
     engine = Engine(model, slots=min(slots, len(waiting)), max_length=length)
     rows: dict[int, _Open] = {}
     try:
@@ -315,17 +305,3 @@ def _advanced(
             logprobs=result.logprobs if result.row.settings.logprobs else None,
             finish_reason=reason,
         )
-
-
-def _auto_batch(model: ModelState, length: int) -> int:
-    """How many rows of `length` tokens fit into the free memory."""
-    like, v = model.base["norm"], model.spec.config.vocab_size
-    # A row's logits exist in the base's dtype, and while sampling five times in 4 or 8 bytes.
-    per_row = slot_bytes(model.spec.config, like.dtype, length) + 32 * v
-    if like.is_cuda:
-        free, _ = torch.cuda.mem_get_info(like.device)
-        # What torch has reserved and does not use is free for us, too.
-        free += torch.cuda.memory_reserved(like.device) - torch.cuda.memory_allocated(like.device)
-        return max(1, min(_MOST_ROWS, int(_SHARE * free) // per_row))
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return max(1, min(_MOST_ROWS_ON_CPU, int(_SHARE * free) // per_row))

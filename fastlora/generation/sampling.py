@@ -98,8 +98,9 @@ def row_values(sampling: Sampling, seed: int, vocab_size: int) -> tuple[float | 
 
 def row_sampling(rows: int, device: torch.device) -> RowSampling:
     """Settings of rows that take the likeliest token; `row_values` are written into them."""
-    new = lambda value: torch.full((rows,), value, device=device)
-    return RowSampling(new(0.0), new(0), new(-1.0), new(0.0), new(1.0), new(0))
+    new = lambda value: torch.full((rows,), value, dtype=torch.float32, device=device)
+    whole = lambda: torch.zeros(rows, dtype=torch.int64, device=device)
+    return RowSampling(new(0.0), whole(), new(-1.0), new(0.0), new(1.0), whole())
 
 
 def row_seeds(seed: int | None, rows: int) -> list[int]:

@@ -7,7 +7,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.arguments import check_arguments, number, one_of, optional, whole_number
+from fastlora.arguments import (
+    argument_problems,
+    check_arguments,
+    number,
+    one_of,
+    optional,
+    whole_number,
+)
+from fastlora.errors import raise_problems
 
 GRPO_KINDS = one_of("grpo", "bnpo", "dr_grpo", "dapo")
 SCALE_REWARDS = one_of("group", "batch", "none")
@@ -100,17 +108,20 @@ def grpo(
     Raises:
         ValueError: an argument has another value, or one that the others need is missing.
     """
-    check_arguments(
-        "losses.grpo",
-        loss_type=(loss_type, GRPO_KINDS),
-        epsilon=(epsilon, number(low=0)),
-        epsilon_high=(epsilon_high, optional(number(low=0))),
-        beta=(beta, number(low=0)),
-        max_completion_length=(max_completion_length, optional(whole_number(1))),
-        num_items_in_batch=(num_items_in_batch, optional(whole_number(1))),
-    )
+    rules = {
+        "loss_type": (loss_type, GRPO_KINDS),
+        "epsilon": (epsilon, number(low=0)),
+        "epsilon_high": (epsilon_high, optional(number(low=0))),
+        "beta": (beta, number(low=0)),
+        "max_completion_length": (max_completion_length, optional(whole_number(1))),
+        "num_items_in_batch": (num_items_in_batch, optional(whole_number(1))),
+    }
+    problems = argument_problems(rules)
     if beta and ref_logps is None:
-        raise ValueError(f"losses.grpo: beta={beta:g} needs ref_logps, which is None.")
+        problems.append(f"ref_logps=None: beta={beta!r} needs those of the reference")
+    if loss_type == "dr_grpo" and max_completion_length is None:
+        problems.append('max_completion_length=None: loss_type="dr_grpo" divides by it')
+    raise_problems(ValueError, "losses.grpo cannot use these arguments:", problems)
     divisor = _divisor(loss_type, mask, max_completion_length, num_items_in_batch)
     old_logps = logps.detach() if old_logps is None else old_logps
     high = epsilon if epsilon_high is None else epsilon_high
@@ -135,8 +146,7 @@ def _divisor(
         case "grpo":
             return len(mask) * mask.sum(1, keepdim=True).clamp(min=1)
         case "dr_grpo":
-            if max_completion_length is None:
-                raise ValueError('losses.grpo: loss_type="dr_grpo" needs max_completion_length.')
+            assert max_completion_length is not None  # grpo has checked it
             return len(mask) * max_completion_length
         case "dapo" if num_items_in_batch is not None:
             return num_items_in_batch

@@ -80,7 +80,7 @@ def smoothing_problems(loss_type: str, label_smoothing: float) -> list[str]:
 
 
 def _smoothed(logits: Float[Tensor, "b"], label_smoothing: float) -> Float[Tensor, "b"]:
-    """Cross-entropy of sigmoid(logits) with a label that is 1 with this probability less."""
+    """Binary cross-entropy of sigmoid(logits) with the target 1 - label_smoothing."""
     wrong = label_smoothing
     return -(1 - wrong) * F.logsigmoid(logits) - wrong * F.logsigmoid(-logits)
 

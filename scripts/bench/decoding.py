@@ -1,6 +1,6 @@
 """Milliseconds per generated token: fastlora beside transformers and Unsloth.
 
-    python scripts/bench/decoding.py --shape 1b --peers hf-static unsloth
+    python scripts/bench/decoding.py --shape 1b --settings fastlora hf-static unsloth
     python scripts/bench/decoding.py --shape 8b --load-in-4bit --out rows.jsonl
     python scripts/bench/decoding.py --shape 1b --batch 32
 

@@ -101,6 +101,12 @@ STACKS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
     ),
     "experts": EXPERT_CASES["experts, router and attention"],
+    "experts only": EXPERT_CASES["both, Mixtral"],
+    "routers only": EXPERT_CASES["router"],
+    "biases of a layer without LoRA": (
+        "llama_bias",
+        {"target_modules": ["q_proj"], "layers_to_transform": [0], "bias": "all"},
+    ),
 }
 
 

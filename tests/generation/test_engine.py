@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
-from fastlora.generation import cache, engine, prefixes, step_graph
+from fastlora.generation import cache, engine, kernel_layer, prefixes
 from fastlora.generation.engine import Engine, NewTokens, NonFiniteLogits, RowSettings
-from fastlora.generation.kernel_layer import StepKernels
+from fastlora.generation.kernel_layer import StepKernels, step_kernels
 from fastlora.generation.sampling import Sampling
-from fastlora.generation.step_graph import StepGraphs
 from fastlora.model import Model
 from oracles.pairs import adapted
 from oracles.transformers_side import prompt
@@ -170,7 +170,7 @@ def test_a_larger_top_k_of_a_greedy_or_ended_row_does_not_disturb_the_others(oth
 def broken(pair) -> tuple[Model, Model]:
     """(a model, a stack of its adapter and one that gives NaN)."""
     tree = adapted(pair("llama2").model, r=2)
-    stack = torch.utils._pytree.tree_map(lambda x: torch.stack([x, x]), tree.adapter)
+    stack = tree_map(lambda x: torch.stack([x, x]), tree.adapter)
     stack["layers"][0]["v_proj"].a[1] = math.nan
     return tree, Model(spec=tree.spec, base=tree.base, adapter=stack)
 
@@ -228,6 +228,54 @@ def test_alternatives_are_the_likeliest_tokens_of_an_uncached_pass(model):
     torch.testing.assert_close(logprobs, values, rtol=1e-5, atol=1e-5)
 
 
+def test_many_rows_get_what_they_get_alone_and_adapters_are_copied_twice_at_most(
+    model, monkeypatch
+):
+    """With 1, 2, ... 5 rows, where kernels serve 2."""
+    monkeypatch.setattr(engine, "MAX_BATCH", 2)
+    prepared = []
+    monkeypatch.setattr(
+        engine, "step_kernels", lambda model, b: prepared.append(b) or step_kernels(model, b)
+    )
+    prompts = [prompt(1, t, seed=t)[0].tolist() for t in (1, 3, 9, 2, 6)]
+    one, tokens = Engine(model, slots=5, max_length=30), {}
+    for ids in prompts:
+        one.admit([(ids, settings(10))])
+        for new in one.advance(1):
+            tokens.setdefault(new.slot, []).extend(new.ids)
+    to_end(one, tokens)
+    assert prepared == [2, 5]
+    monkeypatch.undo()
+    for slot, ids in enumerate(prompts):
+        assert tokens[slot] == alone(model, ids, settings(10))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
+def test_a_cache_begins_long_only_if_steps_read_the_tokens_of_their_rows(model, monkeypatch):
+    monkeypatch.setattr(engine, "MAX_BATCH", 2)
+    length = lambda model, slots: Engine(model, slots=slots, max_length=1000).cache.length
+    kernels = model.with_spec(kernels="triton")
+    assert length(kernels, 1) == 256  # heads of 8 are not attention's kernel's
+    monkeypatch.setattr(kernel_layer, "decode_kernel_serves", lambda dtype, head_dim: True)
+    assert length(model, 1) == 256
+    assert [length(kernels, slots) for slots in (1, 2, 3)] == [1000, 1000, 256]
+
+
+def test_settings_and_results_are_float32_under_another_default_dtype(model):
+    ids, how = prompt(1, 6), settings(3, Sampling(temperature=0.7, top_p=0.9), logprobs=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        one = Engine(model, slots=1, max_length=9)
+        one.admit([(ids[0].tolist(), how)])
+        sampling = one.rows.sampling
+        _, logprobs = model.generate(ids, max_new_tokens=2, eos_token_id=[], return_logprobs=True)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in sampling} == {torch.float32, torch.int64}
+    assert sampling.temperature.tolist() == torch.tensor([0.7]).tolist()
+    assert logprobs.dtype == torch.float32
+
+
 def test_closing_frees_the_cache(model):
     one = Engine(model, slots=2, max_length=30)
     one.admit([(prompt(1, 6)[0].tolist(), settings(6))])
@@ -265,116 +313,3 @@ def test_the_ends_of_a_step_through_kernels_give_what_plain_torch_gives(rows, mo
         logprobs = [torch.tensor(x.logprobs or []) for x in (kernel, plain)]
         torch.testing.assert_close(*logprobs, rtol=1e-6, atol=1e-6)
         assert replace(kernel, logprobs=None) == replace(plain, logprobs=None)
-
-
-# ── graphs, faked on the CPU ──────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def fake_graphs(monkeypatch) -> list[str]:
-    """Steps as on CUDA: the first of a key on a side stream, then recorded and replayed."""
-    calls: list[str] = []
-
-    def capture(self, run, size):
-        calls.append("capture" if size == 1 else f"capture {size}")  # it runs nothing
-        return lambda: (calls.append("replay"), *(run() for _ in range(size)))[0]
-
-    monkeypatch.setattr(StepGraphs, "_capture", capture)
-    monkeypatch.setattr(
-        StepGraphs, "_on_side_stream", lambda self, run: (calls.append("plain"), run())[1]
-    )
-    return calls
-
-
-def test_a_step_runs_plainly_once_and_is_replayed_then(fake_graphs):
-    graphs, ran = StepGraphs(torch.device("cpu"), record=True), []
-    for key in ("a", "a", "a", "b", "a"):
-        graphs.run(key, lambda key=key: ran.append(key))
-    assert fake_graphs == ["plain", "capture", "replay", "replay", "plain", "replay"]
-    assert ran == ["a", "a", "a", "b", "a"]  # every call ran one step
-    graphs.clear()
-    graphs.run("a", lambda: ran.append("a"))
-    assert fake_graphs[-1] == "plain"
-
-
-def test_the_oldest_graph_makes_room_for_another(fake_graphs, monkeypatch):
-    monkeypatch.setattr(step_graph, "_MOST_STEPS", 2)
-    graphs = StepGraphs(torch.device("cpu"), record=True)
-    for key in "aabbcc":
-        graphs.run(key, lambda: None)
-    assert [*graphs.replays] == [("b", 1), ("c", 1)]
-    graphs.run("a", lambda: None)  # recorded at once, because it ran before
-    assert fake_graphs[-2:] == ["capture", "replay"]
-    assert [*graphs.replays] == [("c", 1), ("a", 1)]
-
-
-def test_several_steps_are_one_graph_once_the_gaps_took_as_long_as_its_recording(
-    fake_graphs, monkeypatch
-):
-    monkeypatch.setattr(step_graph, "_GAP", 1.0)
-    graphs, ran = StepGraphs(torch.device("cpu"), record=True), []
-    run = lambda steps: graphs.run("a", lambda: ran.append(1), steps)
-    graphs.seconds = 3.0
-    run(16)  # after 12 replays a graph of 4 steps pays
-    assert fake_graphs == ["plain", "capture", *["replay"] * 15] and len(ran) == 16
-    fake_graphs.clear()
-    run(3)  # too few for it
-    run(16)
-    run(6)
-    expected = [*["replay"] * 3, "capture 4", *["replay"] * 4, *["replay"] * 3]
-    assert fake_graphs == expected and len(ran) == 41
-    fake_graphs.clear()
-    for _ in range(7):
-        run(16)  # and one of 16 after 48
-    assert fake_graphs == [*["replay"] * 24, "capture 16", "replay"] and len(ran) == 153
-    graphs.run("b", lambda: None, 16)  # another key has lost nothing yet
-    assert not any(x.startswith("capture ") for x in fake_graphs[-17:])
-
-
-def test_a_graph_of_several_steps_makes_room_for_itself(fake_graphs, monkeypatch):
-    monkeypatch.setattr(step_graph, "_MOST_STEPS", 5)
-    graphs = StepGraphs(torch.device("cpu"), record=True)
-    for key in "aabbcc":
-        graphs.run(key, lambda: None)
-    graphs.seconds, graphs.lost["c"] = 1.0, 4.0
-    graphs.run("c", lambda: None, 4)
-    assert [*graphs.replays] == [("c", 1), ("c", 4)]
-
-
-def test_a_growing_cache_and_new_kinds_of_rows_make_new_graphs(model, fake_graphs, monkeypatch):
-    """And the tokens are those without graphs."""
-    monkeypatch.setattr(cache, "_FIRST_LENGTH", 8)
-    monkeypatch.setattr(engine, "_can_record", lambda model: True)
-    ids = prompt(1, 5)[0].tolist()
-    one = Engine(model, slots=2, max_length=40)
-    one.admit([(ids, settings(30))])
-    got = to_end(one, steps=4)
-    monkeypatch.setattr(engine, "_can_record", lambda model: False)
-    assert got[0] == alone(model, ids, settings(30))
-    assert fake_graphs.count("capture") >= 3  # 8, 16, 32 and 40 tokens
-
-
-def test_a_capture_uses_the_memory_of_the_first(monkeypatch):
-    """What torch is asked for, without CUDA."""
-    pools = []
-
-    class Graph:
-        replay = staticmethod(lambda: None)
-        pool = staticmethod(lambda: "the pool")
-
-    class Capturing:
-        def __init__(self, graph, pool, capture_error_mode):
-            pools.append(pool)
-            assert capture_error_mode == "thread_local"
-
-        def __enter__(self): ...
-
-        def __exit__(self, *error): ...
-
-    monkeypatch.setattr(step_graph.torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(step_graph.torch.cuda, "graph", Capturing)
-    graphs = StepGraphs(torch.device("cpu"), record=True)
-    graphs.ran |= {"a", "b"}
-    graphs.run("a", lambda: None)
-    graphs.run("b", lambda: None)
-    assert pools == [None, "the pool"] and 0 < graphs.seconds < 1

@@ -9,7 +9,7 @@ import torch
 from torch.utils._pytree import tree_map
 
 import fastlora
-from fastlora.generation import many
+from fastlora.generation import batch_size, many
 from fastlora.generation.engine import Engine
 from fastlora.generation.many import generate_many
 from fastlora.model import Model
@@ -186,6 +186,27 @@ def test_a_wrong_value_is_refused_at_the_call(case, model, engines):
     with pytest.raises((ValueError, TypeError), match=message):
         generate_many(model, **{"prompts": PROMPTS, "max_new_tokens": 4} | changed)
     assert not engines
+
+
+@pytest.mark.parametrize(
+    ("meminfo", "rows"),
+    [
+        ("MemFree: 1 kB\nMemAvailable: 100000 kB\n", 16),
+        ("MemFree: 900 kB\nMemAvailable: 100 kB\n", 2),
+        ("MemAvailable: 0 kB\n", 1),
+        ("MemFree: 1 kB\n", 16),
+        (None, 16),
+    ],
+)
+def test_automatic_batches_fill_the_memory_that_the_system_can_give(
+    meminfo, rows, model, tmp_path, monkeypatch
+):
+    """A row of 32 tokens takes 32 KiB or so; without the figure, half of all memory counts."""
+    path = tmp_path / "meminfo"
+    if meminfo is not None:
+        path.write_text(meminfo)
+    monkeypatch.setattr(batch_size, "_MEMINFO", path)
+    assert batch_size.largest_batch(model, 100) == rows
 
 
 def test_no_prompts_give_no_results(model):

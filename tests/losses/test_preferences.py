@@ -164,6 +164,7 @@ CALLS: dict[str, Callable[..., Any]] = {
         ("grpo", dict(loss_type="ppo"), "loss_type"),
         ("grpo", dict(loss_type="dr_grpo"), "max_completion_length"),
         ("grpo", dict(beta=0.1), "ref_logps"),
+        ("grpo", dict(beta=0.1, loss_type="dr_grpo"), "ref_logps(.|\n)*max_completion_length"),
         ("group_advantages", dict(scale_rewards="std"), "scale_rewards"),
     ],
 )

@@ -53,6 +53,12 @@ def decode_attention_reference(
     return (weights @ v_cache).reshape(b, h, hd)
 
 
+def decode_kernel_serves(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel has this dtype and head size."""
+    known = dtype in (torch.bfloat16, torch.float16, torch.float32)
+    return known and head_dim % 16 == 0 and head_dim <= 128
+
+
 def decode_kernel_supports(
     q: Float[Tensor, "b h hd"], k_cache: Float[Tensor, "b kv S hd"], v_cache: Float[Tensor, "..."]
 ) -> bool:
@@ -62,10 +68,9 @@ def decode_kernel_supports(
     stride, the same in both caches.
     """
     hd = q.shape[-1]
-    known = q.dtype in (torch.bfloat16, torch.float16, torch.float32)
     same = q.dtype == k_cache.dtype == v_cache.dtype and k_cache.stride() == v_cache.stride()
     adjacent = k_cache.stride(3) == 1 and k_cache.stride(2) == hd
-    return known and same and adjacent and hd % 16 == 0 and hd <= 128
+    return decode_kernel_serves(q.dtype, hd) and same and adjacent
 
 
 @torch.no_grad()

@@ -164,7 +164,9 @@ def launch_tokens(
     block, warps = (1024, 4) if b <= 4 else (4096, 8)  # of few rows all multiprocessors get a part
     parts = triton.cdiv(v, block)
     keys = torch.empty(b, parts, dtype=torch.int64, device=logits.device)
-    sums = torch.empty(b, parts, device=logits.device) if logprobs else keys  # else not read
+    sums = keys  # not read without log-probabilities
+    if logprobs:
+        sums = torch.empty(b, parts, dtype=torch.float32, device=logits.device)
     likeliest_kernel[(parts, b)](
         logits, keys, sums, v, LOGPROBS=logprobs, BLOCK=block, num_warps=warps, **how
     )

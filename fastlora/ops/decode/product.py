@@ -91,8 +91,7 @@ def prepare_product(
     if max(ranks, default=0) > MAX_RANK:
         return None
     a, matrix_b, low = _low_rank(parts, rank_tile(*ranks), b) if ranks else (None, None, None)
-    fields = zip(parts, weights, strict=True)
-    ones = [(part.gain, 1.0, shape_of(w)[0]) for part, w in fields]
+    ones = [(part.gain, 1.0, shape_of(w)[0]) for part, w in zip(parts, weights, strict=True)]
     zeros = [(part.bias, 0.0, shape_of(w)[0]) for part, w in zip(parts, weights, strict=True)]
     return Product(
         weights=weights,
@@ -201,6 +200,7 @@ def _joined(
     if all(v is None for v, _, _ in vectors):
         return None
     filled = [
-        torch.full((n,), fill, device=device) if v is None else v.float() for v, fill, n in vectors
+        torch.full((n,), fill, dtype=torch.float32, device=device) if v is None else v.float()
+        for v, fill, n in vectors
     ]
     return torch.cat(filled)
