@@ -90,10 +90,10 @@ def reads_own_tokens(kernels: StepKernels, dtype: torch.dtype) -> bool:
 def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> KernelLayer | None:
     """The layer prepared for steps of up to `b` rows, or None if the kernels do not support it.
 
-    Not supported: fake quantisation, weights in 8 bits, stacks of adapters, more than 64 rows, and
-    layers with a sliding window if `window` is None. An MLP that is not supported, such as a
-    mixture of experts, runs in plain torch between the kernels. Adapters are copied, weights are
-    not. The caller decides whether kernels should run at all (`layer.spec.fused`).
+    Not supported: fake quantisation, weights in 8 bits, stacks of adapters, more than 64 rows,
+    several rows in float16, and layers with a sliding window if `window` is None. An MLP that is
+    not supported, such as a mixture of experts, runs in plain torch between the kernels. Adapters
+    are copied, weights are not. The caller decides whether kernels should run at all (`layer.spec.fused`).
 
     Args:
         layer: of `prepare`.
@@ -107,6 +107,10 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
         return None
     names = [name for name in PROJECTIONS if name in layer.adapter]
     if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
+        return None
+    # The kernels for several rows round x * norm before they divide by the root mean square, which
+    # float16 may not hold.
+    if b > 1 and params["input_layernorm"].dtype == torch.float16:
         return None
     eps = spec.rms_norm_eps
     qkv = _product(layer, QKV, b, norm=params["input_layernorm"], eps=eps)

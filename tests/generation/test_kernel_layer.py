@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastlora.generation.cache import Cache
 from fastlora.generation.forward import decode, prefill, rope_table
@@ -138,6 +139,9 @@ def test_unsupported_layers_are_left_to_plain_torch(pair, quantised_folder):
     ):
         made = prepare(model)
         assert kernels_of(made, 1).layers == plain_step(made).layers
+    half = tree_map(lambda x: x.half() if x.is_floating_point() else x, plain.base)
+    layer = prepare(dataclasses.replace(plain, base=half)).layers[0]
+    assert kernel_layer(layer, 1) is not None and kernel_layer(layer, 2) is None
     model = prepare(plain)
     assert kernels_of(model, 64).triton and not kernels_of(model, 65).triton
     assert kernel_layer(model.layers[0], 65) is None
