@@ -93,7 +93,8 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
     Not supported: fake quantisation, weights in 8 bits, stacks of adapters, more than 64 rows,
     several rows in float16, and layers with a sliding window if `window` is None. An MLP that is
     not supported, such as a mixture of experts, runs in plain torch between the kernels. Adapters
-    are copied, weights are not. The caller decides whether kernels should run at all (`layer.spec.fused`).
+    are copied, weights are not. The caller decides whether kernels should run at all
+    (`layer.spec.fused`).
 
     Args:
         layer: of `prepare`.
