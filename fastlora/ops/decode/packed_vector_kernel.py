@@ -1,7 +1,8 @@
 """Triton kernel of `decode_product` for one row and 4-bit weights (NF4, FP4).
 
-It dequantises weights while it reads them, and is otherwise like vector_kernel in linear_kernel.py, whose text explains low-rank terms and PDL. A weight is
-levels[index] * absmax of its block, rounded to the record's dtype (ops/quant/dequantize.py).
+It dequantises weights while it reads them: a weight is levels[index] * absmax of its block, rounded
+to the record's dtype (ops/quant/dequantize.py). Otherwise it is vector_kernel of linear_kernel.py,
+whose text explains low-rank terms and PDL.
 
 A block of BLOCK values is a row of BLOCK / 2 bytes here, so that tiles are [rows, blocks, bytes]
 and each block's absmax is computed once. The two values of a byte are multiplied with x at even and
