@@ -12,6 +12,7 @@ from fastlora.data.encoding import RowLimits
 from fastlora.data.lanes import is_streamed
 from fastlora.data.packing import pack
 from fastlora.data.reading import read_examples
+from fastlora.data.row_files import Unreadable
 from fastlora.data.rows import checked_row, read_rows
 from fastlora.data.sources import sources_of
 from fastlora.losses.loss_argument import NAMED
@@ -49,7 +50,9 @@ def data_of(options: Any) -> tuple[Data, Data | None]:
     skip = options.on_bad_row == "skip"
     if skip or (options.loss in NAMED and NAMED[options.loss].rows != "supervised"):
         # train reports these rows. Their numbers are those among the rows that it is given.
-        rows = [row for source in sources for _, row in source.rows(skip_unreadable=skip)]
+        found = [row for source in sources for _, row in source.rows(skip_unreadable=skip)]
+        # A dict that train skips too, and counts as a row of no known kind.
+        rows = [{"not JSON": x.reason} if isinstance(x, Unreadable) else x for x in found]
     else:
         rows = read_rows(data, columns=options.columns)
     return [row for i, row in enumerate(rows) if i % 20], rows[::20]

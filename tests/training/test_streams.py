@@ -7,9 +7,9 @@ import pytest
 from fastlora.data import lanes, streams
 from fastlora.data.left_out import REPORT_FILE
 from fastlora.training.checkpoint import STATE_FILE
+from fastlora.training.logging.backends import RUN_RECORD
 from fastlora.training.loop import train
 from fastlora.training.positions import DATA_POSITION
-from fastlora.training.run_record import RUN_RECORD
 from oracles.training_runs import QUIET, ROWS, Killed, stop_at, timeless
 from oracles.trees import same_bits
 
@@ -63,6 +63,11 @@ def test_other_rows_at_the_beginning_are_refused(model, tokenizer, file, tmp_pat
 def test_the_number_of_steps_must_be_given(model, tokenizer, file):
     with pytest.raises(ValueError, match="max_steps"):
         train(model, tokenizer, file, **GIVEN | dict(max_steps=None))
+
+
+def test_preferences_are_not_streamed(model, tokenizer, file):
+    with pytest.raises(ValueError, match=r"rows of preferences, which loss=dpo.*take"):
+        train(model, tokenizer, file, **GIVEN, loss="dpo")
 
 
 def test_a_bad_row_ends_the_run_and_its_state_is_kept(model, tokenizer, file, tmp_path):
