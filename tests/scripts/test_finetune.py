@@ -15,7 +15,7 @@ from finetuning.toml import to_toml
 
 import fastlora
 from fastlora.checkpoints.hub import DEMO
-from fastlora.data import lanes
+from fastlora.data import lanes, streams
 from fastlora.training.logging import extras
 from fastlora.training.loop import train
 from fastlora.training.settings import Settings
@@ -168,6 +168,9 @@ def test_every_kind_of_rows_that_train_takes_is_read(
 
 def test_a_file_that_is_streamed_is_not_divided(quick, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lanes, "STREAM_BYTES", 0)
+    monkeypatch.setattr(streams, "BLOCK_TOKENS", 300)
+    monkeypatch.setattr(streams, "_LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(lanes, "CHUNK_ROWS", 5)
     given = (*quick, "--data", rows, "--output", tmp_path / "out", "--r", 2)
     assert call(monkeypatch, *given) == 2
     assert "give --eval-data or --no-hold-out" in capsys.readouterr().err

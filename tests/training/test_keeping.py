@@ -6,7 +6,7 @@ import pytest
 
 import fastlora
 from fastlora.errors import CheckpointError
-from fastlora.training import loop
+from fastlora.training import after_step
 from fastlora.training.checkpoint import complete_checkpoints
 from fastlora.training.keeping import best_step, stops_early
 from fastlora.training.loop import train
@@ -23,7 +23,7 @@ def losses_are(monkeypatch):
     """Evaluations with given losses: step -> loss."""
 
     def use(losses: dict[int, float]) -> None:
-        monkeypatch.setattr(loop, "evaluate", lambda run, model, step: losses[step])
+        monkeypatch.setattr(after_step, "evaluate", lambda run, model, step: losses[step])
 
     return use
 
