@@ -122,7 +122,8 @@ def train(
             reads on behind the last row that was used. Other data are encoded before the first
             step, and cached in ~/.cache/fastlora (8 bytes a token; may be deleted at any time).
             Kinds of rows: `data.rows.ROW_KINDS`; with messages also "tools" (a list, or its JSON).
-        eval_data: the same; evaluated after the last step, and every `eval_every` steps.
+        eval_data: the same, but read before the first step, streams too. Evaluated after the last
+            step, and every `eval_every` steps.
         output_dir: a folder for the trained adapter, in PEFT's format, and for checkpoints. It is
             locked during the run: a second run is refused. An adapter or checkpoints of another run
             in it are refused too, before the first step. training_run.json tells which run the
