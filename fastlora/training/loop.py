@@ -257,7 +257,7 @@ def train(
         )
         best = Best()
         if settings.keep_best:
-            best.read(learner, records, checkpoint)
+            best.read(learner, records, checkpoint, folder)
         stop = StopRequest()
         start = describe_run(model=learner.model, records=records, ended=False) if saves else {}
         info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings), start)
