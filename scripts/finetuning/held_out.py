@@ -31,7 +31,7 @@ def data_of(options: Any) -> tuple[Data, Data | None]:
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: rows that cannot be read, or a file to divide is so large that it is streamed.
+        ValueError: rows are of no known kind, or a file to divide is too large to be read at once.
     """
     data, heldout = str(options.data), options.eval_data
     sources = sources_of(data, "data")  # a missing file is reported before the model is loaded
@@ -69,8 +69,9 @@ def heldout_loss(model: fastlora.Model, tokenizer: fastlora.Tokenizer, data: Dat
     length = model.spec.max_seq_length
     limits = RowLimits(length, True, o.too_long, o.on_bad_row)
     tokenizer = tokenizer.with_template_kwargs(o.template_kwargs or {})
-    given = dict(name="eval_data", train_on=o.train_on, columns=o.columns)
-    examples, _ = read_examples(data, tokenizer, limits, **given)
+    examples, _ = read_examples(
+        data, tokenizer, limits, name="eval_data", train_on=o.train_on, columns=o.columns
+    )
     device, total, count = model.base["norm"].device, 0.0, 0
     for batch in batches(pack(examples, length), o.batch_size, seed=None):
         trained = count_trained_tokens(batch)
