@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast
+from finetuning.held_out import data_of, described, heldout_loss, prompts_of
 from finetuning.options import arguments_for, parse
 from finetuning.repeat import differences, note_options
 from finetuning.toml import to_toml
 
 import fastlora
 from fastlora.adapters.lora_arguments import LoraArguments
-from fastlora.checkpoints.hub import DEMO
-from fastlora.data.batches import batches, count_trained_tokens
-from fastlora.data.encoding import encode_rows
-from fastlora.data.packing import pack
-from fastlora.data.rows import read_rows
 from fastlora.training.settings import Settings, check_train_arguments
 
 
@@ -45,7 +41,7 @@ def main() -> None:
 
 def run(args: Any) -> int:
     """Train, save and reload; returns the exit code."""
-    rows, heldout = read_data(args.data, args.eval_data, args.hold_out)
+    data, heldout = data_of(args)
     base, tokenizer = fastlora.load(
         args.model,
         revision=args.revision,
@@ -63,9 +59,9 @@ def run(args: Any) -> int:
     print(to_toml(args))
     print(forecast(model, args))
     model.print_trainable_parameters()
-    print(f"{len(rows):,} rows to train on, {len(heldout):,} held out")
+    print(f"rows to train on: {described(data)}; held out: {described(heldout)}")
     given = dict(
-        eval_data=heldout or None,
+        eval_data=heldout,
         output_dir=args.output,
         resume="auto" if args.resume else False,
         log=list(args.log),
@@ -74,19 +70,20 @@ def run(args: Any) -> int:
     settings = arguments_for(Settings, args)
     # train checks them too, but after the first samples.
     check_train_arguments(
-        Settings(**settings), model=model, tokenizer=tokenizer, data=rows, **given
+        Settings(**settings), model=model, tokenizer=tokenizer, data=data, **given
     )
     if args.dry_run:
         return 0
 
-    before = heldout_loss(model, tokenizer, heldout) if heldout and args.loss == "sft" else None
-    if before is not None:
+    before = None
+    if heldout and args.loss == "sft":
+        before = heldout_loss(model, tokenizer, heldout, args)
         print(f"\nbefore: held-out loss {before:.3f} nats per token")
-    show_samples(model, tokenizer, heldout)
+    show_samples(model, tokenizer, heldout, args)
 
     if not args.resume:
         make_room(args.output)
-    model, history = fastlora.train(model, tokenizer, rows, **given, **settings)
+    model, history = fastlora.train(model, tokenizer, data, **given, **settings)
     note_options(args.output, dataclasses.asdict(args))
 
     print(f"\nafter {len(history.steps)} steps", end="")
@@ -94,7 +91,7 @@ def run(args: Any) -> int:
         after = min(history.eval_losses) if args.keep_best else history.eval_losses[-1]
         print(f": held-out loss {after:.3f}", end="")
         print("" if before is None else f", it was {before:.3f}")
-    show_samples(model, tokenizer, heldout)
+    show_samples(model, tokenizer, heldout, args)
 
     reloaded = fastlora.load_adapter(base, args.output)
     ids = torch.tensor([tokenizer.encode("def reload(adapter):")]).to(base.base["norm"].device)
@@ -106,37 +103,12 @@ def run(args: Any) -> int:
     return 0 if args.repeat is None else report_repeat(args.repeat, args.output)
 
 
-def read_data(data: Path, eval_data: Path | None, hold_out: bool) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and held-out rows: those of `eval_data`, or one row in twenty of `data`."""
-    rows = read_rows(data)
-    if eval_data is None and not hold_out:
-        return rows, []
-    if eval_data is None and data != DEMO / "train.jsonl":
-        return [row for i, row in enumerate(rows) if i % 20], rows[::20]
-    return rows, read_rows(eval_data or DEMO / "heldout.jsonl")
-
-
-@torch.no_grad()
-def heldout_loss(model, tokenizer, rows: list[dict]) -> float:
-    """Mean of -log p over the tokens of the replies, in nats."""
-    length = model.spec.max_seq_length
-    examples = encode_rows(rows, tokenizer, max_seq_length=length)
-    device, total, count = model.base["norm"].device, 0.0, 0
-    for batch in batches(pack(examples, length), 8, seed=None):
-        trained = count_trained_tokens(batch)
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        total, count = total + trained * model.loss(batch).item(), count + trained
-    return total / count
-
-
-def show_samples(model, tokenizer, rows: list[dict], number: int = 3) -> None:
+def show_samples(model, tokenizer, heldout, args: Any) -> None:
     """Print greedy replies to held-out prompts beside the replies of the rows."""
-    prompts = [
-        (row["messages"][:-1], row["messages"][-1]["content"]) for row in rows if "messages" in row
-    ]
-    for prompt, expected in prompts[:: max(1, len(prompts) // number)][:number]:
+    tokenizer = tokenizer.with_template_kwargs(args.template_kwargs or {})
+    for prompt, expected in prompts_of(heldout or [], args):
         reply = model.generate_text(tokenizer, prompt, max_new_tokens=32)
-        shown = prompt[-1]["content"].replace("\n", "\n  ")
+        shown = str(prompt[-1]["content"]).replace("\n", "\n  ")
         print(f"  {shown}\n    model: {reply!r}\n    row:   {expected!r}")
 
 

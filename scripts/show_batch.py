@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from fastlora.checkpoints.hub import DEMO, find_folder
+from fastlora.checkpoints.tensors import write_text
 from fastlora.data.batches import batches
 from fastlora.data.encoding import RowLimits
 from fastlora.data.left_out import report
@@ -161,7 +162,7 @@ def main() -> None:
     arguments = parse_arguments()
     sequences = packed_batch(arguments)
     if arguments.html is not None:
-        arguments.html.write_text(as_html(sequences), encoding="utf-8")
+        write_text(arguments.html, as_html(sequences))
         return
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     colour = colour if arguments.colour is None else arguments.colour

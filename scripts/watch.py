@@ -4,12 +4,13 @@
     python scripts/watch.py runs/first --port 8080      # or serves it at http://127.0.0.1:8080
 
 RUN is the output_dir of fastlora.train(..., log="jsonl"); runs that have ended are shown too. The
-file is written again every few seconds until the run has ended. From another machine:
+file is written again every few seconds until the run has ended, or Ctrl-C. From another machine:
 `ssh -L 8080:127.0.0.1:8080 HOST`, then --port 8080 there.
 """
 
 import argparse
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -29,10 +30,11 @@ def main() -> None:
     html, ended = page(args.run, args.every)
     write_text(path, html)
     print(f"open {path.resolve().as_uri()}", flush=True)
-    while not ended and not args.once:
-        time.sleep(args.every)
-        html, ended = page(args.run, args.every)
-        write_text(path, html)
+    with suppress(KeyboardInterrupt):
+        while not ended and not args.once:
+            time.sleep(args.every)
+            html, ended = page(args.run, args.every)
+            write_text(path, html)
 
 
 def serve(run: Path, port: int, every: float) -> None:
@@ -57,7 +59,8 @@ def serve(run: Path, port: int, every: float) -> None:
     page(run, every)  # a folder that is not a run's is reported now
     with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         print(f"open http://127.0.0.1:{server.server_port}", flush=True)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 def parse_arguments() -> argparse.Namespace:

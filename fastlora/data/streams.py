@@ -93,11 +93,19 @@ class Stream:
         begin = start_of(self._lanes)
         self.position = {**asdict(begin), "taken": 0}
         self._background = self._blocks_from(begin)
-        with tqdm(desc=f"encoding {name}", unit="row", disable=not progress) as bar:
+        self.first: Block | None = None  # until it is used
+        try:
+            self._wait_for_first(progress)
+        except BaseException:  # Ctrl-C too: no thread or process stays
+            self.close()
+            raise
+
+    def _wait_for_first(self, progress: bool) -> None:
+        with tqdm(desc=f"encoding {self.name}", unit="row", disable=not progress) as bar:
             while progress and not self._background.is_ready():
                 sleep(_REFRESH_SECONDS)
                 bar.update(self.left_out.read - bar.n)
-        self.first: Block | None = next(self._background)  # until it is used
+        self.first = next(self._background)
         self._encoder.warn()
 
     @property

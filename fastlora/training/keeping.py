@@ -7,10 +7,12 @@ one does.
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from fastlora.checkpoints.atomic import atomic_write
 from fastlora.errors import CheckpointError
 from fastlora.formats.peft.names import map_named, named_leaves
 from fastlora.formats.peft.restoring import restore_adapter
@@ -53,19 +55,30 @@ class Best:
         self._tensors = {n: x.detach().to("cpu", copy=True) for n, x in learner.leaves.items()}
         return True
 
-    def read(self, learner: Learner, records: Sequence[Record], checkpoint: Path | None) -> None:
+    def read(
+        self,
+        learner: Learner,
+        records: Sequence[Record],
+        checkpoint: Path | None,
+        output: Path | None,
+    ) -> None:
         """Fill this from the files of the run that resumes; the learner ends as it was.
 
         Args:
             learner: restored from `checkpoint`.
             records: of the steps so far.
             checkpoint: the one to resume from; the best one lies beside it.
+            output: output_dir. The best checkpoint is copied to it if it lies elsewhere.
 
         Raises:
             CheckpointError: the best step's checkpoint is missing or damaged.
         """
         step = best_step(records)
-        if step is None or checkpoint is None or self.update(learner, records):
+        if step is None or checkpoint is None:
+            return
+        if step == len(records):
+            self.update(learner, records)
+            _copy_checkpoint(checkpoint, step, output)
             return
         folder = checkpoint.parent / f"checkpoint-{step}"
         if not (folder / STATE_FILE).is_file() or not is_intact(folder):
@@ -79,6 +92,7 @@ class Best:
         self.step = step
         self._tensors = {n: x.detach().to("cpu", copy=True) for n, x in leaves.items()}
         restore_adapter(learner.model, checkpoint)
+        _copy_checkpoint(folder, step, output)
 
     def model(self, last: StateT) -> StateT:
         """The best model, given that after the last step; the last one if nothing was evaluated."""
@@ -88,6 +102,19 @@ class Best:
         _, adapter = require_adapter(last)
         best = map_named(lambda name, _: self._tensors[name].to(device), adapter)
         return replace(last, adapter=best)
+
+
+def _copy_checkpoint(checkpoint: Path, step: int, output: Path | None) -> None:
+    """Copy the checkpoint of a step to output/checkpoint-N, unless it is there. STATE_FILE comes
+    last: a folder without it is incomplete."""
+    if output is None or (output / f"checkpoint-{step}" / STATE_FILE).is_file():
+        return
+    target = output / f"checkpoint-{step}"
+    target.mkdir(parents=True, exist_ok=True)
+    names = [path.name for path in checkpoint.iterdir() if path.is_file()]
+    for name in sorted(names, key=lambda name: name == STATE_FILE):
+        with (checkpoint / name).open("rb") as source:
+            atomic_write(target / name, partial(shutil.copyfileobj, source))
 
 
 def remove_superseded(folder: Path, records: Sequence[Record], settings: Settings) -> None:

@@ -27,12 +27,13 @@ from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import StateT
 from fastlora.text.tokenizer import Tokenizer
-from fastlora.training.checkpoint import restore_checkpoint, save_checkpoint
+from fastlora.training.after_step import evaluate_and_save
+from fastlora.training.checkpoint import restore_checkpoint
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.finished import finish_folder, tokenizer_bytes
 from fastlora.training.history import History, Record
 from fastlora.training.identity import hash_adapter, run_identity
-from fastlora.training.keeping import Best, remove_superseded, stops_early
+from fastlora.training.keeping import Best, stops_early
 from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
@@ -52,7 +53,7 @@ from fastlora.training.run_record import json_settings, run_record
 from fastlora.training.schedules import Schedule
 from fastlora.training.settings import Settings, check_train_arguments
 from fastlora.training.signals import StopRequest
-from fastlora.training.step import evaluate, optimizer_step
+from fastlora.training.step import optimizer_step
 
 
 def train(
@@ -121,7 +122,8 @@ def train(
             reads on behind the last row that was used. Other data are encoded before the first
             step, and cached in ~/.cache/fastlora (8 bytes a token; may be deleted at any time).
             Kinds of rows: `data.rows.ROW_KINDS`; with messages also "tools" (a list, or its JSON).
-        eval_data: the same; evaluated after the last step, and every `eval_every` steps.
+        eval_data: the same, but read before the first step, streams too. Evaluated after the last
+            step, and every `eval_every` steps.
         output_dir: a folder for the trained adapter, in PEFT's format, and for checkpoints. It is
             locked during the run: a second run is refused. An adapter or checkpoints of another run
             in it are refused too, before the first step. training_run.json tells which run the
@@ -255,7 +257,7 @@ def train(
         )
         best = Best()
         if settings.keep_best:
-            best.read(learner, records, checkpoint)
+            best.read(learner, records, checkpoint, folder)
         stop = StopRequest()
         start = describe_run(model=learner.model, records=records, ended=False) if saves else {}
         info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings), start)
@@ -309,7 +311,7 @@ def _run_steps(
             record["seconds"] = seconds = perf_counter() - started
             record |= step_cost(learner.model, micro_batches, seconds)
             records.append(with_position(record, run, records))
-            ends = _evaluate_and_save(run, learner, records, identity, folder, best)
+            ends = evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
                 bar.set_postfix(bar_figures(record, encoded=encoded_rows(run)), refresh=False)
             bar.update()
@@ -321,37 +323,3 @@ def _run_steps(
                 raise stop.error()
             # Evaluation, saving and log are not counted; the next step's batch is.
             started = perf_counter()
-
-
-def _evaluate_and_save(
-    run: Run,
-    learner: Learner,
-    records: list[Record],
-    identity: Mapping[str, Any],
-    folder: Path | None,
-    best: Best,
-) -> bool:
-    """Evaluate and save after the last step of `records`, if it is due.
-
-    Returns:
-        Whether the run ends with this step.
-    """
-    s, step = run.settings, len(records)
-    ends = step == run.steps
-    due = ends or _is_due(step, s.eval_every)
-    if run.eval_sequences and due:
-        records[-1]["eval_loss"] = evaluate(run, learner.model, step)
-        ends = ends or stops_early(records, s.early_stopping)
-    if run.samples is not None and due:
-        records[-1]["samples"] = run.samples(learner.model)
-    save = s.save_every is not None and (ends or _is_due(step, s.save_every))
-    if s.keep_best and best.update(learner, records):
-        save = True  # a run that resumes needs the best adapter
-    if save and folder is not None:
-        save_checkpoint(folder / f"checkpoint-{step}", learner, identity, records)
-        remove_superseded(folder, records, s)
-    return ends
-
-
-def _is_due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -28,10 +28,11 @@ def nonfinite_cause(
     Args:
         learner: of the step, not updated.
         batches: micro-batches, on the model's device.
-        seeds: of their dropout masks.
+        seeds: of their dropout masks and noise.
         gradient: of the step, in the order of the learner's leaves.
     """
-    if cause := _forward_cause(learner.model, batches, seeds):
+    noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
+    if cause := _forward_cause(noisy, batches, seeds):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):

@@ -132,10 +132,9 @@ def run_bytes(learner: Learner, settings: Settings, done: int, steps: int) -> in
     model, leaves = learner.model, learner.leaves.values()
     beside = base_tensors_out(model.spec, model.base).values()
     adapter = sum(x.nbytes for x in (*leaves, *beside))
-    # AdamW's two moments have the leaf's dtype, or one byte each.
-    moments = sum(
-        2 * x.numel() * (x.itemsize if settings.optimizer == "adamw" else 1) for x in leaves
-    )
+    # Two moments, as AdamW's: of the leaf's dtype, or one byte each.
+    small = settings.optimizer in ("adamw_8bit", "paged_adamw_8bit")
+    moments = sum(2 * x.numel() * (1 if small else x.itemsize) for x in leaves)
     count = 0  # of checkpoints: those due so far are rounded down, the last step's is always due
     if settings.save_every is not None:
         count = -(-steps // settings.save_every) - done // settings.save_every

@@ -16,7 +16,7 @@ from fastlora.errors import raise_problems
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
-from fastlora.training.logging.figures import draw_rates
+from fastlora.training.logging.figures import draw_rates, smooth
 from fastlora.training.loop import train
 from fastlora.training.settings import Settings
 
@@ -131,15 +131,6 @@ def find_learning_rate(
 def exponential(low: float, high: float) -> Callable[[int, int], float]:
     """A schedule from low / high to 1, with a constant ratio of neighbouring steps."""
     return lambda index, steps: (low / high) ** (1 - index / max(1, steps - 1))
-
-
-def smooth(losses: Sequence[float], keep: float) -> list[float]:
-    """Exponential moving averages, without a bias to 0."""
-    total, weight, averages = 0.0, 0.0, []
-    for loss in losses:
-        total, weight = keep * total + (1 - keep) * loss, keep * weight + 1 - keep
-        averages.append(total / weight)
-    return averages
 
 
 def rate_range(records: Sequence[Record], smoothing: float) -> RateRange:

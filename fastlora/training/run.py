@@ -7,29 +7,22 @@ from itertools import count, islice
 from typing import Any, NamedTuple
 
 from fastlora.data.batches import batches, count_batches
-from fastlora.data.encoding import RowLimits
-from fastlora.data.examples import Example
-from fastlora.data.lanes import is_streamed
 from fastlora.data.left_out import LeftOut
-from fastlora.data.packing import PackedSequences, pack
-from fastlora.data.reading import read_examples
-from fastlora.data.row_steps import row_context
-from fastlora.data.sources import Source, sources_of
-from fastlora.data.streams import Stream, StreamSettings
+from fastlora.data.sources import sources_of
+from fastlora.data.streams import Stream
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_batches import preference_batches
-from fastlora.losses.preference_rows import Labelled, Pair, encode_preferences
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.data_reader import DataReader, Sequences
 from fastlora.training.samples import write_samples
-from fastlora.training.settings import Settings, check_vocabulary
+from fastlora.training.settings import Settings
 
 # The key of a record that holds where a stream was after the step.
 DATA_POSITION = "data_position"
 
 Steps = Generator[list[Batch], None, None]  # the micro-batches of each step
-Sequences = list[Example] | PackedSequences | list[Pair] | list[Labelled]
 
 
 class Run(NamedTuple):
@@ -100,82 +93,35 @@ def prepare_run(
         FileNotFoundError, CheckpointError, ValueError: as `read_examples`; ValueError also for a
             tokenizer whose ids exceed the model's vocabulary.
     """
-
-    # Masks and labels say what is padding, so any id of the vocabulary will do. Some tokenizers
-    # name one that the model's embedding does not have.
-    pad_token_id = tokenizer.pad_token_id
-    pad_token_id = pad_token_id if 0 <= pad_token_id < spec.config.vocab_size else 0
     if settings.template_kwargs:
         tokenizer = tokenizer.with_template_kwargs(settings.template_kwargs)
-    limits = RowLimits(
-        spec.max_seq_length,
-        settings.packing,
-        settings.too_long,  # pyright: ignore[reportArgumentType]  (checked)
-        settings.on_bad_row,  # pyright: ignore[reportArgumentType]  (checked)
-    )
-    left_out: list[LeftOut] = []
     kind = "supervised" if objective is None else objective.rows
-
-    def sequences(data: Any, name: str) -> Sequences:
-        if kind != "supervised":
-            length, columns = spec.max_seq_length, settings.columns
-            rows = encode_preferences(kind, data, tokenizer, length, name, columns)
-            check_vocabulary(rows, spec.config.vocab_size)
-            return rows
-        examples, out = read_examples(
-            data,
-            tokenizer,
-            limits,
-            name=name,
-            train_on=settings.train_on,  # pyright: ignore[reportArgumentType]  (checked)
-            columns=settings.columns,
-            seed=settings.seed,
-            progress=progress,
-        )
-        left_out.append(out)
-        check_vocabulary(examples, spec.config.vocab_size)
-        if not settings.packing:
-            return examples
-        return pack(examples, spec.max_seq_length, pad_token_id=pad_token_id)
-
-    def streamed(sources: list[Source]) -> Stream:
-        how = StreamSettings(
-            row_context(tokenizer, settings.train_on),  # pyright: ignore[reportArgumentType]
-            limits,
-            settings.columns,
-            settings.seed,
-            settings.packing,
-            pad_token_id,
-            lambda examples: check_vocabulary(examples, spec.config.vocab_size),
-        )
-        return Stream(sources, how, "data", progress)
-
+    reader = DataReader(spec, tokenizer, settings, kind, progress)
     sources = sources_of(data, "data")  # a missing file is reported before eval_data is encoded
-    streams = kind == "supervised" and is_streamed(sources)
-    if streams and settings.max_steps is None:
-        raise ValueError(
-            "data are streamed, so their number of rows is not known; give train max_steps"
-        )
+    streams = reader.streams(sources)
     # eval_data before data, which may be long: an error in it is reported earlier.
-    eval_sequences = [] if eval_data is None else sequences(eval_data, "eval_data")
-    padded_batches = partial(
-        batches if kind == "supervised" else preference_batches,
-        pad_token_id=pad_token_id,
-        max_seq_length=spec.max_seq_length,
-    )
-    stream = streamed(sources) if streams else None
-    train_sequences = sequences(data, "data") if stream is None else []
-    out = tuple(left_out)
+    eval_sequences, eval_out = [], None
+    if eval_data is not None:
+        eval_sequences, eval_out = reader.read(eval_data, "eval_data")
+    stream, sequences, out = None, [], None
+    if streams:
+        stream = reader.open_stream(sources, "data")
+    else:
+        sequences, out = reader.read(data, "data")
     samples = None
     if (prompts := settings.sample_prompts) is not None:
         new = settings.sample_tokens
         samples = partial(write_samples, tokenizer=tokenizer, prompts=prompts, new_tokens=new)
     return Run(
         settings,
-        train_sequences,
+        sequences,
         eval_sequences,
-        padded_batches,
-        out,
+        partial(
+            batches if kind == "supervised" else preference_batches,
+            pad_token_id=reader.pad_token_id,
+            max_seq_length=spec.max_seq_length,
+        ),
+        tuple(part for part in (eval_out, out) if part is not None),
         objective,
         stream=stream,
         samples=samples,

@@ -1,6 +1,7 @@
 """Stream: the batches depend on seed and position only, and every row comes once in a pass."""
 
 import json
+import threading
 import time
 from collections import Counter
 from functools import partial
@@ -173,6 +174,25 @@ def test_a_bad_row_is_refused_when_it_is_reached(opened):
 def test_a_bad_row_of_the_first_block_is_refused_at_once(opened):
     with pytest.raises(ValueError, match="row 2: keys"):
         opened(HuggingFace([*rows(1), {"txt": "a"}]))
+
+
+def test_no_thread_stays_after_an_interruption(tokenizer, monkeypatch):
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    def slow():
+        for row in rows(10**6):
+            time.sleep(0.01)
+            yield row
+
+    monkeypatch.setattr(streams, "sleep", interrupted)
+    how, context = RowLimits(LENGTH, True), row_context(tokenizer, "responses")
+    given = StreamSettings(context, how, None, 3, True, 0, lambda examples: None)
+    data = HuggingFace([])
+    monkeypatch.setattr(HuggingFace, "__iter__", lambda self: slow())
+    with pytest.raises(KeyboardInterrupt):
+        Stream(sources_of(data, "data"), given, "data", progress=True)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastlora")]
 
 
 def test_skipped_rows_are_counted(opened):

@@ -15,6 +15,7 @@ from finetuning.toml import to_toml
 
 import fastlora
 from fastlora.checkpoints.hub import DEMO
+from fastlora.data import lanes, streams
 from fastlora.training.logging import extras
 from fastlora.training.loop import train
 from fastlora.training.settings import Settings
@@ -135,8 +136,46 @@ def test_settings_and_prediction_come_first_and_a_dry_run_trains_nothing(
     out = tmp_path / "out"
     assert call(monkeypatch, *quick, "--data", rows, "--output", out, "--dry-run") == 0
     shown = capsys.readouterr().out
-    assert "batch_size = 2" in shown and "plan: " in shown and "rows to train on" in shown
+    assert (
+        "batch_size = 2" in shown
+        and "plan: " in shown
+        and "rows to train on: 3; held out: 1" in shown
+    )
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "bad", "given"),
+    [
+        ({"question": "Is it 1?", "answer": "yes"}, "", ("--columns", "prompt", "question",
+          "completion", "answer")),
+        ({"prompt": "Is it 1?", "chosen": "yes", "rejected": "no"}, "", ("--loss", "dpo")),
+        ({"prompt": "Is it 1?", "completion": "yes"}, "{bad\n", ("--on-bad-row", "skip")),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("held_out", [True, False])
+def test_every_kind_of_rows_that_train_takes_is_read(
+    quick, tmp_path, monkeypatch, row, bad, given, held_out
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * 8 + bad)
+    hold = () if held_out else ("--no-hold-out",)
+    given = (*given, *quick, "--data", path, "--output", tmp_path / "out", "--r", 2, *hold)
+    assert call(monkeypatch, *given) == 0
+    data = json.loads((tmp_path / "out/run.json").read_text())["data"]
+    assert data["source"] == (None if held_out else str(path))
+
+
+def test_a_file_that_is_streamed_is_not_divided(quick, rows, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lanes, "STREAM_BYTES", 0)
+    monkeypatch.setattr(streams, "BLOCK_TOKENS", 300)
+    monkeypatch.setattr(streams, "_LEAST_SEQUENCES", 1)
+    monkeypatch.setattr(lanes, "CHUNK_ROWS", 5)
+    given = (*quick, "--data", rows, "--output", tmp_path / "out", "--r", 2)
+    assert call(monkeypatch, *given) == 2
+    assert "give --eval-data or --no-hold-out" in capsys.readouterr().err
+    assert call(monkeypatch, *given, "--no-hold-out") == 0
+    assert json.loads((tmp_path / "out/run.json").read_text())["data"]["streamed"]
 
 
 @pytest.mark.parametrize(

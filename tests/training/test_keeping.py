@@ -1,12 +1,13 @@
 """keep, keep_best and early_stopping."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 import fastlora
 from fastlora.errors import CheckpointError
-from fastlora.training import loop
+from fastlora.training import after_step
 from fastlora.training.checkpoint import complete_checkpoints
 from fastlora.training.keeping import best_step, stops_early
 from fastlora.training.loop import train
@@ -23,7 +24,7 @@ def losses_are(monkeypatch):
     """Evaluations with given losses: step -> loss."""
 
     def use(losses: dict[int, float]) -> None:
-        monkeypatch.setattr(loop, "evaluate", lambda run, model, step: losses[step])
+        monkeypatch.setattr(after_step, "evaluate", lambda run, model, step: losses[step])
 
     return use
 
@@ -105,6 +106,21 @@ def test_a_resumed_run_knows_the_best_adapter(dropping, tokenizer, tmp_path, los
     # A run that has ended resumes to its result.
     ended, _ = long_run(dropping, tokenizer, tmp_path / "cut", resume=True, **given)
     assert same_bits(ended.adapter, whole.adapter)
+
+
+def test_a_run_that_goes_on_in_another_folder_takes_its_best_checkpoint_along(
+    dropping, tokenizer, tmp_path, losses_are
+):
+    losses_are(LOSSES)
+    given = dict(keep_best=True, save_every=1)
+    whole, _ = long_run(dropping, tokenizer, tmp_path / "whole", **given)
+    best, last = tmp_path / "whole/checkpoint-4", tmp_path / "whole/checkpoint-5"
+    assert best.is_dir()
+    with pytest.raises(Killed):
+        long_run(dropping, tokenizer, tmp_path / "b", resume=last, log=stop_at(6), **given)
+    shutil.rmtree(tmp_path / "whole")
+    resumed, _ = long_run(dropping, tokenizer, tmp_path / "b", resume=True, **given)
+    assert same_bits(resumed.adapter, whole.adapter)
 
 
 def test_a_missing_best_checkpoint_is_reported(dropping, tokenizer, tmp_path, losses_are):

@@ -105,10 +105,12 @@ def test_tensorboard_reads_what_was_written(model, tokenizer, tmp_path):
 @pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
 def test_a_missing_extra_is_named_before_any_work(model, tokenizer, tmp_path, monkeypatch, name):
     def missing(module: str):
-        raise ModuleNotFoundError(f"No module named {module!r}")
+        # torch.utils.tensorboard exists, and imports the package.
+        raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(extras, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=rf'pip install "fastlora\[{name}\]"'):
+    cure = rf'log="{name}" needs {name}: pip install "fastlora\[{name}\]"'
+    with pytest.raises(ModuleNotFoundError, match=cure):
         train(model, tokenizer, ROWS, output_dir=tmp_path / "out", log=name, **QUIET)
     assert not (tmp_path / "out").exists()
 

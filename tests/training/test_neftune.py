@@ -1,9 +1,11 @@
 """NEFTune: the noise, its size, and where there is none."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional as FL
@@ -72,6 +74,12 @@ def test_training_has_noise_and_the_trained_model_none(model, tokenizer):
         model, tokenizer, ROWS, eval_data=ROWS, learning_rate=1e-30, neftune_alpha=5.0, **run
     )
     assert quiet.eval_losses == pytest.approx(evaluated.eval_losses, rel=1e-6)
+
+
+def test_noise_that_overflows_is_traced_to_its_sequence(model, tokenizer):
+    half = replace(model, base=tree_map(torch.Tensor.half, model.base))
+    with pytest.raises(FloatingPointError, match=r"overflows float16 .* micro-batch 1"):
+        train(half, tokenizer, ROWS, max_steps=1, batch_size=2, neftune_alpha=1e8, **QUIET)
 
 
 def test_a_noisy_run_resumes_with_the_same_bits(base, tokenizer, tmp_path):

@@ -9,7 +9,8 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora.training import rate_range as rates
-from fastlora.training.rate_range import exponential, find_learning_rate, rate_range, smooth
+from fastlora.training.logging.figures import smooth
+from fastlora.training.rate_range import exponential, find_learning_rate, rate_range
 from oracles.training_runs import ROWS
 
 

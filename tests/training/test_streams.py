@@ -65,6 +65,11 @@ def test_the_number_of_steps_must_be_given(model, tokenizer, file):
         train(model, tokenizer, file, **GIVEN | dict(max_steps=None))
 
 
+def test_preferences_are_not_streamed(model, tokenizer, file):
+    with pytest.raises(ValueError, match=r"rows of preferences, which loss=dpo.*take"):
+        train(model, tokenizer, file, **GIVEN, loss="dpo")
+
+
 def test_a_bad_row_ends_the_run_and_its_state_is_kept(model, tokenizer, file, tmp_path):
     file.write_text("\n".join(map(json.dumps, [*ROWS * 8, {"txt": 1}])))
     given = GIVEN | dict(max_steps=500, output_dir=tmp_path / "out", packing=False)

@@ -18,7 +18,8 @@ def extra_module(module: str, extra: str, purpose: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
+        # torch.utils.tensorboard names the package that it lacks.
+        package = (error.name or module).partition(".")[0]
         raise ModuleNotFoundError(
-            f'{purpose} needs {module.partition(".")[0]}: pip install "fastlora[{extra}]"'
-            f" ({error!s:.200})"
+            f'{purpose} needs {package}: pip install "fastlora[{extra}]" ({error!s:.200})'
         ) from error

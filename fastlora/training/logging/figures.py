@@ -87,13 +87,18 @@ def _curve(axes: Any, column: str, columns: Columns, name: str, color: str) -> N
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Exponential moving averages over about a fiftieth of the values, without a bias to 0."""
-    keep = 1 - 1 / max(1, len(values) // _SMOOTHED)
-    total, weight, result = 0.0, 0.0, []
+    """Moving averages over about a fiftieth of the values."""
+    return smooth(values, 1 - 1 / max(1, len(values) // _SMOOTHED))
+
+
+def smooth(values: Sequence[float], keep: float) -> list[float]:
+    """Exponential moving averages without a bias to 0; `keep` is the weight of the values before,
+    in [0, 1)."""
+    total, weight, averages = 0.0, 0.0, []
     for value in values:
         total, weight = keep * total + value, keep * weight + 1
-        result.append(total / weight)
-    return result
+        averages.append(total / weight)
+    return averages
 
 
 def draw_rates(

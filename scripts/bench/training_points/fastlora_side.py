@@ -1,7 +1,10 @@
 """The same points with fastlora: fastlora_side.py FOLDER > ROWS."""
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ from points import FORMS, ROWS, try_points
 from safetensors.torch import load_file
 
 import fastlora
+from fastlora.data.encoding import RowLimits
+from fastlora.data.reading import read_examples
 
+SCRIPTS = Path(__file__).parents[2]
 FOLDER = Path(sys.argv[1])
 BASE, TOKENIZER = fastlora.load("demo", dtype="float32", max_seq_length=512, device="cpu")
 
@@ -101,6 +107,48 @@ def schedules():
     return {n: len(losses(lr_scheduler=n, lr_scheduler_kwargs=k)) for n, k in given.items()}
 
 
+class Stream:
+    """The methods by which fastlora knows an IterableDataset of Hugging Face's datasets."""
+
+    def __iter__(self):
+        return iter(ROWS)
+
+    def take(self, n): ...
+
+    def skip(self, n): ...
+
+
+def cache():
+    """Seconds of reading the same file twice, and the bytes of the file between."""
+    os.environ["XDG_CACHE_HOME"] = str(FOLDER / "cache")
+    path, limits, seconds = FOLDER / "many.jsonl", RowLimits(512), []
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*ROWS] * 3000))
+    for _ in range(2):
+        started = time.perf_counter()
+        read_examples(path, TOKENIZER, limits)
+        seconds.append(round(time.perf_counter() - started, 2))
+    return dict(seconds=seconds, bytes=[p.stat().st_size for p in FOLDER.glob("cache/*/*/*.rows")])
+
+
+def script(*command: object) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, *map(str, command))
+    return subprocess.run(command, cwd=SCRIPTS, capture_output=True, text=True, check=True)
+
+
+def live_page():
+    shown = script("watch.py", FOLDER / "files", "--once").stdout
+    return dict(
+        shown=shown.split("/")[-1].strip(), bytes=(FOLDER / "files/watch.html").stat().st_size
+    )
+
+
+def one_command():
+    config = FOLDER / "run.toml"
+    config.write_text("max_steps = 2\nmax_seq_length = 512\nprogress = false\n")
+    done = script("finetune.py", "--config", config, "--output", FOLDER / "command")
+    return done.stdout.strip().splitlines()[-1]
+
+
 POINTS = {f"rows: {n}": form(rows) for n, rows in FORMS.items()} | {
     "weight_zero": weight_zero,
     "too_long": lambda: losses(length=24),
@@ -133,6 +181,10 @@ POINTS = {f"rows: {n}": form(rows) for n, rows in FORMS.items()} | {
     "overwrites": lambda: [losses(name="twice", learning_rate=x) for x in (1e-3, 2e-3)],
     "unknown setting": lambda: losses(neftune_noise_alpha=5.0),
     "losses": lambda: losses(loss="dft"),
+    "streaming": lambda: losses(Stream(), max_steps=3),
+    "cache": cache,
+    "live page": live_page,
+    "one command": one_command,
 }
 
 if __name__ == "__main__":
