@@ -3,13 +3,11 @@
 Without a GPU the kernel runs in Triton's interpreter, in fp32 and fp16. bf16 needs a GPU.
 """
 
-import math
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from fastlora.ops.attention.rope import apply_rope
 from fastlora.ops.decode.attention import (
@@ -21,58 +19,14 @@ from fastlora.ops.decode.attention import (
 pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
 
 from fastlora.ops.decode.attention_kernel import Card, Tile, decode_forward, tile
+from oracles.decode_attention import CUDA, DEVICE, S, by_sdpa, copied, drawn
 
-CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if CUDA else "cpu")
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if CUDA else [])]
-S = 1000 if CUDA else 200
-# Empty rows, rows around multiples of a block, full rows, and one that a slot without a running
-# row may hold.
-LENGTHS = [0, 1, 63, 64, 65, S // 2, S - 2, S - 1, S + 5]
+
 # (query heads, key heads, head size): Llama's 1B and 8B, a size that is no power of two, one key
 # head for all and for one query head, and more query heads per key head than a tile has rows.
 HEADS = [(8, 2, 64), (8, 2, 128), (6, 2, 96), (2, 2, 16), (5, 1, 32), (20, 1, 16)]
 ids = lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else str(x)
-
-
-def drawn(heads: tuple, dtype: torch.dtype, lengths=LENGTHS, s: int = S, rotated: bool = True):
-    """The arguments of decode_attention up to `lengths`; unused cache entries are NaN."""
-    (h, kv, hd), b = heads, len(lengths)
-    gen = torch.Generator().manual_seed(0)
-    new = lambda *shape: torch.randn(*shape, generator=gen).to(DEVICE, dtype)
-    caches = [new(b, kv, s, hd) for _ in range(2)]
-    for i, n in enumerate(lengths):
-        for cache in caches:
-            cache[i, :, n:] = math.nan
-    angles = torch.rand(b, hd // 2, generator=gen).repeat(1, 2) * 6
-    tables = [angles.cos().to(DEVICE, dtype), angles.sin().to(DEVICE, dtype)]
-    tables = tables if rotated else [None, None]
-    return [new(b, h, hd), new(b, kv, hd), new(b, kv, hd), *tables, *caches,
-            torch.tensor(lengths, device=DEVICE)]  # fmt: skip
-
-
-def copied(given: list, dtype: torch.dtype | None = None) -> list:
-    """The arguments with tensors of their own; floating ones in dtype."""
-    cast = lambda x: x.to(dtype) if dtype is not None and x.is_floating_point() else x
-    return [None if x is None else cast(x).clone() for x in given]
-
-
-def by_sdpa(given: list, window: int | None) -> Tensor:
-    """torch's attention of each row alone over the keys that it sees; writes to no cache."""
-    q, k, v, cos, sin, k_cache, v_cache, lengths = given
-    if cos is not None:
-        q, k = (apply_rope(x[:, :, None], cos[:, None], sin[:, None])[:, :, 0] for x in (q, k))
-    rows = []
-    for i, n in enumerate(lengths.clamp(max=k_cache.shape[2] - 1).tolist()):
-        first = 0 if window is None else max(0, n + 1 - window)
-        keys = torch.cat([k_cache[i, :, first:n], k[i, :, None]], 1)
-        values = torch.cat([v_cache[i, :, first:n], v[i, :, None]], 1)
-        rows.append(
-            F.scaled_dot_product_attention(
-                q[i : i + 1, :, None], keys[None], values[None], enable_gqa=True
-            )[0, :, 0]
-        )
-    return torch.stack(rows)
 
 
 @pytest.mark.parametrize("window", [None, 1, 70, S + 1])
@@ -198,45 +152,3 @@ def test_programs_fill_the_card_and_blocks_fit_its_shared_memory(b, shared):
         assert how.splits == 1 or 8 * b * how.splits <= 2 * 132
         assert (how.splits > 1) == (seen == 131072 or seen == 2048) or 8 * b > 66
         assert 4 * how.keys * head_dim * itemsize < shared
-
-
-@pytest.mark.skipif(not CUDA, reason="captures a CUDA graph")
-def test_one_graph_serves_all_lengths():
-    given = drawn((8, 2, 64), torch.bfloat16)
-    run = lambda: decode_attention(*given, 300)
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = run()
-    for shift in range(0, len(LENGTHS)):
-        fresh = drawn((8, 2, 64), torch.bfloat16, LENGTHS[shift:] + LENGTHS[:shift])
-        for old, new in zip(given, fresh, strict=True):
-            old.copy_(new)
-        wanted = decode_attention(*fresh, 300)
-        for _ in range(3):
-            found.fill_(math.nan)
-            graph.replay()
-            assert torch.equal(found, wanted)
-
-
-@pytest.mark.skipif(
-    not CUDA or torch.cuda.get_device_properties(0).total_memory < 2**35, reason="takes 11 GB"
-)
-def test_caches_may_hold_more_than_2_to_the_31_numbers():
-    b, kv, s, hd = 17, 8, 131072, 128
-    gen = torch.Generator(DEVICE).manual_seed(0)
-    new = lambda *shape: torch.randn(*shape, generator=gen, device=DEVICE, dtype=torch.bfloat16)
-    caches = [torch.full((b, kv, s, hd), math.nan, device=DEVICE, dtype=torch.bfloat16)
-              for _ in range(2)]  # fmt: skip
-    assert caches[0].numel() > 2**31
-    q, k, v = new(b, 32, hd), new(b, kv, hd), new(b, kv, hd)
-    lengths = torch.full((b,), 100, device=DEVICE)
-    lengths[-1] = s - 1
-    for cache in caches:
-        cache[:, :, :100] = new(b, kv, 100, hd)
-        cache[-1, :, : s - 1] = new(kv, s - 1, hd)
-    given = [q, k, v, None, None, *caches, lengths]
-    found, wanted = decode_attention(*given, None), by_sdpa(given, None)
-    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-3)
-    assert torch.equal(caches[0][-1, :, -1], k[-1])

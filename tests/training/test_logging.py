@@ -90,7 +90,6 @@ def test_tensorboard_hides_the_steps_that_a_killed_run_lost(
 
 
 def test_tensorboard_reads_what_was_written(model, tokenizer, tmp_path):
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = tmp_path / "run"
