@@ -7,8 +7,8 @@ ops and recomputation are used as `spec` says. The values are the same up to rou
 The adapter may be a stack of n adapters: every leaf is [n, ...] (`stack`). `adapter_ids` says which
 adapter each row of the batch uses; without it, the first b / n rows use adapter 0, the next ones
 adapter 1, and so on. All rows run in one pass; the base's products are those of the whole batch.
-A stack of LoRA on projections runs as fast as one adapter does. Other stacks (DoRA, lora_bias,
-adapted or copied embeddings, experts, fake quantisation, an initial offset), and all stacks under a
+A stack of LoRA in the layers runs as fast as one adapter does. Other stacks (DoRA, lora_bias,
+adapted or copied embeddings, fake quantisation, an initial offset), and all stacks under a
 torch.func transform, run under torch.vmap: eagerly, with attention's reference, which holds
 [b, h, t, t] scores, and with all activations kept.
 

@@ -276,7 +276,7 @@ def _token_id_problems(adapter: Any, base: Any, spec: Any, seed: Any) -> list[st
     given, problems = "adapter_ids has a number for each token", []
     if not runs_in_groups(adapter, base, spec):
         problems.append(
-            f"{given}, which works for LoRA on projections alone; pass one number for each row"
+            f"{given}, which works for LoRA in the layers alone; pass one number for each row"
         )
     if isinstance(seed, Tensor) and seed.dim() == 1:
         problems.append(f"{given}, and seed one for each adapter; pass one seed")

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.errors import raise_problems
 from fastlora.models.init_offset import has_offset
-from fastlora.models.params import TARGETS, Adapter, LoRA
+from fastlora.models.params import TARGETS, Adapter, ExpertLoRA, LoRA
 from fastlora.models.spec import LoraConfig, Spec, Target
+from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState, require_adapter
 
 
@@ -26,12 +27,12 @@ def stack(models: Sequence[ModelState]) -> tuple[Adapter, Spec]:
     differ: the spec carries those of each model.
 
     Args:
-        models: models with LoRA on projections over the same base tensors, with equal specs except
-            for the adapters' ranks, alphas, rank-stabilised scalings and targets.
+        models: models with LoRA in the decoder layers over the same base tensors. Their specs are
+            equal except for the adapters' ranks, alphas, rank-stabilised scalings and targets.
 
     Raises:
         ValueError: there is no model; one has no adapter; models have different bases, dropout or
-            ways to run; an adapter has DoRA, lora_bias, experts, adapted or copied embeddings,
+            ways to run; an adapter has DoRA, lora_bias, adapted or copied embeddings,
             heads or other tensors, trained rows, fake quantisation or an initial offset. Lists all
             problems.
     """
@@ -80,30 +81,32 @@ def _unstacked(stack: Adapter, i: int, model: ModelState) -> Adapter:
     for layer, mine in zip(stack["layers"], adapter["layers"], strict=True):
         own: dict[str, Any] = {}
         for name, old in mine.items():
-            r, record = old.a.shape[0], layer[name]
-            a, b = record.a[i, :r], record.b[i, :, :r]
-            own[name] = LoRA(
-                a.to(old.a.dtype, copy=True), b.to(old.b.dtype, copy=True).contiguous()
+            r, record = old.a.shape[-2], layer[name]
+            a, b = record.a[i].narrow(-2, 0, r), record.b[i].narrow(-1, 0, r)
+            a, b = (
+                x.detach().to(old.a.dtype).clone(memory_format=torch.contiguous_format)
+                for x in (a, b)
             )
+            own[name] = type(old)(a, b)
         layers.append(own)
     return Adapter(layers=tuple(layers))
 
 
-def _stacked(records: Sequence[Any], dtype: torch.dtype) -> LoRA:
-    """The records of one projection as one; None is an absent record."""
+def _stacked(records: Sequence[Any], dtype: torch.dtype) -> LoRA | ExpertLoRA:
+    """The records of one matrix, or of all experts' matrices, as one; None is an absent record."""
     first = next(record for record in records if record is not None)
-    r = max(record.a.shape[0] for record in records if record is not None)
+    r = max(record.a.shape[-2] for record in records if record is not None)
 
     def padded(record: Any) -> tuple[Tensor, Tensor]:
-        if record is None:
-            a = first.a.new_zeros(r, first.a.shape[1], dtype=dtype)
-            return a, first.b.new_zeros(first.b.shape[0], r, dtype=dtype)
-        more = r - record.a.shape[0]
-        a, b = record.a.detach().to(dtype), record.b.detach().to(dtype)
-        return F.pad(a, (0, 0, 0, more)), F.pad(b, (0, more))
+        absent = record is None
+        record = first if absent else record
+        more = r - record.a.shape[-2]
+        a = F.pad(record.a.detach().to(dtype), (0, 0, 0, more))
+        b = F.pad(record.b.detach().to(dtype), (0, more))
+        return (torch.zeros_like(a), torch.zeros_like(b)) if absent else (a, b)
 
     a, b = zip(*map(padded, records), strict=True)
-    return LoRA(torch.stack(a), torch.stack(b))
+    return type(first)(torch.stack(a), torch.stack(b))
 
 
 def _target(own: Sequence[Target | None]) -> tuple[Target, tuple[float, ...] | None]:
@@ -141,18 +144,15 @@ def _alone(model: ModelState) -> list[str]:
     lora, adapter = model.spec.lora, model.adapter
     if lora is None or adapter is None:
         return ["has no adapter; fastlora.lora attaches one"]
-    records = [x for layer in adapter["layers"] for x in layer.values()]
-    names = {name for layer in adapter["layers"] for name in layer}
     found = {
         "has DoRA (use_dora)": lora.use_dora,
         "has biases of B (lora_bias)": lora.lora_bias,
-        "adapts experts (target_parameters)": any(name.startswith("experts.") for name in names),
         "adapts the embedding or the head": bool({"embed_tokens", "lm_head"} & adapter.keys()),
         "trains copies of tensors (modules_to_save, bias)": "replaced" in adapter,
         "trains rows of tokens (trainable_token_indices)": "tokens" in adapter,
         "is fake quantised (qat_scheme)": lora.qat_scheme is not None,
         "has an initial offset (init_lora_weights)": has_offset(model.base),
-        "is a stack already": any(x.a.dim() > 2 for x in records if isinstance(x, LoRA)),
+        "is a stack already": stack_size(adapter) is not None,
     }
     return [what for what, present in found.items() if present]
 

@@ -82,10 +82,12 @@ def stack_size(adapter: Adapter | None) -> int | None:
 
 
 def runs_in_groups(stack: Adapter, base: Base, spec: Spec) -> bool:
-    """Whether the layers can run a stack group by group: LoRA on projections and nothing else."""
+    """Whether the layers can run a stack group by group: LoRA in the layers and nothing else."""
     if spec.qat_scheme is not None or stack.keys() != {"layers"} or has_offset(base):
         return False
-    return all(isinstance(x, LoRA) for layer in stack["layers"] for x in layer.values())
+    return all(
+        isinstance(x, LoRA | ExpertLoRA) for layer in stack["layers"] for x in layer.values()
+    )
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────

@@ -38,6 +38,14 @@ def product_reference(
     return y if order is None else y[_inverse(order)]
 
 
+def group_of_rows(groups: Groups, n: int, m: int, device: torch.device) -> Int[Tensor, "m"]:
+    """The group of each of m rows, of n groups."""
+    offsets, order = groups
+    index = torch.arange(m, device=device)
+    group = index // (m // n) if offsets is None else (index[:, None] >= offsets).sum(1)
+    return group if order is None else torch.zeros_like(order).scatter(0, order, group)
+
+
 def _blocks(x: Tensor, n: int) -> Tensor:
     """Sorted rows as n equal blocks."""
     return x.reshape(n, x.shape[0] // n, x.shape[1])
