@@ -1,6 +1,7 @@
 """A stack of adapters in one pass gives the values and gradients of each adapter alone."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -255,3 +256,16 @@ def test_under_a_transform_a_stack_gives_the_same(tiny):
     value, grads = fastlora.value_and_grad(run)(stack)
     theirs, reference = torch.func.grad_and_value(run)(stack)[::-1]
     assert relative_error([value, grads], [theirs, reference]) < 1e-9
+
+
+def test_a_stack_generates_with_each_adapters_scaling(tiny):
+    models = three(tiny)
+    stack, spec = FL.stack(models)
+    together = replace(models[0], adapter=stack, spec=spec)
+    which = [2, 0, 2, 1, 1, 0]
+    ids, logp = together.generate(IDS, max_new_tokens=4, adapter_ids=which, return_logprobs=True)
+    for row, owner in enumerate(which):
+        model, mine = models[owner], IDS[row : row + 1]
+        own = model.generate(mine, max_new_tokens=4, return_logprobs=True)
+        assert torch.equal(ids[row], own[0][0])
+        torch.testing.assert_close(logp[row], own[1][0], rtol=1e-5, atol=1e-6)

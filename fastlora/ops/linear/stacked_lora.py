@@ -107,7 +107,9 @@ def _(dx_a, a, offsets, order, ys, matrices, parts):
 class _StackedLinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # a variable argument list: see _LoRALinear
-        """One y per branch.
+        """One y per branch, and x_a if it is computed here.
+
+        As an output, x_a is a tensor whose graph a second derivative can follow.
 
         Args:
             ctx: autograd's context.
@@ -134,13 +136,14 @@ class _StackedLinears(torch.autograd.Function):
         ctx.static = ranks, weights, biases
         kept = x if computed else None
         ctx.save_for_backward(kept, x_a, a, offsets, order, fused_weight, *tensors)
-        return tuple(ys)
+        return (*ys, x_a) if computed else tuple(ys)
 
     @staticmethod
-    def backward(ctx, *dys):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, x_a, a, offsets, order, fused_weight, *tensors = ctx.saved_tensors
         ranks, weights, biases = ctx.static
         groups, needs = Groups(offsets, order), ctx.needs_input_grad
+        dys, more = gradients[: len(ranks)], gradients[len(ranks) :]  # more: of x_a
         matrices, _, bs = _by_branch(tensors, ranks, weights, biases)
         with_lora = [
             (dy, b, columns)
@@ -152,6 +155,8 @@ class _StackedLinears(torch.autograd.Function):
             for dy, b, columns in with_lora
         ]
         dx_a = each[0] if len(each) == 1 else torch.cat(each, 1)
+        if more and more[0] is not None:
+            dx_a = dx_a + more[0]
         dbs = [None if dy is None else outer(dy, c, b, groups) for dy, b, c in with_lora]
         da = outer(dx_a, x, a, groups) if a is not None and needs[2] else None
         dx = None
@@ -251,5 +256,5 @@ def stacked_linears(
     assert isinstance(ys, tuple)
     return [
         y.view(*x.shape[:-1], shape_of(branch.weight)[0])
-        for y, branch in zip(ys, branches, strict=True)
+        for y, branch in zip(ys[: len(branches)], branches, strict=True)
     ]
