@@ -87,7 +87,7 @@ def _unstacked(stack: Adapter, i: int, model: ModelState) -> Adapter:
                 x.detach().to(old.a.dtype).clone(memory_format=torch.contiguous_format)
                 for x in (a, b)
             )
-            own[name] = type(old)(a, b)
+            own[name] = old._replace(a=a, b=b)
         layers.append(own)
     return Adapter(layers=tuple(layers))
 

@@ -148,7 +148,7 @@ class _StackedLinears(torch.autograd.Function):
         with_lora = [
             (dy, b, columns)
             for dy, b, columns in zip(dys, bs, _columns(x_a, ranks), strict=True)
-            if b is not None
+            if b is not None and columns is not None
         ]
         each = [
             torch.zeros_like(columns) if dy is None else product(dy, b.mT, groups)
