@@ -270,3 +270,45 @@ def test_a_stack_generates_with_each_adapters_scaling(tiny):
         # A row that stops is filled up to the longest.
         assert torch.equal(ids[row, : own.shape[1]], own[0])
         torch.testing.assert_close(logp[row, : theirs.shape[1]], theirs[0], rtol=1e-5, atol=1e-6)
+
+
+def steps_of_adamw(tree, gradient, rates, n=5):
+    """Take n steps in place; views of the tree's slices are one group of parameters for each run.
+
+    Without `rates` of several runs, the tree is one adapter.
+    """
+    leaves = tree_leaves(tree)
+    views = [[x[i] for x in leaves] for i in range(len(rates))] if len(rates) > 1 else [leaves]
+    groups = [dict(params=p, lr=rate) for p, rate in zip(views, rates, strict=True)]
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.1)
+    for k in range(n):
+        grads = tree_leaves(gradient(tree, k))
+        for i, group in enumerate(views):
+            for view, grad in zip(group, grads, strict=True):
+                view.grad = grad[i] if len(rates) > 1 else grad
+        optimizer.step()
+    return tree
+
+
+def test_five_steps_of_adamw_equal_the_single_runs(tiny):
+    """One optimizer over the stack, with a group of views for each run."""
+    models = three(tiny, lora_dropout=0.2)
+    stack, spec = FL.stack(models)
+    rates, which = (1e-2, 3e-2, 1e-3), ROWS["equal, mixed"]
+    seeds_of = lambda k: torch.tensor([k, 9 * k, k])
+
+    def losses(s, seeds):
+        batch, how = batch_of(IDS), dict(adapter_ids=which, seed=seeds)
+        total, tokens = FL.row_losses(s, tiny.base, spec, batch, **how)
+        mine = torch.nn.functional.one_hot(which).to(total.dtype)
+        return ((total @ mine) / (tokens.to(total.dtype) @ mine)).sum()
+
+    steps_of_adamw(stack, lambda s, k: fastlora.value_and_grad(losses)(s, seeds_of(k))[1], rates)
+    for i, (model, mine) in enumerate(zip(models, FL.unstack(stack, models), strict=True)):
+        args = model.base, model.spec, batch_of(IDS[which == i])
+        gradient = lambda a, k, args=args, i=i: fastlora.value_and_grad(FL.loss)(
+            a, *args, seed=int(seeds_of(k)[i])
+        )[1]
+        single = steps_of_adamw(tree_map(torch.clone, model.adapter), gradient, rates[i : i + 1])
+        assert relative_error(mine, single) < 1e-9
+        assert relative_error(mine, model.adapter) > 1e-3
