@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastlora.arguments import describe
 from fastlora.errors import raise_problems
 from fastlora.models.init_offset import has_offset
 from fastlora.models.params import TARGETS, Adapter, ExpertLoRA, LoRA
@@ -67,11 +68,16 @@ def unstack(stack: Adapter, models: Sequence[ModelState]) -> list[Adapter]:
         models: those that were given to `stack`, in the same order.
 
     Raises:
-        ValueError: the stack has another number of adapters than there are models.
+        ValueError: an argument is of another class, or the stack has another number of adapters
+            than there are models.
     """
-    sizes = {len(x) for x in tree_leaves(stack)}
-    if sizes - {len(models)}:
-        raise ValueError(f"unstack got {len(models)} models for a stack of {sorted(sizes)}.")
+    problems = _list_problems(models)
+    is_tree = isinstance(stack, dict) and "layers" in stack
+    if not is_tree or stack_size(stack) is None:
+        problems.append(f"stack={describe(stack)}: expected a result of functional.stack")
+    elif not problems and stack_size(stack) != len(models):
+        problems.append(f"stack: got {len(models)} models for a stack of {stack_size(stack)}")
+    raise_problems(ValueError, "functional.unstack cannot use these arguments:", problems)
     return [_unstacked(stack, i, model) for i, model in enumerate(models)]
 
 
@@ -125,10 +131,8 @@ def _target(own: Sequence[Target | None]) -> tuple[Target, tuple[float, ...] | N
 
 
 def _problems(models: Sequence[ModelState]) -> list[str]:
-    if isinstance(models, ModelState) or not all(isinstance(m, ModelState) for m in models):
-        return ["expected a list of models"]
-    if not models:
-        return ["the list is empty; expected at least one model"]
+    if problems := _list_problems(models):
+        return problems
     problems = [f"model {i} {reason}" for i, m in enumerate(models) for reason in _alone(m)]
     if problems:
         return problems
@@ -137,6 +141,13 @@ def _problems(models: Sequence[ModelState]) -> list[str]:
         for i, m in enumerate(models)
         for reason in _beside(m, models[0])
     ]
+
+
+def _list_problems(models: Any) -> list[str]:
+    is_list = isinstance(models, Sequence) and all(isinstance(m, ModelState) for m in models)
+    if is_list and models:
+        return []
+    return [f"models={describe(models)}: expected a list of one model or more"]
 
 
 def _alone(model: ModelState) -> list[str]:

@@ -56,7 +56,7 @@ def values_and_grads(fn, x, branches, groups, masked=False) -> list[Tensor]:
     x, branches, leaves = tracked(x, branches)
     masks = [x * 0.5**i for i in range(len(branches))] if masked else None
     ys = fn(x, branches, groups, masks)
-    grads = torch.autograd.grad(sum(y.pow(3).sum() for y in ys), leaves)
+    grads = torch.autograd.grad(torch.stack([y.pow(3).sum() for y in ys]).sum(), leaves)
     return [*(y.detach() for y in ys), *grads]
 
 
@@ -102,7 +102,7 @@ def test_a_quantised_weight_gives_the_references_gradients(case):
 def test_the_fused_weight_gives_the_same_gradient():
     x, branches = drawn((2, 0, 5))
     fused = torch.cat([b.weight for b in branches])
-    run = lambda *args: stacked_linears(*args, fused)
+    run = lambda x, branches, groups, masked: stacked_linears(x, branches, groups, masked, fused)
     plain = values_and_grads(stacked_linears, x, branches, Groups())
     for a, e in zip(values_and_grads(run, x, branches, Groups()), plain, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
@@ -121,7 +121,8 @@ def test_second_derivatives_are_right(case, masked):
             for b in branches
         ]
         masks = [tensors[0] * 0.5] * len(new) if masked else None
-        return sum(y.pow(3).sum() for y in stacked_linears(tensors[0], new, GROUPS[case], masks))
+        ys = stacked_linears(tensors[0], new, GROUPS[case], masks)
+        return torch.stack([y.pow(3).sum() for y in ys]).sum()
 
     assert torch.autograd.gradgradcheck(run, tuple(leaves), fast_mode=True)
 
