@@ -69,7 +69,7 @@ def _forward_cause(model: ModelState, batches: Sequence[Batch], seeds: Sequence[
 
 def _first_row(model: ModelState, batch: Batch, seed: Seed) -> int | None:
     """The first row of a batch with a token whose log-probability is not finite."""
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: x for name, x in batch.items() if name != "labels"}
     labels = batch["labels"]
     logp = token_logprobs(model.adapter, model.base, model.spec, labels=labels, seed=seed, **inputs)
     rows = (~logp.isfinite()).any(dim=1).nonzero().flatten().tolist()
@@ -113,6 +113,6 @@ def _is_finite_after(model: ModelState, batch: Batch, seed: Seed, layers: int) -
     if "replaced" in adapter:
         adapter["replaced"] = copies
     base: Any = model.base | {"layers": model.base["layers"][:layers]}
-    inputs = {name: x for name, x in batch.items() if name != "labels"}
+    inputs: dict[str, Any] = {name: x for name, x in batch.items() if name != "labels"}
     hidden = hidden_states(adapter, base, spec, seed=seed, **inputs)
     return bool(hidden.isfinite().all())
