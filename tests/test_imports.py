@@ -285,6 +285,24 @@ def test_heavy_packages_are_not_imported():
     ), "torch._dynamo takes a second to import"
 
 
+def test_loading_training_and_generation_on_the_cpu_need_no_triton():
+    """torch's wheel for CPUs comes without it."""
+    program = """
+import sys
+sys.modules["triton"] = None  # so that importing it fails
+import fastlora
+model, tokenizer = fastlora.load("demo", dtype="float32", device="cpu")
+model = fastlora.lora(model, r=2).with_spec(compile=False)
+row = {"prompt": "a", "completion": "b"}
+model, _ = fastlora.train(model, tokenizer, [row], max_steps=1, progress=False)
+how = dict(max_new_tokens=2, eos_token_id=())
+model.generate_text(tokenizer, "a", **how)
+list(fastlora.generate_many(model, ["a", "b"], tokenizer=tokenizer, **how))
+assert sys.modules["triton"] is None
+"""
+    run(program)
+
+
 def test_importing_fastlora_takes_at_most_300_ms_beyond_torch():
     """Processor time, the least of several runs, because other processes can only add to it.
 

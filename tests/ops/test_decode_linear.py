@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from fastlora.ops.decode.linear import decode_product, product_reference, prompt_product
-from fastlora.ops.decode.linear_kernel import EMPTY
 from fastlora.ops.decode.linear_launch import Tile, launch_product
+from fastlora.ops.decode.product import EMPTY
 from oracles.decode_products import DEVICE, HALF, Case, make, random
 
 CASES = {

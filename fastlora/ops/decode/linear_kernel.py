@@ -21,9 +21,6 @@ earlier kernels are complete and visible then.
 import triton
 import triton.language as tl
 
-# float32 NaN with a payload that no arithmetic on a GPU returns (that is 0x7FFFFFFF).
-EMPTY = 0x7FC0DEAD
-
 
 # The kernels use no helper functions: the tests' type-checking hook wraps every function, and
 # Triton's interpreter then looks up the helpers' names in the hook's module.

@@ -17,6 +17,10 @@ MAX_BATCH = 64
 MAX_RANK = 512  # 256, and as much again for an initial offset
 
 
+# What `low` holds where no kernel has written: float32's NaN with a payload that no arithmetic on a
+# GPU returns (that is 0x7FFFFFFF).
+EMPTY = 0x7FC0DEAD
+
 # Copies of A x for one row. All programs read them, and one L2 slice answers a request in 1.3 ns:
 # 25,000 requests for one copy took 40 us (H200).
 COPIES = 32
@@ -159,8 +163,6 @@ def _low_rank(
     parts: Sequence[Part], rank: int, b: int
 ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "n rank"], Int[Tensor, "words"]]:
     """All A's and all B's with zeros up to `rank`, and a buffer for A x."""
-    from fastlora.ops.decode.linear_kernel import EMPTY  # noqa: PLC0415  imports triton
-
     like = next(part.a for part in parts if part.a is not None)
     sizes = [shape_of(part.weight)[0] for part in parts]
     rows = [_padded(part.a, like, (rank, like.shape[1])) for part in parts]

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.decode.linear import product_reference
-from fastlora.ops.decode.linear_kernel import EMPTY
 from fastlora.ops.decode.linear_launch import Tile, launch_product
-from fastlora.ops.decode.product import Product
+from fastlora.ops.decode.product import EMPTY, Product
 
 PRODUCTS = ("qkv", "o", "gate_up", "down")
 WORKERS = 14
