@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from serving.conversation import Conversation
-from serving.models import load_served, named_folder
+from serving.models import add_model_arguments, load_served
 
 HELP = {
     "/adapter NAME": "let an adapter write the next replies; without NAME: list them",
@@ -206,17 +206,12 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", help='"demo", a model or adapter folder, or a Hub id')
-    add(
-        "--adapter", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
-        help="a PEFT folder or Hub id over the model; may be given several times",
-    )  # fmt: skip
+    add_model_arguments(add)
     add("--system", help="system message")
     add("--max-new-tokens", type=int, default=512, help="of one reply")
     add("--temperature", type=float, default=0.7, help="0 is greedy")
     add("--seed", type=int, help="seed of the sampling")
     add("--history", metavar="FILE", help="keep past inputs in a file")
-    add("--load-in-4bit", action="store_true", help="quantise the base to NF4")
     return parser.parse_args()
 
 

@@ -16,7 +16,7 @@ from dataclasses import fields
 from serving.app import make_app
 from serving.guard import LOOPBACK
 from serving.limits import Limits
-from serving.models import load_served, named_folder
+from serving.models import add_model_arguments, load_served
 from serving.server import Server, bind
 from serving.service import Service
 
@@ -56,18 +56,13 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("model", help='"demo", a model or adapter folder, or a Hub id')
-    add(
-        "--adapter", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
-        help="a PEFT folder or Hub id over the model; may be given several times",
-    )  # fmt: skip
+    add_model_arguments(add)
     add("--name", help="name of the model in requests; default: the last part of MODEL")
     add("--host", default="127.0.0.1", help="address to listen on")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add("--api-key", help=f"bearer key; better set in the environment variable {KEY_VARIABLE}")
     add("--no-key", action="store_true", help="allow a --host that others reach without a key")
     add("--allow-host", action="append", default=[], help="one more name in the Host header")
-    add("--load-in-4bit", action="store_true", help="quantise the base to NF4")
     add("--max-seq-length", type=int, help="longest prompt and reply together, in tokens")
     add("--slots", type=int, help="replies that run at once; default: what the memory holds")
     limits = parser.add_argument_group("limits")

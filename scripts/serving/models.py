@@ -2,8 +2,9 @@
 
 import argparse
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -27,6 +28,16 @@ class Served:
         """The ids that end a reply."""
         config = self.model.spec.config
         return tuple(text_stop_ids(self.tokenizer, config.eos_token_id, config.vocab_size))
+
+
+def add_model_arguments(add: Callable[..., Any]) -> None:
+    """The arguments of a command that name the base and its adapters; `add` is add_argument."""
+    add("model", help='"demo", a model or adapter folder, or a Hub id')
+    add(
+        "--adapter", type=named_folder, action="append", default=[], metavar="NAME=FOLDER",
+        help="a PEFT folder or Hub id over the model; may be given several times",
+    )  # fmt: skip
+    add("--load-in-4bit", action="store_true", help="quantise the base to NF4")
 
 
 def named_folder(text: str) -> tuple[str, str]:

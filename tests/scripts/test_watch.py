@@ -1,7 +1,6 @@
 """scripts/watch.py: the page of a run in headless Chromium, as a file that renews itself."""
 
 import json
-import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,15 +8,13 @@ from pathlib import Path
 
 import pytest
 import watch
-from playwright.sync_api import Page, Request, expect, sync_playwright
+from playwright.sync_api import Page, Request, expect
 from watching.page import page as html_of
 from watching.page import thinned
 from watching.records import records_of
 
-FLAGS = (  # without these, Chromium looks for updates and hosts of its maker
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-)
+from oracles.browser import chromium
+
 EVIL = "</script><b id='evil'>bold</b>"
 
 
@@ -49,12 +46,8 @@ def write(folder: Path, steps: int, ended: bool) -> None:
 
 @pytest.fixture(scope="module")
 def browser():
-    path = shutil.which("chromium")
-    assert path, "these tests need Chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
