@@ -62,7 +62,7 @@ class Document(NamedTuple):
 
     @property
     def title(self) -> str:
-        """What it is, where it is, and how many of its tokens are trained."""
+        """The document's number, place and count of trained tokens."""
         at = f"positions {self.start} to {self.start + len(self.tokens) - 1}"
         if self.number == 0:
             return f"padding, {at}: {len(self.tokens)} tokens"

@@ -26,7 +26,7 @@ _MOST_PROBLEMS = 1000
 
 
 class RowLimits(NamedTuple):
-    """What is done with rows that are too long or cannot be trained on."""
+    """How to treat rows that are too long or unfit for training."""
 
     max_seq_length: int
     split_text: bool = False
@@ -129,7 +129,7 @@ class RowEncoder:
         """Call it after the last row.
 
         Raises:
-            ValueError: lists the rows that cannot be trained on.
+            ValueError: lists the rows that are unfit for training.
         """
         self.refuse()
         self.warn()

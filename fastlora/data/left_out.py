@@ -19,7 +19,7 @@ _MOST_LISTED = 100_000
 
 @dataclass(slots=True, eq=False)
 class LeftOut:
-    """What was left out of the rows of one argument, such as `data`."""
+    """Counts of rows of one argument that were left out, such as `data`."""
 
     name: str  # of the argument
     read: int = 0  # rows

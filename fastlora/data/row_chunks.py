@@ -24,14 +24,14 @@ Chunk = list[tuple[str, Any]]  # (place, row)
 
 
 class BadRow(NamedTuple):
-    """A row that cannot be trained on."""
+    """A row that is unfit for training."""
 
     kind: str  # words that such rows share
     reason: str  # of this row
 
 
 class EncodedRow(NamedTuple):
-    """What a row became."""
+    """The result for one row."""
 
     example: Example | BadRow
     kind: RowKind | None = None  # None for a row that could not be read

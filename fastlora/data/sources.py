@@ -111,7 +111,7 @@ def sources_of(data: Data, name: str) -> list[Source]:
             (all its files of one format, not those of subfolders), a glob ("**" reaches into
             folders), a pyarrow table or data set, or an iterable of dicts, such as a Hugging Face
             data set.
-        name: what an iterable is called in messages.
+        name: of an iterable in messages.
 
     Raises:
         FileNotFoundError: a file does not exist, or a glob matches none.

@@ -33,7 +33,7 @@ _MOST_WORKERS = 16  # each takes about 250 MB, part of it shared
 
 Process = subprocess.Popen[bytes]
 
-# What a worker that ended, or a row that cannot be sent, raises.
+# Raised for a worker that ended and for a row that no process can send.
 _FAILURES = (OSError, EOFError, ValueError, TypeError, AttributeError, pickle.PickleError)
 
 
@@ -121,7 +121,7 @@ class _Pool:
             process.communicate()
 
     def _start(self) -> None:
-        # The path as it is here: scripts change sys.path.
+        # The path of this process, because scripts change sys.path.
         path = os.pathsep.join(filter(None, sys.path))
         quiet = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         quiet |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
@@ -130,7 +130,7 @@ class _Pool:
             with self._lock:
                 if self._closed:
                     return
-                # In a session of its own: Ctrl-C is for this process.
+                # In another session, so that Ctrl-C reaches this process only.
                 process = subprocess.Popen(
                     command, stdin=PIPE, stdout=PIPE, env=os.environ | quiet, start_new_session=True
                 )
@@ -148,7 +148,7 @@ class _Pool:
         answer = None
         try:
             data = pickle.dumps(rows)
-        except _FAILURES:  # rows of a class that cannot be sent
+        except _FAILURES:  # rows of a class that no process can send
             data = b""
         if data and (process := self._next_idle()) is not None:
             try:

@@ -64,7 +64,7 @@ class NewTokens:
 
 
 class _Row:
-    """What the host knows of a row."""
+    """The host's copy of a row's state."""
 
     def __init__(self, prompt: list[int], settings: RowSettings) -> None:
         self.prompt, self.settings = prompt, settings

@@ -42,7 +42,7 @@ class KernelLayer(NamedTuple):
 
 
 class StepKernels(NamedTuple):
-    """What of a decode step is prepared. None: not supported."""
+    """The prepared parts of a decode step. None: not supported."""
 
     layers: tuple[KernelLayer | None, ...]
     head: Product | None  # the final norm and the logits

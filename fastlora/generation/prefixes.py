@@ -52,7 +52,7 @@ class Prefixes:
         for key, slot in zip(wanted, slots, strict=True):
             if key.ids:
                 targets[key].append(slot)
-        # A slot that gets another prompt is no source.
+        # A slot that gets another prompt cannot be a source.
         holders = {
             key: slot
             for slot, key in self.of_slot.items()

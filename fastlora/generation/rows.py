@@ -65,7 +65,7 @@ def new_rows(slots: int, stop_ids: int, device: torch.device) -> Rows:
 
 
 class NewRow(NamedTuple):
-    """What a row begins with."""
+    """The values with which a row begins."""
 
     slot: int
     prompt: list[int]

@@ -52,7 +52,7 @@ class RowSampling(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What the rows of a step need. Each variant is a different sequence of operations."""
+    """The needs of all rows of a step. Each variant is a different sequence of operations."""
 
     draws: bool = False  # False: every row takes its likeliest token
     cold: bool = False  # some row's temperature is tiny

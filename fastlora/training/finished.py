@@ -1,4 +1,4 @@
-"""finish_folder(): what a finished run leaves in its output_dir, beside the checkpoints."""
+"""finish_folder(): the files of a finished run in its output_dir, beside the checkpoints."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

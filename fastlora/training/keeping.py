@@ -67,7 +67,7 @@ class Best:
         Args:
             learner: restored from `checkpoint`.
             records: of the steps so far.
-            checkpoint: the one to resume from; the best one lies beside it.
+            checkpoint: the one to resume from; the best one is in the same folder.
             output: output_dir. The best checkpoint is copied to it if it lies elsewhere.
 
         Raises:

@@ -121,5 +121,5 @@ def _is_finite_after(model: ModelState, batch: Batch, seed: Seed, layers: int) -
 
 
 def _inputs(batch: Batch) -> dict[str, Tensor]:
-    """What the model reads of a batch. Batches of preference rows have more entries."""
+    """The entries of a batch that the model reads. Batches of preference rows have more entries."""
     return {name: x for name, x in batch.items() if name in BATCH_ENTRIES and name != "labels"}

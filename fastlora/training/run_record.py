@@ -49,7 +49,7 @@ def run_record(
 
     Args:
         run: its settings and sequences.
-        model: as it is now.
+        model: in its present state.
         data: the argument of `train`, for its name.
         eval_data: the same.
         records: of the steps so far.

@@ -29,7 +29,7 @@ def page(folder: Path, every: float) -> tuple[str, bool]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What the page shows, as JSON values."""
+    """The page's content as JSON values."""
     records = records_of(folder)
     path = folder / RUN_RECORD
     run = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Rows that are too long or bad: what is left out of them is counted and told."""
+"""Rows that are too long or bad are counted and reported."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a finished run leaves: run.json, the tokenizer and a filled model card."""
+"""The files of a finished run: run.json, the tokenizer and a filled model card."""
 
 import json
 import re

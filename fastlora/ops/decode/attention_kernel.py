@@ -233,7 +233,7 @@ def decode_forward(
     if how is None:
         how = tile(b * kv, seen, hd, q.element_size(), _card(q.device))
     q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
-    # The kernel does not read the tables if there is no rotation, so q stands in for them.
+    # The kernel does not read the tables if there is no rotation, so q takes their place.
     rotates = cos is not None
     cos, sin = (q[:, 0] if x is None else x.contiguous() for x in (cos, sin))
     out, single = q.new_empty(b, h, hd), how.splits == 1

@@ -58,7 +58,7 @@ class Product(NamedTuple):
     # Zeros between launches: how many programs of split_kernel have added to a tile of rows; None
     # if that kernel does not support the product.
     counts: Int[Tensor, "tiles"] | None
-    launches: dict[Any, Any]  # of linear_launch.py: what is the same for all launches of a kind
+    launches: dict[Any, Any]  # of linear_launch.py: the parts that all launches of a kind share
 
 
 def prepare_product(

@@ -21,12 +21,12 @@ Write = Callable[[Record], object]
 
 
 class RunInfo(NamedTuple):
-    """What a writer needs to know about a run."""
+    """The facts about a run that a writer needs."""
 
     folder: Path | None
     records: Sequence[Record]  # of the steps that an earlier part of this run took
     settings: Mapping[str, Any]  # JSON values, shown beside the curves
-    record: Mapping[str, Any]  # run.json as it is now; empty without a folder
+    record: Mapping[str, Any]  # the present content of run.json; empty without a folder
 
 
 @contextmanager
