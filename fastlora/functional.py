@@ -4,6 +4,14 @@ The adapter comes first, because the first argument is the one that is different
 torch.func transform every op runs its differentiable reference. Otherwise compiled regions, fused
 ops and recomputation are used as `spec` says. The values are the same up to rounding.
 
+The adapter may be a stack of n adapters: every leaf is [n, ...] (`stack`). `adapter_ids` says which
+adapter each row of the batch uses; without it, the first b / n rows use adapter 0, the next ones
+adapter 1, and so on. All rows run in one pass; the base's products are those of the whole batch.
+A stack of LoRA in the layers runs as fast as one adapter does. Other stacks (DoRA, lora_bias,
+adapted or copied embeddings, fake quantisation, an initial offset), and all stacks under a
+torch.func transform, run under torch.vmap: eagerly, with attention's reference, which holds
+[b, h, t, t] scores, and with all activations kept.
+
 Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
 these would wait for the GPU. `Model`'s methods check values as well.
 """
@@ -12,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastlora.errors import raise_problems
 from fastlora.models.decoder import dropout_key, hidden_states
+from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
 from fastlora.models.head import head, logits, masked_for_head
 from fastlora.models.head_logprobs import head_logprobs
 from fastlora.models.input_checks import check_call, entry_problems
@@ -23,6 +31,9 @@ from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
 from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
+from fastlora.models.stacking import stack as stack
+from fastlora.models.stacking import unstack as unstack
+from fastlora.models.stacks import StackRows
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
@@ -36,13 +47,13 @@ def forward(
     attention_mask: Int[Tensor, "b t"] | None = None,
     position_ids: Int[Tensor, "#b t"] | None = None,
     segment_ids: Int[Tensor, "b t"] | None = None,
-    adapter_ids: Int[Tensor, "b"] | None = None,
+    adapter_ids: AdapterIds = None,
     seed: Seed = None,
 ) -> Float[Tensor, "b t v"]:
     """Logits, in the base's dtype.
 
     Args:
-        adapter: the trained tensors; None computes the base model.
+        adapter: the trained tensors, or a stack of adapters; None computes the base model.
         base: frozen weights.
         spec: how to run them.
         input_ids: int64 in [0, v).
@@ -50,44 +61,39 @@ def forward(
         position_ids: default: with segment_ids, positions restart in each segment; with an
             attention_mask, they count real tokens; else 0, 1, 2, ...
         segment_ids: packed documents; attention is causal within a run of equal ids.
-        adapter_ids: the number of each row's adapter, in [0, n). `adapter` is then a stack of n
-            adapters: every leaf is [n, ...]. All rows run in one pass, in which the base's products
-            are those of the whole batch. Attention runs under torch.vmap, as its reference, which
-            holds [b, h, t, t] scores. Each row has the dropout masks that it would have without
-            adapter_ids.
-        seed: of the LoRA dropout masks; None: without dropout.
+        adapter_ids: of a stack: the number of each row's adapter, in [0, n), in any order, or of
+            each token's, for packed documents. Ids on the CPU are read: equally many rows for each
+            adapter run as batched products, which are faster.
+        seed: of the LoRA dropout masks; None: without dropout. A stack may have one seed for each
+            adapter, [n]: its rows then have the masks that they have in a batch without the rows of
+            other adapters. With a single seed they have those of this batch under one adapter.
 
     Raises:
         ValueError: an argument has a wrong class, shape or dtype.
     """
-    optional = {
+    inputs: Inputs = {
+        "input_ids": input_ids,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "segment_ids": segment_ids,
     }
-    inputs = {"input_ids": input_ids, **optional}
     check_call("functional.forward", adapter, base, spec, inputs, seed, adapter_ids)
-    if adapter is not None and adapter_ids is not None:
-        # One adapter per row: 45 MB each in float32 for rank 16 on all projections of Llama 3.2 1B.
-        row_adapters = tree_map(lambda x: x[adapter_ids], adapter)
-        given = {name: x for name, x in optional.items() if x is not None}
-        return _row_by_row(row_adapters, base, spec, input_ids, given, seed)
-    return _forward(adapter, base, spec, input_ids, optional, seed)
+    return for_each_row(_logits, adapter, base, spec, inputs, seed, adapter_ids)
 
 
-def _forward(
+def _logits(
     adapter: Adapter | None,
     base: Base,
     spec: Spec,
-    input_ids: Int[Tensor, "b t"],
-    optional: dict[str, Tensor | None],
+    inputs: Inputs,
     seed: Seed,
     first_row: Int[Tensor, ""] | None = None,
+    rows: StackRows | None = None,
 ) -> Float[Tensor, "b t v"]:
     # Parked originals are tensors of which the adapter has copies. Without it they are needed.
     base = base if adapter is not None else unpark_originals(base)
     hidden = hidden_states(
-        adapter, base, spec, input_ids, seed=seed, first_row=first_row, **optional
+        adapter, base, spec, **_known(inputs), seed=seed, first_row=first_row, rows=rows
     )
     model_head = head(adapter, base, spec)
     key = dropout_key(spec, seed, hidden.device)
@@ -95,24 +101,8 @@ def _forward(
     return logits(hidden, masked, model_head, spec)
 
 
-def _row_by_row(
-    adapters: Adapter,
-    base: Base,
-    spec: Spec,
-    input_ids: Int[Tensor, "b t"],
-    optional: dict[str, Tensor],
-    seed: Seed,
-) -> Float[Tensor, "b t v"]:
-    """Logits of row i under the i-th adapter of a stack."""
-    rows = {name: x.expand_as(input_ids) for name, x in optional.items()}  # position_ids: [1, t]
-    # Dropout masks have one row per token of the batch.
-    first_rows = torch.arange(len(input_ids), device=input_ids.device) * input_ids.shape[1]
-
-    def one(adapter: Adapter, ids: Tensor, rows: dict[str, Tensor], first_row: Tensor) -> Tensor:
-        inputs: dict[str, Tensor | None] = {name: x[None] for name, x in rows.items()}
-        return _forward(adapter, base, spec, ids[None], inputs, seed, first_row)[0]
-
-    return torch.vmap(one)(adapters, input_ids, rows, first_rows)
+def _known(inputs: Inputs) -> dict[str, Tensor]:
+    return {name: x for name, x in inputs.items() if x is not None and name != "labels"}
 
 
 def token_logprobs(
@@ -125,6 +115,7 @@ def token_logprobs(
     attention_mask: Int[Tensor, "b t"] | None = None,
     position_ids: Int[Tensor, "#b t"] | None = None,
     segment_ids: Int[Tensor, "b t"] | None = None,
+    adapter_ids: AdapterIds = None,
     seed: Seed = None,
 ) -> Float[Tensor, "b t"]:
     """Log-probability of labels[:, i] given the tokens before i; float32 or wider.
@@ -133,7 +124,7 @@ def token_logprobs(
     that [b, t, v] never exists.
 
     Args:
-        adapter: the trained tensors; None computes the base model.
+        adapter: the trained tensors, or a stack of adapters; None computes the base model.
         base: frozen weights.
         spec: how to run them.
         input_ids: int64 in [0, v).
@@ -141,61 +132,83 @@ def token_logprobs(
         attention_mask: as `forward`.
         position_ids: as `forward`.
         segment_ids: as `forward`.
+        adapter_ids: as `forward`.
         seed: as `forward`.
 
     Raises:
         ValueError: an argument has a wrong class, shape or dtype, or spec.kernels is "triton" on a
             device that runs no Triton kernels.
     """
-    optional = {
+    inputs: Inputs = {
+        "input_ids": input_ids,
+        "labels": labels,
         "attention_mask": attention_mask,
         "position_ids": position_ids,
         "segment_ids": segment_ids,
     }
-    inputs = {"input_ids": input_ids, "labels": labels, **optional}
-    check_call("functional.token_logprobs", adapter, base, spec, inputs, seed)
-    return _token_logprobs(adapter, base, spec, input_ids, labels, optional, seed)
+    check_call("functional.token_logprobs", adapter, base, spec, inputs, seed, adapter_ids)
+    return for_each_row(_token_logprobs, adapter, base, spec, inputs, seed, adapter_ids)
 
 
 def _token_logprobs(
     adapter: Adapter | None,
     base: Base,
     spec: Spec,
-    input_ids: Int[Tensor, "b t"],
-    labels: Int[Tensor, "b t"],
-    optional: dict[str, Tensor | None],
+    inputs: Inputs,
     seed: Seed,
+    first_row: Int[Tensor, ""] | None = None,
+    rows: StackRows | None = None,
 ) -> Float[Tensor, "b t"]:
-    base = base if adapter is not None else unpark_originals(base)
-    hidden = hidden_states(adapter, base, spec, input_ids, seed=seed, **optional)
+    base, labels = base if adapter is not None else unpark_originals(base), inputs["labels"]
+    assert labels is not None
+    hidden = hidden_states(
+        adapter, base, spec, **_known(inputs), seed=seed, first_row=first_row, rows=rows
+    )
     # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
     model_head = head(adapter, base, spec)
     key = dropout_key(spec, seed, hidden.device)
-    logp = head_logprobs(hidden.flatten(0, 1), model_head, spec, following.flatten(), key)
+    logp = head_logprobs(
+        hidden.flatten(0, 1), model_head, spec, following.flatten(), key, first_row
+    )
     return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
 
 
 def loss_sum(
-    adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    batch: Batch,
+    *,
+    adapter_ids: AdapterIds = None,
+    seed: Seed = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(sum of -log p over the trained tokens, their number), for gradient accumulation.
 
     Args:
-        adapter: the trained tensors; None computes the base model.
+        adapter: the trained tensors, or a stack of adapters; None computes the base model.
         base: frozen weights.
         spec: how to run them.
         batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
-        seed: of the LoRA dropout masks; None: without dropout.
+        adapter_ids: as `forward`.
+        seed: as `forward`.
 
     Raises:
         ValueError: as `token_logprobs`, and for missing or unknown entries of the batch.
     """
-    return _loss_sum("functional.loss_sum", adapter, base, spec, batch, seed)
+    model = adapter, base, spec
+    logp, labels = _batch_logprobs("functional.loss_sum", *model, batch, seed, adapter_ids)
+    return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
 
 
 def loss(
-    adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    batch: Batch,
+    *,
+    adapter_ids: AdapterIds = None,
+    seed: Seed = None,
 ) -> Float[Tensor, ""]:
     """Mean of -log p(label) over labels != -100, as in Hugging Face's causal language models.
 
@@ -203,30 +216,66 @@ def loss(
     to another document. The loss of a batch without any trained token is 0.
 
     Args:
-        adapter: the trained tensors; None computes the base model.
+        adapter: the trained tensors, or a stack of adapters, over whose rows together the mean is;
+            None computes the base model.
         base: frozen weights.
         spec: how to run them.
         batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
-        seed: of the LoRA dropout masks; None: without dropout.
+        adapter_ids: as `forward`.
+        seed: as `forward`.
 
     Raises:
         ValueError: as `loss_sum`.
     """
-    total, count = _loss_sum("functional.loss", adapter, base, spec, batch, seed)
+    model = adapter, base, spec
+    logp, labels = _batch_logprobs("functional.loss", *model, batch, seed, adapter_ids)
     # A batch without trained tokens gives 0 / 1, with zero gradients, and not NaN.
-    return total / count.clamp(min=1)
+    return -logp.sum() / (labels[:, 1:] != IGNORE).sum().clamp(min=1)
 
 
-def _loss_sum(
-    function: str, adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, seed: Seed
-) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
+def row_losses(
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    batch: Batch,
+    *,
+    adapter_ids: AdapterIds = None,
+    seed: Seed = None,
+) -> tuple[Float[Tensor, "b"], Int[Tensor, "b"]]:
+    """(sum of -log p over the trained tokens, their number) of each row.
+
+    Args:
+        adapter: the trained tensors, or a stack of adapters; None computes the base model.
+        base: frozen weights.
+        spec: how to run them.
+        batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
+        adapter_ids: as `forward`.
+        seed: as `forward`.
+
+    Raises:
+        ValueError: as `loss_sum`.
+    """
+    model = adapter, base, spec
+    logp, labels = _batch_logprobs("functional.row_losses", *model, batch, seed, adapter_ids)
+    return -logp.sum(1), (labels[:, 1:] != IGNORE).sum(1)
+
+
+def _batch_logprobs(
+    function: str,
+    adapter: Adapter | None,
+    base: Base,
+    spec: Spec,
+    batch: Batch,
+    seed: Seed,
+    adapter_ids: AdapterIds,
+) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """(log-probabilities of the trained labels, these labels)."""
     # First, because check_call reads the batch's input_ids.
     raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
-    check_call(function, adapter, base, spec, batch, seed)
+    check_call(function, adapter, base, spec, batch, seed, adapter_ids)
     labels = trained_labels(batch)
-    optional = {k: batch.get(k) for k in ("attention_mask", "position_ids", "segment_ids")}
-    logp = _token_logprobs(adapter, base, spec, batch["input_ids"], labels, optional, seed)
-    return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
+    inputs: Inputs = {**batch, "labels": labels}
+    return for_each_row(_token_logprobs, adapter, base, spec, inputs, seed, adapter_ids), labels
 
 
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:

@@ -19,8 +19,8 @@ from fastlora.arguments import (
 )
 from fastlora.errors import raise_problems
 from fastlora.generation.engine import Engine, NewTokens, RowSettings
-from fastlora.generation.prepare import stack_size
 from fastlora.generation.sampling import SEED, Sampling, row_seeds
+from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fastlora.models.decoder import layer_adapters, product_dtype
 from fastlora.models.embedding import embedding_gain, trained_row_of_id
@@ -19,7 +18,6 @@ from fastlora.models.params import (
     Adapter,
     Base,
     DoRA,
-    ExpertLoRA,
     LayerAdapter,
     LayerParams,
     PreparedDoRA,
@@ -27,6 +25,7 @@ from fastlora.models.params import (
 from fastlora.models.projections import LayerSpec, dora_scale, layer_spec
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Spec
+from fastlora.models.stacks import scaled_stack, stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import use_kernel
 
@@ -62,8 +61,10 @@ class PreparedModel(NamedTuple):
 def prepare(model: ModelState) -> PreparedModel:
     """Cast the adapter, put copies of base tensors in place, and compute DoRA's norms, once."""
     size = stack_size(model.adapter)
-    if size is not None:
-        return _prepare_stack(model, size)
+    if size is not None and model.adapter is not None:
+        scaled = scaled_stack(model.adapter, model.spec)
+        spec = replace(model.spec, stack_factors=())
+        return _prepare_stack(replace(model, adapter=scaled, spec=spec), size)
     model = self_contained(model, unpark=model.adapter is None)
     adapter, spec = model.adapter, model.spec
     base = with_replaced(model.base, adapter, tied=spec.extras.tied)
@@ -144,26 +145,3 @@ def _split(adapter: Any) -> tuple[Any, tuple[dict[str, Tensor], ...]]:
     if outside:
         edges["replaced"] = outside
     return (edges or None), copies
-
-
-def stack_size(adapter: Adapter | None) -> int | None:
-    """How many adapters a stack holds; None: the tree is one adapter, or there is none."""
-    if adapter is None:
-        return None
-    records = [x for layer in adapter["layers"] for x in layer.values()]
-    outside: Any = adapter
-    records += [outside[key] for key in ("embed_tokens", "lm_head") if key in adapter]
-    if records:
-        one, a = 3 if isinstance(records[0], ExpertLoRA) else 2, records[0].a
-        return a.shape[0] if a.dim() == one + 1 else None
-    rows = [*adapter.get("tokens", {}).values()]
-    if rows:
-        return rows[0].shape[0] if rows[0].dim() == 3 else None
-    # An adapter of trained copies alone: a copy of a norm, a bias or a matrix.
-    for name, copy in adapter.get("replaced", {}).items():
-        matrix = name.endswith(("_proj.weight", "embed_tokens.weight", "lm_head.weight"))
-        one = 2 if matrix or name.endswith("mlp.gate.weight") else 1
-        return copy.shape[0] if copy.dim() == one + 1 else None
-    leaves = tree_leaves(adapter)
-    assert not leaves, "an adapter without records, rows and copies has no tensors"
-    return None

@@ -5,6 +5,7 @@ and computed again in the backward pass, so that only one chunk exists at a time
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,7 +164,7 @@ class _Rows:
         # Parked originals are tensors of which the adapter has copies. Without it they are needed.
         base = base if adapter is not None else unpark_originals(base)
         names = ("attention_mask", "position_ids", "segment_ids")
-        optional = {name: batch.get(name) for name in names}
+        optional: dict[str, Any] = {name: batch.get(name) for name in names}
         hidden = hidden_states(adapter, base, spec, batch["input_ids"], seed=seed, **optional)
         self.spec, self.head = spec, head(adapter, base, spec)
         self.hidden = hidden.flatten(0, 1)

@@ -4,7 +4,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.params import BiasedLoRA, DoRA, LayerAdapter, LayerParams
+from fastlora.models.params import BiasedLoRA, DoRA, LayerAdapter, LayerParams, StackedLoRA
 from fastlora.models.projections import LayerSpec, group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
@@ -22,7 +22,7 @@ def _heads(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> Heads:
     """q, k and v of the normed input, split into heads and not rotated.
 
@@ -45,7 +45,7 @@ def _joint_heads(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None]:
     """`_heads`, and one tensor whose gradient is dq, dk and dv side by side, or None.
 
@@ -54,9 +54,12 @@ def _joint_heads(
     rotate them back and to copy them together (H100). This needs fused weights, and products whose
     results go to attention unchanged.
     """
-    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3.
+    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3. The op of
+    # stacked adapters returns no joint gradient.
     unchanged = spec.qat_scheme is None and "q_norm" not in params
-    unchanged = unchanged and not any(isinstance(adapter.get(n), DoRA | BiasedLoRA) for n in QKV)
+    unchanged = unchanged and not any(
+        isinstance(adapter.get(n), DoRA | BiasedLoRA | StackedLoRA) for n in QKV
+    )
     if "qkv" not in params or not unchanged:
         return *_heads(x, params, adapter, spec, key), None
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
@@ -73,7 +76,7 @@ def queries_keys_values(
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> Heads:
     """q, k and v of the normed input, split into heads and rotated, for attention and KV caches."""
     q, k, v = _heads(x, params, adapter, spec, key)
@@ -87,7 +90,7 @@ def attention_output(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t d"]:
     """The output projection of attention's result."""
     merged = heads.transpose(1, 2).flatten(2)
@@ -102,7 +105,7 @@ def attention_block(
     sin: Float[Tensor, "#b t hd"],
     mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t d"]:
     """o(attention(norm(x))), which the caller adds to x."""
     # Spans are made only for the Triton kernels. Plain causal attention may be faster by SDPA.

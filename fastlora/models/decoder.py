@@ -22,6 +22,13 @@ from fastlora.models.positions import attention_mask_2d, first_seen, positions, 
 from fastlora.models.projections import layer_spec
 from fastlora.models.rope_tables import rope_tables
 from fastlora.models.spec import Spec
+from fastlora.models.stacks import (
+    StackRows,
+    factor_tensors,
+    grouped_records,
+    row_keys,
+    scaled_layer,
+)
 from fastlora.ops.attention.flash import Spans, kernel_supports, make_spans
 from fastlora.ops.cast import cast, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
@@ -91,8 +98,9 @@ def hidden_states(
     attention_mask: Int[Tensor, "b t"] | None = None,
     position_ids: Int[Tensor, "#b t"] | None = None,
     segment_ids: Int[Tensor, "b t"] | None = None,
-    seed: int | Int[Tensor, ""] | None = None,
+    seed: int | Int[Tensor, "..."] | None = None,
     first_row: Int[Tensor, ""] | None = None,
+    rows: StackRows | None = None,
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: the input of the head.
 
@@ -107,19 +115,22 @@ def hidden_states(
         seed: of the LoRA dropout masks and of NEFTune's noise; None: without both.
         first_row: number of the first token's row in the dropout masks, if the rows of a larger
             batch run one by one under torch.vmap; None: 0.
+        rows: of a stack, for which `stacks.runs_in_groups`; all inputs are sorted. None: `adapter`
+            is one adapter.
     """
     config = spec.config
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
     base = with_replaced(base, adapter, tied=spec.extras.tied)
     x = embed(input_ids, adapter, base, spec)
     masked = (attention_mask, position_ids, segment_ids)
-    x = _noisy(x, spec, input_ids, *masked, seed, first_row)
+    x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
     masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
-    keys = layer_keys(spec, seed, x.device, first_row)
+    keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
+    factors = factor_tensors(spec, x.device) if rows is not None else None
     stash = _stash(spec, x)
     if stash is None:
         levels = layer_levels(config, spec.recompute)
@@ -132,20 +143,23 @@ def hidden_states(
             # twice the compile time, and would save the dx of q, k and v in one layer.
             x = _attach_to_graph(x) if requires_grad(adapters[i]) else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
-        lora, mask = product_dtype(adapters[i], spec, x.dtype), masks[config.layer_types[i]]
+        mask = masks[config.layer_types[i]]
+        lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         params = cast_offset(base["layers"][i], x.dtype)
         # Only a compiled backward pass uses the fused weights' single product.
         backward = use_compiled and torch.is_grad_enabled()
         if backward and (qkv := fused_qkv(params)) is not None:
             params = params | {"qkv": qkv}
         rest = (params, lora, cos, sin, mask, keys[i])
-        chunks = mlp_chunks(config, i, level, input_ids.numel(), dropped=keys[i] is not None)
-        static = layer_spec(spec, i, fused=fused), level, chunks
+        # Dropout masks and a stack's groups are those of all rows.
+        whole = keys[i] is not None or rows is not None
+        chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
+        static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
         run = partial(_run, decoder_layer, rest, static, use_compiled)
         if stash is None:
             x = run(x)
         else:
-            x = stash.run(run, x, rest, Copies(matrices_of(adapters[i]), matrices_of(lora)))
+            x = stash.run(run, x, rest, copies)
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
 
 
@@ -156,8 +170,9 @@ def _noisy(
     attention_mask: Int[Tensor, "b t"] | None,
     position_ids: Int[Tensor, "#b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
-    seed: int | Int[Tensor, ""] | None,
+    seed: int | Int[Tensor, "..."] | None,
     first_row: Int[Tensor, ""] | None,
+    rows: StackRows | None,
 ) -> Float[Tensor, "b t d"]:
     """The embedded tokens with NEFTune's noise, if the spec asks for it and there is a seed."""
     if spec.neftune_alpha is None or seed is None:
@@ -165,7 +180,10 @@ def _noisy(
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
-    return with_noise(x, spec.neftune_alpha, seed_tensor(seed, x.device), lengths, first_row)
+    key = seed_tensor(seed, x.device)
+    if rows is not None:
+        key, first_row = row_keys(key, rows, input_ids.shape[1])
+    return with_noise(x, spec.neftune_alpha, key, lengths, first_row)
 
 
 def attention_masks(
@@ -233,6 +251,27 @@ def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor
     return compiled(fn, (x, *rest), *static) if use_compiled else fn(x, *rest, *static)
 
 
+def _records(
+    adapter: LayerAdapter,
+    spec: Spec,
+    layer: int,
+    dtype: torch.dtype,
+    rows: StackRows | None,
+    factors: Sequence[dict[str, Float[Tensor, "n"]]] | None,
+) -> tuple[LayerAdapter, Copies]:
+    """(a layer's adapter as the layer takes it, its casts of trained matrices)."""
+    if rows is None:
+        cast = product_dtype(adapter, spec, dtype)
+        return cast, Copies(matrices_of(adapter), matrices_of(cast))
+    lora = spec.lora
+    scalings: dict[str, Any] = {t.name: t.scaling for t in lora.targets[layer]} if lora else {}
+    scaled = scaled_layer(adapter, scalings if factors is None else scalings | factors[layer])
+    cast = product_dtype(scaled, spec, dtype)
+    # A scaled matrix is not a cast of a trained one, so it cannot be cast again.
+    pairs = (scaled, cast) if scaled is adapter else ({}, {})
+    return grouped_records(cast, rows.groups), Copies(*map(matrices_of, pairs))
+
+
 def requires_grad(tree: Any) -> bool:
     """Whether any tensor of a tree requires a gradient. None is a tree without tensors."""
     return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
@@ -240,31 +279,37 @@ def requires_grad(tree: Any) -> bool:
 
 def layer_keys(
     spec: Spec,
-    seed: int | Int[Tensor, ""] | None,
+    seed: int | Int[Tensor, "..."] | None,
     device: torch.device,
     first_row: Int[Tensor, ""] | None = None,
-) -> Sequence[Int[Tensor, ""] | None]:
-    """One dropout key per layer; Nones without dropout.
+    rows: StackRows | None = None,
+    t: int = 0,
+) -> Sequence[Int[Tensor, "..."] | None]:
+    """One dropout key per layer, or one per layer and row of a stack; Nones without dropout.
 
     All keys are folded at once: that takes some ten kernel launches instead of ten per layer.
     """
     key, n = dropout_key(spec, seed, device), spec.config.num_hidden_layers
     if key is None:
         return (None,) * n
+    if rows is not None:
+        of_rows, first_rows = row_keys(key, rows, t)
+        layers = torch.arange(n, device=device)[:, None]
+        return from_row(fold(of_rows, layers), first_rows).unbind()
     return from_row(fold(key, torch.arange(n, device=device)), first_row).unbind()
 
 
 def dropout_key(
-    spec: Spec, seed: int | Int[Tensor, ""] | None, device: torch.device
-) -> Int[Tensor, ""] | None:
-    """The seed as a tensor on the device; None without dropout."""
+    spec: Spec, seed: int | Int[Tensor, "*n"] | None, device: torch.device
+) -> Int[Tensor, "*n"] | None:
+    """The seed, or the seed of each adapter, as a tensor on the device; None without dropout."""
     if seed is None or spec.lora is None or spec.lora.lora_dropout == 0.0:
         return None
     return seed_tensor(seed, device)
 
 
-def seed_tensor(seed: int | Int[Tensor, ""], device: torch.device) -> Int[Tensor, ""]:
-    """The seed as an int64 tensor on the device."""
+def seed_tensor(seed: int | Int[Tensor, "*n"], device: torch.device) -> Int[Tensor, "*n"]:
+    """The seed, or the seed of each adapter, as an int64 tensor on the device."""
     if isinstance(seed, Tensor):
         return seed.to(device, torch.int64)
     # torch.tensor would copy from pageable host memory, which waits for the GPU.

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.models.params import LayerAdapter
+from fastlora.models.params import EXPERTS, LayerAdapter, StackedLoRA
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear, grouped_rows
+from fastlora.ops.linear.group_products import group_of_rows
 
 
 class Routes(NamedTuple):
@@ -27,6 +28,9 @@ class Routes(NamedTuple):
     order: Int[Tensor, "m"]  # sorted row -> copy; copy i belongs to token i // k
     place: Int[Tensor, "m"]  # its inverse: copy -> sorted row
     offsets: Int[Tensor, "e"]  # int32; for each expert, the number of the row after its last
+    # Under a stack of n adapters copies are sorted by expert and adapter, and these are the ends of
+    # each pair, as `offsets`. Otherwise it is `offsets` itself.
+    lora_offsets: Int[Tensor, "en"]
 
 
 def chosen_experts(
@@ -43,15 +47,30 @@ def chosen_experts(
     return weights, indices
 
 
-def make_routes(indices: Int[Tensor, "n k"], experts: int) -> Routes:
-    """Sort all copies by expert; copies for one expert stay in the order of the tokens."""
+def make_routes(
+    indices: Int[Tensor, "n k"],
+    experts: int,
+    adapters: int = 1,
+    adapter: Int[Tensor, "n"] | None = None,
+) -> Routes:
+    """Sort all copies by expert; copies for one expert stay in the order of the tokens.
+
+    Args:
+        indices: of each token's experts.
+        experts: their number.
+        adapters: number of adapters in a stack, by which copies for one expert are sorted.
+        adapter: of each token.
+    """
+    if adapter is not None:
+        indices = indices * adapters + adapter[:, None]
     expert = indices.flatten()
     order = expert.argsort(stable=True)
     place = torch.zeros_like(order).scatter(
         0, order, torch.arange(order.shape[0], device=order.device)
     )
-    offsets = (expert[:, None] <= torch.arange(experts, device=expert.device)).sum(0)
-    return Routes(order, place, offsets.to(torch.int32))
+    groups = torch.arange(experts * adapters, device=expert.device)
+    ends = (expert[:, None] <= groups).sum(0).to(torch.int32)
+    return Routes(order, place, ends[adapters - 1 :: adapters].contiguous(), ends)
 
 
 def expert_mlp(
@@ -93,10 +112,20 @@ def expert_mlp(
             return y.add_(update, alpha=scalings[key])
         if lora is None:
             return grouped_linear(rows, weight, routes.offsets)
+        if isinstance(lora, StackedLoRA):  # [n e _ _]; the scaling is in B
+            a, b = (m.transpose(0, 1).flatten(0, 1) for m in lora[:2])
+            pair_ends = routes.lora_offsets
+            return grouped_lora_linear(rows, weight, a, b, routes.offsets, 1.0, pair_ends)
         return grouped_lora_linear(rows, weight, lora.a, lora.b, routes.offsets, scalings[key])
 
     weights, indices = chosen_experts(logits.flatten(0, 1), per_token, renormalise)
-    routes = make_routes(indices, logits.shape[-1])
+    stacks = [lora for name in EXPERTS if isinstance(lora := adapter.get(name), StackedLoRA)]
+    if stacks:
+        n, groups = stacks[0].a.shape[0], stacks[0].groups
+        owner = group_of_rows(groups, n, indices.shape[0], indices.device)
+        routes = make_routes(indices, logits.shape[-1], n, owner)
+    else:
+        routes = make_routes(indices, logits.shape[-1])
     gate, up = grouped(spread(x.flatten(0, 1), routes), "gate_up_proj").chunk(2, dim=-1)
     weighted = F.silu(gate) * up * weights.flatten()[routes.order].unsqueeze(-1)
     down = grouped(weighted.to(x.dtype), "down_proj")

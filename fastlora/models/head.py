@@ -68,7 +68,7 @@ def masked_for_head(
     hidden: Float[Tensor, "*n d"],
     parts: Head,
     spec: Spec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
     first_row: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "*n d"]:
     """The input of the head's A: `hidden` under a dropout mask, or `hidden` itself.

@@ -32,7 +32,8 @@ def head_logprobs(
     model_head: Head,
     spec: Spec,
     labels: Int[Tensor, "n"],
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> Float[Tensor, "n"]:
     """log softmax(logits)[i, labels[i]] of each row i in at least float32; 0 if the label is -100.
 
@@ -42,6 +43,7 @@ def head_logprobs(
         spec: the model's.
         labels: in [0, v), or -100.
         key: the result of `decoder.dropout_key`.
+        first_row: as in `decoder.hidden_states`.
 
     Raises:
         ValueError: spec.kernels is "triton" on a device that runs no Triton kernels.
@@ -49,7 +51,7 @@ def head_logprobs(
     kernel = use_kernel(hidden, spec.kernels)
     if is_frozen_product(model_head):
         return _frozen_head(hidden, model_head, spec, labels, kernel)
-    return _trained_head(hidden, model_head, spec, labels, key, kernel)
+    return _trained_head(hidden, model_head, spec, labels, key, kernel, first_row)
 
 
 def _frozen_head(
@@ -75,13 +77,14 @@ def _trained_head(
     labels: Int[Tensor, "n"],
     key: Int[Tensor, ""] | None,
     kernel: bool,
+    first_row: Int[Tensor, ""] | None,
 ) -> Float[Tensor, "n"]:
     value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
     if kernel:
         value_and_grad = label_logprobs_and_grad_kernel
     # Tensors are passed flat, because each chunk is differentiated by them.
     params, structure = tree_flatten(model_head)
-    masked = masked_for_head(hidden, model_head, spec, key)
+    masked = masked_for_head(hidden, model_head, spec, key, first_row)
     # Without dropout both are one tensor, which is passed once: its gradient is computed once.
     inputs = (hidden,) if masked is hidden else (hidden, masked)
 

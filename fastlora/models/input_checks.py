@@ -16,6 +16,7 @@ from fastlora.arguments import FLAG, Rule, argument_problems, describe, instance
 from fastlora.errors import raise_problems
 from fastlora.models.params import Adapter
 from fastlora.models.spec import Spec, is_recompute
+from fastlora.models.stacks import runs_in_groups, stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
@@ -212,41 +213,74 @@ def check_call(
         base: expected: a base tree.
         spec: expected: a Spec.
         inputs: tensors by name; see `tensor_problems`.
-        seed: expected: None, an int in [0, 2**63), or an integer tensor without dimensions.
-        adapter_ids: expected: None, or an integer tensor [b] that says which adapter of a stack
-            each row has.
+        seed: expected: None, an int in [0, 2**63), or an integer tensor without dimensions; for a
+            stack also one of an element for each adapter.
+        adapter_ids: expected: None, or an integer tensor that says which adapter of a stack each
+            row [b] or each token [b, t] has.
 
     Raises:
         ValueError: listing every argument that is wrong.
     """
     problems = _tree_problems(adapter, base, spec) + tensor_problems(inputs)
-    if not _is_seed(seed):
+    n = None if problems else stack_size(adapter)
+    if not _is_seed(seed, n):
         problems.append(
             f"seed={_shown(seed)}: expected None, a whole number in [0, 2**63), or an integer"
-            " tensor without dimensions"
+            " tensor without dimensions" + ("" if n is None else f", or one of {n}, for the stack")
         )
-    if adapter_ids is not None and not problems:
-        problems = _adapter_id_problems(adapter, adapter_ids, inputs["input_ids"].shape[:1])
+    if not problems and (adapter_ids is not None or n is not None):
+        problems = _adapter_id_problems(adapter, base, spec, n, adapter_ids, inputs, seed)
     raise_problems(ValueError, f"{function} cannot use these arguments:", problems)
 
 
-def _is_seed(seed: Any) -> bool:
+def _is_seed(seed: Any, n: int | None) -> bool:
     # Under torch.func.vmap over seeds, each is a tensor without dimensions too.
     if isinstance(seed, Tensor):
-        return seed.dim() == 0 and not _is_not_integer(seed)
+        return not _is_not_integer(seed) and (seed.dim() == 0 or seed.shape == (n,))
     # Not RANDOM_SEED.accepts: under torch.compile an int may be a symbol.
     is_int = isinstance(seed, int | torch.SymInt) and not isinstance(seed, bool)
     return seed is None or (is_int and 0 <= seed < 2**63)
 
 
-def _adapter_id_problems(adapter: Any, adapter_ids: Any, rows: torch.Size) -> list[str]:
+def _adapter_id_problems(
+    adapter: Any,
+    base: Any,
+    spec: Any,
+    n: int | None,
+    adapter_ids: Any,
+    inputs: Mapping[str, Any],
+    seed: Any,
+) -> list[str]:
+    """Problems with adapter_ids, or with the rows of a stack of n adapters without them."""
+    b, t = inputs["input_ids"].shape
     if adapter is None:
         return ["adapter_ids is given, but adapter is None; pass a stack of adapters"]
+    if n is None:
+        return ["adapter_ids is given, but adapter is not a stack; functional.stack makes one"]
+    if adapter_ids is None:
+        if b % n == 0:
+            return []
+        return [f"{b} rows cannot be shared equally by a stack of {n} adapters; pass adapter_ids"]
     is_tensor = isinstance(adapter_ids, Tensor) and not _is_not_integer(adapter_ids)
-    if is_tensor and adapter_ids.shape == rows:
-        return []
-    expected = f"an integer tensor {list(rows)}, one number for each row"
-    return [f"adapter_ids must be {expected}, got {_shown(adapter_ids)}"]
+    if not is_tensor or adapter_ids.shape not in ((b,), (b, t)):
+        expected = f"an integer tensor [{b}], one number for each row, or [{b}, {t}]"
+        return [f"adapter_ids must be {expected}, got {_shown(adapter_ids)}"]
+    wrong = _token_id_problems(adapter, base, spec, seed) if adapter_ids.dim() == 2 else []
+    readable = adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not transforms_active() and ((adapter_ids < 0) | (adapter_ids >= n)).any():
+        wrong.append(f"adapter_ids must be in [0, {n}), got {adapter_ids.unique().tolist()[:9]}")
+    return wrong
+
+
+def _token_id_problems(adapter: Any, base: Any, spec: Any, seed: Any) -> list[str]:
+    given, problems = "adapter_ids has a number for each token", []
+    if not runs_in_groups(adapter, base, spec):
+        problems.append(
+            f"{given}, which works for LoRA in the layers alone; pass one number for each row"
+        )
+    if isinstance(seed, Tensor) and seed.dim() == 1:
+        problems.append(f"{given}, and seed one for each adapter; pass one seed")
+    return problems
 
 
 def _tree_problems(adapter: Any, base: Any, spec: Any) -> list[str]:

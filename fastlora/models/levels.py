@@ -96,23 +96,23 @@ def layer_levels(config: LlamaConfig, recompute: Recompute) -> tuple[str, ...]:
 _CHUNK_TOKENS = 16_384
 
 
-def mlp_chunks(config: LlamaConfig, layer: int, level: str, tokens: int, *, dropped: bool) -> int:
+def mlp_chunks(config: LlamaConfig, layer: int, level: str, tokens: int, *, whole: bool) -> int:
     """Number of token chunks for an MLP that is recomputed; a power of two, for few graphs.
 
     The backward pass holds five tensors of the MLP's width. Chunking limits them to one chunk at a
     time. On long sequences they are most of the memory per token.
 
     It is 1 where tokens do not go through the MLP independently: experts sort them, and dropout
-    masks depend on a token's row number.
+    masks and the adapters of a stack depend on a token's row number.
 
     Args:
         config: the model's shape.
         layer: number of the layer.
         level: its level.
         tokens: in the batch.
-        dropped: whether LoRA dropout is on.
+        whole: whether LoRA dropout is on, or the adapter is a stack.
     """
-    if level in ("none", "selective") or dropped or config.sparse_layers[layer]:
+    if level in ("none", "selective") or whole or config.sparse_layers[layer]:
         return 1
     return 1 << ((tokens - 1) // _CHUNK_TOKENS).bit_length()
 

@@ -30,7 +30,7 @@ def mlp_block(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
     *,
     wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
@@ -60,7 +60,7 @@ def _can_fuse_swiglu(
     adapter: LayerAdapter,
     spec: LayerSpec,
     dtype: torch.dtype,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> bool:
     """Whether the SwiGLU kernel supports this layer.
 
@@ -91,7 +91,7 @@ def _gate_up(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> tuple[list[Float[Tensor, "b t _"]], list[Float[Tensor, "b t f"]]]:
     """(x A' of gate and up, their base products). The SwiGLU kernel adds the low-rank terms."""
     names = ("gate_proj", "up_proj")
@@ -109,7 +109,7 @@ def _fused_mlp(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t d"]:
     """SwiGLU by its kernel, which also adds gate's and up's low-rank terms; then down_proj."""
     names, scalings = ["gate_proj", "up_proj"], dict(spec.scalings)

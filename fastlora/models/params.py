@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastlora.ops.linear.group_products import Groups
 from fastlora.ops.quant.weights import Quantized, Weight
 
 # Names of dtypes in config.json and in arguments.
@@ -95,9 +96,20 @@ class ExpertLoRA(NamedTuple):
     b: Float[Tensor, "e d_out r"]
 
 
+class StackedLoRA(NamedTuple):
+    """The LoRA of n adapters for one projection, while a layer runs (stacks.py).
+
+    B is multiplied by the adapter's scaling.
+    """
+
+    a: Float[Tensor, "n r d_in"]
+    b: Float[Tensor, "n d_out r"]
+    groups: Groups  # which rows of the batch use which adapter
+
+
 # How one projection is adapted. Matrices are cast to the activations' dtype before they multiply;
 # bias and magnitude stay float32.
-AdapterRecord = LoRA | BiasedLoRA | DoRA | PreparedDoRA | ExpertLoRA
+AdapterRecord = LoRA | BiasedLoRA | DoRA | PreparedDoRA | ExpertLoRA | StackedLoRA
 
 
 class Linear(TypedDict):

@@ -19,8 +19,10 @@ from fastlora.models.params import (
     Linear,
     LoRA,
     PreparedDoRA,
+    StackedLoRA,
 )
 from fastlora.models.spec import Spec
+from fastlora.models.stacks import stacked_project
 from fastlora.ops.dropout import dropout, fold, key_and_row
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.linear.frozen import frozen_linear
@@ -52,13 +54,15 @@ class LayerSpec:
     replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
 
 
-def layer_spec(spec: Spec, layer: int, *, fused: bool = False) -> LayerSpec:
+def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = False) -> LayerSpec:
     """The part of `spec` that a layer depends on.
 
     Args:
         spec: the model's.
         layer: number of the layer.
         fused: whether Triton kernels run.
+        stacked: whether the layer runs a stack of adapters, in which B contains the scalings. One
+            graph then serves all scalings.
     """
     config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
     copies = [name for name in spec.extras.replaced if name.startswith(prefix)]
@@ -68,7 +72,9 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False) -> LayerSpec:
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
         rope=bool(config.no_rope_layers[layer]),
-        scalings=tuple((t.name, t.scaling) for t in lora.targets[layer]) if lora else (),
+        scalings=()
+        if lora is None or stacked
+        else tuple((t.name, t.scaling) for t in lora.targets[layer]),
         lora_dropout=lora.lora_dropout if lora else 0.0,
         qat_scheme=spec.qat_scheme,
         deterministic=spec.deterministic,
@@ -86,7 +92,7 @@ def project(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> list[Float[Tensor, "b t d_out"]]:
     """The projections `names` of x, each with its low-rank term if the adapter has one.
 
@@ -96,8 +102,11 @@ def project(
         params: of the layer.
         adapter: of the layer.
         spec: of the layer.
-        key: of the layer's dropout masks; None: without dropout.
+        key: of the layer's dropout masks, or of each row's under a stack of adapters; None:
+            without dropout.
     """
+    if any(isinstance(adapter.get(name), StackedLoRA) for name in names):
+        return _project_stack(x, names, params, adapter, spec, key)
     scalings = dict(spec.scalings)
     # Fake quantisation rounds W + s B A, so the sum of the matrices must be computed. Otherwise we
     # add the products of x with W and with A and B, which costs less.
@@ -116,12 +125,26 @@ def project(
     ]
 
 
+def _project_stack(
+    x: Float[Tensor, "b t d_in"],
+    names: tuple[str, ...],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, "b"] | None,
+) -> list[Float[Tensor, "b t d_out"]]:
+    linears, records = [params[n] for n in names], [adapter.get(n) for n in names]
+    salts = [_DROPOUT_SALT[name] for name in names]
+    fused_weight = params.get("qkv") if names == QKV else None
+    return stacked_project(x, linears, records, salts, spec.lora_dropout, key, fused_weight)
+
+
 def group_arguments(
     names: tuple[str, ...],
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> tuple[list[Float[Tensor, "_ d_in"]], list[Branch], Masks | None]:
     """(every A, the branches, the dropout masks): arguments of ops/linear/lora_group.py.
 
@@ -163,7 +186,7 @@ def a_matrices(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> tuple[list[Float[Tensor, "_ d_in"]], Masks | None]:
     """(every A, the dropout masks of their inputs).
 
@@ -177,7 +200,7 @@ def a_matrices(
             if "offset" in params[name]:
                 matrices.append(params[name]["offset"].a)
                 slots.append(-1)  # no mask
-    if key is None:
+    if key is None or not matrices:
         return matrices, None
     # The keys of all names are the same tensor for all calls in a layer, so a compiled layer
     # computes them once, in one launch.
@@ -192,7 +215,7 @@ def _with_masked_base(
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, ""],
+    key: Int[Tensor, "..."],
 ) -> Float[Tensor, "b t d_out"]:
     """A projection that may carry DoRA. Under dropout, DoRA multiplies W with the masked x too."""
     linear, lora = params[name], adapter.get(name)

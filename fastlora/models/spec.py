@@ -90,6 +90,9 @@ class Spec:
     # Names of base tensors that differ from the checkpoint's, and UNTIED if the head has become a
     # second matrix. save_pretrained writes changed embeddings and heads, and refuses the rest.
     changed: tuple[str, ...] = ()
+    # Of a stack whose adapters have different scalings: for each layer pairs of (projection, each
+    # adapter's scaling divided by that in `lora.targets`). Empty if the scalings are equal.
+    stack_factors: tuple[tuple[tuple[str, tuple[float, ...]], ...], ...] = ()
 
     @property
     def extras(self) -> Extras:

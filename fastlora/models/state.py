@@ -14,7 +14,7 @@ from torch import Tensor
 from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import LoraConfig, Spec
 
-Seed = int | Int[Tensor, ""] | None
+Seed = int | Int[Tensor, ""] | Int[Tensor, "n"] | None  # [n]: of each adapter of a stack
 Batch = Mapping[str, Tensor]
 
 

@@ -52,7 +52,7 @@ def fold(key: Int[Tensor, "*#k"], data: int | Int[Tensor, "*#k"]) -> Int[Tensor,
     return hash32(low_word(key) ^ high).to(torch.int64) & _WORD
 
 
-def from_row(key: Int[Tensor, "*k"], row: Int[Tensor, ""] | None) -> Int[Tensor, "*k"]:
+def from_row(key: Int[Tensor, "*#k"], row: Int[Tensor, "*#k"] | None) -> Int[Tensor, "*#k"]:
     """A result of `fold` with the number of the mask's first row in its high word; None: row 0.
 
     If the rows of a batch run one by one, each needs its part of the batch's mask.
@@ -60,20 +60,22 @@ def from_row(key: Int[Tensor, "*k"], row: Int[Tensor, ""] | None) -> Int[Tensor,
     return key if row is None else key | (row << 32)
 
 
-def key_and_row(key: Int[Tensor, ""]) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
+def key_and_row(key: Int[Tensor, "*k"]) -> tuple[Int[Tensor, "*k"], Int[Tensor, "*k"]]:
     """The inverse of `from_row`; the row is 0 in a key that is a result of `fold` itself."""
     return key & _WORD, key >> 32
 
 
 def keep_mask(
-    key: Int[Tensor, ""],
+    key: Int[Tensor, "*b"],
     rows: int,
     columns: int,
     p: float,
     device: torch.device,
-    first_row: Int[Tensor, ""] | None = None,
-) -> Bool[Tensor, "rows columns"]:
+    first_row: Int[Tensor, "*b"] | None = None,
+) -> Bool[Tensor, "*b rows columns"]:
     """True with probability 1 - p (rounded to 2**-32), independently per element.
+
+    Several keys give one mask each.
 
     Args:
         key: only its low word is used.
@@ -89,19 +91,19 @@ def keep_mask(
 
 
 def _random_bits(
-    key: Int[Tensor, ""],
+    key: Int[Tensor, "*b"],
     rows: int,
     columns: int,
     device: torch.device,
-    first_row: Int[Tensor, ""] | None,
-) -> Int32[Tensor, "rows columns"]:
+    first_row: Int[Tensor, "*b"] | None,
+) -> Int32[Tensor, "*b rows columns"]:
     """32 random bits for each element; the arguments are those of `keep_mask`."""
     number = torch.arange(rows, dtype=torch.int32, device=device)
     if first_row is not None:
-        number = number + low_word(first_row)
-    row = hash32(number ^ low_word(key))
+        number = number + low_word(first_row)[..., None]
+    row = hash32(number ^ low_word(key)[..., None])
     column = torch.arange(columns, dtype=torch.int32, device=device) & _INDEX
-    return hash32(row[:, None] + column * (0x9E3779B1 - 2**32))
+    return hash32(row[..., None] + column * (0x9E3779B1 - 2**32))
 
 
 def uniform(
@@ -129,4 +131,12 @@ def dropout(
         return x
     rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
     keep = keep_mask(key, rows, columns, p, x.device, first_row).view(x.shape)
+    return torch.where(keep, x / (1.0 - p), 0.0)
+
+
+def row_dropout(
+    x: Float[Tensor, "b t d"], p: float, keys: Int[Tensor, "b"], first_rows: Int[Tensor, "b"]
+) -> Float[Tensor, "b t d"]:
+    """`dropout` with a key and a first row for each row of a batch."""
+    keep = keep_mask(keys, x.shape[1], x.shape[2], p, x.device, first_rows)
     return torch.where(keep, x / (1.0 - p), 0.0)

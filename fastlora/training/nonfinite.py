@@ -120,6 +120,6 @@ def _is_finite_after(model: ModelState, batch: Batch, seed: Seed, layers: int) -
     return bool(hidden.isfinite().all())
 
 
-def _inputs(batch: Batch) -> dict[str, Tensor]:
+def _inputs(batch: Batch) -> dict[str, Any]:
     """The entries of a batch that the model reads. Batches of preference rows have more entries."""
     return {name: x for name, x in batch.items() if name in BATCH_ENTRIES and name != "labels"}

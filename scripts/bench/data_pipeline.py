@@ -104,6 +104,7 @@ def trl(path: str, cores: int) -> dict[str, float]:
     from fastlora.checkpoints.hub import DEMO  # noqa: PLC0415
 
     datasets.disable_caching()
+    datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
 
     def encode(row: dict[str, Any]) -> dict[str, Any]:

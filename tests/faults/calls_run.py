@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import fastlora
+from fastlora import functional as FL
 from faults.case import IDS, Case, Context, call_functional
 from faults.values import (
     CHOICE,
@@ -76,6 +77,11 @@ def _text(context: Context, **changed: Any) -> Any:
 
 def _of(function: str) -> Any:
     return lambda context, **changed: call_functional(context, function, **changed)
+
+
+def _unstack(context: Context, **changed: Any) -> Any:
+    tree = context.tuned.adapter
+    return FL.unstack(**dict(stack=tree, models=[context.tuned]) | changed)
 
 
 def cases() -> Iterator[Case]:
@@ -178,6 +184,11 @@ def cases() -> Iterator[Case]:
     yield from bad_calls("FL.token_logprobs", _of("token_logprobs"), trees | ids | labels)
     batch = dict(batch=(None, "text", 5, (), {}, [IDS], IDS, STRANGER))
     yield from bad_calls("FL.loss", _of("loss"), trees | batch)
+    yield from bad_calls("FL.row_losses", _of("row_losses"), trees | batch | adapter_ids)
+    models = (None, 5, "text", (), [], [5], STRANGER)
+    yield from bad_calls("FL.stack", lambda _, **how: FL.stack(**how), dict(models=models))
+    stacks = dict(stack=(None, 5, "text", {}, [], STRANGER), models=models)
+    yield from bad_calls("FL.unstack", _unstack, stacks)
     yield from _batches()
 
 

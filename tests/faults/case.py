@@ -165,7 +165,11 @@ def fl_arguments(context: Context) -> dict[str, Any]:
 
 def call_functional(context: Context, function: str, **changed: Any) -> Any:
     """One of functional's functions on good arguments, some of them changed."""
-    own = {"batch": context.batch} if function == "loss" else {"input_ids": IDS.clone()}
+    own = (
+        {"batch": context.batch}
+        if function in ("loss", "row_losses")
+        else {"input_ids": IDS.clone()}
+    )
     if function == "token_logprobs":
         own["labels"] = IDS.clone()
     return getattr(functional, function)(**fl_arguments(context) | own | changed)

@@ -158,10 +158,10 @@ def test_chunks_change_no_value(level, chunks, compile, pair, fresh_dynamo):
 )
 def test_long_sequences_run_the_mlp_in_chunks(level, tokens, chunks, pair):
     config = pair("llama2").model.spec.config
-    assert mlp_chunks(config, 0, level, tokens, dropped=False) == chunks
-    assert mlp_chunks(config, 0, level, tokens, dropped=True) == 1
+    assert mlp_chunks(config, 0, level, tokens, whole=False) == chunks
+    assert mlp_chunks(config, 0, level, tokens, whole=True) == 1
     sparse = pair("mixtral").model.spec.config
-    assert mlp_chunks(sparse, 0, level, tokens, dropped=False) == 1
+    assert mlp_chunks(sparse, 0, level, tokens, whole=False) == 1
 
 
 # ── the same laws for eager code, counted while it runs ───────────────────────────────────────────

@@ -152,7 +152,7 @@ def _broken(layers: Sequence[LayerAdapter]) -> list[str]:
         projection_path(i, name)
         for i, loras in enumerate(layers)
         for name, lora in loras.items()
-        if not all(x.isfinite().all() for x in lora)
+        if not all(x.isfinite().all() for x in tree_leaves(lora))
     ]
 
 

@@ -39,14 +39,16 @@ def grouped_linear_reference(
 def grouped_lora_linear_reference(
     x: Float[Tensor, "m d_in"],
     weight: Float[Tensor, "e d_out d_in"],
-    a: Float[Tensor, "e r d_in"],
-    b: Float[Tensor, "e d_out r"],
+    a: Float[Tensor, "g r d_in"],
+    b: Float[Tensor, "g d_out r"],
     offsets: Int[Tensor, "e"],
     scaling: float,
+    lora_offsets: Int[Tensor, "g"] | None = None,
 ) -> Float[Tensor, "m d_out"]:
     """The specification, differentiable in every argument any number of times."""
-    x_a = grouped_linear_reference(x, a, offsets)
-    update = grouped_linear_reference(x_a, b, offsets)
+    ends = offsets if lora_offsets is None else lora_offsets
+    x_a = grouped_linear_reference(x, a, ends)
+    update = grouped_linear_reference(x_a, b, ends)
     return grouped_linear_reference(x, weight, offsets) + scaling * update
 
 
@@ -56,21 +58,25 @@ def grouped_lora_linear_reference(
 # accumulate into an existing tensor, so the sum takes one more pass over y.
 torch.library.define(
     "fastlora::grouped_linear",
-    "(Tensor x, Tensor weight, Tensor offsets, Tensor? x_a, Tensor? b, float scaling) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor offsets, Tensor? x_a, Tensor? b, float scaling,"
+    " Tensor? lora_offsets=None) -> Tensor",
 )
 
 torch.library.define("fastlora::grouped_outer", "(Tensor y, Tensor x, Tensor offsets) -> Tensor")
 
 
 @torch.library.impl("fastlora::grouped_linear", "CompositeExplicitAutograd")
-def _grouped_linear(x, weight, offsets, x_a, b, scaling):
+def _grouped_linear(x, weight, offsets, x_a, b, scaling, lora_offsets=None):
     y = _rows(x, weight, offsets)
+    if x_a is None:
+        return y
     # In place: base product and sum share one [m, d_out] buffer.
-    return y if x_a is None else y.add_(_rows(x_a, b, offsets), alpha=scaling)
+    ends = offsets if lora_offsets is None else lora_offsets
+    return y.add_(_rows(x_a, b, ends), alpha=scaling)
 
 
 @torch.library.register_fake("fastlora::grouped_linear")
-def _(x, weight, offsets, x_a, b, scaling):
+def _(x, weight, offsets, x_a, b, scaling, lora_offsets=None):
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
@@ -156,20 +162,22 @@ class _GroupedOuter(torch.autograd.Function):
 
 class _GroupedLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, x_a, b, offsets, scaling):
-        ctx.save_for_backward(weight, x_a, b, offsets)
+    def forward(ctx, x, weight, x_a, b, offsets, scaling, lora_offsets):
+        ctx.save_for_backward(weight, x_a, b, offsets, lora_offsets)
         ctx.scaling = scaling
-        return torch.ops.fastlora.grouped_linear(x, weight, offsets, x_a, b, scaling)
+        op = torch.ops.fastlora.grouped_linear
+        return op(x, weight, offsets, x_a, b, scaling, lora_offsets)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
-        weight, x_a, b, offsets = ctx.saved_tensors
+        weight, x_a, b, offsets, ends = ctx.saved_tensors
+        ends = offsets if ends is None else ends
         # Products of the other classes, so that this backward pass is differentiable itself.
         transposed, scaling = weight.transpose(1, 2), ctx.scaling
         dx = _GroupedLinear.apply(dy, transposed, offsets) if ctx.needs_input_grad[0] else None
-        dx_a = _GroupedLinear.apply(dy, b.transpose(1, 2), offsets) * scaling
-        db = _GroupedOuter.apply(dy, x_a, offsets) * scaling
-        return dx, None, dx_a, db, None, None  # the weight is frozen
+        dx_a = _GroupedLinear.apply(dy, b.transpose(1, 2), ends) * scaling
+        db = _GroupedOuter.apply(dy, x_a, ends) * scaling
+        return dx, None, dx_a, db, None, None, None  # the weight is frozen
 
 
 # ── 4. public functions ───────────────────────────────────────────────────────────────────
@@ -185,10 +193,11 @@ def grouped_linear(
 def grouped_lora_linear(
     x: Float[Tensor, "m d_in"],
     weight: Float[Tensor, "e d_out d_in"],
-    a: Float[Tensor, "e r d_in"],
-    b: Float[Tensor, "e d_out r"],
+    a: Float[Tensor, "g r d_in"],
+    b: Float[Tensor, "g d_out r"],
     offsets: Int[Tensor, "e"],
     scaling: float,
+    lora_offsets: Int[Tensor, "g"] | None = None,
 ) -> Float[Tensor, "m d_out"]:
     """The adapted groups. All floating-point tensors have x.dtype. `weight` receives no gradient.
 
@@ -199,15 +208,18 @@ def grouped_lora_linear(
         b: LoRA's B of each group.
         offsets: the end of each group, int32; see the head of this file.
         scaling: factor of the low-rank term (alpha / r).
+        lora_offsets: the end of each group of A and B, if these are finer than the groups of the
+            weight; None: they are the same.
     """
     if needs_reference(weight):
-        return grouped_lora_linear_reference(x, weight, a, b, offsets, scaling)
+        return grouped_lora_linear_reference(x, weight, a, b, offsets, scaling, lora_offsets)
     # The grouped kernel needs strides of 16 bytes, 8 elements. Zero rows of A and zero columns of B
     # change no value; autograd drops their gradients.
     if x.is_cuda and (short := -a.shape[1] % 8):
         a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
-    x_a = _GroupedLinear.apply(x, a, offsets)
-    return _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling)  # pyright: ignore[reportReturnType]
+    x_a = _GroupedLinear.apply(x, a, offsets if lora_offsets is None else lora_offsets)
+    y = _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling, lora_offsets)
+    return y  # pyright: ignore[reportReturnType]
 
 
 def grouped_rows(

@@ -61,7 +61,7 @@ def peak_bytes(
     gradients = 0
     for i, level in reversed([*enumerate(levels)]):
         gradients += sum(x.nbytes for x in adapters[i])
-        chunk = tokens / mlp_chunks(config, i, level, tokens, dropped=False)
+        chunk = tokens / mlp_chunks(config, i, level, tokens, whole=False)
         mlp_gradients = (2 if fused else 4) * f * chunk * item
         recomputed = kept_at_selective - kept[i] if level not in ("none", "selective") else 0
         recomputed -= 2 * f * (tokens - chunk) * item
