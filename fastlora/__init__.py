@@ -31,6 +31,7 @@ from fastlora.generation.many import generate_many
 from fastlora.loading import load
 from fastlora.model import Model
 from fastlora.runtime.gradients import value_and_grad
+from fastlora.runtime.per_example import Sketch
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import History
 from fastlora.training.loop import train
@@ -44,6 +45,7 @@ __all__ = [
     "History",
     "Model",
     "RateRange",
+    "Sketch",
     "Tokenizer",
     "add_tokens",
     "combine",
