@@ -39,8 +39,8 @@ _MAX_EXPONENT = 64
 _MAX_TEMPLATE_CHARS = 200_000  # the longest template on the Hub that we know of has 30,000
 _MAX_SHOWN_CHARS = 500  # of an error that a template raises
 
-# Stand for the marks of a {% generation %} block where a template is only parsed. Text of a template
-# cannot hold them: its line feeds are "\n".
+# In place of the marks of a {% generation %} block where a template is only parsed. A template's
+# own text cannot hold them: its line feeds are "\n".
 _PROBES = ("\r(", "\r)")
 
 # Compiled templates are shared, so functions inside them look up the budget of their rendering.
