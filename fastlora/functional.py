@@ -36,7 +36,7 @@ from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
 from fastlora.models.stacks import StackRows
 from fastlora.models.state import Batch, Seed
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.runtime.per_example import PerExample
 
 # PerExample is what value_and_grad(per_example=...) passes to its function.
