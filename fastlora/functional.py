@@ -12,6 +12,9 @@ adapted or copied embeddings, fake quantisation, an initial offset), and all sta
 torch.func transform, run under torch.vmap: eagerly, with attention's reference, which holds
 [b, h, t, t] scores, and with all activations kept.
 
+Under value_and_grad(fn, per_example=...) fn gets an adapter whose gradient is computed for each
+example: row i, or the rows or tokens that `adapter_ids` gives the number i.
+
 Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
 these would wait for the GPU. `Model`'s methods check values as well.
 """
