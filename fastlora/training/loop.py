@@ -21,14 +21,12 @@ from tqdm import tqdm
 from fastlora.arguments import settings_from
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
-from fastlora.errors import CheckpointError
 from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
-from fastlora.models.state import StateT
+from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
-from fastlora.training.checkpoint import restore_checkpoint
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.finished import finish_folder, tokenizer_bytes
 from fastlora.training.history import History, Record
@@ -39,42 +37,50 @@ from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
 from fastlora.training.logging.open import Log, open_log
 from fastlora.training.output_folder import (
-    add_way_on,
     check_space,
     checkpoint_to_resume,
     refuse_to_overwrite,
     run_bytes,
+    start_from,
 )
 from fastlora.training.positions import encoded_rows, figures, finish_stream, with_position
 from fastlora.training.progress import bar_figures, step_cost
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
 from fastlora.training.run_record import json_settings, run_record
+from fastlora.training.runs.arguments import Ending
+from fastlora.training.runs.loop import train_runs
 from fastlora.training.schedules import Schedule
 from fastlora.training.settings import Settings, check_train_arguments
 from fastlora.training.signals import StopRequest
 from fastlora.training.step import optimizer_step
 
+# Arguments of one run; with a list of models, a list has one each.
+Folder = str | os.PathLike[str] | None
+Rates = Mapping[str, float] | None
+Options = Mapping[str, Any] | None
+Resume = bool | str | os.PathLike[str]
+
 
 def train(
-    model: StateT,
+    model: ModelState | Sequence[ModelState],
     tokenizer: Tokenizer | None,
     data: Data,
     *,
     eval_data: Data | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
-    max_steps: int | None = None,
-    num_epochs: float = 1,
+    output_dir: Folder | Sequence[Folder] = None,
+    max_steps: int | Sequence[int | None] | None = None,
+    num_epochs: float | Sequence[float] = 1,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
-    learning_rate: float = 2e-4,
-    learning_rates: Mapping[str, float] | None = None,
-    lr_scheduler: str | Schedule = "cosine",
-    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
-    warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0,
-    max_grad_norm: float | None = 1.0,
-    optimizer: str | OptimizerFactory = "adamw",
+    learning_rate: float | Sequence[float] = 2e-4,
+    learning_rates: Rates | Sequence[Rates] = None,
+    lr_scheduler: str | Schedule | Sequence[str | Schedule] = "cosine",
+    lr_scheduler_kwargs: Options | Sequence[Options] = None,
+    warmup_ratio: float | Sequence[float] = 0.03,
+    weight_decay: float | Sequence[float] = 0.0,
+    max_grad_norm: float | Sequence[float | None] | None = 1.0,
+    optimizer: str | OptimizerFactory | Sequence[str | OptimizerFactory] = "adamw",
     neftune_alpha: float | None = None,
     loss: str | Objective | Callable[..., Any] = "sft",
     packing: bool = True,
@@ -83,19 +89,22 @@ def train(
     on_bad_row: str = "error",
     columns: Mapping[str, str] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
-    eval_every: int | None = None,
+    eval_every: int | Sequence[int | None] | None = None,
     sample_prompts: Sequence[Prompt] | None = None,
     sample_tokens: int = 64,
-    save_every: int | None = None,
-    keep: int | None = None,
-    keep_best: bool = False,
-    early_stopping: int | None = None,
-    resume: bool | str | os.PathLike[str] = False,
-    seed: int = 3407,
+    save_every: int | Sequence[int | None] | None = None,
+    keep: int | Sequence[int | None] | None = None,
+    keep_best: bool | Sequence[bool] = False,
+    early_stopping: int | Ending | Sequence[int | None] | None = None,
+    resume: Resume | Sequence[Resume] = False,
+    seed: int | Sequence[int] = 3407,
     log: Log | None = None,
     progress: bool = True,
-) -> tuple[StateT, History]:
+) -> tuple[Any, Any]:
     """The model with a trained adapter, and the history. The given model's tensors are not changed.
+
+    A list of models over one base is trained in one pass, a run each; the result is then a list of
+    models and a list of histories. See "Several runs" below.
 
     The loss of a step is the mean over the trained tokens of all its micro-batches together, so the
     result depends on batch_size x gradient_accumulation_steps and not on how it is split. The mean
@@ -204,6 +213,16 @@ def train(
         progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
             left, and on CUDA the share of the card's peak and the memory.
 
+    Several runs:
+        `model` is a list of n models with LoRA in the layers, over the same base tensors; ranks,
+        alphas and targets may differ. data, eval_data, output_dir, resume, seed and all settings of
+        optimizer, rate, length, evaluation and saving may be lists of n values, one for each run.
+        A list of sources is one for each run; a list of rows is for all. One output_dir stands for
+        its folders run-0, run-1, ... Each run equals a single one up to rounding, and has the same
+        files. Functions in `log` get each run's records, with its number under "run".
+        early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
+        the FloatingPointError is raised after the others' end. See training/runs/README.md.
+
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
             setting in which a resumed run differs from its checkpoint.
@@ -217,7 +236,10 @@ def train(
         SystemExit: SIGINT or SIGTERM ended the run; see above.
     """
     # Must come first: locals() may hold nothing but the arguments.
-    settings = settings_from(Settings, locals())
+    given = dict(locals())
+    if _are_several(model):
+        return train_runs(given)
+    settings = settings_from(Settings, given)
     check_train_arguments(
         settings,
         model=model,
@@ -229,8 +251,8 @@ def train(
         log=log,
         progress=progress,
     )
-    assert tokenizer is not None
-    folder = None if output_dir is None else Path(output_dir)
+    assert tokenizer is not None and isinstance(model, ModelState)
+    folder = None if given["output_dir"] is None else Path(given["output_dir"])
 
     with output_lock(folder), ExitStack() as after:
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
@@ -239,12 +261,12 @@ def train(
         run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder)
         learner = make_learner(model, settings, objective)
-        checkpoint = checkpoint_to_resume(resume, folder)
+        checkpoint = checkpoint_to_resume(given["resume"], folder)
         # Training changes none of it, so it is computed once for all checkpoints.
         saves = folder is not None or checkpoint is not None
         identity = run_identity(run, learner.model) if saves else {}
         initial = hash_adapter(learner.model) if saves else ""
-        learner, records = _start(checkpoint, learner, identity, run.steps)
+        learner, records = start_from(checkpoint, learner, identity, run.steps)
         refuse_to_overwrite(folder, len(records), checkpoint, identity)
         if folder is not None:
             needed = run_bytes(learner, settings, len(records), run.steps)
@@ -274,16 +296,10 @@ def train(
     return trained, History.of(records)
 
 
-def _start(
-    checkpoint: Path | None, learner: Learner[StateT], identity: Mapping[str, Any], steps: int
-) -> tuple[Learner[StateT], list[Record]]:
-    """The learner before the first step that is to be run, and the records of the steps before."""
-    if checkpoint is None:
-        return learner, []
-    try:
-        return restore_checkpoint(checkpoint, learner, identity, steps)
-    except CheckpointError as error:
-        raise add_way_on(error, checkpoint) from error
+def _are_several(model: Any) -> bool:
+    """Whether `model` is a list of models; a tuple may also be the result of `load`."""
+    are_models = isinstance(model, tuple) and all(isinstance(x, ModelState) for x in model)
+    return isinstance(model, list) or (are_models and len(model) > 0)
 
 
 def _run_steps(

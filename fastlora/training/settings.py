@@ -102,6 +102,8 @@ class Settings:
     seed: int = setting(RANDOM_SEED)
 
 
+HEADING = "fastlora.train cannot use these arguments:"
+
 _RESUME = Rule(
     lambda x: FLAG.accepts(x) or PATH.accepts(x),
     'True, False, "auto" or the path of a checkpoint',
@@ -124,6 +126,37 @@ def check_train_arguments(
 
     Raises:
         ValueError: listing every argument that `train` cannot use, with what is expected.
+        ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
+    """
+    problems = train_problems(
+        settings,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        eval_data=eval_data,
+        output_dir=output_dir,
+        resume=resume,
+        log=log,
+        progress=progress,
+    )
+    raise_problems(ValueError, HEADING, problems, shown=20)
+
+
+def train_problems(
+    settings: Settings,
+    *,
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    eval_data: Any,
+    output_dir: Any,
+    resume: Any,
+    log: Any,
+    progress: Any,
+) -> list[str]:
+    """A line for each argument that `train` cannot use, with what is expected.
+
+    Raises:
         ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
     # All problems are collected first, so that one error names them all.
@@ -153,7 +186,7 @@ def check_train_arguments(
         # Report an unwritable folder now, not after hours of training.
         if PATH.accepts(output_dir):
             problems += _folder_problems(Path(output_dir), model)
-    raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
+    return problems
 
 
 def _text_problems(settings: Settings, model: Any, tokenizer: Any) -> list[str]:
