@@ -36,6 +36,8 @@ from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
 from fastlora.training.logging.open import Log, open_log
+from fastlora.training.many.arguments import Ending
+from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
     check_space,
     checkpoint_to_resume,
@@ -48,8 +50,6 @@ from fastlora.training.progress import bar_figures, step_cost
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
 from fastlora.training.run_record import json_settings, run_record
-from fastlora.training.runs.arguments import Ending
-from fastlora.training.runs.loop import train_runs
 from fastlora.training.schedules import Schedule
 from fastlora.training.settings import Settings, check_train_arguments
 from fastlora.training.signals import StopRequest
@@ -221,7 +221,7 @@ def train(
         its folders run-0, run-1, ... Each run equals a single one up to rounding, and has the same
         files. Functions in `log` get each run's records, with its number under "run".
         early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
-        the FloatingPointError is raised after the others' end. See training/runs/README.md.
+        the FloatingPointError is raised after the others' end. See training/many/README.md.
 
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every

@@ -1,0 +1,170 @@
+"""train_runs(): what `train` does with a list of models.
+
+Each run is a pure function of its own arguments, as a single run is. The other runs of a pass
+change it by rounding only. A run that ends leaves the pass, whose stack is then made anew.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from tqdm import tqdm
+
+from fastlora.models.state import Batch
+from fastlora.text.tokenizer import Tokenizer
+from fastlora.training.after_step import evaluate_and_save, evaluation_is_due
+from fastlora.training.finished import finish_folder
+from fastlora.training.history import History, Record
+from fastlora.training.keeping import stops_early
+from fastlora.training.lock import output_lock
+from fastlora.training.logging.backends import RunInfo
+from fastlora.training.logging.open import Log, log_entries, open_log
+from fastlora.training.many.arguments import Ending, own_arguments
+from fastlora.training.many.ending import ended_before, ended_by
+from fastlora.training.many.failures import kept, kept_on_failure, raise_failures
+from fastlora.training.many.figures import pass_figures
+from fastlora.training.many.prepare import RunState, prepare_runs
+from fastlora.training.many.stack import RunStack, make_stack
+from fastlora.training.many.step import evaluate_runs, step_runs
+from fastlora.training.positions import figures, with_position
+from fastlora.training.progress import step_cost
+from fastlora.training.run_record import json_settings
+from fastlora.training.signals import StopRequest
+
+
+def train_runs(given: Mapping[str, Any]) -> tuple[list[Any], list[History]]:
+    """The trained models and their histories, in the order of the given models.
+
+    Args:
+        given: the arguments of `train` by name; "model" is a list.
+
+    Raises:
+        FloatingPointError: runs had a loss or gradient that is NaN or infinite. It is raised after
+            the other runs have ended, and names these runs.
+        ValueError, FileNotFoundError, CheckpointError, OSError, SystemExit: as `train`.
+    """
+    own, ending = own_arguments(given)
+    tokenizer, progress = given["tokenizer"], given["progress"]
+    with ExitStack() as after:
+        for arguments in own:
+            after.enter_context(output_lock(arguments.output_dir))
+        states = prepare_runs(own, tokenizer, progress, after)
+        stop = StopRequest()
+        with stop.listening(), kept_on_failure(states, stop):
+            with ExitStack() as logs:
+                for state in states:
+                    state.write = logs.enter_context(_log_of(state, given["log"]))
+                _run_passes(states, tokenizer, ending, stop, progress)
+            if stop.signal is not None:
+                raise stop.error()
+    raise_failures(states)
+    return [state.trained for state in states], [History.of(state.records) for state in states]
+
+
+@contextmanager
+def _log_of(state: RunState, log: Log | None) -> Iterator[Any]:
+    """The function that writes the records of a run. Those that users' functions get have the
+    number of the run."""
+
+    def numbered(function: Any, record: Record) -> None:
+        function({"run": state.number} | record)
+
+    entries = [x if isinstance(x, str) else partial(numbered, x) for x in log_entries(log)]
+    start = state.describe(model=state.learner.model, records=state.records, ended=False)
+    records = tuple(map(figures, state.records))
+    info = RunInfo(state.folder, records, json_settings(state.run.settings), start)
+    with open_log(entries, info) as write:
+        yield write
+
+
+def _run_passes(
+    states: Sequence[RunState],
+    tokenizer: Tokenizer,
+    ending: Ending | None,
+    stop: StopRequest,
+    progress: bool,
+) -> None:
+    """Run all steps of all runs; in a pass, every run that goes on takes one."""
+    stopped = ended_before(states, ending)
+    for state in states:
+        early = stops_early(state.records, state.run.settings.early_stopping)
+        if early or state.number in stopped or len(state.records) == state.run.steps:
+            _finish(state, tokenizer)
+    active = [state for state in states if state.trained is None]
+    total = max((state.run.steps - len(state.records) for state in active), default=0)
+    stack = None
+    with tqdm(total=total, disable=not progress, unit="step") as bar:
+        while active:
+            started = perf_counter()
+            if stack is None or stack.n != len(active):
+                stack = None  # its memory is free before the next one is made
+                stack = make_stack([s.learner for s in active], active[0].run.settings)
+            taken = _take_steps(stack, active, started)
+            ended = _after_steps(stack, active, taken)
+            ended |= ended_by(ending, active, taken, ended)
+            if progress:
+                bar.set_postfix(pass_figures(taken, len(states)), refresh=False)
+            bar.update()
+            for state in taken:
+                state.write(figures(state.records[-1]))
+            for state in active:
+                if state.error is not None:
+                    state.trained = state.learner.model
+                elif state.number in ended:
+                    _finish(state, tokenizer)
+            active = [state for state in active if state.trained is None]
+            if stop.signal is not None and active:
+                raise stop.error()
+
+
+def _take_steps(stack: RunStack, active: Sequence[RunState], started: float) -> list[RunState]:
+    """One step of each run; returns the runs whose step was finite."""
+    micro_batches: list[list[Batch]] = [next(state.batches) for state in active]
+    results = step_runs(stack, active, micro_batches)
+    # step_runs ends with a read from the device, so all its work is done here.
+    seconds, taken = perf_counter() - started, []
+    for state, batches, result in zip(active, micro_batches, results, strict=True):
+        if isinstance(result, FloatingPointError):
+            state.error = kept(state, result)
+            continue
+        result["seconds"] = seconds
+        result |= step_cost(state.learner.model, batches, seconds)
+        state.records.append(with_position(result, state.run, state.records))
+        taken.append(state)
+    return taken
+
+
+def _after_steps(stack: RunStack, active: Sequence[RunState], taken: list[RunState]) -> set[int]:
+    """Evaluate and save the runs for which it is due; returns the numbers of those that end.
+
+    A run whose evaluation is not finite is removed from `taken`.
+    """
+    due = [s for s in taken if s.run.eval_sequences and evaluation_is_due(s.run, len(s.records))]
+    losses: dict[int, float | None] = {}
+    if len(due) == len(active) > 1:
+        together = evaluate_runs(stack, active)
+        # evaluate() finds the cause of a loss that is not finite.
+        losses = {
+            s.number: x for s, x in zip(active, together, strict=True) if abs(x) < float("inf")
+        }
+    ended = set()
+    for state in [*taken]:
+        given = (state.run, state.learner, state.records, state.identity, state.folder, state.best)
+        try:
+            if evaluate_and_save(*given, eval_loss=losses.get(state.number)):
+                ended.add(state.number)
+        except FloatingPointError as error:
+            state.error = kept(state, error)
+            taken.remove(state)
+    return ended
+
+
+def _finish(state: RunState, tokenizer: Tokenizer) -> None:
+    """Set the model that a run returns, and write its folder."""
+    trained = state.best.model(state.learner.model)
+    if state.folder is not None:
+        end = state.describe(model=trained, records=state.records, ended=True)
+        finish_folder(state.folder, trained, tokenizer, state.identity, state.records, end)
+    state.trained = trained
