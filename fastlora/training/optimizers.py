@@ -139,29 +139,33 @@ def updates(
     Waits for the device once for all of them.
     """
     figures = torch.stack([losses.double(), norms.double()], 1)
-    fused = [isinstance(x, torch.optim.AdamW) and bool(x.defaults.get("fused")) for x in optimizers]
-    for optimizer, rate in zip(optimizers, learning_rates, strict=True):
+    skipped = (~figures.isfinite().all(1)).float().unbind()
+    for optimizer, rate, skip in zip(optimizers, learning_rates, skipped, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = rate * group.get(_RATIO, 1.0)
         count_update(optimizer)
-    # Fused AdamW's kernel reads `found_inf` on the device, so the host need not wait before the
-    # update. Other optimizers may not read it.
-    if any(fused):
-        skipped = (~figures.isfinite().all(1)).float().unbind()
-        for i, optimizer in enumerate(optimizers):
-            if fused[i]:
-                of_adamw: Any = optimizer
-                of_adamw.grad_scale, of_adamw.found_inf = None, skipped[i]
-                optimizer.step()
-    values = [(loss, norm) for loss, norm in figures.tolist()]
-    for i, optimizer in enumerate(optimizers):
-        finite = all(map(math.isfinite, values[i]))
-        if finite and not fused[i]:
+        # The kernel reads `found_inf` on the device, so the host need not wait before the update.
+        if _is_fused(optimizer):
+            of_adamw: Any = optimizer
+            of_adamw.grad_scale, of_adamw.found_inf = None, skip
             optimizer.step()
-        if not finite:
-            count_update(optimizer, -1)
-        optimizer.zero_grad()
+    values = [(loss, norm) for loss, norm in figures.tolist()]
+    for optimizer, pair in zip(optimizers, values, strict=True):
+        _finish_update(optimizer, all(map(math.isfinite, pair)))
     return values
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+def _finish_update(optimizer: torch.optim.Optimizer, finite: bool) -> None:
+    """Apply the gradients if they are finite and no kernel has done so."""
+    if not finite:
+        count_update(optimizer, -1)
+    elif not _is_fused(optimizer):  # others may not read `found_inf`
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def steps_taken(optimizer: torch.optim.Optimizer, leaf: Tensor) -> int:

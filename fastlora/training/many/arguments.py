@@ -52,12 +52,14 @@ def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending 
         ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
     models, given = given["model"], dict(given)
-    n, ending, problems = len(models), None, []
+    ending: Any = None
+    n, problems = len(models), []
     if n == 0:
         problems.append("model=[]: expected one model or more")
     if callable(given["early_stopping"]):
         problems += _ending_problems(given)
-        ending, given["early_stopping"] = given["early_stopping"], None
+        ending = given["early_stopping"]
+        given["early_stopping"] = None
     columns: dict[str, list[Any]] = {"model": [*models]}
     for name, value in given.items():
         if name != "model":

@@ -9,47 +9,45 @@ from fastlora.training.many.prepare import RunState
 
 
 def ended_by(
-    ending: Ending | None, active: Sequence[RunState], taken: Sequence[RunState], ended: set[int]
-) -> set[int]:
-    """The numbers of the runs that end after this pass, by the function.
+    ending: Ending | None, taken: Sequence[RunState], ended: Sequence[RunState]
+) -> list[RunState]:
+    """The runs that end after this pass, by the function.
 
     It is called after passes in which all runs were evaluated. Runs that end anyway are not shown
     to it.
 
     Args:
         ending: the function; None ends no run.
-        active: the runs of the pass.
-        taken: those whose step was finite.
-        ended: the numbers of those that end by themselves.
+        taken: the runs that took a step.
+        ended: those that end by themselves.
 
     Raises:
         ValueError: it returned something else than numbers of the runs that it was shown.
     """
-    evaluated = [s for s in taken if s.records and "eval_loss" in s.records[-1]]
-    if ending is None or not evaluated or len(evaluated) < len(taken):
-        return set()
-    return _asked(ending, {s.number: _losses(s.records) for s in taken if s.number not in ended})
+    if ending is None or not all("eval_loss" in state.records[-1] for state in taken):
+        return []
+    shown = [state for state in taken if state not in ended]
+    numbers = _asked(ending, {state.number: _losses(state.records) for state in shown})
+    return [state for state in shown if state.number in numbers]
 
 
-def ended_before(states: Sequence[RunState], ending: Ending | None) -> set[int]:
-    """The numbers of the runs that the function ended before this run resumed.
+def ended_before(states: Sequence[RunState], ending: Ending | None) -> list[RunState]:
+    """The runs that the function ended before these runs resumed.
 
-    The evaluations are shown to it again, in their order.
+    The evaluations are shown to it again, in their order. Runs that have ended by themselves
+    (`RunState.trained`) were not shown to it at their last one.
     """
-    if ending is None:
-        return set()
     losses = {state.number: _losses(state.records) for state in states}
-    complete = {s.number for s in states if len(s.records) == s.run.steps}
+    own_end = {state.number for state in states if state.trained is not None}
     active, gone = set(losses), set()
     for count in range(1, max(map(len, losses.values()), default=0) + 1):
-        # A run of fewer steps has ended by itself.
-        active -= {i for i in active & complete if len(losses[i]) <= count}
-        if not active or any(len(losses[i]) < count for i in active):
+        active -= {i for i in active & own_end if len(losses[i]) <= count}
+        if ending is None or any(len(losses[i]) < count for i in active):
             break
         new = _asked(ending, {i: losses[i][:count] for i in sorted(active)})
         gone |= new
         active -= new
-    return gone
+    return [state for state in states if state.number in gone]
 
 
 def _losses(records: Sequence[Record]) -> list[float]:

@@ -4,6 +4,7 @@ Each run is a pure function of its own arguments, as a single run is. The other 
 change it by rounding only. A run that ends leaves the pass, whose stack is then made anew.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -87,11 +88,8 @@ def _run_passes(
     progress: bool,
 ) -> None:
     """Run all steps of all runs; in a pass, every run that goes on takes one."""
-    stopped = ended_before(states, ending)
-    for state in states:
-        early = stops_early(state.records, state.run.settings.early_stopping)
-        if early or state.number in stopped or len(state.records) == state.run.steps:
-            _finish(state, tokenizer)
+    _finish([state for state in states if _has_ended(state)], tokenizer)
+    _finish(ended_before(states, ending), tokenizer)
     active = [state for state in states if state.trained is None]
     total = max((state.run.steps - len(state.records) for state in active), default=0)
     stack = None
@@ -102,21 +100,23 @@ def _run_passes(
                 stack = None  # its memory is free before the next one is made
                 stack = make_stack([s.learner for s in active], active[0].run.settings)
             taken = _take_steps(stack, active, started)
-            ended = _after_steps(stack, active, taken)
-            ended |= ended_by(ending, active, taken, ended)
+            taken, ended = _after_steps(stack, active, taken)
+            ended += ended_by(ending, taken, ended)
             if progress:
                 bar.set_postfix(pass_figures(taken, len(states)), refresh=False)
             bar.update()
             for state in taken:
                 state.write(figures(state.records[-1]))
-            for state in active:
-                if state.error is not None:
-                    state.trained = state.learner.model
-                elif state.number in ended:
-                    _finish(state, tokenizer)
+            _finish(ended, tokenizer)
             active = [state for state in active if state.trained is None]
             if stop.signal is not None and active:
                 raise stop.error()
+
+
+def _has_ended(state: RunState) -> bool:
+    """Whether a run that resumes has no step left."""
+    early = stops_early(state.records, state.run.settings.early_stopping)
+    return early or len(state.records) == state.run.steps
 
 
 def _take_steps(stack: RunStack, active: Sequence[RunState], started: float) -> list[RunState]:
@@ -127,7 +127,7 @@ def _take_steps(stack: RunStack, active: Sequence[RunState], started: float) -> 
     seconds, taken = perf_counter() - started, []
     for state, batches, result in zip(active, micro_batches, results, strict=True):
         if isinstance(result, FloatingPointError):
-            state.error = kept(state, result)
+            _fail(state, result)
             continue
         result["seconds"] = seconds
         result |= step_cost(state.learner.model, batches, seconds)
@@ -136,35 +136,44 @@ def _take_steps(stack: RunStack, active: Sequence[RunState], started: float) -> 
     return taken
 
 
-def _after_steps(stack: RunStack, active: Sequence[RunState], taken: list[RunState]) -> set[int]:
-    """Evaluate and save the runs for which it is due; returns the numbers of those that end.
+def _after_steps(
+    stack: RunStack, active: Sequence[RunState], taken: Sequence[RunState]
+) -> tuple[list[RunState], list[RunState]]:
+    """Evaluate and save the runs for which it is due.
 
-    A run whose evaluation is not finite is removed from `taken`.
+    Returns:
+        The runs that took a step without any error, and those of them that end.
     """
     due = [s for s in taken if s.run.eval_sequences and evaluation_is_due(s.run, len(s.records))]
-    losses: dict[int, float | None] = {}
+    losses: dict[int, float] = {}
     if len(due) == len(active) > 1:
-        together = evaluate_runs(stack, active)
-        # evaluate() finds the cause of a loss that is not finite.
-        losses = {
-            s.number: x for s, x in zip(active, together, strict=True) if abs(x) < float("inf")
-        }
-    ended = set()
-    for state in [*taken]:
+        together = zip(active, evaluate_runs(stack, active), strict=True)
+        # Others are evaluated alone below, which finds the cause.
+        losses = {state.number: loss for state, loss in together if math.isfinite(loss)}
+    finite, ended = [], []
+    for state in taken:
         given = (state.run, state.learner, state.records, state.identity, state.folder, state.best)
         try:
-            if evaluate_and_save(*given, eval_loss=losses.get(state.number)):
-                ended.add(state.number)
+            ends = evaluate_and_save(*given, eval_loss=losses.get(state.number))
         except FloatingPointError as error:
-            state.error = kept(state, error)
-            taken.remove(state)
-    return ended
+            _fail(state, error)
+            continue
+        finite.append(state)
+        if ends:
+            ended.append(state)
+    return finite, ended
 
 
-def _finish(state: RunState, tokenizer: Tokenizer) -> None:
-    """Set the model that a run returns, and write its folder."""
-    trained = state.best.model(state.learner.model)
-    if state.folder is not None:
-        end = state.describe(model=trained, records=state.records, ended=True)
-        finish_folder(state.folder, trained, tokenizer, state.identity, state.records, end)
-    state.trained = trained
+def _fail(state: RunState, error: FloatingPointError) -> None:
+    """End a run by an error. Its state is saved; the other runs go on."""
+    state.error, state.trained = kept(state, error), state.learner.model
+
+
+def _finish(ended: Sequence[RunState], tokenizer: Tokenizer) -> None:
+    """Set the models that runs return, and write their folders."""
+    for state in ended:
+        trained = state.best.model(state.learner.model)
+        if state.folder is not None:
+            end = state.describe(model=trained, records=state.records, ended=True)
+            finish_folder(state.folder, trained, tokenizer, state.identity, state.records, end)
+        state.trained = trained

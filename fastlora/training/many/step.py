@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from fastlora.data.batches import count_trained_tokens
+from fastlora.formats.peft.names import named_leaves
 from fastlora.models.state import Batch
 from fastlora.training.history import Record
 from fastlora.training.many.batches import Joined, join
@@ -17,6 +18,7 @@ from fastlora.training.many.prepare import RunState
 from fastlora.training.many.stack import RunStack, run_losses
 from fastlora.training.nonfinite import nonfinite_cause
 from fastlora.training.optimizers import updates
+from fastlora.training.parameter_groups import update_differences
 from fastlora.training.run import Run
 from fastlora.training.schedules import learning_rate_factor
 from fastlora.training.step import FLOAT16_SCALES, dropout_seed, nonfinite_error, warmup_steps
@@ -60,21 +62,18 @@ def step_runs(
     optimizers = [run.learner.optimizer for run in runs]
     values = updates(optimizers, rates, sums / tokens, norm)
     stack.refresh()
-    moved = [
-        now - old for now, old in zip(map(_wide, stack.leaves), map(_wide, before), strict=True)
-    ]
+    moved = update_differences(stack.leaves, before)
     by_group = _by_group(stack, {"grad_norm": norms, "update_norm": _leaf_norms(moved)})
     results: list[Record | FloatingPointError] = []
     for i, (run, (loss, size)) in enumerate(zip(runs, values, strict=True)):
         if math.isfinite(loss) and math.isfinite(size):
             figures = dict(loss=loss, learning_rate=rates[i], tokens=counts[i], grad_norm=size)
             results.append({"step": run.step} | figures | by_group[i])
-        else:
-            own = [{k: x.to(device) for k, x in batch.items()} for batch in micro_batches[i]]
-            own_seeds = [None if s is None else s[i] for s in seeds[: len(own)]]
-            parts = _gradient_of(stack, run, i, gradient)
-            cause = nonfinite_cause(run.learner, own, own_seeds, parts)
-            results.append(nonfinite_error(run.run.settings, run.step, loss, size, cause))
+            continue
+        own = [{k: x.to(device) for k, x in batch.items()} for batch in micro_batches[i]]
+        own_seeds = [None if s is None else s[i] for s in seeds[: len(own)]]
+        cause = nonfinite_cause(run.learner, own, own_seeds, _gradient_of(stack, run, i, gradient))
+        results.append(nonfinite_error(run.run.settings, run.step, loss, size, cause))
     return results
 
 
@@ -127,9 +126,7 @@ def _pass(
         # A new tensor each time: a CUDA graph takes one that is reused for a constant.
         trained = {"adapters": stack.adapters, "weights": scales.clone()}
         _, grads = stack.loss_and_grad(trained, stack.base, stack.spec, batch, widths, seed)
-        parts = [
-            _wide(x) for layer in grads["adapters"]["layers"] for r in layer.values() for x in r
-        ]
+        parts = [_wide(x) for x in named_leaves(grads["adapters"]).values()]
         gradient = [a + b for a, b in zip(gradient, parts, strict=True)] if gradient else parts
         sums = sums + grads["weights"]
     return sums, gradient
@@ -189,14 +186,11 @@ def _by_group(stack: RunStack, norms: dict[str, Float[Tensor, "leaves n"]]) -> l
 @torch.no_grad()
 def evaluate_runs(stack: RunStack, runs: Sequence[RunState]) -> list[float]:
     """`step.evaluate` for each of the stack's runs, in one pass. A loss may be NaN."""
-    device = stack.base["norm"].device
-    batches = [_eval_batches(run.run) for run in runs]
-    sums, tokens = [], torch.zeros(stack.n, dtype=torch.int64)
-    for column in zip_longest(*batches):
+    model, device, n = (stack.adapters, stack.base, stack.spec), stack.base["norm"].device, stack.n
+    sums, tokens = [], torch.zeros(n, dtype=torch.int64)
+    for column in zip_longest(*(_eval_batches(run.run) for run in runs)):
         batch, widths = _placed(join(column), device)
-        sums.append(
-            run_losses(stack.adapters, stack.base, stack.spec, batch, stack.n, widths).double()
-        )
+        sums.append(run_losses(*model, batch, n, widths).double())
         tokens += torch.tensor([0 if b is None else count_trained_tokens(b) for b in column])
     return (torch.stack(sums).sum(0).cpu() / tokens).tolist()
 
