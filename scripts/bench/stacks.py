@@ -4,7 +4,7 @@
     python scripts/bench/stacks.py --cases 1b:512 1b-nf4:256 --adapters 4
     python scripts/bench/stacks.py --cases tiny:64 tiny-nf4:64 --adapters 3
 
-A case is SHAPE:TOKENS or SHAPE-nf4:TOKENS. Every adapter has its own row of this many random tokens.
+A case is SHAPE:TOKENS or SHAPE-nf4:TOKENS. Every adapter has a row of this many random tokens.
 A step is forward, backward and fused AdamW, with a parameter group for each adapter. It is measured
 four times, each in a new process: one adapter or a stack (`functional.stack`), plain and with
 value_and_grad(cuda_graph=True). "gradient" is the same without AdamW. The time of n single steps is

@@ -202,7 +202,7 @@ def test_a_broken_adapter_is_found_at_the_first_step(models, tokenizer):
         {"layers": tuple({n: r._replace(a=torch.full_like(r.a, torch.nan)) for n, r in x.items()}
                          for x in models[1].adapter["layers"])}
     )  # fmt: skip
-    with pytest.raises(FloatingPointError, match="run 1: step 1.*adapter's tensor") as failed:
+    with pytest.raises(FloatingPointError, match=r"run 1: step 1.*adapter's tensor") as failed:
         run([models[0], broken], tokenizer, save_every=None)
     assert isinstance(failed.value.histories[1], History)
     assert not failed.value.histories[1].steps
