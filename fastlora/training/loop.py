@@ -217,8 +217,8 @@ def train(
         `model` is a list of n models with LoRA in the layers, over the same base tensors; ranks,
         alphas and targets may differ. data, eval_data, output_dir, resume, seed and all settings of
         optimizer, rate, length, evaluation and saving may be lists of n values, one for each run.
-        A list of sources is one for each run; a list of rows is for all. One output_dir stands for
-        its folders run-0, run-1, ... Each run equals a single one up to rounding, and has the same
+        A list of sources is one for each run; a list of rows is for all. One output_dir gets the
+        subfolders run-0, run-1, ... Each run equals a single one up to rounding, and has the same
         files. Functions in `log` get each run's records, with its number under "run".
         early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
         the FloatingPointError is raised after the others' end. See training/many/README.md.

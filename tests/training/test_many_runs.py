@@ -11,6 +11,7 @@ from fastlora.model import Model
 from fastlora.training.learner import make_learner
 from fastlora.training.loop import train
 from fastlora.training.many import loop as passes
+from fastlora.training.many import stack as stacks
 from fastlora.training.many import step
 from fastlora.training.many.batches import join
 from fastlora.training.many.stack import make_stack
@@ -174,6 +175,18 @@ def test_a_float16_base_rescales_only_the_run_that_overflows(folder, tokenizer, 
     monkeypatch.setattr(step, "_pass", note)
     assert_equal_to_singles(models, tokenizer, own, weights=0.2, losses=2e-3, **run)
     assert scales == [[1.0, 1.0], [1.0, 2.0**-6]] * 2
+
+
+def test_a_stack_is_recorded_as_a_single_run_with_all_rows_is(base, monkeypatch):
+    """Where micro-batches of n times the rows are small enough for a CUDA graph."""
+    asked, graphs = [], []
+    note = lambda spec, device, given: asked.append(given.batch_size) or len(asked) < 2
+    monkeypatch.setattr(stacks, "should_use_cuda_graph", note)
+    monkeypatch.setattr(stacks, "value_and_grad", lambda fn, cuda_graph: graphs.append(cuda_graph))
+    learners = [make_learner(model, settings()) for model in models_of(base)]
+    make_stack(learners, settings(batch_size=4))
+    make_stack(learners[:2], settings(batch_size=4))
+    assert (asked, graphs) == ([12, 8], [True, False])
 
 
 # ── batches ──

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlora.models.state import Batch
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
-# What the entries of a batch hold where a row is padded to a longer one of another run.
+# Entries of a batch -> their padding, if a row of another run is longer.
 _FILLS = {"labels": IGNORE}  # others: 0, which masks a token
 
 

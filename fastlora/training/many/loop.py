@@ -1,7 +1,7 @@
 """train_runs(): what `train` does with a list of models.
 
-Each run is a pure function of its own arguments, as a single run is. The other runs of a pass
-change it by rounding only. A run that ends leaves the pass, whose stack is then made anew.
+Each run is a pure function of its arguments, as a single run is. The other runs of a pass change it
+by rounding only. When a run ends, the next pass has a new stack without it.
 """
 
 import math

@@ -1,10 +1,10 @@
 """RunStack: the adapters of several runs as one stack, and the losses and gradients of a pass.
 
-Each run keeps its own leaves, of its own rank, and its own optimizer (`Learner`). The stack is a
-copy of them, filled up with zeros, that is refreshed after each update. So every optimizer sees the
-tensors that it sees in a single run: 8-bit moments have the same blocks, optimizers of users the
-same shapes, and a run's checkpoint is that of a single run. The copy takes one more adapter of
-memory for each run.
+Each run keeps its leaves, in its rank, and its optimizer (`Learner`). The stack is a copy of them,
+filled up with zeros, that is refreshed after each update. So every optimizer gets the tensors that
+it gets in a single run: 8-bit moments have the same blocks, optimizers of users the same shapes,
+and a run's checkpoint is that of a single run. The copy takes the memory of one more adapter for
+each run.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,6 +43,7 @@ class RunStack:
     leaves: list[Tensor]  # of `adapters`, each [n, ...]
     groups: list[str]  # of each leaf: "A" or "B"
     own: list[list[Tensor | None]]  # of each leaf: each run's tensor; None: it has no such target
+    copies: tuple[list[Tensor], list[Tensor]]  # views of `leaves`, and the runs' tensors
     loss_and_grad: Callable[..., tuple[Tensor, dict[str, Any]]]  # stack_loss and its gradient
 
     @property
@@ -52,27 +53,27 @@ class RunStack:
 
     def parts(self, leaves: Sequence[Tensor]) -> list[list[Tensor | None]]:
         """For each of some tensors like `leaves`, views of each run's part in its own rank."""
-        return [
-            [None if x is None else _part(leaf[i], x) for i, x in enumerate(own)]
-            for leaf, own in zip(leaves, self.own, strict=True)
-        ]
+        return _parts(leaves, self.own)
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the runs' tensors into the stack."""
-        pairs = [
-            (part, x)
-            for parts, own in zip(self.parts(self.leaves), self.own, strict=True)
-            for part, x in zip(parts, own, strict=True)
-            if part is not None and x is not None
-        ]
         # A few launches for all of them; each tensor alone would be thousands.
-        torch._foreach_copy_([p for p, _ in pairs], [x for _, x in pairs])  # pyright: ignore
+        torch._foreach_copy_(*self.copies)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _part(stacked: Tensor, own: Tensor) -> Tensor:
-    """The part of a leaf of the stack that is not padding."""
-    return stacked[tuple(map(slice, own.shape))]
+def _parts(
+    leaves: Sequence[Tensor], own: Sequence[Sequence[Tensor | None]]
+) -> list[list[Tensor | None]]:
+    return [
+        [None if x is None else _part(y, x) for y, x in zip(leaf.unbind(), of_leaf, strict=True)]
+        for leaf, of_leaf in zip(leaves, own, strict=True)
+    ]
+
+
+def _part(padded: Tensor, own: Tensor) -> Tensor:
+    """The part of a run's slice that is not padding."""
+    return padded if padded.shape == own.shape else padded[tuple(map(slice, own.shape))]
 
 
 def make_stack(learners: Sequence[Learner], settings: Settings) -> RunStack:
@@ -97,6 +98,11 @@ def make_stack(learners: Sequence[Learner], settings: Settings) -> RunStack:
     # All rows of the pass count, as those of one run's larger batch.
     size = replace(settings, batch_size=settings.batch_size * len(learners))
     graphed = should_use_cuda_graph(spec, base["norm"].device.type, size)
+    # Made once: thousands of views would take milliseconds in each step.
+    views, tensors = (
+        [x for row in rows for x in row if x is not None]
+        for rows in (_parts([*names.values()], own), own)
+    )
     return RunStack(
         adapters,
         spec,
@@ -104,6 +110,7 @@ def make_stack(learners: Sequence[Learner], settings: Settings) -> RunStack:
         [*names.values()],
         [group_of(name, leaf) for name, leaf in names.items()],
         own,
+        (views, tensors),
         value_and_grad(stack_loss, cuda_graph=graphed),
     )
 
