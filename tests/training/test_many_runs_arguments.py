@@ -98,7 +98,7 @@ def test_models_that_cannot_be_stacked_are_refused(base, models, tokenizer):
             train([models[0], wrong], tokenizer, ROWS, **QUIET)
     for nothing in ([], [3]):
         with pytest.raises(ValueError, match="model"):
-            train(nothing, tokenizer, ROWS, **QUIET)
+            own_arguments(given(nothing, tokenizer))
 
 
 def test_a_list_of_values_for_one_model_is_refused(models, tokenizer):

@@ -126,15 +126,17 @@ def test_a_signal_saves_every_run(models, tokenizer, tmp_path, whole):
 
 
 def test_early_stopping_and_the_best_adapter_are_each_runs_own(models, tokenizer):
-    """Run 1 diverges, so its first evaluation is its best."""
-    own = dict(learning_rate=[1e-3, 3.0], early_stopping=1, keep_best=True, eval_every=1)
-    trained, histories = run(models, tokenizer, save_every=None, weight_decay=0.0, **own)
-    alone, history = run(
-        models[1], tokenizer, save_every=None, weight_decay=0.0,
-        **own | dict(learning_rate=3.0, seed=2),
-    )  # fmt: skip
-    assert histories[1].steps == history.steps and len(history.steps) < len(histories[0].steps)
-    assert relative_error(trained[1].adapter, alone.adapter) < 1e-3
+    """Run 1 does not move, so its first evaluation is its best."""
+    how = dict(save_every=None, weight_decay=0.0, early_stopping=1, keep_best=True, eval_every=1)
+    trained, histories = run(models, tokenizer, **how, learning_rate=[1e-2, 1e-30])
+    assert len(histories[1].steps) == 2 < len(histories[0].steps)
+    assert histories[1].eval_losses[0] == histories[1].eval_losses[1]
+    best = min(histories[0].eval_losses)
+    alone, history = run(models[0], tokenizer, **how, learning_rate=1e-2, seed=1)
+    assert best == pytest.approx(min(history.eval_losses), rel=1e-5)
+    assert histories[0].steps == history.steps
+    assert relative_error(trained[0].adapter, alone.adapter) < 1e-3
+    assert relative_error(trained[1].adapter, models[1].adapter) < 1e-6
 
 
 def halve(losses):
