@@ -27,10 +27,16 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the held-out rewards."""
     pairs, steps, every, n = (4, 5, 5, 16) if quick else (PAIRS, STEPS, 5, 64)
     model, tokenizer = fig.demo()
-    model = fastlora.lora(model, r=1, lora_alpha=8, random_state=SEED, target_modules=("v_proj", "o_proj", "down_proj"))
+    model = fastlora.lora(
+        model,
+        r=1,
+        lora_alpha=8,
+        random_state=SEED,
+        target_modules=("v_proj", "o_proj", "down_proj"),
+    )
     _, spec = FL.stack([model])
-    stream = fig.endless(fig.encode(fig.pairs("train"), tokenizer), 4, SEED)
-    held = fig.as_batch(fig.encode(fig.pairs("heldout"), tokenizer)[:n])
+    stream = fig.endless(fig.encode(fig.pairs("train", quick), tokenizer), 4, SEED)
+    held = fig.as_batch(fig.encode(fig.pairs("heldout", quick), tokenizer)[:n])
     generator = torch.Generator().manual_seed(SEED)
 
     def rewards(stack: Any, batch: fig.Batch) -> Tensor:
@@ -55,7 +61,9 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         found = rewards(stack, fig.as_batch(next(stream)))
         population.append(found)
         # Ranks in [-0.5, 0.5]; equal rewards get equal ranks.
-        rank = (found[:, None] > found).float().sum(1) + 0.5 * (found[:, None] == found).float().sum(1)
+        rank = (found[:, None] > found).float().sum(1) + 0.5 * (
+            found[:, None] == found
+        ).float().sum(1)
         rank = rank / len(found) - 0.5
         weight = (rank[:pairs] - rank[pairs:]) / (2 * pairs * SIGMA)
         for x, e in zip(tree_leaves(mean), tree_leaves(noise), strict=True):

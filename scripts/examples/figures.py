@@ -1,4 +1,4 @@
-"""What the examples that end in a figure share: the demo model, its rows, a training loop, a style.
+"""Code of the examples that end in a figure: demo model, rows, a training loop, the style.
 
 Needs matplotlib: pip install "fastlora[plots]".
 """
@@ -6,9 +6,10 @@ Needs matplotlib: pip install "fastlora[plots]".
 import argparse
 import io
 import json
+import random
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,20 +47,25 @@ def demo() -> tuple[fastlora.Model, fastlora.Tokenizer]:
     return model, tokenizer
 
 
-def pairs(name: str) -> list[tuple[str, str]]:
+def pairs(name: str, quick: bool = False) -> list[tuple[str, str]]:
     """(signature of a function, first line of its docstring) of each of the demo's rows.
+
+    The order is a random one that is always the same, so that the first rows are a sample.
 
     Args:
         name: "train" or "heldout", which come from different modules.
+        quick: return 300 rows, which need less time to encode.
     """
-    found = (row["messages"] for row in read_rows(DEMO / f"{name}.jsonl"))
+    chosen = read_rows(DEMO / f"{name}.jsonl")
+    chosen = random.Random(0).sample(chosen, 300 if quick else len(chosen))
+    found = (row["messages"] for row in chosen)
     return [(user["content"], assistant["content"]) for user, assistant in found]
 
 
-def tasks(name: str) -> dict[str, list[tuple[str, str]]]:
+def tasks(name: str, quick: bool = False) -> dict[str, list[tuple[str, str]]]:
     """Three tasks made of the same rows, which one can tell apart by their prompts."""
     found: dict[str, list[tuple[str, str]]] = {"summary": [], "signature": [], "module": []}
-    for prompt, summary in pairs(name):
+    for prompt, summary in pairs(name, quick):
         module, *code = prompt.split("\n")
         found["summary"].append((prompt, summary))
         found["signature"].append((summary, code[-1].strip()))
@@ -70,7 +76,7 @@ def tasks(name: str) -> dict[str, list[tuple[str, str]]]:
 def encode(
     rows: Iterable[tuple[str, str]], tokenizer: fastlora.Tokenizer, longest: int = 32
 ) -> list[Example]:
-    """(prompt, reply) pairs as token ids and labels, without those of more than `longest` tokens."""
+    """(prompt, reply) pairs as token ids and labels; those of more than `longest` are left out."""
     chats = [
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]}
         for p, r in rows

@@ -36,7 +36,9 @@ def losses_of(model: fastlora.Model) -> tuple[Loss, Loss]:
     def tangent(displacement: Any, batch: fig.Batch) -> torch.Tensor:
         logits = lambda adapter: FL.forward(adapter, base, spec, batch["input_ids"])
         value, slope = jvp(logits, (start,), (displacement,))
-        return F.cross_entropy((value + slope)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        return F.cross_entropy(
+            (value + slope)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        )
 
     return real, tangent
 
@@ -62,8 +64,8 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     steps, every = (6, 2) if quick else (STEPS, EVERY)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=8, random_state=SEED)
-    held = fig.as_batch(fig.encode(fig.pairs("heldout"), tokenizer)[:32])
-    stream = fig.endless(fig.encode(fig.pairs("train"), tokenizer), 8, SEED)
+    held = fig.as_batch(fig.encode(fig.pairs("heldout", quick), tokenizer)[:32])
+    stream = fig.endless(fig.encode(fig.pairs("train", quick), tokenizer), 8, SEED)
     batches = [fig.as_batch(rows) for rows in islice(stream, steps)]
     real, tangent = losses_of(model)
     ours = fit(real, model.adapter, batches, RATE, every)

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastlora
 from fastlora import functional as FL
 
-INNER, RATE, STEPS, EVERY, SEED = 1.0, 2e-3, 60, 6, 0
+INNER, RATE, STEPS, EVERY, SEED = 0.1, 1e-3, 30, 3, 0
 Task = tuple[fig.Batch, fig.Batch]  # support, query
 
 
@@ -67,12 +67,10 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     for second_order, curve in curves.items():
         adapter = tree_map(torch.clone, model.adapter)
         optimizer = torch.optim.Adam(tree_leaves(adapter), lr=RATE)
-        stream = tasks_of(
-            [w for i, w in enumerate(words) if i % 4], prompts, tokenizer, seed=SEED
-        )
-        meta = lambda adapter, tasks, how=second_order: (
-            torch.stack([after_one_step(adapter, task, how) for task in tasks]).mean()
-        )
+        stream = tasks_of([w for i, w in enumerate(words) if i % 4], prompts, tokenizer, seed=SEED)
+        meta = lambda adapter, tasks, how=second_order: torch.stack(
+            [after_one_step(adapter, task, how) for task in tasks]
+        ).mean()
         for step in range(steps + 1):
             if step % every == 0:
                 with torch.no_grad():
@@ -84,7 +82,9 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
             optimizer.step()
     figure, (axis,) = fig.new_figure()
     axis.plot(range(0, steps + 1, every), curves[True], "o-", color=fig.BLUE, label="second order")
-    axis.plot(range(0, steps + 1, every), curves[False], "s--", color=fig.ORANGE, label="first order")
+    axis.plot(
+        range(0, steps + 1, every), curves[False], "s--", color=fig.ORANGE, label="first order"
+    )
     axis.set(xlabel="meta-training step", ylabel="loss of new words after one inner step")
     axis.legend(frameon=False)
     fig.save(figure, out)

@@ -1,10 +1,10 @@
 """Learned merge coefficients: one for each layer and adapter, by a gradient through the merge.
 
-    python scripts/examples/merge_coefficients.py [--quick] [--out FILE]      about 70 s on two cores
+    python scripts/examples/merge_coefficients.py [--quick] [--out FILE]     about 70 s on two cores
 
-Three adapters are trained for three tasks in one stack, and merged into one that does all three. Its
-coefficients are learned on 24 rows, as in AdaMerging (Yang et al. 2024, arXiv:2310.02575), which
-minimises entropy instead; here it is the loss. Task arithmetic has one coefficient for everything.
+Three adapters are trained for three tasks in one stack, and merged into one that does all three.
+Its coefficients are learned from the loss of 24 rows. AdaMerging (Yang et al. 2024,
+arXiv:2310.02575) learns them from the entropy; task arithmetic has one coefficient for everything.
 """
 
 from pathlib import Path
@@ -24,8 +24,10 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the held-out loss of each way to merge."""
     steps, learning, n = (12, 6, 8) if quick else (STEPS, 50, 32)
     model, tokenizer = fig.demo()
-    train = {name: fig.encode(rows, tokenizer) for name, rows in fig.tasks("train").items()}
-    held = {name: fig.encode(rows, tokenizer)[:n] for name, rows in fig.tasks("heldout").items()}
+    train = {name: fig.encode(rows, tokenizer) for name, rows in fig.tasks("train", quick).items()}
+    held = {
+        name: fig.encode(rows, tokenizer)[:n] for name, rows in fig.tasks("heldout", quick).items()
+    }
     starts = [fastlora.lora(model, r=RANK, lora_alpha=32, random_state=i) for i in range(3)]
     runs = dict(rates=[RATE] * 3, seeds=[SEED] * 3, steps=steps)
     experts, _ = fig.train_together(starts, list(train.values()), **runs)
@@ -66,7 +68,9 @@ def draw(weights: Tensor, ways: dict[str, Tensor], names: list[str], out: Path) 
     figure, (left, right) = fig.new_figure(2, 9.2, 3.9)
     for j, (name, color) in enumerate(zip(names, (fig.BLUE, fig.ORANGE, fig.GREEN), strict=True)):
         heights = [float(way[j]) for way in ways.values()]
-        left.bar([i + 0.27 * (j - 1) for i in range(len(ways))], heights, 0.25, color=color, label=name)
+        left.bar(
+            [i + 0.27 * (j - 1) for i in range(len(ways))], heights, 0.25, color=color, label=name
+        )
     left.set_xticks(range(len(ways)), list(ways), fontsize=8)
     left.set(ylabel="held-out loss of each task")
     left.legend(frameon=False, fontsize=8, title="task")

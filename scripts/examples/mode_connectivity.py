@@ -2,10 +2,10 @@
 
     python scripts/examples/mode_connectivity.py [--quick] [--out FILE]      about 60 s on two cores
 
-Left: the path between two runs that differ in their seeds (first adapter and order of the rows), as
-in Frankle et al. 2020 (arXiv:1912.05671). There is no barrier, and the middle is better than both
-ends (Wortsman et al. 2022, arXiv:2203.05482). Right: the updates of adapters for two tasks, added
-with a coefficient, give one adapter that does both (Ilharco et al. 2023, arXiv:2212.04089).
+Left: the path between two runs with different seeds (of the first adapter and the order of rows),
+as in Frankle et al. 2020 (arXiv:1912.05671). The loss has no barrier, and the middle is better than
+both ends (Wortsman et al. 2022, arXiv:2203.05482). Right: the updates of adapters for two tasks,
+added with a coefficient, give one adapter that does both (Ilharco et al. 2023, arXiv:2212.04089).
 """
 
 from pathlib import Path
@@ -24,7 +24,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the losses along the path, and along the line of coefficients."""
     steps, points, n = (12, 5, 16) if quick else (STEPS, 13, 48)
     model, tokenizer = fig.demo()
-    rows, others = fig.tasks("train"), fig.tasks("heldout")
+    rows, others = fig.tasks("train", quick), fig.tasks("heldout", quick)
     train = {name: fig.encode(rows[name], tokenizer) for name in ("summary", "signature")}
     held = {name: fig.encode(others[name], tokenizer)[:n] for name in train}
     starts = [fastlora.lora(model, r=RANK, lora_alpha=32, random_state=seed) for seed in (0, 1, 2)]
@@ -33,7 +33,9 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     (one, two, other), _ = fig.train_together(starts, data, **runs)
     wide = fastlora.lora(model, r=2 * RANK, lora_alpha=64)  # for the sum of two updates
 
-    def sums(pair: list[fastlora.Model], weights: list[tuple[float, float]]) -> list[fastlora.Model]:
+    def sums(
+        pair: list[fastlora.Model], weights: list[tuple[float, float]]
+    ) -> list[fastlora.Model]:
         adapters, layers = [m.adapter for m in pair], len(model.base["layers"])
         each = [fig.merged(adapters, torch.tensor(w).expand(layers, 2)) for w in weights]
         return [wide.with_adapter(adapter) for adapter in each]
@@ -43,7 +45,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     path = sums([one, two], [(1 - t, t) for t in line])
     path += [one.with_adapter(mixed(t)) for t in line]
     updates, factors = fig.evaluate(path, held["summary"]).view(2, -1).tolist()
-    scales = torch.linspace(0, 1.5, points).tolist()
+    scales = torch.linspace(0, 1.2, points).tolist()
     together = sums([one, other], [(scale, scale) for scale in scales])
     both = {name: fig.evaluate(together, held[name]).tolist() for name in held}
     alone = {name: fig.evaluate([one, other], held[name]).min().item() for name in held}
@@ -52,12 +54,14 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     left.plot(line, updates, "o-", color=fig.BLUE, label="updates BA interpolated")
     left.plot(line, factors, "s--", color=fig.ORANGE, label="factors A and B interpolated")
     left.set(xlabel="position between the two runs", ylabel="held-out loss", title="two seeds")
+    left.set_ylim(top=max(factors) + 0.3 * (max(factors) - min(factors)))
     for (name, losses), color in zip(both.items(), (fig.BLUE, fig.GREEN), strict=True):
         right.plot(scales, losses, "o-", color=color, label=name)
         right.axhline(alone[name], color=color, ls=":", label=f"{name}, with its adapter alone")
     right.set(xlabel="coefficient of both updates", ylabel="held-out loss", title="two tasks")
+    right.set_ylim(top=7.5)
     for axis in (left, right):
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(frameon=False, fontsize=8, loc="upper center")
     fig.save(figure, out)
     return {"updates": updates, "factors": factors, "both": both, "alone": alone}
 

@@ -3,8 +3,8 @@
     python scripts/examples/rank_curve.py [--quick] [--out FILE]      about 70 s on two cores
 
 Schulman et al. 2025, "LoRA Without Regret" (thinkingmachines.ai/blog/lora): with alpha = 32 and one
-learning rate for all ranks, the training losses of all ranks fall together, until a rank has no more
-capacity for the data and leaves the common curve. Here 128 rows are read again and again.
+learning rate for all ranks, the training losses of all ranks fall together. A rank that has no more
+capacity for the data leaves the common curve. Here 128 rows are read again and again.
 """
 
 from pathlib import Path
@@ -23,7 +23,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the final training loss of each rank."""
     ranks, n, steps = (RANKS[::3], 16, 24) if quick else (RANKS, ROWS, 144)
     model, tokenizer = demo()
-    examples = encode(pairs("train")[:1000], tokenizer)[:n]
+    examples = encode(pairs("train", quick)[:1000], tokenizer)[:n]
     models = [fastlora.lora(model, r=r, lora_alpha=32, random_state=SEED) for r in ranks]
     together = dict(rates=[RATE] * len(ranks), seeds=[SEED] * len(ranks), steps=steps)
     _, losses = train_together(models, [examples] * len(ranks), **together)

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastlora
 from fastlora.data.examples import Example
 
-RANKS, RATES = (1, 2, 4, 8, 16), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RANKS, RATES = (1, 4, 16), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 RUNGS, SEED = (24, 48, 72, 96), 0
 
 
@@ -52,7 +52,7 @@ def halve(
 
 def draw(losses: Tensor, stopped: list[int], kept: int, ranks: Any, rates: Any, out: Path) -> None:
     """The heat map of the losses [ranks, rates] after all steps, and where halving stopped."""
-    figure, (axis,) = fig.new_figure(width=6.6, height=4.4)
+    figure, (axis,) = fig.new_figure(width=6.6, height=3.6)
     low, last = float(losses.min()), max(stopped)
     image = axis.imshow(losses, cmap="viridis_r", vmin=low, vmax=low + 1, aspect="auto")
     for i, (y, x) in enumerate(product(range(len(ranks)), range(len(rates)))):
@@ -61,7 +61,9 @@ def draw(losses: Tensor, stopped: list[int], kept: int, ranks: Any, rates: Any, 
         color = "white" if loss > low + 0.5 else "black"
         axis.text(x, y, text, ha="center", va="center", fontsize=8, color=color)
         if i == kept:
-            box = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor=fig.ORANGE, lw=3)
+            box = Rectangle(
+                (x - 0.47, y - 0.46), 0.94, 0.92, fill=False, edgecolor=fig.ORANGE, lw=3
+            )
             axis.add_patch(box)
     axis.set(xlabel="learning rate", ylabel="rank")
     axis.set_title("held-out loss, and the steps that halving gives each run", fontsize=10)
@@ -73,17 +75,22 @@ def draw(losses: Tensor, stopped: list[int], kept: int, ranks: Any, rates: Any, 
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the losses, the run that halving keeps, and its share of steps."""
-    ranks, rates, rungs = (RANKS[::4], RATES[1:4], (4, 8, 12)) if quick else (RANKS, RATES, RUNGS)
+    ranks, rates, rungs = (RANKS[::2], RATES[2:5], (4, 8, 12)) if quick else (RANKS, RATES, RUNGS)
     model, tokenizer = fig.demo()
-    examples = fig.encode(fig.pairs("train"), tokenizer)
-    held = fig.encode(fig.pairs("heldout"), tokenizer)[:64]
+    examples = fig.encode(fig.pairs("train", quick), tokenizer)
+    held = fig.encode(fig.pairs("heldout", quick), tokenizer)[:64]
     runs = [
         fig.begin(fastlora.lora(model, r=r, lora_alpha=32, random_state=SEED), rate)
         for r, rate in product(ranks, rates)
     ]
     kept, stopped = halve(runs, examples, held, rungs)
     for first in rungs[:-1]:  # for the heat map only
-        train([run for run, n in zip(runs, stopped, strict=True) if n == first], examples, first, rungs[-1])
+        train(
+            [run for run, n in zip(runs, stopped, strict=True) if n == first],
+            examples,
+            first,
+            rungs[-1],
+        )
     losses = evaluate(runs, held)
     draw(losses.view(len(ranks), len(rates)), stopped, kept, ranks, rates, out)
     return {
