@@ -64,12 +64,12 @@ def pairs(name: str, quick: bool = False) -> list[tuple[str, str]]:
 
 def tasks(name: str, quick: bool = False) -> dict[str, list[tuple[str, str]]]:
     """Three tasks made of the same rows, which one can tell apart by their prompts."""
-    found: dict[str, list[tuple[str, str]]] = {"summary": [], "signature": [], "module": []}
+    found: dict[str, list[tuple[str, str]]] = {"summary": [], "signature": [], "name": []}
     for prompt, summary in pairs(name, quick):
-        module, *code = prompt.split("\n")
+        code = prompt.split("\n")[-1].strip()
         found["summary"].append((prompt, summary))
-        found["signature"].append((summary, code[-1].strip()))
-        found["module"].append(("\n".join(code), module.removeprefix("# ")))
+        found["signature"].append((summary, code))
+        found["name"].append((code, code.removeprefix("async ").removeprefix("def ").split("(")[0]))
     return found
 
 

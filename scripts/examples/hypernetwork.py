@@ -1,6 +1,6 @@
 """A hypernetwork writes an adapter from a number: replies of a requested length.
 
-    python scripts/examples/hypernetwork.py [--quick] [--out FILE]      about 100 s on two cores
+    python scripts/examples/hypernetwork.py [--quick] [--out FILE]      about 65 s on one core
 
 A small nn.Module maps the requested number of words to all matrices of an adapter, through
 `functional_call` (Ha et al. 2017, arXiv:1609.09106; for LoRA Charakorn et al. 2025, "Text-to-LoRA",

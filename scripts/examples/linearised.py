@@ -1,6 +1,6 @@
 """Linearised fine-tuning beside the real one: when a run leaves its tangent model.
 
-    python scripts/examples/linearised.py [--quick] [--out FILE]      about 60 s on two cores
+    python scripts/examples/linearised.py [--quick] [--out FILE]      about 35 s on one core
 
 The tangent model's logits are f(a0) + J d, for a displacement d of the adapter a0: one jvp of
 `FL.forward`. Training d is what the neural tangent kernel describes (Jacot et al. 2018,

@@ -1,6 +1,6 @@
 """MAML with the second-order gradient through an inner SGD step, beside the first-order one.
 
-    python scripts/examples/maml.py [--quick] [--out FILE]      about 80 s on two cores
+    python scripts/examples/maml.py [--quick] [--out FILE]      about 60 s on one core
 
 Finn et al. 2017, "Model-Agnostic Meta-Learning" (arXiv:1703.03400). In a task, the reply to every
 prompt is one word, which only the task's two support rows tell. The adapter is trained so that one

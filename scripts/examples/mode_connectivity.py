@@ -1,6 +1,6 @@
 """Linear mode connectivity and task arithmetic: losses along lines between adapters, as stacks.
 
-    python scripts/examples/mode_connectivity.py [--quick] [--out FILE]      about 60 s on two cores
+    python scripts/examples/mode_connectivity.py [--quick] [--out FILE]      about 45 s on one core
 
 Left: the path between two runs with different seeds (of the first adapter and the order of rows),
 as in Frankle et al. 2020 (arXiv:1912.05671). The loss has no barrier, and the middle is better than

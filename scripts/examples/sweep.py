@@ -1,6 +1,6 @@
 """Rank x learning rate in one run, with successive halving: a sweep is a stack of adapters.
 
-    python scripts/examples/sweep.py [--quick] [--out FILE]      about 90 s on two cores
+    python scripts/examples/sweep.py [--quick] [--out FILE]      about 100 s on one core
 
 Each run is one adapter of the stack, with its rank and learning rate. All runs share each pass over
 the base. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) evaluates all runs,

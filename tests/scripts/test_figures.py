@@ -1,4 +1,4 @@
-"""scripts/examples/: each example that ends in a figure draws it, and its claim holds in a few steps.
+"""scripts/examples/: examples that end in a figure draw it, and their claims hold in a few steps.
 
 The figures of scripts/examples/README.md come from the full runs.
 """
@@ -17,15 +17,10 @@ import numpy as np
 import pytest
 import rank_curve
 import sweep
-import torch
 from PIL import Image
 
 EXAMPLES = Path(figures.__file__).parent
-SCRIPTS = [
-    path.stem
-    for path in EXAMPLES.glob("*.py")
-    if "figures" in path.read_text() and path.stem != "figures"
-]
+SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "\n    fig.run(main)\n" in p.read_text())
 
 
 @pytest.fixture
@@ -76,3 +71,23 @@ def test_the_second_order_gradient_learns_to_adapt_faster(quick):
     found = quick(maml)
     assert found["second_order"][-1] < found["second_order"][0]
     assert found["second_order"][-1] < found["first_order"][-1]
+
+
+def test_a_hypernetwork_interpolates_lengths(quick):
+    found = quick(hypernetwork)
+    assert found["means"][-1] > found["means"][0] + 3  # 9 words and 1 word are requested
+
+
+def test_a_population_finds_a_better_reward(quick):
+    found = quick(evolution)
+    assert found["rewards"][-1] > found["rewards"][0]
+
+
+def test_scripts_are_short_and_on_the_page_with_small_pictures():
+    page = (EXAMPLES / "README.md").read_text()
+    for script in SCRIPTS:
+        assert len(script.read_text().splitlines()) < 120, script
+        assert f"[{script.name}](" in page
+    pictures = re.findall(r"]\((pictures/\w+\.png)\)", page)
+    assert len(pictures) >= 8
+    assert all((EXAMPLES / picture).stat().st_size < 60_000 for picture in pictures)
