@@ -57,9 +57,10 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     base, tokenizer = fig.demo()
     examples = fig.encode(fig.pairs("train", quick), tokenizer)
     held = fig.as_batch(fig.encode(fig.pairs("heldout", quick), tokenizer)[:64])
-    where = dict(target_modules=("o_proj", "down_proj"), layers_to_transform=[5, 6])
+    where: dict[str, Any] = dict(target_modules=("o_proj", "down_proj"), layers_to_transform=[5, 6])
     start = fastlora.lora(base, r=1, lora_alpha=8, random_state=SEED, **where)
     (model,), _ = fig.train_together([start], [examples], rates=[1e-2], seeds=[SEED], steps=tuning)
+    adapter: Any = model.adapter
 
     # Ids 0 to 3 are special tokens. The end of a reply has no e.
     letters = [
@@ -67,17 +68,17 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         for i in range(base.spec.config.vocab_size)
     ]
     without_e = torch.tensor(letters)
-    numbers = sum(r.b.numel() for own in model.adapter["layers"] for r in own.values())
+    numbers = sum(r.b.numel() for own in adapter["layers"] for r in own.values())
     generator = torch.Generator().manual_seed(SEED)
     stream = fig.endless(examples, 2, SEED)
     mean, velocity, curves = torch.zeros(numbers), torch.zeros(numbers), []
     with torch.no_grad():
         for step in range(steps + 1):
             if step % every == 0:
-                alone = population(model.adapter, mean[None])
+                alone = population(adapter, mean[None])
                 curves.append(shares(alone, model, without_e, held, 1)[:, 0])
             noise = SIGMA * torch.randn(pairs, numbers, generator=generator)
-            stack = population(model.adapter, torch.cat([mean + noise, mean - noise]))
+            stack = population(adapter, torch.cat([mean + noise, mean - noise]))
             batch = fig.as_batch(next(stream))
             rewards = shares(stack, model, without_e, batch, 2 * pairs).sum(0)
             better = rewards[:pairs] - rewards[pairs:]
@@ -85,7 +86,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
             velocity = MOMENTUM * velocity + (1 - MOMENTUM) * estimate
             mean = mean + RATE / SIGMA * velocity
         found = torch.stack(curves)
-        evolved = model.with_adapter(FL.unstack(population(model.adapter, mean[None]), [model])[0])
+        evolved = model.with_adapter(FL.unstack(population(adapter, mean[None]), [model])[0])
     prompts = [prompt for prompt, _ in fig.pairs("heldout")[: 1 if quick else 6]]
     replies = [(reply(model, tokenizer, p), reply(evolved, tokenizer, p)) for p in prompts]
 

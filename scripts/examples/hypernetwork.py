@@ -75,7 +75,7 @@ def words_written(stacked: Any, tokenizer: Any, prompts: list[str], n: int) -> T
     """The words [n, prompts] of the reply of each of n adapters to each prompt."""
     chats = [[{"role": "user", "content": prompt}] for prompt in prompts] * n
     ids = [i for i in range(n) for _ in prompts]
-    how = dict(adapter_ids=ids, max_new_tokens=32, max_batch=64)
+    how: dict[str, Any] = dict(adapter_ids=ids, max_new_tokens=32, max_batch=64)
     words = torch.zeros(len(chats))
     for reply in fastlora.generate_many(stacked, chats, tokenizer=tokenizer, **how):
         words[reply.index] = len((reply.text or "").split())
@@ -104,8 +104,8 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     labels = {True: "lengths in training", False: "new lengths"}
     for known, color in ((True, fig.BLUE), (False, fig.ORANGE)):
         at = [i for i, n in enumerate(lengths) if (n in seen) == known]
-        x, style = [lengths[i] for i in at], dict(fmt="o", capsize=3, color=color)
-        axis.errorbar(x, means[at], spread[at], label=labels[known], **style)
+        x, label = [lengths[i] for i in at], labels[known]
+        axis.errorbar(x, means[at], spread[at], fmt="o", capsize=3, color=color, label=label)
     axis.set(xlabel="words requested", ylabel="words of the reply (mean, deviation)")
     axis.legend(frameon=False)
     fig.save(figure, out)

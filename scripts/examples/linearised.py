@@ -35,7 +35,7 @@ def losses_of(model: fastlora.Model) -> tuple[Loss, Loss]:
 
     def tangent(displacement: Any, batch: fig.Batch) -> torch.Tensor:
         logits = lambda adapter: FL.forward(adapter, base, spec, batch["input_ids"])
-        value, slope = jvp(logits, (start,), (displacement,))
+        value, slope = jvp(logits, (start,), (displacement,))[:2]
         return F.cross_entropy(
             (value + slope)[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
         )

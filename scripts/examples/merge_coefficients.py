@@ -29,7 +29,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         name: fig.encode(rows, tokenizer)[:n] for name, rows in fig.tasks("heldout", quick).items()
     }
     starts = [fastlora.lora(model, r=RANK, lora_alpha=32, random_state=i) for i in range(3)]
-    runs = dict(rates=[RATE] * 3, seeds=[SEED] * 3, steps=steps)
+    runs: dict[str, Any] = dict(rates=[RATE] * 3, seeds=[SEED] * 3, steps=steps)
     experts, _ = fig.train_together(starts, list(train.values()), **runs)
     adapters, layers = [m.adapter for m in experts], len(model.base["layers"])
     wide = fastlora.lora(model, r=3 * RANK, lora_alpha=96)  # for the sum of three updates

@@ -29,7 +29,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     held = {name: fig.encode(others[name], tokenizer)[:n] for name in train}
     starts = [fastlora.lora(model, r=RANK, lora_alpha=32, random_state=seed) for seed in (0, 1, 2)]
     data = [train["summary"], train["summary"], train["signature"]]
-    runs = dict(rates=[RATE] * 3, seeds=(0, 1, 2), steps=steps)
+    runs: dict[str, Any] = dict(rates=[RATE] * 3, seeds=(0, 1, 2), steps=steps)
     (one, two, other), _ = fig.train_together(starts, data, **runs)
     wide = fastlora.lora(model, r=2 * RANK, lora_alpha=64)  # for the sum of two updates
 

@@ -21,12 +21,12 @@ ROWS, RATE, SEED = 128, 3e-3, 0
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the final training loss of each rank."""
-    ranks, n, steps = (RANKS[::3], 16, 24) if quick else (RANKS, ROWS, 144)
+    ranks, n, steps = ((1, 16), 32, 16) if quick else (RANKS, ROWS, 144)
     model, tokenizer = fig.demo()
     examples = fig.encode(fig.pairs("train", quick)[:1000], tokenizer)[:n]
     models = [fastlora.lora(model, r=r, lora_alpha=32, random_state=SEED) for r in ranks]
-    together = dict(rates=[RATE] * len(ranks), seeds=[SEED] * len(ranks), steps=steps)
-    _, losses = fig.train_together(models, [examples] * len(ranks), **together)
+    data, rates, seeds = [examples] * len(ranks), [RATE] * len(ranks), [SEED] * len(ranks)
+    _, losses = fig.train_together(models, data, rates=rates, seeds=seeds, steps=steps)
     curves = fig.smooth(losses, n // 8)  # means over one epoch
     final = curves[-1].tolist()
 
