@@ -21,7 +21,7 @@ Each function checks the classes, names, shapes and dtypes of its arguments, but
 these would wait for the GPU. `Model`'s methods check values as well.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_map
 from fastlora.arguments import FLAG
 from fastlora.errors import raise_problems
 from fastlora.models.capture import Taps
-from fastlora.models.capture_checks import checked_inputs, taps_of
+from fastlora.models.capture_checks import checked_inputs, needed_entries, taps_of
 from fastlora.models.decoder import dropout_key, hidden_states
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
 from fastlora.models.head import head, logits, masked_for_head
@@ -51,7 +51,7 @@ from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
 Embeds = Float[Tensor, "b t d"]
-Added = Mapping[str, Float[Tensor, "..."]]
+Added = dict[str, Float[Tensor, "..."]]
 
 
 def forward(
@@ -333,8 +333,7 @@ def _batch_logprobs(
 ) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
     """(log-probabilities of the trained labels, these labels). `places`: add, inputs_embeds."""
     # First, because the other checks read the batch's input_ids.
-    needed = ("input_ids", "labels") if places[1] is None else ("labels",)
-    problems = entry_problems(batch, needed)
+    problems = entry_problems(batch, needed_entries(places[1]))
     raise_problems(ValueError, f"{function} cannot use this batch:", problems)
     how = seed, adapter_ids
     inputs = checked_inputs(function, model, batch, *how, None, *places)

@@ -38,7 +38,7 @@ def place_names(layers: int) -> list[str]:
     return ["embed", *each, "norm"]
 
 
-def plus(x: Float[Tensor, "b t d"], added: Float[Tensor, "..."] | None) -> Float[Tensor, "b t d"]:
+def plus(x: Float[Tensor, "*b d"], added: Float[Tensor, "..."] | None) -> Float[Tensor, "*b d"]:
     """x + added, rounded once to x.dtype; None adds nothing."""
     return x if added is None else (x + added).to(x.dtype)
 

@@ -92,6 +92,11 @@ def checked_inputs(
     return made
 
 
+def needed_entries(inputs_embeds: Any) -> tuple[str, ...]:
+    """The entries that a batch for a loss must have."""
+    return ("input_ids", "labels") if inputs_embeds is None else ("labels",)
+
+
 def taps_of(inputs: Inputs, capture: Collection[str] | None) -> tuple[Taps, dict[str, Any]]:
     """(what a forward pass captures and adds, the decoder's inputs), from `prepared_inputs`."""
     given = {name: x for name, x in inputs.items() if x is not None and name != "labels"}
@@ -164,7 +169,7 @@ def _embeds_problems(input_ids: Any, embeds: Any, d: int, device: torch.device) 
 
 def _add_problems(spec: Spec, add: Any, input_ids: Any, device: torch.device) -> list[str]:
     """Problems with `add`. If input_ids is not a tensor [b, t], b and t may be any numbers."""
-    if not isinstance(add, Mapping):
+    if not isinstance(add, dict):
         return [f"add={describe(add)}: expected a dict, name of a place -> tensor"]
     problems, d = _name_problems(spec, "add", add), spec.config.hidden_size
     known = isinstance(input_ids, Tensor) and input_ids.dim() == 2
