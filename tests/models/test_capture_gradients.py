@@ -1,4 +1,4 @@
-"""Gradients by added tensors, given embeddings and captured tensors; transforms; stacks; refusals."""
+"""Gradients by added, given and captured tensors; transforms; stacks; refusals."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastlora import functional as FL
 from fastlora.model import Model
 from fastlora.models.capture import place_names
 from oracles.pairs import adapted
-from oracles.trees import relative_error, same_bits, token_ids
+from oracles.trees import relative_error, same_bits, stacked, token_ids
 
 IDS = token_ids(2, 7)
 BATCH = {"input_ids": IDS, "labels": torch.where(IDS % 5 == 0, -100, IDS)}
@@ -135,7 +135,7 @@ ROWS = token_ids(6, 7)
 def test_rows_of_a_stack_come_back_in_the_batchs_order(which, kind, tiny):
     base = fastlora.disable(tiny)
     models = [adapted(base, seed=i, r=2, lora_dropout=0.2, **kind) for i in range(3)]
-    stack, spec = FL.stack(models)
+    stack, spec = stacked([m.adapter for m in models]), models[0].spec
     embeds = drawn(6, 7, 16, seed=3)
     add = {"layers.0.attn.out": drawn(6, 1, 16), "layers.1.in": drawn(16, seed=1)}
     ids, seeds = torch.tensor(which), torch.tensor([1, 2, 3])

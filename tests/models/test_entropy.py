@@ -16,7 +16,7 @@ from fastlora.ops.loss import linear_cross_entropy
 from fastlora.ops.loss.entropy import chunked_logprobs_and_entropy, logprobs_and_entropy
 from oracles.batches import batch_of
 from oracles.pairs import adapted
-from oracles.trees import relative_error, token_ids
+from oracles.trees import relative_error, stacked, token_ids
 
 BATCH = batch_of(3, 8)
 IDS, LABELS = BATCH["input_ids"], BATCH["labels"]
@@ -116,8 +116,7 @@ def test_transforms_take_the_reference(tiny, small_chunks):
 def test_a_stack_gives_each_rows_entropy(kind, tiny):
     base, which = fastlora.disable(tiny), torch.tensor([1, 0, 1])
     models = [adapted(base, seed=i, r=2, **kind) for i in range(2)]
-    stack, spec = FL.stack(models)
-    args = stack, base.base, spec, IDS, LABELS
+    args = stacked([m.adapter for m in models]), base.base, models[0].spec, IDS, LABELS
     pair = FL.token_logprobs(*args, adapter_ids=which, entropy=True)
     for i, model in enumerate(models):
         alone = ours(model, model.adapter, None)
