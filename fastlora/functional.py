@@ -15,7 +15,7 @@ torch.func transform, run under torch.vmap: eagerly, with attention's reference,
 Places of the decoder have names (models/capture.py): "embed", "layers.I.in", "layers.I.attn.out",
 "layers.I.mlp.out", "layers.I.out" and "norm". `capture` returns the tensors there, and `add` adds
 others to them. Gradients flow through both, at every recompute level; captured tensors stay in
-memory. Without them nothing changes, neither the compiled graphs nor one bit of the result.
+memory. Calls without them run the same compiled graphs as before.
 
 Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
 these would wait for the GPU. `Model`'s methods check values as well.
@@ -26,27 +26,20 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from fastlora.arguments import FLAG
 from fastlora.errors import raise_problems
-from fastlora.models.capture import Taps
-from fastlora.models.capture_checks import checked_inputs, needed_entries, taps_of
-from fastlora.models.decoder import dropout_key, hidden_states
+from fastlora.models.capture_checks import checked_inputs, needed_entries
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
-from fastlora.models.head import head, logits, masked_for_head
-from fastlora.models.head_logprobs import head_logprobs, head_logprobs_and_entropy
 from fastlora.models.input_checks import entry_problems
+from fastlora.models.outputs import row_logits, row_logprobs
 from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
-from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
 from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
-from fastlora.models.stacks import StackRows
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
@@ -68,7 +61,7 @@ def forward(
     capture: Sequence[str] | None = None,
     add: Added | None = None,
     inputs_embeds: Embeds | None = None,
-) -> Float[Tensor, "b t v"] | Any:
+) -> Any:  # Float[Tensor, "b t v"]; with capture a pair
     """Logits, in the base's dtype; with `capture` (logits, {name: tensor [b, t, d]}).
 
     Args:
@@ -87,7 +80,9 @@ def forward(
             adapter, [n]: its rows then have the masks that they have in a batch without the rows of
             other adapters. With a single seed they have those of this batch under one adapter.
         capture: names of places. The tensors are in the base's dtype, in the batch's order, and
-            include what `add` adds there; do not write to them.
+            include what `add` adds there; do not write to them. The logits have the same bits as
+            without it, except in compiled layers with DoRA or experts in 16 bits, where attn.out
+            and mlp.out are rounded once more.
         add: name of a place -> a floating-point tensor that broadcasts to [b, t, d], such as a
             steering vector [d]. The sum is rounded to the base's dtype.
         inputs_embeds: the input of the first layer, instead of embedded input_ids and NEFTune's
@@ -107,45 +102,7 @@ def forward(
     model, how = (adapter, base, spec), (seed, adapter_ids)
     places = capture, add, inputs_embeds
     inputs = checked_inputs("functional.forward", model, inputs, *how, *places)
-    return for_each_row(partial(_logits, capture=capture), *model, inputs, *how)
-
-
-def _logits(
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
-    inputs: Inputs,
-    seed: Seed,
-    first_row: Int[Tensor, ""] | None = None,
-    rows: StackRows | None = None,
-    capture: Sequence[str] | None = None,
-) -> Any:
-    model, taps, hidden = _hidden(adapter, base, spec, inputs, seed, first_row, rows, capture)
-    model_head = head(adapter, model, spec)
-    key = dropout_key(spec, seed, hidden.device)
-    masked = masked_for_head(hidden, model_head, spec, key, first_row)
-    result = logits(hidden, masked, model_head, spec)
-    return result if capture is None else (result, taps.captured)
-
-
-def _hidden(
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
-    inputs: Inputs,
-    seed: Seed,
-    first_row: Int[Tensor, ""] | None,
-    rows: StackRows | None,
-    capture: Sequence[str] | None = None,
-) -> tuple[Base, Taps, Float[Tensor, "b t d"]]:
-    """(the base as this adapter needs it, its taps, the final norm's output)."""
-    # Parked originals are tensors of which the adapter has copies. Without it they are needed.
-    base = base if adapter is not None else unpark_originals(base)
-    taps, known = taps_of(inputs, capture)
-    hidden = hidden_states(
-        adapter, base, spec, **known, seed=seed, first_row=first_row, rows=rows, taps=taps
-    )
-    return base, taps, hidden
+    return for_each_row(partial(row_logits, capture=capture), *model, inputs, *how)
 
 
 def token_logprobs(
@@ -163,7 +120,7 @@ def token_logprobs(
     add: Added | None = None,
     inputs_embeds: Embeds | None = None,
     entropy: bool = False,
-) -> Float[Tensor, "b t"] | Any:
+) -> Any:  # Float[Tensor, "b t"]; with entropy a pair
     """Log-probability of labels[:, i] given the tokens before i; float32 or wider.
 
     With `entropy` (log-probabilities, entropies [b, t]): entropy i is that of the distribution over
@@ -200,29 +157,7 @@ def token_logprobs(
     model, how, places = (adapter, base, spec), (seed, adapter_ids), (None, add, inputs_embeds)
     flag, name = (entropy, FLAG), "functional.token_logprobs"
     inputs = checked_inputs(name, model, inputs, *how, *places, entropy=flag)
-    return for_each_row(partial(_token_logprobs, entropy=entropy), *model, inputs, *how)
-
-
-def _token_logprobs(
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
-    inputs: Inputs,
-    seed: Seed,
-    first_row: Int[Tensor, ""] | None = None,
-    rows: StackRows | None = None,
-    entropy: bool = False,
-) -> Any:
-    labels = inputs["labels"]
-    assert labels is not None
-    model, _, hidden = _hidden(adapter, base, spec, inputs, seed, first_row, rows)
-    # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
-    model_head = head(adapter, model, spec)
-    key = dropout_key(spec, seed, hidden.device)
-    of_head = head_logprobs_and_entropy if entropy else head_logprobs
-    result = of_head(hidden.flatten(0, 1), model_head, spec, following, key, first_row)
-    return tree_map(lambda x: F.pad(x.view(labels.shape)[:, :-1], (1, 0)), result)
+    return for_each_row(partial(row_logprobs, entropy=entropy), *model, inputs, *how)
 
 
 def loss_sum(
@@ -338,7 +273,7 @@ def _batch_logprobs(
     how = seed, adapter_ids
     inputs = checked_inputs(function, model, batch, *how, None, *places)
     inputs["labels"] = labels = trained_labels(batch)
-    return for_each_row(_token_logprobs, *model, inputs, *how), labels
+    return for_each_row(row_logprobs, *model, inputs, *how), labels
 
 
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:

@@ -125,7 +125,7 @@ class Model(ModelState):
         capture: Sequence[str] | None = None,
         add: functional.Added | None = None,
         inputs_embeds: functional.Embeds | None = None,
-    ) -> Float[Tensor, "b t v"] | Any:
+    ) -> Any:  # Float[Tensor, "b t v"]; with capture a pair
         """Logits, in the base's dtype; with `capture` a pair. See `functional.forward`.
 
         Args:

@@ -178,7 +178,7 @@ def test_every_problem_is_named_before_any_work(tiny, monkeypatch):
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the model ran")
 
-    monkeypatch.setattr("fastlora.functional.hidden_states", refuse)
+    monkeypatch.setattr("fastlora.models.outputs.hidden_states", refuse)
     add: Any = {"layers.2.in": drawn(16), "norm": drawn(15), "embed": torch.ones(16).long()}
     embeds = drawn(2, 7, 16)
     parts = [

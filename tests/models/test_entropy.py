@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure, tree_unflatten
 
 import fastlora
 from fastlora import functional as FL
@@ -107,7 +107,7 @@ def test_transforms_take_the_reference(tiny, small_chunks):
     value = lambda a: weighted(ours(tiny, a, 3))
     hot = fastlora.value_and_grad(value)(tiny.adapter)[1]
     assert relative_error(torch.func.grad(value)(tiny.adapter), hot) < 1e-10
-    tangents = torch.utils._pytree.tree_map(torch.ones_like, tiny.adapter)
+    tangents = tree_map(torch.ones_like, tiny.adapter)
     _, slope = torch.func.jvp(value, (tiny.adapter,), (tangents,))
     assert relative_error(slope, torch.stack([x.sum() for x in tree_leaves(hot)]).sum()) < 1e-10
 
@@ -145,9 +145,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch):
 
 def test_a_second_derivative_is_refused(tiny):
     leaves = [x.detach().requires_grad_() for x in tree_leaves(tiny.adapter)]
-    adapter = torch.utils._pytree.tree_unflatten(
-        leaves, torch.utils._pytree.tree_structure(tiny.adapter)
-    )
+    adapter = tree_unflatten(leaves, tree_structure(tiny.adapter))
     value = ours(tiny, adapter, None)[1].sum()
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(value, leaves, create_graph=True)
