@@ -16,9 +16,10 @@ reads an adapter; `combine`, `disable`, `merge` and `quantize` make another mode
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
 `losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
+`research` holds Hessians, posteriors and influence of examples over an adapter.
 """
 
-from fastlora import functional, losses
+from fastlora import functional, losses, research
 from fastlora.adapters.create import lora
 from fastlora.adapters.edits.combining import combine, disable
 from fastlora.adapters.edits.merging import merge
@@ -59,6 +60,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "research",
     "train",
     "value_and_grad",
 ]

@@ -69,18 +69,23 @@ def kernel_problem(device: torch.device) -> str | None:
 
 
 def use_kernel(x: Tensor, kernels: Kernels) -> bool:
-    """Whether an op should launch its Triton kernel for x instead of plain torch code.
+    """Whether an op should launch its Triton kernel for x; see `kernels_run`."""
+    return kernels_run(x.device, kernels)
+
+
+def kernels_run(device: torch.device, kernels: Kernels) -> bool:
+    """Whether ops launch their Triton kernels on a device, or run plain torch code.
 
     "auto" means yes on CUDA; "triton" means yes on the CPU too (in Triton's interpreter). The
     answer is always no under a transform (see `transforms_active`) and inside the caller's own
     torch.compile, where Inductor generates the kernels.
 
     Raises:
-        ValueError: if `kernels` is "triton" and no kernel can run on x's device.
+        ValueError: if `kernels` is "triton" and no kernel can run on the device.
     """
     if kernels == "torch" or transforms_active() or torch.compiler.is_compiling():
         return False
-    problem = kernel_problem(x.device)
+    problem = kernel_problem(device)
     if kernels == "triton" and problem:
         raise ValueError(problem)
-    return problem is None and (kernels == "triton" or x.is_cuda)
+    return problem is None and (kernels == "triton" or device.type == "cuda")

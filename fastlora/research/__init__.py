@@ -1,0 +1,31 @@
+"""Curvature, posteriors and influence over an adapter: functions of functions, for research.
+
+    from fastlora import functional as FL, research
+    loss = lambda a: FL.loss(a, model.base, model.spec, batch)
+    product = research.hvp(loss, model.adapter)          # v -> H v, a tree like the adapter
+    H = research.as_linear_operator(product, model.adapter)
+    values, vectors = scipy.sparse.linalg.eigsh(H, k=3)
+
+In reading order: trees.py turns trees into vectors and back. curvature.py has hvp and ggnvp,
+operators.py makes SciPy operators of them, sharpness.py has SAM. fisher.py sums squared gradients
+of examples, and laplace.py makes a posterior of them. README.md has examples and measurements.
+"""
+
+from fastlora.research.curvature import ggnvp, hvp
+from fastlora.research.fisher import fisher_diagonal
+from fastlora.research.laplace import Laplace, laplace
+from fastlora.research.operators import as_linear_operator
+from fastlora.research.sharpness import sam_value_and_grad
+from fastlora.research.trees import ravel, unravel
+
+__all__ = [
+    "Laplace",
+    "as_linear_operator",
+    "fisher_diagonal",
+    "ggnvp",
+    "hvp",
+    "laplace",
+    "ravel",
+    "sam_value_and_grad",
+    "unravel",
+]
