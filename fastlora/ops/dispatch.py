@@ -29,6 +29,24 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_transforms(function: str) -> None:
+    """Refuse a verb that works on models, files or data inside of a transformed function.
+
+    Such verbs read values, draw random numbers or write in place. Under a transform they would give
+    gradients of zero (`merge`), constants that change from call to call (`lora` under linearize),
+    or errors of torch that name neither cause nor cure.
+
+    Raises:
+        RuntimeError: a torch.func transform is active.
+    """
+    if transforms_active():
+        raise RuntimeError(
+            f"{function} cannot run inside a torch.func transform (grad, vmap, jvp, linearize, ...)"
+            " or a level of forward_ad; call it outside, and transform functions of"
+            " fastlora.functional, fastlora.losses or fastlora.research."
+        )
+
+
 def needs_reference(*frozen: Tensor | None) -> bool:
     """Whether an op must run as its differentiable reference.
 

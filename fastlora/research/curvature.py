@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora.arguments import FUNCTION, argument_problems, one_of
 from fastlora.errors import raise_problems
-from fastlora.research.trees import adapter_problems, inner, like
+from fastlora.research.trees import adapter_problems, inner, like, point
 from fastlora.runtime.gradients import value_and_grad
 
 Product = Callable[[Any], Any]
@@ -57,7 +57,7 @@ def hvp(fn: Callable[[Any], Tensor], adapter: Any, *, method: str = "reverse") -
     rules = {"fn": (fn, FUNCTION), "method": (method, one_of(*_HESSIAN))}
     problems = argument_problems(rules) + adapter_problems(adapter)
     raise_problems(ValueError, "research.hvp cannot use these arguments:", problems)
-    adapter = tree_map(torch.Tensor.detach, adapter)
+    adapter = point(adapter)
     product = _HESSIAN[method](fn, adapter)
     return lambda vector: product(like(vector, adapter, "a product of research.hvp"))
 
@@ -117,7 +117,7 @@ def ggnvp(
     """
     problems = argument_problems({"logits_fn": (logits_fn, FUNCTION)}) + adapter_problems(adapter)
     raise_problems(ValueError, "research.ggnvp cannot use these arguments:", problems)
-    adapter = tree_map(torch.Tensor.detach, adapter)
+    adapter = point(adapter)
     logits, push, pull = linear_map(logits_fn, adapter)
     weight = _row_weights(logits, weights)
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
@@ -140,7 +140,7 @@ def linear_map(
     value, pull = vjp(fn, adapter)
     # Any u does: J' u is linear, so its derivative is the same everywhere.
     _, push = vjp(lambda u: vjp(fn, adapter)[1](u)[0], torch.zeros_like(value))
-    return value.detach(), lambda v: push(v)[0], lambda u: pull(u)[0]
+    return value, lambda v: push(v)[0], lambda u: pull(u)[0]
 
 
 def _row_weights(logits: Tensor, weights: Any) -> Tensor | float:

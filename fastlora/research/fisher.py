@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 
 from fastlora.arguments import FUNCTION, argument_problems, iterable
 from fastlora.errors import raise_problems
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.trees import adapter_problems
 
 BATCHES = iterable("batches to iterate over, such as a list of dicts")
@@ -36,6 +37,7 @@ def fisher_diagonal(
     Raises:
         ValueError: an argument is wrong, or there is no example.
     """
+    refuse_transforms("research.fisher_diagonal")
     check_example_arguments("research.fisher_diagonal", fn, adapter, batches)
     squares, examples = sum_of_squares(fn, adapter, batches, "research.fisher_diagonal")
     return tree_map(lambda x: x / examples, squares)

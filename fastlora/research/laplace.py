@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -33,6 +34,7 @@ from fastlora.arguments import (
     whole_number,
 )
 from fastlora.errors import raise_problems
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.curvature import linear_map
 from fastlora.research.fisher import BATCHES, sum_of_squares
 from fastlora.research.trees import adapter_problems
@@ -94,15 +96,14 @@ class Laplace:
 
     def _deviations(self, n: int, seed: int) -> Any:
         """n draws of N(0, S), every leaf [n, ...]; sample i is the same for every n > i."""
-        generators = [torch.Generator().manual_seed((seed + i) % 2**63) for i in range(n)]
+        # Not torch.randn: torch.func.linearize traces it, and would draw again in every product.
+        generators = [np.random.default_rng(seed + i) for i in range(n)]
         leaves, structure = tree_flatten(self.mean)
         drawn = []
         for x, f in zip(leaves, tree_leaves(self.fisher), strict=True):
-            noise = torch.stack(
-                [torch.randn(x.shape, generator=g, dtype=f.dtype) for g in generators]
-            )
+            noise = np.stack([g.standard_normal(tuple(x.shape)) for g in generators])
             scale = (f + self.prior_precision).rsqrt()
-            drawn.append((noise.to(x.device) * scale).to(x.dtype))
+            drawn.append((torch.from_numpy(noise).to(x.device, f.dtype) * scale).to(x.dtype))
         return tree_unflatten(drawn, structure)
 
     def predict(
@@ -159,6 +160,7 @@ def laplace(
         ValueError: an argument is wrong, there is no example, or no finite precision maximises the
             evidence.
     """
+    refuse_transforms("research.laplace")
     rules = {
         "fn": (fn, FUNCTION), "batches": (batches, BATCHES),
         "prior_precision": (prior_precision, _PRIOR),

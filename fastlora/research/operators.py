@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.arguments import FUNCTION, argument_problems
 from fastlora.errors import raise_problems
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.trees import adapter_problems, like, ravel, unravel
 
 
@@ -31,6 +32,7 @@ def as_linear_operator(fn: Callable[[Any], Any], adapter: Any) -> Any:
             the adapter.
         ModuleNotFoundError: SciPy is not installed.
     """
+    refuse_transforms("research.as_linear_operator")
     problems = argument_problems({"fn": (fn, FUNCTION)}) + adapter_problems(adapter)
     raise_problems(ValueError, "research.as_linear_operator cannot do this:", problems)
     try:

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from fastlora.arguments import describe
 from fastlora.errors import raise_problems
+from fastlora.ops.dispatch import transforms_active
 
 
 def adapter_problems(adapter: Any) -> list[str]:
@@ -20,6 +21,12 @@ def adapter_problems(adapter: Any) -> list[str]:
         if not (isinstance(x, Tensor) and x.is_floating_point())
     ]
     return wrong if leaves else ["adapter is a tree without tensors; pass model.adapter"]
+
+
+def point(adapter: Any) -> Any:
+    """The adapter without its autograd history. Under a transform, which differentiates results by
+    it, the adapter itself."""
+    return adapter if transforms_active() else tree_map(Tensor.detach, adapter)
 
 
 def like(vector: Any, adapter: Any, function: str) -> Any:

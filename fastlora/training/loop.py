@@ -26,6 +26,7 @@ from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import StateT
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.checkpoint import restore_checkpoint
@@ -217,6 +218,7 @@ def train(
         SystemExit: SIGINT or SIGTERM ended the run; see above.
     """
     # Must come first: locals() may hold nothing but the arguments.
+    refuse_transforms("fastlora.train")
     settings = settings_from(Settings, locals())
     check_train_arguments(
         settings,
