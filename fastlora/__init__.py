@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from fastlora.loading import load
     from fastlora.model import Model
     from fastlora.runtime.gradients import value_and_grad
+    from fastlora.runtime.per_example import Sketch
     from fastlora.text.tokenizer import Tokenizer
     from fastlora.training.history import History
     from fastlora.training.loop import train
@@ -51,6 +52,7 @@ _HOMES = {
     "History": "fastlora.training.history",
     "Model": "fastlora.model",
     "RateRange": "fastlora.training.rate_range",
+    "Sketch": "fastlora.runtime.per_example",
     "Tokenizer": "fastlora.text.tokenizer",
     "add_tokens": "fastlora.adapters.edits.vocabulary",
     "combine": "fastlora.adapters.edits.combining",
@@ -74,6 +76,7 @@ __all__ = [
     "History",
     "Model",
     "RateRange",
+    "Sketch",
     "Tokenizer",
     "add_tokens",
     "combine",

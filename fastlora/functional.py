@@ -24,6 +24,7 @@ from torch import Tensor
 from fastlora.errors import raise_problems
 from fastlora.models.decoder import dropout_key, hidden_states
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
+from fastlora.models.examples import ExampleRows
 from fastlora.models.head import head, logits, masked_for_head
 from fastlora.models.head_logprobs import head_logprobs
 from fastlora.models.input_checks import check_call, entry_problems
@@ -36,10 +37,14 @@ from fastlora.models.stacking import unstack as unstack
 from fastlora.models.stacks import StackRows
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.ignore import IGNORE
+from fastlora.runtime.per_example import PerExample
+
+# PerExample is what value_and_grad(per_example=...) passes to its function.
+AnyAdapter = Adapter | PerExample | None
 
 
 def forward(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     input_ids: Int[Tensor, "b t"],
@@ -89,11 +94,19 @@ def _logits(
     seed: Seed,
     first_row: Int[Tensor, ""] | None = None,
     rows: StackRows | None = None,
+    examples: ExampleRows | None = None,
 ) -> Float[Tensor, "b t v"]:
     # Parked originals are tensors of which the adapter has copies. Without it they are needed.
     base = base if adapter is not None else unpark_originals(base)
     hidden = hidden_states(
-        adapter, base, spec, **_known(inputs), seed=seed, first_row=first_row, rows=rows
+        adapter,
+        base,
+        spec,
+        **_known(inputs),
+        seed=seed,
+        first_row=first_row,
+        rows=rows,
+        examples=examples,
     )
     model_head = head(adapter, base, spec)
     key = dropout_key(spec, seed, hidden.device)
@@ -106,7 +119,7 @@ def _known(inputs: Inputs) -> dict[str, Tensor]:
 
 
 def token_logprobs(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     input_ids: Int[Tensor, "b t"],
@@ -158,11 +171,19 @@ def _token_logprobs(
     seed: Seed,
     first_row: Int[Tensor, ""] | None = None,
     rows: StackRows | None = None,
+    examples: ExampleRows | None = None,
 ) -> Float[Tensor, "b t"]:
     base, labels = base if adapter is not None else unpark_originals(base), inputs["labels"]
     assert labels is not None
     hidden = hidden_states(
-        adapter, base, spec, **_known(inputs), seed=seed, first_row=first_row, rows=rows
+        adapter,
+        base,
+        spec,
+        **_known(inputs),
+        seed=seed,
+        first_row=first_row,
+        rows=rows,
+        examples=examples,
     )
     # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
@@ -175,7 +196,7 @@ def _token_logprobs(
 
 
 def loss_sum(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -202,7 +223,7 @@ def loss_sum(
 
 
 def loss(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -234,7 +255,7 @@ def loss(
 
 
 def row_losses(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -262,7 +283,7 @@ def row_losses(
 
 def _batch_logprobs(
     function: str,
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,

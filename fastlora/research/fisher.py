@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.func import vjp, vmap
 from torch.utils._pytree import tree_map
 
 from fastlora.arguments import FUNCTION, argument_problems, iterable
 from fastlora.errors import raise_problems
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.trees import adapter_problems
+from fastlora.runtime.gradients import value_and_grad
 
 BATCHES = iterable("batches to iterate over, such as a list of dicts")
 
@@ -52,7 +52,7 @@ def sum_of_squares(
     """
     wide = lambda x: torch.promote_types(x.dtype, torch.float32)
     total = tree_map(lambda x: torch.zeros_like(x, dtype=wide(x)), adapter)
-    examples, each = 0, example_gradients(fn)
+    examples, each = 0, value_and_grad(fn, per_example=True)
     for batch in batches:
         values, grads = each(adapter, batch)
         total = tree_map(lambda t, g: t + g.to(t.dtype).square().sum(0), total, grads)
@@ -60,16 +60,6 @@ def sum_of_squares(
     if not examples:
         raise ValueError(f"{function}: batches has no example; a generator can be read only once.")
     return total, examples
-
-
-def example_gradients(fn: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], tuple[Tensor, Any]]:
-    """(adapter, batch) -> (values [b], gradients with leaves [b, ...])."""
-
-    def each(adapter: Any, batch: Any) -> tuple[Tensor, Any]:
-        values, pull = vjp(lambda a: fn(a, batch), adapter)
-        return values, vmap(pull)(torch.eye(len(values), dtype=values.dtype))[0]
-
-    return each
 
 
 def check_example_arguments(function: str, fn: Any, adapter: Any, batches: Any) -> None:
