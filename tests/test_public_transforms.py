@@ -206,7 +206,9 @@ REFUSED: dict[str, Callable[..., Any]] = {
     "fastlora.train": fastlora.train,
     "research.as_linear_operator": research.as_linear_operator,
     "research.fisher_diagonal": research.fisher_diagonal,
+    "research.influence": research.influence,
     "research.laplace": research.laplace,
+    "research.training_points": research.training_points,
 }
 METHODS: dict[str, Callable[[Model], Any]] = {
     "Model.generate": lambda m: m.generate(IDS, max_new_tokens=1),
@@ -256,12 +258,16 @@ CONSTANT: dict[str, Callable[[Model, Any], Any]] = {
     "fastlora.CheckpointError": lambda m, tokenizer: fastlora.CheckpointError("text"),
     "fastlora.History": lambda m, tokenizer: fastlora.History.of([]).losses,
     "fastlora.RateRange": lambda m, tokenizer: fastlora.RateRange.__name__,
+    "fastlora.Sketch": lambda m, tokenizer: fastlora.Sketch(8, 1),
     "fastlora.Tokenizer": lambda m, tokenizer: tokenizer.encode("def f(x):"),
     "fastlora.disable": lambda m, tokenizer: fastlora.disable(m).adapter,
     "fastlora.plan": lambda m, tokenizer: fastlora.plan(
         m, batch_size=2, seq_length=8, memory="8GB"
     ),
     "functional.trained_labels": lambda m, tokenizer: FL.trained_labels(BATCH).tolist(),
+    "research.TrainingPoint": lambda m, tokenizer: (
+        research.TrainingPoint(adapter=m.adapter, learning_rate=0.1).step
+    ),
     "losses.DFT": lambda m, tokenizer: losses.DFT(),
     "losses.DPO": lambda m, tokenizer: losses.DPO(beta=0.2),
     "losses.Distill": lambda m, tokenizer: losses.Distill(teacher=m).beta,
