@@ -1,8 +1,11 @@
 """Pure functions of (adapter, base, spec, ...), which torch.func and torch.compile can transform.
 
-The adapter comes first, because the first argument is the one that is differentiated. Under a
-torch.func transform every op runs its differentiable reference. Otherwise compiled regions, fused
-ops and recomputation are used as `spec` says. The values are the same up to rounding.
+The adapter comes first, because the first argument is the one that is differentiated. Compiled
+regions, fused ops, kernels and recomputation are used as `spec` says, except under a torch.func
+transform (grad, vmap, jvp, linearize, ...) or a level of torch.autograd.forward_ad. There every op
+runs its differentiable reference: `compile`, `recompute` and `kernels` have no effect, attention
+holds [b, h, t, t] scores, and all activations are kept. The values are the same up to rounding.
+`spec.resolved(device)` returns the spec that runs here and now.
 
 The adapter may be a stack of n adapters: every leaf is [n, ...] (`stack`). `adapter_ids` says which
 adapter each row of the batch uses; without it, the first b / n rows use adapter 0, the next ones

@@ -8,7 +8,7 @@ learning rate e_i at point i and g the gradient of an example's loss:
     LESS    (Xia et al. 2024, arXiv:2402.04333)      sum_i e_i cos(g_i(z'), u_i(z))
 
 u(z) is Adam's step for z: m / (sqrt(v) + eps), m = (b1 m_i + (1 - b1) g) / (1 - b1^(t + 1)), v
-likewise from squares, with the moments m_i, v_i after t updates. Positive values mean that training
+the same from squares, with the moments m_i, v_i after t updates. Positive values mean that training
 on z lowers the loss of z'. Gradients are compared through count sketches of k numbers.
 """
 

@@ -7,8 +7,8 @@ Laplace-LoRA (Yang et al. 2024, arXiv:2308.13111) fits a Gaussian around the tra
 
 The prior is N(0, 1 / prior_precision) on every number of the adapter. Its precision is chosen by
 the Laplace evidence (their equation 12), here by MacKay's fixed point (1992, Neural Computation
-4(3)). The diagonal stands for their Kronecker-factored Hessian, whose factors for the outer sides
-of LoRA are d x d.
+4(3)). Their Hessian is Kronecker-factored, with factors d x d for LoRA's outer sides; this one is
+diagonal.
 
 Predictions are linearised (Immer et al. 2021, arXiv:2008.08400): the logits are f(a) + J e with
 e ~ N(0, S), and their softmax is averaged over samples of e.
