@@ -8,17 +8,17 @@
 
 In reading order: trees.py turns trees into vectors and back. curvature.py has hvp and ggnvp,
 operators.py makes SciPy operators of them, sharpness.py has SAM. fisher.py sums squared gradients
-of examples, and laplace.py makes a posterior of them. influence.py compares gradients of examples
-at the checkpoints of a run, which training_points.py reads. README.md has examples and measurements.
+of examples, and posterior.py makes a Gaussian of them. attribution.py measures the influence of
+examples at the checkpoints of a run, which run_points.py reads. README.md has measurements.
 """
 
+from fastlora.research.attribution import influence
 from fastlora.research.curvature import ggnvp, hvp
 from fastlora.research.fisher import fisher_diagonal
-from fastlora.research.influence import influence
-from fastlora.research.laplace import Laplace, laplace
 from fastlora.research.operators import as_linear_operator
+from fastlora.research.posterior import Laplace, laplace
+from fastlora.research.run_points import TrainingPoint, training_points
 from fastlora.research.sharpness import sam_value_and_grad
-from fastlora.research.training_points import TrainingPoint, training_points
 from fastlora.research.trees import ravel, unravel
 
 __all__ = [

@@ -9,7 +9,6 @@ with the gradients of ten held-out rows (LESS, Xia et al. 2024, arXiv:2402.04333
 then trained on the rows with the most influence, on random ones, and on those with the least.
 """
 
-from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -58,7 +57,7 @@ def train_on(
     evaluate = lambda: fig.evaluate([run.model for run in runs], test)
     losses = [evaluate()]
     for step in range(1, steps + 1):
-        rows = [example for stream in streams for example in next(islice(stream, 1))]
+        rows = [example for stream in streams for example in next(stream)]
         fig.step_together(runs, fig.as_batch(rows))
         if step % every == 0:
             losses.append(evaluate())

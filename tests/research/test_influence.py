@@ -157,7 +157,7 @@ def test_a_run_without_adam_has_no_moments(run, tmp_path, monkeypatch):
     model, folder, _ = run
     state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
     state["settings"]["optimizer"] = "adamw_8bit"
-    monkeypatch.setattr("fastlora.research.training_points.read_state", lambda _: state)
+    monkeypatch.setattr("fastlora.research.run_points.read_state", lambda _: state)
     assert all(p.exp_avg is None for p in research.training_points(model, folder))
 
 
@@ -177,5 +177,5 @@ def test_wrong_arguments_are_refused(shallow, points):
         research.influence(losses, [points[0], bare], DATA, TARGETS)
     with pytest.raises(ValueError, match="at least one batch"):
         research.influence(losses, points, [], TARGETS)
-    with pytest.raises(ValueError, match="(?s)model=.*output_dir="):
+    with pytest.raises(ValueError, match=r"(?s)model=.*output_dir="):
         plain("training_points")(5, "")

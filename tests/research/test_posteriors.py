@@ -197,6 +197,7 @@ def test_gradients_of_zero_have_no_evidence(shallow):
         research.laplace(zero, shallow.adapter, BATCHES)
 
 
+@pytest.mark.parametrize("wrong", [0, -1.0, "fisher", None, math.nan, True])
 def test_wrong_priors_are_refused(wrong):
     laplace = plain_function(research.laplace)
     with pytest.raises(ValueError, match="prior_precision="):

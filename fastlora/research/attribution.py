@@ -24,7 +24,7 @@ from fastlora.arguments import FUNCTION, argument_problems, instance, one_of, op
 from fastlora.errors import raise_problems
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.fisher import BATCHES
-from fastlora.research.training_points import TrainingPoint
+from fastlora.research.run_points import TrainingPoint
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.runtime.per_example import Sketch
 
