@@ -115,7 +115,7 @@ class Laplace:
     ) -> Float[Tensor, "*m c"]:
         """Probabilities: the mean softmax of the linearised logits over posterior samples.
 
-        Costs one linearisation (about two gradients) and a third of a gradient for each sample.
+        Cannot be compiled, since it draws with NumPy; compile `logits_fn`. Costs one linearisation (about two gradients) and a third of a gradient for each sample.
 
         Args:
             logits_fn: adapter -> logits [..., c], such as those of the answer's choices,

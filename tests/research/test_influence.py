@@ -1,6 +1,5 @@
 """research.influence against the papers' formulas; training_points against the run behind them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from fastlora import functional as FL
 from fastlora import research
 from fastlora.errors import CheckpointError
 from fastlora.research import TrainingPoint
+from fastlora.training.checkpoint import read_state
 from oracles.batches import batch_of
 from oracles.trees import randomised, relative_error
 
@@ -153,11 +153,14 @@ def test_a_damaged_checkpoint_and_an_empty_folder_are_refused(run, tmp_path):
         research.training_points(model, tmp_path)
 
 
-def test_a_run_without_adam_has_no_moments(run, tmp_path, monkeypatch):
+def test_a_run_without_adam_has_no_moments(run, monkeypatch):
     model, folder, _ = run
-    state = json.loads((folder / "checkpoint-1" / "trainer_state.json").read_text())
-    state["settings"]["optimizer"] = "adamw_8bit"
-    monkeypatch.setattr("fastlora.research.run_points.read_state", lambda _: state)
+
+    def of_another_optimizer(path: Path) -> dict[str, Any]:
+        state = read_state(path)
+        return state | {"settings": state["settings"] | {"optimizer": "adamw_8bit"}}
+
+    monkeypatch.setattr("fastlora.research.run_points.read_state", of_another_optimizer)
     assert all(p.exp_avg is None for p in research.training_points(model, folder))
 
 
