@@ -115,7 +115,8 @@ class Laplace:
     ) -> Float[Tensor, "*m c"]:
         """Probabilities: the mean softmax of the linearised logits over posterior samples.
 
-        Cannot be compiled, since it draws with NumPy; compile `logits_fn`. Costs one linearisation (about two gradients) and a third of a gradient for each sample.
+        Costs one linearisation (about two gradients) and a third of a gradient for each sample. It
+        draws with NumPy, so it cannot be compiled; compile `logits_fn`.
 
         Args:
             logits_fn: adapter -> logits [..., c], such as those of the answer's choices,

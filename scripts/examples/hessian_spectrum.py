@@ -21,7 +21,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora import research
 
-STEPS, VALUES, ROWS, RATE = 60, 16, 4, 3e-3
+STEPS, VALUES, ROWS, RATE = 60, 24, 4, 3e-3
 
 
 def extremes(product: Callable[[Any], Any], adapter: Any, k: int) -> list[float]:
@@ -64,7 +64,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         if step in (1, steps):
             points[step] = tree_map(lambda x: x.detach().clone(), run.model.adapter)
     found = {step: spectrum(model, adapter, batch, k) for step, adapter in points.items()}
-    figure, axes = fig.new_figure(2, width=8.6, height=3.6)
+    figure, axes = fig.new_figure(2, width=8.6, height=2.6)
     for axis, (step, own) in zip(axes, found.items(), strict=True):
         named = (("Hessian", fig.BLUE, "hessian"), ("Gauss-Newton", fig.ORANGE, "gauss_newton"))
         for row, (name, color, key) in enumerate(named):
@@ -72,7 +72,6 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         axis.axvline(0, color=fig.GREY, linewidth=0.8)
         axis.set(title=f"after {step} steps, loss {own['loss']:.2f}", xlabel="eigenvalue")
         axis.set(ylim=(-0.7, 1.7), yticks=(0, 1), yticklabels=("Hessian", "Gauss-Newton"))
-        axis.set_xscale("symlog", linthresh=1.0)
     fig.save(figure, out)
     return {"before": found[1], "after": found[steps]}
 

@@ -20,7 +20,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora import research
 
-ROWS, STEPS, RATE, SAMPLES, BINS = 48, 80, 5e-3, 16, 10
+ROWS, STEPS, RATE, SAMPLES, BINS = 48, 100, 5e-3, 16, 10
 PRIORS = (3e1, 1e2, 3e2, 1e3, 3e3, 1e4, 3e4, 1e5)
 
 
@@ -75,23 +75,30 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         for prior in PRIORS[:: 4 if quick else 1]
     }
     best = posterior.with_prior(min(tried, key=lambda prior: tried[prior]))
+    with torch.no_grad():
+        without = nll(logits(adapter).softmax(-1), labels)
     logits, labels = logits_and_labels(model, shown)
     with torch.no_grad():
         plain = logits(adapter).softmax(-1)
     found: dict[str, Any] = {"evidence": posterior.prior_precision, "prior": best.prior_precision}
-    figure, axes = fig.new_figure(2, width=8.2, height=3.8)
-    for axis, name, color, p in (
-        (axes[0], "adapter", fig.ORANGE, plain),
-        (axes[1], "posterior", fig.BLUE, best.predict(logits, samples=2 * samples)),
+    figure, (left, right) = fig.new_figure(2, width=8.2, height=3.8)
+    left.plot([0, 1], [0, 1], "--", color=fig.GREY)
+    for name, color, p in (
+        ("adapter", fig.ORANGE, plain),
+        ("posterior", fig.BLUE, best.predict(logits, samples=2 * samples)),
     ):
         confidence, accuracy, gap = reliability(p, labels)
-        found[name] = {"nll": nll(p, labels), "ece": gap}
-        found[name]["accuracy"] = (p.argmax(-1) == labels).double().mean().item()
-        axis.plot([0, 1], [0, 1], "--", color=fig.GREY)
-        axis.plot(confidence, accuracy, "o-", color=color)
-        axis.set(xlabel="confidence", xlim=(0, 1), ylim=(0, 1))
-        axis.set_title(f"{name}: calibration error {gap:.3f}, loss {found[name]['nll']:.2f}")
-    axes[0].set_ylabel("accuracy")
+        right_ones = (p.argmax(-1) == labels).double().mean().item()
+        found[name] = {"nll": nll(p, labels), "ece": gap, "accuracy": right_ones}
+        label = f"{name}: error {gap:.3f}, loss {found[name]['nll']:.2f}"
+        left.plot(confidence, accuracy, "o-", color=color, label=label)
+    left.set(xlabel="confidence", ylabel="accuracy", xlim=(0, 1), ylim=(0, 1))
+    left.legend(frameon=False)
+    right.plot(list(tried), list(tried.values()), "o-", color=fig.BLUE, label="posterior")
+    right.axhline(without, color=fig.ORANGE, label="adapter")
+    right.set(xlabel="precision of the prior", ylabel="loss of the rows to choose it on")
+    right.set_xscale("log")
+    right.legend(frameon=False)
     fig.save(figure, out)
     return found
 

@@ -2,8 +2,8 @@
 
     python scripts/examples/select_data.py [--quick] [--out FILE]      about 90 s on two cores
 
-A fifth of the pool has the task of the held-out rows, to summarise a function; the others name its
-module, or write its signature from its summary. A short run over a quarter of the
+A fifth of the pool has the task of the held-out rows, to summarise a function; the other rows have
+two other tasks, such as to write a signature from a summary. A short run over a quarter of the
 pool leaves checkpoints with Adam's moments. `research.influence` compares Adam's step for each row
 with the gradients of ten held-out rows (LESS, Xia et al. 2024, arXiv:2402.04333). New adapters are
 then trained on the rows with the most influence, on random ones, and on those with the least.
@@ -94,7 +94,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     short = lambda rows: [row for row in rows if len(fig.encode([row], tokenizer, longest=48)) == 1]
     # Different functions for each task, so that no text is in the pool twice.
     pool = short(tasks["summary"][: 2 * n])[:n]
-    for i, name in enumerate(("signature", "module"), 1):
+    for i, name in enumerate(sorted(set(tasks) - {"summary"}), 1):
         pool += short(tasks[name][4 * i * n : 4 * (i + 1) * n])[: 2 * n]
     held = fig.encode(fig.pairs("heldout", quick), tokenizer, longest=48)
     targets, test = held[:TARGETS], held[TARGETS : TARGETS + (8 if quick else 32)]
