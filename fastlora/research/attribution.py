@@ -109,7 +109,8 @@ def _vectors(
     """One vector for each example: its gradient or Adam's step, whole or sketched."""
     # The step is not linear in the gradient, so it is sketched after the backward pass.
     exact = adam or sketch is None
-    run = value_and_grad(fn, per_example=True if exact else sketch)
+    how: Any = True if exact else sketch
+    run = value_and_grad(fn, per_example=how)
     rows = []
     for batch in batches:
         _, found = run(point.adapter, batch)

@@ -64,7 +64,7 @@ def hvp(fn: Callable[[Any], Tensor], adapter: Any, *, method: str = "reverse") -
 
 def _reverse(fn: Callable[[Any], Tensor], adapter: Any) -> Product:
     # H is symmetric, so the transposed product is the product.
-    _, pull = vjp(lambda a: value_and_grad(fn)(a)[1], adapter)
+    pull = vjp(lambda a: value_and_grad(fn)(a)[1], adapter)[1]
     return lambda vector: pull(vector)[0]
 
 
@@ -137,9 +137,9 @@ def linear_map(
 
     The two graphs that the products go through are kept.
     """
-    value, pull = vjp(fn, adapter)
+    value, pull = vjp(fn, adapter)[:2]
     # Any u does: J' u is linear, so its derivative is the same everywhere.
-    _, push = vjp(lambda u: vjp(fn, adapter)[1](u)[0], torch.zeros_like(value))
+    push = vjp(lambda u: vjp(fn, adapter)[1](u)[0], torch.zeros_like(value))[1]
     return value, lambda v: push(v)[0], lambda u: pull(u)[0]
 
 

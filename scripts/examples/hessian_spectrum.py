@@ -28,7 +28,8 @@ def extremes(product: Callable[[Any], Any], adapter: Any, k: int) -> list[float]
     """The k eigenvalues of largest magnitude, ascending."""
     operator = research.as_linear_operator(product, adapter)
     first = np.random.default_rng(0).standard_normal(operator.shape[0]).astype(operator.dtype)
-    values = eigsh(operator, k=k, ncv=3 * k, v0=first, tol=1e-2, return_eigenvectors=False)
+    how: dict[str, Any] = dict(ncv=3 * k, v0=first, tol=1e-2, return_eigenvectors=False)
+    values: Any = eigsh(operator, k=k, **how)
     return sorted(values.tolist())
 
 

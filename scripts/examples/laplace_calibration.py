@@ -20,8 +20,8 @@ import fastlora
 from fastlora import functional as FL
 from fastlora import research
 
-ROWS, STEPS, RATE, SAMPLES, BINS = 48, 100, 5e-3, 16, 10
-PRIORS = (3e1, 1e2, 3e2, 1e3, 3e3, 1e4, 3e4, 1e5)
+ROWS, STEPS, RATE, SAMPLES, BINS = 48, 100, 5e-3, 16, 8
+PRIORS = (5e2, 1e3, 2e3, 4e3, 8e3, 2e4, 5e4, 1e5)
 
 
 def logits_and_labels(model: fastlora.Model, batch: fig.Batch) -> tuple[Any, Tensor]:
@@ -68,7 +68,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     posterior = research.laplace(losses, adapter, batches)
     held = fig.encode(fig.pairs("heldout", quick), tokenizer)
     size = 4 if quick else 32
-    chosen_on, shown = (fig.as_batch(held[i : i + size]) for i in (0, size))
+    chosen_on, shown = (fig.as_batch(rows) for rows in (held[:size], held[size : 3 * size]))
     logits, labels = logits_and_labels(model, chosen_on)
     tried = {
         prior: nll(posterior.with_prior(prior).predict(logits, samples=samples), labels)

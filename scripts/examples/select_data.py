@@ -2,11 +2,11 @@
 
     python scripts/examples/select_data.py [--quick] [--out FILE]      about 90 s on two cores
 
-A fifth of the pool has the task of the held-out rows, to summarise a function; the other rows have
-two other tasks, such as to write a signature from a summary. A short run over a quarter of the
-pool leaves checkpoints with Adam's moments. `research.influence` compares Adam's step for each row
-with the gradients of ten held-out rows (LESS, Xia et al. 2024, arXiv:2402.04333). New adapters are
-then trained on the rows with the most influence, on random ones, and on those with the least.
+A quarter of the pool has the task of the held-out rows, to summarise a function. In the other rows
+the reply is wrong: the signature of another function. A short run over a quarter of the pool leaves
+checkpoints with Adam's moments. `research.influence` compares Adam's step for each row with the
+gradients of ten held-out rows (LESS, Xia et al. 2024, arXiv:2402.04333). New adapters are then
+trained on the rows with the most influence, on random ones, and on those with the least.
 """
 
 from pathlib import Path
@@ -22,14 +22,14 @@ from fastlora import functional as FL
 from fastlora import research
 from fastlora.data.examples import Example
 
-ROWS, TARGETS, STEPS, EVERY, SEEDS, RATE = 32, 10, 36, 4, (0, 1, 2), 1e-3
+ROWS, TARGETS, STEPS, EVERY, SEEDS, RATE = 32, 10, 24, 4, (0, 1, 2), 1e-3
 GROUPS = {"most influence": fig.BLUE, "random": fig.GREY, "least influence": fig.ORANGE}
 
 
 def influence_of(
     model: fastlora.Model, tokenizer: Any, pool: list, targets: list[Example], steps: int
 ) -> Tensor:
-    """The mean influence of each (prompt, reply) of the pool on the targets."""
+    """The mean influence of each (prompt, reply) on the targets, in units of the largest."""
     warm_up = [{"prompt": p, "completion": r} for p, r in pool[::4]]
     with TemporaryDirectory() as folder:
         how: dict[str, Any] = dict(save_every=steps // 3, keep=None, progress=False)
@@ -45,7 +45,7 @@ def influence_of(
     examples = fig.encode(pool, tokenizer, longest=512)
     batches = [fig.as_batch(examples[i : i + 16]) for i in range(0, len(examples), 16)]
     scores = research.influence(losses, points, batches, [fig.as_batch(targets)])
-    return scores.mean(1)
+    return scores.mean(1) / scores.mean(1).max()
 
 
 def train_on(
@@ -69,8 +69,8 @@ def draw(losses: Tensor, score: Tensor, ours: Tensor, every: int, out: Path) -> 
     figure, (left, right) = fig.new_figure(2, width=8.6, height=3.6)
     bins = torch.linspace(float(score.min()), float(score.max()), 25).tolist()
     for rows, name, color in (
-        (ours, "the same task", fig.BLUE),
-        (~ours, "other tasks", fig.ORANGE),
+        (ours, "right replies", fig.BLUE),
+        (~ours, "wrong replies", fig.ORANGE),
     ):
         left.hist(score[rows].tolist(), bins=bins, color=color, alpha=0.7, label=name)
     left.set(xlabel="influence on the held-out rows", ylabel="rows of the pool")
@@ -92,10 +92,10 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
     short = lambda rows: [row for row in rows if len(fig.encode([row], tokenizer, longest=48)) == 1]
-    # Different functions for each task, so that no text is in the pool twice.
-    pool = short(tasks["summary"][: 2 * n])[:n]
-    for i, name in enumerate(sorted(set(tasks) - {"summary"}), 1):
-        pool += short(tasks[name][4 * i * n : 4 * (i + 1) * n])[: 2 * n]
+    # Different functions in each part, so that no prompt is in the pool twice.
+    prompts, codes = tasks["summary"][2 * n :], tasks["signature"][-6 * n :]
+    wrong = [(p, code) for (p, _), (_, code) in zip(prompts, codes, strict=False)]
+    pool = short(tasks["summary"][: 2 * n])[:n] + short(wrong[: 6 * n])[: 3 * n]
     held = fig.encode(fig.pairs("heldout", quick), tokenizer, longest=48)
     targets, test = held[:TARGETS], held[TARGETS : TARGETS + (8 if quick else 32)]
     score = influence_of(model, tokenizer, pool, targets, 6 if quick else 24)
