@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.examples import example_project
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.params import (
@@ -14,6 +15,7 @@ from fastlora.models.params import (
     AdapterRecord,
     BiasedLoRA,
     DoRA,
+    ExampleLoRA,
     LayerAdapter,
     LayerParams,
     Linear,
@@ -107,6 +109,8 @@ def project(
     """
     if any(isinstance(adapter.get(name), StackedLoRA) for name in names):
         return _project_stack(x, names, params, adapter, spec, key)
+    if any(isinstance(adapter.get(name), ExampleLoRA) for name in names):
+        return _project_examples(x, names, params, adapter, spec, key)
     scalings = dict(spec.scalings)
     # Fake quantisation rounds W + s B A, so the sum of the matrices must be computed. Otherwise we
     # add the products of x with W and with A and B, which costs less.
@@ -137,6 +141,20 @@ def _project_stack(
     salts = [_DROPOUT_SALT[name] for name in names]
     fused_weight = params.get("qkv") if names == QKV else None
     return stacked_project(x, linears, records, salts, spec.lora_dropout, key, fused_weight)
+
+
+def _project_examples(
+    x: Float[Tensor, "b t d_in"],
+    names: tuple[str, ...],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, ""] | None,
+) -> list[Float[Tensor, "b t d_out"]]:
+    parts = _projection_parts(names, params, adapter, dict(spec.scalings))
+    linears, records, scalings = zip(*parts, strict=True)
+    salts = [_DROPOUT_SALT[name] for name in names]
+    return example_project(x, linears, records, scalings, salts, spec.lora_dropout, key)
 
 
 def group_arguments(

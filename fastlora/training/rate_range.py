@@ -15,6 +15,7 @@ from fastlora.data.sources import Data
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
 from fastlora.training.logging.figures import draw_rates, smooth
@@ -93,6 +94,7 @@ def find_learning_rate(
             did not fall at any rate.
         FloatingPointError: the loss is NaN or infinite within the first fifth of the steps.
     """
+    refuse_transforms("fastlora.find_learning_rate")
     given = {f.name for f in fields(Settings)} - _OWN
     check_arguments(
         "fastlora.find_learning_rate",

@@ -36,7 +36,7 @@ from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
 from fastlora.ops.attention.flash import kernel_supports
-from fastlora.ops.dispatch import use_kernel
+from fastlora.ops.dispatch import refuse_transforms, use_kernel
 from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 from fastlora.training.custom_optimizer import OptimizerFactory
@@ -128,6 +128,7 @@ def check_train_arguments(
         ValueError: listing every argument that `train` cannot use, with what is expected.
         ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
+    refuse_transforms("fastlora.train")
     problems = train_problems(
         settings,
         model=model,

@@ -14,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fastlora.models.state import Batch
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save, evaluation_is_due
 from fastlora.training.finished import finish_folder
@@ -46,6 +47,7 @@ def train_runs(given: Mapping[str, Any]) -> tuple[list[Any], list[History]]:
             the other runs have ended, and names these runs.
         ValueError, FileNotFoundError, CheckpointError, OSError, SystemExit: as `train`.
     """
+    refuse_transforms("fastlora.train")
     own, ending = own_arguments(given)
     tokenizer, progress = given["tokenizer"], given["progress"]
     with ExitStack() as after:

@@ -158,7 +158,7 @@ def run_losses(
     """The sum of -log p over each run's trained tokens; the arguments are those of `stack_loss`."""
     ids = batch["input_ids"]
     rows = stack_rows(None, n, ids)._replace(widths=widths)
-    masks = {name: x for name, x in batch.items() if name not in ("input_ids", "labels")}
+    masks: Any = {name: x for name, x in batch.items() if name not in ("input_ids", "labels")}
     hidden = hidden_states(adapters, base, spec, ids, **masks, seed=seeds, rows=rows)
     # Labels are shifted as in functional.token_logprobs; the last position is ignored.
     following = F.pad(trained_labels(batch)[:, 1:], (0, 1), value=IGNORE)
