@@ -43,6 +43,7 @@ from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.logging.open import LOG, log_problems
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 from fastlora.training.parameter_groups import RATES, rates_problems
+from fastlora.training.private_checks import private_problems
 from fastlora.training.samples import SAMPLE_PROMPTS, sample_problems
 from fastlora.training.schedules import SCHEDULERS, Schedule, schedule_problems
 
@@ -99,6 +100,8 @@ class Settings:
     keep: int | None = setting(optional(_COUNT))
     keep_best: bool = setting(FLAG)
     early_stopping: int | None = setting(optional(_COUNT))
+    clip_per_example: float | None = setting(optional(_RATE))
+    noise_multiplier: float | None = setting(optional(number(low=0, high=1e6)))
     seed: int = setting(RANDOM_SEED)
 
 
@@ -180,6 +183,7 @@ def train_problems(
     problems += _companion_problems(settings, eval_data, output_dir, resume)
     problems += loss_problems(settings)
     problems += log_problems(log, output_dir)
+    problems += private_problems(settings, data, model)
     # The remaining checks look into the model.
     if isinstance(model, ModelState):
         problems += _model_problems(settings, model)

@@ -156,6 +156,11 @@ def _joint_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             f"loss={describe(first['loss'])}: several models are trained with loss='sft'; train"
             " these one by one"
         )
+    problems += [
+        f"{name}={describe(first[name])}: private runs are trained one by one"
+        for name in ("clip_per_example", "noise_multiplier")
+        if first[name] is not None
+    ]
     folders = [
         os.path.abspath(row["output_dir"]) for row in rows if PATH.accepts(row["output_dir"])
     ]
