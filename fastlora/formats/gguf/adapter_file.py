@@ -68,7 +68,7 @@ def write_adapter(model: ModelState, path: Path, verify: bool) -> GGUFReport:
     model = self_contained(model)
     lora, adapter = require_adapter(model)
     gguf = architecture(model.spec.config)
-    raise_problems(ValueError, "A GGUF LoRA file cannot hold:", _problems(lora, model), _CURE)
+    raise_problems(ValueError, "A GGUF LoRA file cannot hold:", adapter_problems(model), _CURE)
     tensors = list(_tensors(model.spec.config, gguf, lora, adapter))
     path = output_file(path, model.spec)
     write_gguf(path, _metadata(gguf, lora), tensors, "f32")
@@ -88,7 +88,13 @@ _QUANTIZED_NOTE = (
 )
 
 
-def _problems(lora: LoraConfig, model: ModelState) -> list[str]:
+def adapter_problems(model: ModelState) -> list[str]:
+    """What a GGUF LoRA file cannot hold of a model's adapter.
+
+    Raises:
+        ValueError: the model has no adapter.
+    """
+    lora, _ = require_adapter(model)
     extras, problems = lora.extras, []
     if lora.use_dora:
         problems.append("use_dora: lengths of rows")

@@ -1,6 +1,13 @@
 """Mistral: one sliding window for all layers, and no biases."""
 
-from fastlora.models.families.family import ALL_ROPE, GGUF, NO_BIAS, ONE_WINDOW, Family, TokenizerClass
+from fastlora.models.families.family import (
+    ALL_ROPE,
+    GGUF,
+    NO_BIAS,
+    ONE_WINDOW,
+    Family,
+    TokenizerClass,
+)
 
 MISTRAL = Family(
     name="mistral",
