@@ -3,9 +3,9 @@
 adapters.safetensors   "model.layers.3.self_attn.q_proj.lora_a" [d_in, r], "....lora_b" [r, d_out]
 adapter_config.json    one rank, one scale, and the modules that have LoRA in every layer
 
-mlx-lm computes W x + scale * ((x A) B). Matrices are transposed here, ranks padded with zeros to the
-largest, and scalings folded into B. A module that only some layers adapt gets zeros in the others.
-Experts keep [e, r, d_in] and [e, d_out, r].
+mlx-lm computes W x + scale * ((x A) B). Matrices are transposed here, ranks padded with zeros to
+the largest, and scalings folded into B. A module that only some layers adapt gets zeros in the
+others. Experts keep [e, r, d_in] and [e, d_out, r].
 
 Source: mlx_lm/tuner/utils.py (linear_to_lora_layers, load_adapters) and tuner/lora.py of
 ml-explore/mlx-lm@036728670ef951c1d583689ad2255020702dcfa3.
@@ -138,7 +138,7 @@ def _shapes(config: LlamaConfig, keys: list[str]) -> dict[str, tuple[int, int, i
     for i in range(config.num_hidden_layers):
         for target in layer_targets(config, i):
             experts = config.num_local_experts if target in EXPERTS else 0
-            for (name, rows), (d_out, d_in) in zip(
+            for (name, _), (d_out, d_in) in zip(
                 _modules(config, target), _matrix_shapes(config, target), strict=True
             ):
                 if name in keys:

@@ -44,6 +44,8 @@ def save_gguf_adapter(
         model: with an adapter.
         path: of the file, in a folder that is created if it does not exist.
         verify: run the file in llama.cpp, over a temporary file of the base beside it, and compare.
+            That file is in float32, because llama.cpp rounds activations to the base's 16 bits: it
+            takes 4 bytes for each weight, on the disk and in memory.
 
     Raises:
         ValueError: before anything is written, if the model has no adapter, llama.cpp cannot run
@@ -54,8 +56,8 @@ def save_gguf_adapter(
     check_arguments("save_gguf_adapter", verify=(verify, FLAG))
     if model.spec.changed:
         raise ValueError(
-            "The base is not the checkpoint's (after merge or add_tokens), so the adapter alone would"
-            f" give another model. {_CURE}"
+            "The base is not the checkpoint's (after merge or add_tokens), so the adapter alone"
+            f" would give another model. {_CURE}"
         )
     return write_adapter(model, Path(path), verify)
 
@@ -166,12 +168,11 @@ def _pair(name: str, a: Tensor, b: Tensor) -> Iterator[FileTensor]:
 
 
 def _verified(model: ModelState, path: Path) -> Verification:
-    dtype = {"float16": "f16", "bfloat16": "bf16"}.get(model.spec.config.dtype, "f32")
     base = replace(model, spec=replace(model.spec, lora=None), adapter=None)
     with tempfile.TemporaryDirectory(prefix=".verifying-", dir=path.parent) as folder:
         file = Path(folder) / "base.gguf"
         tensors, metadata = model_tensors(base)
-        write_gguf(file, metadata | _placeholders(model.spec.config), tensors, dtype)
+        write_gguf(file, metadata | _placeholders(model.spec.config), tensors, "f32")
         return verify_adapter(model, file, path)
 
 

@@ -143,8 +143,8 @@ def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
     if config.no_rope_layers != expected:
         every = "in all layers" if interval is None else f"except in every {interval}th layer"
         problems.append(
-            f"no_rope_layers is {list(config.no_rope_layers)!r:.200}: architecture {gguf.arch!r} has"
-            f" RoPE {every}"
+            f"no_rope_layers is {list(config.no_rope_layers)!r:.200}: architecture {gguf.arch!r}"
+            f" has RoPE {every}"
         )
     return problems
 
@@ -165,7 +165,8 @@ def _layer_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
         return problems
     if dense := [i for i, sparse in enumerate(config.sparse_layers) if not sparse]:
         problems.append(
-            f"layers without experts ({dense!r:.100}): architecture {gguf.arch!r} has experts in all"
+            f"layers without experts ({dense!r:.100}): architecture {gguf.arch!r} has experts"
+            " in all layers"
         )
     if any(config.sparse_layers) and not config.norm_topk_prob:
         problems.append("norm_topk_prob is false: llama.cpp always divides by the chosen's sum")

@@ -29,8 +29,8 @@ class GGUFMethods(ModelState):
             dtype: "f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "mxfp4", "tq1_0"
                 or "tq2_0". For a K-quant such as "q4_k_m", bfloat16 is written, and the report has
                 the command that makes the K-quant.
-            verify: run the file in llama.cpp, and report the largest difference of log-probabilities
-                and the number of equal greedy ids.
+            verify: run the file in llama.cpp, and report the largest difference of
+                log-probabilities and the number of equal greedy ids.
             pre: llama.cpp's name of a pre-tokenizer, if it has none for the tokenizer's.
 
         Returns:
@@ -58,7 +58,7 @@ class GGUFMethods(ModelState):
 
         Args:
             path: of the file, in a folder that is created if it does not exist.
-            verify: run the file in llama.cpp, over a temporary file of the base.
+            verify: run the file in llama.cpp, over a temporary file of the base in float32.
 
         Raises:
             ValueError: the model has no adapter, llama.cpp cannot run the model, or the format

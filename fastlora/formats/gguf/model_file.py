@@ -64,7 +64,8 @@ def save_gguf(
 
     Raises:
         ValueError: before anything is written: an argument is wrong, or llama.cpp cannot run this
-            model; while writing, leaving an older file unchanged: a tensor would be NaN or infinite.
+            model; while writing, leaving an older file unchanged: a tensor would be NaN or
+            infinite.
         CheckpointError: llama.cpp cannot tokenise as the tokenizer does.
         ModuleNotFoundError: the extra `gguf` is not installed.
         PermissionError: the folder cannot be written to.

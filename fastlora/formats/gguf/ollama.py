@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from pathlib import Path
 
 from fastlora.arguments import check_arguments
 from fastlora.checkpoints.output_folders import writable_folder

@@ -1,7 +1,7 @@
 """pre_tokenizer_name(): llama.cpp's name for the way in which a tokenizer splits a text.
 
-llama.cpp implements each way in C++ under a name, `tokenizer.ggml.pre`. Its converter finds the name
-by a hash of the ids of one text, which fits only the tokenizers in its list. Here the steps of
+llama.cpp implements each way in C++ under a name, `tokenizer.ggml.pre`. Its converter finds the
+name by a hash of the ids of one text, which fits only the tokenizers in its list. Here the steps of
 tokenizer.json are compared, so that a tokenizer with another vocabulary is found too.
 
 Source: src/llama-vocab.cpp of ggml-org/llama.cpp, where each name's regular expression stands,
@@ -69,10 +69,10 @@ def pre_tokenizer_name(tokenizer: Tokenizer) -> str:
     way = _Way(steps, bool(raw["model"].get("ignore_merges")))
     if way not in _NAMES:
         raise CheckpointError(
-            f"llama.cpp has no name for this pre-tokenizer: {' -> '.join(steps)!r:.600}, ignore_merges"
-            f" {str(way.ignores_merges).lower()}. It would split texts in other ways. To write the"
-            f" file nevertheless, choose the nearest yourself: pre={' or '.join(map(repr, NAMES))};"
-            " verify=True counts the texts that both tokenise alike."
+            f"llama.cpp has no name for this pre-tokenizer: {' -> '.join(steps)!r:.600},"
+            f" ignore_merges {str(way.ignores_merges).lower()}. It would split texts in other"
+            f" ways. To write the file nevertheless, choose the nearest one yourself: pre="
+            f"{' or '.join(map(repr, NAMES))}; verify=True counts texts that both tokenise alike."
         )
     return _NAMES[way]
 

@@ -1,8 +1,8 @@
 """Tokenizers in SentencePiece's style: their merges as scores, and their prefix space.
 
 llama.cpp joins the neighbours whose joined token has the highest score; tokenizer.json lists merges
-by rank. Both give the same tokens if the joined tokens have one order that all merges follow, and no
-merge is missing.
+by rank. Both give the same tokens if the joined tokens have one order that all merges follow, and
+no merge is missing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -52,8 +52,8 @@ def merge_scores(raw: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
 
 def _refusal(reason: str) -> str:
     return (
-        f"llama.cpp cannot tokenise as this tokenizer.json does: {reason}. SentencePiece's own files"
-        " have all merges of a token, one after the other."
+        f"llama.cpp cannot tokenise as this tokenizer.json does: {reason}. SentencePiece's own"
+        " files have all merges of a token, one after the other."
     )
 
 
@@ -78,12 +78,12 @@ def adds_prefix_space(raw: Mapping[str, Any]) -> tuple[bool, list[str]]:
         } if not steps:
             return scheme != "never", _FIRST_NOTE if scheme == "first" else []
     raise CheckpointError(
-        "llama.cpp cannot tokenise as this tokenizer.json does: its normaliser and pre-tokenizer are"
-        f" {normalizer!r:.300} and {pre!r:.300}, expected those of SentencePiece's style."
+        "llama.cpp cannot tokenise as this tokenizer.json does: its normaliser and pre-tokenizer"
+        f" are {normalizer!r:.300} and {pre!r:.300}, expected those of SentencePiece's style."
     )
 
 
 _FIRST_NOTE = [
-    "llama.cpp puts a space before the text behind a special token too, where this tokenizer puts one"
-    " only before the first word."
+    "llama.cpp puts a space before the text behind a special token too, where this tokenizer puts"
+    " one only before the first word."
 ]

@@ -205,5 +205,5 @@ class _Float32Layers(Sequence):
         return len(self.layers)
 
     def __getitem__(self, i: Any) -> Any:
-        wide = lambda x: dense(x, torch.float32).float()
+        wide = lambda x: x.float() if isinstance(x, Tensor) else dense(x, torch.float32)
         return tree_map(wide, self.layers[i], is_leaf=lambda x: isinstance(x, Quantized | Tensor))

@@ -147,6 +147,6 @@ def _encoded(tensor: FileTensor, kind: TensorType) -> np.ndarray:
 def _check_finite(name: str, values: Tensor, kind: str) -> None:
     if not bool(values.isfinite().all()):
         raise ValueError(
-            f"{name} would hold NaN or infinity in {kind}: the model is broken (a diverged run?), or"
-            ' its numbers are too large for 16 bits; dtype="bf16" and "f32" have the widest range.'
+            f"{name} would hold NaN or infinity in {kind}: the model is broken (a diverged run?),"
+            ' or its numbers are too large for 16 bits; dtype="bf16" and "f32" have a wider range.'
         )

@@ -1,6 +1,6 @@
 """Llama 1 to 3, and the many models that use its model_type (TinyLlama, SmolLM2, ...)."""
 
-from fastlora.models.families.family import ALL_ROPE, ALL_BIASES, GGUF, NO_WINDOW, Family
+from fastlora.models.families.family import ALL_BIASES, ALL_ROPE, GGUF, NO_WINDOW, Family
 
 LLAMA = Family(
     name="llama",

@@ -1,6 +1,6 @@
 """Qwen2 and Qwen2.5: biases on q, k and v, and a sliding window from some layer on."""
 
-from fastlora.models.families.family import ALL_ROPE, QKV_BIASES, GGUF, Family, TokenizerClass
+from fastlora.models.families.family import ALL_ROPE, GGUF, QKV_BIASES, Family, TokenizerClass
 
 QWEN2 = Family(
     name="qwen2",
