@@ -101,7 +101,9 @@ class Engine:
         params.cache_type_k = params.cache_type_v = package.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = package.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.warmup = params.ui = False
-        params.cpuparams.poll = 0  # threads that wait sleep
+        for threads in (params.cpuparams, params.cpuparams_batch):
+            threads.n_threads = torch.get_num_threads()
+            threads.poll = 0  # threads that wait sleep
         params.verbosity = -1
         params.hostnames = ["127.0.0.1"]
         params.port = 0  # any that is free
