@@ -8,7 +8,11 @@ metadata.py        the settings of a model, and what its architecture does not c
 vocabulary.py      the tokenizer's entries
 pre_tokenizers.py  llama.cpp's names for ways to split a text
 sentencepiece.py   merges of a SentencePiece-like tokenizer as scores
+output.py          may this file be written?
+packages.py        imports of the extra
 write.py           quantises and writes one tensor at a time
 verify.py          runs a written file in llama.cpp and compares
 report.py          what the functions return
+methods.py         the same as methods of Model
+go_template.py     chat templates in Go
 """

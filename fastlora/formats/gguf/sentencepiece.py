@@ -58,7 +58,7 @@ def _refusal(reason: str) -> str:
 
 
 def adds_prefix_space(raw: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """Whether a space is put before a text, and a sentence if llama.cpp differs in a case.
+    """Whether a space is put before a text, and sentences on texts with other ids in llama.cpp.
 
     Raises:
         CheckpointError: normaliser or pre-tokenizer are others than those of SentencePiece's style.
@@ -69,21 +69,21 @@ def adds_prefix_space(raw: Mapping[str, Any]) -> tuple[bool, list[str]]:
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     if pre is None and steps in ([replace], [prepend, replace]):
         return steps[0] == prepend, []
-    match pre:
-        case {
-            "type": "Metaspace",
-            "replacement": "▁",
-            "prepend_scheme": scheme,
-            "split": False,
-        } if not steps:
-            return scheme != "never", _FIRST_NOTE if scheme == "first" else []
+    metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}
+    if not steps and pre is not None and metaspace.items() <= pre.items():
+        scheme = pre["prepend_scheme"]
+        notes = {"never": [], "always": [_LEADING], "first": [_LEADING, _BEHIND_SPECIAL]}
+        return scheme != "never", notes[scheme]
     raise CheckpointError(
         "llama.cpp cannot tokenise as this tokenizer.json does: its normaliser and pre-tokenizer"
         f" are {normalizer!r:.300} and {pre!r:.300}, expected those of SentencePiece's style."
     )
 
 
-_FIRST_NOTE = [
-    "llama.cpp puts a space before the text behind a special token too, where this tokenizer puts"
-    " one only before the first word."
-]
+_LEADING = (
+    "llama.cpp puts a space before a text that begins with one, too; this tokenizer does not."
+)
+_BEHIND_SPECIAL = (
+    "llama.cpp puts a space before the text behind a special token, too; this tokenizer puts one"
+    " only before the first word."
+)
