@@ -61,7 +61,7 @@ def write(model: fastlora.Model, tokenizer: Any, given: argparse.Namespace) -> A
 
 
 def lines(report: Any) -> list[str]:
-    """What a report says, one line each."""
+    """The contents of a report, one line each."""
     if report is None:
         return []
     if hasattr(report, "logit_difference"):

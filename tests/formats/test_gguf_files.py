@@ -1,4 +1,4 @@
-"""What is in GGUF files, and what is refused before one is written."""
+"""Contents of GGUF files, and refusals before one is written."""
 
 import dataclasses
 

@@ -91,7 +91,7 @@ _QUANTIZED_NOTE = (
 
 
 def adapter_problems(model: ModelState) -> list[str]:
-    """What a GGUF LoRA file cannot hold of a model's adapter.
+    """The parts of a model's adapter that a GGUF LoRA file cannot hold.
 
     Raises:
         ValueError: the model has no adapter.
@@ -109,7 +109,7 @@ def adapter_problems(model: ModelState) -> list[str]:
         problems.append("trainable_token_indices: trained rows of embedding or head")
     if extras.embed_tokens is not None:
         problems.append("LoRA on embed_tokens")
-    # A tied head has no tensor of its own in the file that the pair could belong to.
+    # The file of a tied model has one tensor for embedding and head.
     elif extras.lm_head is not None and "lm_head" not in model.base:
         problems.append("LoRA on lm_head, which is tied to the embedding")
     if model.spec.stack_factors or _is_stack(model.adapter):

@@ -13,7 +13,7 @@ _ROLES = ("system", "user", "assistant")
 
 
 class _Around(NamedTuple):
-    """What a template writes around the content of one role's messages."""
+    """The text before and after the content of one role's messages."""
 
     before: str
     after: str

@@ -94,7 +94,7 @@ def _rope_scaling(config: LlamaConfig) -> Metadata:
     _, attention_factor = _frequencies(config)
     if _as_factors(config):
         return {"rope.scaling.attn_factor": attention_factor}
-    # llama.cpp multiplies this with a factor of its own.
+    # llama.cpp multiplies this with its own factor.
     own = 1.0 + 0.1 * math.log(rope.factor)
     return {
         "rope.scaling.type": "yarn",

@@ -31,8 +31,8 @@ def save_ollama(
     The base and the adapter are two files, so that one base serves several adapters. An adapter
     that a GGUF LoRA file cannot hold is merged into model.gguf instead. The Modelfile has every
     stop id as a PARAMETER stop. Its TEMPLATE is the chat template in Go if that only puts text
-    around each message; otherwise Ollama looks for a template of its own that resembles the one in
-    the file (server/model.go, detectChatTemplate), and a note says so.
+    around each message; otherwise Ollama takes the most similar one of its built-in templates
+    (server/model.go, detectChatTemplate), and a note says so.
 
     Args:
         model: with or without an adapter.
@@ -68,7 +68,7 @@ def save_ollama(
 
 _NO_TEMPLATE = (
     "The chat template does more than put text around messages, so the Modelfile has no TEMPLATE;"
-    " Ollama chooses one of its own that resembles it. Compare with `ollama show --template`."
+    " Ollama takes the most similar built-in template. Compare: `ollama show --template`."
 )
 
 

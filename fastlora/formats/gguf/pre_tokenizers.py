@@ -4,8 +4,8 @@ llama.cpp implements each way in C++ under a name, `tokenizer.ggml.pre`. Its con
 name by a hash of the ids of one text, which fits only the tokenizers in its list. Here the steps of
 tokenizer.json are compared, so that a tokenizer with another vocabulary is found too.
 
-Source: src/llama-vocab.cpp of ggml-org/llama.cpp, where each name's regular expression stands,
-often beside that of tokenizer.json.
+Source: src/llama-vocab.cpp of ggml-org/llama.cpp, which lists the regular expression of each
+name, often beside that of tokenizer.json.
 """
 
 import json
@@ -39,7 +39,7 @@ class _Way(NamedTuple):
     """A way to split a text, in the order in which tokenizer.json lists the steps."""
 
     steps: tuple[str, ...]
-    ignores_merges: bool  # a word that is in the vocabulary is one token, whatever the merges
+    ignores_merges: bool  # a word that is in the vocabulary is one token; merges are not asked
 
 
 # "split:REGEX", "digits" (each digit apart) and "bytes" (GPT-2's regular expression, then bytes) or
@@ -86,7 +86,7 @@ def _parts(pre_tokenizer: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
 
 
 def _steps(part: Mapping[str, Any]) -> tuple[str, ...]:
-    """The step that a part of tokenizer.json stands for; its JSON if it has no short name."""
+    """The short name of a part of tokenizer.json; its JSON if it has none."""
     match part:
         case {"type": "Split", "pattern": {"Regex": regex}, "behavior": how, "invert": invert} if (
             how == "Isolated" and not invert

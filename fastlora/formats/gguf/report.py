@@ -19,7 +19,7 @@ class Verification:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GGUFReport:
-    """What was written."""
+    """A written GGUF file."""
 
     path: Path
     bytes: int  # of the file
@@ -30,7 +30,7 @@ class GGUFReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OllamaReport:
-    """What was written into a folder for Ollama."""
+    """A written folder for Ollama."""
 
     path: Path  # the Modelfile
     bytes: int  # of all files
