@@ -23,6 +23,7 @@ from fastlora.checkpoints.output_folders import writable_folder
 from fastlora.checkpoints.tensors import write_json, write_safetensors
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.adapter_file import adapter_problems
+from fastlora.formats.gguf.output import check_one_adapter
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import (
     expert_matrices,
@@ -63,6 +64,7 @@ def save_mlx_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     check_arguments("save_mlx_adapter", folder=(folder, PATH))
     model = self_contained(model)
     lora, adapter = require_adapter(model)
+    check_one_adapter(model)
     problems = adapter_problems(model)
     if model.spec.changed:
         problems.append("a base that is not the checkpoint's (after merge or add_tokens)")

@@ -16,7 +16,7 @@ from fastlora.arguments import FLAG, check_arguments
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.metadata import Metadata, architecture
 from fastlora.formats.gguf.model_file import model_tensors
-from fastlora.formats.gguf.output import output_file
+from fastlora.formats.gguf.output import check_one_adapter, output_file
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.report import GGUFReport, Verification
 from fastlora.formats.gguf.tensors import FileTensor, expert_parts, file_names, file_rows
@@ -69,6 +69,7 @@ def write_adapter(model: ModelState, path: Path, verify: bool) -> GGUFReport:
         engine_package()
     model = self_contained(model)
     lora, adapter = require_adapter(model)
+    check_one_adapter(model)
     gguf = architecture(model.spec.config)
     raise_problems(ValueError, "A GGUF LoRA file cannot hold:", adapter_problems(model), _CURE)
     tensors = list(_tensors(model.spec.config, gguf, lora, adapter))
@@ -112,14 +113,7 @@ def adapter_problems(model: ModelState) -> list[str]:
     # The file of a tied model has one tensor for embedding and head.
     elif extras.lm_head is not None and "lm_head" not in model.base:
         problems.append("LoRA on lm_head, which is tied to the embedding")
-    if model.spec.stack_factors or _is_stack(model.adapter):
-        problems.append("a stack of adapters: functional.unstack takes it apart")
     return problems
-
-
-def _is_stack(adapter: Adapter | None) -> bool:
-    records = [] if adapter is None else [x for layer in adapter["layers"] for x in layer.values()]
-    return any(x.a.dim() != (3 if isinstance(x, ExpertLoRA) else 2) for x in records)
 
 
 def _alpha(lora: LoraConfig) -> float:

@@ -15,7 +15,7 @@ from fastlora.formats.gguf.metadata import (
     model_metadata,
     rope_factors,
 )
-from fastlora.formats.gguf.output import output_file
+from fastlora.formats.gguf.output import check_one_adapter, output_file
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.pre_tokenizers import NAMES
 from fastlora.formats.gguf.report import GGUFReport
@@ -78,6 +78,7 @@ def save_gguf(
     model = self_contained(model)
     if model.spec.lora is not None:
         require_adapter(model)
+    check_one_adapter(model)
     written, command = _file_and_command(Path(path), dtype)
     dtype = "bf16" if command else dtype
     # All that may be refused comes before the first byte.
@@ -135,6 +136,10 @@ def _notes(
     notes = [*context_notes(model.spec.config), *vocabulary.notes]
     if is_quantized(model.base):
         notes.append("The base's 4-bit or 8-bit weights were dequantised.")
+    if scheme := model.spec.qat_scheme:
+        notes.append(
+            f"The model was trained for {scheme}, which rounds in other ways than {dtype}."
+        )
     if narrow := not_in_blocks(tensors, dtype):
         notes.append(
             f"{len(narrow)} matrices are in float16, because their rows are no multiple of"
