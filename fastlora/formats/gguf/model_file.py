@@ -137,9 +137,7 @@ def _notes(
     if is_quantized(model.base):
         notes.append("The base's 4-bit or 8-bit weights were dequantised.")
     if scheme := model.spec.qat_scheme:
-        notes.append(
-            f"The model was trained for {scheme}, which rounds in other ways than {dtype}."
-        )
+        notes.append(f"The model was trained for {scheme}; {dtype} rounds otherwise.")
     if narrow := not_in_blocks(tensors, dtype):
         notes.append(
             f"{len(narrow)} matrices are in float16, because their rows are no multiple of"

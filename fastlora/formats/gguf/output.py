@@ -37,6 +37,6 @@ def check_one_adapter(model: ModelState) -> None:
     records = [record for layer in layers for record in layer.values()]
     if any(x.a.dim() != (3 if isinstance(x, ExpertLoRA) else 2) for x in records):
         raise ValueError(
-            "model.adapter is a stack of adapters; a file has one. functional.unstack takes the stack"
-            " apart: write each of its models."
+            "model.adapter is a stack of adapters; a file has one. functional.unstack takes the"
+            " stack apart: write each of its models."
         )
