@@ -147,9 +147,10 @@ def test_merges_that_are_no_order_of_tokens_are_refused(listed, message, tmp_pat
     folder = llama2(tmp_path / "tokenizer", config={"model_type": "mistral"})
     raw = json.loads((folder / "tokenizer.json").read_text())
     model = raw["model"]
-    joined = next("".join(m) for m in model["merges"] if len("".join(m)) > 2)
+    tokens = ("".join(m) for m in model["merges"])
+    joined = next(t for t in tokens if len(t) > 2 and t[1:] not in model["vocab"])
     # A second way to make a token: listed far behind the first, or not at all.
-    model["vocab"].setdefault(joined[1:], len(model["vocab"]))
+    model["vocab"][joined[1:]] = len(model["vocab"])
     if listed:
         model["merges"].append([joined[0], joined[1:]])
     (folder / "tokenizer.json").write_text(json.dumps(raw))

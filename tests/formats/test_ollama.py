@@ -9,7 +9,7 @@ from fastlora.formats.gguf.go_template import go_template
 from fastlora.text.tokenizer import Tokenizer
 from oracles.gguf_models import adapted, model_of
 from oracles.peft_side import with_random_adapter
-from oracles.tokenizer_folders import CHATML_MARKED, MISTRAL, THINKING, llama2, llama3, qwen
+from oracles.tokenizer_folders import CHATML_MARKED, THINKING, llama2, llama3, qwen
 
 CHATS = [
     ["user"],
@@ -31,7 +31,7 @@ def run_go(template: str, chat) -> str:
     before, loop, after = re.fullmatch(
         r"(.*?){{ range \.Messages }}(.*){{ end }}{{ end }}(.*)", template, flags=re.S
     ).groups()
-    cases = dict(re.findall(r'if eq \.Role "(\w+)" }}(.*?)(?={{ else |$)', loop, flags=re.S))
+    cases = dict(re.findall(r'if eq \.Role "(\w+)" }}(.*?)(?={{ else |\Z)', loop, flags=re.S))
     parts = [cases[m["role"]].replace("{{ .Content }}", m["content"]) for m in chat]
     return before + "".join(parts) + after
 
@@ -43,7 +43,9 @@ def tokenizer_at(folder) -> Tokenizer:
 
 
 @pytest.mark.parametrize(
-    "write", [llama3, qwen, lambda f: qwen(f, CHATML_MARKED)], ids=["llama3", "chatml", "marked"]
+    "write",
+    [llama3, qwen, lambda f: qwen(f, CHATML_MARKED), lambda f: qwen(f, THINKING)],
+    ids=["llama3", "chatml", "marked", "thinking"],
 )
 @pytest.mark.parametrize("roles", CHATS, ids=len)
 def test_go_templates_give_the_text_of_the_chat_template(write, roles, tmp_path):
@@ -55,7 +57,11 @@ def test_go_templates_give_the_text_of_the_chat_template(write, roles, tmp_path)
     assert found == tokenizer.apply_chat_template(chat, add_generation_prompt=True)
 
 
-@pytest.mark.parametrize("template", [MISTRAL, THINKING, None])
+# It numbers the messages.
+COUNTED = "{% for m in messages %}[{{ loop.index }}]{{ m.content }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [COUNTED, None])
 def test_other_chat_templates_have_no_go_template(template, tmp_path):
     tokenizer = tokenizer_at(qwen(tmp_path, template))
     assert go_template(tokenizer) is None
@@ -79,7 +85,7 @@ def test_a_folder_has_base_adapter_and_modelfile(tmp_path):
 
 
 def test_an_adapter_that_the_format_cannot_hold_is_merged(tmp_path):
-    tokenizer = tokenizer_at(llama2(tmp_path / "tokenizer"))
+    tokenizer = tokenizer_at(llama2(tmp_path / "tokenizer", chat_template=COUNTED))
     model = model_of("llama2", tmp_path / "base", len(tokenizer))
     adapted(model).save_ollama(tmp_path / "out", tokenizer, "f32")
     model = with_random_adapter(fastlora.lora(model, r=2, use_dora=True))
