@@ -107,7 +107,7 @@ class Engine:
         params.verbosity = -1
         params.hostnames = ["127.0.0.1"]
         params.port = 0  # any that is free
-        self._server = package.Server(params)
+        self._server: Any = package.Server(params)
 
     def __enter__(self) -> "Engine":
         return self

@@ -111,7 +111,7 @@ def _special_ids(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[Metadata, l
     bos = tokenizer.bos_token_id
     # llama.cpp stops at the end of text, of a turn and of a message, and at tokens that it knows by
     # their text.
-    named = dict(zip(("eos", "eot", "eom"), stop, strict=False))
+    named: dict[str, int] = dict(zip(("eos", "eot", "eom"), stop, strict=False))
     named |= {} if bos is None else {"bos": bos}
     for name, token in (("unknown", "unk_token"), ("padding", "pad_token")):
         text = tokenizer.special_tokens.get(token)
