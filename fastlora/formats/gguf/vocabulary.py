@@ -124,9 +124,7 @@ def _special_ids(tokenizer: Tokenizer, config: LlamaConfig) -> tuple[Metadata, l
     more = [tokenizer.decode([i], skip_special_tokens=False) for i in stop[3:]]
     notes = [f"llama.cpp reads three stop ids; give it these as stop texts: {more}"] if more else []
     if not stop:
-        notes.append(
-            "The model has no stop id; llama.cpp takes id 11 (2 in SentencePiece's style)."
-        )
+        notes.append("The model has no stop id; llama.cpp takes 11 (in SentencePiece's style 2).")
     return metadata, notes
 
 
