@@ -1,6 +1,7 @@
 """Tokenizers in GGUF files: the same ids, or refused. Oracle: llama.cpp, in xllamacpp."""
 
 import json
+import re
 
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -161,12 +162,38 @@ def test_merges_that_are_no_order_of_tokens_are_refused(listed, message, tmp_pat
         model.save_gguf(tmp_path / "m.gguf", tokenizer)
 
 
-def test_templates_without_generation_tags_render_the_same():
+def test_merges_apply_in_the_order_of_their_ranks(export):
+    """Texts of three pieces, of which the last two are joined before the first two."""
+    tokenizer, report = export(FOLDERS["mistral"])
+    merges = [tuple(m) for m in json.loads(tokenizer.backend.to_str())["model"]["merges"]]
+    rank = {pair: i for i, pair in enumerate(merges)}
+    texts = [
+        "".join((x, *later)).replace("▁", " ").strip()
+        for x, y in merges
+        for later in merges
+        if later[0] == y and rank[later] < rank[x, y]
+    ]
+    with Engine(report.path) as engine:
+        found = {text: engine.tokenize(text) for text in texts}
+    assert found == {text: tokenizer.encode(text) for text in texts}
+    assert len(texts) > 20
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        CHATML_MARKED,
+        "a {% generation %} b {% endgeneration %} c",
+        "a {%- generation -%} b {%- endgeneration -%} c",
+        "a\n  {% generation %}\n b\n{%- endgeneration %}\n c",
+    ],
+)
+def test_templates_without_generation_tags_render_the_same(template):
     chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    tags = portable(CHATML_MARKED)
+    tags = portable(template)
     assert "generation" in tags and "{% generation" not in tags
-    plain = CHATML_MARKED.replace("{%- generation %}", "{%- if true %}")
-    plain = plain.replace("{% endgeneration %}", "{% endif %}")
+    plain = re.sub(r"{%(-?) generation", r"{%\1 if true", template)
+    plain = plain.replace("endgeneration", "endif")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     expected = environment.from_string(plain).render(messages=chat, add_generation_prompt=True)
     found = environment.from_string(tags).render(messages=chat, add_generation_prompt=True)
