@@ -1,6 +1,6 @@
 """Prints how far llama.cpp is from fastlora, for every family and dtype of GGUF files.
 
-PYTHONPATH=.:tests python tests/oracles/gguf_table.py
+PYTHONPATH=tests python -m oracles.gguf_table
 
 Tiny random models; 24 greedy tokens after each of three texts (two rows of ids for adapters).
 """
@@ -14,7 +14,7 @@ from oracles.gguf_models import adapted, model_of, tokenizer_of
 
 DTYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
 # Rows that fill blocks of 32, so that all matrices are quantised.
-SIZES = dict(hidden_size=64, intermediate_size=96)
+SIZES = dict(hidden_size=96, intermediate_size=96)
 MIXTURE = dict(moe_intermediate_size=32)
 
 
