@@ -16,13 +16,14 @@ reads an adapter; `combine`, `disable`, `merge` and `quantize` make another mode
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
 `losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
+`research` holds Hessians, posteriors and influence of examples over an adapter.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastlora import functional, losses
+    from fastlora import functional, losses, research
     from fastlora.adapters.create import lora
     from fastlora.adapters.edits.combining import combine, disable
     from fastlora.adapters.edits.merging import merge
@@ -68,7 +69,7 @@ _HOMES = {
     "train": "fastlora.training.loop",
     "value_and_grad": "fastlora.runtime.gradients",
 }
-_MODULES = ("functional", "losses")
+_MODULES = ("functional", "losses", "research")
 
 __all__ = [
     "CheckpointError",
@@ -91,6 +92,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "research",
     "train",
     "value_and_grad",
 ]

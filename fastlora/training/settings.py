@@ -36,7 +36,7 @@ from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
 from fastlora.ops.attention.flash import kernel_supports
-from fastlora.ops.dispatch import use_kernel
+from fastlora.ops.dispatch import refuse_transforms, use_kernel
 from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 from fastlora.training.custom_optimizer import OptimizerFactory
@@ -105,6 +105,8 @@ class Settings:
     seed: int = setting(RANDOM_SEED)
 
 
+HEADING = "fastlora.train cannot use these arguments:"
+
 _RESUME = Rule(
     lambda x: FLAG.accepts(x) or PATH.accepts(x),
     'True, False, "auto" or the path of a checkpoint',
@@ -127,6 +129,38 @@ def check_train_arguments(
 
     Raises:
         ValueError: listing every argument that `train` cannot use, with what is expected.
+        ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
+    """
+    refuse_transforms("fastlora.train")
+    problems = train_problems(
+        settings,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        eval_data=eval_data,
+        output_dir=output_dir,
+        resume=resume,
+        log=log,
+        progress=progress,
+    )
+    raise_problems(ValueError, HEADING, problems, shown=20)
+
+
+def train_problems(
+    settings: Settings,
+    *,
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    eval_data: Any,
+    output_dir: Any,
+    resume: Any,
+    log: Any,
+    progress: Any,
+) -> list[str]:
+    """A line for each argument that `train` cannot use, with what is expected.
+
+    Raises:
         ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
     # All problems are collected first, so that one error names them all.
@@ -157,7 +191,7 @@ def check_train_arguments(
         # Report an unwritable folder now, not after hours of training.
         if PATH.accepts(output_dir):
             problems += _folder_problems(Path(output_dir), model)
-    raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
+    return problems
 
 
 def _text_problems(settings: Settings, model: Any, tokenizer: Any) -> list[str]:

@@ -27,7 +27,7 @@ from fastlora.training.settings import Settings
 
 # A float16 base whose gradient overflows is differentiated again with the next smaller scale. The
 # powers of 2 change no digits. 2**-12 allows sums of 4,096 times float16's largest number, 65,504.
-_FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
+FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
 
 
 def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequence[Batch]) -> Record:
@@ -73,16 +73,23 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     loss, grad_norm = update(learner.optimizer, learning_rate, loss, norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         cause = nonfinite_cause(learner, placed, seeds, gradient)
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: {cause}. The step's"
-            f" update was not applied. Lower learning_rate={settings.learning_rate:g} or"
-            f" max_grad_norm={settings.max_grad_norm}; at step 1, look for NaN in the base or the"
-            " adapter."
-        )
+        raise nonfinite_error(settings, step, loss, grad_norm, cause)
     figures = dict(
         step=step, loss=loss, learning_rate=learning_rate, tokens=tokens, grad_norm=grad_norm
     )
     return figures | _read(_norms_by_group(learner, gradient, before) | more)
+
+
+def nonfinite_error(
+    settings: Settings, step: int, loss: float, grad_norm: float, cause: str
+) -> FloatingPointError:
+    """The error of a step whose loss or gradient is NaN or infinite."""
+    return FloatingPointError(
+        f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: {cause}. The step's"
+        f" update was not applied. Lower learning_rate={settings.learning_rate:g} or"
+        f" max_grad_norm={settings.max_grad_norm}; at step 1, look for NaN in the base or the"
+        " adapter."
+    )
 
 
 def _norms_by_group(
@@ -123,7 +130,7 @@ def _loss_and_gradient(
     """
     tokens, several = sum(counts), len(counts) > 1
     device, dtype = learner.model.base["norm"].device, learner.model.base["norm"].dtype
-    for scale in _FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
+    for scale in FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
         losses, gradient, squares = [], [], []
         for batch, seed in zip(micro_batches, seeds, strict=True):
             loss, grads = _micro_batch(learner, batch, torch.full((), scale, device=device), seed)

@@ -1,60 +1,62 @@
-"""Private fine-tuning: what differential privacy costs, and how little a small adapter needs.
+"""Private fine-tuning: held-out loss against epsilon, by DP-SGD over a small adapter.
 
-    python scripts/examples/private_finetuning.py [--quick] [--out FILE]    about 100 s on two cores
+    python scripts/examples/private_finetuning.py [--quick] [--out FILE]     about 100 s on one core
 
 DP-SGD (Abadi et al. 2016, arXiv:1607.00133) clips the gradient of each row and adds noise to their
-sum, so that nobody can tell from the adapter whether a row was trained on: epsilon bounds how much
-a row changes the probability of any outcome, by the factor e^epsilon. The noise has as many
-dimensions as the adapter has numbers, and the clipped sum grows with the rows of a step. So a
-private adapter is small and its batches are large. Needs matplotlib and dp-accounting:
-pip install "fastlora[plots,privacy]".
+sum. Adding or removing a row then changes the probability of any adapter by a factor of at most
+e^epsilon, up to delta. The noise has as many dimensions as the adapter has numbers, and the signal
+grows with the rows of a step, so the adapter is small and the steps are large. Epsilon needs
+dp-accounting: pip install "fastlora[plots,privacy]".
 """
 
-import argparse
-import json
 import secrets
-import time
 import warnings
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
+import figures as fig
 
 import fastlora
-from fastlora.checkpoints.hub import DEMO
+from fastlora.data.encoding import encode_rows
 
 NOISES, STEPS, ROWS_IN_A_STEP, DELTA = (0.0, 0.7, 1.4), 12, 96, 1e-5
-COLORS = ("#888888", "#0072B2", "#D55E00")  # of Okabe and Ito (2008)
+TARGETS = ["q_proj", "v_proj", "o_proj"]
+
+Rows = list[dict[str, Any]]
 
 
-def short_rows(name: str, tokenizer: fastlora.Tokenizer, longest: int) -> list[dict[str, Any]]:
-    """The demo's rows of at most `longest` tokens."""
-    rows = [json.loads(line) for line in (DEMO / f"{name}.jsonl").read_text().splitlines()]
-    length = lambda row: len(tokenizer.apply_chat_template(row["messages"]))
-    return [row for row in rows if length(row) <= longest]
+def short_rows(name: str, quick: bool, tokenizer: fastlora.Tokenizer, longest: int = 28) -> Rows:
+    """The demo's rows of at most `longest` tokens, as chats."""
+    chats = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]}
+        for p, r in fig.pairs(name, quick)
+    ]
+    encoded = encode_rows(chats, tokenizer, max_seq_length=512)
+    pairs = zip(chats, encoded, strict=True)
+    return [row for row, example in pairs if len(example.input_ids) <= longest]
 
 
 def train(
     model: fastlora.Model,
     tokenizer: fastlora.Tokenizer,
-    data: list[dict[str, Any]],
-    held: list[dict[str, Any]],
+    data: Rows,
+    held: Rows,
     noise: float,
     quick: bool,
 ) -> fastlora.History:
-    """A private run. The seed is a secret: who knows it can compute the noise."""
+    """A private run, and its history. The seed is secret: the noise can be computed from it."""
     with warnings.catch_warnings():
-        if quick:  # its steps are so small that noise drowns the signal
-            warnings.simplefilter("ignore")
+        # Of the larger noise, and of quick's small steps, train says that they drown the signal.
+        warnings.filterwarnings("ignore", "the noise drowns the signal")
         _, history = fastlora.train(
-            fastlora.lora(model, r=1, lora_alpha=4, target_modules=["q_proj", "v_proj", "o_proj"]),
+            fastlora.lora(model, r=1, lora_alpha=4, target_modules=TARGETS),
             tokenizer,
             data,
             eval_data=held,
             clip_per_example=1.0,
             noise_multiplier=noise,
             max_steps=2 if quick else STEPS,
-            batch_size=8 if quick else 32,
+            batch_size=8 if quick else 32,  # rows in memory
             gradient_accumulation_steps=1 if quick else ROWS_IN_A_STEP // 32,
             learning_rate=2e-2,
             lr_scheduler="constant",
@@ -68,55 +70,47 @@ def train(
     return history
 
 
+def spent(history: fastlora.History, steps: int) -> float:
+    """The epsilon of the first steps of a run."""
+    record = dict(loss=0.0, learning_rate=0.0, tokens=0, seconds=0.0, grad_norm=0.0)
+    record |= dict(sampling_rate=history.sampling_rates[0])
+    record |= dict(noise_multiplier=history.noise_multipliers[0])
+    return fastlora.History.of([{**record, "step": i + 1} for i in range(steps)]).epsilon(DELTA)
+
+
 def draw(histories: dict[float, fastlora.History], before: float, out: Path) -> None:
     """Held-out loss by step, and by the epsilon that the steps have spent."""
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    by_step, by_epsilon = figure.subplots(1, 2, sharey=True)
-    for (noise, history), color in zip(histories.items(), COLORS, strict=True):
-        steps, losses = [0, *history.eval_steps], [before, *history.eval_losses]
+    figure, (by_step, by_epsilon) = fig.new_figure(2, width=8.4, height=3.6)
+    colors = (fig.GREY, fig.BLUE, fig.ORANGE)
+    for (noise, history), color in zip(histories.items(), colors, strict=True):
+        losses = [before, *history.eval_losses]
         label = f"noise {noise:g}, epsilon {history.epsilon(DELTA):.1f}" if noise else "no noise"
-        by_step.plot(steps, losses, "o-", color=color, label=label)
+        by_step.plot([0, *history.eval_steps], losses, "o-", color=color, label=label)
         if noise:
-            spent = [0.0, *(epsilon_after(history, step) for step in history.eval_steps)]
-            by_epsilon.plot(spent, losses, "o-", color=color)
+            epsilons = [0.0, *(spent(history, steps) for steps in history.eval_steps)]
+            by_epsilon.plot(epsilons, losses, "o-", color=color)
     by_step.set(xlabel="step", ylabel="held-out loss")
     by_epsilon.set(xlabel=f"epsilon at delta = {DELTA:g}")
     by_step.legend(frameon=False)
-    for axis in (by_step, by_epsilon):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=100)
+    fig.save(figure, out)
 
 
-def epsilon_after(history: fastlora.History, step: int) -> float:
-    """What the first steps of a run have spent: the number of rows in a step is a binomial one."""
-    rate, noise = history.sampling_rates[0], history.noise_multipliers[0]
-    record = dict(loss=0.0, learning_rate=0.0, tokens=0, seconds=0.0, grad_norm=0.0)
-    record |= dict(sampling_rate=rate, noise_multiplier=noise)
-    return fastlora.History.of([record | {"step": i + 1} for i in range(step)]).epsilon(DELTA)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw held-out losses of private runs.")
-    parser.add_argument("--quick", action="store_true", help="a few steps, for CI")
-    parser.add_argument("--out", type=Path, default=Path("runs/private_finetuning.png"))
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    model, tokenizer = fastlora.load("demo", dtype="float32", device="cpu", max_seq_length=64)
-    assert tokenizer is not None
-    data, held = (short_rows(name, tokenizer, 28) for name in ("train", "heldout"))
-    data, held = (data[:200], held[:8]) if args.quick else (data, held[:32])
-    histories = {noise: train(model, tokenizer, data, held, noise, args.quick) for noise in NOISES}
-    before = histories[0.0].losses[0]  # of the first step's rows, before its update
-    draw(histories, before, args.out)
-    found = {
+def main(quick: bool, out: Path) -> dict[str, Any]:
+    """Draw the figure. Returns the held-out losses and epsilons by noise."""
+    model, tokenizer = fig.demo()
+    data = short_rows("train", quick, tokenizer)
+    held = short_rows("heldout", quick, tokenizer)[:32]
+    histories = {noise: train(model, tokenizer, data, held, noise, quick) for noise in NOISES}
+    examples = encode_rows(held, tokenizer, max_seq_length=512)
+    before = float(fig.evaluate([fastlora.lora(model, r=1)], examples))
+    draw(histories, before, out)
+    return {
         "rows": len(data),
         "before": before,
-        "held_out_loss": {str(noise): h.eval_losses[-1] for noise, h in histories.items()},
-        "epsilon": {str(noise): h.epsilon(DELTA) for noise, h in histories.items() if noise},
+        "after": {noise: history.eval_losses[-1] for noise, history in histories.items()},
+        "epsilon": {noise: history.epsilon(DELTA) for noise, history in histories.items()},
     }
-    print(json.dumps({**found, "seconds": round(time.perf_counter() - start)}))
 
 
 if __name__ == "__main__":
-    main()
+    fig.run(main)
