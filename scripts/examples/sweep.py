@@ -78,7 +78,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     ranks, rates, rungs = (RANKS[::2], RATES[2:5], (4, 8, 12)) if quick else (RANKS, RATES, RUNGS)
     model, tokenizer = fig.demo()
     examples = fig.encode(fig.pairs("train", quick), tokenizer)
-    held = fig.encode(fig.pairs("heldout", quick), tokenizer)[:64]
+    held = fig.encode(fig.pairs("heldout", quick), tokenizer)[: 24 if quick else 64]
     runs = [
         fig.begin(fastlora.lora(model, r=r, lora_alpha=32, random_state=SEED), rate)
         for r, rate in product(ranks, rates)
