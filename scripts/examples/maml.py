@@ -43,7 +43,7 @@ def words_of(replies: list[str], n: int) -> list[str]:
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the query losses on new words of both ways to train."""
-    steps, every, count, per_step = (8, 8, 4, 2) if quick else (STEPS, EVERY, 16, 4)
+    steps, every, count, per_step = (6, 6, 4, 2) if quick else (STEPS, EVERY, 16, 4)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=SEED)
     base, spec = model.base, model.spec
@@ -75,6 +75,8 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
             if step % every == 0:
                 with torch.no_grad():
                     curve.append(meta(adapter, unseen).item())
+            if step == steps:
+                break
             _, grads = fastlora.value_and_grad(meta)(
                 adapter, [next(stream) for _ in range(per_step)]
             )
