@@ -200,18 +200,12 @@ def train(
         keep_best: return and save the adapter after the step with the lowest loss of eval_data, not
             that after the last step. The checkpoint of that step is saved, and `keep` spares it.
         early_stopping: end the run after this many evaluations without a lower loss than before.
-        clip_per_example: DP-SGD (Abadi et al. 2016): the gradient of each row's mean of -log p is
-            scaled down to this norm, if it is larger. Every step draws each row with probability
-            batch_size x gradient_accumulation_steps / rows (Poisson sampling), so steps differ in
-            size; an epoch is as many steps as before. One row is one example: it needs
-            packing=False, and refuses streams, weights, other losses and too_long="split".
-            batch_size is how many rows are in memory, each with a gradient of the adapter's size.
-            The noisy mean is then treated as any gradient: max_grad_norm limits it too.
-            `history.epsilon(delta)` is the privacy of the trained adapter; losses, evaluations and
-            samples in the history are not private.
-        noise_multiplier: standard deviation of the noise on the sum of the clipped gradients, over
-            clip_per_example; 0: no noise, and no privacy. The noise depends on `seed` and the
-            step: keep the seed secret. A warning says if the noise is larger than the gradient.
+        clip_per_example: DP-SGD (Abadi et al. 2016): each row's gradient is scaled down to this
+            norm, if it is larger. A step draws each row with probability batch_size x
+            gradient_accumulation_steps / rows; batch_size rows are in memory, with a gradient each.
+            Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
+        noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
+            noise depends on `seed`, which must stay secret.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
