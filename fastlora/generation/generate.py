@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from fastlora.arguments import (
@@ -20,6 +20,7 @@ from fastlora.arguments import (
 from fastlora.errors import raise_problems
 from fastlora.generation.engine import Engine, NewTokens, RowSettings
 from fastlora.generation.sampling import SEED, Sampling, row_seeds
+from fastlora.models.capture_checks import constant_problems
 from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
@@ -73,6 +74,7 @@ def check_generation(
     stream: Any,
     adapter_ids: Any = None,
     return_logprobs: Any = False,
+    add: Any = None,
 ) -> None:
     """Check what `generate` takes beyond tensors, which `check_inputs` has checked before.
 
@@ -89,7 +91,7 @@ def check_generation(
         "return_logprobs": (return_logprobs, FLAG),
     }
     problems = setting_problems(sampling) + argument_problems(rules)
-    problems += adapter_ids_problems(model, adapter_ids, b)
+    problems += adapter_ids_problems(model, adapter_ids, b) + constant_problems(model, add)
     longest = model.spec.max_seq_length
     if isinstance(max_new_tokens, int) and max_new_tokens > 0 and t + max_new_tokens > longest:
         problems.append(
@@ -131,6 +133,7 @@ def generate(
     stream: Callable[[Int[Tensor, "b"]], Any] | None,
     adapter_ids: Sequence[int] | Int[Tensor, "b"] | None = None,
     logprobs: bool = False,
+    add: dict[str, Float[Tensor, "..."]] | None = None,
 ) -> tuple[Int[Tensor, "b t_new"], Float32[Tensor, "b new"] | None]:
     """(prompt and continuation, log-probabilities of the new tokens if asked for).
 
@@ -150,6 +153,7 @@ def generate(
         stream: called for every new token with that of each row, up to 16 tokens late.
         adapter_ids: the number of each row's adapter, for a stack.
         logprobs: whether to return them.
+        add: name of a place -> a vector [d] to add there at every position.
 
     Raises:
         FloatingPointError: no finite score for the next token of a row that has not stopped.
@@ -169,7 +173,7 @@ def generate(
         )
         for i in range(b)
     ]
-    engine = Engine(model, slots=b, max_length=t + max_new_tokens)
+    engine = Engine(model, slots=b, max_length=t + max_new_tokens, add=add)
     result = _Result(b, _filler(model, stop), input_ids.device, stream)
     try:
         # Slots of a new engine are given in order, so slot i is row i.

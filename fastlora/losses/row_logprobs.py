@@ -1,5 +1,7 @@
 """row_logprobs(): the log-probability of each row of a batch, and its number of tokens."""
 
+from typing import Any
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def batch_logprobs(
     # First, because token_logprobs reads the batch's input_ids.
     raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
     labels = trained_labels(batch)
-    optional = {name: batch.get(name) for name in ("attention_mask", "position_ids", "segment_ids")}
+    names = ("attention_mask", "position_ids", "segment_ids")
+    optional: dict[str, Any] = {name: batch.get(name) for name in names}
     args = (adapter, base, spec, batch["input_ids"], labels)
     return token_logprobs(*args, seed=seed, **optional), labels
 

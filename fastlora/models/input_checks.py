@@ -78,13 +78,19 @@ def check_adapter(old: Adapter | None, new: Any) -> None:
     raise_problems(ValueError, "with_adapter got tensors that do not fit model.adapter:", shapes)
 
 
-def check_inputs(model: ModelState, inputs: Mapping[str, Any]) -> None:
+def check_inputs(model: ModelState, inputs: Mapping[str, Any], more: Sequence[str] = ()) -> None:
     """Check the integer inputs of a forward pass, by name; None means that one is not given.
+
+    Args:
+        model: the model.
+        inputs: input_ids and, if they are not None, other BATCH_ENTRIES.
+        more: problems that the caller found; they are listed first.
 
     Raises:
         ValueError: listing every wrong class, shape, dtype, device, length and value.
     """
-    problems = input_problems(model.spec, inputs, model.base["norm"].device)
+    integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
+    problems = [*more, *input_problems(model.spec, integers, model.base["norm"].device)]
     raise_problems(ValueError, "the model cannot run this input:", problems)
 
 
@@ -206,6 +212,7 @@ def check_call(
     inputs: Mapping[str, Any],
     seed: Any = None,
     adapter_ids: Any = None,
+    more: Sequence[str] = (),
 ) -> None:
     """Check the arguments of a pure function of (adapter, base, spec, inputs). Reads no values.
 
@@ -214,18 +221,20 @@ def check_call(
         adapter: expected: None, an adapter tree, or what value_and_grad(per_example=...) passes.
         base: expected: a base tree.
         spec: expected: a Spec.
-        inputs: tensors by name; see `tensor_problems`.
+        inputs: tensors by name; see `tensor_problems`. Names that no batch has are passed over.
         seed: expected: None, an int in [0, 2**63), or an integer tensor without dimensions; for a
             stack also one of an element for each adapter.
         adapter_ids: expected: None, or an integer tensor that says which adapter of a stack each
             row [b] or each token [b, t] has.
+        more: problems that the caller found.
 
     Raises:
         ValueError: listing every argument that is wrong.
     """
     examples = adapter if isinstance(adapter, PerExample) else None
     adapter = adapter if examples is None else examples.tree
-    problems = _tree_problems(adapter, base, spec) + tensor_problems(inputs)
+    integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
+    problems = [*_tree_problems(adapter, base, spec), *more, *tensor_problems(integers)]
     n = None if problems else stack_size(adapter)
     if n is not None and examples is not None:
         problems.append("per_example needs one adapter, and this is a stack; FL.unstack it")

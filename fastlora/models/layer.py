@@ -83,14 +83,12 @@ def _contexts(level: str) -> Callable[[], Any]:
 _CONTEXTS = {level: _contexts(level) for level in _KEPT}
 
 
-def _recomputed(fn: Callable[..., Tensor], level: str, *xs: Tensor) -> Tensor:
+def recomputed(fn: Callable[..., Any], level: str, *xs: Tensor) -> Any:
     """fn(*xs). The backward pass gets xs and the results of the level's kept ops."""
     # Dropout computes its masks from keys (ops/dropout.py), so no random state needs preserving.
-    out = checkpoint(
+    return checkpoint(
         fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
     )
-    assert isinstance(out, Tensor)
-    return out
 
 
 def decoder_layer(
@@ -126,9 +124,9 @@ def decoder_layer(
     def mlp(x: Tensor, attended: Tensor) -> Tensor:
         if chunks == 1:
             return mlp_block(x + attended, params, adapter, spec, key)
-        pairs = zip(_pieces(x, chunks), _pieces(attended, chunks), strict=True)
-        pieces = [mlp_block(before + o, params, adapter, spec, key) for before, o in pairs]
-        return torch.cat(pieces, 1).view(x.shape)
+        pairs = zip(pieces(x, chunks), pieces(attended, chunks), strict=True)
+        parts = [mlp_block(before + o, params, adapter, spec, key) for before, o in pairs]
+        return torch.cat(parts, 1).view(x.shape)
 
     # torch.func refuses the saved-tensor hooks of checkpointing.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
@@ -136,11 +134,11 @@ def decoder_layer(
     if level == "mlp":
         # Keep x and o and not their sum. To keep the sum, Inductor's kernel would write it in its
         # first loop and read it in its second, which may race (ops/gradient_barrier.py).
-        return _recomputed(mlp, "full", x, _recomputed(attend, "selective", x))
-    return _recomputed(lambda x: mlp(x, attend(x)), level, x)
+        return recomputed(mlp, "full", x, recomputed(attend, "selective", x))
+    return recomputed(lambda x: mlp(x, attend(x)), level, x)
 
 
-def _pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:
+def pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:
     """The tokens of all rows in `chunks` pieces; the last piece also has the remainder."""
     flat = x.reshape(1, -1, x.shape[-1])
     size = flat.shape[1] // chunks

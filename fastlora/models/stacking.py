@@ -37,7 +37,7 @@ def stack(models: Sequence[ModelState]) -> tuple[Adapter, Spec]:
             heads or other tensors, trained rows, fake quantisation or an initial offset. Lists all
             problems.
     """
-    raise_problems(ValueError, "these models cannot be stacked:", _problems(models))
+    raise_problems(ValueError, "these models cannot be stacked:", stack_problems(models))
     parts = [require_adapter(model) for model in models]
     leaves = [x for _, tree in parts for x in tree_leaves(tree)]
     dtype = reduce(torch.promote_types, (x.dtype for x in leaves))
@@ -127,7 +127,8 @@ def _target(own: Sequence[Target | None]) -> tuple[Target, tuple[float, ...] | N
 # ── models that cannot be stacked ─────────────────────────────────────────────────────────
 
 
-def _problems(models: Sequence[ModelState]) -> list[str]:
+def stack_problems(models: Sequence[ModelState]) -> list[str]:
+    """A line for each reason why `stack` refuses these models."""
     if problems := _list_problems(models):
         return problems
     problems = [f"model {i} {reason}" for i, m in enumerate(models) for reason in _alone(m)]

@@ -45,6 +45,9 @@ class StackRows(NamedTuple):
     adapter: Int[Tensor, "b"] | None
     number: Int[Tensor, "b"]
     number_in_group: Int[Tensor, "b"] | None
+    # Tokens in a row of each adapter's own batch, if rows are padded to those of other adapters;
+    # None: the rows have the length that they have there.
+    widths: Int[Tensor, "n"] | None = None
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows of the batch in sorted order. A tensor of one row is shared by all of them."""
@@ -155,7 +158,8 @@ def row_keys(
     if key.dim() == 0:
         return key.expand(rows.number.shape), rows.number * t
     assert rows.adapter is not None and rows.number_in_group is not None
-    return key[rows.adapter], rows.number_in_group * t
+    width = t if rows.widths is None else rows.widths[rows.adapter]
+    return key[rows.adapter], rows.number_in_group * width
 
 
 # ── layers ────────────────────────────────────────────────────────────────────────────────

@@ -51,9 +51,7 @@ class HostStash:
         self.returning: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         self.called: set[int] = set()  # layers whose tensors have been called back once
 
-    def run(
-        self, layer: Callable[[Tensor], Tensor], x: Tensor, others: Any, copies: "Copies"
-    ) -> Tensor:
+    def run(self, layer: Callable[[Tensor], Any], x: Tensor, others: Any, copies: "Copies") -> Any:
         """layer(x), with the tensors that autograd saves replaced.
 
         Activations are replaced by host copies, and cast matrices of the adapter by (copies,

@@ -13,6 +13,7 @@ from typing import Any
 from fastlora.arguments import check_arguments, number, whole_number
 from fastlora.data.sources import Data
 from fastlora.errors import raise_problems
+from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
@@ -97,6 +98,7 @@ def find_learning_rate(
     given = {f.name for f in fields(Settings)} - _OWN
     check_arguments(
         "fastlora.find_learning_rate",
+        model=(model, MODEL),
         low=(low, number(above=0, high=1e30)),
         high=(high, number(above=0, high=1e30)),
         steps=(steps, whole_number(20, 2**31)),
