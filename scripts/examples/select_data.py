@@ -86,7 +86,7 @@ def draw(losses: Tensor, score: Tensor, ours: Tensor, every: int, out: Path) -> 
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the AUC of the scores and the last losses of each group."""
-    n, steps, every = (8, 4, 2) if quick else (ROWS, STEPS, EVERY)
+    n, steps, every = (6, 4, 2) if quick else (ROWS, STEPS, EVERY)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
@@ -98,7 +98,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     pool = short(tasks["summary"][: 2 * n])[:n] + short(wrong[: 6 * n])[: 3 * n]
     held = fig.encode(fig.pairs("heldout", quick), tokenizer, longest=48)
     targets, test = held[:TARGETS], held[TARGETS : TARGETS + (8 if quick else 32)]
-    score = influence_of(model, tokenizer, pool, targets, 6 if quick else 24)
+    score = influence_of(model, tokenizer, pool, targets, 3 if quick else 24)
     ours = torch.arange(len(pool)) < n
     auc = (score[ours][:, None] > score[~ours]).float().mean().item()
     order = score.argsort(descending=True)
