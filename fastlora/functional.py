@@ -41,7 +41,7 @@ from fastlora.models.spec import Spec
 from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
 from fastlora.models.state import Batch, Seed
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 Embeds = Float[Tensor, "b t d"]
 Added = dict[str, Float[Tensor, "..."]]
