@@ -63,7 +63,7 @@ def ways(model: fastlora.Model, ids: Tensor) -> dict[str, Callable[[], Any]]:
     step = vag(lambda adapter, ids: rows(adapter, ids).sum())
     one = vag(lambda adapter, ids: rows(adapter, ids[None])[0])
     kinds = {"all": True, "norms": "norms", "sketches": fastlora.Sketch(8192)}
-    found = {"step": lambda: step(model.adapter, ids)}
+    found: dict[str, Callable[[], Any]] = {"step": lambda: step(model.adapter, ids)}
     for name, kind in kinds.items():
         run = vag(rows, per_example=kind)
         found[name] = lambda run=run: run(model.adapter, ids)
