@@ -69,6 +69,8 @@ def number_of_examples(
     """
     if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point():
         return len(input_ids)
+    if not adapter_ids.numel():  # of a wrong shape
+        return examples.n or 0
     # Of ids on a GPU, this waits for it.
     return max(int(adapter_ids.max()) + 1, examples.n or 0)
 

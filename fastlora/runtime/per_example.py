@@ -118,6 +118,12 @@ class PerExample:
         """The tree, whose tensors require no gradient."""
         return tree_unflatten(self.leaves, self.structure)
 
+    def __getitem__(self, key: Any) -> Any:
+        raise TypeError(
+            "under per_example, the first argument of fn stands for the adapter: pass it to"
+            " functions of fastlora.functional. It cannot be indexed."
+        )
+
     def begin(self, n: int) -> None:
         """A function of functional.py runs n examples.
 

@@ -79,7 +79,7 @@ class History:
     see `noise_scale`."""
     gradient_noises: tuple[float, ...] = _column(number(), ())
     """Estimate of the trace of the covariance of one token's gradient, of the same steps."""
-    sampling_rates: tuple[float, ...] = _column(number(low=0, high=1), ())
+    sampling_rates: tuple[float, ...] = _column(number(low=0), ())
     """Of a private run: the probability of a row in each step; see `epsilon`."""
     noise_multipliers: tuple[float, ...] = _column(number(low=0), ())
     """Of a private run: noise_multiplier of each step."""

@@ -11,6 +11,7 @@ from fastlora.data.sources import DATA
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.stacking import stack_problems
+from fastlora.models.state import ModelState
 from fastlora.training.logging.open import log_entries
 from fastlora.training.settings import HEADING, Settings, mask_problems, train_problems
 
@@ -39,6 +40,12 @@ class OwnArguments:
     eval_data: Any
     output_dir: Path | None
     resume: Any
+
+
+def are_several(model: Any) -> bool:
+    """Whether `model` is a list of models; a tuple may also be the result of `load`."""
+    are_models = isinstance(model, tuple) and all(isinstance(x, ModelState) for x in model)
+    return isinstance(model, list) or (are_models and len(model) > 0)
 
 
 def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending | None]:
