@@ -6,8 +6,9 @@ from importlib import import_module
 from typing import Any
 
 # Every order gives an upper bound of epsilon, and the smallest counts. Opacus's orders, without
-# those below 1.5: there dp-accounting's series often do not converge, of which it warns.
-_ORDERS = [*(1 + i / 10 for i in range(5, 100)), *range(12, 64), 128, 256, 512]
+# those below 2, which are the best ones only if epsilon is large: there dp-accounting's series
+# often do not converge, of which it warns.
+_ORDERS = [*(1 + i / 10 for i in range(10, 100)), *range(12, 64), 128, 256, 512]
 
 
 def spent_epsilon(rates: Sequence[float], noises: Sequence[float], delta: float) -> float:

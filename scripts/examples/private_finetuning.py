@@ -25,7 +25,7 @@ TARGETS = ["q_proj", "v_proj", "o_proj"]
 Rows = list[dict[str, Any]]
 
 
-def short_rows(name: str, quick: bool, tokenizer: fastlora.Tokenizer, longest: int = 28) -> Rows:
+def short_rows(name: str, quick: bool, tokenizer: fastlora.Tokenizer, longest: int = 36) -> Rows:
     """The demo's rows of at most `longest` tokens, as chats."""
     chats = [
         {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]}
