@@ -1,8 +1,11 @@
 """Pure functions of (adapter, base, spec, ...), which torch.func and torch.compile can transform.
 
-The adapter comes first, because the first argument is the one that is differentiated. Under a
-torch.func transform every op runs its differentiable reference. Otherwise compiled regions, fused
-ops and recomputation are used as `spec` says. The values are the same up to rounding.
+The adapter comes first, because the first argument is the one that is differentiated. Compiled
+regions, fused ops, kernels and recomputation are used as `spec` says, except under a torch.func
+transform (grad, vmap, jvp, linearize, ...) or a level of torch.autograd.forward_ad. There every op
+runs its differentiable reference: `compile`, `recompute` and `kernels` have no effect, attention
+holds [b, h, t, t] scores, and all activations are kept. The values are the same up to rounding.
+`spec.resolved(device)` returns the spec that runs here and now.
 
 The adapter may be a stack of n adapters: every leaf is [n, ...] (`stack`). `adapter_ids` says which
 adapter each row of the batch uses; without it, the first b / n rows use adapter 0, the next ones
@@ -16,6 +19,9 @@ Places of the decoder have names (models/capture.py): "embed", "layers.I.in", "l
 "layers.I.mlp.out", "layers.I.out" and "norm". `capture` returns the tensors there, and `add` adds
 others to them. Gradients flow through both, at every recompute level; captured tensors stay in
 memory. Calls without them run the same compiled graphs as before.
+
+Under value_and_grad(fn, per_example=...) fn gets an adapter whose gradient is computed for each
+example: row i, or the rows or tokens that `adapter_ids` gives the number i.
 
 Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
 these would wait for the GPU. `Model`'s methods check values as well.
@@ -42,13 +48,17 @@ from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.ignore import IGNORE
+from fastlora.runtime.per_example import PerExample
+
+# PerExample is what value_and_grad(per_example=...) passes to its function.
+AnyAdapter = Adapter | PerExample | None
 
 Embeds = Float[Tensor, "b t d"]
 Added = dict[str, Float[Tensor, "..."]]
 
 
 def forward(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     input_ids: Int[Tensor, "b t"] | None,
@@ -106,7 +116,7 @@ def forward(
 
 
 def token_logprobs(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     input_ids: Int[Tensor, "b t"] | None,
@@ -161,7 +171,7 @@ def token_logprobs(
 
 
 def loss_sum(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -192,7 +202,7 @@ def loss_sum(
 
 
 def loss(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -228,7 +238,7 @@ def loss(
 
 
 def row_losses(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -260,7 +270,7 @@ def row_losses(
 
 def _batch_logprobs(
     function: str,
-    model: tuple[Adapter | None, Base, Spec],
+    model: tuple[AnyAdapter, Base, Spec],
     batch: Batch,
     seed: Seed,
     adapter_ids: AdapterIds,

@@ -17,6 +17,7 @@ from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, check_arguments, opti
 from fastlora.checkpoints.hub import REPO_ID
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
+from fastlora.formats.gguf.methods import GGUFMethods
 from fastlora.formats.peft import writing
 from fastlora.generation.generate import check_generation, generate, stop_ids
 from fastlora.generation.sampling import Sampling
@@ -28,7 +29,7 @@ from fastlora.models.moving import moved
 from fastlora.models.parameter_count import count_parameters, parameter_line
 from fastlora.models.params import Adapter
 from fastlora.models.spec import Recompute
-from fastlora.models.state import Batch, ModelState, Seed
+from fastlora.models.state import Batch, Seed
 from fastlora.ops.dispatch import Kernels, transforms_active
 from fastlora.runtime.compiled import Compile
 from fastlora.runtime.devices import device_problem
@@ -39,7 +40,7 @@ _UNCHANGED: Any = object()  # default of settings for which None, False and "aut
 
 # eq=False: == on tensors gives a tensor and no bool, and comparing two 8B bases reads 32 GB.
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model(ModelState):
+class Model(GGUFMethods):
     """A frozen base, an optional adapter, and the spec that says how to run them.
 
     `fastlora.load` makes one. Immutable: no method changes its receiver, and methods that seem to
@@ -331,8 +332,7 @@ class Model(ModelState):
             private: of a new repository; None is the account's default.
 
         Raises:
-            ValueError: as `save_pretrained`, or `repo_id` is not an id.
-            PermissionError, ConnectionError: no right to write there; the Hub was not reached.
+            ValueError, PermissionError, ConnectionError: as `peft.writing.push_to_hub`.
         """
         check_arguments(
             "Model.push_to_hub",

@@ -24,6 +24,7 @@ FLOORS = [
     {"formats", "generation", "data"},
     {"model", "losses"},
     {"loading", "training"},
+    {"research"},
     {"__init__"},
 ]
 FLOOR = {part: level for level, parts in enumerate(FLOORS) for part in parts}
@@ -269,6 +270,7 @@ HEAVY = (
     "accelerate",
     "pandas",
     "datasets",
+    "scipy",
 )
 
 

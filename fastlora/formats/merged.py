@@ -41,6 +41,7 @@ from fastlora.models.names import projection_weights
 from fastlora.models.params import is_quantized
 from fastlora.models.self_contained import self_contained
 from fastlora.models.state import ModelState, require_adapter
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.text.tokenizer_files import check_output_folder
 
@@ -101,6 +102,7 @@ def save_merged(
         CheckpointError: the original weights belong to another model.
         PermissionError: the folder cannot be written to.
     """
+    refuse_transforms("Model.save_pretrained_merged")
     check_arguments("save_merged", save_method=(save_method, SAVE_METHOD))
     merges_quantized = is_quantized(model.base) and save_method != "lora"
     if base != "auto" and not merges_quantized:

@@ -23,6 +23,7 @@ from fastlora.generation.sampling import SEED, Sampling, row_seeds
 from fastlora.models.capture_checks import constant_problems
 from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState
+from fastlora.ops.dispatch import refuse_transforms
 
 
 def stop_ids_rule(vocab_size: int) -> Rule:
@@ -157,6 +158,7 @@ def generate(
     Raises:
         FloatingPointError: no finite score for the next token of a row that has not stopped.
     """
+    refuse_transforms("Model.generate")
     b, t = input_ids.shape
     seeds = seed_of_each_row(seed, b)
     numbers = [0] * b if adapter_ids is None else int_list(adapter_ids)

@@ -36,6 +36,7 @@ from fastlora.generation.sampling import Sampling
 from fastlora.generation.text import PROMPT, Prompt, encode_prompt, text_stop_ids
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
 
@@ -99,6 +100,7 @@ def generate_many(
             that becomes longer than `spec.max_seq_length`. Lists all problems.
         FloatingPointError: while iterating: a prompt's logits are NaN or infinite.
     """
+    refuse_transforms("fastlora.generate_many")
     given = dict(locals())
     _check(given)
     encoded = _encoded(model, prompts, tokenizer, max_new_tokens)

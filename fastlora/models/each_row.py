@@ -8,11 +8,13 @@ from jaxtyping import Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastlora.models.examples import example_rows, number_of_examples
 from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import runs_in_groups, scaled_stack, stack_rows, stack_size
 from fastlora.models.state import Seed
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.per_example import PerExample
 
 Inputs = dict[str, Tensor | None]  # input_ids, and what else is given; of b rows or one row
 AdapterIds = Int[Tensor, "b"] | Int[Tensor, "b t"] | None
@@ -20,17 +22,20 @@ AdapterIds = Int[Tensor, "b"] | Int[Tensor, "b t"] | None
 
 def for_each_row(
     run: Callable[..., Any],
-    adapter: Adapter | None,
+    adapter: Adapter | PerExample | None,
     base: Base,
     spec: Spec,
     inputs: Inputs,
     seed: Seed,
     adapter_ids: AdapterIds,
 ) -> Any:
-    """run(adapter, base, spec, inputs, seed), in which each row has its adapter of a stack.
+    """run(adapter, base, spec, inputs, seed), in which each row has its adapter of a stack, or its
+    example's gradient.
 
     `run` returns a tensor, or a tree of tensors, with a row for each row of the inputs.
     """
+    if isinstance(adapter, PerExample):
+        return _for_each_example(run, adapter, base, spec, inputs, seed, adapter_ids)
     n, input_ids = stack_size(adapter), inputs["input_ids"]
     if adapter is None or n is None:
         return run(adapter, base, spec, inputs, seed)
@@ -44,6 +49,30 @@ def for_each_row(
         b, device = len(input_ids), input_ids.device
         adapter_ids = torch.arange(b, device=device) // (b // n)
     return _row_by_row(run, adapter, base, spec, inputs, seed, adapter_ids)
+
+
+def _for_each_example(
+    run: Callable[..., Any],
+    examples: PerExample,
+    base: Base,
+    spec: Spec,
+    inputs: Inputs,
+    seed: Seed,
+    adapter_ids: AdapterIds,
+) -> Any:
+    """run(adapter, base, spec, inputs, seed), whose derivative gives each example's gradient."""
+    input_ids, adapter = inputs["input_ids"], examples.tree
+    assert input_ids is not None
+    if not torch.is_grad_enabled():
+        return run(adapter, base, spec, inputs, seed)
+    examples.begin(number_of_examples(examples, adapter_ids, input_ids))
+    if runs_in_groups(adapter, base, spec) and not transforms_active():
+        rows = example_rows(examples, adapter_ids, input_ids)
+        return run(adapter, base, spec, inputs, seed, examples=rows)
+    if adapter_ids is None:
+        adapter_ids = torch.arange(len(input_ids), device=input_ids.device)
+    ids = adapter_ids.to(input_ids.device)
+    return _row_by_row(run, examples.stack(), base, spec, inputs, seed, ids)
 
 
 def _row_by_row(

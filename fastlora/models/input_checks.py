@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_flatten
 
 from fastlora.arguments import FLAG, Rule, argument_problems, describe, instance, one_of
 from fastlora.errors import raise_problems
+from fastlora.models.examples import number_of_examples
 from fastlora.models.params import Adapter
 from fastlora.models.spec import Spec, is_recompute
 from fastlora.models.stacks import runs_in_groups, stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.loss.ignore import IGNORE
+from fastlora.runtime.per_example import PerExample
 
 MODEL = instance(
     ModelState,
@@ -216,7 +218,7 @@ def check_call(
 
     Args:
         function: its name, for the error.
-        adapter: expected: None or an adapter tree.
+        adapter: expected: None, an adapter tree, or what value_and_grad(per_example=...) passes.
         base: expected: a base tree.
         spec: expected: a Spec.
         inputs: tensors by name; see `tensor_problems`. Names that no batch has are passed over.
@@ -229,14 +231,20 @@ def check_call(
     Raises:
         ValueError: listing every argument that is wrong.
     """
+    examples = adapter if isinstance(adapter, PerExample) else None
+    adapter = adapter if examples is None else examples.tree
     integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
     problems = [*_tree_problems(adapter, base, spec), *more, *tensor_problems(integers)]
     n = None if problems else stack_size(adapter)
+    if n is not None and examples is not None:
+        problems.append("per_example needs one adapter, and this is a stack; FL.unstack it")
     if not _is_seed(seed, n):
         problems.append(
             f"seed={_shown(seed)}: expected None, a whole number in [0, 2**63), or an integer"
             " tensor without dimensions" + ("" if n is None else f", or one of {n}, for the stack")
         )
+    if examples is not None and not problems:
+        n = number_of_examples(examples, adapter_ids, inputs["input_ids"])
     if not problems and (adapter_ids is not None or n is not None):
         problems = _adapter_id_problems(adapter, base, spec, n, adapter_ids, inputs, seed)
     raise_problems(ValueError, f"{function} cannot use these arguments:", problems)

@@ -15,6 +15,7 @@ from fastlora.models.capture import Taps
 from fastlora.models.capture_checks import taps_of
 from fastlora.models.decoder import dropout_key, hidden_states
 from fastlora.models.each_row import Inputs
+from fastlora.models.examples import ExampleRows
 from fastlora.models.head import head, logits, masked_for_head
 from fastlora.models.head_logprobs import head_logprobs, head_logprobs_and_entropy
 from fastlora.models.params import Adapter, Base
@@ -33,14 +34,16 @@ def row_logits(
     seed: Seed,
     first_row: Int[Tensor, ""] | None = None,
     rows: StackRows | None = None,
+    examples: ExampleRows | None = None,
     capture: Sequence[str] | None = None,
 ) -> Any:
     """The logits, and with `capture` also the captured tensors; see `functional.forward`.
 
-    `inputs` is the result of `capture_checks.prepared_inputs`, `first_row` and `rows` are those of
-    `decoder.hidden_states`.
+    `inputs` is the result of `capture_checks.prepared_inputs`, `first_row`, `rows` and
+    `examples` are those of `decoder.hidden_states`.
     """
-    model, taps, hidden = _hidden(adapter, base, spec, inputs, seed, first_row, rows, capture)
+    of_rows = first_row, rows, examples
+    model, taps, hidden = _hidden(adapter, base, spec, inputs, seed, *of_rows, capture)
     model_head = head(adapter, model, spec)
     key = dropout_key(spec, seed, hidden.device)
     masked = masked_for_head(hidden, model_head, spec, key, first_row)
@@ -56,6 +59,7 @@ def row_logprobs(
     seed: Seed,
     first_row: Int[Tensor, ""] | None = None,
     rows: StackRows | None = None,
+    examples: ExampleRows | None = None,
     entropy: bool = False,
 ) -> Any:
     """The log-probabilities of the labels, and with `entropy` a pair; see `token_logprobs`.
@@ -64,7 +68,7 @@ def row_logprobs(
     """
     labels = inputs["labels"]
     assert labels is not None
-    model, _, hidden = _hidden(adapter, base, spec, inputs, seed, first_row, rows)
+    model, _, hidden = _hidden(adapter, base, spec, inputs, seed, first_row, rows, examples)
     # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
     following = F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
     model_head = head(adapter, model, spec)
@@ -82,13 +86,13 @@ def _hidden(
     seed: Seed,
     first_row: Int[Tensor, ""] | None,
     rows: StackRows | None,
+    examples: ExampleRows | None,
     capture: Sequence[str] | None = None,
 ) -> tuple[Base, Taps, Float[Tensor, "b t d"]]:
     """(the base as this adapter needs it, its taps, the final norm's output)."""
     # Parked originals are tensors of which the adapter has copies. Without it they are needed.
     base = base if adapter is not None else unpark_originals(base)
     taps, known = taps_of(inputs, capture)
-    hidden = hidden_states(
-        adapter, base, spec, **known, seed=seed, first_row=first_row, rows=rows, taps=taps
-    )
+    of_rows: dict[str, Any] = {"first_row": first_row, "rows": rows, "examples": examples}
+    hidden = hidden_states(adapter, base, spec, **known, seed=seed, **of_rows, taps=taps)
     return base, taps, hidden

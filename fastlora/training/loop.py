@@ -21,14 +21,12 @@ from tqdm import tqdm
 from fastlora.arguments import settings_from
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
-from fastlora.errors import CheckpointError
 from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
-from fastlora.models.state import StateT
+from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
-from fastlora.training.checkpoint import restore_checkpoint
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.finished import finish_folder, tokenizer_bytes
 from fastlora.training.history import History, Record
@@ -38,12 +36,14 @@ from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
 from fastlora.training.logging.open import Log, open_log
+from fastlora.training.many.arguments import Ending, are_several
+from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
-    add_way_on,
     check_space,
     checkpoint_to_resume,
     refuse_to_overwrite,
     run_bytes,
+    start_from,
 )
 from fastlora.training.positions import encoded_rows, figures, finish_stream, with_position
 from fastlora.training.progress import bar_figures, step_cost
@@ -55,26 +55,32 @@ from fastlora.training.settings import Settings, check_train_arguments
 from fastlora.training.signals import StopRequest
 from fastlora.training.step import optimizer_step
 
+# Arguments of one run; with a list of models, a list has one each.
+Folder = str | os.PathLike[str] | None
+Rates = Mapping[str, float] | None
+Options = Mapping[str, Any] | None
+Resume = bool | str | os.PathLike[str]
+
 
 def train(
-    model: StateT,
+    model: ModelState | Sequence[ModelState],
     tokenizer: Tokenizer | None,
     data: Data,
     *,
     eval_data: Data | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
-    max_steps: int | None = None,
-    num_epochs: float = 1,
+    output_dir: Folder | Sequence[Folder] = None,
+    max_steps: int | Sequence[int | None] | None = None,
+    num_epochs: float | Sequence[float] = 1,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
-    learning_rate: float = 2e-4,
-    learning_rates: Mapping[str, float] | None = None,
-    lr_scheduler: str | Schedule = "cosine",
-    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
-    warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0,
-    max_grad_norm: float | None = 1.0,
-    optimizer: str | OptimizerFactory = "adamw",
+    learning_rate: float | Sequence[float] = 2e-4,
+    learning_rates: Rates | Sequence[Rates] = None,
+    lr_scheduler: str | Schedule | Sequence[str | Schedule] = "cosine",
+    lr_scheduler_kwargs: Options | Sequence[Options] = None,
+    warmup_ratio: float | Sequence[float] = 0.03,
+    weight_decay: float | Sequence[float] = 0.0,
+    max_grad_norm: float | Sequence[float | None] | None = 1.0,
+    optimizer: str | OptimizerFactory | Sequence[str | OptimizerFactory] = "adamw",
     neftune_alpha: float | None = None,
     loss: str | Objective | Callable[..., Any] = "sft",
     packing: bool = True,
@@ -83,19 +89,24 @@ def train(
     on_bad_row: str = "error",
     columns: Mapping[str, str] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
-    eval_every: int | None = None,
+    eval_every: int | Sequence[int | None] | None = None,
     sample_prompts: Sequence[Prompt] | None = None,
     sample_tokens: int = 64,
-    save_every: int | None = None,
-    keep: int | None = None,
-    keep_best: bool = False,
-    early_stopping: int | None = None,
-    resume: bool | str | os.PathLike[str] = False,
-    seed: int = 3407,
+    save_every: int | Sequence[int | None] | None = None,
+    keep: int | Sequence[int | None] | None = None,
+    keep_best: bool | Sequence[bool] = False,
+    early_stopping: int | Ending | Sequence[int | None] | None = None,
+    clip_per_example: float | None = None,
+    noise_multiplier: float | None = None,
+    resume: Resume | Sequence[Resume] = False,
+    seed: int | Sequence[int] = 3407,
     log: Log | None = None,
     progress: bool = True,
-) -> tuple[StateT, History]:
+) -> tuple[Any, Any]:
     """The model with a trained adapter, and the history. The given model's tensors are not changed.
+
+    A list of models over one base is trained in one pass, a run each; the result is then a list of
+    models and a list of histories. See "Several runs" below.
 
     The loss of a step is the mean over the trained tokens of all its micro-batches together, so the
     result depends on batch_size x gradient_accumulation_steps and not on how it is split. The mean
@@ -189,6 +200,12 @@ def train(
         keep_best: return and save the adapter after the step with the lowest loss of eval_data, not
             that after the last step. The checkpoint of that step is saved, and `keep` spares it.
         early_stopping: end the run after this many evaluations without a lower loss than before.
+        clip_per_example: DP-SGD (Abadi et al. 2016): each row's gradient is scaled down to this
+            norm, if it is larger. A step draws each row with probability batch_size x
+            gradient_accumulation_steps / rows; batch_size rows are in memory, with a gradient each.
+            Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
+        noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
+            noise depends on `seed`, which must stay secret.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
@@ -204,6 +221,16 @@ def train(
         progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
             left, and on CUDA the share of the card's peak and the memory.
 
+    Several runs:
+        `model` is a list of n models with LoRA in the layers, over the same base tensors; ranks,
+        alphas and targets may differ. data, eval_data, output_dir, resume, seed and all settings of
+        optimizer, rate, length, evaluation and saving may be lists of n values, one for each run.
+        A list of sources is one for each run; a list of rows is for all. One output_dir gets the
+        subfolders run-0, run-1, ... Each run equals a single one up to rounding, and has the same
+        files. Functions in `log` get each run's records, with its number under "run".
+        early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
+        the FloatingPointError is raised after the others' end. See training/many/README.md.
+
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
             setting in which a resumed run differs from its checkpoint.
@@ -217,7 +244,10 @@ def train(
         SystemExit: SIGINT or SIGTERM ended the run; see above.
     """
     # Must come first: locals() may hold nothing but the arguments.
-    settings = settings_from(Settings, locals())
+    given = dict(locals())
+    if are_several(model):
+        return train_runs(given)
+    settings = settings_from(Settings, given)
     check_train_arguments(
         settings,
         model=model,
@@ -229,8 +259,8 @@ def train(
         log=log,
         progress=progress,
     )
-    assert tokenizer is not None
-    folder = None if output_dir is None else Path(output_dir)
+    assert tokenizer is not None and isinstance(model, ModelState)
+    folder = None if given["output_dir"] is None else Path(given["output_dir"])
 
     with output_lock(folder), ExitStack() as after:
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
@@ -239,12 +269,12 @@ def train(
         run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder)
         learner = make_learner(model, settings, objective)
-        checkpoint = checkpoint_to_resume(resume, folder)
+        checkpoint = checkpoint_to_resume(given["resume"], folder)
         # Training changes none of it, so it is computed once for all checkpoints.
         saves = folder is not None or checkpoint is not None
         identity = run_identity(run, learner.model) if saves else {}
         initial = hash_adapter(learner.model) if saves else ""
-        learner, records = _start(checkpoint, learner, identity, run.steps)
+        learner, records = start_from(checkpoint, learner, identity, run.steps)
         refuse_to_overwrite(folder, len(records), checkpoint, identity)
         if folder is not None:
             needed = run_bytes(learner, settings, len(records), run.steps)
@@ -272,18 +302,6 @@ def train(
             if stop.signal is not None:
                 raise stop.error()
     return trained, History.of(records)
-
-
-def _start(
-    checkpoint: Path | None, learner: Learner[StateT], identity: Mapping[str, Any], steps: int
-) -> tuple[Learner[StateT], list[Record]]:
-    """The learner before the first step that is to be run, and the records of the steps before."""
-    if checkpoint is None:
-        return learner, []
-    try:
-        return restore_checkpoint(checkpoint, learner, identity, steps)
-    except CheckpointError as error:
-        raise add_way_on(error, checkpoint) from error
 
 
 def _run_steps(

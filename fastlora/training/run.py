@@ -16,6 +16,8 @@ from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.data_reader import DataReader, Sequences
+from fastlora.training.private_checks import check_private_rows
+from fastlora.training.private_step import private_batches
 from fastlora.training.samples import write_samples
 from fastlora.training.settings import Settings
 
@@ -63,6 +65,8 @@ class Run(NamedTuple):
     def micro_batches(self, done: int) -> Steps:
         """Without end, the micro-batches of each step after the first `done` steps."""
         s = self.settings
+        if s.clip_per_example is not None:
+            yield from private_batches(self, done)
         # A resumed run starts within an epoch; every later epoch starts at its first batch.
         first_epoch, steps_done = divmod(done, self.steps_per_epoch)
         for epoch in count(first_epoch):
@@ -108,6 +112,8 @@ def prepare_run(
         stream = reader.open_stream(sources, "data")
     else:
         sequences, out = reader.read(data, "data")
+    if settings.clip_per_example is not None:
+        check_private_rows(settings, len(sequences), streamed=stream is not None)
     samples = None
     if (prompts := settings.sample_prompts) is not None:
         new = settings.sample_tokens

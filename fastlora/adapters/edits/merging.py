@@ -32,6 +32,7 @@ from fastlora.models.params import Adapter, AdapterRecord, Base, BiasedLoRA, DoR
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import UNTIED, Extras, LoraConfig, Spec
 from fastlora.models.state import ModelState, StateT, require_adapter
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.linear.merged_weight import adapted_weight
 from fastlora.ops.quant.weights import Quantized
 
@@ -57,6 +58,7 @@ def merge(model: StateT) -> StateT:
         ValueError: `model` is not a model or has no adapter; or naming the weights that would
             become NaN or infinite.
     """
+    refuse_transforms("fastlora.merge")
     check_arguments("fastlora.merge", model=(model, MODEL))
     model = self_contained(model)
     require_adapter(model)

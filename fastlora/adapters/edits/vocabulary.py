@@ -14,6 +14,7 @@ from fastlora.models.input_checks import MODEL
 from fastlora.models.names import EDGE_WEIGHTS
 from fastlora.models.params import Base
 from fastlora.models.state import StateT
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
 
@@ -46,6 +47,7 @@ def add_tokens(
         ValueError: listing every token that is not a text, occurs twice or is already in the
             vocabulary; or the model has an adapter, whose shapes depend on the old vocabulary.
     """
+    refuse_transforms("fastlora.add_tokens")
     problems = argument_problems(
         {
             "model": (model, MODEL),

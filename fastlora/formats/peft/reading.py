@@ -33,6 +33,7 @@ from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import StateT
 from fastlora.ops.cast import cast as cast_matrices
+from fastlora.ops.dispatch import refuse_transforms
 
 
 def load_adapter(
@@ -68,6 +69,7 @@ def load_adapter(
         CheckpointError: lists every wrong or unsupported setting and tensor of the folder. An
             adapter_model.bin is refused, because reading a pickle can run code.
     """
+    refuse_transforms("fastlora.load_adapter")
     check_arguments(
         "fastlora.load_adapter",
         model=(model, MODEL),
