@@ -76,7 +76,7 @@ def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending 
     rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
     problems = _row_problems(rows) + _joint_problems(rows)
     raise_problems(ValueError, HEADING, problems, shown=20)
-    held: dict[int, list[Any]] = {}  # an iterator that several runs share is read once
+    held: dict[int, list[Any]] = {}  # id of an iterator -> its rows
     return [
         OwnArguments(
             row["model"],
@@ -91,6 +91,7 @@ def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending 
 
 
 def _kept(data: Any, held: dict[int, list[Any]]) -> Any:
+    """Rows in place of an iterator, which is read once although several runs share it."""
     if not isinstance(data, Iterator):
         return data
     if id(data) not in held:
