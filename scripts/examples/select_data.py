@@ -90,7 +90,6 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
-    tasks = fig.tasks("train", quick)
     short = lambda rows: [row for row in rows if sum(map(len, row)) <= 120]  # characters
     # Different functions in each part, so that no prompt is in the pool twice.
     prompts, codes = tasks["summary"][2 * n :], tasks["signature"][-6 * n :]
@@ -102,12 +101,9 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     ours = torch.arange(len(pool)) < n
     auc = (score[ours][:, None] > score[~ours]).float().mean().item()
     order = score.argsort(descending=True)
-    chosen = (order[: n // 2], torch.arange(2 * n)[::4], order[-(n // 2) :])
-    chosen = (
-        chosen[0],
-        torch.randperm(2 * n, generator=torch.Generator().manual_seed(5))[: n // 2],
-        chosen[2],
-    )
+    # Of the first half of the pool, so more random rows have right replies than in the whole pool.
+    random = torch.randperm(2 * n, generator=torch.Generator().manual_seed(5))[: n // 2]
+    chosen = (order[: n // 2], random, order[-(n // 2) :])
     groups = [fig.encode([pool[i] for i in rows], tokenizer, longest=512) for rows in chosen]
     losses = train_on(model, groups, test, steps, every)
     draw(losses, score, ours, every, out)

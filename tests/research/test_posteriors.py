@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -95,11 +96,12 @@ def test_samples_have_the_posterior_s_mean_and_variance(posterior):
     assert abs(z.square().mean() - 1) <= 5 * math.sqrt(2 / z.numel())
 
 
-def test_a_sample_depends_on_its_seed_alone(posterior):
+def test_a_sample_depends_on_its_number_and_seed_alone(posterior):
     nth = lambda tree, i: tree_map(lambda x: x[i], tree)
-    many = posterior.samples(3, seed=5)
-    assert same_bits(nth(many, 2), nth(posterior.samples(1, seed=7), 0))
-    assert not same_bits(nth(many, 2), nth(many, 1))
+    many, others = posterior.samples(3, seed=5), posterior.samples(4, seed=6)
+    assert same_bits(nth(many, 2), nth(posterior.samples(5, seed=5), 2))
+    every = [nth(many, i) for i in range(3)] + [nth(others, i) for i in range(4)]
+    assert not any(same_bits(x, y) for x, y in combinations(every, 2))
 
 
 def test_samples_run_as_a_stack_in_one_pass(shallow, posterior):
