@@ -159,6 +159,15 @@ def test_sam_s_gradient_is_that_at_the_worst_point(shallow):
     assert same_bits(still, gradient)
 
 
+@pytest.mark.parametrize("size", [1e-4, 400.0])  # whose squares float16 cannot hold
+def test_sam_s_step_has_the_length_rho_in_float16(size):
+    fn = lambda a: (size * a["x"] + (a["x"].float() - 1).square() / 2).sum()
+    start = {"x": torch.ones(4, dtype=torch.float16)}
+    _, gradient = research.sam_value_and_grad(fn, rho=0.5)(start)
+    expected = torch.full((4,), size + 0.25, dtype=torch.float16)  # each number moves by 0.5 / 2
+    torch.testing.assert_close(gradient["x"], expected, rtol=2e-3, atol=2e-3)
+
+
 def test_sam_over_a_gradient_of_zero_stays_finite():
     value, gradient = research.sam_value_and_grad(lambda a: (0 * a["x"]).sum())(
         {"x": torch.ones(3)}
