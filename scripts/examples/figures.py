@@ -95,6 +95,8 @@ def as_batch(examples: Sequence[Example]) -> Batch:
 
 def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
     """`size` examples at a time, in a new order each epoch."""
+    if len(examples) < size:
+        raise ValueError(f"{len(examples)} examples; expected at least {size}")
     for epoch in count():
         order = np.random.default_rng([seed, epoch]).permutation(len(examples))
         for first in range(0, len(order) - size + 1, size):

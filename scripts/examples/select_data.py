@@ -86,7 +86,7 @@ def draw(losses: Tensor, score: Tensor, ours: Tensor, every: int, out: Path) -> 
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the AUC of the scores and the last losses of each group."""
-    n, steps, every = (6, 4, 2) if quick else (ROWS, STEPS, EVERY)
+    n, steps, every = (8, 4, 2) if quick else (ROWS, STEPS, EVERY)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
