@@ -33,7 +33,7 @@ from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
 from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
-from fastlora.models.stacks import StackRows
+from fastlora.models.stacks import StackRows, stack_size
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.linear_cross_entropy import IGNORE
 
@@ -182,6 +182,7 @@ def loss_sum(
     *,
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(sum of -log p over the trained tokens, their number), for gradient accumulation.
 
@@ -192,12 +193,16 @@ def loss_sum(
         batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
         adapter_ids: as `forward`.
         seed: as `forward`.
+        first_row: of a part of a larger batch, the number of its first token in that batch: rows
+            before it times their padded length. The part then has the dropout masks and the noise
+            that it has in the larger batch. Not with a stack; None: 0.
 
     Raises:
         ValueError: as `token_logprobs`, and for missing or unknown entries of the batch.
     """
     model = adapter, base, spec
-    logp, labels = _batch_logprobs("functional.loss_sum", *model, batch, seed, adapter_ids)
+    given = batch, seed, adapter_ids, first_row
+    logp, labels = _batch_logprobs("functional.loss_sum", *model, *given)
     return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
 
 
@@ -268,6 +273,7 @@ def _batch_logprobs(
     batch: Batch,
     seed: Seed,
     adapter_ids: AdapterIds,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
     """(log-probabilities of the trained labels, these labels)."""
     # First, because check_call reads the batch's input_ids.
@@ -275,6 +281,10 @@ def _batch_logprobs(
     check_call(function, adapter, base, spec, batch, seed, adapter_ids)
     labels = trained_labels(batch)
     inputs: Inputs = {**batch, "labels": labels}
+    if first_row is not None:
+        if stack_size(adapter) is not None:
+            raise ValueError(f"{function} takes first_row for one adapter, not for a stack")
+        return _token_logprobs(adapter, base, spec, inputs, seed, first_row), labels
     return for_each_row(_token_logprobs, adapter, base, spec, inputs, seed, adapter_ids), labels
 
 

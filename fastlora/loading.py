@@ -22,6 +22,7 @@ from fastlora.arguments import (
 from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
 from fastlora.checkpoints.reading import read_base
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
+from fastlora.distributed.launch import own_device
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.model import Model
@@ -75,7 +76,8 @@ def load(
             bitsandbytes, one tensor at a time on the device. Embedding, head and norms keep their
             dtype. A checkpoint that bitsandbytes has quantised to 4 or 8 bits is recognised and
             never quantised again.
-        device: "auto" is CUDA if there is one, else the CPU.
+        device: "auto" is CUDA if there is one, else the CPU. In a process that torchrun started,
+            "auto" and "cuda" are cuda:LOCAL_RANK, which becomes CUDA's current device.
         rope_scaling: replaces the checkpoint's RoPE scaling; keys as in config.json. A key that
             its rope_type does not read is refused. An adapter's folder does not record it, as in
             PEFT: give it again when you load the adapter.
@@ -105,6 +107,8 @@ def load(
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if problem := device_problem(device, types=("cpu", "cuda")):
         problems.append(problem)
+    else:
+        device = own_device(torch.device(device))
     # A value that is not a dict breaks its rule above.
     if isinstance(rope_scaling, dict):
         problems += rope_scaling_problems(rope_scaling)

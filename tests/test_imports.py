@@ -18,6 +18,7 @@ FLOORS = [
     {"arguments", "ops"},
     {"runtime"},
     {"models"},
+    {"distributed"},
     {"functional", "checkpoints"},
     {"text"},
     {"adapters"},

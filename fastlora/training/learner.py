@@ -6,7 +6,7 @@ from functools import partial
 from typing import Generic
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -70,17 +70,18 @@ def micro_batch_loss(
     batch: Batch,
     scale: Float[Tensor, ""],
     seed: Seed,
+    first_row: Int[Tensor, ""] | None = None,
     objective: Objective | None = None,
 ) -> Float[Tensor, ""]:
     """The sum of -log p over a micro-batch's trained tokens, or the sum that `objective` takes over
-    its items, times `scale`.
+    its items, times `scale`. `first_row` is that of `loss_sum`; objectives do not take it.
 
     The mean over the step's tokens is taken after the backward pass: the gradient of a mean over
     131,072 tokens is so small that float16 would lose its digits.
     """
     if objective is not None:
         return objective.loss_sum(adapter, base, spec, batch, seed) * scale
-    return loss_sum(adapter, base, spec, batch, seed=seed)[0] * scale
+    return loss_sum(adapter, base, spec, batch, seed=seed, first_row=first_row)[0] * scale
 
 
 # Parameters of a layer times tokens of a micro-batch. Below this, the GPU waits for the host: on an

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.distributed.ranks import ALONE, Ranks
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import token_logprobs
 from fastlora.models.decoder import hidden_states
@@ -21,7 +22,11 @@ from fastlora.training.learner import Learner
 
 
 def nonfinite_cause(
-    learner: Learner, batches: Sequence[Batch], seeds: Sequence[Seed], gradient: Sequence[Tensor]
+    learner: Learner,
+    batches: Sequence[Batch],
+    seeds: Sequence[Seed],
+    gradient: Sequence[Tensor],
+    ranks: Ranks = ALONE,
 ) -> str:
     """The origin of a step's NaN or infinity, as a part of a sentence.
 
@@ -30,9 +35,10 @@ def nonfinite_cause(
         batches: micro-batches, on the model's device.
         seeds: of their dropout masks and noise.
         gradient: of the step, in the order of the learner's leaves.
+        ranks: of the run; the cause may be in the batches of another one.
     """
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
-    if cause := _forward_cause(noisy, batches, seeds):
+    if cause := ranks.first_text(_forward_cause(noisy, batches, seeds)):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):
@@ -40,10 +46,13 @@ def nonfinite_cause(
     return "no tensor and no sequence could be found that it comes from"
 
 
-def nonfinite_cause_of_batches(model: ModelState, batches: Iterable[Batch]) -> str:
+def nonfinite_cause_of_batches(
+    model: ModelState, batches: Iterable[Batch], ranks: Ranks = ALONE
+) -> str:
     """As `nonfinite_cause`, for a loss without gradient and dropout."""
     batches = list(batches)
-    return _forward_cause(model, batches, [None] * len(batches)) or "the mean of finite losses"
+    cause = ranks.first_text(_forward_cause(model, batches, [None] * len(batches)))
+    return cause or "the mean of finite losses"
 
 
 @torch.no_grad()
