@@ -51,10 +51,11 @@ def open_groups(device: torch.device) -> Groups:
     if not dist.is_initialized():
         _start(device)
     rank, count = dist.get_rank(), dist.get_world_size()
-    store = dist.distributed_c10d._get_default_store()
+    c10d: Any = dist.distributed_c10d
+    store = c10d._get_default_store()
     # The store outlives a run. The number of this process's runs keeps their keys apart.
     run = store.add(f"fastlora/runs/{rank}", 1)
-    waits = Waits(dist.PrefixStore(f"fastlora/{run}/", store), rank, count)
+    waits = Waits(c10d.PrefixStore(f"fastlora/{run}/", store), rank, count)
     waits.arrive("fastlora.train", MEET_SECONDS)
     host: Any = dist.new_group(backend="gloo", timeout=FOREVER)
     # A group that the user started with NCCL alone cannot sum tensors on the CPU.

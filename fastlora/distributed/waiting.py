@@ -13,9 +13,10 @@ from typing import Any
 
 _MARK_AFTER_SECONDS = 1.0
 
-# A read from the device follows every step, so its latency is that of the step. 50 us are 0.01 % of
-# a step of 8B. After a second, processes that wait should leave the cores to those that work.
-_SHORT_SLEEP, _LONG_SLEEP = 5e-5, 2e-2
+# Seconds between two looks: a share of the time waited so far, because a read from the device
+# follows every step and its latency is that of the step; but no less than Python can sleep, and no
+# more than a person would notice.
+_SHARE, _SHORTEST, _LONGEST = 0.002, 5e-5, 2e-2
 
 _FAILED = "failed"
 
@@ -65,7 +66,7 @@ class Waits:
                 self._mark(event)
                 self._raise_failure()
                 checked = waited
-            sleep(_SHORT_SLEEP if waited < _MARK_AFTER_SECONDS else _LONG_SLEEP)
+            sleep(min(max(_SHARE * waited, _SHORTEST), _LONGEST))
 
     def arrive(self, what: str, seconds: float) -> None:
         """Wait until all ranks have called this, through the store alone.
@@ -84,7 +85,7 @@ class Waits:
                     f"{self._names(missing)} did not come to {what} within {seconds:.0f} s; every"
                     " rank has to call the same functions in the same order"
                 )
-            sleep(_LONG_SLEEP)
+            sleep(_LONGEST)
 
     def first(self, name: str, is_first: bool, seconds: float) -> Callable[[], None]:
         """On the first rank returns at once; on others waits until it has called the result."""

@@ -1,0 +1,52 @@
+"""N ranks with batches of b are one rank with batches of N b."""
+
+import pytest
+import torch
+
+# Name -> arguments of one rank; N ranks get batch_size / N. 20 steps of fp32.
+CASES = {
+    "packed": dict(batch_size=4, max_steps=20, gradient_accumulation_steps=2),
+    "packed, dropout": dict(batch_size=4, max_steps=20, dropout=0.2, ordered=True),
+    "padded, dropout, noise": dict(
+        batch_size=4, max_steps=20, packing=False, dropout=0.2, neftune_alpha=5.0
+    ),
+    # 20 rows in steps of 12: the second step of an epoch has 8, in two micro-batches of 4.
+    "padded, last step short": dict(
+        batch_size=4, max_steps=20, packing=False, gradient_accumulation_steps=3
+    ),
+    "stream": dict(batch_size=4, max_steps=6, kind="stream"),
+}
+
+
+def split(cases: dict, ranks: int) -> dict:
+    return {n: c | dict(batch_size=c["batch_size"] // ranks) for n, c in cases.items()}
+
+
+def largest(a: list[float], b: list[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.fixture(scope="module")
+def alone(gang) -> tuple:
+    answer = gang("runs", 1, cases=CASES)
+    assert not answer["ranks"][0]["exit"], answer["ranks"][0]["text"]
+    return answer["ranks"][0]["result"], answer["scratch"]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def together(gang, request) -> tuple:
+    answer = gang("runs", request.param, cases=split(CASES, request.param))
+    assert not any(r["exit"] for r in answer["ranks"]), answer["ranks"][-1]["text"]
+    return [rank["result"] for rank in answer["ranks"]], answer["scratch"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_n_ranks_equal_one_rank_with_n_times_the_batch(alone, together, name):
+    (one, folder), (many, other) = alone, together
+    for rank in many:
+        assert largest(rank[name]["losses"], one[name]["losses"]) < 1e-5
+        assert largest(rank[name]["norms"], one[name]["norms"]) < 1e-4
+        assert rank[name]["tokens"] == one[name]["tokens"]
+        assert rank[name]["bits"] == many[0][name]["bits"]
+    want, got = (torch.load(path / f"{name}.pt") for path in (folder, other))
+    assert (want - got).abs().max() < 1e-5
