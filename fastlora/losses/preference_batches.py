@@ -12,7 +12,7 @@ from fastlora.arguments import check_arguments, whole_number
 from fastlora.data.batches import Span, batches, epoch_order, spans_of
 from fastlora.data.examples import Example
 from fastlora.losses.preference_rows import Labelled, Pair
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 
 def preference_batches(
