@@ -7,7 +7,7 @@ as a dotted part of their name.
 """
 
 import operator
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -194,8 +194,11 @@ def first_tensors(config: LlamaConfig, extras: Extras, base: Base, dtype: torch.
 
     Copies of tensors keep the base's dtype, as in PEFT. Rows are in `dtype`.
     """
+    if not extras.replaced and not extras.tokens:
+        return {}
     tensors = tensors_from_base(config, base)
-    tensors.setdefault(LM_HEAD, tensors[EMBED_TOKENS])
+    if LM_HEAD not in tensors:
+        tensors = ChainMap({LM_HEAD: tensors[EMBED_TOKENS]}, tensors)
     trees: dict[str, Any] = {}
     if extras.replaced:
         trees["replaced"] = {name: tensors[name].clone() for name in extras.replaced}

@@ -93,8 +93,8 @@ def shard_mesh(ranks: int, device: torch.device) -> Any:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shards_for(shard: Any, device: torch.device, base_bytes: int) -> tuple[Shards, Any]:
-    """(where the parts of a base are kept, the process group of its ranks or None).
+def shards_for(shard: Any, device: torch.device, base_bytes: int) -> Shards:
+    """Where the parts of a base are kept.
 
     All ranks must call this with the same `shard`.
 
@@ -109,11 +109,11 @@ def shards_for(shard: Any, device: torch.device, base_bytes: int) -> tuple[Shard
     else:
         ranks = _ranks(shard, device, base_bytes)
         if ranks == 1 and world_size() == 1:
-            return Shards(host or HostCopies(device)), None
+            return Shards(host or HostCopies(device))
         mesh = shard_mesh(ranks, device)["shard"]
     group = mesh.get_group()
     source = Gathers(group, device, host)
-    return Shards(source, source.rank, source.ranks), group
+    return Shards(source, source.rank, source.ranks, group)
 
 
 def _last_dimension(mesh: Any) -> Any:

@@ -16,13 +16,18 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastlora.checkpoints.bnb_reading import described_weights
+from fastlora.checkpoints.bnb_reading import described_weights, read_quantized
 from fastlora.checkpoints.reading import CheckedBase, check_base, with_loaded_dtype
 from fastlora.checkpoints.tensors import Entry, RowReader, read_entries
 from fastlora.distributed.flat_layer import Layout, as_bytes, layout_of, write
 from fastlora.distributed.gathered_bytes import summed_parts
 from fastlora.distributed.mesh import shards_for
-from fastlora.distributed.sharded_base import ShardedLayers, ShardedMatrix, Shards
+from fastlora.distributed.sharded_base import (
+    ShardedLayers,
+    ShardedMatrix,
+    Shards,
+    shard_matrix,
+)
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import EDGE_WEIGHTS, NORM, base_tensors, layer_tensors
@@ -64,8 +69,7 @@ def load_sharded(
             f"shard={shard!r}: {checked.config.model_type} is a mixture of experts, whose layers"
             " would be gathered with all experts for every batch; load it with shard=None."
         )
-    shards, group = shards_for(shard, device, base_bytes(checked))
-    return read_sharded(checked, shards, group)
+    return read_sharded(checked, shards_for(shard, device, base_bytes(checked)))
 
 
 def base_bytes(checked: CheckedBase) -> int:
@@ -78,30 +82,27 @@ def base_bytes(checked: CheckedBase) -> int:
     return total
 
 
-def read_sharded(
-    checked: CheckedBase, shards: Shards, group: Any = None
-) -> tuple[LlamaConfig, Base]:
+def read_sharded(checked: CheckedBase, shards: Shards) -> tuple[LlamaConfig, Base]:
     """Config and base of a folder, of whose layers, embedding and head this rank keeps its part.
 
     Args:
         checked: of `check_base`; no mixture of experts.
         shards: where parts are kept.
-        group: the process group of the ranks that hold parts; None: this process holds everything.
 
     Raises:
         CheckpointError: on all ranks, if any finds NaN or infinity in a matrix to be quantised.
     """
-    reader = _Reader(checked, shards, group)
+    reader = _Reader(checked, shards)
     with reader.rows:
         layers = [reader.layer(i) for i in range(checked.config.num_hidden_layers)]
         layouts, parts = [x for x, _ in layers], [x for _, x in layers]
         base: Any = {
-            "embed_tokens": reader.matrix(EDGE_WEIGHTS["embed_tokens"]),
+            "embed_tokens": reader.matrix("embed_tokens"),
             "layers": ShardedLayers(shards, layouts, parts),
             "norm": reader.whole(NORM),
         }
         if not checked.config.tie_word_embeddings:
-            base["lm_head"] = reader.matrix(EDGE_WEIGHTS["lm_head"])
+            base["lm_head"] = reader.matrix("lm_head")
     reader.raise_problems()
     return with_loaded_dtype(checked.config, base["embed_tokens"].described.dtype), base
 
@@ -109,8 +110,8 @@ def read_sharded(
 class _Reader:
     """One load of a sharded base."""
 
-    def __init__(self, checked: CheckedBase, shards: Shards, group: Any) -> None:
-        self.checked, self.shards, self.group = checked, shards, group
+    def __init__(self, checked: CheckedBase, shards: Shards) -> None:
+        self.checked, self.shards, self.group = checked, shards, shards.group
         self.device = shards.source.device
         self.described = described_weights(checked.stored)
         self.rows = RowReader()
@@ -125,20 +126,18 @@ class _Reader:
         part = self._quantized(layout, tree, to_4bit) if to_4bit else None
         return layout, self._part(layout, tree, sources, part)
 
-    def matrix(self, name: str) -> ShardedMatrix:
-        """An embedding or head."""
+    def matrix(self, key: str) -> ShardedMatrix:
+        """The embedding or the head, by its key in the base."""
+        name = EDGE_WEIGHTS[key]
         if name in self.checked.stored:  # a quantised head is dequantised whole
-            from fastlora.checkpoints.bnb_reading import read_quantized  # noqa: PLC0415
-
             stored = {name: self.checked.stored[name]}
             dtype = self.checked.dtype_of(EDGE_WEIGHTS["embed_tokens"])
             whole = dequantize(read_quantized(stored, device=self.device)[name], dtype)
-            layout = layout_of(whole, self.shards.ranks)
-            return ShardedMatrix(self.shards, layout, self.shards.kept(layout, whole))
+            return shard_matrix(self.shards, key, whole)
         tensor, source = self._described_tensor(name)
         layout = layout_of(tensor, self.shards.ranks)
         part = self._part(layout, tensor, {id(tensor): source}, None)
-        return ShardedMatrix(self.shards, layout, part)
+        return ShardedMatrix(self.shards, key, layout, part)
 
     def whole(self, name: str) -> Tensor:
         """A tensor that every rank has."""

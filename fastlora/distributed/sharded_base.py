@@ -44,18 +44,31 @@ class Source(Protocol):
         ...
 
 
+# Numbers of embedding and head among what can be fetched; layers have theirs.
+EDGE_NUMBERS = {"embed_tokens": -1, "lm_head": -2}
+
+
 class Shards:
     """What all parts of a sharded base share: the source, and which part this rank keeps."""
 
-    def __init__(self, source: Source, rank: int = 0, ranks: int = 1) -> None:
+    def __init__(self, source: Source, rank: int = 0, ranks: int = 1, group: Any = None) -> None:
         """Nothing is kept yet.
 
         Args:
             source: where bytes are kept.
             rank: number of the part that is kept here.
             ranks: number of parts.
+            group: the process group of the ranks that keep parts; None: this process keeps all.
         """
-        self.source, self.rank, self.ranks = source, rank, ranks
+        self.source, self.rank, self.ranks, self.group = source, rank, ranks, group
+        # Called with the number of what is fetched next (leading.py); None: all ranks know it.
+        self.announce: Callable[[int], None] | None = None
+
+    def begin(self, number: int, part: UInt8[Tensor, "n"], size: int) -> Fetch:
+        """Start to bring bytes to the device: those of layer `number`, or of EDGE_NUMBERS."""
+        if self.announce is not None:
+            self.announce(number)
+        return self.source.begin(part, size)
 
     def kept(self, layout: Layout, tree: Any) -> UInt8[Tensor, "n"]:
         """This rank's part of a tree's bytes, where it is kept."""
@@ -65,9 +78,16 @@ class Shards:
 class ShardedMatrix(FetchedMatrix):
     """An embedding or head of which this rank keeps a part of the bytes."""
 
-    def __init__(self, shards: Shards, layout: Layout, part: UInt8[Tensor, "n"]) -> None:
-        """A matrix over bytes that are kept already."""
-        self.shards, self.layout, self.part = shards, layout, part
+    def __init__(self, shards: Shards, key: str, layout: Layout, part: UInt8[Tensor, "n"]) -> None:
+        """A matrix over bytes that are kept already.
+
+        Args:
+            shards: the source.
+            key: "embed_tokens" or "lm_head".
+            layout: of the matrix.
+            part: that this rank keeps.
+        """
+        self.shards, self.key, self.layout, self.part = shards, key, layout, part
 
     @property
     def described(self) -> Tensor:
@@ -77,8 +97,15 @@ class ShardedMatrix(FetchedMatrix):
 
     def fetch(self) -> Tensor:
         """The matrix on the device. If it is sharded over ranks, all must call this."""
-        flat = self.shards.source.begin(self.part, self.layout.size).wait()
-        return unpack(self.layout, flat)
+        return unpack(self.layout, self.begin().wait())
+
+    def begin(self) -> Fetch:
+        """Start to bring the matrix to the device."""
+        return self.shards.begin(EDGE_NUMBERS[self.key], self.part, self.layout.size)
+
+    def remade(self, matrix: Tensor, key: str) -> "ShardedMatrix":
+        """Another matrix, of which this rank keeps a part, for a key of the base."""
+        return shard_matrix(self.shards, key, matrix)
 
 
 class ShardedLayers(FetchedLayers):
@@ -112,7 +139,17 @@ class ShardedLayers(FetchedLayers):
 
     def begin(self, i: int) -> Fetch:
         """Start to bring the bytes of layer i to the device."""
-        return self.shards.source.begin(self.parts[i], self.layouts[i].size)
+        return self.shards.begin(i, self.parts[i], self.layouts[i].size)
+
+    def first(self, n: int) -> "ShardedLayers":
+        """The first n layers, over the same bytes."""
+        parts = self.shards, self.layouts[:n], self.parts[:n]
+        return ShardedLayers(*parts, self._overlay[:n], self.prefetch)
+
+    @property
+    def collective(self) -> bool:
+        """Whether every rank must fetch the same layers in the same order."""
+        return self.shards.ranks > 1
 
     def tree(self, i: int, flat: UInt8[Tensor, "n"]) -> LayerParams:
         """The tensors of layer i as views of its bytes, with its initial offsets."""
@@ -170,10 +207,10 @@ def shard_layers(
     return ShardedLayers(shards, layouts, parts, prefetch=prefetch)
 
 
-def shard_matrix(shards: Shards, matrix: Tensor) -> ShardedMatrix:
+def shard_matrix(shards: Shards, key: str, matrix: Tensor) -> ShardedMatrix:
     """An embedding or head of which each rank keeps its part."""
     layout = layout_of(matrix, shards.ranks)
-    return ShardedMatrix(shards, layout, shards.kept(layout, matrix))
+    return ShardedMatrix(shards, key, layout, shards.kept(layout, matrix))
 
 
 def shard_base(base: Base, shards: Shards) -> Base:
@@ -184,7 +221,7 @@ def shard_base(base: Base, shards: Shards) -> Base:
     layers: Any = base["layers"]
     sharded: Any = {**base, "layers": shard_layers(shards, len(layers), lambda i: layers[i])}
     for key in [k for k in EDGE_WEIGHTS if k in base]:
-        sharded[key] = shard_matrix(shards, base[key])
+        sharded[key] = shard_matrix(shards, key, base[key])
     sharded["norm"] = base["norm"].to(shards.source.device)
     return sharded
 

@@ -26,6 +26,7 @@ from fastlora.models.params import LayerAdapter, LayerParams
 from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.layer_fetching import taken
 
 aten = torch.ops.aten
 
@@ -141,10 +142,10 @@ def decoder_layer(
     """
 
     def attend(x: Tensor) -> Tensor:
-        return attention_block(x, _taken(params), adapter, cos, sin, mask, spec, key)
+        return attention_block(x, taken(params), adapter, cos, sin, mask, spec, key)
 
     def mlp(x: Tensor, attended: Tensor) -> Tensor:
-        here = _taken(params)
+        here = taken(params)
         if chunks == 1:
             return mlp_block(x + attended, here, adapter, spec, key)
         pairs = zip(_pieces(x, chunks), _pieces(attended, chunks), strict=True)
@@ -162,10 +163,6 @@ def decoder_layer(
             mlp, "full", x, _recomputed(attend, "selective", x, fetch=fetch), fetch=fetch
         )
     return _recomputed(lambda x: mlp(x, attend(x)), level, x, fetch=fetch)
-
-
-def _taken(params: LayerParams | Callable[[], LayerParams]) -> LayerParams:
-    return params if isinstance(params, dict) else params()
 
 
 def _pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:

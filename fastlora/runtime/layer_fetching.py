@@ -46,6 +46,10 @@ class FetchedMatrix(ABC):
     def fetch(self) -> Tensor:
         """The matrix on the device. Nothing keeps it."""
 
+    @abstractmethod
+    def remade(self, matrix: Tensor, key: str) -> "FetchedMatrix":
+        """Another matrix, kept in the same way under this key of the base."""
+
 
 class FetchedLayers(ABC, Sequence):
     """The layers of a base that are not on the device, in the place of its tuple of layers.
@@ -87,7 +91,19 @@ class FetchedLayers(ABC, Sequence):
     def rebuilt(self, make: Callable[[int], LayerParams]) -> "FetchedLayers":
         """Layers made of `make(i)`, one at a time, kept in the same way and without an overlay."""
 
-    def __getitem__(self, i: Any) -> LayerParams:
+    @property
+    @abstractmethod
+    def collective(self) -> bool:
+        """Whether every rank must fetch the same layers in the same order."""
+
+    @abstractmethod
+    def first(self, n: int) -> "FetchedLayers":
+        """The first n layers, over the same bytes."""
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            assert i.start is None and i.step is None, i
+            return self.first(i.indices(len(self))[1])
         if not -len(self) <= i < len(self):
             raise IndexError(i)
         i %= len(self)
@@ -104,10 +120,15 @@ class FetchedLayers(ABC, Sequence):
 class LayerPass:
     """The layers of one forward pass and its backward pass. It lives as long as their graph."""
 
-    def __init__(self, layers: FetchedLayers) -> None:
-        """Nothing is fetched yet."""
+    def __init__(self, layers: FetchedLayers, *, cyclic: bool = False) -> None:
+        """Nothing is fetched yet.
+
+        Args:
+            layers: of the model.
+            cyclic: whether layer 0 follows the last layer, as in generation.
+        """
         layers.release()
-        self.layers = layers
+        self.layers, self.cyclic = layers, cyclic
         self.here: Any = None  # None, or (i, bytes, params) of the layer that is on the device
         self.coming: dict[int, Fetch] = {}
         self.fetches = 0
@@ -120,18 +141,27 @@ class LayerPass:
             i: the layer's number.
             step: direction of the layers that are needed next: 1, -1, or 0 if none is.
         """
+        following = self._following(i, step)
         if self.here is None or self.here[0] != i:
             # First let go of the previous layer, so that its memory can receive the next one.
             self.here = None
-            self.coming = {k: x for k, x in self.coming.items() if k == i or (k - i) * step > 0}
+            needed = {i, *following}
+            self.coming = {k: x for k, x in self.coming.items() if k in needed}
             flat = (self.coming.pop(i, None) or self._begin(i)).wait()
             self.here = i, flat, self.layers.tree(i, flat)
-        for k in range(1, self.layers.prefetch + 1 if step else 1):
-            following = i + step * k
-            if 0 <= following < len(self.layers) and following not in self.coming:
-                self.coming[following] = self._begin(following)
+        for k in following:
+            if k not in self.coming:
+                self.coming[k] = self._begin(k)
         self.most = max(self.most, 1 + len(self.coming))
         return self.here[2]
+
+    def _following(self, i: int, step: int) -> list[int]:
+        """The layers that should be on their way while layer i runs."""
+        n, ahead = len(self.layers), self.layers.prefetch if step else 0
+        numbers = [i + step * k for k in range(1, ahead + 1)]
+        if self.cyclic:
+            return [k % n for k in numbers if k % n != i]
+        return [k for k in numbers if 0 <= k < n]
 
     def _begin(self, i: int) -> Fetch:
         self.fetches += 1
@@ -213,6 +243,27 @@ def resident(matrix: Any) -> Tensor:
     return matrix.fetch() if isinstance(matrix, FetchedMatrix) else matrix
 
 
+def with_resident_edges(base: Any) -> Any:
+    """The base with embedding and head on the device; the same object if they are there already."""
+    brought = {key: x.fetch() for key, x in base.items() if isinstance(x, FetchedMatrix)}
+    return {**base, **brought} if brought else base
+
+
+def with_edges_of(base: Any, like: Any) -> Any:
+    """The base with embedding and head kept as those of `like` are."""
+    kept = {
+        key: like[key].remade(x, key)
+        for key, x in base.items()
+        if isinstance(like.get(key), FetchedMatrix) and isinstance(x, Tensor)
+    }
+    return {**base, **kept} if kept else base
+
+
+def taken(params: LayerParams | Callable[[], LayerParams]) -> LayerParams:
+    """A layer's params, fetched if `params` is a function."""
+    return params if isinstance(params, dict) else params()
+
+
 def described(base: Any) -> Any:
     """A base whose tensors that are elsewhere are replaced by tensors on the device "meta".
 
@@ -226,5 +277,10 @@ def described(base: Any) -> Any:
 
 
 def is_sharded(base: Any) -> bool:
-    """Whether layers, embedding or head of a base are not on the device."""
-    return any(isinstance(x, FetchedMatrix | FetchedLayers) for x in base.values())
+    """Whether the layers of a base are fetched when they are needed."""
+    return isinstance(base["layers"], FetchedLayers)
+
+
+def is_collective(base: Any) -> bool:
+    """Whether every rank must run the same passes over a base, because each holds a part."""
+    return is_sharded(base) and base["layers"].collective

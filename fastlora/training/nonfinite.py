@@ -17,7 +17,11 @@ from fastlora.models.input_checks import BATCH_ENTRIES
 from fastlora.models.names import tensors_from_base
 from fastlora.models.params import first_nonfinite
 from fastlora.models.state import Batch, ModelState, Seed, require_adapter
+from fastlora.runtime.layer_fetching import is_collective
 from fastlora.training.learner import Learner
+
+# The ranks of a sharded base must run the same passes, but only one of them may have found NaN.
+_NOT_SEARCHED = "its cause is not searched for, because the base is sharded over ranks"
 
 
 def nonfinite_cause(
@@ -31,6 +35,8 @@ def nonfinite_cause(
         seeds: of their dropout masks and noise.
         gradient: of the step, in the order of the learner's leaves.
     """
+    if is_collective(learner.model.base):
+        return _NOT_SEARCHED
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
     if cause := _forward_cause(noisy, batches, seeds):
         return cause
@@ -42,6 +48,8 @@ def nonfinite_cause(
 
 def nonfinite_cause_of_batches(model: ModelState, batches: Iterable[Batch]) -> str:
     """As `nonfinite_cause`, for a loss without gradient and dropout."""
+    if is_collective(model.base):
+        return _NOT_SEARCHED
     batches = list(batches)
     return _forward_cause(model, batches, [None] * len(batches)) or "the mean of finite losses"
 

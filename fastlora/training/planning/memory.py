@@ -14,6 +14,7 @@ from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
 from fastlora.ops.swiglu.swiglu import kernel_supports
+from fastlora.runtime.layer_fetching import described
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # per parameter
 
@@ -36,7 +37,7 @@ def peak_bytes(
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
     adapters = _adapter_by_layer(model)
     parameters = sum(x.numel() for leaves in adapters for x in leaves)
-    always = sum(x.nbytes for x in tree_leaves(model.base)) + _OTHER_BYTES
+    always = sum(x.nbytes for x in tree_leaves(described(model.base))) + _OTHER_BYTES
     always += sum(x.nbytes for leaves in adapters for x in leaves)
     always += MOMENT_BYTES[optimizer] * parameters
 
