@@ -10,7 +10,7 @@ import operator
 from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import regex
 import torch
@@ -198,7 +198,8 @@ def first_tensors(config: LlamaConfig, extras: Extras, base: Base, dtype: torch.
         return {}
     tensors = tensors_from_base(config, base)
     if LM_HEAD not in tensors:
-        tensors = ChainMap({LM_HEAD: tensors[EMBED_TOKENS]}, tensors)
+        head = {LM_HEAD: tensors[EMBED_TOKENS]}
+        tensors = ChainMap(head, cast(dict[str, Any], tensors))
     trees: dict[str, Any] = {}
     if extras.replaced:
         trees["replaced"] = {name: tensors[name].clone() for name in extras.replaced}

@@ -50,11 +50,14 @@ def on_first_rank(base: Any, work: Callable[[], T]) -> T:
 
 
 def _lead(shards: Shards, work: Callable[[], T]) -> T:
-    shards.announce = lambda number: _broadcast(shards, number)
+    def announce(number: int) -> None:
+        _broadcast(shards, number)
+
+    shards.announce = announce
     try:
         return work()
     finally:
-        shards.announce(_DONE)
+        announce(_DONE)
         shards.announce = None
 
 

@@ -36,9 +36,9 @@ from fastlora.runtime.layer_fetching import FetchedLayers, LayerPass, taken, wit
 class PreparedLayer(NamedTuple):
     """One decoder layer."""
 
-    # The adapter's copies of base tensors are in their places. Of a sharded base a function, which
-    # fetches the layer.
-    params: LayerParams | Callable[[], LayerParams]
+    # LayerParams, with the adapter's copies of base tensors in their places. Of a sharded base a
+    # function that fetches them.
+    params: Any
     # Matrices in the dtype of the layer's products; DoRA as PreparedDoRA. Of a stack: [n, ...].
     adapter: LayerAdapter
     spec: LayerSpec

@@ -98,13 +98,14 @@ def _resharded(
     """The merged base, kept as the old one is: one layer at a time is whole."""
     tensor = lambda name: merged[name]() if name in merged else tensors[name]
     layers: Any = old["layers"]
+    edge: Any = old["embed_tokens"]
     base: Any = {**old, "layers": layers.rebuilt(lambda i: layer_from_tensors(config, i, tensor))}
     layers.release()
     if not config.tie_word_embeddings and "lm_head" not in base:
-        base["lm_head"] = old["embed_tokens"].remade(tensor(LM_HEAD), "lm_head")
+        base["lm_head"] = edge.remade(tensor(LM_HEAD), "lm_head")
     for key, name in EDGE_WEIGHTS.items():
         if name in merged:
-            base[key] = old["embed_tokens"].remade(merged[name](), key)
+            base[key] = edge.remade(merged[name](), key)
     if NORM in merged:
         base["norm"] = merged[NORM]()
     return base
