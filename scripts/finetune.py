@@ -20,7 +20,7 @@ from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast
 from finetuning.held_out import data_of, described, heldout_loss, prompts_of
 from finetuning.options import arguments_for, parse
-from finetuning.ranks import is_first, resumes, silent_unless_first, step_size
+from finetuning.ranks import on_first_rank, resumes, silent_unless_first, step_size
 from finetuning.repeat import differences, note_options
 from finetuning.toml import to_toml
 
@@ -52,8 +52,7 @@ def run(args: Any) -> int:
     model = fastlora.lora(base, **settings, max_seq_length=length, random_state=args.seed)
     args = resolved(args, model)
     print(to_toml(args))
-    print(forecast(model, args))
-    print(step_size(args))
+    print(f"{step_size(args)}\n{forecast(model, args)}")
     model.print_trainable_parameters()
     print(f"rows to train on: {described(data)}; held out: {described(heldout)}")
     given = dict(
@@ -77,11 +76,10 @@ def run(args: Any) -> int:
         print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout, args)
 
-    if is_first() and not resumes(args):
-        make_room(args.output)
+    if not resumes(args):
+        on_first_rank(make_room, args.output)
     model, history = fastlora.train(model, tokenizer, data, **given, **settings)
-    if is_first():
-        note_options(args.output, dataclasses.asdict(args))
+    on_first_rank(note_options, args.output, dataclasses.asdict(args))
 
     print(f"\nafter {len(history.steps)} steps", end="")
     if heldout:

@@ -41,15 +41,12 @@ def needs_group() -> bool:
 def open_groups(device: torch.device) -> Groups:
     """The groups of a run over all ranks. `close_groups` ends the host's one.
 
-    The default process group is started if there is none: NCCL with gloo for a CUDA device, else
-    gloo. It is ended when Python ends: a process may train several times, and NCCL takes seconds to
-    start.
+    The default process group is started if there is none.
 
     Raises:
         TimeoutError: a rank does not come; the message names it.
     """
-    if not dist.is_initialized():
-        _start(device)
+    start_group(device)
     rank, count = dist.get_rank(), dist.get_world_size()
     c10d: Any = dist.distributed_c10d
     store = c10d._get_default_store()
@@ -74,7 +71,14 @@ def close_groups(groups: Groups, failed: bool) -> None:
     dist.destroy_process_group(groups.host)
 
 
-def _start(device: torch.device) -> None:
+def start_group(device: torch.device) -> None:
+    """Start the default process group if there is none: NCCL with gloo for CUDA, else gloo.
+
+    It is ended when Python ends: a process may train several times, and NCCL takes seconds to
+    start.
+    """
+    if dist.is_initialized():
+        return
     # FOREVER: Waits times out earlier, and names a rank.
     if device.type == "cuda":
         dist.init_process_group("cpu:gloo,cuda:nccl", timeout=FOREVER, device_id=device)

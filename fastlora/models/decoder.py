@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.config import LlamaConfig
 from fastlora.models.embedding import embed
+from fastlora.models.fetched_layer import run_fetched
 from fastlora.models.fused_qkv import fused_qkv
 from fastlora.models.init_offset import cast_offset
 from fastlora.models.layer import decoder_layer
@@ -36,6 +37,7 @@ from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.compiled import compiled, compiles
 from fastlora.runtime.host_offload import Copies, HostStash
+from fastlora.runtime.layer_fetching import open_pass
 
 
 class Positions(NamedTuple):
@@ -136,6 +138,7 @@ def hidden_states(
         levels = layer_levels(config, spec.recompute)
     else:
         levels = offload_levels(config, input_ids.numel(), x.element_size())
+    fetched = open_pass(base["layers"])  # None: all layers are on the device
     for i, level in enumerate(levels):
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
             # Without this, the input of the first adapted layer would be the only one that does not
@@ -145,7 +148,7 @@ def hidden_states(
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
         mask = masks[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
-        params = cast_offset(base["layers"][i], x.dtype)
+        params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
         # Only a compiled backward pass uses the fused weights' single product.
         backward = use_compiled and torch.is_grad_enabled()
         if backward and (qkv := fused_qkv(params)) is not None:
@@ -156,10 +159,15 @@ def hidden_states(
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
         static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
         run = partial(_run, decoder_layer, rest, static, use_compiled)
-        if stash is None:
+        if fetched is not None and torch.is_grad_enabled() and not transforms_active():
+            how = partial(_run, decoder_layer), static, use_compiled
+            x = run_fetched(fetched, i, rest, how, x, stash, copies)
+        elif stash is None:
             x = run(x)
         else:
             x = stash.run(run, x, rest, copies)
+        # A fetched layer's memory is freed here, before the next but one is fetched into it.
+        del params, rest, run
     return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
 
 

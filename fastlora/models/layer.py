@@ -5,7 +5,8 @@ torch's selective activation checkpointing, which works eagerly and inside torch
 partitioner then drops results that no backward node reads.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -25,6 +26,7 @@ from fastlora.models.params import LayerAdapter, LayerParams
 from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.layer_fetching import taken
 
 aten = torch.ops.aten
 
@@ -83,19 +85,37 @@ def _contexts(level: str) -> Callable[[], Any]:
 _CONTEXTS = {level: _contexts(level) for level in _KEPT}
 
 
-def _recomputed(fn: Callable[..., Tensor], level: str, *xs: Tensor) -> Tensor:
-    """fn(*xs). The backward pass gets xs and the results of the level's kept ops."""
+def _recomputed(
+    fn: Callable[..., Tensor], level: str, *xs: Tensor, fetch: Callable[[], Any] | None = None
+) -> Tensor:
+    """fn(*xs). The backward pass gets xs and the results of the level's kept ops.
+
+    `fetch` runs before fn is run again, outside of the mode that replays kept results.
+    """
+    contexts = _CONTEXTS[level]
+    if fetch is not None:
+        contexts = partial(_contexts_after, fetch, contexts)
     # Dropout computes its masks from keys (ops/dropout.py), so no random state needs preserving.
-    out = checkpoint(
-        fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
-    )
+    out = checkpoint(fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
     assert isinstance(out, Tensor)
     return out
 
 
+def _contexts_after(fetch: Callable[[], Any], contexts: Callable[[], Any]) -> tuple[Any, Any]:
+    forward, again = contexts()
+    return forward, _fetched(fetch, again)
+
+
+@contextmanager
+def _fetched(fetch: Callable[[], Any], context: Any) -> Iterator[None]:
+    fetch()
+    with context:
+        yield
+
+
 def decoder_layer(
     x: Float[Tensor, "b t d"],
-    params: LayerParams,
+    params: LayerParams | Callable[[], LayerParams],
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
@@ -109,7 +129,8 @@ def decoder_layer(
 
     Args:
         x: the layer's input.
-        params: the layer's part of the base, with projections' offsets in x.dtype.
+        params: the layer's part of the base, with projections' offsets in x.dtype; or a function
+            that fetches it, which is called again when the layer is recomputed.
         adapter: the layer's part of the adapter, in the dtype of `decoder.product_dtype`.
         cos: RoPE table.
         sin: RoPE table.
@@ -121,23 +142,27 @@ def decoder_layer(
     """
 
     def attend(x: Tensor) -> Tensor:
-        return attention_block(x, params, adapter, cos, sin, mask, spec, key)
+        return attention_block(x, taken(params), adapter, cos, sin, mask, spec, key)
 
     def mlp(x: Tensor, attended: Tensor) -> Tensor:
+        here = taken(params)
         if chunks == 1:
-            return mlp_block(x + attended, params, adapter, spec, key)
+            return mlp_block(x + attended, here, adapter, spec, key)
         pairs = zip(_pieces(x, chunks), _pieces(attended, chunks), strict=True)
-        pieces = [mlp_block(before + o, params, adapter, spec, key) for before, o in pairs]
+        pieces = [mlp_block(before + o, here, adapter, spec, key) for before, o in pairs]
         return torch.cat(pieces, 1).view(x.shape)
 
+    fetch = None if isinstance(params, dict) else params
     # torch.func refuses the saved-tensor hooks of checkpointing.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
         return mlp(x, attend(x))
     if level == "mlp":
         # Keep x and o and not their sum. To keep the sum, Inductor's kernel would write it in its
         # first loop and read it in its second, which may race (ops/gradient_barrier.py).
-        return _recomputed(mlp, "full", x, _recomputed(attend, "selective", x))
-    return _recomputed(lambda x: mlp(x, attend(x)), level, x)
+        return _recomputed(
+            mlp, "full", x, _recomputed(attend, "selective", x, fetch=fetch), fetch=fetch
+        )
+    return _recomputed(lambda x: mlp(x, attend(x)), level, x, fetch=fetch)
 
 
 def _pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:

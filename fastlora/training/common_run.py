@@ -13,6 +13,7 @@ from fastlora.distributed.ranks import Ranks
 from fastlora.errors import CheckpointError
 from fastlora.models.spec import Spec
 from fastlora.models.state import ModelState
+from fastlora.runtime.layer_fetching import is_collective
 from fastlora.training.checkpoint import read_state
 from fastlora.training.dealt_batches import is_masked
 from fastlora.training.identity import hash_adapter, hash_sequences
@@ -24,7 +25,7 @@ from fastlora.training.signals import StopRequest
 
 def joined_ranks(model: ModelState) -> AbstractContextManager[Ranks]:
     """The ranks that train this model with this process, for a `with` block."""
-    return joined(model.base["norm"].device)
+    return joined(model.base["norm"].device, lockstep=is_collective(model.base))
 
 
 def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> Run:

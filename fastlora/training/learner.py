@@ -18,6 +18,7 @@ from fastlora.models.params import PROJECTIONS, Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.runtime.gradients import value_and_grad
+from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
 from fastlora.training.parameter_groups import rate_ratios
 from fastlora.training.settings import Settings
@@ -54,7 +55,8 @@ def make_learner(
     optimizer = make_optimizer(
         settings.optimizer, list(leaves.values()), settings.weight_decay, ratios
     )
-    cuda_graph = should_use_cuda_graph(model.spec, model.base["norm"].device.type, settings)
+    device = model.base["norm"].device.type
+    cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(model.spec, device, settings)
     if objective is None:
         loss_and_grad = value_and_grad(micro_batch_loss, cuda_graph=cuda_graph)
     else:

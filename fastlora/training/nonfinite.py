@@ -18,7 +18,11 @@ from fastlora.models.input_checks import BATCH_ENTRIES
 from fastlora.models.names import tensors_from_base
 from fastlora.models.params import first_nonfinite
 from fastlora.models.state import Batch, ModelState, Seed, require_adapter
+from fastlora.runtime.layer_fetching import is_collective
 from fastlora.training.learner import Learner
+
+# The ranks of a sharded base must run the same passes, but only one of them may have found NaN.
+_NOT_SEARCHED = "its cause is not searched for, because the base is sharded over ranks"
 
 
 def nonfinite_cause(
@@ -37,8 +41,12 @@ def nonfinite_cause(
         gradient: of the step, in the order of the learner's leaves.
         ranks: of the run; the cause may be in the batches of another one.
     """
+    if is_collective(learner.model.base):
+        return _NOT_SEARCHED
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
-    if cause := ranks.first_text(_forward_cause(noisy, batches, seeds)):
+    # Over a base that is sharded over ranks, one of them cannot run the model alone.
+    cause = "" if ranks.lockstep else _forward_cause(noisy, batches, seeds)
+    if cause := ranks.first_text(cause):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):
@@ -50,8 +58,11 @@ def nonfinite_cause_of_batches(
     model: ModelState, batches: Iterable[Batch], ranks: Ranks = ALONE
 ) -> str:
     """As `nonfinite_cause`, for a loss without gradient and dropout."""
+    if is_collective(model.base):
+        return _NOT_SEARCHED
     batches = list(batches)
-    cause = ranks.first_text(_forward_cause(model, batches, [None] * len(batches)))
+    cause = "" if ranks.lockstep else _forward_cause(model, batches, [None] * len(batches))
+    cause = ranks.first_text(cause)
     return cause or "the mean of finite losses"
 
 

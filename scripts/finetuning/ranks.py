@@ -1,6 +1,6 @@
 """scripts/finetune.py under torchrun: every process runs all of it, and the first one prints."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from typing import Any
@@ -12,6 +12,12 @@ def is_first() -> bool:
     """Whether this process prints and writes: the only one, or rank 0."""
     launch = launched()
     return launch is None or launch.rank == 0
+
+
+def on_first_rank(work: Callable[..., object], *arguments: Any) -> None:
+    """Call a function that writes files in one process."""
+    if is_first():
+        work(*arguments)
 
 
 @contextmanager

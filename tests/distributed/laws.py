@@ -142,27 +142,31 @@ def killed_run(scratch: Path, step: int, rank: int, out: str, **changed: Any) ->
     return outcome(trained, history, scratch, out)
 
 
+def odd_arguments(fact: str) -> tuple[fastlora.Model, Any, dict[str, Any]]:
+    """(model, rows, arguments of train) that differ from the other ranks' in one fact."""
+    model, _ = adapted(seed=int(fact == "hash of the adapter"))
+    rows = ROWS[:-1] if fact == "hash of the training data" else ROWS
+    given = {
+        "hash of eval_data": dict(eval_data=ROWS[:2]),
+        "learning_rate": dict(learning_rate=3e-3),
+    }.get(fact, {})
+    if fact == "spec.kernels":
+        model = model.with_spec(kernels="torch")
+    if fact == "hash of the base model":
+        model.base["norm"].mul_(1.5)
+    if fact == "version of torch":
+        found = common_run.versions()
+        common_run.versions = lambda: found | {"torch": "2.10"}
+    return model, rows, QUIET | given
+
+
 def disagreeing(scratch: Path, facts: list[str]) -> dict[str, str]:
     """The error of a run in which rank 1 has another value of one fact, by fact."""
-    found = {}
+    found, versions = {}, common_run.versions
     for fact in facts:
-        odd, given, data = RANK() == 1, QUIET | dict(max_steps=1), ROWS
-        model, tokenizer = adapted(seed=int(odd and fact == "hash of the adapter"))
-        if odd and fact == "hash of the training data":
-            data = ROWS[:-1]
-        if odd and fact == "hash of eval_data":
-            given |= dict(eval_data=ROWS[:2])
-        if odd and fact == "learning_rate":
-            given |= dict(learning_rate=3e-3)
-        if odd and fact == "spec.kernels":
-            model = model.with_spec(kernels="torch")
-        if odd and fact == "hash of the base model":
-            model.base["norm"].mul_(1.5)
-        versions = common_run.versions
-        if odd and fact == "version of torch":
-            common_run.versions = lambda: versions() | {"torch": "2.10"}  # noqa: B023
+        model, rows, given = odd_arguments(fact if RANK() == 1 else "")
         try:
-            fastlora.train(model, tokenizer, data, **given)
+            fastlora.train(model, adapted()[1], rows, max_steps=1, **given)
         except ValueError as error:
             found[fact] = str(error)
         common_run.versions = versions
