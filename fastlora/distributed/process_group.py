@@ -6,12 +6,14 @@ All calls of torch.distributed that start or end groups are in this file.
 import atexit
 import os
 import socket
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from fastlora.distributed.launch import launched
+from fastlora.distributed.rounds import agree_on_round
 from fastlora.distributed.waiting import FOREVER, Waits
 
 # Ranks come to train at different times, because one of them downloads, or encodes rows.
@@ -79,11 +81,18 @@ def start_group(device: torch.device) -> None:
     """
     if dist.is_initialized():
         return
+    c10d: Any = dist
+    wait = timedelta(seconds=MEET_SECONDS)
+    store, rank, count = next(c10d.rendezvous("env://", timeout=wait))
+    store = dist.distributed_c10d.PrefixStore("fastlora", store)
+    name = agree_on_round(store, rank, count, MEET_SECONDS)
     # FOREVER: Waits times out earlier, and names a rank.
+    how: dict[str, Any] = dict(rank=rank, world_size=count, timeout=FOREVER)
+    how["store"] = dist.distributed_c10d.PrefixStore(name, store)
     if device.type == "cuda":
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=FOREVER, device_id=device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=device, **how)
     else:
-        dist.init_process_group("gloo", timeout=FOREVER)
+        dist.init_process_group("gloo", **how)
     atexit.register(_end)
 
 

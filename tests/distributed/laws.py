@@ -17,7 +17,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora.checkpoints.hub import DEMO
 from fastlora.data import streams
-from fastlora.distributed import data_parallel
+from fastlora.distributed import data_parallel, process_group
 from fastlora.training import common_run
 from fastlora.training.logging.open import on_all_ranks
 from oracles.training_runs import LENGTHS, WORDS
@@ -32,7 +32,7 @@ ROWS = [
 PAIRS = [
     {"prompt": row["prompt"], "chosen": row["completion"], "rejected": " no"} for row in ROWS[:8]
 ]
-QUIET: dict[str, Any] = dict(progress=False, learning_rate=1e-2, batch_size=1)
+QUIET: dict[str, Any] = dict(progress=False, learning_rate=2e-3, batch_size=1)
 
 
 def adapted(dropout: float = 0.0, seed: int = 0) -> tuple[fastlora.Model, fastlora.Tokenizer]:
@@ -97,6 +97,8 @@ def runs(scratch: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         given = QUIET | case
         dropout, kind = given.pop("dropout", 0.0), given.pop("kind", "rows")
         ordered = given.pop("ordered", False)
+        if given.pop("evaluates", False):
+            given["eval_data"] = ROWS[:7]
         model, tokenizer = adapted(dropout)
         model = model.with_spec(deterministic=ordered)
         trained, history = fastlora.train(model, tokenizer, data_of(kind), **given)
@@ -190,12 +192,10 @@ def hanging(scratch: Path, rank: int) -> str:
 
 def absent(scratch: Path) -> str:
     """The error of rank 0 when rank 1 does not call train."""
-    from fastlora.distributed import process_group
-
     process_group.MEET_SECONDS = 1.0
+    dist.init_process_group("gloo")
     if RANK() == 1:
-        dist.init_process_group("gloo")
-        time.sleep(3)
+        time.sleep(2)
         return ""
     try:
         fastlora.train(*adapted(), ROWS, **QUIET, max_steps=4)
@@ -292,10 +292,30 @@ def own_group(scratch: Path) -> list[bool]:
     return [dist.is_initialized(), one.item() == dist.get_world_size()]
 
 
+def restarts(scratch: Path) -> list[float]:
+    """Sums of ones over two starts that share a store, as torchrun's restarts do."""
+    address = "127.0.0.1", int(os.environ["MASTER_PORT"])
+    server = (
+        dist.TCPStore(*address, is_master=True, wait_for_workers=False) if RANK() == 0 else None
+    )
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    found = []
+    for _ in range(2):
+        process_group.start_group(torch.device("cpu"))
+        one = torch.ones(1)
+        dist.all_reduce(one)
+        found.append(one.item())
+        dist.barrier()
+        dist.destroy_process_group()
+    if server is not None:  # the others may still be reading from it
+        time.sleep(0.3)
+    return found
+
+
 def samples(scratch: Path, out: str) -> dict[str, Any]:
     """A run with everything that follows a step, on the first rank's files only."""
     given = dict(eval_data=ROWS[:5], eval_every=2, keep_best=True, early_stopping=2)
     given |= dict(sample_prompts=["a rank"], sample_tokens=4, output_dir=scratch / out)
-    given |= dict(max_steps=12, save_every=2, keep=1, log="jsonl", learning_rate=0.3)
+    given |= dict(max_steps=12, save_every=2, keep=1, log="jsonl", learning_rate=10.0)
     trained, history = fastlora.train(*adapted(), ROWS, **QUIET | given)
     return outcome(trained, history, scratch, out) | dict(steps=len(history.steps))

@@ -1,7 +1,10 @@
 """Which rank runs which rows, and what a launcher's variables mean."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from fastlora import functional as FL
 from fastlora.data.batches import batches, count_trained_tokens
@@ -9,6 +12,7 @@ from fastlora.data.examples import make_example
 from fastlora.distributed.agreement import shared_gpus
 from fastlora.distributed.dealing import deal, load_of, split_for
 from fastlora.distributed.launch import Launch, launched, own_device
+from fastlora.distributed.rounds import agree_on_round
 from fastlora.training.dealt_batches import Dealer
 from oracles.trees import token_ids
 
@@ -26,7 +30,9 @@ def test_pieces_of_all_ranks_are_the_step(ranks, steps):
     assert all(0 < p.end - p.begin <= 2 for p in pieces)
     assert all(p.begin == 10 + 6 * p.micro_batch + p.row for p in pieces)
     assert [p.number for p in pieces] == list(range(len(pieces)))
-    assert len(pieces) >= min(ranks, 5 * steps) - 1  # no rank is idle without need
+    # Pieces become smaller for more ranks, until each rank has one.
+    largest = max(p.end - p.begin for p in pieces)
+    assert largest == min(2, -(-6 // -(-ranks // steps)))
 
 
 def test_equal_pieces_are_dealt_in_turn_and_unequal_ones_to_the_least_loaded():
@@ -124,3 +130,24 @@ def test_ranks_that_share_a_gpu_are_named():
     names = [dict(host="a", gpu="x"), dict(host="b", gpu="x"), dict(host="a", gpu="x")]
     assert shared_gpus(names) == ["ranks 0, 2 use one GPU (x of a)"]
     assert not shared_gpus([dict(host="a", gpu="")] * 2)
+
+
+def rounds(store: dist.HashStore, ranks: range) -> list[str]:
+    """The names that ranks agree on, each in a thread."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        started = [pool.submit(agree_on_round, store, r, len(ranks), 20.0) for r in ranks]
+        return [x.result() for x in started]
+
+
+def test_each_start_has_one_name_that_no_other_start_has():
+    store, names = dist.HashStore(), []
+    for count in (3, 3, 2, 4):  # the words of earlier starts stay in the store
+        found = rounds(store, range(count))
+        assert len({*found}) == 1
+        names.append(found[0])
+    assert len({*names}) == 4
+
+
+def test_a_rank_that_does_not_start_is_named():
+    with pytest.raises(TimeoutError, match="ranks 1, 2 did not start"):
+        agree_on_round(dist.HashStore(), 0, 3, 0.05)
