@@ -222,8 +222,11 @@ class Refetched(NamedTuple):
         return saved_tensors_hooks(pack, unpack)
 
 
-def open_pass(layers: Sequence[LayerParams]) -> LayerPass | None:
+def open_pass(layers: Any) -> LayerPass | None:
     """The pass of a forward pass over layers that must be fetched; None if they are there.
+
+    Args:
+        layers: of the base. No annotation of a sequence: checkers of types would fetch an item.
 
     Raises:
         RuntimeError: inside the caller's own torch.compile.

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastlora
 from fastlora import functional as FL
 from fastlora.checkpoints import tensors as tensors_file
+from fastlora.distributed.mesh import world_size
 from fastlora.model import Model
 from fastlora.runtime import compiled, layer_fetching
 from oracles.trees import randomised, relative_error, same_bits, token_ids
@@ -40,7 +41,7 @@ def read(folder: Path, shard: Any, name: str = "llama_bias", **how: Any) -> Mode
 
 def pair(folder: Path, shard: Any = None, **how: Any) -> tuple[Model, Model]:
     """(whole, sharded), both adapted."""
-    shard = dist.get_world_size() if shard is None else shard
+    shard = world_size() if shard is None else shard
     whole, sharded = read(folder, None, **how), read(folder, shard, **how)
     return with_adapter(whole), with_adapter(sharded)
 
@@ -285,7 +286,7 @@ def hybrid_meshes(folder: Path) -> list[str]:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     rank, count = dist.get_rank(), (labels[:, 1:] != -100).sum()
     for kind, shard in (("float32", 2), ("NF4", mesh)):
-        whole, sharded = pair(folder, shard, **KINDS[kind])
+        whole, sharded = pair(folder, shard, **KINDS[kind] | {"dtype": "float32"})
         if sharded.base["layers"].shards.ranks != 2:
             wrong.append(f"{kind}: not two ranks")
 
