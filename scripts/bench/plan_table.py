@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from random_checkpoint import SHAPES as CHECKPOINTS
+from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora.distributed.reading import described_nf4
@@ -92,15 +93,18 @@ def streamed_table() -> list[str]:
     heads += ("copied, GB", "step, s", "exposed, s")
     lines = [line(*heads), "|" + "---|" * len(heads)]
     for name, in_4bit, memory in STREAMED:
-        model = model_of(name, in_4bit=in_4bit)
-        how: dict[str, Any] = dict(card="H100", shard="host", optimizer="adamw_8bit")
-        x = fastlora.plan(model, 2, 2048, memory, **how).chosen
-        assert x.step_seconds is not None and x.exposed_seconds is not None
-        held = sum(leaf.nbytes for leaf in torch.utils._pytree.tree_leaves(model.base)) / 1e9
-        cells = name, "NF4" if in_4bit else "bf16", memory, x.recompute
-        figures = f"{x.peak_bytes / 2**30:.1f}", f"{held:.0f}", f"{x.copied_bytes / 1e9:.0f}"
-        lines.append(line(*cells, *figures, f"{x.step_seconds:.2f}", f"{x.exposed_seconds:.2f}"))
+        lines.append(streamed_line(model_of(name, in_4bit=in_4bit), name, in_4bit, memory))
     return lines
+
+
+def streamed_line(model: fastlora.Model, name: str, in_4bit: bool, memory: str) -> str:
+    how: dict[str, Any] = dict(card="H100", shard="host", optimizer="adamw_8bit")
+    x = fastlora.plan(model, 2, 2048, memory, **how).chosen
+    assert x.step_seconds is not None and x.exposed_seconds is not None
+    held = sum(leaf.nbytes for leaf in tree_leaves(model.base)) / 1e9
+    cells = name, "NF4" if in_4bit else "bf16", memory, x.recompute
+    figures = f"{x.peak_bytes / 2**30:.1f}", f"{held:.0f}", f"{x.copied_bytes / 1e9:.0f}"
+    return line(*cells, *figures, f"{x.step_seconds:.2f}", f"{x.exposed_seconds:.2f}")
 
 
 def tables() -> str:
