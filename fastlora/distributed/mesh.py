@@ -32,7 +32,7 @@ _SHARE_OF_BASE = 0.6
 
 
 def _is_mesh(x: Any) -> bool:
-    # The class is not imported: that takes 0.3 s, and a mesh exists only if somebody has done so.
+    # The class is not imported: that takes 0.3 s, and a mesh exists only if the caller has imported it.
     return type(x).__name__ == "DeviceMesh" and getattr(x, "ndim", 0) in (1, 2)
 
 

@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     """Where the elements of a tensor come from, and the dtype that they get."""
 
     entry: Entry
-    dtype: torch.dtype | None  # None: the bytes as they are stored
+    dtype: torch.dtype | None  # None: the stored bytes, unchanged
 
 
 # id of a tensor on the device "meta" -> the file's tensor, or a small tensor with its values. The

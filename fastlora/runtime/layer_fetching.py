@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 LayerParams = dict[str, Any]
 
-# Where a tensor lies in a layer's bytes: offset in elements, shape, strides, dtype.
+# The place of a tensor in a layer's bytes: offset in elements, shape, strides, dtype.
 Place = tuple[Any, torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -185,7 +185,7 @@ class LayerPass:
         return Refetched(self, i, self.here[1].untyped_storage().data_ptr())
 
     def __del__(self) -> None:
-        """Wait for fetches that nobody asked for, so that their memory is not reused too early."""
+        """Wait for fetches that were not used, so that their memory is not reused too early."""
         for fetch in self.coming.values():
             fetch.wait()
 
@@ -198,7 +198,7 @@ class Refetched(NamedTuple):
     address: int  # of the bytes in the forward pass; no reference to them is kept
 
     def place(self, saved: Tensor) -> Place | None:
-        """Where a tensor lies in the layer's bytes; None if it lies elsewhere."""
+        """The place of a tensor in the layer's bytes; None if it is not there."""
         if saved.untyped_storage().data_ptr() != self.address:
             return None
         return saved.storage_offset(), saved.shape, saved.stride(), saved.dtype

@@ -119,7 +119,7 @@ def test_autograd_keeps_no_weight(tiny):
 
 
 def test_a_second_backward_pass_fetches_again(tiny):
-    model = in_host_memory(tiny).for_training()
+    model = in_host_memory(tiny.with_spec(recompute="none")).for_training()
     loss = model.loss(FEW)
     leaves = tree_leaves(model.adapter)
     first = torch.autograd.grad(loss, leaves, retain_graph=True)

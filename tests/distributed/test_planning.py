@@ -78,7 +78,7 @@ def test_a_model_that_fits_is_replicated_and_a_large_one_is_sharded(large):
     machines = dict(devices=8, nodes=2, card="H100")
     assert fastlora.plan(small, 4, 2048, "80GB", **machines).chosen.shard == 1
     chosen = fastlora.plan(large, 4, 2048, "24GB", **machines).chosen
-    assert chosen.shard >= 8 and chosen.shard * chosen.replicate == 16
+    assert chosen.shard >= 4 and chosen.shard * chosen.replicate == 16
     assert chosen.step_seconds > chosen.exposed_seconds > 0 and 0.9 < chosen.efficiency < 1
     unknown = fastlora.plan(large, 1, 2048, "24GB", devices=8).chosen
     assert unknown.efficiency is None and unknown.gathered_bytes > 0
