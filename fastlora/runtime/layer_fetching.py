@@ -145,8 +145,9 @@ class LayerPass:
         if self.here is None or self.here[0] != i:
             # First let go of the previous layer, so that its memory can receive the next one.
             self.here = None
-            needed = {i, *following}
-            self.coming = {k: x for k, x in self.coming.items() if k in needed}
+            for k in [*self.coming]:
+                if k not in (i, *following):  # the direction has changed
+                    self.coming.pop(k).wait()
             flat = (self.coming.pop(i, None) or self._begin(i)).wait()
             self.here = i, flat, self.layers.tree(i, flat)
         for k in following:

@@ -1,4 +1,4 @@
-"""scripts/bench/host_shards.py: a run of the tiny shape on the CPU, and the reading of its trace."""
+"""scripts/bench/host_shards.py: a run of a tiny shape on the CPU, and the reading of its trace."""
 
 import json
 import sys
