@@ -23,8 +23,7 @@ A gather is hidden in bf16 from F / B tokens a rank on, where F is the rate of p
 cancels out. NF4 needs 0.26 of that. On H100: 1,900 tokens with NVLink, 17,000 with one 400G port a
 node.
 
-The rates of links are those of data
-sheets; REACHED is assumed, not measured.
+The rates of links are those of data sheets; REACHED is assumed, not measured.
 """
 
 from dataclasses import dataclass
@@ -38,9 +37,9 @@ LINKS = {"nvlink": 450e9, "pcie5": 50e9, "pcie4": 25e9}
 # Bytes a second between machines, of each machine: all its ranks use its ports at once.
 NETWORKS = {"8x400g": 400e9, "400g": 50e9, "100g": 12.5e9}
 
-# Bytes a second from pinned host memory to a GPU, by the link inside a machine. NVLink connects
-# GPUs; the host is behind PCIe 5.
-HOST_RATES = {"nvlink": 55e9, "pcie5": 55e9, "pcie4": 25e9}
+# Bytes a second that large copies from pinned host memory reach, by the link inside a machine.
+# NVLink connects GPUs; the host is behind PCIe 5, which gave 58e9 on an H100 (models/levels.py).
+HOST_RATES = {"nvlink": 55e9, "pcie5": 55e9, "pcie4": 22e9}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +110,7 @@ def step_cost(
     summed = 2 * (n - 1) / n * sizes.adapter
     # Seconds for each byte of the base.
     of_gather = others / cluster.rate(shard)
-    of_copy = 1 / shard / (REACHED * HOST_RATES[cluster.link]) if host else 0.0
+    of_copy = 1 / shard / HOST_RATES[cluster.link] if host else 0.0
     slower = max(of_gather, of_copy)
     layer, layers = sizes.layer * slower, sizes.layers
     exposed = layers * max(0.0, layer - forward / layers)

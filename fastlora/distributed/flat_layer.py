@@ -1,4 +1,4 @@
-"""A layer as one run of bytes: where each tensor lies, and the way between tensors and bytes.
+"""A layer as one run of bytes: the place of each tensor, and conversions in both directions.
 
 Tensors follow each other, each at a multiple of 256 bytes, so weights in 4 bits, their scales and
 norms travel in one transfer. The tensors of a layer are views of the bytes that were received:
@@ -47,7 +47,7 @@ class Layout:
 def layout_of(tree: Any, ranks: int = 1, *, fused: bool | None = None) -> Layout:
     """The layout of a tree of tensors, which may be on the device "meta".
 
-    q, k and v lie side by side only if `fused`, because compiled layers then compute their joint
+    q, k and v are side by side only if `fused`, because compiled layers then compute their joint
     gradient in one product (models/fused_qkv.py), which rounds differently.
 
     Args:
@@ -98,7 +98,7 @@ def as_bytes(x: Tensor) -> UInt8[Tensor, "n"]:
 def write(out: UInt8[Tensor, "n"], begin: int, at: int, data: UInt8[Tensor, "m"]) -> None:
     """Write `data`, whose first byte is number `at`, to `out`, whose first byte is number `begin`.
 
-    Bytes that lie outside of `out` are left out.
+    Bytes outside of `out` are left out.
     """
     low, high = max(begin, at), min(begin + len(out), at + len(data))
     if low < high:

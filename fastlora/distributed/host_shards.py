@@ -6,6 +6,7 @@ can write to memory that the layer before used. When the compute stream is done 
 memory serves the next but one.
 """
 
+import mmap
 import weakref
 from typing import Any
 
@@ -65,8 +66,9 @@ def pinned(size: int) -> UInt8[Tensor, "n"]:
         RuntimeError: the driver refuses, because the host has too little memory that can be locked.
     """
     runtime: Any = torch.cuda.cudart()
-    # A numpy array, because its end is that of the tensor's storage, whose views outlive tensors.
-    memory = np.empty(size, np.uint8)
+    # Whole pages, because the driver pins a page only once. The array ends together with the
+    # tensor's storage, which views of the tensor share.
+    memory = np.frombuffer(mmap.mmap(-1, size), np.uint8)
     if (code := int(runtime.cudaHostRegister(memory.ctypes.data, size, 0))) != 0:
         raise RuntimeError(
             f"the driver cannot pin {size / 2**30:.2f} GiB of host memory (CUDA error {code}); a"

@@ -40,7 +40,7 @@ class Stored(NamedTuple):
     """Where the elements of a tensor come from, and the dtype that they get."""
 
     entry: Entry
-    dtype: torch.dtype | None  # None: the bytes as they are stored
+    dtype: torch.dtype | None  # None: the stored bytes, unchanged
 
 
 # id of a tensor on the device "meta" -> the file's tensor, or a small tensor with its values. The
@@ -163,7 +163,7 @@ class _Reader:
         tree, sources, to_4bit = LayerParams(), Sources(), dict[str, Weight4bit]()
         for path, (name, shape) in layer_tensors(self.checked.config, i).items():
             if name in self.checked.to_4bit:
-                leaf: Any = _described_nf4(shape, self.checked.to_4bit[name])
+                leaf: Any = described_nf4(shape, self.checked.to_4bit[name])
                 to_4bit[name] = leaf
             elif name in self.checked.stored:
                 leaf, of_parts = self.described[name]
@@ -249,7 +249,7 @@ class _Reader:
         return whole if self.group is None else summed_parts(whole, self.group)
 
 
-def _described_nf4(shape: tuple[int, ...], dtype: torch.dtype) -> Weight4bit:
+def described_nf4(shape: tuple[int, ...], dtype: torch.dtype) -> Weight4bit:
     """What `quantize_4bit` makes of a matrix, on the device "meta"."""
     new = lambda *n, dtype=torch.uint8: torch.empty(n, dtype=dtype, device="meta")
     rows, columns = shape

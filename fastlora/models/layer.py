@@ -5,8 +5,7 @@ torch's selective activation checkpointing, which works eagerly and inside torch
 partitioner then drops results that no backward node reads.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -103,14 +102,21 @@ def _recomputed(
 
 def _contexts_after(fetch: Callable[[], Any], contexts: Callable[[], Any]) -> tuple[Any, Any]:
     forward, again = contexts()
-    return forward, _fetched(fetch, again)
+    return forward, _FetchFirst(fetch, again)
 
 
-@contextmanager
-def _fetched(fetch: Callable[[], Any], context: Any) -> Iterator[None]:
-    fetch()
-    with context:
-        yield
+class _FetchFirst:
+    """A context that calls `fetch` before it enters another one. It may be entered repeatedly."""
+
+    def __init__(self, fetch: Callable[[], Any], context: Any) -> None:
+        self.fetch, self.context = fetch, context
+
+    def __enter__(self) -> None:
+        self.fetch()
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
 
 
 def decoder_layer(

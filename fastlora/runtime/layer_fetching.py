@@ -21,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 LayerParams = dict[str, Any]
 
-# Where a tensor lies in a layer's bytes: offset in elements, shape, strides, dtype.
+# The place of a tensor in a layer's bytes: offset in elements, shape, strides, dtype.
 Place = tuple[Any, torch.Size, tuple[int, ...], torch.dtype]
 
 
@@ -145,8 +145,9 @@ class LayerPass:
         if self.here is None or self.here[0] != i:
             # First let go of the previous layer, so that its memory can receive the next one.
             self.here = None
-            needed = {i, *following}
-            self.coming = {k: x for k, x in self.coming.items() if k in needed}
+            for k in [*self.coming]:
+                if k not in (i, *following):  # the direction has changed
+                    self.coming.pop(k).wait()
             flat = (self.coming.pop(i, None) or self._begin(i)).wait()
             self.here = i, flat, self.layers.tree(i, flat)
         for k in following:
@@ -185,7 +186,7 @@ class LayerPass:
         return Refetched(self, i, self.here[1].untyped_storage().data_ptr())
 
     def __del__(self) -> None:
-        """Wait for fetches that nobody asked for, so that their memory is not reused too early."""
+        """Wait for fetches that were not used, so that their memory is not reused too early."""
         for fetch in self.coming.values():
             fetch.wait()
 
@@ -198,7 +199,7 @@ class Refetched(NamedTuple):
     address: int  # of the bytes in the forward pass; no reference to them is kept
 
     def place(self, saved: Tensor) -> Place | None:
-        """Where a tensor lies in the layer's bytes; None if it lies elsewhere."""
+        """The place of a tensor in the layer's bytes; None if it is not there."""
         if saved.untyped_storage().data_ptr() != self.address:
             return None
         return saved.storage_offset(), saved.shape, saved.stride(), saved.dtype
@@ -222,8 +223,11 @@ class Refetched(NamedTuple):
         return saved_tensors_hooks(pack, unpack)
 
 
-def open_pass(layers: Sequence[LayerParams]) -> LayerPass | None:
+def open_pass(layers: Any) -> LayerPass | None:
     """The pass of a forward pass over layers that must be fetched; None if they are there.
+
+    Args:
+        layers: of the base. No annotation of a sequence: checkers of types would fetch an item.
 
     Raises:
         RuntimeError: inside the caller's own torch.compile.

@@ -44,9 +44,7 @@ def nonfinite_cause(
     if is_collective(learner.model.base):
         return _NOT_SEARCHED
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
-    # Over a base that is sharded over ranks, one of them cannot run the model alone.
-    cause = "" if ranks.lockstep else _forward_cause(noisy, batches, seeds)
-    if cause := ranks.first_text(cause):
+    if cause := ranks.first_text(_forward_cause(noisy, batches, seeds)):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):
@@ -61,8 +59,7 @@ def nonfinite_cause_of_batches(
     if is_collective(model.base):
         return _NOT_SEARCHED
     batches = list(batches)
-    cause = "" if ranks.lockstep else _forward_cause(model, batches, [None] * len(batches))
-    cause = ranks.first_text(cause)
+    cause = ranks.first_text(_forward_cause(model, batches, [None] * len(batches)))
     return cause or "the mean of finite losses"
 
 

@@ -84,7 +84,8 @@ def peak_bytes(
     always += MOMENT_BYTES[optimizer] * parameters
 
     levels, fused = levels_of(model, recompute, tokens), _swiglu_is_fused(model)
-    kept = [_kept_bytes(model, level, fused) * tokens for level in levels]
+    of_level = {level: _kept_bytes(model, level, fused) * tokens for level in {*levels}}
+    kept = [of_level[level] for level in levels]
     kept_at_selective = _kept_bytes(model, "selective", fused) * tokens
     if recompute == "offload":
         # On the device: one layer's input on its way to the host, and one layer's on its way back.
