@@ -1,4 +1,4 @@
-"""launched(): what a launcher says about this process, in torchrun's environment variables.
+"""launched(): the place of this process among those that a launcher, such as torchrun, started.
 
 torchrun and Ray Train set the same names: RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE.
 torchrun also counts its restarts.

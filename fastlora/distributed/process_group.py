@@ -1,4 +1,4 @@
-"""The process group: used as it is if there is one, else started for a launched process.
+"""The process group: an existing one is used, else one is started for a launched process.
 
 All calls of torch.distributed that start or end groups are in this file.
 """

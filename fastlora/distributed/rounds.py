@@ -2,7 +2,7 @@
 
 torchrun keeps one store when it starts the ranks again, and torch 2.13 finds the addresses of dead
 processes there ("Gloo connectFullMesh failed ... Connection refused"). torchrun's count of restarts
-is no name for a start: agents of several machines count for themselves.
+cannot serve as a name, because each machine's agent has its own count.
 """
 
 import hashlib

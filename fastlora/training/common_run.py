@@ -39,8 +39,16 @@ def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> R
         ranks: that share it.
         spec: of the learner.
         checkpoint: to resume from, or None.
+
+    Raises:
+        ValueError: the settings ask for what ranks with a sharded base cannot do.
     """
     s = run.settings
+    if ranks.lockstep and s.sample_prompts is not None:
+        raise ValueError(
+            "sample_prompts: texts are not generated over a base that is sharded over ranks;"
+            " leave them out, or load the model with shard=None"
+        )
     rows, before = s.batch_size * ranks.count, _rows_before(checkpoint)
     # A process alone takes over what several ranks began, but not a run with another batch_size.
     if before is not None and before[0] % s.batch_size == 0 and (ranks.several or before[1] > 1):

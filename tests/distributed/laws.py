@@ -35,9 +35,12 @@ PAIRS = [
 QUIET: dict[str, Any] = dict(progress=False, learning_rate=2e-3, batch_size=1)
 
 
-def adapted(dropout: float = 0.0, seed: int = 0) -> tuple[fastlora.Model, fastlora.Tokenizer]:
+def adapted(
+    dropout: float = 0.0, seed: int = 0, shard: int | None = None
+) -> tuple[fastlora.Model, fastlora.Tokenizer]:
     """The base that the fixture wrote, with a random adapter, and the demo's tokenizer."""
-    model, _ = fastlora.load(Path(os.environ["RANKS_BASE"]), max_seq_length=64, device="auto")
+    given = dict(max_seq_length=64, device="cpu", shard=shard if "RANK" in os.environ else None)
+    model, _ = fastlora.load(Path(os.environ["RANKS_BASE"]), **given)
     model = fastlora.lora(model, r=2, lora_dropout=dropout, target_modules=["q_proj", "down_proj"])
     tokenizer = fastlora.Tokenizer.from_folder(DEMO)
     assert tokenizer is not None
@@ -67,7 +70,7 @@ def data_of(kind: str) -> Any:
     if kind == "stream":  # in small blocks, so that a run reaches several
         streams.BLOCK_TOKENS, streams._LEAST_SEQUENCES = 500, 4
         return Stream(ROWS)
-    return PAIRS if kind == "pairs" else ROWS
+    return {"pairs": PAIRS, "odd": ROWS[:19]}.get(kind, ROWS)
 
 
 class Stream:
@@ -99,7 +102,7 @@ def runs(scratch: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
         ordered = given.pop("ordered", False)
         if given.pop("evaluates", False):
             given["eval_data"] = ROWS[:7]
-        model, tokenizer = adapted(dropout)
+        model, tokenizer = adapted(dropout, shard=given.pop("shard", None))
         model = model.with_spec(deterministic=ordered)
         trained, history = fastlora.train(model, tokenizer, data_of(kind), **given)
         results[name] = outcome(trained, history, scratch, name)

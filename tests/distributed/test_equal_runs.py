@@ -16,6 +16,10 @@ CASES = {
     "padded, last step short": dict(
         batch_size=4, max_steps=20, packing=False, gradient_accumulation_steps=3
     ),
+    # 19 rows: the last step of an epoch has one row, and other ranks run a batch without labels.
+    "sharded base": dict(
+        batch_size=4, max_steps=6, packing=False, kind="odd", shard=2, evaluates=True
+    ),
     "stream": dict(batch_size=4, max_steps=6, kind="stream"),
 }
 
