@@ -3,6 +3,7 @@
 import hashlib
 import os
 import signal
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -303,7 +304,9 @@ def restarts(scratch: Path) -> list[float]:
     )
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     found = []
-    for _ in range(2):
+    for start in range(2):
+        if start == 1 and RANK() == 1:
+            time.sleep(0.5)  # rank 0 finds this rank's earlier address first
         process_group.start_group(torch.device("cpu"))
         one = torch.ones(1)
         dist.all_reduce(one)
@@ -313,6 +316,18 @@ def restarts(scratch: Path) -> list[float]:
     if server is not None:  # the others may still be reading from it
         time.sleep(0.3)
     return found
+
+
+def bench(scratch: Path, parts: list[str]) -> None:
+    """scripts/bench/multi_gpu.py with tiny shapes."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "scripts/bench"))
+    import multi_gpu
+
+    options = ["multi_gpu.py", "--tiny", "--out", str(scratch / "rows.jsonl"), "--parts", *parts]
+    sys.argv = options
+    multi_gpu.work(multi_gpu.arguments())
+    if RANK() == 0:
+        (scratch / "table.md").write_text(multi_gpu.table(scratch / "rows.jsonl"))
 
 
 def samples(scratch: Path, out: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """N ranks with batches of b are one rank with batches of N b."""
 
+import json
+
 import pytest
 import torch
 
@@ -89,3 +91,16 @@ def test_the_first_rank_of_a_node_goes_first(results):
 
 def test_the_process_group_of_the_user_is_used_and_stays(results):
     assert results("own_group", 2) == [[True, True]] * 2
+
+
+def test_the_benchmark_of_several_gpus_runs_on_the_cpu(gang):
+    answer = gang("bench", 2, parts=["bandwidth", "products", "bf16"])
+    assert not any(r["exit"] for r in answer["ranks"]), answer["ranks"][0]["text"]
+    rows = [json.loads(x) for x in (answer["scratch"] / "rows.jsonl").read_text().splitlines()]
+    assert not [row for row in rows if "error" in row]
+    found = {row["name"]: row for row in rows}
+    assert found["replicated, twice"]["same_bits_on_two_runs"]
+    bits = {found[f"sharded, {n} ahead"]["bits"] for n in (0, 1, 2)}
+    assert bits == {found["data parallel, 2 ranks"]["bits"]}  # sharding changes no bit
+    table = (answer["scratch"] / "table.md").read_text()
+    assert len(table.splitlines()) == len(rows) + 2

@@ -42,7 +42,8 @@ class Draws:
 
     def tensor(self, name: str, number: int) -> torch.Tensor:
         """A matrix from N(0, 0.02²), or a norm of ones."""
-        shape, how = self.shapes[name], dict(dtype=self.dtype, device=self.device)
+        shape = self.shapes[name]
+        how: dict[str, Any] = dict(dtype=self.dtype, device=self.device)
         if len(shape) == 1:
             return torch.ones(shape, **how)
         generator = torch.Generator(self.device).manual_seed(number)

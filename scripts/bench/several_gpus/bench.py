@@ -122,5 +122,5 @@ def digest(tensors: Sequence[Tensor]) -> str:
     """A hash of the bits of tensors."""
     found = hashlib.sha256()
     for x in tensors:
-        found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        found.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]

@@ -34,9 +34,13 @@ class Sizes(NamedTuple):
 
 def settings_of() -> Settings:
     """train's default settings, with a constant rate."""
-    given = {name: p.default for name, p in inspect.signature(fastlora.train).parameters.items()}
+    given: dict[str, Any] = {
+        n: p.default for n, p in inspect.signature(fastlora.train).parameters.items()
+    }
     names = [f.name for f in fields(Settings)]
-    changed = dict(max_steps=10**6, lr_scheduler="constant", warmup_ratio=0.0, learning_rate=1e-4)
+    changed: dict[str, Any] = dict(
+        max_steps=10**6, lr_scheduler="constant", warmup_ratio=0.0, learning_rate=1e-4
+    )
     return Settings(**({name: given[name] for name in names} | changed))
 
 
@@ -198,7 +202,7 @@ def planned(bench: Bench, model: Any, sizes: Sizes, shard: int, ranks: Any) -> d
     bench.reset_peak()
     stepper()
     peak = bench.peak_gib()
-    given = dict(devices=bench.ranks, shard=shard, memory="1000GiB")
+    given: dict[str, Any] = dict(devices=bench.ranks, shard=shard, memory="1000GiB")
     plan = fastlora.plan(model, sizes.batch, sizes.length, **given)
     option = next(x for x in plan.options if x.recompute == model.spec.recompute)
     predicted = option.peak_bytes / 2**30
