@@ -148,3 +148,21 @@ def test_indexing_fetches_each_layer_once(tiny):
     assert len(kept[:1]) == 1 and len(list(kept)) == 2
     with pytest.raises(IndexError):
         kept[2]
+
+
+def test_a_run_over_host_memory_has_the_losses_of_a_run_over_the_device(tmp_path):
+    rows = [{"prompt": "a", "completion": "b c"}] * 4
+    losses = []
+    for shard in (None, "host"):
+        model, tokenizer = fastlora.load("demo", device="cpu", dtype="float32", shard=shard)
+        model = fastlora.lora(model, r=2)
+        how = dict(max_steps=2, batch_size=2, eval_data=rows[:1], progress=False)
+        out = tmp_path / str(shard)
+        trained, history = fastlora.train(model, tokenizer, rows, output_dir=out, **how)
+        losses.append((history.losses, history.eval_losses))
+        trained.save_pretrained(out / "adapter")
+    assert losses[0] == losses[1]
+    files = [
+        (tmp_path / s / "adapter/adapter_model.safetensors").read_bytes() for s in ("None", "host")
+    ]
+    assert files[0] == files[1]
