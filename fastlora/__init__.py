@@ -18,27 +18,57 @@ reads an adapter; `combine`, `disable`, `merge` and `quantize` make another mode
 `losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
 """
 
-from fastlora import functional, losses
-from fastlora.adapters.create import lora
-from fastlora.adapters.edits.combining import combine, disable
-from fastlora.adapters.edits.merging import merge
-from fastlora.adapters.edits.quantization import quantize
-from fastlora.adapters.edits.vocabulary import add_tokens
-from fastlora.adapters.init_from_data.dispatch import initialize
-from fastlora.distributed.sharded_base import gathered
-from fastlora.errors import CheckpointError
-from fastlora.formats.peft.reading import load_adapter
-from fastlora.generation.many import generate_many
-from fastlora.loading import load
-from fastlora.model import Model
-from fastlora.runtime.gradients import value_and_grad
-from fastlora.text.tokenizer import Tokenizer
-from fastlora.training.history import History
-from fastlora.training.loop import train
-from fastlora.training.planning.plan import plan
-from fastlora.training.rate_range import RateRange, find_learning_rate
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlora import functional, losses
+    from fastlora.adapters.create import lora
+    from fastlora.adapters.edits.combining import combine, disable
+    from fastlora.adapters.edits.merging import merge
+    from fastlora.adapters.edits.quantization import quantize
+    from fastlora.adapters.edits.vocabulary import add_tokens
+    from fastlora.adapters.init_from_data.dispatch import initialize
+    from fastlora.distributed.sharded_base import gathered
+    from fastlora.errors import CheckpointError
+    from fastlora.formats.peft.reading import load_adapter
+    from fastlora.generation.many import generate_many
+    from fastlora.loading import load
+    from fastlora.model import Model
+    from fastlora.runtime.gradients import value_and_grad
+    from fastlora.text.tokenizer import Tokenizer
+    from fastlora.training.history import History
+    from fastlora.training.loop import train
+    from fastlora.training.planning.plan import plan
+    from fastlora.training.rate_range import RateRange, find_learning_rate
 
 __version__ = "0.1.0"
+
+# Public name -> the module that defines it. A module is imported when its name is first used:
+# processes that encode rows import parts of fastlora without torch, which takes a second to import.
+_HOMES = {
+    "CheckpointError": "fastlora.errors",
+    "History": "fastlora.training.history",
+    "Model": "fastlora.model",
+    "RateRange": "fastlora.training.rate_range",
+    "Tokenizer": "fastlora.text.tokenizer",
+    "add_tokens": "fastlora.adapters.edits.vocabulary",
+    "combine": "fastlora.adapters.edits.combining",
+    "disable": "fastlora.adapters.edits.combining",
+    "find_learning_rate": "fastlora.training.rate_range",
+    "gathered": "fastlora.distributed.sharded_base",
+    "generate_many": "fastlora.generation.many",
+    "initialize": "fastlora.adapters.init_from_data.dispatch",
+    "load": "fastlora.loading",
+    "load_adapter": "fastlora.formats.peft.reading",
+    "lora": "fastlora.adapters.create",
+    "merge": "fastlora.adapters.edits.merging",
+    "plan": "fastlora.training.planning.plan",
+    "quantize": "fastlora.adapters.edits.quantization",
+    "train": "fastlora.training.loop",
+    "value_and_grad": "fastlora.runtime.gradients",
+}
+_MODULES = ("functional", "losses")
 
 __all__ = [
     "CheckpointError",
@@ -64,3 +94,16 @@ __all__ = [
     "train",
     "value_and_grad",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"fastlora.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastlora' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

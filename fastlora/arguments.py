@@ -8,11 +8,10 @@ arguments that belong to no record. All problems of a call are reported together
 import math
 import operator
 import os
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, NamedTuple, TypeVar
-
-from torch import Tensor
 
 from fastlora.errors import raise_problems
 
@@ -82,8 +81,18 @@ def iterable(expected: str) -> Rule:
 
     Texts, dicts and tensors are refused: iterating would give letters, keys or rows.
     """
-    refused = str | bytes | Mapping | Tensor
-    return Rule(lambda x: isinstance(x, Iterable) and not isinstance(x, refused), expected)
+
+    def accepts(value: Any) -> bool:
+        refused = isinstance(value, str | bytes | Mapping) or is_tensor(value)
+        return isinstance(value, Iterable) and not refused
+
+    return Rule(accepts, expected)
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor. This does not import torch, which takes a second."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
 
 
 FLAG = Rule(lambda x: type(x) is bool, "True or False")

@@ -35,7 +35,7 @@ from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
 from fastlora.models.stacks import StackRows
 from fastlora.models.state import Batch, Seed
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 
 def forward(

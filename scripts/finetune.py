@@ -42,20 +42,12 @@ def main() -> None:
 def run(args: Any) -> int:
     """Train, save and reload; returns the exit code."""
     data, heldout = data_of(args)
-    base, tokenizer = fastlora.load(
-        args.model,
-        revision=args.revision,
-        dtype=args.dtype,
-        max_seq_length=args.max_seq_length,
-        load_in_4bit=args.load_in_4bit,
-    )
-    if tokenizer is None:
-        raise ValueError(f"{args.model} has no tokenizer.json; training on text needs one.")
-    model = fastlora.lora(base, **arguments_for(LoraArguments, args), random_state=args.seed)
-    if args.learning_rate is None:
-        # 2e-4 suits models of hidden size 2048; narrower models need a higher learning rate.
-        scaled_rate = 2e-4 * 2048 / model.spec.config.hidden_size
-        args = dataclasses.replace(args, learning_rate=scaled_rate)
+    base, tokenizer = load_base(args)
+    # Packed sequences have the model's length, and long ones need much memory.
+    length = min(2048, base.spec.max_seq_length) if args.max_seq_length is None else None
+    settings = arguments_for(LoraArguments, args)
+    model = fastlora.lora(base, **settings, max_seq_length=length, random_state=args.seed)
+    args = resolved(args, model)
     print(to_toml(args))
     print(forecast(model, args))
     model.print_trainable_parameters()
@@ -101,6 +93,29 @@ def run(args: Any) -> int:
         raise SystemExit(f"the model reloaded from {args.output} differs; {verdict}")
     print(f"\nsaved to {args.output}; the reloaded model agrees; {verdict}")
     return 0 if args.repeat is None else report_repeat(args.repeat, args.output)
+
+
+def load_base(args: Any) -> tuple[fastlora.Model, fastlora.Tokenizer]:
+    """The base model and its tokenizer."""
+    base, tokenizer = fastlora.load(
+        args.model,
+        revision=args.revision,
+        dtype=args.dtype,
+        max_seq_length=args.max_seq_length,
+        load_in_4bit=args.load_in_4bit,
+    )
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer.json; training on text needs one.")
+    return base, tokenizer
+
+
+def resolved(args: Any, model: fastlora.Model) -> Any:
+    """The options with the values that depend on the model."""
+    # 2e-4 suits models of hidden size 2048; narrower models need a higher learning rate.
+    scaled_rate = 2e-4 * 2048 / model.spec.config.hidden_size
+    rate = scaled_rate if args.learning_rate is None else args.learning_rate
+    length = model.spec.max_seq_length
+    return dataclasses.replace(args, learning_rate=rate, max_seq_length=length)
 
 
 def show_samples(model, tokenizer, heldout, args: Any) -> None:

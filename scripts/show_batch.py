@@ -27,7 +27,7 @@ from fastlora.data.encoding import RowLimits
 from fastlora.data.left_out import report
 from fastlora.data.packing import pack
 from fastlora.data.reading import read_examples
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.text.tokenizer import Tokenizer
 
 GREEN, GREY, BLUE, PLAIN = "\x1b[1;32m", "\x1b[90m", "\x1b[36m", "\x1b[0m"

@@ -106,8 +106,7 @@ def circle(graph: Graph) -> list[str]:
 def reachable(graph: Graph, start: str) -> set[str]:
     """Files that importing `start` executes, with the __init__.py of every folder on the way.
 
-    The package's first __init__.py is left out: it imports everything, and Python runs it before
-    any part of the package.
+    The package's first __init__.py is left out: it imports a module when its name is first used.
     """
     seen, waiting = set(), [start]
     while waiting:
@@ -274,16 +273,35 @@ HEAVY = (
 )
 
 
+# Imports every module that defines a public name.
+ALL = "import fastlora; [getattr(fastlora, name) for name in fastlora.__all__]"
+
+
+def modules_after(code: str) -> set[str]:
+    return set(json.loads(run(f"{code}; import sys, json; print(json.dumps(list(sys.modules)))")))
+
+
 def test_heavy_packages_are_not_imported():
     """What torch alone brings in does not count."""
-    modules = "; import sys, json; print(json.dumps([m.split('.')[0] for m in sys.modules]))"
-    alone, ours = (
-        set(json.loads(run(f"import torch{more}{modules}"))) for more in ("", ", fastlora")
-    )
-    assert not (ours - alone) & set(HEAVY)
-    assert "torch._dynamo" not in json.loads(
-        run("import fastlora, sys, json; print(json.dumps(list(sys.modules)))")
-    ), "torch._dynamo takes a second to import"
+    alone, ours = modules_after("import torch"), modules_after(f"import torch; {ALL}")
+    assert not {name.split(".")[0] for name in ours - alone} & set(HEAVY)
+    assert "torch._dynamo" not in modules_after(ALL), "torch._dynamo takes a second to import"
+
+
+def test_processes_that_encode_rows_do_not_import_torch():
+    assert "torch" not in modules_after("import fastlora.data.worker_process")
+
+
+def test_every_public_name_has_a_home_and_types_know_it():
+    import fastlora
+
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    typed = next(node for node in tree.body if isinstance(node, ast.If))
+    names = sorted(name.split(".")[-1] for name in imported_names(typed))
+    assert names == sorted(fastlora.__all__) == sorted([*fastlora._HOMES, *fastlora._MODULES])
+    assert set(fastlora.__all__) <= set(dir(fastlora))
+    for name, home in fastlora._HOMES.items():
+        assert getattr(fastlora, name).__module__ == home
 
 
 def test_loading_training_and_generation_on_the_cpu_need_no_triton():
@@ -311,7 +329,7 @@ def test_importing_fastlora_takes_at_most_300_ms_beyond_torch():
     fastlora would take 0.2 s more.
     """
     clock = "time.process_time()"
-    timed = f"import torch, time; t = {clock}; import fastlora; print({clock} - t)"
+    timed = f"import torch, time; t = {clock}; {ALL}; print({clock} - t)"
     best = float("inf")
     for _ in range(6):
         best = min(best, float(run(timed)))
@@ -321,4 +339,4 @@ def test_importing_fastlora_takes_at_most_300_ms_beyond_torch():
 
 
 def test_importing_fastlora_prints_nothing():
-    assert run("import fastlora") == ""
+    assert run(ALL) == ""

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastlora.checkpoints.bnb_format import DENSE_DTYPES, PARTS_4BIT, STATE_PREFIX, StoredWeight
-from fastlora.checkpoints.tensors import Entry, entry_tensors, read_entries, unique_names
+from fastlora.checkpoints.json_text import unique_names
+from fastlora.checkpoints.tensors import Entry, entry_tensors, read_entries
 from fastlora.ops.quant.bitsandbytes import bitsandbytes
 from fastlora.ops.quant.weights import (
     LEVELS,

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.arguments import FLAG, PATH, Rule, instance, optional
-from fastlora.checkpoints.tensors import INDEX, WEIGHTS, first_line, read_index
+from fastlora.checkpoints.json_text import first_line
+from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_index
 
 # Files fetched from a Hub repository: no pickles, and no weights of other frameworks.
 CHECKPOINT_FILES = (

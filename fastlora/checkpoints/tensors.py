@@ -6,7 +6,6 @@ milliseconds, before the first tensor is read.
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from fastlora.checkpoints.atomic import atomic_write
 from fastlora.checkpoints.file_bytes import check_size, read_bytes
+from fastlora.checkpoints.json_text import first_line, unique_names
 from fastlora.errors import CheckpointError, raise_problems
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -40,11 +40,6 @@ _MAX_TENSORS = 100_000
 # ── JSON ──────────────────────────────────────────────────────────────────────────────────
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error's message: other libraries' messages can be very long."""
-    return str(error).strip().split("\n")[0]
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -59,20 +54,6 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON: {first_line(error)}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a JSON {type(value).__name__}; expected an object.")
-    return value
-
-
-def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object as a dict, for `object_pairs_hook` of json.loads.
-
-    Raises:
-        ValueError: a name is given twice. json.loads itself would silently keep the last value.
-    """
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        counts = Counter(name for name, _ in pairs)
-        twice = sorted(name[:80] for name, count in counts.items() if count > 1)
-        raise ValueError(f"given twice: {twice[:5]}")
     return value
 
 

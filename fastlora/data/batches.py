@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora.arguments import check_arguments, whole_number
 from fastlora.data.examples import Example, Packed
 from fastlora.data.packing import padded_to
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 
 def batches(

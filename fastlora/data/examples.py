@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from fastlora.arguments import one_of
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 TrainOn = Literal["responses", "last_response", "all"]
 TRAIN_ON = one_of("last_response", "responses", "all")

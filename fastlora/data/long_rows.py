@@ -6,7 +6,7 @@ import numpy as np
 
 from fastlora.arguments import one_of
 from fastlora.data.examples import Example
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 TooLong = Literal["error", "drop", "truncate", "split"]
 TOO_LONG = one_of("error", "drop", "truncate", "split")

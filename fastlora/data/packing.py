@@ -9,7 +9,7 @@ from jaxtyping import Int
 
 from fastlora.data.examples import ID_TYPE, Example, Packed
 from fastlora.errors import raise_problems
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 
 class PackedSequences(Sequence[Packed]):

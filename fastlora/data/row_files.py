@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastlora.checkpoints.file_bytes import check_size, read_bytes
-from fastlora.checkpoints.tensors import first_line, unique_names
+from fastlora.checkpoints.json_text import first_line, unique_names
 from fastlora.errors import CheckpointError, raise_problems
 
 _MAX_FILE_BYTES = 16 * 2**30  # encoded rows are held in memory, unless they are streamed

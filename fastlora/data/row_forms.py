@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastlora.arguments import Rule
-from fastlora.checkpoints.tensors import first_line, unique_names
+from fastlora.checkpoints.json_text import first_line, unique_names
 
 Row = Mapping[str, Any]
 

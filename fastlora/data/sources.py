@@ -7,9 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
-
-from fastlora.arguments import PATH, Rule, number
+from fastlora.arguments import PATH, Rule, is_tensor, number
 from fastlora.data.row_files import LINE_SUFFIXES, read_row_file
 from fastlora.data.row_forms import Row, without_nulls
 from fastlora.data.table_files import (
@@ -43,9 +41,8 @@ _WEIGHT = number(above=0)
 def _is_rows(value: Any) -> bool:
     # Old-style sequences have __getitem__ only; iter() accepts them.
     iterable = hasattr(type(value), "__iter__") or hasattr(type(value), "__getitem__")
-    return (iterable or hasattr(value, "to_batches")) and not isinstance(
-        value, str | bytes | Mapping | Tensor
-    )
+    refused = isinstance(value, str | bytes | Mapping) or is_tensor(value)
+    return (iterable or hasattr(value, "to_batches")) and not refused
 
 
 def _is_source(value: Any) -> bool:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastlora.checkpoints.tensors import first_line
+from fastlora.checkpoints.json_text import first_line
 from fastlora.data.row_forms import without_nulls
 from fastlora.errors import CheckpointError
 

@@ -24,7 +24,8 @@ from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, ModelState, Seed
 from fastlora.ops.dispatch import transforms_active
-from fastlora.ops.loss.linear_cross_entropy import IGNORE, rows_per_chunk
+from fastlora.ops.loss.ignore import IGNORE
+from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
 
 BETA = number(low=0, high=1)
 TEMPERATURE: Rule = number(above=0)

@@ -11,7 +11,7 @@ from fastlora.arguments import check_arguments, whole_number
 from fastlora.data.batches import batches
 from fastlora.data.examples import Example
 from fastlora.losses.preference_rows import Labelled, Pair
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 
 def preference_batches(

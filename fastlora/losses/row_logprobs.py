@@ -9,7 +9,7 @@ from fastlora.models.input_checks import entry_problems
 from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, Seed
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 
 def batch_logprobs(

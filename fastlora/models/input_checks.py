@@ -19,7 +19,7 @@ from fastlora.models.spec import Spec, is_recompute
 from fastlora.models.stacks import runs_in_groups, stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import kernel_problem, transforms_active
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 MODEL = instance(
     ModelState,

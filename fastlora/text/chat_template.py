@@ -146,12 +146,22 @@ def render_replies(
             spans.append((start, len(text)))
         else:
             text += piece
-    if text != render(template, messages, special_tokens, **given):
+    if _may_change(template, [messages, tools, template_kwargs]) and text != render(
+        template, messages, special_tokens, **given
+    ):
         raise ValueError(
             f"{template.source}: what a {{% generation %}} block writes is changed afterwards "
             "(a filter around it?), so the replies cannot be located. Move the block outwards."
         )
     return text, spans
+
+
+def _may_change(template: ChatTemplate, values: Any) -> bool:
+    """Whether the text without marks may differ from the text rendered without them."""
+    from fastlora.text.template_sandbox import writes_blocks_directly  # noqa: PLC0415
+
+    has_marks = _MARKS[0][0] in json.dumps(values, ensure_ascii=False, default=str)
+    return has_marks or not writes_blocks_directly(template.text)
 
 
 def _json_copy(messages: Messages) -> list[dict[str, Any]]:

@@ -39,6 +39,10 @@ _MAX_EXPONENT = 64
 _MAX_TEMPLATE_CHARS = 200_000  # the longest template on the Hub that we know of has 30,000
 _MAX_SHOWN_CHARS = 500  # of an error that a template raises
 
+# In place of the marks of a {% generation %} block where a template is only parsed. A template's
+# own text cannot hold them: its line feeds are "\n".
+_PROBES = ("\r(", "\r)")
+
 # Compiled templates are shared, so functions inside them look up the budget of their rendering.
 _BUDGET: ContextVar[Budget] = ContextVar("budget")
 
@@ -78,6 +82,27 @@ def run_template(
 
 def _shown(error: BaseException) -> str:
     return printable(str(error)[:_MAX_SHOWN_CHARS])
+
+
+@lru_cache(maxsize=32)
+def writes_blocks_directly(text: str) -> bool:
+    """Whether no filter, macro or variable receives what {% generation %} blocks write.
+
+    Blocks in loops and conditions write directly. A template with a syntax error does not count.
+    """
+    environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
+    environment.extend(generation_marks=_PROBES)
+    try:
+        tree = environment.parse(text)
+    except _TEMPLATE_ERRORS:
+        return False
+    captures = (nodes.FilterBlock, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.Block)
+    return not any(
+        literal.data in _PROBES
+        for kind in captures
+        for capture in tree.find_all(kind)
+        for literal in capture.find_all(nodes.TemplateData)
+    )
 
 
 @lru_cache(maxsize=32)  # compiling a template takes about 10 ms, and training renders every row

@@ -1,5 +1,7 @@
 """Write random weights in the shape of a real model, as a sharded Hugging Face folder.
 
+The command also writes the demo's tokenizer, whose ids are all below these vocabularies' sizes.
+
 python scripts/bench/random_checkpoint.py 1b FOLDER          # or 3b, 8b, 30b-a3b, 8x7b
 """
 
@@ -11,9 +13,11 @@ from typing import Any
 
 import torch
 
+from fastlora.checkpoints.hub import DEMO
 from fastlora.checkpoints.tensors import INDEX, write_json, write_safetensors
 from fastlora.models.config_json import config_from_json
 from fastlora.models.names import base_tensors
+from fastlora.text.tokenizer import Tokenizer
 
 _COMMON = dict(
     architectures=["LlamaForCausalLM"],
@@ -128,6 +132,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     write_checkpoint(SHAPES[args.shape], args.folder)
+    tokenizer = Tokenizer.from_folder(DEMO)
+    assert tokenizer is not None
+    tokenizer.save_pretrained(args.folder)
 
 
 if __name__ == "__main__":

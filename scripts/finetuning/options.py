@@ -45,7 +45,7 @@ _OWN: dict[str, tuple[Any, Any, str]] = {
     "output": (Path, Path("runs/adapter"), "PEFT folder to write, with checkpoints and run.json"),
     "dtype": (str | None, None, "of the base; default: the checkpoint's, on the CPU float32"),
     "load_in_4bit": (bool, False, "QLoRA: the base in NF4"),
-    "max_seq_length": (int | None, None, "default: the model's"),
+    "max_seq_length": (int | None, None, "default: 2048, or the model's if it is shorter"),
     "resume": (bool, False, "continue from the newest checkpoint in --output, if there is one"),
     "log": (tuple[str, ...], ("jsonl",), '"jsonl", "tensorboard", "wandb", "trackio"'),
     "progress": (bool, True, "show a bar"),

@@ -9,7 +9,7 @@ import pytest
 from fastlora.data.encoding import RowLimits, encode_rows
 from fastlora.data.left_out import REPORT_FILE, report
 from fastlora.data.reading import read_examples
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.text.tokenizer import Tokenizer
 from oracles.data_rows import CHAT
 from oracles.tokenizer_folders import llama3

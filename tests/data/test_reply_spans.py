@@ -6,7 +6,7 @@ The templates write in the manner of Qwen3, R1-Distill, QwQ, Llama-3.1 and Mistr
 import pytest
 
 from fastlora.data.encoding import encode_rows
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.text.tokenizer import Tokenizer
 from oracles.tokenizer_folders import CHATML, CHATML_MARKED, qwen
 

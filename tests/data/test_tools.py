@@ -3,7 +3,7 @@
 import pytest
 
 from fastlora.data.encoding import encode_rows
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.text.tokenizer import Tokenizer
 from oracles.tokenizer_folders import CHATML, CHATML_MARKED, qwen
 

@@ -119,6 +119,17 @@ def test_a_run_of_another_program_is_repeated(rows, quick, tmp_path, monkeypatch
     assert "has the same bits as" in capsys.readouterr().out
 
 
+def test_sequences_have_2048_tokens_where_no_length_is_given(quick, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "long"
+    shutil.copytree(quick[2], folder)
+    config = json.loads((folder / "config.json").read_text())
+    for longest, expected in ((4096, 2048), (64, 64)):
+        config["max_position_embeddings"] = longest
+        (folder / "config.json").write_text(json.dumps(config))
+        assert call(monkeypatch, "--model", folder, "--dry-run", "--no-progress") == 0
+        assert f"max_seq_length = {expected}\n" in capsys.readouterr().out
+
+
 def test_an_earlier_run_is_moved_and_not_replaced(first, rows, quick, monkeypatch, capsys):
     given = ("--data", rows, "--eval-data", rows, "--output", first, "--r", 4, *quick)
     assert call(monkeypatch, *given) == 0

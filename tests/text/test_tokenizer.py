@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fastlora.errors import CheckpointError
+from fastlora.text import chat_template
+from fastlora.text.chat_template import ChatTemplate, render_replies
 from fastlora.text.tokenizer import Tokenizer
 from oracles.tokenizer_folders import CHATML_MARKED, CORPUS, FOLDERS, MISTRAL, qwen, write_json
 
@@ -145,6 +147,32 @@ def test_generation_blocks_give_the_spans_of_the_replies(pairs):
     assert text == ours.render_chat(CHATS[1], chat_template="marked")
     assert [text[a:b] for a, b in spans] == ["46, I'd say.<|im_end|>", "Yes.\n\nQuite.<|im_end|>"]
     assert ours.render_replies(CHATS[1]) is None
+
+
+BLOCK = "{% generation %}{{ m.content }}{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        "{% filter upper %}BLOCK{% endfilter %}",
+        "{% set s %}BLOCK{% endset %}{{ s | upper }}",
+        "{% macro f() %}BLOCK{% endmacro %}{{ f() | upper }}",
+        "{% macro f() %}{{ caller() | upper }}{% endmacro %}{% call f() %}BLOCK{% endcall %}",
+    ],
+)
+def test_a_generation_block_that_is_changed_afterwards_is_refused(around):
+    loop = "{% for m in messages %}AROUND{% endfor %}".replace("AROUND", around)
+    template = ChatTemplate(loop.replace("BLOCK", BLOCK), "a.jinja")
+    with pytest.raises(ValueError, match="is changed afterwards"):
+        render_replies(template, CHATS[1], {})
+
+
+def test_marks_in_a_users_text_do_not_pass_for_a_generation_block():
+    template = ChatTemplate("{% for m in messages %}" + BLOCK + "{% endfor %}", "a.jinja")
+    content = "".join(chat_template._MARKS)
+    with pytest.raises(ValueError, match="is changed afterwards"):
+        render_replies(template, [{"role": "user", "content": content}], {})
 
 
 @pytest.mark.parametrize("name", FOLDERS)

@@ -18,7 +18,7 @@ from fastlora.models.projections import LayerSpec, layer_spec, project
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState
 from fastlora.ops.attention.attention import attention
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.layer_fetching import resident
 

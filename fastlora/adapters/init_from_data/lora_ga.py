@@ -27,7 +27,8 @@ from fastlora.models.params import Base, LoRA
 from fastlora.models.projections import layer_spec
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState, StateT, require_adapter
-from fastlora.ops.loss.linear_cross_entropy import IGNORE, linear_logprobs
+from fastlora.ops.loss.ignore import IGNORE
+from fastlora.ops.loss.linear_cross_entropy import linear_logprobs
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.gradients import value_and_grad

@@ -15,9 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference, transforms_active
-
-IGNORE = -100
-
+from fastlora.ops.loss.ignore import IGNORE
 
 # Logits per chunk: 256 MiB in 16 bits. At v = 128,256 this gives 1,024 rows, whose products run at
 # 734 (forward) and 809 TFLOP/s (backward); with 512 rows they run at 671 and 771 (H100, d = 2048).

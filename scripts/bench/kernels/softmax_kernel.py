@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.loss import softmax_kernel
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 # One chunk of a step. The sets of inputs alternate so that the L2 cache holds none of them.
 N, V, SETS = 512, 128256, 8

@@ -53,6 +53,7 @@ def main() -> None:
         output_dir=args.output,
         max_steps=args.steps,
         per_device_train_batch_size=4,
+        gradient_accumulation_steps=1,  # Unsloth's own default is 2
         learning_rate=2e-4,
         lr_scheduler_type="cosine",
         warmup_steps=round(0.03 * args.steps),
