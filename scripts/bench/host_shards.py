@@ -216,10 +216,9 @@ def main() -> None:
     limit_memory(args.memory if cuda else None)
     model = fastlora.lora(random_model(config, device), r=args.rank)
     fits = plan_of(model, args, args.memory, "host").recompute
-    policy: Any = fits if args.recompute == "auto" else args.recompute
-    if isinstance(policy, str) and policy[0].isdigit():
-        policy = float(policy)
-    model = model.with_spec(recompute=policy)
+    model = model.with_spec(
+        recompute=fits if args.recompute == "auto" else policy_of(args.recompute)
+    )
     rows = []
     for ahead in args.prefetch:
         layers: Any = model.base["layers"]
@@ -231,6 +230,11 @@ def main() -> None:
     for row, of_row in zip(rows, losses, strict=True):
         row["same_losses"] = of_row == losses[-1]
     report(rows, args.out)
+
+
+def policy_of(text: str) -> Any:
+    """A recompute policy of the command line: a name, or a number."""
+    return float(text) if text[0].isdigit() else text
 
 
 def limit_memory(memory: str | None) -> None:

@@ -72,7 +72,7 @@ def sharded_table() -> list[str]:
 
 def sharded_line(model: fastlora.Model, name: str, in_4bit: bool, gpus: int) -> str:
     first = name, "NF4" if in_4bit else "bf16", gpus
-    machines = dict(devices=min(gpus, 8), nodes=max(1, gpus // 8))
+    machines: dict[str, Any] = dict(devices=min(gpus, 8), nodes=max(1, gpus // 8))
     try:
         x = fastlora.plan(model, 4, 2048, "80GB", card="H100", **machines).chosen
     except ValueError:

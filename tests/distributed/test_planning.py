@@ -23,11 +23,11 @@ def test_the_readme_has_lines_of_both_tables(large):
     """All lines take 14 seconds of a CPU: python scripts/bench/plan_table.py prints them."""
     text = README.read_text()
     small = plan_table.model_of("8B", in_4bit=False)
-    lines = [plan_table.sharded_line(large, "70B", True, n) for n in plan_table.GPUS]
+    lines = [plan_table.sharded_line(large, "70B", True, n) for n in (1, 2, 8, 512)]
     lines += [plan_table.sharded_line(small, "8B", False, n) for n in (1, 512)]
     lines += [plan_table.streamed_line(large, "70B", True, "24GB")]
     assert [line for line in lines if line not in text] == []
-    assert text.count("does not fit") == 11
+    assert text.count("does not fit") == 10
 
 
 def test_bytes_of_a_step_by_hand():

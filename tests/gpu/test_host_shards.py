@@ -39,7 +39,8 @@ def differences(folder: Path) -> Iterator[Row]:
                 model = fastlora.quantize(model)
             for ahead in (0, 1, 2):
                 streamed = in_host_memory(model)
-                streamed.base["layers"].prefetch = ahead
+                layers: Any = streamed.base["layers"]
+                layers.prefetch = ahead
                 pairs = zip(
                     tree_leaves(gradient(streamed)), tree_leaves(gradient(model)), strict=True
                 )
