@@ -16,13 +16,14 @@ reads an adapter; `combine`, `disable`, `merge` and `quantize` make another mode
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
 `losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
+`research` holds Hessians, posteriors and influence of examples over an adapter.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastlora import functional, losses
+    from fastlora import functional, losses, research
     from fastlora.adapters.create import lora
     from fastlora.adapters.edits.combining import combine, disable
     from fastlora.adapters.edits.merging import merge
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fastlora.loading import load
     from fastlora.model import Model
     from fastlora.runtime.gradients import value_and_grad
+    from fastlora.runtime.per_example import Sketch
     from fastlora.text.tokenizer import Tokenizer
     from fastlora.training.history import History
     from fastlora.training.loop import train
@@ -51,6 +53,7 @@ _HOMES = {
     "History": "fastlora.training.history",
     "Model": "fastlora.model",
     "RateRange": "fastlora.training.rate_range",
+    "Sketch": "fastlora.runtime.per_example",
     "Tokenizer": "fastlora.text.tokenizer",
     "add_tokens": "fastlora.adapters.edits.vocabulary",
     "combine": "fastlora.adapters.edits.combining",
@@ -68,13 +71,14 @@ _HOMES = {
     "train": "fastlora.training.loop",
     "value_and_grad": "fastlora.runtime.gradients",
 }
-_MODULES = ("functional", "losses")
+_MODULES = ("functional", "losses", "research")
 
 __all__ = [
     "CheckpointError",
     "History",
     "Model",
     "RateRange",
+    "Sketch",
     "Tokenizer",
     "add_tokens",
     "combine",
@@ -91,6 +95,7 @@ __all__ = [
     "merge",
     "plan",
     "quantize",
+    "research",
     "train",
     "value_and_grad",
 ]

@@ -1,8 +1,11 @@
 """Pure functions of (adapter, base, spec, ...), which torch.func and torch.compile can transform.
 
-The adapter comes first, because the first argument is the one that is differentiated. Under a
-torch.func transform every op runs its differentiable reference. Otherwise compiled regions, fused
-ops and recomputation are used as `spec` says. The values are the same up to rounding.
+The adapter comes first, because the first argument is the one that is differentiated. Compiled
+regions, fused ops, kernels and recomputation are used as `spec` says, except under a torch.func
+transform (grad, vmap, jvp, linearize, ...) or a level of torch.autograd.forward_ad. There every op
+runs its differentiable reference: `compile`, `recompute` and `kernels` have no effect, attention
+holds [b, h, t, t] scores, and all activations are kept. The values are the same up to rounding.
+`spec.resolved(device)` returns the spec that runs here and now.
 
 The adapter may be a stack of n adapters: every leaf is [n, ...] (`stack`). `adapter_ids` says which
 adapter each row of the batch uses; without it, the first b / n rows use adapter 0, the next ones
@@ -12,51 +15,71 @@ adapted or copied embeddings, fake quantisation, an initial offset), and all sta
 torch.func transform, run under torch.vmap: eagerly, with attention's reference, which holds
 [b, h, t, t] scores, and with all activations kept.
 
+Places of the decoder have names (models/capture.py): "embed", "layers.I.in", "layers.I.attn.out",
+"layers.I.mlp.out", "layers.I.out" and "norm". `capture` returns the tensors there, and `add` adds
+others to them. Gradients flow through both, at every recompute level; captured tensors stay in
+memory. Calls without them run the same compiled graphs as before.
+
+Under value_and_grad(fn, per_example=...) fn gets an adapter whose gradient is computed for each
+example: row i, or the rows or tokens that `adapter_ids` gives the number i.
+
 Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
 these would wait for the GPU. `Model`'s methods check values as well.
 """
 
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.arguments import FLAG
 from fastlora.errors import raise_problems
-from fastlora.models.decoder import dropout_key, hidden_states
+from fastlora.models.capture_checks import checked_inputs, needed_entries
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
-from fastlora.models.head import head, logits, masked_for_head
-from fastlora.models.head_logprobs import head_logprobs
-from fastlora.models.input_checks import check_call, entry_problems
+from fastlora.models.input_checks import entry_problems
+from fastlora.models.outputs import row_logits, row_logprobs
 from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
-from fastlora.models.self_contained import unpark_originals
 from fastlora.models.spec import Spec
 from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
-from fastlora.models.stacks import StackRows, stack_size
+from fastlora.models.stacks import stack_size
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.ignore import IGNORE
+from fastlora.runtime.per_example import PerExample
+
+# PerExample is what value_and_grad(per_example=...) passes to its function.
+AnyAdapter = Adapter | PerExample | None
+
+Embeds = Float[Tensor, "b t d"]
+Added = dict[str, Float[Tensor, "..."]]
 
 
 def forward(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
-    input_ids: Int[Tensor, "b t"],
+    input_ids: Int[Tensor, "b t"] | None,
     *,
     attention_mask: Int[Tensor, "b t"] | None = None,
     position_ids: Int[Tensor, "#b t"] | None = None,
     segment_ids: Int[Tensor, "b t"] | None = None,
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
-) -> Float[Tensor, "b t v"]:
-    """Logits, in the base's dtype.
+    capture: Sequence[str] | None = None,
+    add: Added | None = None,
+    inputs_embeds: Embeds | None = None,
+) -> Any:  # Float[Tensor, "b t v"]; with capture a pair
+    """Logits, in the base's dtype; with `capture` (logits, {name: tensor [b, t, d]}).
 
     Args:
         adapter: the trained tensors, or a stack of adapters; None computes the base model.
         base: frozen weights.
         spec: how to run them.
-        input_ids: int64 in [0, v).
+        input_ids: int64 in [0, v); None with inputs_embeds.
         attention_mask: 1 = real token; padding left or right.
         position_ids: default: with segment_ids, positions restart in each segment; with an
             attention_mask, they count real tokens; else 0, 1, 2, ...
@@ -67,9 +90,19 @@ def forward(
         seed: of the LoRA dropout masks; None: without dropout. A stack may have one seed for each
             adapter, [n]: its rows then have the masks that they have in a batch without the rows of
             other adapters. With a single seed they have those of this batch under one adapter.
+        capture: names of places. The tensors are in the base's dtype, in the batch's order, and
+            include what `add` adds there; do not write to them. The logits have the same bits as
+            without it, except in compiled layers with DoRA or experts in 16 bits, where attn.out
+            and mlp.out are rounded once more.
+        add: name of a place -> a floating-point tensor that broadcasts to [b, t, d], such as a
+            steering vector [d]. The sum is rounded to the base's dtype.
+        inputs_embeds: the input of the first layer, instead of embedded input_ids and NEFTune's
+            noise, such as a soft prompt in front of F.embedding(ids, base["embed_tokens"]). It is
+            cast to the base's dtype. Exactly one of input_ids and inputs_embeds is given.
 
     Raises:
-        ValueError: an argument has a wrong class, shape or dtype.
+        ValueError: an argument has a wrong class, shape, dtype or device, or a name is not one of a
+            place.
     """
     inputs: Inputs = {
         "input_ids": input_ids,
@@ -77,39 +110,17 @@ def forward(
         "position_ids": position_ids,
         "segment_ids": segment_ids,
     }
-    check_call("functional.forward", adapter, base, spec, inputs, seed, adapter_ids)
-    return for_each_row(_logits, adapter, base, spec, inputs, seed, adapter_ids)
-
-
-def _logits(
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
-    inputs: Inputs,
-    seed: Seed,
-    first_row: Int[Tensor, ""] | None = None,
-    rows: StackRows | None = None,
-) -> Float[Tensor, "b t v"]:
-    # Parked originals are tensors of which the adapter has copies. Without it they are needed.
-    base = base if adapter is not None else unpark_originals(base)
-    hidden = hidden_states(
-        adapter, base, spec, **_known(inputs), seed=seed, first_row=first_row, rows=rows
-    )
-    model_head = head(adapter, base, spec)
-    key = dropout_key(spec, seed, hidden.device)
-    masked = masked_for_head(hidden, model_head, spec, key, first_row)
-    return logits(hidden, masked, model_head, spec)
-
-
-def _known(inputs: Inputs) -> dict[str, Tensor]:
-    return {name: x for name, x in inputs.items() if x is not None and name != "labels"}
+    model, how = (adapter, base, spec), (seed, adapter_ids)
+    places = capture, add, inputs_embeds
+    inputs = checked_inputs("functional.forward", model, inputs, *how, *places)
+    return for_each_row(partial(row_logits, capture=capture), *model, inputs, *how)
 
 
 def token_logprobs(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
-    input_ids: Int[Tensor, "b t"],
+    input_ids: Int[Tensor, "b t"] | None,
     labels: Int[Tensor, "b t"],
     *,
     attention_mask: Int[Tensor, "b t"] | None = None,
@@ -117,27 +128,35 @@ def token_logprobs(
     segment_ids: Int[Tensor, "b t"] | None = None,
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
-) -> Float[Tensor, "b t"]:
+    add: Added | None = None,
+    inputs_embeds: Embeds | None = None,
+    entropy: bool = False,
+) -> Any:  # Float[Tensor, "b t"]; with entropy a pair
     """Log-probability of labels[:, i] given the tokens before i; float32 or wider.
 
-    It is 0 at i = 0 and where the label is -100. The logits are computed in chunks of tokens, so
-    that [b, t, v] never exists.
+    With `entropy` (log-probabilities, entropies [b, t]): entropy i is that of the distribution over
+    the vocabulary of which log-probability i is one value, in nats. Both are 0 at i = 0 and where
+    the label is -100, and both have gradients. The logits are computed in chunks of tokens, so that
+    [b, t, v] never exists; with `entropy` the backward pass computes them again.
 
     Args:
         adapter: the trained tensors, or a stack of adapters; None computes the base model.
         base: frozen weights.
         spec: how to run them.
-        input_ids: int64 in [0, v).
+        input_ids: int64 in [0, v); None with inputs_embeds.
         labels: in [0, v), or -100.
         attention_mask: as `forward`.
         position_ids: as `forward`.
         segment_ids: as `forward`.
         adapter_ids: as `forward`.
         seed: as `forward`.
+        add: as `forward`.
+        inputs_embeds: as `forward`.
+        entropy: whether to return the entropies too.
 
     Raises:
-        ValueError: an argument has a wrong class, shape or dtype, or spec.kernels is "triton" on a
-            device that runs no Triton kernels.
+        ValueError: an argument has a wrong class, shape, dtype or device, or spec.kernels is
+            "triton" on a device that runs no Triton kernels.
     """
     inputs: Inputs = {
         "input_ids": input_ids,
@@ -146,36 +165,14 @@ def token_logprobs(
         "position_ids": position_ids,
         "segment_ids": segment_ids,
     }
-    check_call("functional.token_logprobs", adapter, base, spec, inputs, seed, adapter_ids)
-    return for_each_row(_token_logprobs, adapter, base, spec, inputs, seed, adapter_ids)
-
-
-def _token_logprobs(
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
-    inputs: Inputs,
-    seed: Seed,
-    first_row: Int[Tensor, ""] | None = None,
-    rows: StackRows | None = None,
-) -> Float[Tensor, "b t"]:
-    base, labels = base if adapter is not None else unpark_originals(base), inputs["labels"]
-    assert labels is not None
-    hidden = hidden_states(
-        adapter, base, spec, **_known(inputs), seed=seed, first_row=first_row, rows=rows
-    )
-    # Shift the labels, not the states: [b, t, d] stays contiguous. The last position is ignored.
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    model_head = head(adapter, base, spec)
-    key = dropout_key(spec, seed, hidden.device)
-    logp = head_logprobs(
-        hidden.flatten(0, 1), model_head, spec, following.flatten(), key, first_row
-    )
-    return F.pad(logp.view(labels.shape)[:, :-1], (1, 0))
+    model, how, places = (adapter, base, spec), (seed, adapter_ids), (None, add, inputs_embeds)
+    flag, name = (entropy, FLAG), "functional.token_logprobs"
+    inputs = checked_inputs(name, model, inputs, *how, *places, entropy=flag)
+    return for_each_row(partial(row_logprobs, entropy=entropy), *model, inputs, *how)
 
 
 def loss_sum(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -183,6 +180,8 @@ def loss_sum(
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
     first_row: Int[Tensor, ""] | None = None,
+    add: Added | None = None,
+    inputs_embeds: Embeds | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(sum of -log p over the trained tokens, their number), for gradient accumulation.
 
@@ -196,24 +195,27 @@ def loss_sum(
         first_row: of a part of a larger batch, the number of its first token in that batch: rows
             before it times their padded length. The part then has the dropout masks and the noise
             that it has in the larger batch. Not with a stack; None: 0.
+        add: as `forward`.
+        inputs_embeds: as `forward`; the batch then has no input_ids.
 
     Raises:
         ValueError: as `token_logprobs`, and for missing or unknown entries of the batch.
     """
-    model = adapter, base, spec
-    given = batch, seed, adapter_ids, first_row
-    logp, labels = _batch_logprobs("functional.loss_sum", *model, *given)
+    model, how = (adapter, base, spec), (seed, adapter_ids, add, inputs_embeds)
+    logp, labels = _batch_logprobs("functional.loss_sum", model, batch, *how, first_row=first_row)
     return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
 
 
 def loss(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
     *,
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
+    add: Added | None = None,
+    inputs_embeds: Embeds | None = None,
 ) -> Float[Tensor, ""]:
     """Mean of -log p(label) over labels != -100, as in Hugging Face's causal language models.
 
@@ -228,24 +230,28 @@ def loss(
         batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
         adapter_ids: as `forward`.
         seed: as `forward`.
+        add: as `forward`.
+        inputs_embeds: as `forward`; the batch then has no input_ids.
 
     Raises:
         ValueError: as `loss_sum`.
     """
-    model = adapter, base, spec
-    logp, labels = _batch_logprobs("functional.loss", *model, batch, seed, adapter_ids)
+    model, how = (adapter, base, spec), (seed, adapter_ids, add, inputs_embeds)
+    logp, labels = _batch_logprobs("functional.loss", model, batch, *how)
     # A batch without trained tokens gives 0 / 1, with zero gradients, and not NaN.
     return -logp.sum() / (labels[:, 1:] != IGNORE).sum().clamp(min=1)
 
 
 def row_losses(
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
     *,
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
+    add: Added | None = None,
+    inputs_embeds: Embeds | None = None,
 ) -> tuple[Float[Tensor, "b"], Int[Tensor, "b"]]:
     """(sum of -log p over the trained tokens, their number) of each row.
 
@@ -256,36 +262,39 @@ def row_losses(
         batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
         adapter_ids: as `forward`.
         seed: as `forward`.
+        add: as `forward`.
+        inputs_embeds: as `forward`; the batch then has no input_ids.
 
     Raises:
         ValueError: as `loss_sum`.
     """
-    model = adapter, base, spec
-    logp, labels = _batch_logprobs("functional.row_losses", *model, batch, seed, adapter_ids)
+    model, how = (adapter, base, spec), (seed, adapter_ids, add, inputs_embeds)
+    logp, labels = _batch_logprobs("functional.row_losses", model, batch, *how)
     return -logp.sum(1), (labels[:, 1:] != IGNORE).sum(1)
 
 
 def _batch_logprobs(
     function: str,
-    adapter: Adapter | None,
-    base: Base,
-    spec: Spec,
+    model: tuple[AnyAdapter, Base, Spec],
     batch: Batch,
     seed: Seed,
     adapter_ids: AdapterIds,
+    *places: Any,
     first_row: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
-    """(log-probabilities of the trained labels, these labels)."""
-    # First, because check_call reads the batch's input_ids.
-    raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
-    check_call(function, adapter, base, spec, batch, seed, adapter_ids)
-    labels = trained_labels(batch)
-    inputs: Inputs = {**batch, "labels": labels}
-    if first_row is not None:
-        if stack_size(adapter) is not None:
-            raise ValueError(f"{function} takes first_row for one adapter, not for a stack")
-        return _token_logprobs(adapter, base, spec, inputs, seed, first_row), labels
-    return for_each_row(_token_logprobs, adapter, base, spec, inputs, seed, adapter_ids), labels
+    """(log-probabilities of the trained labels, these labels). `places`: add, inputs_embeds."""
+    # First, because the other checks read the batch's input_ids.
+    problems = entry_problems(batch, needed_entries(places[1]))
+    raise_problems(ValueError, f"{function} cannot use this batch:", problems)
+    how = seed, adapter_ids
+    inputs = checked_inputs(function, model, batch, *how, None, *places)
+    inputs["labels"] = labels = trained_labels(batch)
+    if first_row is None:
+        return for_each_row(row_logprobs, *model, inputs, *how), labels
+    adapter, base, spec = model
+    if isinstance(adapter, PerExample) or stack_size(adapter) is not None:
+        raise ValueError(f"{function} takes first_row for one adapter, and not by example")
+    return row_logprobs(adapter, base, spec, inputs, seed, first_row), labels
 
 
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:

@@ -32,6 +32,7 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.params import DTYPES, Base
 from fastlora.models.rope_json import rope_scaling_problems
 from fastlora.models.spec import Spec
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.devices import device_problem
 from fastlora.text.tokenizer import Tokenizer
 
@@ -110,6 +111,7 @@ def load(
         CheckpointError: files have wrong contents (lists all problems), or the folder holds the
             weights of both a model and an adapter.
     """
+    refuse_transforms("fastlora.load")
     given = {"model_name": model_name, "max_seq_length": max_seq_length, "dtype": dtype}
     given |= {"load_in_4bit": load_in_4bit, "rope_scaling": rope_scaling, "token": token}
     given |= {"shard": shard}

@@ -17,17 +17,19 @@ from fastlora.arguments import FLAG, FUNCTION, PATH, TEXT, check_arguments, opti
 from fastlora.checkpoints.hub import REPO_ID
 from fastlora.errors import raise_problems
 from fastlora.formats import merged
+from fastlora.formats.gguf.methods import GGUFMethods
 from fastlora.formats.peft import writing
 from fastlora.generation.generate import check_generation, generate, stop_ids
 from fastlora.generation.sampling import Sampling
-from fastlora.generation.text import PROMPT, TextStream, encode_prompt, text_stop_ids
+from fastlora.generation.text import PROMPT, continuation
+from fastlora.models.capture_checks import prepared_inputs
 from fastlora.models.decoder import requires_grad
 from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
 from fastlora.models.moving import moved
-from fastlora.models.parameter_count import count_parameters
+from fastlora.models.parameter_count import count_parameters, parameter_line
 from fastlora.models.params import Adapter
 from fastlora.models.spec import Recompute
-from fastlora.models.state import Batch, ModelState, Seed
+from fastlora.models.state import Batch, Seed
 from fastlora.ops.dispatch import Kernels, transforms_active
 from fastlora.runtime.compiled import Compile
 from fastlora.runtime.devices import device_problem
@@ -38,7 +40,7 @@ _UNCHANGED: Any = object()  # default of settings for which None, False and "aut
 
 # eq=False: == on tensors gives a tensor and no bool, and comparing two 8B bases reads 32 GB.
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Model(ModelState):
+class Model(GGUFMethods):
     """A frozen base, an optional adapter, and the spec that says how to run them.
 
     `fastlora.load` makes one. Immutable: no method changes its receiver, and methods that seem to
@@ -115,34 +117,39 @@ class Model(ModelState):
 
     def __call__(
         self,
-        input_ids: Int[Tensor, "b t"],
+        input_ids: Int[Tensor, "b t"] | None = None,
         *,
         attention_mask: Int[Tensor, "b t"] | None = None,
         position_ids: Int[Tensor, "#b t"] | None = None,
         segment_ids: Int[Tensor, "b t"] | None = None,
         seed: Seed = None,
-    ) -> Float[Tensor, "b t v"]:
-        """Logits, in the base's dtype. See `functional.forward`.
+        capture: Sequence[str] | None = None,
+        add: functional.Added | None = None,
+        inputs_embeds: functional.Embeds | None = None,
+    ) -> Any:  # Float[Tensor, "b t v"]; with capture a pair
+        """Logits, in the base's dtype; with `capture` a pair. See `functional.forward`.
 
         Args:
-            input_ids: int64 in [0, v).
+            input_ids: int64 in [0, v); None with inputs_embeds.
             attention_mask: 1 = real token, 0 = padding, left or right.
             position_ids: None counts real tokens, from 0 in each segment.
             segment_ids: packed documents; attention is causal within a run of equal ids.
             seed: of LoRA dropout; None applies no dropout.
+            capture: names of intermediate tensors to return, as in `functional.forward`.
+            add: tensors to add to intermediate ones, such as steering vectors.
+            inputs_embeds: the input of the first layer, in place of embedded input_ids.
 
         Raises:
             ValueError: a wrong type, shape or dtype, an id outside the vocabulary, or an input
                 longer than `spec.max_seq_length`.
         """
-        optional = dict(
-            attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
-        )
-        check_inputs(self, {"input_ids": input_ids} | optional)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._records_history()):
-            return functional.forward(
-                self.adapter, self.base, self.spec, input_ids, seed=seed, **optional
-            )
+        places: dict[str, Any] = dict(capture=capture, add=add, inputs_embeds=inputs_embeds)
+        inputs: dict[str, Any] = dict(input_ids=input_ids, attention_mask=attention_mask)
+        inputs |= dict(position_ids=position_ids, segment_ids=segment_ids)
+        check_inputs(self, *prepared_inputs(self.base, self.spec, inputs, **places))
+        with self._history(places):
+            inputs |= places
+            return functional.forward(self.adapter, self.base, self.spec, **inputs, seed=seed)
 
     def loss(self, batch: Batch, *, seed: Seed = None) -> Float[Tensor, ""]:
         """Mean of -log p over labels != -100. See `functional.loss`.
@@ -155,12 +162,13 @@ class Model(ModelState):
             ValueError: as `__call__`, and for missing or unknown entries of the batch.
         """
         check_batch(self, batch)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._records_history()):
+        with self._history({}):
             return functional.loss(self.adapter, self.base, self.spec, batch, seed=seed)
 
-    def _records_history(self) -> bool:
+    def _history(self, places: dict[str, Any]) -> torch.set_grad_enabled:
         # In grad mode the layers save activations, which is waste if nothing needs a gradient.
-        return transforms_active() or requires_grad((self.adapter, self.base))
+        needed = transforms_active() or requires_grad((self.adapter, self.base, places))
+        return torch.set_grad_enabled(torch.is_grad_enabled() and needed)
 
     def generate(
         self,
@@ -178,6 +186,7 @@ class Model(ModelState):
         stream: Callable[[Int[Tensor, "b"]], Any] | None = None,
         adapter_ids: Sequence[int] | Int[Tensor, "b"] | None = None,
         return_logprobs: bool = False,
+        add: functional.Added | None = None,
     ) -> Int[Tensor, "b t_new"] | Any:  # with return_logprobs a pair
         """Prompt and continuation [b, t + new] with new <= max_new_tokens, int64.
 
@@ -199,6 +208,8 @@ class Model(ModelState):
             stream: called for every new token with that of each row, up to 16 tokens late.
             adapter_ids: the number of each row's adapter, if model.adapter is a stack.
             return_logprobs: whether to return log-probabilities too.
+            add: name of a place, as in `functional.forward` -> a vector that is added there at
+                every position of prompt and continuation.
 
         Raises:
             ValueError: as `__call__`; also if prompt and new tokens exceed `spec.max_seq_length`,
@@ -209,7 +220,7 @@ class Model(ModelState):
         # First, because the checks of generation read the shape of input_ids.
         check_inputs(self, {"input_ids": input_ids, "attention_mask": attention_mask})
         inputs = (self, input_ids, attention_mask)
-        extra = (seed, stream, adapter_ids, return_logprobs)
+        extra = (seed, stream, adapter_ids, return_logprobs, add)
         check_generation(*inputs, max_new_tokens, sampling, eos_token_id, *extra)
         stop = stop_ids(eos_token_id, self.spec.config.eos_token_id)
         ids, logprobs = generate(*inputs, max_new_tokens, sampling, stop, *extra)
@@ -241,21 +252,8 @@ class Model(ModelState):
             stream=(stream, optional(FUNCTION)),
         )  # fmt: skip
         check_arguments("Model.generate_text", **rules)
-        ids = encode_prompt(tokenizer, prompt)
-        if eos_token_id is None:
-            config = self.spec.config
-            eos_token_id = text_stop_ids(tokenizer, config.eos_token_id, config.vocab_size)
-        pieces = TextStream(tokenizer.decode, stream)
-        out = self.generate(
-            torch.tensor([ids], dtype=torch.int64, device=self.base["norm"].device),
-            eos_token_id=eos_token_id,
-            stream=pieces,
-            return_logprobs=False,
-            **settings,
-        )
-        # The last token may end inside a character, whose bytes the stream has held back.
-        pieces.finish()
-        return tokenizer.decode(out[0, len(ids) :].tolist())
+        settings["eos_token_id"] = eos_token_id
+        return continuation(self, self.generate, tokenizer, prompt, stream, settings)
 
     def num_parameters(self, trainable: bool = False) -> int:
         """Number of parameters of base and adapter together, or of the adapter alone.
@@ -267,11 +265,7 @@ class Model(ModelState):
 
     def print_trainable_parameters(self) -> None:
         """Print PEFT's line: trainable parameters, all parameters, and their ratio."""
-        trainable, total = count_parameters(self)
-        print(  # noqa: T201  printing is what this method is for
-            f"trainable params: {trainable:,d} || all params: {total:,d} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
+        print(parameter_line(self))  # noqa: T201  printing is what this method is for
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write the adapter as a PEFT folder, which PEFT loads over the untouched checkpoint.
@@ -338,8 +332,7 @@ class Model(ModelState):
             private: of a new repository; None is the account's default.
 
         Raises:
-            ValueError: as `save_pretrained`, or `repo_id` is not an id.
-            PermissionError, ConnectionError: no right to write there; the Hub was not reached.
+            ValueError, PermissionError, ConnectionError: as `peft.writing.push_to_hub`.
         """
         check_arguments(
             "Model.push_to_hub",

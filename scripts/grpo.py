@@ -163,7 +163,7 @@ def policy_loss(
     adapter: Any, model: fastlora.Model, batch: dict[str, Tensor], settings: Settings, start: Any
 ) -> Tensor:
     """`losses.grpo` of a batch of samples."""
-    inputs = dict(labels=batch["labels"], attention_mask=batch["attention_mask"])
+    inputs: dict[str, Any] = dict(labels=batch["labels"], attention_mask=batch["attention_mask"])
     args = (model.base, model.spec, batch["input_ids"])
     logps = FL.token_logprobs(adapter, *args, **inputs)
     ref_logps = None

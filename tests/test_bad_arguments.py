@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastlora
+from fastlora.formats.gguf.methods import GGUFMethods
 from fastlora.model import Model
 
 HUGE = 10**400  # an integer that no float holds
@@ -60,6 +61,11 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
     masks = (*NOT_A_TENSOR, IDS[:1], IDS[0], IDS.double(), 5 * torch.ones_like(IDS))
     not_a_batch = (None, "text", 5, (), [], STRANGER, IDS)
     adapters = ("text", 5, (), [], STRANGER, torch.zeros(1), {"layers": ()})
+    gguf = dict(
+        tokenizer=(None, *NOT_A_TOKENIZER),
+        dtype=(None, "8bit", 1, (), STRANGER),
+        pre=("", 5, (), STRANGER),
+    )
     return {
         "load": Call(
             fastlora.load,
@@ -164,6 +170,21 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
                 base=(*NOT_A_PATH, "no such", "dequantized"),
             ),
         ),
+        "save_gguf": Call(
+            model.save_gguf,
+            dict(path=out / "m.gguf", tokenizer=tokenizer),
+            dict(path=NOT_A_PATH, verify=NOT_A_FLAG, **gguf),
+        ),
+        "save_gguf_adapter": Call(
+            model.save_gguf_adapter,
+            dict(path=out / "a.gguf"),
+            dict(path=NOT_A_PATH, verify=NOT_A_FLAG),
+        ),
+        "save_ollama": Call(
+            model.save_ollama,
+            dict(folder=out, tokenizer=tokenizer),
+            dict(folder=NOT_A_PATH, **gguf),
+        ),
         "push_to_hub": Call(
             model.push_to_hub,
             dict(repo_id="a/b"),
@@ -178,7 +199,7 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
 
 FUNCTIONS = ["load", "with_adapter", "with_spec", "to", "__call__", "loss", "generate"]
 FUNCTIONS += ["generate_text", "num_parameters", "save_pretrained", "save_pretrained_merged"]
-FUNCTIONS += ["push_to_hub", "generate_many"]
+FUNCTIONS += ["push_to_hub", "generate_many", "save_gguf", "save_gguf_adapter", "save_ollama"]
 
 
 def refusal(call: Call, name: str, value: Any) -> Exception:
@@ -202,7 +223,7 @@ def test_every_wrong_argument_is_named_at_once(function, calls):
 def test_the_table_holds_every_public_method(calls):
     methods = {
         name
-        for name, value in vars(Model).items()
+        for name, value in (vars(GGUFMethods) | vars(Model)).items()
         if callable(value) and (name == "__call__" or not name.startswith("_"))
     }
     without_arguments = {"for_training", "for_inference", "print_trainable_parameters"}

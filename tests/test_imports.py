@@ -25,6 +25,7 @@ FLOORS = [
     {"formats", "generation", "data"},
     {"model", "losses"},
     {"loading", "training"},
+    {"research"},
     {"__init__"},
 ]
 FLOOR = {part: level for level, parts in enumerate(FLOORS) for part in parts}
@@ -270,6 +271,7 @@ HEAVY = (
     "accelerate",
     "pandas",
     "datasets",
+    "scipy",
 )
 
 

@@ -221,7 +221,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def no_work(monkeypatch):
     """Fails the test if the decoder runs."""
     run = lambda *args, **kwargs: pytest.fail("the model ran")
-    monkeypatch.setattr("fastlora.functional.hidden_states", run)
+    monkeypatch.setattr("fastlora.models.outputs.hidden_states", run)
 
 
 @pytest.mark.parametrize("case", REFUSED)

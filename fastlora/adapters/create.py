@@ -28,6 +28,7 @@ from fastlora.models.params import DTYPES, PROJECTIONS, Adapter, Base, is_quanti
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Recompute, Spec
 from fastlora.models.state import StateT
+from fastlora.ops.dispatch import refuse_transforms
 
 
 def lora(
@@ -145,6 +146,7 @@ def lora(
         FileNotFoundError: "loftq" over a quantised base whose checkpoint is not available.
         OSError: writing to `temporary_location` failed.
     """
+    refuse_transforms("fastlora.lora")
     heading = "fastlora.lora cannot do this:"
     arguments, problems = checked_arguments(settings_from(LoraArguments, locals()))
     # Without a model nothing else can be checked.

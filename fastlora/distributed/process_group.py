@@ -40,6 +40,13 @@ def needs_group() -> bool:
     return launch is not None and launch.ranks > 1
 
 
+def are_several() -> bool:
+    """Whether this process is one of several ranks."""
+    if not needs_group():
+        return False
+    return not dist.is_initialized() or dist.get_world_size() > 1
+
+
 def open_groups(device: torch.device) -> Groups:
     """The groups of a run over all ranks. `close_groups` ends the host's one.
 

@@ -43,6 +43,7 @@ from fastlora.models.names import projection_weights
 from fastlora.models.params import is_quantized
 from fastlora.models.self_contained import self_contained
 from fastlora.models.state import ModelState, require_adapter
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.text.tokenizer_files import check_output_folder
 
@@ -105,6 +106,7 @@ def save_merged(
         CheckpointError: the original weights belong to another model.
         PermissionError: the folder cannot be written to.
     """
+    refuse_transforms("Model.save_pretrained_merged")
     check_arguments("save_merged", save_method=(save_method, SAVE_METHOD))
     work = partial(_save_merged, model, folder, tokenizer, save_method, base)
     return on_first_rank(model.base, work)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from fastlora.errors import raise_problems
@@ -84,16 +84,24 @@ class _Row:
 class Engine:
     """A model with a cache of `slots` rows. A row occupies a slot until it ends or is released."""
 
-    def __init__(self, model: ModelState, *, slots: int, max_length: int) -> None:
+    def __init__(
+        self,
+        model: ModelState,
+        *,
+        slots: int,
+        max_length: int,
+        add: dict[str, Float[Tensor, "..."]] | None = None,
+    ) -> None:
         """Prepare the model and allocate a short cache, which grows with the rows.
 
         Args:
             model: with an adapter, without one, or with a stack of adapters.
             slots: rows at most at a time.
             max_length: tokens of a row at most, prompt and new ones together.
+            add: name of a place (models/capture.py) -> a vector [d] to add there at every position.
         """
         with torch.no_grad():
-            self.state, self.model = model, prepare(model)
+            self.state, self.model = model, prepare(model)._replace(added=add or {})
             self.slots, self.max_length = slots, max_length
             self.device = self.model.base["norm"].device
             self.vocab_size = self.model.spec.config.vocab_size

@@ -23,10 +23,11 @@ from fastlora.generation.kernel_layer import (
 )
 from fastlora.generation.prepare import PreparedModel
 from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
+from fastlora.models.capture import plus
 from fastlora.models.decoder import attention_masks
 from fastlora.models.embedding import embed
 from fastlora.models.head import head, logits
-from fastlora.models.mlp import mlp_block
+from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
 from fastlora.models.rope_tables import rope_tables
 from fastlora.ops.decode.linear import decode_product
@@ -82,12 +83,14 @@ def prefill(
     masks = attention_masks(spec, x, None, None, model.layers[0].spec.fused)
     rows = cache.rows(slots)
     for i, layer in enumerate(model.layers):
+        x = _steered(model, f"layers.{i}.in", x)
         q, k, v = _queries_keys_values(model, i, kernels, x, cos, sin, adapter_ids)
         cache.write(i, rows, k, v)
         if i + 1 == len(model.layers):  # of the last layer only keys and values are needed
             return
         heads = rotated_attention(q, k, v, masks[layer.attention_type], layer.spec)
         x = _rest_of_layer(model, i, kernels, x, heads, adapter_ids)
+        x = _steered(model, f"layers.{i}.out", x)
 
 
 def decode(
@@ -123,8 +126,10 @@ def decode(
         if b < cache.slots:
             k_cache, v_cache = k_cache[:b], v_cache[:b]
         kernel, angles = kernels.layers[i], (cos[:, None], sin[:, None])
+        x = _steered(model, f"layers.{i}.in", x)
         if kernel is not None and kernels.triton:
             x = run_kernel_layer(x[:, 0], kernel, cos, sin, k_cache, v_cache, lengths)[:, None]
+            x = _steered(model, f"layers.{i}.out", x)
             continue
         q, k, v = _queries_keys_values(model, i, kernels, x, *angles, adapter_ids)
         k_cache[rows, :, lengths] = k[:, :, 0]
@@ -132,6 +137,7 @@ def decode(
         mask = masks[layer.attention_type]
         heads = _one_query(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
         x = _rest_of_layer(model, i, kernels, x, heads, adapter_ids)
+        x = _steered(model, f"layers.{i}.out", x)
     if kernels.head is not None:
         return decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")[0]
     return _logits(model, x[:, 0], adapter_ids)
@@ -149,7 +155,7 @@ def _inputs(
     if kernels.triton and table is not None and _plain_embedding(model):
         embedding = model.base["embed_tokens"]
         inputs = step_inputs(token, lengths, embedding, *table, kernels="triton")
-        return inputs.x[:, None], inputs.cos, inputs.sin
+        return _steered(model, "embed", inputs.x[:, None]), inputs.cos, inputs.sin
     x = _embed(model, token[:, None], adapter_ids)
     return x, *_angles(model, lengths, table, x.dtype)
 
@@ -209,14 +215,20 @@ def _embed(
 ) -> Float[Tensor, "b t d"]:
     spec, base, gain, rows = model.spec, model.base, model.embedding_gain, model.row_of_id
     if model.stack_size is None or model.adapter is None:
-        return embed(ids, model.adapter, base, spec, gain, rows)
+        return _steered(model, "embed", embed(ids, model.adapter, base, spec, gain, rows))
 
     def one(tree: Any, ids: Int[Tensor, "t"]) -> Float[Tensor, "t d"]:
         own = with_replaced(base, tree["adapter"], tied=spec.extras.tied)
         return embed(ids[None], tree["adapter"], own, spec, tree.get("gain"), rows)[0]
 
     tree: dict[str, Any] = {"adapter": model.adapter}
-    return _row_by_row(one, tree if gain is None else tree | {"gain": gain}, adapter_ids, ids)
+    x = _row_by_row(one, tree if gain is None else tree | {"gain": gain}, adapter_ids, ids)
+    return _steered(model, "embed", x)
+
+
+def _steered(model: PreparedModel, place: str, x: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
+    """x and the vector that is added at a place, if there is one."""
+    return plus(x, model.added.get(place)) if model.added else x
 
 
 def _logits(
@@ -224,12 +236,12 @@ def _logits(
 ) -> Float[Tensor, "b v"]:
     spec, base, eps = model.spec, model.base, model.spec.config.rms_norm_eps
     if model.head is not None:
-        hidden = rms_norm(x, base["norm"], eps)
+        hidden = _steered(model, "norm", rms_norm(x, base["norm"], eps))
         return logits(hidden, hidden, model.head, spec)
 
     def one(adapter: Any, x: Float[Tensor, "d"]) -> Float[Tensor, "v"]:
         own = with_replaced(base, adapter, tied=spec.extras.tied)
-        hidden = rms_norm(x, own["norm"], eps)
+        hidden = _steered(model, "norm", rms_norm(x, own["norm"], eps))
         return logits(hidden, hidden, head(adapter, base, spec), spec)
 
     return _row_by_row(one, model.adapter, adapter_ids, x)
@@ -269,8 +281,10 @@ def _rest_of_layer(
     wait = model.stack_size is not None or not x.is_cuda or x.shape[1] > 1
 
     def run(params: Any, adapter: Any, x: Tensor, heads: Tensor) -> Tensor:
-        x = x + attention_output(heads, params, adapter, spec, None)
-        return mlp_block(x, params, adapter, spec, None, wait=wait)
+        attended = attention_output(heads, params, adapter, spec, None)
+        x = x + _steered(model, f"layers.{i}.attn.out", attended)
+        out = mlp_output(x, params, adapter, spec, None, wait=wait)
+        return x + _steered(model, f"layers.{i}.mlp.out", out)
 
     return _each_row(model, i, run, adapter_ids, x, heads)
 

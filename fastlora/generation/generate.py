@@ -1,11 +1,10 @@
 """Generate for one batch of prompts: all rows begin together, and the result is one tensor."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from fastlora.arguments import (
@@ -18,12 +17,13 @@ from fastlora.arguments import (
     setting_problems,
     whole_number,
 )
-from fastlora.distributed.leading import on_first_rank
 from fastlora.errors import raise_problems
 from fastlora.generation.engine import Engine, NewTokens, RowSettings
 from fastlora.generation.sampling import SEED, Sampling, row_seeds
+from fastlora.models.capture_checks import constant_problems
 from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState
+from fastlora.ops.dispatch import refuse_transforms
 
 
 def stop_ids_rule(vocab_size: int) -> Rule:
@@ -74,6 +74,7 @@ def check_generation(
     stream: Any,
     adapter_ids: Any = None,
     return_logprobs: Any = False,
+    add: Any = None,
 ) -> None:
     """Check what `generate` takes beyond tensors, which `check_inputs` has checked before.
 
@@ -90,7 +91,7 @@ def check_generation(
         "return_logprobs": (return_logprobs, FLAG),
     }
     problems = setting_problems(sampling) + argument_problems(rules)
-    problems += adapter_ids_problems(model, adapter_ids, b)
+    problems += adapter_ids_problems(model, adapter_ids, b) + constant_problems(model, add)
     longest = model.spec.max_seq_length
     if isinstance(max_new_tokens, int) and max_new_tokens > 0 and t + max_new_tokens > longest:
         problems.append(
@@ -120,6 +121,7 @@ def seed_of_each_row(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     return [int(x) for x in int_list(seed)]
 
 
+@torch.no_grad()
 def generate(
     model: ModelState,
     input_ids: Int[Tensor, "b t"],
@@ -131,16 +133,13 @@ def generate(
     stream: Callable[[Int[Tensor, "b"]], Any] | None,
     adapter_ids: Sequence[int] | Int[Tensor, "b"] | None = None,
     logprobs: bool = False,
+    add: dict[str, Float[Tensor, "..."]] | None = None,
 ) -> tuple[Int[Tensor, "b t_new"], Float32[Tensor, "b new"] | None]:
     """(prompt and continuation, log-probabilities of the new tokens if asked for).
 
     Ends when every row has stopped, or after `max_new_tokens`. A row that has stopped is filled
     with the config's pad_token_id, or else the first stop id; their log-probabilities are 0. An id
     outside the vocabulary is passed over, because models refuse such ids.
-
-    Over a base that is sharded over ranks, every rank must call this. Rank 0's prompts are
-    continued and its `stream` is called; every rank gets the result. All of the base is gathered
-    for every token, so many rows at once take no longer than one.
 
     Args:
         model: with or without an adapter, or with a stack of adapters.
@@ -154,31 +153,12 @@ def generate(
         stream: called for every new token with that of each row, up to 16 tokens late.
         adapter_ids: the number of each row's adapter, for a stack.
         logprobs: whether to return them.
+        add: name of a place -> a vector [d] to add there at every position.
 
     Raises:
         FloatingPointError: no finite score for the next token of a row that has not stopped.
     """
-    inputs = (model, input_ids, attention_mask, max_new_tokens, sampling, stop)
-    work = partial(_generate, *inputs, seed, stream, adapter_ids, logprobs)
-    ids, values = on_first_rank(model.base, work)
-    device = input_ids.device
-    return ids.to(device), values.to(device) if logprobs else None
-
-
-@torch.no_grad()
-def _generate(
-    model: ModelState,
-    input_ids: Int[Tensor, "b t"],
-    attention_mask: Int[Tensor, "b t"] | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: tuple[int, ...],
-    seed: int | Sequence[int] | None,
-    stream: Callable[[Int[Tensor, "b"]], Any] | None,
-    adapter_ids: Sequence[int] | Int[Tensor, "b"] | None,
-    logprobs: bool,
-) -> tuple[Int[Tensor, "b t_new"], Float32[Tensor, "b new"]]:
-    """`generate` by one process, with results on the CPU."""
+    refuse_transforms("Model.generate")
     b, t = input_ids.shape
     seeds = seed_of_each_row(seed, b)
     numbers = [0] * b if adapter_ids is None else int_list(adapter_ids)
@@ -193,7 +173,7 @@ def _generate(
         )
         for i in range(b)
     ]
-    engine = Engine(model, slots=b, max_length=t + max_new_tokens)
+    engine = Engine(model, slots=b, max_length=t + max_new_tokens, add=add)
     result = _Result(b, _filler(model, stop), input_ids.device, stream)
     try:
         # Slots of a new engine are given in order, so slot i is row i.
@@ -202,9 +182,10 @@ def _generate(
             result.add(engine.advance())
     finally:
         engine.close()
-    ids = torch.tensor(_padded(result.ids, result.fill))
+    ids = torch.tensor(_padded(result.ids, result.fill), device=input_ids.device)
     values = torch.tensor(_padded(result.logprobs, 0.0), dtype=torch.float32)
-    return torch.cat((input_ids.cpu(), ids), dim=1), values
+    values = values.to(input_ids.device)
+    return torch.cat((input_ids, ids), dim=1), values if logprobs else None
 
 
 def _filler(model: ModelState, stop: tuple[int, ...]) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastlora.generation.prepare import PreparedLayer, PreparedModel
 from fastlora.models.attention import Heads
+from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
@@ -25,7 +26,6 @@ from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
 from fastlora.ops.rms_norm import rms_norm
-from fastlora.runtime.layer_fetching import is_sharded
 
 
 class KernelLayer(NamedTuple):
@@ -64,17 +64,20 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     # tensors of any kind differs from row to row.
     rows = b if triton else 1
     own = [model.stack_size is not None and bool(x.adapter) for x in layers]
-    if is_sharded(base):  # the kernels keep their weights' addresses
-        return StepKernels((None,) * len(layers), None)
+    # Nothing can be added inside a kernel layer.
+    steered = [any(f"layers.{i}.{x}" in model.added for x in INSIDE) for i in range(len(layers))]
+    other = [any(x) for x in zip(own, model.layer_copies, steered, strict=True)]
     made = tuple(
-        None if differs or copies else kernel_layer(layer, rows, config.sliding_window)
-        for layer, differs, copies in zip(layers, own, model.layer_copies, strict=True)
+        None if plain else kernel_layer(layer, rows, config.sliding_window)
+        for layer, plain in zip(layers, other, strict=True)
     )
     if not triton:
         return StepKernels(made, None)
     logits = None
-    # A head with LoRA, trained rows or fake quantisation runs in plain torch.
-    if model.head is not None and model.head.keys() == {"weight"} and not model.spec.qat_scheme:
+    # A head with LoRA, trained rows or fake quantisation runs in plain torch, and so does the final
+    # norm with a vector added to it.
+    plain = model.head is None or model.head.keys() != {"weight"} or "norm" in model.added
+    if model.head is not None and not plain and not model.spec.qat_scheme:
         logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
     return StepKernels(made, logits, triton=True)
 

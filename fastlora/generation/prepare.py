@@ -61,6 +61,7 @@ class PreparedModel(NamedTuple):
     embedding_gain: Float[Tensor, "*n d"] | None  # of DoRA on the embedding
     row_of_id: Int[Tensor, "v"] | None  # of trained rows of the embedding
     head: Head | None  # None if the rows of a stack have different heads
+    added: dict[str, Float[Tensor, "..."]]  # place -> a vector to add there at every position
 
 
 def prepare(model: ModelState) -> PreparedModel:
@@ -90,7 +91,7 @@ def prepare(model: ModelState) -> PreparedModel:
     rows = None if adapter is None else trained_row_of_id(spec, base)
     none = ({},) * len(layers)
     parts = head(adapter, base, spec)
-    return PreparedModel(spec, base, adapter, layers, None, none, gain, rows, parts)
+    return PreparedModel(spec, base, adapter, layers, None, none, gain, rows, parts, {})
 
 
 def _params_by_layer(base: Base) -> Sequence[LayerParams | Callable[[], LayerParams]]:
@@ -150,7 +151,8 @@ def _prepare_stack(model: ModelState, size: int) -> PreparedModel:
     edges, copies = _split(adapter)
     rows = trained_row_of_id(spec, base)
     parts = head(None, base, spec) if edges is None else None
-    return PreparedModel(spec, base, edges, layers, size, copies, gain.get("gain"), rows, parts)
+    embed_gain = gain.get("gain")
+    return PreparedModel(spec, base, edges, layers, size, copies, embed_gain, rows, parts, {})
 
 
 def _split(adapter: Any) -> tuple[Any, tuple[dict[str, Tensor], ...]]:

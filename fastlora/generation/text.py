@@ -3,10 +3,12 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from fastlora.arguments import ENCODABLE_TEXT, Rule
+from fastlora.models.state import ModelState
 from fastlora.text.boundaries import encode_with_one_bos, reply_stop_ids
 from fastlora.text.chat_template import MESSAGES
 from fastlora.text.tokenizer import Tokenizer
@@ -49,6 +51,39 @@ def text_stop_ids(
     """
     ids = {*checkpoint_ids, *reply_stop_ids(tokenizer)}
     return sorted(i for i in ids if 0 <= i < vocab_size)
+
+
+def continuation(
+    model: ModelState,
+    generate: Callable[..., Int[Tensor, "1 t_new"]],
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    stream: Callable[[str], Any] | None,
+    settings: dict[str, Any],
+) -> str:
+    """The continuation of a text, or the reply to a chat, without the prompt.
+
+    Args:
+        model: the model that generates.
+        generate: the model's method.
+        tokenizer: the model's.
+        prompt: a text or a chat.
+        stream: called with pieces of text that join to the result.
+        settings: of `generate`; an eos_token_id of None stands for `text_stop_ids`.
+
+    Raises:
+        ValueError: as `generate`; also if the prompt has no token, or its chat template fails.
+    """
+    ids, config = encode_prompt(tokenizer, prompt), model.spec.config
+    if settings["eos_token_id"] is None:
+        stop = text_stop_ids(tokenizer, config.eos_token_id, config.vocab_size)
+        settings = settings | {"eos_token_id": stop}
+    pieces = TextStream(tokenizer.decode, stream)
+    input_ids = torch.tensor([ids], dtype=torch.int64, device=model.base["norm"].device)
+    out = generate(input_ids, stream=pieces, return_logprobs=False, **settings)
+    # The last token may end inside a character, whose bytes the stream has held back.
+    pieces.finish()
+    return tokenizer.decode(out[0, len(ids) :].tolist())
 
 
 class TextStream:

@@ -1,12 +1,14 @@
 """row_logprobs(): the log-probability of each row of a batch, and its number of tokens."""
 
+from typing import Any
+
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.errors import raise_problems
-from fastlora.functional import token_logprobs, trained_labels
+from fastlora.functional import AnyAdapter, token_logprobs, trained_labels
 from fastlora.models.input_checks import entry_problems
-from fastlora.models.params import Adapter, Base
+from fastlora.models.params import Base
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.ignore import IGNORE
@@ -14,7 +16,7 @@ from fastlora.ops.loss.ignore import IGNORE
 
 def batch_logprobs(
     function: str,
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -28,13 +30,14 @@ def batch_logprobs(
     # First, because token_logprobs reads the batch's input_ids.
     raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
     labels = trained_labels(batch)
-    optional = {name: batch.get(name) for name in ("attention_mask", "position_ids", "segment_ids")}
+    names = ("attention_mask", "position_ids", "segment_ids")
+    optional: dict[str, Any] = {name: batch.get(name) for name in names}
     args = (adapter, base, spec, batch["input_ids"], labels)
     return token_logprobs(*args, seed=seed, **optional), labels
 
 
 def row_logprobs(
-    adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
+    adapter: AnyAdapter, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
 ) -> tuple[Float[Tensor, "b"], Int[Tensor, "b"]]:
     """(sum of log p over the trained tokens of each row, their number). Their quotient is the mean.
 

@@ -4,7 +4,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.params import BiasedLoRA, DoRA, LayerAdapter, LayerParams, StackedLoRA
+from fastlora.models.params import (
+    BiasedLoRA,
+    DoRA,
+    ExampleLoRA,
+    LayerAdapter,
+    LayerParams,
+    StackedLoRA,
+)
 from fastlora.models.projections import LayerSpec, group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
@@ -54,11 +61,11 @@ def _joint_heads(
     rotate them back and to copy them together (H100). This needs fused weights, and products whose
     results go to attention unchanged.
     """
-    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3. The op of
-    # stacked adapters returns no joint gradient.
+    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3. The ops of
+    # stacked adapters and of per-example gradients return no joint gradient.
     unchanged = spec.qat_scheme is None and "q_norm" not in params
     unchanged = unchanged and not any(
-        isinstance(adapter.get(n), DoRA | BiasedLoRA | StackedLoRA) for n in QKV
+        isinstance(adapter.get(n), DoRA | BiasedLoRA | StackedLoRA | ExampleLoRA) for n in QKV
     )
     if "qkv" not in params or not unchanged:
         return *_heads(x, params, adapter, spec, key), None

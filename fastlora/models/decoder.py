@@ -9,12 +9,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
 from fastlora.models.embedding import embed
-from fastlora.models.fetched_layer import run_fetched
+from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fused_qkv import fused_qkv
 from fastlora.models.init_offset import cast_offset
-from fastlora.models.layer import decoder_layer
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
 from fastlora.models.names import with_replaced
 from fastlora.models.neftune import with_noise
@@ -37,7 +37,6 @@ from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.compiled import compiled, compiles
 from fastlora.runtime.host_offload import Copies, HostStash
-from fastlora.runtime.layer_fetching import open_pass
 
 
 class Positions(NamedTuple):
@@ -103,6 +102,9 @@ def hidden_states(
     seed: int | Int[Tensor, "..."] | None = None,
     first_row: Int[Tensor, ""] | None = None,
     rows: StackRows | None = None,
+    examples: ExampleRows | None = None,
+    inputs_embeds: Float[Tensor, "b t d"] | None = None,
+    taps: Taps | None = None,
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: the input of the head.
 
@@ -119,13 +121,22 @@ def hidden_states(
             batch run one by one under torch.vmap; None: 0.
         rows: of a stack, for which `stacks.runs_in_groups`; all inputs are sorted. None: `adapter`
             is one adapter.
+        examples: of one adapter whose gradient is computed for each example; None: for all of them
+            together.
+        inputs_embeds: the input of the first layer, without noise, in any floating-point dtype.
+            Of input_ids then only the shape is read. None: input_ids are embedded.
+        taps: captures and adds tensors; None: nothing.
     """
-    config = spec.config
+    config, taps = spec.config, taps or Taps()
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
     base = with_replaced(base, adapter, tied=spec.extras.tied)
-    x = embed(input_ids, adapter, base, spec)
-    masked = (attention_mask, position_ids, segment_ids)
-    x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows)
+    if inputs_embeds is None:
+        x = embed(input_ids, adapter, base, spec)
+        masked = (attention_mask, position_ids, segment_ids)
+        x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows)
+    else:
+        x = inputs_embeds.to(base["embed_tokens"].dtype)
+    x = taps.at("embed", x)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
@@ -134,41 +145,42 @@ def hidden_states(
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
     stash = _stash(spec, x)
-    if stash is None:
-        levels = layer_levels(config, spec.recompute)
-    else:
-        levels = offload_levels(config, input_ids.numel(), x.element_size())
-    fetched = open_pass(base["layers"])  # None: all layers are on the device
-    for i, level in enumerate(levels):
+    for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
+        x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
             # Without this, the input of the first adapted layer would be the only one that does not
             # require a gradient, and that layer would need a separate compiled graph. That is
             # twice the compile time, and would save the dx of q, k and v in one layer.
-            x = _attach_to_graph(x) if requires_grad(adapters[i]) else x
+            trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
+            x = _attach_to_graph(x) if trained else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
         mask = masks[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
-        params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
+        lora = lora if examples is None else example_records(lora, examples, i)
+        params = cast_offset(base["layers"][i], x.dtype)
         # Only a compiled backward pass uses the fused weights' single product.
         backward = use_compiled and torch.is_grad_enabled()
         if backward and (qkv := fused_qkv(params)) is not None:
             params = params | {"qkv": qkv}
         rest = (params, lora, cos, sin, mask, keys[i])
-        # Dropout masks and a stack's groups are those of all rows.
-        whole = keys[i] is not None or rows is not None
+        # Dropout masks, a stack's groups and those of examples are of all rows.
+        whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
         static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
-        run = partial(_run, decoder_layer, rest, static, use_compiled)
-        if fetched is not None and torch.is_grad_enabled() and not transforms_active():
-            how = partial(_run, decoder_layer), static, use_compiled
-            x = run_fetched(fetched, i, rest, how, x, stash, copies)
-        elif stash is None:
-            x = run(x)
-        else:
-            x = stash.run(run, x, rest, copies)
-        # A fetched layer's memory is freed here, before the next but one is fetched into it.
-        del params, rest, run
-    return _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+        layer, rest, static = taps.layer(i, rest, static)
+        run = partial(_run, layer, rest, static, use_compiled)
+        x = taps.after(i, run(x) if stash is None else stash.run(run, x, rest, copies))
+    x = _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+    return taps.at("norm", x)
+
+
+def _levels(
+    spec: Spec, stash: HostStash | None, tokens: int, x: Float[Tensor, "b t d"]
+) -> tuple[str, ...]:
+    """The recompute level of each layer."""
+    if stash is None:
+        return layer_levels(spec.config, spec.recompute)
+    return offload_levels(spec.config, tokens, x.element_size())
 
 
 def _noisy(
@@ -254,7 +266,7 @@ def _stash(spec: Spec, x: Tensor) -> HostStash | None:
     return HostStash(x.device) if offload and recording else None
 
 
-def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor) -> Tensor:
+def _run(fn: Callable, rest: tuple, static: tuple, use_compiled: bool, x: Tensor) -> Any:
     """fn(x, *rest, *static), compiled or not."""
     return compiled(fn, (x, *rest), *static) if use_compiled else fn(x, *rest, *static)
 
@@ -270,7 +282,9 @@ def _records(
     """(a layer's adapter as the layer takes it, its casts of trained matrices)."""
     if rows is None:
         cast = product_dtype(adapter, spec, dtype)
-        return cast, Copies(matrices_of(adapter), matrices_of(cast))
+        # Under torch.func there is no stash to cast again for, and tensors have no addresses.
+        pairs = ({}, {}) if transforms_active() else (adapter, cast)
+        return cast, Copies(*map(matrices_of, pairs))
     lora = spec.lora
     scalings: dict[str, Any] = {t.name: t.scaling for t in lora.targets[layer]} if lora else {}
     scaled = scaled_layer(adapter, scalings if factors is None else scalings | factors[layer])

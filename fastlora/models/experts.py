@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.models.params import EXPERTS, LayerAdapter, StackedLoRA
+from fastlora.models.params import EXPERTS, ExampleLoRA, LayerAdapter, StackedLoRA
 from fastlora.ops.dispatch import transforms_active
 from fastlora.ops.linear.experts import grouped_linear, grouped_lora_linear, grouped_rows
+from fastlora.ops.linear.group_gradients import expert_linear, number_of_groups
 from fastlora.ops.linear.group_products import group_of_rows
 
 
@@ -28,8 +29,9 @@ class Routes(NamedTuple):
     order: Int[Tensor, "m"]  # sorted row -> copy; copy i belongs to token i // k
     place: Int[Tensor, "m"]  # its inverse: copy -> sorted row
     offsets: Int[Tensor, "e"]  # int32; for each expert, the number of the row after its last
-    # Under a stack of n adapters copies are sorted by expert and adapter, and these are the ends of
-    # each pair, as `offsets`. Otherwise it is `offsets` itself.
+    # Under a stack of n adapters copies are sorted by expert and adapter, or by expert and example
+    # if gradients are per example, and these are the ends of each pair, as `offsets`. Otherwise it
+    # is `offsets` itself.
     lora_offsets: Int[Tensor, "en"]
 
 
@@ -58,8 +60,9 @@ def make_routes(
     Args:
         indices: of each token's experts.
         experts: their number.
-        adapters: number of adapters in a stack, by which copies for one expert are sorted.
-        adapter: of each token.
+        adapters: number of adapters in a stack, or of examples, by which copies for one expert are
+            sorted.
+        adapter: number of each token's adapter or example.
     """
     if adapter is not None:
         indices = indices * adapters + adapter[:, None]
@@ -116,12 +119,19 @@ def expert_mlp(
             a, b = (m.transpose(0, 1).flatten(0, 1) for m in lora[:2])
             pair_ends = routes.lora_offsets
             return grouped_lora_linear(rows, weight, a, b, routes.offsets, 1.0, pair_ends)
+        if isinstance(lora, ExampleLoRA):
+            sinks, ends = (lora.sink_a, lora.sink_b), (routes.offsets, routes.lora_offsets)
+            return expert_linear(
+                rows, weight, lora.a, lora.b, ends[0], scalings[key], sinks, ends[1]
+            )
         return grouped_lora_linear(rows, weight, lora.a, lora.b, routes.offsets, scalings[key])
 
     weights, indices = chosen_experts(logits.flatten(0, 1), per_token, renormalise)
-    stacks = [lora for name in EXPERTS if isinstance(lora := adapter.get(name), StackedLoRA)]
-    if stacks:
-        n, groups = stacks[0].a.shape[0], stacks[0].groups
+    grouped_records = [
+        lora for name in EXPERTS if isinstance(lora := adapter.get(name), StackedLoRA | ExampleLoRA)
+    ]
+    if grouped_records:
+        n, groups = _number_of_groups(grouped_records[0]), grouped_records[0].groups
         owner = group_of_rows(groups, n, indices.shape[0], indices.device)
         routes = make_routes(indices, logits.shape[-1], n, owner)
     else:
@@ -130,6 +140,10 @@ def expert_mlp(
     weighted = F.silu(gate) * up * weights.flatten()[routes.order].unsqueeze(-1)
     down = grouped(weighted.to(x.dtype), "down_proj")
     return collect(down, routes, indices.shape[0]).view(x.shape)
+
+
+def _number_of_groups(lora: StackedLoRA | ExampleLoRA) -> int:
+    return lora.a.shape[0] if isinstance(lora, StackedLoRA) else number_of_groups(lora.sink_a)
 
 
 # `spread` copies tokens to their sorted rows and `collect` sums them back. Each is the transpose of

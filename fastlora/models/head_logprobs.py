@@ -2,7 +2,8 @@
 
 A frozen head needs one gradient per token, by the hidden state. A head with trained tensors needs
 their gradients too, so its backward pass computes the logits of each chunk again
-(ops/loss/linear_cross_entropy.py has both).
+(ops/loss/linear_cross_entropy.py has both). The gradient of the entropy does so under every head
+(ops/loss/entropy.py).
 """
 
 from collections.abc import Callable
@@ -14,6 +15,11 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from fastlora.models.head import Head, head_factors, is_frozen_product, logits, masked_for_head
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import transforms_active, use_kernel
+from fastlora.ops.loss.entropy import (
+    chunked_logprobs_and_entropy,
+    logits_gradient,
+    logprobs_and_entropy,
+)
 from fastlora.ops.loss.linear_cross_entropy import (
     chunk_logprobs,
     chunk_value_and_grad,
@@ -82,7 +88,38 @@ def _trained_head(
     value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
     if kernel:
         value_and_grad = label_logprobs_and_grad_kernel
-    # Tensors are passed flat, because each chunk is differentiated by them.
+    parts = _flat_head(hidden, model_head, spec, key, first_row)
+    return chunked_logprobs(*parts, labels, spec.config.vocab_size, value, value_and_grad)
+
+
+def head_logprobs_and_entropy(
+    hidden: Float[Tensor, "n d"],
+    model_head: Head,
+    spec: Spec,
+    labels: Int[Tensor, "n"],
+    key: Int[Tensor, "..."] | None,
+    first_row: Int[Tensor, ""] | None = None,
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
+    """(`head_logprobs`, entropy of softmax(logits) of each row in nats; 0 if the label is -100).
+
+    The arguments are those of `head_logprobs`. No Triton kernel computes the entropy.
+    """
+    value, gradient = _regions(spec, hidden, logprobs_and_entropy, logits_gradient)
+    parts = _flat_head(hidden, model_head, spec, key, first_row)
+    return chunked_logprobs_and_entropy(*parts, labels, spec.config.vocab_size, value, gradient)
+
+
+def _flat_head(
+    hidden: Float[Tensor, "n d"],
+    model_head: Head,
+    spec: Spec,
+    key: Int[Tensor, "..."] | None,
+    first_row: Int[Tensor, ""] | None,
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], list[Tensor]]:
+    """(logits of rows and the head's tensors, the tensors with rows, those of the head).
+
+    Tensors are passed flat, because each chunk is differentiated by them.
+    """
     params, structure = tree_flatten(model_head)
     masked = masked_for_head(hidden, model_head, spec, key, first_row)
     # Without dropout both are one tensor, which is passed once: its gradient is computed once.
@@ -93,8 +130,7 @@ def _trained_head(
         tracked_head = tree_unflatten(tensors[len(inputs) :], structure)
         return logits(rows[0], rows[-1], tracked_head, spec)
 
-    vocab_size = spec.config.vocab_size
-    return chunked_logprobs(logits_of, inputs, params, labels, vocab_size, value, value_and_grad)
+    return logits_of, inputs, params
 
 
 def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:

@@ -14,12 +14,14 @@ from torch.utils._pytree import tree_flatten
 
 from fastlora.arguments import FLAG, Rule, argument_problems, describe, instance, one_of
 from fastlora.errors import raise_problems
+from fastlora.models.examples import number_of_examples
 from fastlora.models.params import Adapter
 from fastlora.models.spec import Spec, is_recompute
 from fastlora.models.stacks import runs_in_groups, stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import kernel_problem, transforms_active
 from fastlora.ops.loss.ignore import IGNORE
+from fastlora.runtime.per_example import PerExample
 
 MODEL = instance(
     ModelState,
@@ -76,13 +78,19 @@ def check_adapter(old: Adapter | None, new: Any) -> None:
     raise_problems(ValueError, "with_adapter got tensors that do not fit model.adapter:", shapes)
 
 
-def check_inputs(model: ModelState, inputs: Mapping[str, Any]) -> None:
+def check_inputs(model: ModelState, inputs: Mapping[str, Any], more: Sequence[str] = ()) -> None:
     """Check the integer inputs of a forward pass, by name; None means that one is not given.
+
+    Args:
+        model: the model.
+        inputs: input_ids and, if they are not None, other BATCH_ENTRIES.
+        more: problems that the caller found; they are listed first.
 
     Raises:
         ValueError: listing every wrong class, shape, dtype, device, length and value.
     """
-    problems = input_problems(model.spec, inputs, model.base["norm"].device)
+    integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
+    problems = [*more, *input_problems(model.spec, integers, model.base["norm"].device)]
     raise_problems(ValueError, "the model cannot run this input:", problems)
 
 
@@ -204,30 +212,39 @@ def check_call(
     inputs: Mapping[str, Any],
     seed: Any = None,
     adapter_ids: Any = None,
+    more: Sequence[str] = (),
 ) -> None:
     """Check the arguments of a pure function of (adapter, base, spec, inputs). Reads no values.
 
     Args:
         function: its name, for the error.
-        adapter: expected: None or an adapter tree.
+        adapter: expected: None, an adapter tree, or what value_and_grad(per_example=...) passes.
         base: expected: a base tree.
         spec: expected: a Spec.
-        inputs: tensors by name; see `tensor_problems`.
+        inputs: tensors by name; see `tensor_problems`. Names that no batch has are passed over.
         seed: expected: None, an int in [0, 2**63), or an integer tensor without dimensions; for a
             stack also one of an element for each adapter.
         adapter_ids: expected: None, or an integer tensor that says which adapter of a stack each
             row [b] or each token [b, t] has.
+        more: problems that the caller found.
 
     Raises:
         ValueError: listing every argument that is wrong.
     """
-    problems = _tree_problems(adapter, base, spec) + tensor_problems(inputs)
+    examples = adapter if isinstance(adapter, PerExample) else None
+    adapter = adapter if examples is None else examples.tree
+    integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
+    problems = [*_tree_problems(adapter, base, spec), *more, *tensor_problems(integers)]
     n = None if problems else stack_size(adapter)
+    if n is not None and examples is not None:
+        problems.append("per_example needs one adapter, and this is a stack; FL.unstack it")
     if not _is_seed(seed, n):
         problems.append(
             f"seed={_shown(seed)}: expected None, a whole number in [0, 2**63), or an integer"
             " tensor without dimensions" + ("" if n is None else f", or one of {n}, for the stack")
         )
+    if examples is not None and not problems:
+        n = number_of_examples(examples, adapter_ids, inputs["input_ids"])
     if not problems and (adapter_ids is not None or n is not None):
         problems = _adapter_id_problems(adapter, base, spec, n, adapter_ids, inputs, seed)
     raise_problems(ValueError, f"{function} cannot use these arguments:", problems)

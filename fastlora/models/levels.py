@@ -103,14 +103,14 @@ def mlp_chunks(config: LlamaConfig, layer: int, level: str, tokens: int, *, whol
     time. On long sequences they are most of the memory per token.
 
     It is 1 where tokens do not go through the MLP independently: experts sort them, and dropout
-    masks and the adapters of a stack depend on a token's row number.
+    masks, the adapters of a stack and per-example gradients depend on a token's row number.
 
     Args:
         config: the model's shape.
         layer: number of the layer.
         level: its level.
         tokens: in the batch.
-        whole: whether LoRA dropout is on, or the adapter is a stack.
+        whole: whether LoRA dropout is on, the adapter is a stack, or gradients are per example.
     """
     if level in ("none", "selective") or whole or config.sparse_layers[layer]:
         return 1

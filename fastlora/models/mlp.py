@@ -34,10 +34,23 @@ def mlp_block(
     *,
     wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
-    """x + SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up).
+    """x + mlp_output(x, ...)."""
+    return x + mlp_output(x, params, adapter, spec, key, wait=wait)
 
-    In a sparse layer: x + the weighted sum of the SwiGLUs of each token's experts. `wait` is that
-    of `expert_mlp`.
+
+def mlp_output(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, "..."] | None,
+    *,
+    wait: bool = True,
+) -> Float[Tensor, "b t d"]:
+    """SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up).
+
+    In a sparse layer: the weighted sum of the SwiGLUs of each token's experts. `wait` is that of
+    `expert_mlp`.
     """
     normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
     if "experts" in params:
@@ -48,11 +61,11 @@ def mlp_block(
         k, scalings = spec.num_experts_per_tok, dict(spec.scalings)
         experts = params["experts"]
         renormalise = spec.norm_topk_prob
-        return x + expert_mlp(normed, logits, experts, adapter, scalings, k, renormalise, wait=wait)
+        return expert_mlp(normed, logits, experts, adapter, scalings, k, renormalise, wait=wait)
     if _can_fuse_swiglu(params, adapter, spec, x.dtype, key):
-        return x + _fused_mlp(normed, params, adapter, spec, key)
+        return _fused_mlp(normed, params, adapter, spec, key)
     gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
-    return x + project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]
+    return project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]
 
 
 def _can_fuse_swiglu(

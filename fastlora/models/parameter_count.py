@@ -28,6 +28,15 @@ def count_parameters(model: ModelState) -> tuple[int, int]:
     return trainable, trainable - in_place + sum(numel(x) for x in tensors)
 
 
+def parameter_line(model: ModelState) -> str:
+    """PEFT's line: trainable parameters, all parameters, and their ratio."""
+    trainable, total = count_parameters(model)
+    return (
+        f"trainable params: {trainable:,d} || all params: {total:,d} || "
+        f"trainable%: {100 * trainable / total:.4f}"
+    )
+
+
 def _is_trained_bias(name: str, lora: LoraConfig | None) -> bool:
     """Whether a copy comes from the argument `bias` and not from modules_to_save."""
     module, _, leaf = name.rpartition(".")

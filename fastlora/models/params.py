@@ -27,6 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastlora.ops.linear.group_gradients import Sink
 from fastlora.ops.linear.group_products import Groups
 from fastlora.ops.quant.weights import Quantized, Weight
 from fastlora.runtime.layer_fetching import described
@@ -108,9 +109,21 @@ class StackedLoRA(NamedTuple):
     groups: Groups  # which rows of the batch use which adapter
 
 
+class ExampleLoRA(NamedTuple):
+    """A LoRA, or that of all experts, whose gradient is computed for each example, while a layer
+    runs (examples.py). The matrices require no gradient; the sinks' tensors do.
+    """
+
+    a: Float[Tensor, "*e r d_in"]
+    b: Float[Tensor, "*e d_out r"]
+    sink_a: Sink
+    sink_b: Sink
+    groups: Groups  # which rows of the batch belong to which example
+
+
 # How one projection is adapted. Matrices are cast to the activations' dtype before they multiply;
 # bias and magnitude stay float32.
-AdapterRecord = LoRA | BiasedLoRA | DoRA | PreparedDoRA | ExpertLoRA | StackedLoRA
+AdapterRecord = LoRA | BiasedLoRA | DoRA | PreparedDoRA | ExpertLoRA | StackedLoRA | ExampleLoRA
 
 
 class Linear(TypedDict):

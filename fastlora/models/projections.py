@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.examples import example_project
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.params import (
@@ -14,6 +15,7 @@ from fastlora.models.params import (
     AdapterRecord,
     BiasedLoRA,
     DoRA,
+    ExampleLoRA,
     LayerAdapter,
     LayerParams,
     Linear,
@@ -105,8 +107,8 @@ def project(
         key: of the layer's dropout masks, or of each row's under a stack of adapters; None:
             without dropout.
     """
-    if any(isinstance(adapter.get(name), StackedLoRA) for name in names):
-        return _project_stack(x, names, params, adapter, spec, key)
+    if any(isinstance(adapter.get(name), StackedLoRA | ExampleLoRA) for name in names):
+        return _project_by_group(x, names, params, adapter, spec, key)
     scalings = dict(spec.scalings)
     # Fake quantisation rounds W + s B A, so the sum of the matrices must be computed. Otherwise we
     # add the products of x with W and with A and B, which costs less.
@@ -125,18 +127,22 @@ def project(
     ]
 
 
-def _project_stack(
+def _project_by_group(
     x: Float[Tensor, "b t d_in"],
     names: tuple[str, ...],
     params: LayerParams,
     adapter: LayerAdapter,
     spec: LayerSpec,
-    key: Int[Tensor, "b"] | None,
+    key: Int[Tensor, "..."] | None,
 ) -> list[Float[Tensor, "b t d_out"]]:
-    linears, records = [params[n] for n in names], [adapter.get(n) for n in names]
-    salts = [_DROPOUT_SALT[name] for name in names]
+    """`project` of a stack of adapters, or with a gradient for each example."""
+    parts = _projection_parts(names, params, adapter, dict(spec.scalings))
+    linears, records, scalings = zip(*parts, strict=True)
+    salts, p = [_DROPOUT_SALT[name] for name in names], spec.lora_dropout
+    if any(isinstance(record, ExampleLoRA) for record in records):
+        return example_project(x, linears, records, scalings, salts, p, key)
     fused_weight = params.get("qkv") if names == QKV else None
-    return stacked_project(x, linears, records, salts, spec.lora_dropout, key, fused_weight)
+    return stacked_project(x, linears, records, salts, p, key, fused_weight)
 
 
 def group_arguments(

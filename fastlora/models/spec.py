@@ -1,12 +1,16 @@
 """Spec: everything about a model that is not a tensor. Frozen and hashable."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
+
+from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
-from fastlora.ops.dispatch import Kernels
-from fastlora.runtime.compiled import Compile
+from fastlora.ops.dispatch import Kernels, kernels_run, transforms_active
+from fastlora.runtime.compiled import Compile, compiles
+from fastlora.runtime.devices import device_problem
 
 Recompute = Literal["none", "selective", "full", "offload"] | float
 
@@ -93,6 +97,29 @@ class Spec:
     # Of a stack whose adapters have different scalings: for each layer pairs of (projection, each
     # adapter's scaling divided by that in `lora.targets`). Empty if the scalings are equal.
     stack_factors: tuple[tuple[tuple[str, tuple[float, ...]], ...], ...] = ()
+
+    def resolved(self, device: torch.device | str) -> "Spec":
+        """This spec with the settings that a call on `device` would run with, here and now.
+
+        "auto" becomes True or False (`compile`) and "triton" or "torch" (`kernels`). Under a
+        torch.func transform (grad, vmap, jvp, linearize, ...) or a level of forward_ad, and inside
+        the caller's own torch.compile, the answer differs from that outside: call this inside of
+        the function that is transformed. There `compile` is False and `kernels` "torch"; under a
+        transform `recompute` is "none", since every activation is kept. The results are the same up
+        to rounding.
+
+        Raises:
+            ValueError: `device` is not a device, or `kernels` is "triton" and it runs no kernels.
+        """
+        problem = device_problem(device)
+        raise_problems(ValueError, "Spec.resolved cannot do this:", [problem] if problem else [])
+        transformed, device = transforms_active(), torch.device(device)
+        return replace(
+            self,
+            recompute="none" if transformed else self.recompute,
+            compile=compiles(self.compile, device) and not transformed,
+            kernels="triton" if kernels_run(device, self.kernels) else "torch",
+        )
 
     @property
     def extras(self) -> Extras:

@@ -22,10 +22,10 @@ from fastlora.models.state import ModelState, require_adapter
 def stack(models: Sequence[ModelState]) -> tuple[Adapter, Spec]:
     """(one adapter tree whose leaves are [n, ...], the spec to run it with).
 
-    The tensors are copies. Ranks are filled up with zeros, and a projection that only other models
-    adapt gets zeros. These zeros stay exactly zero in training: the gradient of a padded row of A
-    is a product with the padded column of B, which is zero, and the other way round. Scalings may
-    differ: the spec carries those of each model.
+    The tensors are copies, through which gradients flow. Ranks are filled up with zeros, and a
+    projection that only other models adapt gets zeros. These zeros stay exactly zero in training:
+    the gradient of a padded row of A is a product with the padded column of B, which is zero, and
+    the other way round. Scalings may differ: the spec carries those of each model.
 
     Args:
         models: models with LoRA in the decoder layers over the same base tensors. Their specs are
@@ -37,7 +37,7 @@ def stack(models: Sequence[ModelState]) -> tuple[Adapter, Spec]:
             heads or other tensors, trained rows, fake quantisation or an initial offset. Lists all
             problems.
     """
-    raise_problems(ValueError, "these models cannot be stacked:", _problems(models))
+    raise_problems(ValueError, "these models cannot be stacked:", stack_problems(models))
     parts = [require_adapter(model) for model in models]
     leaves = [x for _, tree in parts for x in tree_leaves(tree)]
     dtype = reduce(torch.promote_types, (x.dtype for x in leaves))
@@ -61,7 +61,7 @@ def stack(models: Sequence[ModelState]) -> tuple[Adapter, Spec]:
 def unstack(stack: Adapter, models: Sequence[ModelState]) -> list[Adapter]:
     """The adapters of a stack, each with the ranks, targets and dtypes of its model.
 
-    The tensors are copies, so that the stack's memory can be freed.
+    The tensors are copies, so that the stack's memory can be freed. Gradients flow through them.
 
     Args:
         stack: the first result of `stack`, or a tree of the same shapes, such as gradients.
@@ -89,10 +89,7 @@ def _unstacked(stack: Adapter, i: int, model: ModelState) -> Adapter:
         for name, old in mine.items():
             r, record = old.a.shape[-2], layer[name]
             a, b = record.a[i].narrow(-2, 0, r), record.b[i].narrow(-1, 0, r)
-            a, b = (
-                x.detach().to(old.a.dtype).clone(memory_format=torch.contiguous_format)
-                for x in (a, b)
-            )
+            a, b = (x.to(old.a.dtype).clone(memory_format=torch.contiguous_format) for x in (a, b))
             own[name] = old._replace(a=a, b=b)
         layers.append(own)
     return Adapter(layers=tuple(layers))
@@ -107,8 +104,8 @@ def _stacked(records: Sequence[Any], dtype: torch.dtype) -> LoRA | ExpertLoRA:
         absent = record is None
         record = first if absent else record
         more = r - record.a.shape[-2]
-        a = F.pad(record.a.detach().to(dtype), (0, 0, 0, more))
-        b = F.pad(record.b.detach().to(dtype), (0, more))
+        a = F.pad(record.a.to(dtype), (0, 0, 0, more))
+        b = F.pad(record.b.to(dtype), (0, more))
         return (torch.zeros_like(a), torch.zeros_like(b)) if absent else (a, b)
 
     a, b = zip(*map(padded, records), strict=True)
@@ -130,7 +127,8 @@ def _target(own: Sequence[Target | None]) -> tuple[Target, tuple[float, ...] | N
 # ── models that cannot be stacked ─────────────────────────────────────────────────────────
 
 
-def _problems(models: Sequence[ModelState]) -> list[str]:
+def stack_problems(models: Sequence[ModelState]) -> list[str]:
+    """A line for each reason why `stack` refuses these models."""
     if problems := _list_problems(models):
         return problems
     problems = [f"model {i} {reason}" for i, m in enumerate(models) for reason in _alone(m)]

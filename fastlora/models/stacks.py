@@ -45,6 +45,9 @@ class StackRows(NamedTuple):
     adapter: Int[Tensor, "b"] | None
     number: Int[Tensor, "b"]
     number_in_group: Int[Tensor, "b"] | None
+    # Tokens in a row of each adapter's own batch, if rows are padded to those of other adapters;
+    # None: the rows have the length that they have there.
+    widths: Int[Tensor, "n"] | None = None
 
     def sort(self, x: Tensor) -> Tensor:
         """Rows of the batch in sorted order. A tensor of one row is shared by all of them."""
@@ -118,7 +121,7 @@ def stack_rows(
     if adapter_ids.dim() == 2:
         flat = adapter_ids.to(device).flatten()
         order = flat.argsort(stable=True)
-        groups = Groups(_ends(flat[order], n), order)
+        groups = Groups(group_ends(flat[order], n), order)
         return StackRows(groups, None, None, number, None)
     readable = adapter_ids.device.type == "cpu" and not torch.compiler.is_compiling()
     ids = sorted(adapter_ids.tolist()) if readable else []
@@ -126,14 +129,14 @@ def stack_rows(
     adapter_ids = adapter_ids.to(device)
     order = adapter_ids.argsort(stable=True)
     adapter = adapter_ids[order]
-    ends = _ends(adapter, n)
+    ends = group_ends(adapter, n)
     first = torch.cat([ends.new_zeros(1), ends[:-1]]).long()[adapter.clamp(0, n - 1)]
     groups = Groups() if equal else Groups(ends * t)
     is_sorted = readable and adapter_ids.tolist() == ids
     return StackRows(groups, None if is_sorted else order, adapter, order, number - first)
 
 
-def _ends(ids: Int[Tensor, "m"], n: int) -> Tensor:
+def group_ends(ids: Int[Tensor, "m"], n: int) -> Tensor:
     """The end of each group of sorted ids, int32. The last is m, so that no row is left out."""
     ends = (ids[:, None] <= torch.arange(n, device=ids.device)).sum(0).to(torch.int32)
     return torch.cat([ends[:-1], ends.new_full((1,), ids.shape[0])])
@@ -155,7 +158,8 @@ def row_keys(
     if key.dim() == 0:
         return key.expand(rows.number.shape), rows.number * t
     assert rows.adapter is not None and rows.number_in_group is not None
-    return key[rows.adapter], rows.number_in_group * t
+    width = t if rows.widths is None else rows.widths[rows.adapter]
+    return key[rows.adapter], rows.number_in_group * width
 
 
 # ── layers ────────────────────────────────────────────────────────────────────────────────

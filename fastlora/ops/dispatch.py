@@ -29,6 +29,24 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def refuse_transforms(function: str) -> None:
+    """Refuse a verb that works on models, files or data inside of a transformed function.
+
+    Such verbs read values, draw random numbers or write in place. Under a transform they would give
+    gradients of zero (`merge`), constants that change from call to call (`lora` under linearize),
+    or errors of torch that name neither cause nor cure.
+
+    Raises:
+        RuntimeError: a torch.func transform is active.
+    """
+    if transforms_active():
+        raise RuntimeError(
+            f"{function} cannot run inside a torch.func transform (grad, vmap, jvp, linearize, ...)"
+            " or a level of forward_ad; call it outside, and transform functions of"
+            " fastlora.functional, fastlora.losses or fastlora.research."
+        )
+
+
 def needs_reference(*frozen: Tensor | None) -> bool:
     """Whether an op must run as its differentiable reference.
 
@@ -69,18 +87,23 @@ def kernel_problem(device: torch.device) -> str | None:
 
 
 def use_kernel(x: Tensor, kernels: Kernels) -> bool:
-    """Whether an op should launch its Triton kernel for x instead of plain torch code.
+    """Whether an op should launch its Triton kernel for x; see `kernels_run`."""
+    return kernels_run(x.device, kernels)
+
+
+def kernels_run(device: torch.device, kernels: Kernels) -> bool:
+    """Whether ops launch their Triton kernels on a device, or run plain torch code.
 
     "auto" means yes on CUDA; "triton" means yes on the CPU too (in Triton's interpreter). The
     answer is always no under a transform (see `transforms_active`) and inside the caller's own
     torch.compile, where Inductor generates the kernels.
 
     Raises:
-        ValueError: if `kernels` is "triton" and no kernel can run on x's device.
+        ValueError: if `kernels` is "triton" and no kernel can run on the device.
     """
     if kernels == "torch" or transforms_active() or torch.compiler.is_compiling():
         return False
-    problem = kernel_problem(x.device)
+    problem = kernel_problem(device)
     if kernels == "triton" and problem:
         raise ValueError(problem)
-    return problem is None and (kernels == "triton" or x.is_cuda)
+    return problem is None and (kernels == "triton" or device.type == "cuda")

@@ -107,12 +107,12 @@ def _random_bits(
 
 
 def uniform(
-    key: Int[Tensor, ""],
+    key: Int[Tensor, "*b"],
     rows: int,
     columns: int,
     device: torch.device,
-    first_row: Int[Tensor, ""] | None = None,
-) -> Float[Tensor, "rows columns"]:
+    first_row: Int[Tensor, "*b"] | None = None,
+) -> Float[Tensor, "*b rows columns"]:
     """float32 numbers, uniform in [-1, 1]; the arguments are those of `keep_mask`."""
     return _random_bits(key, rows, columns, device, first_row).float() * 2.0**-31
 

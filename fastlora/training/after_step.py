@@ -20,6 +20,7 @@ def evaluate_and_save(
     identity: Mapping[str, Any],
     folder: Path | None,
     best: Best,
+    eval_loss: float | None = None,
 ) -> bool:
     """Evaluate, write samples and save after the last step of `records`, if they are due.
 
@@ -30,6 +31,7 @@ def evaluate_and_save(
         identity: of the run, for checkpoints.
         folder: output_dir, or None.
         best: gets a copy of the adapter with the lowest eval_loss.
+        eval_loss: of this step, if it is known; None: it is computed if it is due.
 
     Returns:
         Whether the run ends with this step.
@@ -40,9 +42,11 @@ def evaluate_and_save(
     """
     s, step = run.settings, len(records)
     ends = step == run.steps
-    due = ends or _is_due(step, s.eval_every)
+    due = evaluation_is_due(run, step)
     if run.eval_sequences and due:
-        records[-1]["eval_loss"] = evaluate(run, learner.model, step)
+        if eval_loss is None:
+            eval_loss = evaluate(run, learner.model, step)
+        records[-1]["eval_loss"] = eval_loss
         ends = ends or stops_early(records, s.early_stopping)
     if run.samples is not None and due:
         records[-1]["samples"] = run.samples(learner.model)
@@ -55,6 +59,11 @@ def evaluate_and_save(
         save_checkpoint(folder / f"checkpoint-{step}", learner, identity, records)
         remove_superseded(folder, records, s)
     return ends
+
+
+def evaluation_is_due(run: Run, step: int) -> bool:
+    """Whether eval_data is evaluated, and samples are written, after a step."""
+    return step == run.steps or _is_due(step, run.settings.eval_every)
 
 
 def _is_due(step: int, every: int | None) -> bool:

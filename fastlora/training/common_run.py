@@ -9,6 +9,7 @@ from typing import Any
 
 from fastlora.distributed.data_parallel import Group, joined
 from fastlora.distributed.dealing import split_for
+from fastlora.distributed.process_group import are_several
 from fastlora.distributed.ranks import Ranks
 from fastlora.errors import CheckpointError
 from fastlora.models.spec import Spec
@@ -26,6 +27,15 @@ from fastlora.training.signals import StopRequest
 def joined_ranks(model: ModelState) -> AbstractContextManager[Ranks]:
     """The ranks that train this model with this process, for a `with` block."""
     return joined(model.base["norm"].device, lockstep=is_collective(model.base))
+
+
+def refuse_ranks(what: str) -> None:
+    """Raise a ValueError if this process is one of several ranks."""
+    if are_several():
+        raise ValueError(
+            f"{what} on several ranks is not supported; start one process, or train the models one"
+            " after the other"
+        )
 
 
 def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> Run:
@@ -49,6 +59,8 @@ def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> R
             "sample_prompts: texts are not generated over a base that is sharded over ranks;"
             " leave them out, or load the model with shard=None"
         )
+    if ranks.several and s.clip_per_example is not None:
+        raise ValueError("clip_per_example: private runs train on one rank; start one process")
     rows, before = s.batch_size * ranks.count, _rows_before(checkpoint)
     # A process alone takes over what several ranks began, but not a run with another batch_size.
     if before is not None and before[0] % s.batch_size == 0 and (ranks.several or before[1] > 1):
@@ -146,7 +158,13 @@ def stop_together(ranks: Ranks, stop: StopRequest) -> None:
     raise stop.error()
 
 
-def end_together(ranks: Ranks, model: ModelState) -> None:
-    """Wait until the first rank has written its files, and compare the trained adapters."""
+def end_together(ranks: Ranks, model: ModelState, stop: StopRequest) -> None:
+    """Wait until the first rank has written its files, and compare the trained adapters.
+
+    Raises:
+        TrainingStopped: a signal arrived during the last step or save; the run has finished.
+    """
     if ranks.several:
         ranks.agree({"adapter": hash_adapter(model)}, "the finished run")
+    if stop.signal is not None:
+        raise stop.error()

@@ -5,9 +5,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fastlora.arguments import Rule, describe, number, setting, setting_problems, whole_number
+from fastlora.arguments import (
+    Rule,
+    check_arguments,
+    describe,
+    number,
+    optional,
+    setting,
+    setting_problems,
+    whole_number,
+)
 from fastlora.errors import raise_problems
 from fastlora.training.logging.figures import draw
+from fastlora.training.noise_scale import noise_scale
+from fastlora.training.privacy import spent_epsilon
 
 Record = dict[str, Any]  # the figures of one step, with which `log` is called
 
@@ -17,17 +28,26 @@ _RECORD_RULES: dict[str, Rule] = {
     "step": whole_number(1, 2**63),
     "loss": number(),
     "learning_rate": number(low=0),
-    "tokens": whole_number(1, 2**63),
+    "tokens": whole_number(0, 2**63),  # 0: a step of a private run that drew no row
     "seconds": number(low=0),
     "grad_norm": number(low=0),
 }
 _EVAL_LOSS = number()
 
 
-def _column(rule: Rule) -> Any:
+# What the records of some runs hold too -> the field of History.
+_MORE = {
+    "gradient_signal": "gradient_signals",
+    "gradient_noise": "gradient_noises",
+    "sampling_rate": "sampling_rates",
+    "noise_multiplier": "noise_multipliers",
+}
+
+
+def _column(rule: Rule, *default: tuple) -> Any:
     """A dataclass field: a tuple whose items all follow a rule."""
     accepts = lambda x: isinstance(x, tuple) and all(map(rule.accepts, x))
-    return setting(Rule(accepts, f"a tuple whose items are each {rule.expected}"))
+    return setting(Rule(accepts, f"a tuple whose items are each {rule.expected}"), *default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +74,15 @@ class History:
     """The steps after which eval_data was evaluated."""
     eval_losses: tuple[float, ...] = _column(_EVAL_LOSS)
     """Mean of -log p over all trained tokens of eval_data, without dropout."""
+    gradient_signals: tuple[float, ...] = _column(number(), ())
+    """Estimate of the squared norm of the true gradient, of each step with several micro-batches;
+    see `noise_scale`."""
+    gradient_noises: tuple[float, ...] = _column(number(), ())
+    """Estimate of the trace of the covariance of one token's gradient, of the same steps."""
+    sampling_rates: tuple[float, ...] = _column(number(low=0), ())
+    """Of a private run: the probability of a row in each step; see `epsilon`."""
+    noise_multipliers: tuple[float, ...] = _column(number(low=0), ())
+    """Of a private run: noise_multiplier of each step."""
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -81,7 +110,50 @@ class History:
             grad_norms=column("grad_norm"),
             eval_steps=tuple(record["step"] for record in evaluated),
             eval_losses=tuple(record["eval_loss"] for record in evaluated),
+            **{
+                column: tuple(record[name] for record in records if name in record)
+                for name, column in _MORE.items()
+            },
         )
+
+    def noise_scale(self, last: int | None = None) -> float:
+        """The simple noise scale in tokens (McCandlish et al. 2018, arXiv:1812.06162), or for
+        another loss in its items: batches much smaller than it are dominated by noise, and larger
+        ones hardly take better steps. NaN if no step had several micro-batches
+        (gradient_accumulation_steps=2 with half the batch_size takes the same steps), for private
+        runs, and for several runs in one pass.
+
+        Args:
+            last: of this many steps; None: of all. It grows during training.
+
+        Raises:
+            ValueError: `last` is not a positive whole number.
+        """
+        given = dict(last=(last, optional(whole_number(1))))
+        check_arguments("History.noise_scale", **given)
+        first = 0 if last is None else -last
+        signals, noises = self.gradient_signals[first:], self.gradient_noises[first:]
+        return noise_scale(signals, noises) if signals else float("nan")
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon of the (epsilon, delta)-differential privacy of the trained adapter, after a run
+        with clip_per_example and noise_multiplier, for a row of the data that is added or removed.
+        It is infinite without noise. This history itself, with its losses, is not private.
+
+        Args:
+            delta: in (0, 1), less than 1 / the number of rows.
+
+        Raises:
+            ValueError: `delta` is no such number, or the run was not private.
+            ModuleNotFoundError: dp-accounting is not installed (extra `privacy`).
+        """
+        between = Rule(lambda x: number(above=0, high=1).accepts(x) and x < 1, "a number in (0, 1)")
+        check_arguments("History.epsilon", delta=(delta, between))
+        if not self.steps or len(self.sampling_rates) != len(self.steps):
+            raise ValueError(
+                "this run was not private; pass train clip_per_example and noise_multiplier"
+            )
+        return spent_epsilon(self.sampling_rates, self.noise_multipliers, delta)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Write a picture of the loss, the learning rate, the throughput and the gradient's norm.

@@ -21,6 +21,8 @@ from fastlora.runtime.gradients import value_and_grad
 from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
 from fastlora.training.parameter_groups import rate_ratios
+from fastlora.training.private_checks import warn_of_noise
+from fastlora.training.private_step import row_means
 from fastlora.training.settings import Settings
 
 
@@ -31,7 +33,8 @@ class Learner(Generic[StateT]):
     model: StateT
     leaves: dict[str, Tensor]  # PEFT's tensor name -> leaf of the model's adapter
     optimizer: torch.optim.Optimizer
-    loss_and_grad: Callable[..., tuple[Tensor, Adapter]]  # micro_batch_loss and its gradient
+    # micro_batch_loss and its gradient; of a private run, row_means and its gradient by example.
+    loss_and_grad: Callable[..., tuple[Tensor, Adapter]]
     neftune_alpha: float | None = None
 
     @property
@@ -57,7 +60,10 @@ def make_learner(
     )
     device = model.base["norm"].device.type
     cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(model.spec, device, settings)
-    if objective is None:
+    if settings.clip_per_example is not None:
+        warn_of_noise(settings, model)
+        loss_and_grad = value_and_grad(row_means, per_example=True)
+    elif objective is None:
         loss_and_grad = value_and_grad(micro_batch_loss, cuda_graph=cuda_graph)
     else:
         loss_and_grad = value_and_grad(partial(micro_batch_loss, objective=objective))

@@ -20,14 +20,12 @@ from tqdm import tqdm
 
 from fastlora.arguments import settings_from
 from fastlora.data.sources import Data
-from fastlora.errors import CheckpointError
 from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
-from fastlora.models.state import StateT
+from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
-from fastlora.training.checkpoint import restore_checkpoint
 from fastlora.training.common_run import (
     agree_before_training,
     end_together,
@@ -38,7 +36,7 @@ from fastlora.training.common_run import (
     stop_together,
 )
 from fastlora.training.custom_optimizer import OptimizerFactory
-from fastlora.training.finished import finish_folder, tokenizer_bytes
+from fastlora.training.finished import check_run_space, finish_folder
 from fastlora.training.history import History, Record
 from fastlora.training.identity import hash_adapter, run_identity
 from fastlora.training.keeping import Best, stops_early
@@ -46,12 +44,12 @@ from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
 from fastlora.training.logging.open import Log, open_log
+from fastlora.training.many.arguments import Ending, are_several
+from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
-    add_way_on,
-    check_space,
     checkpoint_to_resume,
     refuse_to_overwrite,
-    run_bytes,
+    start_from,
 )
 from fastlora.training.positions import (
     encoded_rows,
@@ -69,26 +67,32 @@ from fastlora.training.settings import Settings, check_train_arguments
 from fastlora.training.signals import StopRequest
 from fastlora.training.step import optimizer_step
 
+# Arguments of one run; with a list of models, a list has one each.
+Folder = str | os.PathLike[str] | None
+Rates = Mapping[str, float] | None
+Options = Mapping[str, Any] | None
+Resume = bool | str | os.PathLike[str]
+
 
 def train(
-    model: StateT,
+    model: ModelState | Sequence[ModelState],
     tokenizer: Tokenizer | None,
     data: Data,
     *,
     eval_data: Data | None = None,
-    output_dir: str | os.PathLike[str] | None = None,
-    max_steps: int | None = None,
-    num_epochs: float = 1,
+    output_dir: Folder | Sequence[Folder] = None,
+    max_steps: int | Sequence[int | None] | None = None,
+    num_epochs: float | Sequence[float] = 1,
     batch_size: int = 8,
     gradient_accumulation_steps: int = 1,
-    learning_rate: float = 2e-4,
-    learning_rates: Mapping[str, float] | None = None,
-    lr_scheduler: str | Schedule = "cosine",
-    lr_scheduler_kwargs: Mapping[str, Any] | None = None,
-    warmup_ratio: float = 0.03,
-    weight_decay: float = 0.0,
-    max_grad_norm: float | None = 1.0,
-    optimizer: str | OptimizerFactory = "adamw",
+    learning_rate: float | Sequence[float] = 2e-4,
+    learning_rates: Rates | Sequence[Rates] = None,
+    lr_scheduler: str | Schedule | Sequence[str | Schedule] = "cosine",
+    lr_scheduler_kwargs: Options | Sequence[Options] = None,
+    warmup_ratio: float | Sequence[float] = 0.03,
+    weight_decay: float | Sequence[float] = 0.0,
+    max_grad_norm: float | Sequence[float | None] | None = 1.0,
+    optimizer: str | OptimizerFactory | Sequence[str | OptimizerFactory] = "adamw",
     neftune_alpha: float | None = None,
     loss: str | Objective | Callable[..., Any] = "sft",
     packing: bool = True,
@@ -97,19 +101,24 @@ def train(
     on_bad_row: str = "error",
     columns: Mapping[str, str] | None = None,
     template_kwargs: Mapping[str, Any] | None = None,
-    eval_every: int | None = None,
+    eval_every: int | Sequence[int | None] | None = None,
     sample_prompts: Sequence[Prompt] | None = None,
     sample_tokens: int = 64,
-    save_every: int | None = None,
-    keep: int | None = None,
-    keep_best: bool = False,
-    early_stopping: int | None = None,
-    resume: bool | str | os.PathLike[str] = False,
-    seed: int = 3407,
+    save_every: int | Sequence[int | None] | None = None,
+    keep: int | Sequence[int | None] | None = None,
+    keep_best: bool | Sequence[bool] = False,
+    early_stopping: int | Ending | Sequence[int | None] | None = None,
+    clip_per_example: float | None = None,
+    noise_multiplier: float | None = None,
+    resume: Resume | Sequence[Resume] = False,
+    seed: int | Sequence[int] = 3407,
     log: Log | None = None,
     progress: bool = True,
-) -> tuple[StateT, History]:
+) -> tuple[Any, Any]:
     """The model with a trained adapter, and the history. The given model's tensors are not changed.
+
+    A list of models over one base is trained in one pass, a run each; the result is then a list of
+    models and a list of histories. See "Several runs" below.
 
     The loss of a step is the mean over the trained tokens of all its micro-batches together, so the
     result depends on batch_size x gradient_accumulation_steps and not on how it is split. The mean
@@ -203,6 +212,12 @@ def train(
         keep_best: return and save the adapter after the step with the lowest loss of eval_data, not
             that after the last step. The checkpoint of that step is saved, and `keep` spares it.
         early_stopping: end the run after this many evaluations without a lower loss than before.
+        clip_per_example: DP-SGD (Abadi et al. 2016): each row's gradient is scaled down to this
+            norm, if it is larger. A step draws each row with probability batch_size x
+            gradient_accumulation_steps / rows; batch_size rows are in memory, with a gradient each.
+            Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
+        noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
+            noise depends on `seed`, which must stay secret.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
@@ -218,6 +233,16 @@ def train(
         progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
             left, and on CUDA the share of the card's peak and the memory.
 
+    Several runs:
+        `model` is a list of n models with LoRA in the layers, over the same base tensors; ranks,
+        alphas and targets may differ. data, eval_data, output_dir, resume, seed and all settings of
+        optimizer, rate, length, evaluation and saving may be lists of n values, one for each run.
+        A list of sources is one for each run; a list of rows is for all. One output_dir gets the
+        subfolders run-0, run-1, ... Each run equals a single one up to rounding, and has the same
+        files. Functions in `log` get each run's records, with its number under "run".
+        early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
+        the FloatingPointError is raised after the others' end. See training/many/README.md.
+
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
             setting in which a resumed run differs from its checkpoint.
@@ -231,26 +256,21 @@ def train(
         SystemExit: SIGINT or SIGTERM ended the run; see above.
     """
     # Must come first: locals() may hold nothing but the arguments.
-    settings = settings_from(Settings, locals())
-    check_train_arguments(
-        settings,
-        model=model,
-        tokenizer=tokenizer,
-        data=data,
-        eval_data=eval_data,
-        output_dir=output_dir,
-        resume=resume,
-        log=log,
-        progress=progress,
-    )
-    assert tokenizer is not None
-    folder = None if output_dir is None else Path(output_dir)
+    given = dict(locals())
+    if are_several(model):
+        return train_runs(given)
+    settings = settings_from(Settings, given)
+    beside = ("model", "tokenizer", "data", "eval_data", "output_dir", "resume", "log", "progress")
+    check_train_arguments(settings, **{name: given[name] for name in beside})
+    assert tokenizer is not None and isinstance(model, ModelState)
+    folder = None if given["output_dir"] is None else Path(given["output_dir"])
 
     with ExitStack() as after:
         ranks = after.enter_context(joined_ranks(model))
         # Every rank reads checkpoints; the first one writes, and shows the bar.
-        found, folder = folder, folder if ranks.is_first else None
-        progress = progress and ranks.is_first
+        found, folder, progress = (
+            (folder, folder, progress) if ranks.is_first else (folder, None, False)
+        )
         after.enter_context(output_lock(folder))
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
@@ -259,16 +279,16 @@ def train(
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)
         learner = make_learner(model, settings, objective)
-        checkpoint = checkpoint_to_resume(resume, found)
+        checkpoint = checkpoint_to_resume(given["resume"], found)
         run = shared_run(run, ranks, learner.spec, checkpoint)
         # Training changes none of it, so it is computed once for all checkpoints.
         saves = found is not None or checkpoint is not None
         identity = run_identity(run, learner.model) if saves or ranks.several else {}
         initial = hash_adapter(learner.model) if saves else ""
         agree_before_training(run, learner.model, identity, checkpoint)
-        learner, records = _start(checkpoint, learner, identity, run.steps)
+        learner, records = start_from(checkpoint, learner, identity, run.steps)
         refuse_to_overwrite(folder, len(records), checkpoint, identity)
-        _check_space(folder, run, learner, len(records), tokenizer)
+        check_run_space(folder, run, learner, len(records), tokenizer)
         report_rows(run, folder, ranks.is_first)
         describe_run = partial(
             run_record, run, data=data, eval_data=eval_data, identity=identity, initial=initial
@@ -284,32 +304,8 @@ def train(
             if folder is not None:
                 end = describe_run(model=trained, records=records, ended=True)
                 finish_folder(folder, trained, tokenizer, identity, records, end)
-            end_together(ranks, trained)
-            # A signal during the last step or save: the run has finished.
-            if stop.signal is not None:
-                raise stop.error()
+            end_together(ranks, trained, stop)
     return trained, History.of(records)
-
-
-def _check_space(
-    folder: Path | None, run: Run, learner: Learner, done: int, tokenizer: Tokenizer
-) -> None:
-    """Raise an OSError if the disk of the folder is too full for the rest of the run."""
-    if folder is not None:
-        needed = run_bytes(learner, run.settings, done, run.steps) + tokenizer_bytes(tokenizer)
-        check_space(folder, needed, "the run, with all its checkpoints,")
-
-
-def _start(
-    checkpoint: Path | None, learner: Learner[StateT], identity: Mapping[str, Any], steps: int
-) -> tuple[Learner[StateT], list[Record]]:
-    """The learner before the first step that is to be run, and the records of the steps before."""
-    if checkpoint is None:
-        return learner, []
-    try:
-        return restore_checkpoint(checkpoint, learner, identity, steps)
-    except CheckpointError as error:
-        raise add_way_on(error, checkpoint) from error
 
 
 def _run_steps(

@@ -69,7 +69,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
         if settings["keep_best"]:
             facts["weights"] = f"those after step {result['best_step']:,} (keep_best=True)"
     names = ("learning_rate", "learning_rates", "lr_scheduler", "warmup_ratio", "weight_decay")
-    names += ("max_grad_norm", "optimizer", "neftune_alpha", "packing", "train_on", "seed")
+    names += ("max_grad_norm", "optimizer", "neftune_alpha", "clip_per_example")
+    names += ("noise_multiplier", "packing", "train_on", "seed")
     given = [f"{n}={settings[n]!r}" for n in names if settings.get(n) is not None]
     facts["settings"] = f"`{', '.join(given)}`"
     facts["base dtype"] = record["model"]["dtype"]

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.quant.bitsandbytes import bitsandbytes
@@ -123,25 +124,48 @@ def update(
     Returns:
         The loss and the norm.
     """
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate * group.get(_RATIO, 1.0)
-    figures = torch.stack([loss.double(), norm.double()])
-    count_update(optimizer)
-    # Optimizers other than AdamW may not read `found_inf`.
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults.get("fused"):
+    ((value, size),) = updates([optimizer], [learning_rate], loss[None], norm[None])
+    return value, size
+
+
+def updates(
+    optimizers: Sequence[torch.optim.Optimizer],
+    learning_rates: Sequence[float],
+    losses: Float[Tensor, "n"],
+    norms: Float[Tensor, "n"],
+) -> list[tuple[float, float]]:
+    """`update` for each of n optimizers, with its own loss and norm.
+
+    Waits for the device once for all of them.
+    """
+    figures = torch.stack([losses.double(), norms.double()], 1)
+    skipped = (~figures.isfinite().all(1)).float().unbind()
+    for optimizer, rate, skip in zip(optimizers, learning_rates, skipped, strict=True):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group.get(_RATIO, 1.0)
+        count_update(optimizer)
         # The kernel reads `found_inf` on the device, so the host need not wait before the update.
-        fused: Any = optimizer
-        fused.grad_scale, fused.found_inf = None, (~figures.isfinite().all()).float()
-        optimizer.step()
-        values = figures.tolist()
-    else:
-        values = figures.tolist()
-        if all(map(math.isfinite, values)):
+        if _is_fused(optimizer):
+            of_adamw: Any = optimizer
+            of_adamw.grad_scale, of_adamw.found_inf = None, skip
             optimizer.step()
-    if not all(map(math.isfinite, values)):
+    values = [(loss, norm) for loss, norm in figures.tolist()]
+    for optimizer, pair in zip(optimizers, values, strict=True):
+        _finish_update(optimizer, all(map(math.isfinite, pair)))
+    return values
+
+
+def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+def _finish_update(optimizer: torch.optim.Optimizer, finite: bool) -> None:
+    """Apply the gradients if they are finite and no kernel has done so."""
+    if not finite:
         count_update(optimizer, -1)
+    elif not _is_fused(optimizer):  # others may not read `found_inf`
+        optimizer.step()
     optimizer.zero_grad()
-    return values[0], values[1]
 
 
 def steps_taken(optimizer: torch.optim.Optimizer, leaf: Tensor) -> int:

@@ -15,11 +15,13 @@ from fastlora.checkpoints.tensors import read_json, write_json
 from fastlora.errors import CheckpointError
 from fastlora.formats.peft.base_tensors import base_tensors_out
 from fastlora.formats.peft.writing import CONFIG_FILE, WEIGHTS_FILE
+from fastlora.models.state import StateT
 from fastlora.training.checkpoint import (
     STATE_FILE,
     complete_checkpoints,
     is_intact,
     newest_intact,
+    restore_checkpoint,
     step_of,
 )
 from fastlora.training.history import Record
@@ -55,6 +57,22 @@ def checkpoint_to_resume(resume: bool | str | os.PathLike[str], folder: Path | N
         cure = f"choose one of {inside}" if inside else "is it a checkpoint-N of fastlora.train?"
         raise FileNotFoundError(f"resume={os.fspath(resume)!r}: no {STATE_FILE} there; {cure}")
     return Path(resume)
+
+
+def start_from(
+    checkpoint: Path | None, learner: Learner[StateT], identity: Mapping[str, Any], steps: int
+) -> tuple[Learner[StateT], list[Record]]:
+    """The learner before the first step that is to be run, and the records of the steps before.
+
+    Raises:
+        ValueError, CheckpointError: as `restore_checkpoint`.
+    """
+    if checkpoint is None:
+        return learner, []
+    try:
+        return restore_checkpoint(checkpoint, learner, identity, steps)
+    except CheckpointError as error:
+        raise add_way_on(error, checkpoint) from error
 
 
 def add_way_on(error: CheckpointError, checkpoint: Path) -> CheckpointError:

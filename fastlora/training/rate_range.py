@@ -13,7 +13,9 @@ from typing import Any
 from fastlora.arguments import check_arguments, number, whole_number
 from fastlora.data.sources import Data
 from fastlora.errors import raise_problems
+from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
 from fastlora.training.logging.figures import draw_rates, smooth
@@ -93,9 +95,11 @@ def find_learning_rate(
             did not fall at any rate.
         FloatingPointError: the loss is NaN or infinite within the first fifth of the steps.
     """
+    refuse_transforms("fastlora.find_learning_rate")
     given = {f.name for f in fields(Settings)} - _OWN
     check_arguments(
         "fastlora.find_learning_rate",
+        model=(model, MODEL),
         low=(low, number(above=0, high=1e30)),
         high=(high, number(above=0, high=1e30)),
         steps=(steps, whole_number(20, 2**31)),

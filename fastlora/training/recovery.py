@@ -55,7 +55,7 @@ def kept_on_failure(
         if records and not stop.repeated:
             attach(error, learner, records)
         if records and not stop.repeated and ranks.is_first:
-            message = _keep(folder, learner, records, identity, done)
+            message = keep_state(folder, learner, records, identity, done)
             # The note below appears in a traceback, which Python does not print for a SystemExit.
             if isinstance(error, TrainingStopped):
                 print_message(message)
@@ -78,18 +78,28 @@ def print_message(message: str) -> None:
     sys.stderr.flush()
 
 
-def _keep(
+def keep_state(
     folder: Path | None,
     learner: Learner,
     records: list[Record],
     identity: Mapping[str, Any],
     done: int,
+    attributes: tuple[str, str] = ("trained_model", "history"),
 ) -> str:
-    """Save the state after the last step; returns where it is, as a sentence or more."""
+    """Save the state after the last step; returns where it is, as a sentence or more.
+
+    Args:
+        folder: of the run; None saves nothing.
+        learner: of the run.
+        records: of its finished steps.
+        identity: of the run.
+        done: steps of an earlier run that this one resumes.
+        attributes: of the exception, that hold the model and the history.
+    """
     step = len(records)
     in_memory = (
-        f"The model after step {step} is in this exception's `trained_model`, its figures in"
-        " `history`"
+        f"The model after step {step} is in this exception's `{attributes[0]}`, its figures in"
+        f" `{attributes[1]}`"
     )
     if folder is None:
         return f"{in_memory}. Nothing was saved, because train was given no output_dir."

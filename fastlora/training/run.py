@@ -19,6 +19,8 @@ from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.data_reader import DataReader, Sequences
 from fastlora.training.dealt_batches import Dealer
+from fastlora.training.private_checks import check_private_rows
+from fastlora.training.private_step import private_batches
 from fastlora.training.samples import write_samples
 from fastlora.training.settings import Settings
 
@@ -88,6 +90,8 @@ class Run(NamedTuple):
     def micro_batches(self, done: int) -> Steps:
         """Without end, the micro-batches of each step after the first `done` steps."""
         s = self.settings
+        if s.clip_per_example is not None:
+            yield from private_batches(self, done)
         if self.split is not None:
             steps = s.gradient_accumulation_steps
             yield from self.dealer.epochs(self.sequences, steps, s.seed, done)
@@ -136,6 +140,8 @@ def prepare_run(
         stream = reader.open_stream(sources, "data")
     else:
         sequences, out = reader.read(data, "data")
+    if settings.clip_per_example is not None:
+        check_private_rows(settings, len(sequences), streamed=stream is not None)
     samples = None
     if (prompts := settings.sample_prompts) is not None:
         new = settings.sample_tokens

@@ -36,13 +36,14 @@ from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
 from fastlora.ops.attention.flash import kernel_supports
-from fastlora.ops.dispatch import use_kernel
+from fastlora.ops.dispatch import refuse_transforms, use_kernel
 from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.logging.open import LOG, log_problems
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 from fastlora.training.parameter_groups import RATES, rates_problems
+from fastlora.training.private_checks import private_problems
 from fastlora.training.samples import SAMPLE_PROMPTS, sample_problems
 from fastlora.training.schedules import SCHEDULERS, Schedule, schedule_problems
 
@@ -99,8 +100,12 @@ class Settings:
     keep: int | None = setting(optional(_COUNT))
     keep_best: bool = setting(FLAG)
     early_stopping: int | None = setting(optional(_COUNT))
+    clip_per_example: float | None = setting(optional(_RATE))
+    noise_multiplier: float | None = setting(optional(number(low=0, high=1e6)))
     seed: int = setting(RANDOM_SEED)
 
+
+HEADING = "fastlora.train cannot use these arguments:"
 
 _RESUME = Rule(
     lambda x: FLAG.accepts(x) or PATH.accepts(x),
@@ -126,6 +131,38 @@ def check_train_arguments(
         ValueError: listing every argument that `train` cannot use, with what is expected.
         ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
+    refuse_transforms("fastlora.train")
+    problems = train_problems(
+        settings,
+        model=model,
+        tokenizer=tokenizer,
+        data=data,
+        eval_data=eval_data,
+        output_dir=output_dir,
+        resume=resume,
+        log=log,
+        progress=progress,
+    )
+    raise_problems(ValueError, HEADING, problems, shown=20)
+
+
+def train_problems(
+    settings: Settings,
+    *,
+    model: Any,
+    tokenizer: Any,
+    data: Any,
+    eval_data: Any,
+    output_dir: Any,
+    resume: Any,
+    log: Any,
+    progress: Any,
+) -> list[str]:
+    """A line for each argument that `train` cannot use, with what is expected.
+
+    Raises:
+        ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
+    """
     # All problems are collected first, so that one error names them all.
     problems = setting_problems(settings)
     problems += argument_problems(
@@ -146,6 +183,7 @@ def check_train_arguments(
     problems += _companion_problems(settings, eval_data, output_dir, resume)
     problems += loss_problems(settings)
     problems += log_problems(log, output_dir)
+    problems += private_problems(settings, data, model)
     # The remaining checks look into the model.
     if isinstance(model, ModelState):
         problems += _model_problems(settings, model)
@@ -153,7 +191,7 @@ def check_train_arguments(
         # Report an unwritable folder now, not after hours of training.
         if PATH.accepts(output_dir):
             problems += _folder_problems(Path(output_dir), model)
-    raise_problems(ValueError, "fastlora.train cannot use these arguments:", problems, shown=20)
+    return problems
 
 
 def _text_problems(settings: Settings, model: Any, tokenizer: Any) -> list[str]:

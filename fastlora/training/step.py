@@ -1,7 +1,7 @@
 """optimizer_step(): the gradient of all micro-batches, clipping and the update; and evaluate()."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,9 +17,11 @@ from fastlora.models.state import Batch, ModelState, Seed, require_adapter
 from fastlora.training.dealt_batches import Dealt, is_masked
 from fastlora.training.history import Record
 from fastlora.training.learner import Learner
+from fastlora.training.noise_scale import noise_figures
 from fastlora.training.nonfinite import nonfinite_cause, nonfinite_cause_of_batches
 from fastlora.training.optimizers import update
 from fastlora.training.parameter_groups import group_norms, update_differences
+from fastlora.training.private_step import private_gradient
 from fastlora.training.run import Run
 from fastlora.training.schedules import learning_rate_factor
 from fastlora.training.settings import Settings
@@ -30,7 +32,7 @@ _Seeds = tuple[Seed, Int[Tensor, ""] | None]
 
 # A float16 base whose gradient overflows is differentiated again with the next smaller scale. The
 # powers of 2 change no digits. 2**-12 allows sums of 4,096 times float16's largest number, 65,504.
-_FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
+FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
 
 
 def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequence[Batch]) -> Record:
@@ -51,8 +53,12 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     seeds = _seeds(learner, run, step, micro_batches)
     share = begin_step(run, micro_batches)
     with share.compiling_in_turn(learner):
-        sums = _loss_and_gradient(learner, placed, share.divisor, seeds)
-    loss, gradient = share.mean(*sums, model.spec.deterministic)
+        if settings.clip_per_example is None:
+            sums = _loss_and_gradient(learner, placed, share.counts, seeds, share.divides)
+        else:
+            plain, rows = [seed for seed, _ in seeds], len(run.sequences)
+            sums = private_gradient(learner, settings, rows, step, placed, plain)
+    loss, gradient, more = share.mean(*sums, model.spec.deterministic)
     # Norm and clipping in float32, before the gradient is rounded to the leaves' dtype.
     norm = get_total_norm(gradient)
     scaled = gradient
@@ -75,57 +81,88 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         plain, own = [seed for seed, _ in seeds], placed[: len(seeds)]
         cause = nonfinite_cause(learner, own, plain, gradient, run.ranks)
-        raise FloatingPointError(
-            f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: {cause}. The step's"
-            f" update was not applied. Lower learning_rate={settings.learning_rate:g} or"
-            f" max_grad_norm={settings.max_grad_norm}; at step 1, look for NaN in the base or the"
-            " adapter."
-        )
+        raise nonfinite_error(settings, step, loss, grad_norm, cause)
     figures = dict(step=step, loss=loss, learning_rate=learning_rate)
     figures |= dict(tokens=share.tokens(), grad_norm=grad_norm)
-    return share.finish(figures | _norms_by_group(learner, gradient, before))
+    return share.finish(figures | _read(_norms_by_group(learner, gradient, before) | more))
+
+
+def nonfinite_error(
+    settings: Settings, step: int, loss: float, grad_norm: float, cause: str
+) -> FloatingPointError:
+    """The error of a step whose loss or gradient is NaN or infinite."""
+    return FloatingPointError(
+        f"step {step}: the loss is {loss}, the gradient's norm {grad_norm}: {cause}. The step's"
+        f" update was not applied. Lower learning_rate={settings.learning_rate:g} or"
+        f" max_grad_norm={settings.max_grad_norm}; at step 1, look for NaN in the base or the"
+        " adapter."
+    )
 
 
 def _norms_by_group(
     learner: Learner, gradient: Sequence[Tensor], before: Sequence[Tensor]
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Norms by group of tensors: "grad_norm/A", "update_norm/A", "grad_norm/B", ...
 
     The gradient is the one before clipping. The update is the difference that the step made.
     """
     moved = update_differences([*learner.leaves.values()], before)
-    norms = {
+    return {
         f"{kind}/{group}": norm
         for kind, tensors in (("grad_norm", gradient), ("update_norm", moved))
         for group, norm in group_norms(learner.leaves, tensors).items()
     }
-    # One read for all of them.
-    return dict(zip(norms, torch.stack([x.double() for x in norms.values()]).tolist(), strict=True))
+
+
+def _read(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Figures as numbers, with one read from the device for all that are tensors."""
+    tensors = {name: x.double() for name, x in figures.items() if isinstance(x, Tensor)}
+    numbers = torch.stack([*tensors.values()]).tolist()
+    return {**figures, **dict(zip(tensors, numbers, strict=True))}
 
 
 def _loss_and_gradient(
-    learner: Learner, micro_batches: Sequence[Batch], tokens: int, seeds: Sequence[_Seeds]
-) -> tuple[Float[Tensor, ""], list[Tensor]]:
-    """The mean loss over all micro-batches' `tokens`, and its gradient by leaf.
+    learner: Learner,
+    micro_batches: Sequence[Batch],
+    counts: Sequence[int],
+    seeds: Sequence[_Seeds],
+    divides: bool = True,
+) -> tuple[Float[Tensor, ""], list[Tensor], dict[str, Tensor]]:
+    """The mean loss over all micro-batches' tokens, its gradient by leaf, and the figures of
+    noise_scale.py.
 
-    Gradients are summed in float32 or wider, and divided by the tokens after that. Micro-batches
-    without seeds are run, but do not count (`dealt_batches.Dealt`).
+    Gradients are summed in float32 or wider, and divided by the tokens after that.
+
+    Args:
+        learner: of the run.
+        micro_batches: on the model's device.
+        counts: tokens of each, or items of another loss.
+        seeds: of their dropout masks and noise. Micro-batches after these are run, but do not
+            count (`dealt_batches.Dealt`).
+        divides: False returns sums, and no figures.
     """
+    tokens, several = sum(counts) if divides else 1, divides and len(counts) > 1
     device, dtype = learner.model.base["norm"].device, learner.model.base["norm"].dtype
     for batch in micro_batches[len(seeds) :]:
         _micro_batch(learner, batch, torch.ones((), device=device), (None, None))
     if not seeds:
-        return _nothing(learner)
-    for scale in _FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
-        losses, gradient = [], []
+        return *_nothing(learner), {}
+    for scale in FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
+        losses, gradient, squares = [], [], []
         for batch, seed in zip(micro_batches, seeds, strict=False):
             loss, grads = _micro_batch(learner, batch, torch.full((), scale, device=device), seed)
             gradient = [a + b for a, b in zip(gradient, grads, strict=True)] if gradient else grads
             losses.append(loss)  # stays on the device
+            if several:
+                squares.append((get_total_norm(grads) / scale).square())
         loss = torch.stack(losses).sum() / (scale * tokens)
         if dtype != torch.float16 or not _overflows(loss, gradient):
             break
-    return loss, [g / (scale * tokens) for g in gradient]
+    gradient = [g / (scale * tokens) for g in gradient]
+    if not several:
+        return loss, gradient, {}
+    means = [x / max(n, 1) ** 2 for x, n in zip(squares, counts, strict=True)]
+    return loss, gradient, noise_figures(means, get_total_norm(gradient).square(), counts)
 
 
 def _nothing(learner: Learner) -> tuple[Float[Tensor, ""], list[Tensor]]:

@@ -21,9 +21,12 @@ from fastlora.training.run import Run
 class StepShare:
     """The part of a process that is alone: the whole step."""
 
-    def __init__(self, tokens: int, items: int) -> None:
-        """A step over so many trained tokens and items of the loss."""
-        self._tokens, self.divisor = tokens, items
+    divides: bool = True
+    """Whether passes return means, which nothing is added to."""
+
+    def __init__(self, tokens: int, counts: Sequence[int]) -> None:
+        """A step over so many trained tokens, and so many items of the loss in each micro-batch."""
+        self._tokens, self.counts = tokens, counts
 
     @contextmanager
     def compiling_in_turn(self, learner: Learner) -> Iterator[None]:
@@ -31,10 +34,10 @@ class StepShare:
         yield
 
     def mean(
-        self, loss: Float[Tensor, ""], gradient: Sequence[Tensor], ordered: bool
-    ) -> tuple[Float[Tensor, ""], Sequence[Tensor]]:
-        """(mean loss, mean gradient) of the step, from sums over `divisor`."""
-        return loss, gradient
+        self, loss: Float[Tensor, ""], gradient: Sequence[Tensor], more: Any, ordered: bool
+    ) -> tuple[Float[Tensor, ""], Sequence[Tensor], Any]:
+        """(mean loss, mean gradient, more figures) of the step, from those of the passes."""
+        return loss, gradient, more
 
     def wait(self) -> None:
         """Wait for other ranks, before the first read from the device."""
@@ -51,12 +54,13 @@ class StepShare:
 class GroupShare(StepShare):
     """The part of one of several ranks."""
 
-    divisor = 1  # sums are divided after they are added up
+    divides = False  # sums are divided after they are added up
 
-    def __init__(self, group: Group, tokens: int, items: int, read: int) -> None:
+    def __init__(self, group: Group, tokens: int, counts: Sequence[int], read: int) -> None:
         """Send the counts of this rank to the device."""
-        self._group, self.divisor = group, 1
-        self._figures = group.figures(tokens, items, read)
+        super().__init__(tokens, counts)
+        self._group = group
+        self._figures = group.figures(tokens, sum(counts), read)
         self._totals = Totals(0, 0)
 
     @contextmanager
@@ -75,11 +79,11 @@ class GroupShare(StepShare):
             yield
 
     def mean(
-        self, loss: Float[Tensor, ""], gradient: Sequence[Tensor], ordered: bool
-    ) -> tuple[Float[Tensor, ""], Sequence[Tensor]]:
-        """(mean loss, mean gradient) of the step, over all ranks."""
+        self, loss: Float[Tensor, ""], gradient: Sequence[Tensor], more: Any, ordered: bool
+    ) -> tuple[Float[Tensor, ""], Sequence[Tensor], Any]:
+        """(mean loss, mean gradient, more figures) of the step, over all ranks."""
         loss, gradient, self._sums = self._group.mean(loss, gradient, self._figures, ordered)
-        return loss, gradient
+        return loss, gradient, more
 
     def wait(self) -> None:
         """Wait for other ranks, before the first read from the device."""
@@ -103,7 +107,8 @@ def begin_step(run: Run, micro_batches: Sequence[Batch]) -> StepShare:
     if isinstance(micro_batches, Dealt):
         own = micro_batches[: len(micro_batches.pieces)]
     tokens = sum(map(count_trained_tokens, own))
-    items = tokens if run.objective is None else sum(map(run.objective.count, own))
+    count = count_trained_tokens if run.objective is None else run.objective.count
+    counts = [*map(count, own)]
     if not isinstance(run.ranks, Group):
-        return StepShare(tokens, items)
-    return GroupShare(run.ranks, tokens, items, read_tokens(own))
+        return StepShare(tokens, counts)
+    return GroupShare(run.ranks, tokens, counts, read_tokens(own))

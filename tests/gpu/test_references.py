@@ -26,7 +26,8 @@ def parity(family: str, folder: Path, theirs: Any) -> Iterator[Row]:
     mask = torch.ones_like(ids)
     mask[0, :90] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    for case, given in (("plain", {}), ("left-padded", {"attention_mask": mask})):
+    cases: dict[str, dict[str, Any]] = {"plain": {}, "left-padded": {"attention_mask": mask}}
+    for case, given in cases.items():
         extra = given | ({"position_ids": positions} if given else {})
         real = mask.bool() if given else torch.ones_like(mask, dtype=torch.bool)
         with torch.no_grad():

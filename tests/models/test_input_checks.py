@@ -54,7 +54,7 @@ def refuse_work(*args: Any, **kwargs: Any) -> None:
 @pytest.fixture
 def arguments(tiny, monkeypatch):
     """arguments(function): good ones. Running the model fails the test."""
-    monkeypatch.setattr("fastlora.functional.hidden_states", refuse_work)
+    monkeypatch.setattr("fastlora.models.outputs.hidden_states", refuse_work)
     good = dict(input_ids=IDS, labels=IDS, batch={"input_ids": IDS, "labels": IDS})
 
     def of(function: str) -> dict[str, Any]:

@@ -33,3 +33,8 @@ def same_bits(actual: Any, expected: Any) -> bool:
     """Whether two trees are equal bit for bit, signed zeros apart."""
     pairs = zip(tree_leaves(actual), tree_leaves(expected), strict=True)
     return all(torch.equal(a, e) for a, e in pairs)
+
+
+def stacked(trees: list[Any]) -> Any:
+    """One tree whose leaves are [n, ...], of n trees of the same shapes."""
+    return tree_map(lambda *xs: torch.stack(xs), *trees)

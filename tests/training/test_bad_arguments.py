@@ -54,6 +54,8 @@ TRAIN = {
     "keep_best": {"a flag"},
     "early_stopping": {"None"},
     "neftune_alpha": {"None", "a float"},
+    "clip_per_example": {"None", "a float"},
+    "noise_multiplier": {"None", "a float"},
     "resume": {"a text", "a flag"},
     "seed": set(),
     "log": {"None"},

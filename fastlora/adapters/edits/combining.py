@@ -34,6 +34,7 @@ from fastlora.models.params import PROJECTIONS, Adapter, LayerAdapter, LoRA
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Target
 from fastlora.models.state import ModelState, StateT, require_adapter
+from fastlora.ops.dispatch import refuse_transforms
 
 
 class _Part(NamedTuple):
@@ -112,6 +113,7 @@ def combine(
             model without an adapter, with another base or with NaN or infinity, and every module
             with different ranks if `method` needs equal ones; or the result is not finite.
     """
+    refuse_transforms("fastlora.combine")
     settings = settings_from(CombineSettings, locals())
     model_list, numbers = as_list(models), as_list(weights)
     problems = method_problems(method, settings, SETTINGS_OF_METHOD)

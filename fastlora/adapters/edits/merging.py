@@ -43,6 +43,7 @@ from fastlora.models.params import (
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import UNTIED, Extras, LoraConfig, Spec
 from fastlora.models.state import ModelState, StateT, require_adapter
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.linear.merged_weight import adapted_weight
 from fastlora.ops.quant.weights import Quantized
 from fastlora.runtime.layer_fetching import described, is_sharded, with_resident_edges
@@ -69,6 +70,7 @@ def merge(model: StateT) -> StateT:
         ValueError: `model` is not a model or has no adapter; or naming the weights that would
             become NaN or infinite.
     """
+    refuse_transforms("fastlora.merge")
     check_arguments("fastlora.merge", model=(model, MODEL))
     model = self_contained(model)
     require_adapter(model)

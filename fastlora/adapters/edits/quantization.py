@@ -10,6 +10,7 @@ from fastlora.models.input_checks import MODEL
 from fastlora.models.names import base_from_tensors, projection_weights, tensors_from_base
 from fastlora.models.params import is_quantized
 from fastlora.models.state import StateT
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.runtime.layer_fetching import is_sharded
 
@@ -31,6 +32,7 @@ def quantize(model: StateT) -> StateT:
             qat_scheme; or naming each matrix that holds NaN or infinity.
         ModuleNotFoundError: bitsandbytes is not installed.
     """
+    refuse_transforms("fastlora.quantize")
     check_arguments("fastlora.quantize", model=(model, MODEL))
     if is_quantized(model.base):
         return model

@@ -20,6 +20,7 @@ from fastlora.models.input_checks import MODEL, batches_problems
 from fastlora.models.names import tensors_from_base
 from fastlora.models.self_contained import parked_originals, unpark_originals
 from fastlora.models.state import Batch, StateT
+from fastlora.ops.dispatch import refuse_transforms
 
 _METHODS = {"eva": eva, "corda": corda, "lora_ga": lora_ga}
 
@@ -95,6 +96,7 @@ def initialize(
     leaves a choice, the rule is that of peft 0.21.2 (tuners/lora/eva.py, corda.py, layer.py:619).
     Decompositions are exact, where PEFT's are randomised, except for "lora_ga".
     """
+    refuse_transforms("fastlora.initialize")
     settings = settings_from(InitSettings, locals())
     heading = "fastlora.initialize cannot do this:"
     problems = argument_problems({"model": (model, MODEL), "batches": (batches, _BATCHES)})

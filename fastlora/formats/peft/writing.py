@@ -23,6 +23,7 @@ from fastlora.models.params import DTYPES
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Spec
 from fastlora.models.state import ModelState, require_adapter
+from fastlora.ops.dispatch import refuse_transforms
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -46,6 +47,7 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
         PermissionError: the folder cannot be written to.
     """
     # Parked originals stay on the host: the file holds the trained copies, not the originals.
+    refuse_transforms("Model.save_pretrained")
     model = self_contained(model, unpark=False)
     lora, adapter = require_adapter(model)
     if moves_base(lora.init_lora_weights):

@@ -57,6 +57,25 @@ class TokenizerClass(NamedTuple):
     ignores_declared: bool = False  # True: `name` is built although the folder declares another
 
 
+class GGUF(NamedTuple):
+    """What llama.cpp's architecture for a family computes, so that a GGUF file can be written.
+
+    Source: conversion/ and src/models/ of ggml-org/llama.cpp. A model that needs more than its
+    architecture computes is refused (formats/gguf/metadata.py).
+    """
+
+    arch: str  # general.architecture in the file
+    # True: its RoPE turns neighbours, dimensions 2 i and 2 i + 1, so the rows of q and k move.
+    rope_of_neighbours: bool = False
+    rope_factors: bool = False  # it reads rope_freqs.weight, with which llama3's RoPE is written
+    any_head_dim: bool = True  # False: head_dim must be hidden_size / num_attention_heads
+    biases: tuple[str, ...] = ()  # projections whose bias it adds
+    no_rope_interval: int | None = None  # every n-th layer has no RoPE, whatever the file says
+
+
+QKV_BIASES = ("q_proj", "k_proj", "v_proj")
+ALL_BIASES = (*QKV_BIASES, "o_proj", "gate_proj", "up_proj", "down_proj")
+
 DECLARED_CLASS = TokenizerClass()  # the class that the folder declares, if it declares one
 
 
@@ -76,4 +95,5 @@ class Family:
     experts: Experts | None = None  # None: a dense family
     tokenizer_class: TokenizerClass = DECLARED_CLASS
     default_targets: tuple[str, ...] = ("q_proj", "v_proj")  # adapted if target_modules is None
+    gguf: GGUF | None = None  # None: llama.cpp has no architecture for the family
     peft_has_default: bool = True  # False: PEFT itself needs target_modules for this family

@@ -1,6 +1,13 @@
 """Mistral: one sliding window for all layers, and no biases."""
 
-from fastlora.models.families.family import ALL_ROPE, NO_BIAS, ONE_WINDOW, Family, TokenizerClass
+from fastlora.models.families.family import (
+    ALL_ROPE,
+    GGUF,
+    NO_BIAS,
+    ONE_WINDOW,
+    Family,
+    TokenizerClass,
+)
 
 MISTRAL = Family(
     name="mistral",
@@ -10,4 +17,5 @@ MISTRAL = Family(
     fixed={**ALL_ROPE, **NO_BIAS, **ONE_WINDOW},
     same_layer_types=True,
     tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
+    gguf=GGUF("llama", rope_of_neighbours=True, rope_factors=True),
 )

@@ -3,6 +3,7 @@
 from fastlora.models.families.family import (
     ALL_ROPE,
     ALL_SPARSE,
+    GGUF,
     NO_BIAS,
     ONE_WINDOW,
     Experts,
@@ -39,4 +40,5 @@ MIXTRAL = Family(
     ),
     tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
     default_targets=(),  # PEFT adapts nothing by default
+    gguf=GGUF("llama", rope_of_neighbours=True, rope_factors=True),
 )

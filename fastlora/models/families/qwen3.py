@@ -1,6 +1,6 @@
 """Qwen3: RMSNorm on q and k, and a head_dim that does not depend on hidden_size."""
 
-from fastlora.models.families.family import ALL_ROPE, Family, TokenizerClass
+from fastlora.models.families.family import ALL_ROPE, GGUF, Family, TokenizerClass
 
 QWEN3 = Family(
     name="qwen3",
@@ -8,4 +8,5 @@ QWEN3 = Family(
     fixed={**ALL_ROPE, "mlp_bias": False},
     qk_norm=True,
     tokenizer_class=TokenizerClass("Qwen2Tokenizer"),
+    gguf=GGUF("qwen3"),
 )

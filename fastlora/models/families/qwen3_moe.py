@@ -1,6 +1,13 @@
 """Qwen3-MoE: Qwen3 with a mixture of experts in some or all layers."""
 
-from fastlora.models.families.family import ALL_ROPE, ALL_SPARSE, Experts, Family, TokenizerClass
+from fastlora.models.families.family import (
+    ALL_ROPE,
+    ALL_SPARSE,
+    GGUF,
+    Experts,
+    Family,
+    TokenizerClass,
+)
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
@@ -23,4 +30,5 @@ QWEN3_MOE = Family(
     ),
     tokenizer_class=TokenizerClass("Qwen2Tokenizer"),
     default_targets=(),  # PEFT adapts nothing by default
+    gguf=GGUF("qwen3moe"),
 )

@@ -1,6 +1,6 @@
 """SmolLM3: every fourth layer has no RoPE."""
 
-from fastlora.models.families.family import Family
+from fastlora.models.families.family import GGUF, Family
 
 SMOLLM3 = Family(
     name="smollm3",
@@ -16,4 +16,5 @@ SMOLLM3 = Family(
     fixed=dict(max_window_layers=0),
     window_without_rope=True,
     peft_has_default=False,
+    gguf=GGUF("smollm3", rope_of_neighbours=True, no_rope_interval=4),
 )

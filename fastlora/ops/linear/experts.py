@@ -176,7 +176,7 @@ class _GroupedLoRALinear(torch.autograd.Function):
         transposed, scaling = weight.transpose(1, 2), ctx.scaling
         dx = _GroupedLinear.apply(dy, transposed, offsets) if ctx.needs_input_grad[0] else None
         dx_a = _GroupedLinear.apply(dy, b.transpose(1, 2), ends) * scaling
-        db = _GroupedOuter.apply(dy, x_a, ends) * scaling
+        db = _GroupedOuter.apply(dy, x_a, ends) * scaling if ctx.needs_input_grad[3] else None
         return dx, None, dx_a, db, None, None, None  # the weight is frozen
 
 
@@ -219,6 +219,21 @@ def grouped_lora_linear(
         a, b = F.pad(a, (0, 0, 0, short)), F.pad(b, (0, short))
     x_a = _GroupedLinear.apply(x, a, offsets if lora_offsets is None else lora_offsets)
     y = _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling, lora_offsets)
+    return y  # pyright: ignore[reportReturnType]
+
+
+def grouped_lora_product(
+    x: Float[Tensor, "m d_in"],
+    x_a: Float[Tensor, "m r"],
+    weight: Float[Tensor, "e d_out d_in"],
+    b: Float[Tensor, "e d_out r"],
+    offsets: Int[Tensor, "e"],
+    scaling: float,
+) -> Float[Tensor, "m d_out"]:
+    """`grouped_lora_linear` of rows whose x A' the caller has computed. Not under torch.func."""
+    if x.is_cuda and (short := -b.shape[2] % 8):
+        x_a, b = F.pad(x_a, (0, short)), F.pad(b, (0, short))
+    y = _GroupedLoRALinear.apply(x, weight, x_a, b, offsets, scaling, None)
     return y  # pyright: ignore[reportReturnType]
 
 

@@ -89,7 +89,7 @@ class _LoRALinear(torch.autograd.Function):
         x_a, b, *weight = ctx.saved_tensors
         dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
         dx_a = scaled_product(dy, b, ctx.scaling)
-        db = scaled_product(dy.t(), x_a, ctx.scaling)
+        db = scaled_product(dy.t(), x_a, ctx.scaling) if ctx.needs_input_grad[3] else None
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dx_a, dbias, db, None, *(None for _ in weight)  # the weight is frozen
 

@@ -176,44 +176,70 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dlogp):  # pyright: ignore[reportIncompatibleMethodOverride]
-        if torch.is_grad_enabled():  # create_graph=True, but the sums below are not differentiable
-            raise RuntimeError(
-                "the chunked cross-entropy has no second derivative; differentiate "
-                "fastlora.functional with torch.func, which runs the reference."
-            )
         labels, *tensors = ctx.saved_tensors
+
+        def dlogits(logits: Tensor, here: slice) -> Tensor:
+            unit = ctx.value_and_grad(logits, labels[here])[1]
+            return unit * dlogp[here, None].to(unit.dtype)
+
         needs = ctx.needs_input_grad[6:]
-        leaf = lambda x, i: x.detach().requires_grad_(needs[i])
-        params = [leaf(x, i) for i, x in enumerate(tensors) if i >= ctx.n]
-        # Gradients of `params` are sums over all chunks. We add in at least float32, because in 16
-        # bits a large partial sum absorbs small terms.
-        wide = lambda x: torch.promote_types(x.dtype, torch.float32)
-        sums = [
-            (torch.empty_like(x) if i < ctx.n else torch.zeros_like(x, dtype=wide(x)))
-            if needs[i]
-            else None
-            for i, x in enumerate(tensors)
-        ]
-        for start in range(0, len(labels), ctx.rows):
-            here = slice(start, start + ctx.rows)
-            leaves = [leaf(x[here], i) for i, x in enumerate(tensors[: ctx.n])] + params
-            with torch.enable_grad():
-                logits = ctx.logits_of(*leaves)
-            _, dlogits = ctx.value_and_grad(logits.detach(), labels[here])
-            dlogits = dlogits * dlogp[here, None].to(dlogits.dtype)
-            wanted = [i for i, needed in enumerate(needs) if needed]
-            grads_here = torch.autograd.grad(
-                logits, [leaves[i] for i in wanted], dlogits, materialize_grads=True
-            )
-            for i, grad in zip(wanted, grads_here, strict=True):
-                total = sums[i]
-                assert total is not None
-                if i < ctx.n:
-                    total[here] = grad
-                else:
-                    total += grad
-        grads = [None if s is None else s.to(x) for s, x in zip(sums, tensors, strict=True)]
+        grads = sums_over_chunks(ctx.logits_of, dlogits, tensors, ctx.n, needs, ctx.rows)
         return None, None, None, None, None, None, *grads
+
+
+def sums_over_chunks(
+    logits_of: Callable[..., Float[Tensor, "n v"]],
+    dlogits_of: Callable[[Tensor, slice], Tensor],
+    tensors: Sequence[Tensor],
+    n: int,
+    needs: Sequence[bool],
+    rows: int,
+) -> list[Tensor | None]:
+    """The gradients by `tensors`, chunk by chunk of rows, in their dtypes.
+
+    Args:
+        logits_of: (*tensors) -> logits of the rows in the first n of them.
+        dlogits_of: (logits, rows) -> the gradient by these rows' logits, which it may overwrite.
+        tensors: n tensors with one row per row of logits, then tensors that all rows share.
+        n: number of tensors with rows.
+        needs: for each tensor, whether its gradient is wanted; otherwise it is None.
+        rows: per chunk.
+
+    Raises:
+        RuntimeError: under create_graph=True, because the sums are not differentiable.
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "the chunked cross-entropy has no second derivative; differentiate "
+            "fastlora.functional with torch.func, which runs the reference."
+        )
+    leaf = lambda x, i: x.detach().requires_grad_(needs[i])
+    params = [leaf(x, i) for i, x in enumerate(tensors) if i >= n]
+    # Gradients of `params` are sums over all chunks. We add in at least float32, because in 16
+    # bits a large partial sum absorbs small terms.
+    wide = lambda x: torch.promote_types(x.dtype, torch.float32)
+    sums = [
+        (torch.empty_like(x) if i < n else torch.zeros_like(x, dtype=wide(x))) if needs[i] else None
+        for i, x in enumerate(tensors)
+    ]
+    for start in range(0, len(tensors[0]), rows):
+        here = slice(start, start + rows)
+        leaves = [leaf(x[here], i) for i, x in enumerate(tensors[:n])] + params
+        with torch.enable_grad():
+            logits = logits_of(*leaves)
+        dlogits = dlogits_of(logits.detach(), here)
+        wanted = [i for i, needed in enumerate(needs) if needed]
+        grads_here = torch.autograd.grad(
+            logits, [leaves[i] for i in wanted], dlogits, materialize_grads=True
+        )
+        for i, grad in zip(wanted, grads_here, strict=True):
+            total = sums[i]
+            assert total is not None
+            if i < n:
+                total[here] = grad
+            else:
+                total += grad
+    return [None if s is None else s.to(x) for s, x in zip(sums, tensors, strict=True)]
 
 
 def chunked_logprobs(

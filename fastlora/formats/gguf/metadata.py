@@ -1,0 +1,173 @@
+"""The settings of a model in a GGUF file, and the reasons why llama.cpp cannot run a model."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.errors import raise_problems
+from fastlora.models.config import LlamaConfig
+from fastlora.models.families.family import GGUF
+from fastlora.models.families.registry import family_of
+from fastlora.models.names import projection_bias
+from fastlora.models.params import PROJECTIONS
+from fastlora.models.rope_tables import rope_frequencies
+
+# Values of a key: bool, int (uint32), float (float32), text, or a list of one of these.
+Metadata = dict[str, Any]
+
+
+def architecture(config: LlamaConfig) -> GGUF:
+    """llama.cpp's architecture for a model.
+
+    Raises:
+        ValueError: llama.cpp cannot run this model; lists every reason.
+    """
+    found = family_of(config).gguf
+    if found is None:
+        raise ValueError(f"llama.cpp has no architecture for model_type {config.model_type!r}.")
+    cure = "Use save_pretrained_merged, whose folder transformers and vLLM read."
+    problems = [*_rope_problems(config, found), *_layer_problems(config, found)]
+    raise_problems(ValueError, "llama.cpp cannot run this model:", problems, cure)
+    return found
+
+
+def model_metadata(config: LlamaConfig) -> Metadata:
+    """Key -> value, for all settings but the tokenizer's."""
+    arch, rope = architecture(config).arch, config.rope_parameters
+    settings: Metadata = {
+        "vocab_size": config.vocab_size,
+        "context_length": context_length(config),
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_hidden_layers,
+        "feed_forward_length": config.intermediate_size,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(rope.rope_theta),
+    }
+    settings |= _rope_scaling(config)
+    if config.num_local_experts:
+        settings |= {
+            "expert_count": config.num_local_experts,
+            "expert_used_count": config.num_experts_per_tok,
+            "expert_feed_forward_length": config.moe_intermediate_size,
+        }
+    return {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in settings.items()}}
+
+
+def rope_factors(config: LlamaConfig) -> Tensor | None:
+    """Divisors of RoPE's frequencies [head_dim / 2] in float32, if they are written as a tensor;
+    else None."""
+    if not _as_factors(config):
+        return None
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    unscaled = 1.0 / config.rope_parameters.rope_theta**exponents
+    return (unscaled / _frequencies(config)[0]).to(torch.float32)
+
+
+def _as_factors(config: LlamaConfig) -> bool:
+    """Whether RoPE's scaling can only be written as one divisor for each frequency.
+
+    llama.cpp's YaRN has beta_fast 32 and beta_slow 1, rounds the bounds of its ramp, and needs a
+    factor of at least 1. With any other settings the frequencies are written as divisors.
+    """
+    rope = config.rope_parameters
+    if rope.rope_type != "yarn":
+        return rope.rope_type == "llama3"
+    usual = replace(rope, beta_fast=32.0, beta_slow=1.0, truncate=True)
+    as_usual, _ = _frequencies(replace(config, rope_parameters=usual))
+    return rope.factor < 1 or not torch.equal(as_usual, _frequencies(config)[0])
+
+
+def _rope_scaling(config: LlamaConfig) -> Metadata:
+    rope = config.rope_parameters
+    if rope.rope_type == "linear":
+        return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
+    if rope.rope_type != "yarn":
+        return {}
+    _, attention_factor = _frequencies(config)
+    if _as_factors(config):
+        return {"rope.scaling.attn_factor": attention_factor}
+    # llama.cpp multiplies this with its own factor.
+    own = 1.0 + 0.1 * math.log(rope.factor)
+    return {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(rope.factor),
+        "rope.scaling.original_context_length": rope.original_max_position_embeddings,
+        "rope.scaling.attn_factor": attention_factor / own,
+    }
+
+
+def _frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
+    """RoPE's frequencies [head_dim / 2] in float64, and its factor on cos and sin."""
+    scaled, factor = rope_frequencies(config, torch.zeros(1, 1, dtype=torch.int64), torch.float64)
+    return scaled.flatten(), factor
+
+
+def context_length(config: LlamaConfig) -> int:
+    """The longest input that llama.cpp computes as the model does."""
+    # No architecture that we write has sliding windows. Up to its width, a window changes nothing.
+    limits = (config.max_position_embeddings, config.sliding_window)
+    return min(n for n in limits if n is not None)
+
+
+def context_notes(config: LlamaConfig) -> list[str]:
+    """A sentence if llama.cpp's context is shorter than the model's."""
+    length = context_length(config)
+    if length == config.max_position_embeddings:
+        return []
+    return [
+        f"llama.cpp has no sliding window for this architecture. The file says that its context is"
+        f" {length:,} tokens, the width of the window, and is exact up to there."
+    ]
+
+
+def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
+    rope, problems = config.rope_parameters, []
+    if rope.rope_type == "dynamic":
+        problems.append("rope_type 'dynamic': llama.cpp has no RoPE that depends on the length")
+    elif _as_factors(config) and not gguf.rope_factors:
+        problems.append(
+            f"rope_type {rope.rope_type!r} with these settings: architecture {gguf.arch!r} reads no"
+            " factors of frequencies"
+        )
+    interval = gguf.no_rope_interval
+    layers = range(config.num_hidden_layers)
+    expected = tuple(int(interval is None or (i + 1) % interval != 0) for i in layers)
+    if config.no_rope_layers != expected:
+        every = "in all layers" if interval is None else f"except in every {interval}th layer"
+        problems.append(
+            f"no_rope_layers is {list(config.no_rope_layers)!r:.200}: architecture {gguf.arch!r}"
+            f" has RoPE {every}"
+        )
+    return problems
+
+
+def _layer_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
+    biased = [n for n in PROJECTIONS if projection_bias(config, n) and n not in gguf.biases]
+    # A mixture's layers have no MLP, so no bias there.
+    if all(config.sparse_layers):
+        biased = [n for n in biased if PROJECTIONS[n] != "mlp"]
+    problems = [f"bias of {n}: architecture {gguf.arch!r} adds none" for n in biased]
+    q = config.num_attention_heads * config.head_dim
+    if not gguf.any_head_dim and q != config.hidden_size:
+        problems.append(
+            f"head_dim is {config.head_dim}: architecture {gguf.arch!r} needs hidden_size / heads,"
+            f" {config.hidden_size / config.num_attention_heads:g}"
+        )
+    if family_of(config).experts is None:
+        return problems
+    if dense := [i for i, sparse in enumerate(config.sparse_layers) if not sparse]:
+        problems.append(
+            f"layers without experts ({dense!r:.100}): architecture {gguf.arch!r} has experts"
+            " in all layers"
+        )
+    if any(config.sparse_layers) and not config.norm_topk_prob:
+        problems.append("norm_topk_prob is false: llama.cpp always divides by the chosen's sum")
+    return problems

@@ -1,0 +1,199 @@
+"""step_runs(): one optimizer step of several runs; and evaluate_runs()."""
+
+import math
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from fastlora.data.batches import count_trained_tokens
+from fastlora.formats.peft.names import named_leaves
+from fastlora.models.state import Batch
+from fastlora.training.history import Record
+from fastlora.training.many.batches import Joined, join
+from fastlora.training.many.prepare import RunState
+from fastlora.training.many.stack import RunStack, run_losses
+from fastlora.training.nonfinite import nonfinite_cause
+from fastlora.training.optimizers import updates
+from fastlora.training.parameter_groups import update_differences
+from fastlora.training.run import Run
+from fastlora.training.schedules import learning_rate_factor
+from fastlora.training.step import FLOAT16_SCALES, dropout_seed, nonfinite_error, warmup_steps
+
+Seeds = Sequence[Int[Tensor, "n"] | None]  # of each micro-batch: one for each run
+
+
+def step_runs(
+    stack: RunStack, runs: Sequence[RunState], micro_batches: Sequence[Sequence[Batch]]
+) -> list[Record | FloatingPointError]:
+    """The next step of each run: writes to its adapter and optimizer, and to the stack.
+
+    As `step.optimizer_step` does for one run: the loss is the mean over a run's own tokens, the
+    gradient is clipped by its own norm. Reads from the device twice for all runs.
+
+    Args:
+        stack: of these runs, in this order.
+        runs: before the step.
+        micro_batches: of each run. A run with fewer than another has no rows in the last ones.
+
+    Returns:
+        The figures of each run's step; an error where its loss or gradient is NaN or infinite. Such
+        a run's adapter and optimizer are unchanged.
+    """
+    device = stack.base["norm"].device
+    joined = [_placed(join(column), device) for column in zip_longest(*micro_batches)]
+    seeds = _seeds(stack, runs, len(joined))
+    counts = [sum(map(count_trained_tokens, batches)) for batches in micro_batches]
+    wide = torch.promote_types(stack.base["norm"].dtype, torch.float32)
+    tokens = torch.tensor(counts, dtype=wide, device=device)
+    limits = [run.run.settings.max_grad_norm or math.inf for run in runs]
+    limit = torch.tensor(limits, dtype=wide, device=device)
+    sums, scales, gradient = _sums_and_gradient(stack, joined, seeds)
+    inverse = 1 / (scales * tokens)
+    norms = _leaf_norms(gradient) * inverse  # [leaves, n]
+    norm = vector_norm(norms, dim=0)
+    clipping = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
+    _set_gradients(stack, [g * _column(inverse * clipping, g) for g in gradient])
+    rates = [_learning_rate(run) for run in runs]
+    before = [leaf.clone() for leaf in stack.leaves]
+    optimizers = [run.learner.optimizer for run in runs]
+    values = updates(optimizers, rates, sums / tokens, norm)
+    stack.refresh()
+    moved = update_differences(stack.leaves, before)
+    by_group = _by_group(stack, {"grad_norm": norms, "update_norm": _leaf_norms(moved)})
+    results: list[Record | FloatingPointError] = []
+    for i, (run, (loss, size)) in enumerate(zip(runs, values, strict=True)):
+        if math.isfinite(loss) and math.isfinite(size):
+            figures = dict(loss=loss, learning_rate=rates[i], tokens=counts[i], grad_norm=size)
+            results.append({"step": run.step} | figures | by_group[i])
+            continue
+        own = [{k: x.to(device) for k, x in batch.items()} for batch in micro_batches[i]]
+        own_seeds = [None if s is None else s[i] for s in seeds[: len(own)]]
+        cause = nonfinite_cause(run.learner, own, own_seeds, _gradient_of(stack, run, i, gradient))
+        results.append(nonfinite_error(run.run.settings, run.step, loss, size, cause))
+    return results
+
+
+def _placed(joined: Joined, device: torch.device) -> Joined:
+    batch = {name: x.to(device) for name, x in joined.batch.items()}
+    return Joined(batch, None if joined.widths is None else joined.widths.to(device))
+
+
+def _seeds(stack: RunStack, runs: Sequence[RunState], micro_batches: int) -> Seeds:
+    """Those that each run has alone; None without dropout and noise."""
+    lora = stack.spec.lora
+    if (lora is None or lora.lora_dropout == 0) and stack.spec.neftune_alpha is None:
+        return [None] * micro_batches
+    seeds = [
+        [dropout_seed(run.run.settings.seed, run.step, i) for run in runs]
+        for i in range(micro_batches)
+    ]
+    return torch.tensor(seeds, device=stack.base["norm"].device).unbind()
+
+
+def _sums_and_gradient(
+    stack: RunStack, joined: Sequence[Joined], seeds: Seeds
+) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"], list[Tensor]]:
+    """(each run's sum of losses, the scales, the gradient of the scaled sums by leaf).
+
+    Over a float16 base, a run whose gradient overflows is differentiated again with a smaller
+    scale, as in a single run.
+    """
+    norm = stack.base["norm"]
+    wide = torch.promote_types(norm.dtype, torch.float32)
+    scales = torch.ones(stack.n, dtype=wide, device=norm.device)
+    smaller = FLOAT16_SCALES[1:] if norm.dtype == torch.float16 else ()
+    for scale in (*smaller, None):
+        sums, gradient = _pass(stack, joined, seeds, scales)
+        if scale is None:
+            break
+        overflows = sums.isfinite() & ~vector_norm(_leaf_norms(gradient), dim=0).isfinite()
+        if not bool(overflows.any()):
+            break
+        scales = torch.where(overflows, scale, scales)
+    return sums, scales, gradient
+
+
+def _pass(
+    stack: RunStack, joined: Sequence[Joined], seeds: Seeds, scales: Float[Tensor, "n"]
+) -> tuple[Float[Tensor, "n"], list[Tensor]]:
+    """(sums of losses, gradient of the scaled sums) over all micro-batches."""
+    sums, gradient = torch.zeros_like(scales), []
+    for (batch, widths), seed in zip(joined, seeds, strict=True):
+        # A new tensor each time: a CUDA graph takes one that is reused for a constant.
+        trained = {"adapters": stack.adapters, "weights": scales.clone()}
+        _, grads = stack.loss_and_grad(trained, stack.base, stack.spec, batch, widths, seed)
+        parts = [_wide(x) for x in named_leaves(grads["adapters"]).values()]
+        gradient = [a + b for a, b in zip(gradient, parts, strict=True)] if gradient else parts
+        sums = sums + grads["weights"]
+    return sums, gradient
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _leaf_norms(tensors: Sequence[Tensor]) -> Float[Tensor, "leaves n"]:
+    """The norm of each run's part of each tensor; padding is zero."""
+    return torch.stack([vector_norm(x.flatten(1), dim=1) for x in tensors])
+
+
+def _column(values: Float[Tensor, "n"], like: Tensor) -> Tensor:
+    """One value for each run, to multiply a leaf of the stack with."""
+    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def _set_gradients(stack: RunStack, scaled: Sequence[Tensor]) -> None:
+    """The `.grad` of each run's tensors."""
+    for parts, own in zip(stack.parts(scaled), stack.own, strict=True):
+        for part, leaf in zip(parts, own, strict=True):
+            if part is not None and leaf is not None:
+                leaf.grad = part.to(leaf.dtype).contiguous()
+
+
+def _gradient_of(stack: RunStack, run: RunState, i: int, gradient: list[Tensor]) -> list[Tensor]:
+    """The gradient of run i, in the order of its learner's leaves."""
+    parts = {
+        id(own[i]): part[i] for own, part in zip(stack.own, stack.parts(gradient), strict=True)
+    }
+    return [parts[id(leaf)] for leaf in run.learner.leaves.values()]  # pyright: ignore
+
+
+def _learning_rate(run: RunState) -> float:
+    """The rate of the run's next step."""
+    s, steps = run.run.settings, run.run.steps
+    warmup = warmup_steps(s, steps)
+    options = s.lr_scheduler_kwargs
+    factor = learning_rate_factor(s.lr_scheduler, run.step - 1, warmup, steps, options)
+    return s.learning_rate * factor
+
+
+def _by_group(stack: RunStack, norms: dict[str, Float[Tensor, "leaves n"]]) -> list[Record]:
+    """For each run "grad_norm/A", "update_norm/A", "grad_norm/B", ..., read at once."""
+    names, values = [], []
+    for kind, of_leaves in norms.items():
+        for group in sorted(set(stack.groups)):
+            mine = [i for i, other in enumerate(stack.groups) if other == group]
+            names.append(f"{kind}/{group}")
+            values.append(vector_norm(of_leaves[mine], dim=0).double())
+    columns = torch.stack(values, 1).tolist()
+    return [dict(zip(names, column, strict=True)) for column in columns]
+
+
+@torch.no_grad()
+def evaluate_runs(stack: RunStack, runs: Sequence[RunState]) -> list[float]:
+    """`step.evaluate` for each of the stack's runs, in one pass. A loss may be NaN."""
+    model, device, n = (stack.adapters, stack.base, stack.spec), stack.base["norm"].device, stack.n
+    sums, tokens = [], torch.zeros(n, dtype=torch.int64)
+    for column in zip_longest(*(_eval_batches(run.run) for run in runs)):
+        batch, widths = _placed(join(column), device)
+        sums.append(run_losses(*model, batch, n, widths).double())
+        tokens += torch.tensor([0 if b is None else count_trained_tokens(b) for b in column])
+    return (torch.stack(sums).sum(0).cpu() / tokens).tolist()
+
+
+def _eval_batches(run: Run) -> Iterator[Batch]:
+    return iter(run.batches(run.eval_sequences, run.settings.batch_size, seed=None))
