@@ -36,7 +36,7 @@ from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
 from fastlora.training.logging.open import Log, open_log
-from fastlora.training.many.arguments import Ending
+from fastlora.training.many.arguments import Ending, are_several
 from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
     check_space,
@@ -245,7 +245,7 @@ def train(
     """
     # Must come first: locals() may hold nothing but the arguments.
     given = dict(locals())
-    if _are_several(model):
+    if are_several(model):
         return train_runs(given)
     settings = settings_from(Settings, given)
     check_train_arguments(
@@ -302,12 +302,6 @@ def train(
             if stop.signal is not None:
                 raise stop.error()
     return trained, History.of(records)
-
-
-def _are_several(model: Any) -> bool:
-    """Whether `model` is a list of models; a tuple may also be the result of `load`."""
-    are_models = isinstance(model, tuple) and all(isinstance(x, ModelState) for x in model)
-    return isinstance(model, list) or (are_models and len(model) > 0)
 
 
 def _run_steps(

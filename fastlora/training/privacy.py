@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-# Every order gives an upper bound of epsilon, and the smallest counts. Opacus's orders, without
-# those below 2, which are the best ones only if epsilon is large: there dp-accounting's series
-# often do not converge, of which it warns.
+# Every order gives an upper bound of epsilon; the result is the smallest one. These are Opacus's
+# orders from 2 on. Below 2 dp-accounting's series often do not converge, of which it warns; such
+# low orders give the smallest bound only if epsilon is large.
 _ORDERS = [*(1 + i / 10 for i in range(10, 100)), *range(12, 64), 128, 256, 512]
 
 

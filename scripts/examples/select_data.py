@@ -32,10 +32,9 @@ def influence_of(
     """The mean influence of each (prompt, reply) on the targets, in units of the largest."""
     warm_up = [{"prompt": p, "completion": r} for p, r in pool[::4]]
     with TemporaryDirectory() as folder:
-        how: dict[str, Any] = dict(save_every=steps // 3, keep=None, progress=False)
-        fastlora.train(
-            model, tokenizer, warm_up, output_dir=folder, max_steps=steps, learning_rate=RATE, **how
-        )
+        how: dict[str, Any] = dict(max_steps=steps, learning_rate=RATE, packing=False)
+        how |= dict(save_every=steps // 3, keep=None, progress=False)
+        fastlora.train(model, tokenizer, warm_up, output_dir=folder, **how)
         points = research.training_points(model, folder)
 
     def losses(adapter: Any, batch: fig.Batch) -> Tensor:
@@ -91,23 +90,20 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
-    short = lambda rows: [row for row in rows if len(fig.encode([row], tokenizer, longest=48)) == 1]
+    short = lambda rows: [row for row in rows if sum(map(len, row)) <= 120]  # characters
     # Different functions in each part, so that no prompt is in the pool twice.
     prompts, codes = tasks["summary"][2 * n :], tasks["signature"][-6 * n :]
     wrong = [(p, code) for (p, _), (_, code) in zip(prompts, codes, strict=False)]
     pool = short(tasks["summary"][: 2 * n])[:n] + short(wrong[: 6 * n])[: 3 * n]
     held = fig.encode(fig.pairs("heldout", quick), tokenizer, longest=48)
     targets, test = held[:TARGETS], held[TARGETS : TARGETS + (8 if quick else 32)]
-    score = influence_of(model, tokenizer, pool, targets, 6 if quick else 24)
+    score = influence_of(model, tokenizer, pool, targets, 3 if quick else 24)
     ours = torch.arange(len(pool)) < n
     auc = (score[ours][:, None] > score[~ours]).float().mean().item()
     order = score.argsort(descending=True)
-    chosen = (order[: n // 2], torch.arange(2 * n)[::4], order[-(n // 2) :])
-    chosen = (
-        chosen[0],
-        torch.randperm(2 * n, generator=torch.Generator().manual_seed(5))[: n // 2],
-        chosen[2],
-    )
+    # Of the first half of the pool, so more random rows have right replies than in the whole pool.
+    random = torch.randperm(2 * n, generator=torch.Generator().manual_seed(5))[: n // 2]
+    chosen = (order[: n // 2], random, order[-(n // 2) :])
     groups = [fig.encode([pool[i] for i in rows], tokenizer, longest=512) for rows in chosen]
     losses = train_on(model, groups, test, steps, every)
     draw(losses, score, ours, every, out)

@@ -284,6 +284,8 @@ def test_wrong_use_is_refused(tiny):
         run(lambda a: FL.row_losses(a, tiny.base, spec, batch_of(IDS))[0], tree=stack)
     with pytest.raises(TypeError, match=r"functions of fastlora\.functional"):
         run(lambda a: losses(a) + a["layers"][0]["q_proj"].a.sum())
+    with pytest.raises(AttributeError, match=r"functions of fastlora\.functional.*'square'"):
+        run(lambda a: losses(a) + sum(x.square().sum() for x in tree_leaves(a)))
     for wrong in ("norm", "True", ""):
         with pytest.raises(ValueError, match="per_example="):
             value_and_grad(losses, per_example=wrong)
