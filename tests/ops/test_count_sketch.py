@@ -27,7 +27,7 @@ def test_inner_products_are_without_bias_and_their_variance_is_that_of_a_count_s
     """Over 400 seeds: the mean within 4 standard errors, the variance at most
     (|x|^2 |y|^2 + (x y)^2) / k, with a quarter of it for chance."""
     g = torch.Generator().manual_seed(1)
-    # Positive elements: signs that are not fair would add a bias, which random signs of x would hide.
+    # Positive elements: unfair signs would add a bias, which random signs of x would hide.
     x, y = torch.randn(2, 1, 600, generator=g, dtype=torch.float64).abs()
     k, true = 64, (x * y).sum()
     both = torch.cat([x, y])
