@@ -90,24 +90,19 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
-    tasks = fig.tasks("train", quick)
     short = lambda rows: [row for row in rows if sum(map(len, row)) <= 120]  # characters
     # Different functions in each part, so that no prompt is in the pool twice.
-    prompts, codes = tasks["summary"][2 * n :], tasks["signature"][-6 * n :]
-    wrong = [(p, code) for (p, _), (_, code) in zip(prompts, codes, strict=False)]
-    pool = short(tasks["summary"][: 2 * n])[:n] + short(wrong[: 6 * n])[: 3 * n]
+    right, codes = short(tasks["summary"]), tasks["signature"][::-1]
+    wrong = short([(p, code) for (p, _), (_, code) in zip(right[n:], codes, strict=False)])
+    pool = right[:n] + wrong[: 3 * n]
     held = fig.encode(fig.pairs("heldout", quick), tokenizer, longest=48)
     targets, test = held[:TARGETS], held[TARGETS : TARGETS + (8 if quick else 32)]
     score = influence_of(model, tokenizer, pool, targets, 3 if quick else 24)
     ours = torch.arange(len(pool)) < n
     auc = (score[ours][:, None] > score[~ours]).float().mean().item()
     order = score.argsort(descending=True)
-    chosen = (order[: n // 2], torch.arange(2 * n)[::4], order[-(n // 2) :])
-    chosen = (
-        chosen[0],
-        torch.randperm(2 * n, generator=torch.Generator().manual_seed(5))[: n // 2],
-        chosen[2],
-    )
+    drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(5))
+    chosen = (order[:n], drawn[:n], order[-n:])
     groups = [fig.encode([pool[i] for i in rows], tokenizer, longest=512) for rows in chosen]
     losses = train_on(model, groups, test, steps, every)
     draw(losses, score, ours, every, out)
