@@ -20,6 +20,9 @@ Places of the decoder have names (models/capture.py): "embed", "layers.I.in", "l
 others to them. Gradients flow through both, at every recompute level; captured tensors stay in
 memory. Calls without them run the same compiled graphs as before.
 
+Under value_and_grad(fn, per_example=...) fn gets an adapter whose gradient is computed for each
+example: row i, or the rows or tokens that `adapter_ids` gives the number i.
+
 Each function checks the classes, names, shapes and dtypes of its arguments, but no values: reading
 these would wait for the GPU. `Model`'s methods check values as well.
 """

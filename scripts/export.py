@@ -22,6 +22,14 @@ from fastlora.formats.mlx import save_mlx_adapter
 
 FORMATS = ("peft", "merged", "merged-4bit", "gguf", "gguf-adapter", "ollama", "mlx")
 
+# Options that only some formats read.
+OPTIONS = {
+    "dtype": ("gguf", "ollama"),
+    "verify": ("gguf", "gguf-adapter"),
+    "pre": ("gguf", "ollama"),
+    "base": ("merged", "merged-4bit"),
+}
+
 
 def main() -> None:
     given = arguments()
@@ -101,7 +109,14 @@ def arguments() -> argparse.Namespace:
     add("--load-in-4bit", action="store_true", help="the adapter was trained over a 4-bit base")
     add("--load-dtype", default="auto", help="dtype of the base in memory")
     add("--device", default="cpu", help="device that merges; the CPU usually has more memory")
-    return parser.parse_args()
+    given = parser.parse_args()
+    for option, formats in OPTIONS.items():
+        if given.format not in formats and getattr(given, option) != parser.get_default(option):
+            parser.error(
+                f"--{option} has no effect with --format {given.format}; it is for"
+                f" {' and '.join(formats)}"
+            )
+    return given
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Half of the time or more goes to Python, which renders the chat template, and the rest to the
 tokenizers library, which alone uses several cores. So data that take longer than half a second are
-encoded by one process per core. The examples are the same, whoever encodes a chunk.
+encoded by one process per core. The examples do not depend on it.
 
 The processes are started as commands, not with multiprocessing: fork is unsafe once CUDA is
 initialised, and spawn would run the user's script again.

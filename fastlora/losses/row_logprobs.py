@@ -6,9 +6,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.errors import raise_problems
-from fastlora.functional import token_logprobs, trained_labels
+from fastlora.functional import AnyAdapter, token_logprobs, trained_labels
 from fastlora.models.input_checks import entry_problems
-from fastlora.models.params import Adapter, Base
+from fastlora.models.params import Base
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.ignore import IGNORE
@@ -16,7 +16,7 @@ from fastlora.ops.loss.ignore import IGNORE
 
 def batch_logprobs(
     function: str,
-    adapter: Adapter | None,
+    adapter: AnyAdapter,
     base: Base,
     spec: Spec,
     batch: Batch,
@@ -37,7 +37,7 @@ def batch_logprobs(
 
 
 def row_logprobs(
-    adapter: Adapter | None, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
+    adapter: AnyAdapter, base: Base, spec: Spec, batch: Batch, *, seed: Seed = None
 ) -> tuple[Float[Tensor, "b"], Int[Tensor, "b"]]:
     """(sum of log p over the trained tokens of each row, their number). Their quotient is the mean.
 

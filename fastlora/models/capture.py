@@ -65,7 +65,8 @@ class Taps:
         self.captured: dict[str, Tensor] = {}
 
     def at(self, place: str, x: Float[Tensor, "b t d"]) -> Float[Tensor, "b t d"]:
-        """The tensor with which the decoder goes on at a place, where it has computed x."""
+        """x plus the tensor that is added at this place. The decoder continues with the result,
+        which is captured if the caller asked for it."""
         if self.idle:
             return x
         x = plus(x, self.added.get(place))

@@ -157,7 +157,7 @@ def _name_problems(spec: Spec, argument: str, names: Collection[Any]) -> list[st
 def _embeds_problems(input_ids: Any, embeds: Any, d: int, device: torch.device) -> list[str]:
     problems = []
     if input_ids is not None:
-        problems.append("input_ids and inputs_embeds are both given; pass None for one of them")
+        problems.append("input_ids and inputs_embeds are both given; pass one of them")
     is_float = isinstance(embeds, Tensor) and embeds.is_floating_point()
     if not is_float or embeds.dim() != 3 or embeds.shape[2] != d or not embeds.numel():
         expected = f"a non-empty floating-point tensor [b, t, {d}]"

@@ -37,7 +37,7 @@ def example_rows(
     """The examples of a batch, after `examples.begin`.
 
     Args:
-        examples: the adapter and what is wanted of it.
+        examples: the adapter, and what to compute from its gradients.
         adapter_ids: the example of each row or of each token; None: row i is example i.
         input_ids: the batch.
     """
@@ -69,6 +69,8 @@ def number_of_examples(
     """
     if not isinstance(adapter_ids, Tensor) or adapter_ids.is_floating_point():
         return len(input_ids)
+    if not adapter_ids.numel():  # of a wrong shape
+        return examples.n or 0
     # Of ids on a GPU, this waits for it.
     return max(int(adapter_ids.max()) + 1, examples.n or 0)
 
@@ -99,7 +101,7 @@ def example_project(
         records: their adapters.
         scalings: factor of each low-rank term.
         salts: number of each projection in the layer's dropout keys.
-        p: share of x that the low-rank terms do not see.
+        p: dropout probability of the low-rank terms' input.
         key: of the layer's dropout masks; None: without dropout.
     """
     adapted = {i: record for i, record in enumerate(records) if isinstance(record, ExampleLoRA)}

@@ -53,18 +53,20 @@ def influence(
 
     Args:
         fn: (adapter, batch) -> [b], the loss of each example, such as its mean over tokens:
-            `total / tokens` of `FL.row_losses`. It gets what `value_and_grad(per_example=...)`
-            passes, and may only give it to functions of `fastlora.functional`.
+            `total / tokens.clamp(min=1)` of `FL.row_losses`. It gets what
+            `value_and_grad(per_example=...)` passes, and may only give it to functions of
+            `fastlora.functional`.
         points: see `training_points`; `TrainingPoint(adapter=model.adapter, learning_rate=1.0)` is
             enough for "tracin" at one point.
         data: batches of training examples.
         targets: batches of target examples.
         method: "less" or "tracin".
         sketch: of the gradients; a larger k is more accurate. None compares whole gradients, and
-            holds those of all targets.
+            holds those of all examples.
 
     Raises:
-        ValueError: an argument is wrong, or "less" is asked for at a point without moments.
+        ValueError: an argument is wrong, "less" is asked for at a point without moments, or a
+            gradient is NaN or infinite.
         RuntimeError: a torch.func transform is active.
     """
     refuse_transforms("research.influence")
@@ -82,6 +84,7 @@ def influence(
     for point in points:
         ours = _vectors(fn, point, batches, sketch, adam=method == "less")
         theirs = _vectors(fn, point, target_batches, sketch, adam=False)
+        _check_finite(data=ours, targets=theirs)
         if method == "less":
             ours, theirs = _unit(ours), _unit(theirs)
         scores = point.learning_rate * (ours @ theirs.T)
@@ -119,6 +122,21 @@ def _vectors(
             found = _flat(steps) if sketch is None else sketch.of(steps)
         rows.append(found)
     return torch.cat(rows)
+
+
+def _check_finite(**vectors: Float[Tensor, "_ k"]) -> None:
+    # Otherwise topk would choose these rows first: it sorts NaN above all numbers.
+    problems = [
+        f"{name}: examples {wrong[:10]}"
+        for name, x in vectors.items()
+        if (wrong := (~x.isfinite().all(1)).nonzero().flatten().tolist())
+    ]
+    heading = "research.influence: these gradients are NaN or infinite:"
+    cure = (
+        "An example may have no trained tokens: divide its loss by tokens.clamp(min=1), not by"
+        " tokens."
+    )
+    raise_problems(ValueError, heading, problems, cure)
 
 
 def _adam_steps(point: TrainingPoint, grads: Any) -> Any:

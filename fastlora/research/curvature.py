@@ -47,8 +47,8 @@ def hvp(fn: Callable[[Any], Tensor], adapter: Any, *, method: str = "reverse") -
             "linearize": torch.func.linearize, which traces the gradient once (11 s for the demo
             model, 200 times a gradient) into a torch.fx graph; the products cost about the same.
             "difference": central difference of two fast gradients. It keeps compiled layers,
-            kernels and recomputation, and is inexact: off by 5e-3 in float32, and of no use over
-            a 16-bit base.
+            kernels and recomputation, but is inexact: relative errors of 4e-4 to 5e-3 were
+            measured in float32, and over a 16-bit base it is useless.
 
     Raises:
         ValueError: an argument is wrong, or `fn` does not return a scalar; in products: the vector
@@ -133,18 +133,18 @@ def ggnvp(
 def linear_map(
     fn: Callable[[Any], Tensor], adapter: Any
 ) -> tuple[Tensor, Callable[[Any], Tensor], Callable[[Tensor], Any]]:
-    """(fn(adapter), v -> J v, u -> J' u), with J the derivative of a function of one tensor.
+    """(fn(adapter), v -> J v, u -> J' u), with J the derivative of `fn`, which returns one tensor.
 
-    The two graphs that the products go through are kept.
+    The products keep the two graphs that they run backward.
     """
     value, pull = vjp(fn, adapter)[:2]
-    # Any u does: J' u is linear, so its derivative is the same everywhere.
+    # Zeros serve as well as any u: J' u is linear in u, so its derivative is the same everywhere.
     push = vjp(lambda u: vjp(fn, adapter)[1](u)[0], torch.zeros_like(value))[1]
     return value, lambda v: push(v)[0], lambda u: pull(u)[0]
 
 
 def _row_weights(logits: Tensor, weights: Any) -> Tensor | float:
-    """The weight of each row [*n, 1], or of all."""
+    """The weight of each row [*n, 1], or one weight for all rows."""
     rows = logits.shape[:-1]
     if weights is None:
         return 1.0 / max(rows.numel(), 1)

@@ -39,7 +39,8 @@ def as_linear_operator(fn: Callable[[Any], Any], adapter: Any) -> Any:
         from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415  an extra, and slow
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "research.as_linear_operator needs SciPy; pip install fastlora[research]"
+            "research.as_linear_operator needs SciPy; install it with:"
+            " pip install 'fastlora[research]'"
         ) from error
     leaves = tree_leaves(adapter)
     p = sum(x.numel() for x in leaves)

@@ -14,7 +14,7 @@ Predictions are linearised (Immer et al. 2021, arXiv:2008.08400): the logits are
 e ~ N(0, S), and their softmax is averaged over samples of e.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,7 +44,7 @@ _PRIOR = Rule(
     lambda x: (type(x) is str and x == "evidence") or _PRECISION.accepts(x),
     '"evidence" or a number > 0',
 )
-_ROUNDS = 200  # of the fixed point; some ten are needed where the data decide
+_ROUNDS = 200  # at most; about ten are needed if the data determine most of the adapter
 _RELATIVE_CHANGE = 1e-6
 
 
@@ -86,18 +86,20 @@ class Laplace:
         """n adapters drawn from the posterior, as a stack: every leaf [n, ...].
 
         One pass runs them all: `FL.forward(stack, base, spec, input_ids.repeat(n, 1))` gives the
-        first b rows to sample 0, the next b to sample 1, and so on.
+        first b rows to sample 0, the next b to sample 1, and so on. Sample i is the same for every
+        n > i, and samples of different seeds are independent.
 
         Raises:
             ValueError: n < 1, or seed is not one that torch.Generator accepts.
         """
         check_arguments("Laplace.samples", n=(n, whole_number(1)), seed=(seed, RANDOM_SEED))
-        return tree_map(lambda x, e: x + e, self.mean, self._deviations(n, seed))
+        return tree_map(lambda x, e: x + e, self.mean, self._deviations(range(n), seed))
 
-    def _deviations(self, n: int, seed: int) -> Any:
-        """n draws of N(0, S), every leaf [n, ...]; sample i is the same for every n > i."""
+    def _deviations(self, numbers: Sequence[int], seed: int) -> Any:
+        """The draws of N(0, S) with these numbers, every leaf [n, ...]. Each has a generator of its
+        number and the seed, so draws of different seeds are independent."""
         # Not torch.randn: torch.func.linearize traces it, and would draw again in every product.
-        generators = [np.random.default_rng(seed + i) for i in range(n)]
+        generators = [np.random.default_rng([i, seed]) for i in numbers]
         leaves, structure = tree_flatten(self.mean)
         drawn = []
         for x, f in zip(leaves, tree_leaves(self.fisher), strict=True):
@@ -121,8 +123,8 @@ class Laplace:
         Args:
             logits_fn: adapter -> logits [..., c], such as those of the answer's choices,
                 `FL.forward(a, base, spec, ids)[:, -1, choices]`.
-            samples: how many.
-            seed: of the samples.
+            samples: number of samples.
+            seed: of the samples, which are those of `samples(n, seed)`.
 
         Raises:
             ValueError: an argument is wrong.
@@ -136,7 +138,7 @@ class Laplace:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = torch.zeros_like(wide)
         for i in range(samples):
-            deviation = tree_map(lambda e: e[0], self._deviations(1, seed + i))
+            deviation = tree_map(lambda e: e[0], self._deviations([i], seed))
             total += (wide + push(deviation)).softmax(-1)
         return total / samples
 

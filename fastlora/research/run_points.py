@@ -31,9 +31,9 @@ class TrainingPoint:
     """The state of a training run after some step."""
 
     adapter: Any
-    learning_rate: float  # the mean of the steps for which this point counts
+    learning_rate: float  # mean over the steps since the point before
     step: int = 0  # updates so far
-    exp_avg: Any = None  # Adam's moments, trees like the adapter; None: not known
+    exp_avg: Any = None  # Adam's moments, trees like the adapter; None: unknown
     exp_avg_sq: Any = None
 
 

@@ -27,8 +27,8 @@ def sam_value_and_grad(
     gradients take the fast path. If the gradient is zero, so is the step e.
 
     Args:
-        fn: a function of a tree of tensors and any other arguments; give it the same `seed` twice,
-            that is, pass the seed as an argument.
+        fn: a function of a tree of tensors and any other arguments. It is called twice with the
+            same arguments; pass a dropout seed among them, so that both calls have the same masks.
         rho: radius of the ball, in the Euclidean norm over all leaves together.
 
     Raises:

@@ -24,8 +24,8 @@ def adapter_problems(adapter: Any) -> list[str]:
 
 
 def point(adapter: Any) -> Any:
-    """The adapter without its autograd history. Under a transform, which differentiates results by
-    it, the adapter itself."""
+    """The adapter without its autograd history. Under a transform, which may differentiate by the
+    adapter, it is returned unchanged."""
     return adapter if transforms_active() else tree_map(Tensor.detach, adapter)
 
 
@@ -54,14 +54,15 @@ def like(vector: Any, adapter: Any, function: str) -> Any:
 def inner(a: Any, b: Any) -> Float[Tensor, ""]:
     """The inner product of two trees, in at least float32."""
     pairs = zip(tree_leaves(a), tree_leaves(b), strict=True)
-    terms = [(x * y).sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x, y in pairs]
-    return torch.stack(terms).sum()
+    # Wide before the product: in float16 the square of a gradient of 1e-4 is 0.
+    wide = lambda x: x.to(torch.promote_types(x.dtype, torch.float32))
+    return torch.stack([(wide(x) * wide(y)).sum() for x, y in pairs]).sum()
 
 
 def ravel(tree: Any) -> Float[Tensor, "p"]:
     """All numbers of a tree as one vector: its leaves in the order of torch.utils._pytree.
 
-    Its dtype holds those of all leaves.
+    Its dtype is the one to which torch promotes the dtypes of all leaves.
 
     Raises:
         ValueError: a leaf is not a floating-point tensor.

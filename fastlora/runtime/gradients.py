@@ -31,8 +31,8 @@ def value_and_grad(
     We do not use torch.func.grad, because inside torch.compile it silently drops custom backward
     functions (pytorch#193279, torch 2.13) and because it refuses the saved-tensor hooks that
     recomputation needs. Inside a transform (vmap, jvp, grad, a dual level of forward_ad) ops run
-    their reference, which needs neither. There the call is torch.func.grad_and_value with its pair
-    turned round, so it can be transformed and differentiated, and nothing is recorded.
+    their reference, which needs neither. There the call is torch.func.grad_and_value with its two
+    results swapped, so it can be transformed and differentiated, and no CUDA graph is recorded.
 
     With `per_example`, fn returns one value for each of b examples, [b], of which value i may
     depend on example i only, and one backward pass gives the gradient of each:
@@ -42,8 +42,8 @@ def value_and_grad(
         Sketch(k, seed)    (values [b], count sketches [b, k])
 
     For norms and sketches no more than one layer's gradients are in memory. The first argument is
-    an adapter, and fn passes what it gets in its place to functions of fastlora.functional, and
-    uses it for nothing else. There it is like a stack of b copies of the adapter: row i of a batch
+    an adapter. fn gets a placeholder for it, which it may only pass to functions of
+    fastlora.functional. These treat it as a stack of b copies of the adapter: row i of a batch
     is example i, or `adapter_ids` says which example each row [b] belongs to, or each token
     [b, t], for packed documents. Dropout masks are those of the rows in the whole batch, so value i
     and its gradient are those of value_and_grad(lambda a: fn(a)[i]). Norms need a single call of
@@ -66,8 +66,8 @@ def value_and_grad(
         ValueError: an argument has a wrong class or value; later, in calls: a leaf is not a
             floating-point tensor, the value is not a scalar, or with cuda_graph=True a tensor is
             not on a CUDA device. With `per_example`: the first argument is not an adapter, the
-            values are not [b], calls in fn have different numbers of examples, or norms are wanted
-            of two calls.
+            values are not [b], calls in fn have different numbers of examples, or fn makes two
+            calls for "norms".
         RuntimeError: in calls with cuda_graph=True: fn waits for the GPU. With `per_example`: the
             call is inside a torch.func transform.
     """

@@ -21,7 +21,7 @@ from fastlora.ops.linear.group_gradients import Sink
 
 @dataclass(frozen=True, kw_only=False, eq=False)
 class Sketch:
-    """Count sketches of gradients: k numbers for each example (ops/count_sketch.py).
+    """Asks for count sketches of gradients: k numbers for each example (ops/count_sketch.py).
 
     The inner product of two sketches with equal k and seed is an estimate, without bias, of the
     inner product of the gradients. Its standard deviation is at most sqrt(2 / k) times the product
@@ -34,10 +34,10 @@ class Sketch:
     k: int = setting(whole_number(1, 2**31))
     """Numbers in a sketch."""
     seed: int = setting(RANDOM_SEED, 0)
-    """Of signs and buckets, which also depend on the leaf and the element."""
+    """Seed of the signs and buckets, which also depend on the leaf and the element."""
     weights: Any = setting(Rule(lambda x: True, "a tree"), None)
     """A tree like the adapter, with which gradients are multiplied element by element before they
-    are sketched, such as 1 / (sqrt(v) + eps) of Adam; None: by 1."""
+    are sketched, such as 1 / (sqrt(v) + eps) of Adam; None: without factors."""
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -47,8 +47,8 @@ class Sketch:
     def of(self, tree: Any) -> Float[Tensor, "b k"]:
         """The sketches of b trees like the adapter, whose leaves are [b, ...].
 
-        Those of per-example gradients are the results of value_and_grad(per_example=self), up to
-        rounding.
+        For a tree of per-example gradients they equal the result of
+        value_and_grad(per_example=self), up to rounding.
 
         Raises:
             ValueError: `weights` does not fit the tree.
@@ -91,9 +91,15 @@ HOW = Rule(
     'False, True, "norms" or a fastlora.Sketch',
 )
 
+_STANDS_FOR_ADAPTER = (
+    "under per_example, the first argument of fn stands for the adapter, and its tensors cannot be"
+    " read: pass it to functions of fastlora.functional. Add the gradient of any other term, such"
+    " as a penalty on the adapter, to the result."
+)
+
 
 class PerExample:
-    """A tree of tensors whose gradients are wanted for each example.
+    """Stands for a tree of tensors whose gradient is computed for each example.
 
     It may only be passed to functions of functional.py, as their first argument, in place of the
     tree. n, the number of examples, is known from the first of these calls on.
@@ -104,7 +110,7 @@ class PerExample:
 
         Args:
             tree: of floating-point tensors.
-            how: what is wanted: a value that HOW accepts.
+            how: what to compute: a value that HOW accepts.
         """
         leaves, self.structure = tree_flatten(tree)
         self.leaves = [x.detach() for x in leaves]
@@ -118,11 +124,17 @@ class PerExample:
         """The tree, whose tensors require no gradient."""
         return tree_unflatten(self.leaves, self.structure)
 
+    def __getitem__(self, key: Any) -> Any:
+        raise TypeError(f"{_STANDS_FOR_ADAPTER} It cannot be indexed.")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{_STANDS_FOR_ADAPTER} It has no attribute {name!r}.")
+
     def begin(self, n: int) -> None:
         """A function of functional.py runs n examples.
 
         Raises:
-            ValueError: an earlier call had another number of examples, or norms are wanted and
+            ValueError: an earlier call had another number of examples, or norms are computed and
                 this is the second call: the norm of a sum does not follow from those of its parts.
         """
         if self.n is not None and n != self.n:
@@ -170,7 +182,7 @@ class PerExample:
         return self._probe
 
     def results(self, values: Float[Tensor, "n"]) -> Any:
-        """What is wanted of the gradients of `values`, by a backward pass."""
+        """The gradients of `values`, or their norms or sketches, from one backward pass."""
         n = len(values)
         of_each, of_probe = self._differentiated(values)
         if self.how is True:

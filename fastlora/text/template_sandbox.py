@@ -88,7 +88,8 @@ def _shown(error: BaseException) -> str:
 def writes_blocks_directly(text: str) -> bool:
     """Whether no filter, macro or variable receives what {% generation %} blocks write.
 
-    Blocks in loops and conditions write directly. A template with a syntax error does not count.
+    Blocks in loops and conditions write directly, but those in recursive loops do not: a template
+    may pass the result of `loop(...)` to a filter. False for a template with a syntax error.
     """
     environment = jinja2.Environment(extensions=["jinja2.ext.loopcontrols", Generation])
     environment.extend(generation_marks=_PROBES)
@@ -97,11 +98,10 @@ def writes_blocks_directly(text: str) -> bool:
     except _TEMPLATE_ERRORS:
         return False
     captures = (nodes.FilterBlock, nodes.AssignBlock, nodes.Macro, nodes.CallBlock, nodes.Block)
+    inside = [node for kind in captures for node in tree.find_all(kind)]
+    inside += [loop for loop in tree.find_all(nodes.For) if loop.recursive]
     return not any(
-        literal.data in _PROBES
-        for kind in captures
-        for capture in tree.find_all(kind)
-        for literal in capture.find_all(nodes.TemplateData)
+        literal.data in _PROBES for node in inside for literal in node.find_all(nodes.TemplateData)
     )
 
 

@@ -79,7 +79,7 @@ class History:
     see `noise_scale`."""
     gradient_noises: tuple[float, ...] = _column(number(), ())
     """Estimate of the trace of the covariance of one token's gradient, of the same steps."""
-    sampling_rates: tuple[float, ...] = _column(number(low=0, high=1), ())
+    sampling_rates: tuple[float, ...] = _column(number(low=0), ())
     """Of a private run: the probability of a row in each step; see `epsilon`."""
     noise_multipliers: tuple[float, ...] = _column(number(low=0), ())
     """Of a private run: noise_multiplier of each step."""
@@ -119,8 +119,9 @@ class History:
     def noise_scale(self, last: int | None = None) -> float:
         """The simple noise scale in tokens (McCandlish et al. 2018, arXiv:1812.06162), or for
         another loss in its items: batches much smaller than it are dominated by noise, and larger
-        ones hardly take better steps. NaN if no step had several micro-batches:
-        gradient_accumulation_steps=2 with half the batch_size takes the same steps.
+        ones hardly take better steps. NaN if no step had several micro-batches
+        (gradient_accumulation_steps=2 with half the batch_size takes the same steps), for private
+        runs, and for several runs in one pass.
 
         Args:
             last: of this many steps; None: of all. It grows during training.

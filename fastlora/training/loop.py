@@ -36,7 +36,7 @@ from fastlora.training.learner import Learner, make_learner
 from fastlora.training.lock import output_lock
 from fastlora.training.logging.backends import RunInfo
 from fastlora.training.logging.open import Log, open_log
-from fastlora.training.many.arguments import Ending
+from fastlora.training.many.arguments import Ending, are_several
 from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
     check_space,
@@ -200,18 +200,12 @@ def train(
         keep_best: return and save the adapter after the step with the lowest loss of eval_data, not
             that after the last step. The checkpoint of that step is saved, and `keep` spares it.
         early_stopping: end the run after this many evaluations without a lower loss than before.
-        clip_per_example: DP-SGD (Abadi et al. 2016): the gradient of each row's mean of -log p is
-            scaled down to this norm, if it is larger. Every step draws each row with probability
-            batch_size x gradient_accumulation_steps / rows (Poisson sampling), so steps differ in
-            size; an epoch is as many steps as before. One row is one example: it needs
-            packing=False, and refuses streams, weights, other losses and too_long="split".
-            batch_size is how many rows are in memory, each with a gradient of the adapter's size.
-            The noisy mean is then treated as any gradient: max_grad_norm limits it too.
-            `history.epsilon(delta)` is the privacy of the trained adapter; losses, evaluations and
-            samples in the history are not private.
-        noise_multiplier: standard deviation of the noise on the sum of the clipped gradients, over
-            clip_per_example; 0: no noise, and no privacy. The noise depends on `seed` and the
-            step: keep the seed secret. A warning says if the noise is larger than the gradient.
+        clip_per_example: DP-SGD (Abadi et al. 2016): each row's gradient is scaled down to this
+            norm, if it is larger. A step draws each row with probability batch_size x
+            gradient_accumulation_steps / rows; batch_size rows are in memory, with a gradient each.
+            Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
+        noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
+            noise depends on `seed`, which must stay secret.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
@@ -251,7 +245,7 @@ def train(
     """
     # Must come first: locals() may hold nothing but the arguments.
     given = dict(locals())
-    if _are_several(model):
+    if are_several(model):
         return train_runs(given)
     settings = settings_from(Settings, given)
     check_train_arguments(
@@ -308,12 +302,6 @@ def train(
             if stop.signal is not None:
                 raise stop.error()
     return trained, History.of(records)
-
-
-def _are_several(model: Any) -> bool:
-    """Whether `model` is a list of models; a tuple may also be the result of `load`."""
-    are_models = isinstance(model, tuple) and all(isinstance(x, ModelState) for x in model)
-    return isinstance(model, list) or (are_models and len(model) > 0)
 
 
 def _run_steps(

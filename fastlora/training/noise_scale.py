@@ -2,9 +2,9 @@
 
 The gradient of a batch of T tokens has the expected squared norm |G|^2 + S / T, where G is the true
 gradient and S the trace of the covariance of one token's gradient. S / |G|^2 is the "simple" noise
-scale: the batch, in tokens, from which on more tokens hardly make a step better. A step of several
-micro-batches has gradients of two sizes, those of the micro-batches and their mean, which give both
-unknowns without more work than the norms.
+scale: the batch size, in tokens, above which more tokens hardly improve a step. A step of several
+micro-batches has gradients over two numbers of tokens: those of the micro-batches, and their mean.
+Their squared norms give both unknowns, and computing these is the only extra work.
 """
 
 from collections.abc import Sequence

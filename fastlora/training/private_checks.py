@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.state import ModelState
 
-# The default of train, with which everybody can compute the noise.
+# The default of train. Anybody can compute the noise of a run with this seed.
 _PUBLIC_SEED = 3407
 
 
@@ -66,7 +66,7 @@ def check_private_rows(settings: Any, rows: int, *, streamed: bool) -> None:
     if expected > rows:
         raise ValueError(
             f"a step is expected to have batch_size x gradient_accumulation_steps = {expected}"
-            f" rows, drawn with probability {expected} / {rows}; give at most {rows}"
+            f" rows, but the data have {rows}; lower them so that their product is at most {rows}"
         )
 
 

@@ -65,7 +65,7 @@ def row_means(
     scale: Float[Tensor, ""],
     seed: Seed,
 ) -> Float[Tensor, "b"]:
-    """Mean of -log p over each row's trained tokens, times `scale`. 0 without any."""
+    """Mean of -log p over each row's trained tokens, times `scale`; 0 for a row without any."""
     sums, tokens = row_losses(adapter, base, spec, batch, seed=seed)
     return sums / tokens.clamp(min=1) * scale
 
@@ -84,7 +84,7 @@ def private_gradient(
     """The noisy gradient of a step.
 
     Args:
-        learner: whose `loss_and_grad` is that of `row_means`, by example.
+        learner: its `loss_and_grad` is `value_and_grad(row_means, per_example=True)`.
         settings: of the run.
         rows: number of rows of the data.
         step: its number, from 1.

@@ -229,6 +229,8 @@ def measure_all(arguments: argparse.Namespace, path: str, part: str, cores: int)
     results = {}
 
     def measure(name: str, *given: Any, **variables: Any) -> None:
+        if arguments.only and arguments.only not in name:
+            return
         results[name] = child(*given, **variables)
         print(name, json.dumps(results[name]), file=sys.stderr, flush=True)
 
@@ -270,6 +272,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--count", type=int, default=80_000, help="rows of about 500 tokens")
     add("--rate", type=float, default=86_000, help="tokens per second that the stream must give")
     add("--steps", type=int, default=300, help="of the stream, and of --train")
+    add("--only", help="measure the rows whose name contains this text")
     add("--train", help="the folder of a model to train on a stream")
     add("--measure", choices=[*MEASURES], help=argparse.SUPPRESS)
     add("--rows", help=argparse.SUPPRESS)

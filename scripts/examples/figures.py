@@ -73,14 +73,17 @@ def tasks(name: str, quick: bool = False) -> dict[str, list[tuple[str, str]]]:
     return found
 
 
+def chat(prompt: str, reply: str) -> dict[str, Any]:
+    """A row of `fastlora.train`."""
+    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": reply}]
+    return {"messages": messages}
+
+
 def encode(
     rows: Iterable[tuple[str, str]], tokenizer: fastlora.Tokenizer, longest: int = 32
 ) -> list[Example]:
     """(prompt, reply) pairs as token ids and labels; those of more than `longest` are left out."""
-    chats = [
-        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]}
-        for p, r in rows
-    ]
+    chats = [chat(prompt, reply) for prompt, reply in rows]
     encoded = encode_rows(chats, tokenizer, max_seq_length=512)
     return [example for example in encoded if len(example.input_ids) <= longest]
 
@@ -92,6 +95,8 @@ def as_batch(examples: Sequence[Example]) -> Batch:
 
 def endless(examples: Sequence[Example], size: int, seed: int) -> Iterator[list[Example]]:
     """`size` examples at a time, in a new order each epoch."""
+    if len(examples) < size:
+        raise ValueError(f"{len(examples)} examples; expected at least {size}")
     for epoch in count():
         order = np.random.default_rng([seed, epoch]).permutation(len(examples))
         for first in range(0, len(order) - size + 1, size):

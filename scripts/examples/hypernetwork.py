@@ -84,9 +84,7 @@ def words_written(stacked: Any, tokenizer: Any, prompts: list[str], n: int) -> T
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the mean number of words written for each requested length."""
-    seen, lengths, steps, count = (
-        ((1, 9), (1, 5, 9), 40, 3) if quick else (SEEN, LENGTHS, STEPS, 24)
-    )
+    seen, lengths, steps, count = ((1, 9), (1, 9), 25, 2) if quick else (SEEN, LENGTHS, STEPS, 24)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=SEED)
     writer = Writer(model.adapter)

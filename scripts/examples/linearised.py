@@ -61,10 +61,10 @@ def fit(loss: Loss, start: Any, batches: list[fig.Batch], rate: float, every: in
 @torch.no_grad()
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the held-out losses of both runs."""
-    steps, every = (6, 2) if quick else (STEPS, EVERY)
+    steps, every, n = (4, 2, 16) if quick else (STEPS, EVERY, 32)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=8, random_state=SEED)
-    held = fig.as_batch(fig.encode(fig.pairs("heldout", quick), tokenizer)[:32])
+    held = fig.as_batch(fig.encode(fig.pairs("heldout", quick), tokenizer)[:n])
     stream = fig.endless(fig.encode(fig.pairs("train", quick), tokenizer), 8, SEED)
     batches = [fig.as_batch(rows) for rows in islice(stream, steps)]
     real, tangent = losses_of(model)

@@ -8,7 +8,7 @@ SGD step on these rows predicts the word for other prompts. The words of the tes
 The first-order gradient leaves out how the inner step depends on the adapter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from fastlora import functional as FL
 
 INNER, RATE, STEPS, EVERY, SEED = 0.1, 1e-3, 30, 3, 0
 Task = tuple[fig.Batch, fig.Batch]  # support, query
+Meta = Callable[[Any, list[Task]], torch.Tensor]
 
 
 def tasks_of(words: list[str], prompts: list[str], tokenizer: Any, seed: int) -> Iterator[Task]:
@@ -41,9 +42,25 @@ def words_of(replies: list[str], n: int) -> list[str]:
     return names[np.argsort(-counts, kind="stable")][:n].tolist()
 
 
+def train(meta: Meta, adapter: Any, tasks: Iterator[Task], steps: int, n: int) -> Iterator[Any]:
+    """(step, adapter) before each step of Adam on the meta-loss of n tasks, and after the last."""
+    adapter = tree_map(torch.clone, adapter)
+    leaves = tree_leaves(adapter)
+    optimizer = torch.optim.Adam(leaves, lr=RATE)
+    for step in range(steps + 1):
+        yield step, adapter
+        if step == steps:
+            return
+        _, grads = fastlora.value_and_grad(meta)(adapter, [next(tasks) for _ in range(n)])
+        for x, g in zip(leaves, tree_leaves(grads), strict=True):
+            x.grad = g
+        torch.nn.utils.clip_grad_norm_(leaves, 1.0)
+        optimizer.step()
+
+
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the query losses on new words of both ways to train."""
-    steps, every, count = (4, 2, 2) if quick else (STEPS, EVERY, 16)
+    steps, every, count, per_step = (6, 6, 4, 2) if quick else (STEPS, EVERY, 16, 4)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=SEED)
     base, spec = model.base, model.spec
@@ -63,23 +80,17 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
             grads = tree_map(torch.detach, grads)
         return loss(fig.added(adapter, grads, -INNER), query)
 
-    curves: dict[bool, list[float]] = {True: [], False: []}
-    for second_order, curve in curves.items():
-        adapter = tree_map(torch.clone, model.adapter)
-        optimizer = torch.optim.Adam(tree_leaves(adapter), lr=RATE)
-        stream = tasks_of([w for i, w in enumerate(words) if i % 4], prompts, tokenizer, seed=SEED)
-        meta = lambda adapter, tasks, how=second_order: torch.stack(
-            [after_one_step(adapter, task, how) for task in tasks]
+    def curve(second_order: bool) -> list[float]:
+        meta = lambda adapter, tasks: torch.stack(
+            [after_one_step(adapter, task, second_order) for task in tasks]
         ).mean()
-        for step in range(steps + 1):
-            if step % every == 0:
-                with torch.no_grad():
-                    curve.append(meta(adapter, unseen).item())
-            _, grads = fastlora.value_and_grad(meta)(adapter, [next(stream) for _ in range(4)])
-            for x, g in zip(tree_leaves(adapter), tree_leaves(grads), strict=True):
-                x.grad = g
-            torch.nn.utils.clip_grad_norm_(tree_leaves(adapter), 1.0)
-            optimizer.step()
+        seen = [word for i, word in enumerate(words) if i % 4]
+        stream = tasks_of(seen, prompts, tokenizer, seed=SEED)
+        training = train(meta, model.adapter, stream, steps, per_step)
+        with torch.no_grad():
+            return [meta(a, unseen).item() for step, a in training if step % every == 0]
+
+    curves = {second_order: curve(second_order) for second_order in (True, False)}
     figure, (axis,) = fig.new_figure()
     axis.plot(range(0, steps + 1, every), curves[True], "o-", color=fig.BLUE, label="second order")
     axis.plot(

@@ -22,7 +22,7 @@ RANK, RATE, STEPS, SEED = 8, 3e-3, 120, 0
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the held-out loss of each way to merge."""
-    steps, learning, n = (12, 6, 8) if quick else (STEPS, 40, 32)
+    steps, learning, n, tuned = (6, 4, 8, 4) if quick else (STEPS, 40, 32, 16)
     model, tokenizer = fig.demo()
     train = {name: fig.encode(rows, tokenizer) for name, rows in fig.tasks("train", quick).items()}
     held = {
@@ -40,7 +40,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
         total = [FL.loss(adapter, wide.base, wide.spec, fig.as_batch(x)) for x in data.values()]
         return torch.stack(total)
 
-    tuning = {name: examples[-16:] for name, examples in train.items()}
+    tuning = {name: examples[-tuned:] for name, examples in train.items()}
     weights = torch.full((layers, 3), 1 / 3)
     optimizer = torch.optim.Adam([weights], lr=0.05)
     for _ in range(learning):
@@ -49,7 +49,7 @@ def main(quick: bool, out: Path) -> dict[str, Any]:
 
     same = lambda w: torch.tensor(w).expand(layers, -1)
     with torch.no_grad():
-        scales = [0.2 + 0.1 * i for i in range(11)]
+        scales = [0.2 + 0.1 * i for i in range(2 if quick else 11)]
         best = min(scales, key=lambda s: losses(same([s] * 3), tuning).mean().item())
         ways = {
             f"adapter\n{name}": losses(same([float(i == j) for j in range(3)]), held)

@@ -22,7 +22,7 @@ RANK, RATE, STEPS = 8, 3e-3, 120
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the losses along the path, and along the line of coefficients."""
-    steps, points, n = (12, 5, 16) if quick else (STEPS, 13, 48)
+    steps, points, n = (8, 5, 12) if quick else (STEPS, 13, 48)
     model, tokenizer = fig.demo()
     rows, others = fig.tasks("train", quick), fig.tasks("heldout", quick)
     train = {name: fig.encode(rows[name], tokenizer) for name in ("summary", "signature")}

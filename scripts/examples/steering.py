@@ -1,64 +1,53 @@
 """Activation steering: a vector in the residual stream makes replies begin with another word.
 
-    python scripts/examples/steering.py [--quick] [--out FILE]      about 30 s on two cores
+    python scripts/examples/steering.py [--quick] [--out FILE]      about 60 s on one core
 
-A fifth of the demo's rows have a reply that begins with "Return". The first vector is the
-difference of two means: of the tensors at the last token of the prompt, over rows that do and rows
-that do not (Turner et al. 2023, arXiv:2308.10248; Rimsky et al. 2023, arXiv:2312.06681). The second
-one has the same norm and is trained by its gradient. Needs matplotlib: pip install
-"fastlora[plots]".
+A fifth of the demo's replies begin with "Return", and after a short fine-tuning those of the model
+do too. The first vector is the difference between two means of the last prompt token's state: over
+rows with this word and over rows without it (Turner et al. 2023, arXiv:2308.10248; Rimsky et al.
+2023, arXiv:2312.06681). The second one has the same norm and is trained by its gradient.
 """
 
-import argparse
-import json
-import random
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import figures as fig
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.checkpoints.hub import DEMO
-from fastlora.data.rows import read_rows
 
-WORD, LONGEST, RATE = "Return", 40, 0.05
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#888888"  # of Okabe and Ito (2008)
-Inputs = dict[str, Any]
+WORD, PLACE, LONGEST, RATE = "Return", "layers.3.out", 40, 0.05
 
 
-def prompts(name: str, n: int, tokenizer: fastlora.Tokenizer) -> tuple[Inputs, Tensor]:
-    """(n prompts of a file of the demo, padded on the left; whether the reply begins with WORD)."""
-    rows = random.Random(0).sample(read_rows(DEMO / f"{name}.jsonl"), 3 * n)
-    chats = [row["messages"] for row in rows]
-    ids = [tokenizer.apply_chat_template(x[:1], add_generation_prompt=True) for x in chats]
+def prompts(rows: list[Any], n: int, tokenizer: Any) -> tuple[dict[str, Any], Tensor]:
+    """(n of the prompts, padded on the left; whether the reply begins with WORD)."""
+    chats = [[{"role": "user", "content": prompt}] for prompt, _ in rows[: 2 * n]]
+    ids = [tokenizer.apply_chat_template(x, add_generation_prompt=True) for x in chats]
     kept = [i for i, x in enumerate(ids) if len(x) <= LONGEST][:n]
     pads = [LONGEST - len(ids[i]) for i in kept]
     tokens = [[0] * pad + ids[i] for i, pad in zip(kept, pads, strict=True)]
     mask = (torch.arange(LONGEST) >= torch.tensor(pads)[:, None]).long()
     inputs = {"input_ids": torch.tensor(tokens), "attention_mask": mask}
-    return inputs, torch.tensor([chats[i][1]["content"].startswith(WORD) for i in kept])
+    return inputs, torch.tensor([rows[i][1].startswith(WORD) for i in kept])
 
 
-def first_word(model: fastlora.Model, inputs: Inputs, token: int, add: Any) -> Tensor:
+def first_word(model: fastlora.Model, inputs: Any, token: int, vector: Tensor) -> Tensor:
     """The log-probability of WORD as the first token of each reply."""
-    logits = FL.forward(model.adapter, model.base, model.spec, **inputs, add=add)
+    args = model.adapter, model.base, model.spec
+    logits = FL.forward(*args, **inputs, add={PLACE: vector})
     return logits[:, -1].log_softmax(-1)[:, token]
 
 
-def train(
-    model: fastlora.Model, inputs: Inputs, token: int, place: str, norm: Tensor, steps: int
-) -> Tensor:
-    """A vector of a given norm under which WORD is likely at half its strength."""
+def train(model: fastlora.Model, inputs: Any, token: int, norm: Tensor, steps: int) -> Tensor:
+    """A vector of a given norm, trained to make WORD likely."""
     vector = torch.randn(model.spec.config.hidden_size, generator=torch.Generator().manual_seed(0))
     optimizer = torch.optim.Adam([vector], lr=RATE)
 
     def loss(vector: Tensor) -> Tensor:
-        add = {place: 0.5 * norm * vector / vector.norm()}
-        return -first_word(model, inputs, token, add).mean()
+        return -first_word(model, inputs, token, norm * vector / vector.norm()).mean()
 
     for _ in range(steps):
         _, vector.grad = fastlora.value_and_grad(loss)(vector)
@@ -67,55 +56,51 @@ def train(
 
 
 def draw(strengths: list[float], shares: dict[str, list[float]], out: Path) -> None:
-    """The share of WORD by strength, a line for each vector."""
-    figure = Figure(figsize=(6.4, 4.0), layout="constrained")
-    axis = figure.subplots()
-    styles = [("-", BLUE), ("--", ORANGE), (":", GREY)]
-    for (name, share), (style, color) in zip(shares.items(), styles, strict=True):
-        axis.plot(strengths, share, style, color=color, label=name)
-    axis.axvline(0, color="#dddddd", zorder=0)
+    """The probability of WORD by strength, a line for each vector."""
+    figure, (axis,) = fig.new_figure()
+    colors = fig.BLUE, fig.ORANGE, fig.GREY
+    for (name, share), color in zip(shares.items(), colors, strict=True):
+        axis.plot(strengths, share, color=color, label=name)
     axis.set(xlabel="strength", ylabel=f'mean probability of "{WORD}" as the first word')
     axis.legend(frameon=False)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(out, dpi=100)
+    fig.save(figure, out)
 
 
 @torch.no_grad()
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns probabilities by strength, and replies with and without a vector."""
-    model, tokenizer = fastlora.load("demo", dtype="float32", device="cpu")
-    assert tokenizer is not None
-    token, place = tokenizer.encode(WORD)[-1], "layers.3.out"
-    seen, begins = prompts("train", 128 if quick else 768, tokenizer)
-    held, _ = prompts("heldout", 32 if quick else 256, tokenizer)
-    _, found = model(**seen, capture=[place])
-    last = found[place][:, -1]
+    (model, tokenizer), steps = fig.demo(), 8 if quick else 60
+    rows, held_rows = fig.pairs("train", quick), fig.pairs("heldout", quick)
+    data = [
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": r}]}
+        for p, r in rows[: 8 * steps]
+    ]
+    learn = partial(fastlora.train, packing=False, progress=False, learning_rate=3e-3)
+    model, _ = learn(fastlora.lora(model, r=8), tokenizer, data)
+    token = tokenizer.encode(WORD)[-1]
+    seen, begins = prompts(rows, 64 if quick else 768, tokenizer)
+    held, _ = prompts(held_rows, 32 if quick else 192, tokenizer)
+    last = model(**seen, capture=[PLACE])[1][PLACE][:, -1]
     difference = last[begins].mean(0) - last[~begins].mean(0)
-    norm, noise = difference.norm(), torch.randn(last.shape[1], generator=torch.Generator())
-    rows = {name: x[: 16 if quick else 64] for name, x in seen.items()}
+    norm, generator = difference.norm(), torch.Generator().manual_seed(1)
+    noise = torch.randn(difference.shape, generator=generator)
+    some = {name: x[:16] for name, x in seen.items()}
     vectors = {
         "difference of means": difference,
-        "trained, of the same norm": train(model, rows, token, place, norm, 8 if quick else 60),
+        "trained, of the same norm": train(model, some, token, norm, steps),
         "random, of the same norm": norm * noise / noise.norm(),
     }
-    strengths = [float(x) for x in torch.linspace(-4, 4, 5 if quick else 17)]
-    share = lambda v, s: first_word(model, held, token, {place: s * v}).exp().mean().item()
+    strengths = [float(x) for x in torch.linspace(-6, 6, 5 if quick else 13)]
+    share = lambda v, s: first_word(model, held, token, s * v).exp().mean().item()
     shares = {name: [share(v, s) for s in strengths] for name, v in vectors.items()}
     draw(strengths, shares, out)
-    prompt = [{"role": "user", "content": "# shelf\nclass Shelf:\n    def find(self, book):"}]
-    write = lambda s: model.generate_text(
-        tokenizer, prompt, max_new_tokens=16, add={place: s * difference}
-    )
-    replies = {str(s): write(s) for s in (-3.0, 0.0, 3.0)}
+    replies = {}
+    for s in (-6.0, 0.0, 6.0):
+        write = partial(model.generate_text, max_new_tokens=16, add={PLACE: s * difference})
+        chats = [[{"role": "user", "content": prompt}] for prompt, _ in held_rows[:3]]
+        replies[s] = [write(tokenizer, chat) for chat in chats]
     return {"strengths": strengths, "shares": shares, "replies": replies}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="few rows and steps, for CI")
-    parser.add_argument("--out", type=Path, default=Path("runs/steering.png"))
-    args = parser.parse_args()
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    start = time.perf_counter()
-    found = main(args.quick, args.out)
-    print(json.dumps({**found, "seconds": round(time.perf_counter() - start)}))
+    fig.run(main)

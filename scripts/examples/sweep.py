@@ -1,53 +1,30 @@
-"""Rank x learning rate in one run, with successive halving: a sweep is a stack of adapters.
+"""Rank x learning rate in one run, with successive halving: a sweep is a list of models.
 
     python scripts/examples/sweep.py [--quick] [--out FILE]      about 100 s on one core
 
-Each run is one adapter of the stack, with its rank and learning rate. All runs share each pass over
-the base. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) evaluates all runs,
-keeps half of them, and trains these on. The runs that it drops are trained to the end as well, for
-the heat map: halving is right if it keeps a run that is among the best in the end.
+`fastlora.train` takes a list: each run has its rank and learning rate, and all share each pass over
+the base. Successive halving (Jamieson and Talwalkar 2016, arXiv:1502.07943) is an `early_stopping`
+function: after each evaluation the worse half of the runs ends. The same sweep is trained without
+it as well, for the heat map: halving is right if the run that it keeps is among the best.
 """
 
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import figures as fig
 from matplotlib.patches import Rectangle
-from torch import Tensor
+from torch import Tensor, tensor
 
 import fastlora
-from fastlora.data.examples import Example
 
 RANKS, RATES = (1, 4, 16), (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-RUNGS, SEED = (24, 48, 72, 96), 0
+STEPS, EVERY, SEED = 64, 16, 0
 
 
-def train(runs: list[fig.Run], examples: list[Example], first: int, last: int) -> None:
-    """Steps `first` to `last` - 1 of all runs in one pass each, on the same rows."""
-    for rows in islice(fig.endless(examples, 4, SEED), first, last):
-        fig.step_together(runs, fig.for_all(fig.as_batch(rows), len(runs)))
-
-
-def evaluate(runs: list[fig.Run], held: list[Example]) -> Tensor:
-    """The held-out loss [n] of each run."""
-    return fig.evaluate([run.model for run in runs], held)
-
-
-def halve(
-    runs: list[fig.Run], examples: list[Example], held: list[Example], rungs: tuple[int, ...]
-) -> tuple[int, list[int]]:
-    """(the run that is left, the step after which each run stopped)."""
-    left, stopped, first = list(range(len(runs))), [0] * len(runs), 0
-    for last in rungs:
-        alive = [runs[i] for i in left]
-        train(alive, examples, first, last)
-        for i in left:
-            stopped[i] = last
-        order = evaluate(alive, held).argsort().tolist()
-        left = [left[i] for i in order[: max(1, len(left) // 2)]]
-        first = last
-    return left[0], stopped
+def worse_half(losses: dict[int, list[float]]) -> list[int]:
+    """The runs that end, given each run's held-out losses so far."""
+    return sorted(losses, key=lambda run: losses[run][-1])[(len(losses) + 1) // 2 :]
 
 
 def draw(losses: Tensor, stopped: list[int], kept: int, ranks: Any, rates: Any, out: Path) -> None:
@@ -75,29 +52,35 @@ def draw(losses: Tensor, stopped: list[int], kept: int, ranks: Any, rates: Any, 
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the losses, the run that halving keeps, and its share of steps."""
-    ranks, rates, rungs = (RANKS[::2], RATES[2:5], (4, 8, 12)) if quick else (RANKS, RATES, RUNGS)
-    model, tokenizer = fig.demo()
-    examples = fig.encode(fig.pairs("train", quick), tokenizer)
-    held = fig.encode(fig.pairs("heldout", quick), tokenizer)[:64]
-    runs = [
-        fig.begin(fastlora.lora(model, r=r, lora_alpha=32, random_state=SEED), rate)
-        for r, rate in product(ranks, rates)
-    ]
-    kept, stopped = halve(runs, examples, held, rungs)
-    for first in rungs[:-1]:  # for the heat map only
-        train(
-            [run for run, n in zip(runs, stopped, strict=True) if n == first],
-            examples,
-            first,
-            rungs[-1],
-        )
-    losses = evaluate(runs, held)
+    ranks, rates, steps, every, n = RANKS, RATES, STEPS, EVERY, 32
+    if quick:
+        ranks, rates, steps, every, n = RANKS[::2], RATES[2:5], 8, 4, 12
+    base, tokenizer = fig.demo()
+    rows, held = (
+        [fig.chat(p, r) for p, r in fig.pairs(name, quick) if len(p) + len(r) < 90]
+        for name in ("train", "heldout")
+    )
+    grid = list(product(ranks, rates))
+    how: dict[str, Any] = dict(
+        learning_rate=[rate for _, rate in grid], lr_scheduler="constant", warmup_ratio=0.0,
+        max_steps=steps, eval_data=held[:n], eval_every=every, batch_size=4, packing=False,
+        seed=SEED, progress=False,
+    )  # fmt: skip
+
+    def sweep(**more: Any) -> list[fastlora.History]:
+        runs = [fastlora.lora(base, r=r, lora_alpha=32, random_state=SEED) for r, _ in grid]
+        return fastlora.train(runs, tokenizer, rows, **how, **more)[1]
+
+    halved, whole = sweep(early_stopping=worse_half), sweep()
+    stopped = [history.steps[-1] for history in halved]
+    kept = min((h.eval_losses[-1], i) for i, h in enumerate(halved) if stopped[i] == steps)[1]
+    losses = tensor([history.eval_losses[-1] for history in whole])
     draw(losses.view(len(ranks), len(rates)), stopped, kept, ranks, rates, out)
     return {
         "losses": losses.tolist(),
         "kept": kept,
         "place_of_kept": int((losses < losses[kept]).sum()) + 1,
-        "share_of_steps": sum(stopped) / (len(runs) * rungs[-1]),
+        "share_of_steps": sum(stopped) / (len(grid) * steps),
     }
 
 

@@ -97,3 +97,12 @@ def test_an_adapter_that_the_format_cannot_hold_is_merged(tmp_path):
     assert "no TEMPLATE" in report.model.notes[-1]
     merged = model.save_gguf(tmp_path / "m.gguf", tokenizer, "f32")
     assert (tmp_path / "out" / "model.gguf").read_bytes() == merged.path.read_bytes()
+
+
+def test_a_k_quant_is_left_to_ollama_and_a_note_says_so(tmp_path):
+    tokenizer = tokenizer_at(llama3(tmp_path / "tokenizer"))
+    model = model_of("llama2", tmp_path / "base", len(tokenizer))
+    report = model.save_ollama(tmp_path / "out", tokenizer, "Q4_K_M")
+    assert report.path.read_text().startswith("FROM ./model-bf16.gguf\n")
+    (note,) = [x for x in report.model.notes if "ollama create" in x]
+    assert note.startswith("model-bf16.gguf holds bfloat16, not q4_k_m.")

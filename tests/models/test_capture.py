@@ -13,7 +13,8 @@ from fastlora.checkpoints.hub import DEMO
 from fastlora.data.rows import read_rows
 from fastlora.model import Model
 from fastlora.models import decoder
-from fastlora.models.capture import place_names
+from fastlora.models.capture import Taps, place_names, tapped_layer
+from fastlora.models.layer import decoder_layer
 from fastlora.runtime import host_offload
 from fastlora.runtime.host_offload import HostStash
 from oracles.expert_cases import EXPERT_CASES
@@ -135,6 +136,16 @@ def test_noise_is_captured_and_not_added_to_given_embeddings(tiny):
     logits, tensors = captured(noisy, seed=3)
     assert not same_bits(tensors["embed"], captured(noisy)[1]["embed"])
     assert same_bits(noisy(inputs_embeds=tensors["embed"], seed=3), logits)
+
+
+def test_a_layer_without_places_inside_is_called_as_it_is_without_taps():
+    """The same function, arguments and static arguments, so the same compiled graph."""
+    rest, static = (object(),), (object(),)
+    vector = torch.ones(16)
+    for taps in (Taps(), Taps(["embed", "layers.0.in", "layers.1.mlp.out"], {"norm": vector})):
+        assert taps.layer(0, rest, static) == (decoder_layer, rest, static)
+    for taps in (Taps(["layers.0.attn.out"]), Taps(add={"layers.0.mlp.out": vector})):
+        assert taps.layer(0, rest, static)[0] is tapped_layer
 
 
 # ── add ───────────────────────────────────────────────────────────────────────────────────

@@ -171,6 +171,22 @@ def test_a_stack_of_documents_captures_each_tokens_adapter(tiny):
         assert relative_error(found["layers.1.mlp.out"][which == i], expected[which == i]) < 1e-11
 
 
+def test_per_example_gradients_flow_through_captured_and_added_tensors(tiny):
+    """And through entropies: equal to a loop over the rows."""
+    vector = drawn(2, 1, 16)
+
+    def values(adapter: Any, ids: Tensor, vector: Tensor) -> Tensor:
+        trees, add = (adapter, tiny.base, tiny.spec), {"layers.0.attn.out": vector}
+        _, found = FL.forward(*trees, ids, capture=["layers.1.mlp.out"], add=add)
+        logp, entropy = FL.token_logprobs(*trees, ids, ids, add=add, entropy=True)
+        return (found["layers.1.mlp.out"] ** 2).sum((1, 2)) + (logp + entropy).sum(1)
+
+    each = fastlora.value_and_grad(values, per_example=True)(tiny.adapter, IDS, vector)
+    one = fastlora.value_and_grad(lambda *args: values(*args)[0])
+    loop = [one(tiny.adapter, IDS[i : i + 1], vector[i : i + 1]) for i in range(2)]
+    assert relative_error(each, stacked(loop)) < 1e-10
+
+
 # ── refusals ──────────────────────────────────────────────────────────────────────────────
 
 

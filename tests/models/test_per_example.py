@@ -137,6 +137,16 @@ def test_adapters_that_run_row_by_row(case, shallow):
         assert max(error(mine[0], values), error(mine[1], expected)) < 1e-9
 
 
+def test_losses_of_the_package_take_it(tiny):
+    def mean(adapter):
+        logps, tokens = fastlora.losses.row_logprobs(
+            adapter, tiny.base, tiny.spec, batch_of(IDS), seed=1
+        )
+        return -logps / tokens
+
+    assert_equal(mean, tiny, 1e-10, kinds=(True,))
+
+
 # ── which rows are an example ─────────────────────────────────────────────────────────────
 
 
@@ -272,8 +282,10 @@ def test_wrong_use_is_refused(tiny):
     stack, spec = FL.stack([fastlora.lora(fastlora.disable(tiny), r=2)] * 2)
     with pytest.raises(ValueError, match="is a stack"):
         run(lambda a: FL.row_losses(a, tiny.base, spec, batch_of(IDS))[0], tree=stack)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"functions of fastlora\.functional"):
         run(lambda a: losses(a) + a["layers"][0]["q_proj"].a.sum())
+    with pytest.raises(AttributeError, match=r"functions of fastlora\.functional.*'square'"):
+        run(lambda a: losses(a) + sum(x.square().sum() for x in tree_leaves(a)))
     for wrong in ("norm", "True", ""):
         with pytest.raises(ValueError, match="per_example="):
             value_and_grad(losses, per_example=wrong)

@@ -65,6 +65,13 @@ def expected(model: Any, points: list[TrainingPoint], method: str) -> Tensor:
     return total
 
 
+def test_an_example_whose_gradient_is_nan_is_named(shallow, points):
+    untrained = {**DATA[0], "labels": DATA[0]["labels"].clone()}
+    untrained["labels"][1] = -100
+    with pytest.raises(ValueError, match=r"(?s)data: examples \[1\].*tokens\.clamp"):
+        research.influence(mean_losses(shallow), points, [untrained], TARGETS)
+
+
 @pytest.mark.parametrize("method", ["less", "tracin"])
 def test_influence_is_the_papers_formula(method, shallow, points):
     found = research.influence(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import pytest
@@ -95,11 +96,12 @@ def test_samples_have_the_posterior_s_mean_and_variance(posterior):
     assert abs(z.square().mean() - 1) <= 5 * math.sqrt(2 / z.numel())
 
 
-def test_a_sample_depends_on_its_seed_alone(posterior):
+def test_a_sample_depends_on_its_number_and_seed_alone(posterior):
     nth = lambda tree, i: tree_map(lambda x: x[i], tree)
-    many = posterior.samples(3, seed=5)
-    assert same_bits(nth(many, 2), nth(posterior.samples(1, seed=7), 0))
-    assert not same_bits(nth(many, 2), nth(many, 1))
+    many, others = posterior.samples(3, seed=5), posterior.samples(4, seed=6)
+    assert same_bits(nth(many, 2), nth(posterior.samples(5, seed=5), 2))
+    every = [nth(many, i) for i in range(3)] + [nth(others, i) for i in range(4)]
+    assert not any(same_bits(x, y) for x, y in combinations(every, 2))
 
 
 def test_samples_run_as_a_stack_in_one_pass(shallow, posterior):
@@ -155,6 +157,15 @@ def test_sam_s_gradient_is_that_at_the_worst_point(shallow):
     assert relative_error(found, plain(worst, 3)[1]) <= 1e-10
     still = research.sam_value_and_grad(loss, rho=0)(shallow.adapter, 3)[1]
     assert same_bits(still, gradient)
+
+
+@pytest.mark.parametrize("size", [1e-4, 400.0])  # whose squares float16 cannot hold
+def test_sam_s_step_has_the_length_rho_in_float16(size):
+    fn = lambda a: (size * a["x"] + (a["x"].float() - 1).square() / 2).sum()
+    start = {"x": torch.ones(4, dtype=torch.float16)}
+    _, gradient = research.sam_value_and_grad(fn, rho=0.5)(start)
+    expected = torch.full((4,), size + 0.25, dtype=torch.float16)  # each number moves by 0.5 / 2
+    torch.testing.assert_close(gradient["x"], expected, rtol=2e-3, atol=2e-3)
 
 
 def test_sam_over_a_gradient_of_zero_stays_finite():

@@ -83,6 +83,21 @@ def test_a_k_quant_prints_the_next_command(tmp_path, monkeypatch, capsys):
     assert f"next: llama-quantize {tmp_path / 'm-bf16.gguf'} {tmp_path / 'm.gguf'} Q4_K_M" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [
+        ("merged", ("--dtype", "q8_0")),
+        ("ollama", ("--verify",)),
+        ("mlx", ("--pre", "gpt-2")),
+        ("gguf", ("--base", "original")),
+    ],
+)
+def test_an_option_of_another_format_is_an_error(name, option, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, capsys, "demo", tmp_path / "out", "--format", name, *option)
+    assert f"{option[0]} has no effect with --format {name}" in capsys.readouterr().err
+
+
 def test_a_pre_tokenizer_without_a_name_is_an_error(tmp_path, monkeypatch, capsys):
     with pytest.raises(fastlora.CheckpointError, match="no name for this pre-tokenizer"):
         run(monkeypatch, capsys, "demo", tmp_path / "m.gguf", "--format", "gguf")

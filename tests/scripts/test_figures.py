@@ -43,7 +43,7 @@ def test_higher_ranks_memorise_more(quick):
 
 def test_halving_keeps_a_good_run_for_fewer_steps(quick):
     found = quick(sweep)
-    assert found["place_of_kept"] <= 2 and found["share_of_steps"] < 0.7
+    assert found["place_of_kept"] <= 2 and found["share_of_steps"] < 0.8
 
 
 def test_the_middle_of_two_runs_is_better_than_both(quick):

@@ -5,6 +5,7 @@ import math
 import hessian_spectrum
 import laplace_calibration
 import numpy as np
+import private_finetuning
 import pytest
 import select_data
 from PIL import Image
@@ -43,3 +44,10 @@ def test_a_posterior_is_fitted_and_its_prior_chosen(quick):
     assert found["prior"] in laplace_calibration.PRIORS
     for own in (found["adapter"], found["posterior"]):
         assert 0 <= own["ece"] <= 1 and math.isfinite(own["nll"])
+
+
+def test_private_runs_spend_less_with_more_noise(quick):
+    found = quick(private_finetuning)
+    little, much = (found["epsilon"][noise] for noise in private_finetuning.NOISES[1:])
+    assert found["epsilon"][0.0] == math.inf and 0 < much < little < 8
+    assert all(math.isfinite(loss) for loss in found["after"].values())

@@ -168,6 +168,15 @@ def test_a_generation_block_that_is_changed_afterwards_is_refused(around):
         render_replies(template, CHATS[1], {})
 
 
+def test_a_generation_block_in_a_recursive_loop_that_is_changed_afterwards_is_refused():
+    text = "{% for m in messages recursive %}BLOCK{{ loop(m.inner or []) | upper }}{% endfor %}"
+    template = ChatTemplate(text.replace("BLOCK", BLOCK), "a.jinja")
+    inner = {"role": "assistant", "content": "yes"}
+    with pytest.raises(ValueError, match="is changed afterwards"):
+        render_replies(template, [{"role": "user", "content": "a", "inner": [inner]}], {})
+    assert render_replies(template, [inner], {}) == ("yes", [(0, 3)])
+
+
 def test_marks_in_a_users_text_do_not_pass_for_a_generation_block():
     template = ChatTemplate("{% for m in messages %}" + BLOCK + "{% endfor %}", "a.jinja")
     content = "".join(chat_template._MARKS)

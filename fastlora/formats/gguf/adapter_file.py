@@ -19,6 +19,7 @@ from fastlora.formats.gguf.model_file import model_tensors
 from fastlora.formats.gguf.output import check_one_adapter, output_file
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.report import GGUFReport, Verification
+from fastlora.formats.gguf.sentencepiece import GGML_MODEL
 from fastlora.formats.gguf.tensors import FileTensor, expert_parts, file_names, file_rows
 from fastlora.formats.gguf.verify import verify_adapter
 from fastlora.formats.gguf.write import write_gguf
@@ -174,7 +175,7 @@ def _placeholders(config: LlamaConfig) -> Metadata:
     """A vocabulary of invented tokens: llama.cpp needs one, although prompts are ids."""
     return {
         "general.type": "model",
-        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.model": GGML_MODEL,
         "tokenizer.ggml.tokens": [f"<{i}>" for i in range(config.vocab_size)],
         "tokenizer.ggml.scores": [0.0] * config.vocab_size,
         "tokenizer.ggml.token_type": [1] * config.vocab_size,

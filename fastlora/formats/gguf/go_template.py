@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from fastlora.text.tokenizer import Tokenizer
 
-_ROLES = ("system", "user", "assistant")
-
 
 class _Around(NamedTuple):
     """The text before and after the content of one role's messages."""

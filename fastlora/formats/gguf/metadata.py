@@ -74,8 +74,8 @@ def rope_factors(config: LlamaConfig) -> Tensor | None:
 def _as_factors(config: LlamaConfig) -> bool:
     """Whether RoPE's scaling can only be written as one divisor for each frequency.
 
-    llama.cpp's YaRN has betas of 32 and 1, rounds its bounds, and stretches. Other settings are
-    written so.
+    llama.cpp's YaRN has beta_fast 32 and beta_slow 1, rounds the bounds of its ramp, and needs a
+    factor of at least 1. With any other settings the frequencies are written as divisors.
     """
     rope = config.rope_parameters
     if rope.rope_type != "yarn":

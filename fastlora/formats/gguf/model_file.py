@@ -1,6 +1,7 @@
 """save_gguf(): a model as a GGUF file, with its adapter merged."""
 
 import os
+import shlex
 from functools import lru_cache
 from pathlib import Path
 
@@ -100,7 +101,7 @@ def _file_and_command(path: Path, dtype: str) -> tuple[Path, str | None]:
     if dtype in DTYPES:
         return path, None
     written = path.with_name(f"{path.stem}-bf16{path.suffix}")
-    return written, f"llama-quantize {written} {path} {dtype.upper()}"
+    return written, shlex.join(["llama-quantize", str(written), str(path), dtype.upper()])
 
 
 def model_tensors(model: ModelState) -> tuple[list[FileTensor], Metadata]:

@@ -38,7 +38,8 @@ def save_ollama(
         model: with or without an adapter.
         folder: created if it does not exist.
         tokenizer: the model's.
-        dtype: as for save_gguf. Of K-quants, Ollama makes its own: `ollama create -q q4_K_M`.
+        dtype: as for save_gguf. For a K-quant the file holds bfloat16, and a note has the command
+            with which Ollama makes it.
         pre: as for save_gguf.
 
     Raises:
@@ -56,6 +57,9 @@ def save_ollama(
     if adapter is None:
         (folder / ADAPTER_FILE).unlink(missing_ok=True)  # of an earlier model
     template = go_template(tokenizer)
+    if written.command is not None:
+        note = _K_QUANT.format(file=written.path.name, dtype=dtype.lower())
+        written = replace(written, notes=(*written.notes, note))
     if template is None and "default" in tokenizer.chat_templates:
         written = replace(written, notes=(*written.notes, _NO_TEMPLATE))
     path = folder / "Modelfile"
@@ -65,6 +69,11 @@ def save_ollama(
     total = sum(file.stat().st_size for file in files)
     return OllamaReport(path=path, bytes=total, model=written, adapter=adapter)
 
+
+_K_QUANT = (
+    "{file} holds bfloat16, not {dtype}. Ollama quantises it: `ollama create NAME -f Modelfile -q"
+    " q4_K_M` (or q4_K_S). For other K-quants, run llama-quantize and change FROM in the Modelfile."
+)
 
 _NO_TEMPLATE = (
     "The chat template does more than put text around messages, so the Modelfile has no TEMPLATE;"

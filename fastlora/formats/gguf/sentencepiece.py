@@ -12,6 +12,8 @@ from fastlora.errors import CheckpointError
 
 SPACE = "▁"
 
+GGML_MODEL = "llama"  # GGUF's name for SentencePiece's BPE
+
 
 def is_sentencepiece(raw: Mapping[str, Any]) -> bool:
     """Whether a tokenizer.json is a BPE over characters with a byte for unknown ones."""

@@ -96,11 +96,6 @@ def _is_rotated(name: str) -> bool:
     return any(part in ("q_proj", "k_proj") for part in name.split("."))
 
 
-def adapter_name(name_in_file: Callable[[str], str], layer: int, projection: str) -> str:
-    """The name in the file of a projection's weight: "blk.3.attn_q.weight"."""
-    return name_in_file(f"{projection_path(layer, projection)}.weight")
-
-
 def expert_parts(config: LlamaConfig, layer: int, target: str) -> Iterator[tuple[str, Any]]:
     """(name on disk, rows of B) for the matrices that one tensor of experts is in the file."""
     module = projection_path(layer, target).rpartition(".")[0]

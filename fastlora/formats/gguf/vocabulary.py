@@ -8,7 +8,12 @@ from typing import Any, NamedTuple
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.gguf.metadata import Metadata
 from fastlora.formats.gguf.pre_tokenizers import pre_tokenizer_name
-from fastlora.formats.gguf.sentencepiece import adds_prefix_space, is_sentencepiece, merge_scores
+from fastlora.formats.gguf.sentencepiece import (
+    GGML_MODEL,
+    adds_prefix_space,
+    is_sentencepiece,
+    merge_scores,
+)
 from fastlora.models.config import LlamaConfig
 from fastlora.text.boundaries import reply_stop_ids
 from fastlora.text.tokenizer import Tokenizer
@@ -47,7 +52,7 @@ def vocabulary_metadata(
         prefix, more = adds_prefix_space(raw)
         notes += more
         kind: Metadata = {
-            "tokenizer.ggml.model": "llama",
+            "tokenizer.ggml.model": GGML_MODEL,
             "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.scores": merge_scores(raw, tokens),
             "tokenizer.ggml.add_space_prefix": prefix,

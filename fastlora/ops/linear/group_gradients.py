@@ -19,10 +19,11 @@ from fastlora.ops.linear.group_products import Groups
 
 
 class Sink(NamedTuple):
-    """What is computed from a matrix's gradients [n, o, k] of n groups.
+    """Says what is computed from the gradients [n, o, k] of a matrix, one for each of n groups.
 
-    Either `each`, whose gradient are these, or `probe`. Autograd adds up what a probe gets from all
-    matrices. A probe [n] gets squared norms, a probe [n, k] count sketches, for which `key` is set.
+    Either `each` or `probe` is set. The autograd gradient of `each` is these gradients themselves.
+    That of a probe [n] is their squared norms, and that of a probe [n, s] their count sketches, for
+    which `key` is set too. Autograd adds up what one probe gets from several matrices.
     """
 
     each: Float[Tensor, "n *m o k"] | None = None
@@ -32,7 +33,7 @@ class Sink(NamedTuple):
 
 
 def number_of_groups(sink: Sink) -> int:
-    """n."""
+    """The number of groups n that a sink is for."""
     leaf = sink.each if sink.probe is None else sink.probe
     assert leaf is not None
     return leaf.shape[0]
@@ -111,18 +112,18 @@ def with_group_gradients(
     scaling: float = 1.0,
     experts: int | None = None,
 ) -> Float[Tensor, "*b o"]:
-    """y, whose derivative gives the sinks what they are for.
+    """y, unchanged. Its backward pass also computes the gradients of the sinks' tensors.
 
     Args:
         y: scaling * x M' plus anything that does not depend on M, where the sinks' matrices are the
             rows of M.
         x: input of the product. The derivative does not reach it through this function.
-        sinks: of the matrices, all of one kind.
+        sinks: one for each matrix, all with the same fields set.
         sizes: number of rows of each matrix.
         groups: of the rows of y and x.
         scaling: of the product.
-        experts: each sink is of this many matrices, and the groups are all pairs (matrix, group),
-            the matrix first; None: of one matrix.
+        experts: each sink is for this many matrices, and the groups are all pairs (matrix, group),
+            sorted by matrix; None: for one matrix.
     """
     probe = sinks[0].probe
     if probe is None:

@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active
+from fastlora.ops.loss.ignore import IGNORE
 from fastlora.ops.loss.linear_cross_entropy import (
-    IGNORE,
     label_logprobs,
     rows_per_chunk,
     sums_over_chunks,

@@ -11,6 +11,7 @@ from fastlora.data.sources import DATA
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.stacking import stack_problems
+from fastlora.models.state import ModelState
 from fastlora.training.logging.open import log_entries
 from fastlora.training.settings import HEADING, Settings, mask_problems, train_problems
 
@@ -41,6 +42,12 @@ class OwnArguments:
     resume: Any
 
 
+def are_several(model: Any) -> bool:
+    """Whether `model` is a list of models; a tuple may also be the result of `load`."""
+    are_models = isinstance(model, tuple) and all(isinstance(x, ModelState) for x in model)
+    return isinstance(model, list) or (are_models and len(model) > 0)
+
+
 def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending | None]:
     """The arguments of each run, checked, and the function that `early_stopping` may be.
 
@@ -69,7 +76,7 @@ def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending 
     rows = [{name: column[i] for name, column in columns.items()} for i in range(n)]
     problems = _row_problems(rows) + _joint_problems(rows)
     raise_problems(ValueError, HEADING, problems, shown=20)
-    held: dict[int, list[Any]] = {}  # an iterator that several runs share is read once
+    held: dict[int, list[Any]] = {}  # id of an iterator -> its rows
     return [
         OwnArguments(
             row["model"],
@@ -84,6 +91,7 @@ def own_arguments(given: Mapping[str, Any]) -> tuple[list[OwnArguments], Ending 
 
 
 def _kept(data: Any, held: dict[int, list[Any]]) -> Any:
+    """Rows in place of an iterator, which is read once although several runs share it."""
     if not isinstance(data, Iterator):
         return data
     if id(data) not in held:
