@@ -86,24 +86,23 @@ def draw(losses: Tensor, score: Tensor, ours: Tensor, every: int, out: Path) -> 
 
 def main(quick: bool, out: Path) -> dict[str, Any]:
     """Draw the figure. Returns the AUC of the scores and the last losses of each group."""
-    n, steps, every = (8, 4, 2) if quick else (ROWS, STEPS, EVERY)
+    n, steps, every = (6, 4, 2) if quick else (ROWS, STEPS, EVERY)
     model, tokenizer = fig.demo()
     model = fastlora.lora(model, r=4, random_state=0)
     tasks = fig.tasks("train", quick)
     short = lambda rows: [row for row in rows if sum(map(len, row)) <= 120]  # characters
     # Different functions in each part, so that no prompt is in the pool twice.
-    prompts, codes = tasks["summary"][2 * n :], tasks["signature"][-6 * n :]
-    wrong = [(p, code) for (p, _), (_, code) in zip(prompts, codes, strict=False)]
-    pool = short(tasks["summary"][: 2 * n])[:n] + short(wrong[: 6 * n])[: 3 * n]
+    right, codes = short(tasks["summary"]), tasks["signature"][::-1]
+    wrong = short([(p, code) for (p, _), (_, code) in zip(right[n:], codes, strict=False)])
+    pool = right[:n] + wrong[: 3 * n]
     held = fig.encode(fig.pairs("heldout", quick), tokenizer, longest=48)
     targets, test = held[:TARGETS], held[TARGETS : TARGETS + (8 if quick else 32)]
     score = influence_of(model, tokenizer, pool, targets, 3 if quick else 24)
     ours = torch.arange(len(pool)) < n
     auc = (score[ours][:, None] > score[~ours]).float().mean().item()
     order = score.argsort(descending=True)
-    # Of the first half of the pool, so more random rows have right replies than in the whole pool.
-    random = torch.randperm(2 * n, generator=torch.Generator().manual_seed(5))[: n // 2]
-    chosen = (order[: n // 2], random, order[-(n // 2) :])
+    drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(5))
+    chosen = (order[:n], drawn[:n], order[-n:])
     groups = [fig.encode([pool[i] for i in rows], tokenizer, longest=512) for rows in chosen]
     losses = train_on(model, groups, test, steps, every)
     draw(losses, score, ours, every, out)

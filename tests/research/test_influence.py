@@ -113,6 +113,7 @@ def run(tmp_path_factory) -> tuple[Any, Path, Any]:
     model = model.with_adapter(randomised(model.adapter, 3, std=0.05))
     rows = [{"text": f"def f{i}(a, b): return a + {i}"} for i in range(8)]
     how: dict[str, Any] = dict(max_steps=3, batch_size=2, save_every=1, progress=False)
+    how |= dict(lr_scheduler="linear", warmup_ratio=0.0)  # three rates that differ
     trained, _ = fastlora.train(
         model, tokenizer, rows, output_dir=folder, weight_decay=0.1, learning_rate=1e-2, **how
     )
