@@ -15,6 +15,7 @@ from fastlora.runtime import cuda_graph
 # imports it, so it comes before the imports below.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
+from torch import fx
 from torch.utils._pytree import tree_map
 
 from fastlora.model import Model
@@ -69,6 +70,19 @@ def region_backend(monkeypatch, fresh_dynamo) -> Callable[[Any], None]:
     """region_backend(backend): what fastlora's own regions compile with from here on."""
 
     return lambda backend: monkeypatch.setattr("fastlora.runtime.compiled.backend", backend)
+
+
+@pytest.fixture
+def graphs(region_backend) -> list[fx.GraphModule]:
+    """A list that gets every graph that dynamo makes of fastlora's regions. They run eagerly."""
+    made: list[fx.GraphModule] = []
+
+    def keep(module: fx.GraphModule, _: Any) -> Any:
+        made.append(module)
+        return module.forward
+
+    region_backend(keep)
+    return made
 
 
 @pytest.fixture

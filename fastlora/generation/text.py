@@ -69,7 +69,7 @@ def continuation(
         tokenizer: the model's.
         prompt: a text or a chat.
         stream: called with pieces of text that join to the result.
-        settings: of `generate`; an eos_token_id of None stands for `text_stop_ids`.
+        settings: arguments of `generate`. If eos_token_id is None, `text_stop_ids` gives the ids.
 
     Raises:
         ValueError: as `generate`; also if the prompt has no token, or its chat template fails.

@@ -10,8 +10,9 @@ A place is a point in the decoder that has a name:
     norm                the final norm's output, which the head reads
 
 A captured tensor includes what is added at its place. Layers are compiled without these places.
-Only a layer in whose attn.out or mlp.out something is captured or added runs as another function,
-`tapped_layer`, and so as another compiled graph. All other places lie between the layers' graphs.
+If a tensor is captured or added at attn.out or mlp.out of a layer, this layer runs as another
+function, `tapped_layer`, which is another compiled graph. All other places are outside of the
+layers' graphs.
 
 `tapped_layer` computes the same bits, with one exception. In 16 bits Inductor does not round values
 inside a kernel. A captured tensor is rounded, and may be read by the next kernel. LoRA's products
@@ -49,7 +50,7 @@ def plus(x: Float[Tensor, "*b d"], added: Float[Tensor, "..."] | None) -> Float[
 
 
 class Taps:
-    """What one forward pass captures and adds. `captured` fills while the decoder runs."""
+    """The tensors that one forward pass captures and adds. The decoder fills `captured`."""
 
     def __init__(
         self, capture: Collection[str] = (), add: Mapping[str, Float[Tensor, "..."]] | None = None
@@ -115,7 +116,7 @@ def tapped_layer(
         sin: as `decoder_layer`.
         mask: as `decoder_layer`.
         key: as `decoder_layer`.
-        added: what is added at places of INSIDE.
+        added: place of INSIDE -> the tensor to add there.
         captured: the places of INSIDE to return.
         spec: as `decoder_layer`.
         level: as `decoder_layer`.

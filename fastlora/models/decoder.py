@@ -282,7 +282,8 @@ def _records(
     """(a layer's adapter as the layer takes it, its casts of trained matrices)."""
     if rows is None:
         cast = product_dtype(adapter, spec, dtype)
-        # Under torch.func there is no stash to cast again for, and tensors have no addresses.
+        # The offload stash finds copies by their addresses, which tensors do not have under
+        # torch.func. The stash does not run there.
         pairs = ({}, {}) if transforms_active() else (adapter, cast)
         return cast, Copies(*map(matrices_of, pairs))
     lora = spec.lora

@@ -93,8 +93,9 @@ def _row_by_row(
     each = {name: x.expand(b, *x.shape[1:]) for name, x in inputs.items() if x is not None}
     # Dropout masks have one row per token of the batch.
     number = torch.arange(b, device=input_ids.device)
-    per_adapter = isinstance(seed, Tensor) and seed.dim() == 1
+    seed_dim = None
     if isinstance(seed, Tensor) and seed.dim() == 1:
+        seed_dim = 0
         number = (adapter_ids[:, None] == adapter_ids).tril(-1).sum(1)
         seed = seed[adapter_ids]
 
@@ -102,5 +103,4 @@ def _row_by_row(
         rows: Inputs = {name: x[None] for name, x in row.items()}
         return tree_map(lambda y: y[0], run(adapter, base, spec, rows, seed, first_row))
 
-    in_dims = (0, 0, 0, 0 if per_adapter else None)
-    return torch.vmap(one, in_dims)(adapters, each, number * input_ids.shape[1], seed)
+    return torch.vmap(one, (0, 0, 0, seed_dim))(adapters, each, number * input_ids.shape[1], seed)

@@ -23,7 +23,7 @@ from fastlora.runtime.per_example import PerExample
 
 
 class ExampleRows(NamedTuple):
-    """What the layers need to know of the examples of a batch."""
+    """The examples of a batch, as the layers use them."""
 
     groups: Groups  # of the batch's tokens, by example
     sinks: Adapter  # like the adapter, with a Sink in place of each tensor

@@ -124,7 +124,7 @@ def _target(own: Sequence[Target | None]) -> tuple[Target, tuple[float, ...] | N
     return target, tuple(1.0 if target is None else target.scaling for target in own)
 
 
-# ── models that cannot be stacked ─────────────────────────────────────────────────────────
+# ── checks ────────────────────────────────────────────────────────────────────────────────
 
 
 def stack_problems(models: Sequence[ModelState]) -> list[str]:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastlora.arguments import FUNCTION, argument_problems, iterable
+from fastlora.arguments import FUNCTION, Rule, argument_problems, iterable
 from fastlora.errors import raise_problems
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.trees import adapter_problems
@@ -62,12 +62,14 @@ def sum_of_squares(
     return total, examples
 
 
-def check_example_arguments(function: str, fn: Any, adapter: Any, batches: Any) -> None:
-    """Check the arguments of a function that goes through examples.
+def check_example_arguments(
+    function: str, fn: Any, adapter: Any, batches: Any, **more: tuple[Any, Rule]
+) -> None:
+    """Check the arguments of a function that goes through examples; `more` have their own rules.
 
     Raises:
         ValueError: listing every wrong argument.
     """
-    rules = {"fn": (fn, FUNCTION), "batches": (batches, BATCHES)}
+    rules = {"fn": (fn, FUNCTION), "batches": (batches, BATCHES), **more}
     problems = argument_problems(rules) + adapter_problems(adapter)
     raise_problems(ValueError, f"{function} cannot use these arguments:", problems)

@@ -28,16 +28,13 @@ from fastlora.arguments import (
     FUNCTION,
     RANDOM_SEED,
     Rule,
-    argument_problems,
     check_arguments,
     number,
     whole_number,
 )
-from fastlora.errors import raise_problems
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.curvature import linear_map
-from fastlora.research.fisher import BATCHES, sum_of_squares
-from fastlora.research.trees import adapter_problems
+from fastlora.research.fisher import check_example_arguments, sum_of_squares
 
 _PRECISION = number(above=0.0)
 _PRIOR = Rule(
@@ -164,12 +161,8 @@ def laplace(
             evidence.
     """
     refuse_transforms("research.laplace")
-    rules = {
-        "fn": (fn, FUNCTION), "batches": (batches, BATCHES),
-        "prior_precision": (prior_precision, _PRIOR),
-    }  # fmt: skip
-    problems = argument_problems(rules) + adapter_problems(adapter)
-    raise_problems(ValueError, "research.laplace cannot use these arguments:", problems)
+    prior = (prior_precision, _PRIOR)
+    check_example_arguments("research.laplace", fn, adapter, batches, prior_precision=prior)
     mean = tree_map(torch.Tensor.detach, adapter)
     fisher, examples = sum_of_squares(fn, mean, batches, "research.laplace")
     precision = _by_evidence(mean, fisher) if isinstance(prior_precision, str) else prior_precision

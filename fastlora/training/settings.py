@@ -113,37 +113,17 @@ _RESUME = Rule(
 )
 
 
-def check_train_arguments(
-    settings: Settings,
-    *,
-    model: Any,
-    tokenizer: Any,
-    data: Any,
-    eval_data: Any,
-    output_dir: Any,
-    resume: Any,
-    log: Any,
-    progress: Any,
-) -> None:
+def check_train_arguments(settings: Settings, **arguments: Any) -> None:
     """Check every argument of `train` before any work is done or file written.
+
+    The arguments are those of `train_problems`.
 
     Raises:
         ValueError: listing every argument that `train` cannot use, with what is expected.
         ModuleNotFoundError: bitsandbytes or an extra that `log` names is not installed.
     """
     refuse_transforms("fastlora.train")
-    problems = train_problems(
-        settings,
-        model=model,
-        tokenizer=tokenizer,
-        data=data,
-        eval_data=eval_data,
-        output_dir=output_dir,
-        resume=resume,
-        log=log,
-        progress=progress,
-    )
-    raise_problems(ValueError, HEADING, problems, shown=20)
+    raise_problems(ValueError, HEADING, train_problems(settings, **arguments), shown=20)
 
 
 def train_problems(

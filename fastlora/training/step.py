@@ -49,26 +49,22 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     seeds = _seeds(learner, settings.seed, step, len(placed))
     if settings.clip_per_example is None:
         count = count_trained_tokens if run.objective is None else run.objective.count
-        loss, gradient, more = _loss_and_gradient(learner, placed, [*map(count, placed)], seeds)
+        counts = [*map(count, placed)]
+        loss, gradient, squares = _loss_and_gradient(learner, placed, counts, seeds)
+        # Norm and clipping in float32, before the gradient is rounded to the leaves' dtype.
+        norm = get_total_norm(gradient)
+        more = noise_figures(squares, norm.square(), counts)
     else:
         rows = len(run.sequences)
         loss, gradient, more = private_gradient(learner, settings, rows, step, placed, seeds)
-    # Norm and clipping in float32, before the gradient is rounded to the leaves' dtype.
-    norm = get_total_norm(gradient)
+        norm = get_total_norm(gradient)
     scaled = gradient
     if settings.max_grad_norm:
         scale = (settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
         scaled = [g * scale for g in gradient]
     for leaf, g in zip(learner.leaves.values(), scaled, strict=True):
         leaf.grad = g.to(leaf.dtype)
-    factor = learning_rate_factor(
-        settings.lr_scheduler,
-        step - 1,
-        warmup_steps(settings, run.steps),
-        run.steps,
-        settings.lr_scheduler_kwargs,
-    )
-    learning_rate = settings.learning_rate * factor
+    learning_rate = rate_of_step(settings, step, run.steps)
     before = [leaf.detach().clone() for leaf in learner.leaves.values()]
     loss, grad_norm = update(learner.optimizer, learning_rate, loss, norm)
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -116,9 +112,9 @@ def _read(figures: Mapping[str, Any]) -> dict[str, float]:
 
 def _loss_and_gradient(
     learner: Learner, micro_batches: Sequence[Batch], counts: Sequence[int], seeds: Sequence[Seed]
-) -> tuple[Float[Tensor, ""], list[Tensor], dict[str, Tensor]]:
-    """The mean loss over all micro-batches' tokens, its gradient by leaf, and the figures of
-    noise_scale.py.
+) -> tuple[Float[Tensor, ""], list[Tensor], list[Float[Tensor, ""]]]:
+    """The mean loss over all micro-batches' tokens, its gradient by leaf, and, of several
+    micro-batches, the squared norm of the gradient of each one's mean loss.
 
     Gradients are summed in float32 or wider, and divided by the tokens after that.
 
@@ -142,10 +138,8 @@ def _loss_and_gradient(
         if dtype != torch.float16 or not _overflows(loss, gradient):
             break
     gradient = [g / (scale * tokens) for g in gradient]
-    if not several:
-        return loss, gradient, {}
-    means = [x / max(n, 1) ** 2 for x, n in zip(squares, counts, strict=True)]
-    return loss, gradient, noise_figures(means, get_total_norm(gradient).square(), counts)
+    means = [x / max(n, 1) ** 2 for x, n in zip(squares, counts, strict=False)]  # none of one
+    return loss, gradient, means
 
 
 def _micro_batch(
@@ -167,7 +161,14 @@ def _overflows(loss: Float[Tensor, ""], gradient: list[Tensor]) -> bool:
     return bool(loss.isfinite() & ~get_total_norm(gradient).isfinite())
 
 
-def warmup_steps(settings: Settings, steps: int) -> int:
+def rate_of_step(settings: Settings, step: int, steps: int) -> float:
+    """The learning rate of step number `step` (the first is 1) of a run of `steps`."""
+    warmup, options = _warmup_steps(settings, steps), settings.lr_scheduler_kwargs
+    factor = learning_rate_factor(settings.lr_scheduler, step - 1, warmup, steps, options)
+    return settings.learning_rate * factor
+
+
+def _warmup_steps(settings: Settings, steps: int) -> int:
     """Steps over which the learning rate rises from 0.
 
     The first of them has rate 0, so a run of one step has none: it would train nothing.

@@ -1,7 +1,5 @@
 """The examples of fastlora/losses/README.md run, and give the losses of the records for train."""
 
-import re
-import runpy
 from pathlib import Path
 
 import pytest
@@ -9,17 +7,15 @@ import torch
 
 import fastlora
 from fastlora import losses
+from oracles.readme_code import run_python_blocks
 
 README = Path(losses.__file__).parent / "README.md"
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> dict:
-    """All names that the README's code defines, run from top to bottom."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    path = tmp_path_factory.mktemp("readme") / "example.py"
-    path.write_text("\n".join(blocks))
-    return runpy.run_path(str(path))
+    """All names that the README's code defines."""
+    return run_python_blocks(README, tmp_path_factory.mktemp("readme"))
 
 
 RECORDS = {

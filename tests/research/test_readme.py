@@ -1,24 +1,20 @@
 """The examples of fastlora/research/README.md run, and give what its text says."""
 
-import re
-import runpy
 from pathlib import Path
 
 import pytest
 import torch
 
 from fastlora import research
+from oracles.readme_code import run_python_blocks
 
 README = Path(research.__file__).parent / "README.md"
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory) -> dict:
-    """All names that the README's code defines, run from top to bottom."""
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    path = tmp_path_factory.mktemp("readme") / "example.py"
-    path.write_text("\n".join(blocks))
-    return runpy.run_path(str(path))
+    """All names that the README's code defines."""
+    return run_python_blocks(README, tmp_path_factory.mktemp("readme"))
 
 
 def test_an_eigenvector_is_one(example):

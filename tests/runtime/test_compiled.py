@@ -8,7 +8,6 @@ from uuid import uuid4
 
 import pytest
 import torch
-from torch import fx
 from torch._dynamo.utils import counters
 from torch.utils._pytree import tree_map
 
@@ -22,19 +21,6 @@ from oracles.pairs import adapted, read_pair
 from oracles.trees import relative_error, token_ids
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture
-def graphs(region_backend) -> list[fx.GraphModule]:
-    """A list that gets every graph that dynamo makes of fastlora's regions. They run eagerly."""
-    made: list[fx.GraphModule] = []
-
-    def keep(module: fx.GraphModule, _: Any) -> Any:
-        made.append(module)
-        return module.forward
-
-    region_backend(keep)
-    return made
 
 
 def batch_of(b: int, t: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:

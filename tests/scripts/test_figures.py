@@ -13,27 +13,12 @@ import linearised
 import maml
 import merge_coefficients
 import mode_connectivity
-import numpy as np
 import pytest
 import rank_curve
 import sweep
-from PIL import Image
 
 EXAMPLES = Path(figures.__file__).parent
 SCRIPTS = sorted(p for p in EXAMPLES.glob("*.py") if "\n    fig.run(main)\n" in p.read_text())
-
-
-@pytest.fixture
-def quick(tmp_path):
-    """quick(example): what its main returns; checks that it has drawn something."""
-
-    def of(example):
-        found = example.main(True, tmp_path / "figure.png")
-        assert [path.name for path in tmp_path.iterdir()] == ["figure.png"]
-        assert len(np.unique(np.asarray(Image.open(tmp_path / "figure.png").convert("L")))) > 10
-        return found
-
-    return of
 
 
 def test_higher_ranks_memorise_more(quick):

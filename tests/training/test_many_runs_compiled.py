@@ -9,20 +9,14 @@ from oracles.trees import relative_error
 
 
 @pytest.mark.compile
-def test_dropping_runs_compiles_nothing_after_the_second_number(base, tokenizer, region_backend):
+def test_dropping_runs_compiles_nothing_after_the_second_number(base, tokenizer, graphs):
     """Five runs end one after the other. The first number gets a static graph, the second a dynamic
     one, and the others none."""
-    made, counts = [], []
-
-    def keep(module, _):
-        made.append(module)
-        return module.forward
-
-    region_backend(keep)
+    counts = []
     targets = ["q_proj", "down_proj"]
     models = [adapted(base, seed=i, r=2 + i % 2, target_modules=targets) for i in range(5)]
     run = dict(max_steps=[1, 2, 3, 4, 5], batch_size=1, progress=False, warmup_ratio=0.0)
-    log = lambda record: counts.append(len(made)) if record["run"] == 4 else None
+    log = lambda record: counts.append(len(graphs)) if record["run"] == 4 else None
     compiled = [model.with_spec(compile=True) for model in models]
     mine, _ = train(compiled, tokenizer, ROWS, log=log, **run)
     # The last pass is a stack of one adapter, whose dimension of size 1 torch takes as a constant.

@@ -70,7 +70,7 @@ class GGUF(NamedTuple):
     rope_factors: bool = False  # it reads rope_freqs.weight, with which llama3's RoPE is written
     any_head_dim: bool = True  # False: head_dim must be hidden_size / num_attention_heads
     biases: tuple[str, ...] = ()  # projections whose bias it adds
-    no_rope_interval: int | None = None  # every n-th layer has no RoPE, whatever the file says
+    no_rope_interval: int | None = None  # llama.cpp leaves RoPE out of every n-th layer
 
 
 QKV_BIASES = ("q_proj", "k_proj", "v_proj")

@@ -9,7 +9,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fastlora.models.state import Batch
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
+from fastlora.ops.loss.ignore import IGNORE
 
 # Entries of a batch -> their padding, if a row of another run is longer.
 _FILLS = {"labels": IGNORE}  # others: 0, which masks a token

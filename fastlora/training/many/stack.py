@@ -12,21 +12,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import trained_labels
-from fastlora.models.decoder import hidden_states
-from fastlora.models.head import head
-from fastlora.models.head_logprobs import head_logprobs
+from fastlora.models.each_row import Inputs
+from fastlora.models.outputs import row_logprobs
 from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Spec
 from fastlora.models.stacking import stack
 from fastlora.models.stacks import stack_rows
 from fastlora.models.state import Batch, require_adapter
-from fastlora.ops.loss.linear_cross_entropy import IGNORE
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.training.learner import Learner, should_use_cuda_graph
 from fastlora.training.parameter_groups import group_of
@@ -158,10 +155,6 @@ def run_losses(
     """The sum of -log p over each run's trained tokens; the arguments are those of `stack_loss`."""
     ids = batch["input_ids"]
     rows = stack_rows(None, n, ids)._replace(widths=widths)
-    masks: Any = {name: x for name, x in batch.items() if name not in ("input_ids", "labels")}
-    hidden = hidden_states(adapters, base, spec, ids, **masks, seed=seeds, rows=rows)
-    # Labels are shifted as in functional.token_logprobs; the last position is ignored.
-    following = F.pad(trained_labels(batch)[:, 1:], (0, 1), value=IGNORE)
-    model_head = head(adapters, base, spec)
-    logp = head_logprobs(hidden.flatten(0, 1), model_head, spec, following.flatten(), None)
+    inputs: Inputs = {**batch, "labels": trained_labels(batch)}
+    logp = row_logprobs(adapters, base, spec, inputs, seeds, rows=rows)
     return -logp.view(n, -1).sum(1)

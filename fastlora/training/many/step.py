@@ -20,8 +20,7 @@ from fastlora.training.nonfinite import nonfinite_cause
 from fastlora.training.optimizers import updates
 from fastlora.training.parameter_groups import update_differences
 from fastlora.training.run import Run
-from fastlora.training.schedules import learning_rate_factor
-from fastlora.training.step import FLOAT16_SCALES, dropout_seed, nonfinite_error, warmup_steps
+from fastlora.training.step import FLOAT16_SCALES, dropout_seed, nonfinite_error, rate_of_step
 
 Seeds = Sequence[Int[Tensor, "n"] | None]  # of each micro-batch: one for each run
 
@@ -57,7 +56,7 @@ def step_runs(
     norm = vector_norm(norms, dim=0)
     clipping = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
     _set_gradients(stack, [g * _column(inverse * clipping, g) for g in gradient])
-    rates = [_learning_rate(run) for run in runs]
+    rates = [rate_of_step(run.run.settings, run.step, run.run.steps) for run in runs]
     before = [leaf.clone() for leaf in stack.leaves]
     optimizers = [run.learner.optimizer for run in runs]
     values = updates(optimizers, rates, sums / tokens, norm)
@@ -160,15 +159,6 @@ def _gradient_of(stack: RunStack, run: RunState, i: int, gradient: list[Tensor])
         id(own[i]): part[i] for own, part in zip(stack.own, stack.parts(gradient), strict=True)
     }
     return [parts[id(leaf)] for leaf in run.learner.leaves.values()]  # pyright: ignore
-
-
-def _learning_rate(run: RunState) -> float:
-    """The rate of the run's next step."""
-    s, steps = run.run.settings, run.run.steps
-    warmup = warmup_steps(s, steps)
-    options = s.lr_scheduler_kwargs
-    factor = learning_rate_factor(s.lr_scheduler, run.step - 1, warmup, steps, options)
-    return s.learning_rate * factor
 
 
 def _by_group(stack: RunStack, norms: dict[str, Float[Tensor, "leaves n"]]) -> list[Record]:
