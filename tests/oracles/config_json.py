@@ -4,7 +4,12 @@ import json
 
 from transformers import AutoConfig
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe")
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"),
+    "olmo2",
+)
+
+WINDOWED = ("olmo3", "gemma2", "gemma3_text")  # some layers of each, by a pattern
 
 SIZES = dict(
     vocab_size=96,
@@ -29,7 +34,8 @@ def transformers_says(raw: dict) -> dict:
     c.standardize_rope_params()  # as every rotary table does once more before it is computed
     n, family = c.num_hidden_layers, c.model_type
     window = getattr(c, "sliding_window", None)
-    if family == "llama":
+    if family in ("llama", "olmo2"):
+        window = None
         types = ("full_attention",) * n
     elif family in ("mistral", "mixtral", "qwen3_moe"):
         types = ("full_attention" if window is None else "sliding_attention",) * n
@@ -37,6 +43,11 @@ def transformers_says(raw: dict) -> dict:
         types = tuple(c.layer_types)
     bias = family == "qwen2" or (family not in ("mistral", "mixtral") and c.attention_bias)
     eos = c.eos_token_id
+    rope = c.rope_parameters
+    of_full, of_sliding = rope.get("full_attention", rope), rope.get("sliding_attention", rope)
+    without_type = lambda x: {k: v for k, v in x.items() if k != "type"}
+    of_full, of_sliding = without_type(of_full), without_type(of_sliding)
+    apart = "sliding_attention" in types and of_sliding != of_full
     return dict(
         num_key_value_heads=c.num_key_value_heads,
         head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
@@ -46,7 +57,9 @@ def transformers_says(raw: dict) -> dict:
         attention_bias=bias,
         attention_output_bias=bias and family != "qwen2",
         mlp_bias=family in ("llama", "smollm3") and c.mlp_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm=family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text"),
+        qk_norm_joint=family.startswith("olmo"),
+        **_scales(c),
         layer_types=types,
         sliding_window=window if "sliding_attention" in types else None,
         no_rope_layers=tuple(c.no_rope_layers[:n]) if family == "smollm3" else (1,) * n,
@@ -54,7 +67,20 @@ def transformers_says(raw: dict) -> dict:
         eos_token_id=() if eos is None else (eos,),
         pad_token_id=c.pad_token_id,
         **experts(c),
-        rope_parameters={k: v for k, v in c.rope_parameters.items() if k != "type"},
+        rope_parameters=of_full,
+        sliding_rope_parameters=of_sliding if apart else None,
+    )
+
+
+def _scales(c) -> dict:
+    """The fields that Gemma's model classes read."""
+    gemma = c.model_type.startswith("gemma")
+    return dict(
+        embedding_scale=c.hidden_size**0.5 if gemma else None,
+        attention_scale=c.query_pre_attn_scalar**-0.5 if gemma else None,
+        attention_cap=c.attn_logit_softcapping if c.model_type == "gemma2" else None,
+        logit_cap=c.final_logit_softcapping if gemma else None,
+        activation="gelu_tanh" if gemma else "silu",
     )
 
 

@@ -9,6 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from fastlora.models.config import Activation, NormPlaces
+from fastlora.ops.rms_norm import NormKind
+
 # Meanings of absent fields that most families share. These and each family's own are those of
 # transformers 5.23's configuration classes (tests/models/test_config_json.py compares them).
 SHARED_DEFAULTS: Mapping[str, Any] = dict(
@@ -57,6 +60,17 @@ class TokenizerClass(NamedTuple):
     ignores_declared: bool = False  # True: `name` is built although the folder declares another
 
 
+class SlidingRope(NamedTuple):
+    """RoPE of a family whose sliding layers have other settings than its full layers.
+
+    config.json has them in `rope_parameters` by layer type, or in older fields: `rope_theta` and
+    `rope_scaling` for full layers, and `field` for sliding ones.
+    """
+
+    theta: float  # of sliding layers, if the file has none
+    field: str | None = None  # the older field of config.json with this theta
+
+
 class GGUF(NamedTuple):
     """What llama.cpp's architecture for a family computes, so that a GGUF file can be written.
 
@@ -87,6 +101,18 @@ class Family:
     defaults: Mapping[str, Any]  # meanings of absent fields, on top of SHARED_DEFAULTS
     fixed: Mapping[str, Any]  # values that replace those of config.json
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE
+    qk_norm_joint: bool = False  # that norm is one over all heads
+    norms: NormPlaces = "before"  # where a layer's norms are; see models/norms.py
+    norm_kind: NormKind = "narrow"  # how they multiply; see ops/rms_norm.py
+    activation: Activation = "silu"
+    activation_field: str = "hidden_act"  # of config.json
+    scaled_embedding: bool = False  # the embedding is multiplied with sqrt(hidden_size)
+    # Fields of config.json that other families do not read: `config_json.OPTIONAL_FIELDS`.
+    reads: tuple[str, ...] = ()
+    refused_if_true: tuple[str, ...] = ()  # fields that ask for something fastlora does not compute
+    # Without layer_types every n-th layer sees all tokens, and the others have a window.
+    full_attention_every: int | None = None
+    sliding_rope: SlidingRope | None = None  # None: RoPE is the same in all layers
     o_proj_bias: bool = True  # with attention_bias o_proj has a bias too, not only q, k and v
     # True: the sliding window belongs to the layers without RoPE. False: to the layers from
     # max_window_layers on.

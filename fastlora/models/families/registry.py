@@ -4,9 +4,13 @@ from typing import Any
 
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import DECLARED_CLASS, Family, TokenizerClass
+from fastlora.models.families.gemma2 import GEMMA2
+from fastlora.models.families.gemma3 import GEMMA3_TEXT
 from fastlora.models.families.llama import LLAMA
 from fastlora.models.families.mistral import MISTRAL
 from fastlora.models.families.mixtral import MIXTRAL
+from fastlora.models.families.olmo2 import OLMO2
+from fastlora.models.families.olmo3 import OLMO3
 from fastlora.models.families.qwen2 import QWEN2
 from fastlora.models.families.qwen3 import QWEN3
 from fastlora.models.families.qwen3_moe import QWEN3_MOE
@@ -14,7 +18,20 @@ from fastlora.models.families.smollm3 import SMOLLM3
 
 # In the order in which error messages list them.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, SMOLLM3)
+    family.name: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        MIXTRAL,
+        QWEN3_MOE,
+        SMOLLM3,
+        OLMO2,
+        OLMO3,
+        GEMMA2,
+        GEMMA3_TEXT,
+    )
 }
 
 # Families whose tokenizers are read although their models are not.
