@@ -179,6 +179,9 @@ def respell(folder: Path) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     rope = raw.pop("rope_parameters")
+    if "full_attention" in rope:  # settings by layer type
+        rope, sliding = rope["full_attention"], rope["sliding_attention"]
+        raw["rope_local_base_freq"] = sliding["rope_theta"]
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     raw["torch_dtype"] = raw.pop("dtype")

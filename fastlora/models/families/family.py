@@ -85,6 +85,14 @@ class GGUF(NamedTuple):
     any_head_dim: bool = True  # False: head_dim must be hidden_size / num_attention_heads
     biases: tuple[str, ...] = ()  # projections whose bias it adds
     no_rope_interval: int | None = None  # llama.cpp leaves RoPE out of every n-th layer
+    windows: bool = False  # it has sliding windows, in layers of any choice
+    # Theta of its sliding layers, which have no other settings of RoPE; None: that of full layers.
+    sliding_theta: float | None = None
+    head_cap: bool = False  # it caps logits; with `score_cap` also scores, and then always both
+    score_cap: bool = False
+    # With so many layers its scores are scaled by hidden_size / num_attention_heads, else by
+    # head_dim. None: always by head_dim.
+    scaled_by_width: int | None = None
 
 
 QKV_BIASES = ("q_proj", "k_proj", "v_proj")

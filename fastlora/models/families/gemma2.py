@@ -27,5 +27,5 @@ GEMMA2 = Family(
     refused_if_true=("use_bidirectional_attention",),
     full_attention_every=2,
     tokenizer_class=TokenizerClass("GemmaTokenizer"),
-    gguf=GGUF("gemma2"),
+    gguf=GGUF("gemma2", windows=True, head_cap=True, score_cap=True, scaled_by_width=46),
 )

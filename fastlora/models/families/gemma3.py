@@ -28,5 +28,5 @@ GEMMA3_TEXT = Family(
     full_attention_every=6,
     sliding_rope=SlidingRope(theta=1e4, field="rope_local_base_freq"),
     tokenizer_class=TokenizerClass("GemmaTokenizer"),
-    gguf=GGUF("gemma3"),
+    gguf=GGUF("gemma3", windows=True, sliding_theta=1e4, head_cap=True, scaled_by_width=62),
 )

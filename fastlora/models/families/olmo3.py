@@ -18,5 +18,5 @@ OLMO3 = Family(
     qk_norm_joint=True,
     full_attention_every=4,
     sliding_rope=SlidingRope(theta=5e5),
-    gguf=GGUF("olmo2", any_head_dim=False),
+    gguf=GGUF("olmo2", any_head_dim=False, windows=True),
 )
