@@ -7,7 +7,8 @@ from typing import Any, get_args
 from fastlora.errors import raise_problems
 from fastlora.models.config import LayerType, LlamaConfig
 from fastlora.models.families.family import SHARED_DEFAULTS, Family
-from fastlora.models.families.registry import FAMILIES
+from fastlora.models.families.registry import FAMILIES, WRAPPERS
+from fastlora.models.families.wrapper import Wrapper
 from fastlora.models.json_fields import Fields, is_int, show
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
 
@@ -59,9 +60,13 @@ def config_from_json(
         ValueError: listing every field that is missing, impossible, or asks for something that
             fastlora's model does not compute.
     """
-    family = _family(raw.get("model_type"))
-    if rope_scaling:
+    wrapper = _wrapper(raw)
+    if rope_scaling and wrapper is None:
         raw = with_rope_scaling(raw, rope_scaling)
+    elif rope_scaling and isinstance(text := raw.get("text_config"), dict):
+        raw = raw | {"text_config": with_rope_scaling(text, rope_scaling)}
+    whole, raw = raw, raw if wrapper is None else text_json(raw, wrapper)
+    family = _family(raw.get("model_type"))
     # A family's fixed values come last: they hold although the file may say something else, as in
     # transformers' model classes, which do not read these fields.
     settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed})
@@ -86,17 +91,63 @@ def config_from_json(
         norm_kind=family.norm_kind,
         qk_norm_joint=family.qk_norm_joint,
         activation=family.activation,
-        raw_json=json.dumps(raw),
+        wrapper=None if wrapper is None else wrapper.name,
+        raw_json=json.dumps(whole),
         raw_generation_json=None if generation is None else json.dumps(generation),
     )
+
+
+def _wrapper(raw: dict[str, Any]) -> Wrapper | None:
+    model_type = raw.get("model_type")
+    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+
+
+# Fields that a file with a text_config has beside it, and that mean the text model too.
+_OUTER_FIELDS = (
+    *("dtype", "torch_dtype", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def text_json(raw: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
+    """config.json of the text model alone, from that of a checkpoint with a vision tower.
+
+    Raises:
+        ValueError: text_config is not an object, or its model is not one that fastlora reads.
+    """
+    text = raw.get("text_config", {})
+    known = list(wrapper.texts)
+    model_type = text.get("model_type", known[0]) if isinstance(text, dict) else None
+    if not isinstance(text, dict) or model_type not in wrapper.texts:
+        shown = show(model_type) if isinstance(text, dict) else show(text)
+        raise ValueError(
+            f"text_config of {wrapper.name!r} is of {shown}, but fastlora knows {', '.join(known)}"
+        )
+    outer = {name: raw[name] for name in _OUTER_FIELDS if raw.get(name) is not None}
+    return {
+        **wrapper.defaults,
+        **text,
+        **outer,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "model_type": model_type,
+        "architectures": [wrapper.texts[model_type]],
+        **wrapper.fixed,
+    }
+
+
+def _own_json(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json that was read; of a checkpoint with a vision tower, its text model's."""
+    raw = json.loads(config.raw_json)
+    return raw if config.wrapper is None else text_json(raw, WRAPPERS[config.wrapper])
 
 
 def config_to_json(config: LlamaConfig) -> dict[str, Any]:
     """config.json for a folder of this model in full precision.
 
-    It is the file that was read, with the fields that fastlora may have changed.
+    It is the file that was read, with the fields that fastlora may have changed. Of a checkpoint
+    with a vision tower it is that of the text model alone.
     """
-    raw = json.loads(config.raw_json)
+    raw = _own_json(config)
     raw.pop("quantization_config", None)
     # If the file has both names, both are set: transformers 5 prefers dtype, 4 reads torch_dtype.
     for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
@@ -115,7 +166,7 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
     read = None if config.raw_generation_json is None else json.loads(config.raw_generation_json)
     if read is not None:
         defaults = FAMILIES[config.model_type].defaults
-        of_files = _token_ids(json.loads(config.raw_json), read, defaults, [])
+        of_files = _token_ids(_own_json(config), read, defaults, [])
         if all(getattr(config, name) == value for name, value in of_files.items()):
             return read
     eos = config.eos_token_id
@@ -133,7 +184,7 @@ def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise ValueError(
-        f"model_type is {show(model_type)}, but fastlora knows {', '.join(FAMILIES)}; "
+        f"model_type is {show(model_type)}, but fastlora knows {', '.join([*FAMILIES, *WRAPPERS])}; "
         "is this a Llama-like language model?"
     )
 

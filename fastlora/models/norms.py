@@ -1,9 +1,9 @@
 """The RMSNorms of a decoder layer: where they are, and their names in the layer's tree.
 
-    places     x + attention:                                x + MLP:
-    before     x + attn(norm(x))                             x + mlp(norm(x))
-    after      x + norm(attn(x))                             x + norm(mlp(x))
-    around     x + norm(attn(norm(x)))                       x + norm(mlp(norm(x)))
+places     x + attention:                                x + MLP:
+before     x + attn(norm(x))                             x + mlp(norm(x))
+after      x + norm(attn(x))                             x + norm(mlp(x))
+around     x + norm(attn(norm(x)))                       x + norm(mlp(norm(x)))
 """
 
 from typing import NamedTuple
