@@ -50,7 +50,7 @@ RopeTables = dict[str, RopeTable]
 
 
 def rope_table(model: PreparedModel, length: int) -> RopeTables | None:
-    """The tables of `length` positions; None for dynamic RoPE, whose angles depend on the length."""
+    """The tables of `length` positions; None for dynamic RoPE: its angles depend on the length."""
     config, like = model.spec.config, model.base["norm"]
     if any(layer_rope(config, x).rope_type == "dynamic" for x in config.layer_types):
         return None

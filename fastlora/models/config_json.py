@@ -183,8 +183,9 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
 def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    known = ", ".join([*FAMILIES, *WRAPPERS])
     raise ValueError(
-        f"model_type is {show(model_type)}, but fastlora knows {', '.join([*FAMILIES, *WRAPPERS])}; "
+        f"model_type is {show(model_type)}, but fastlora knows {known}; "
         "is this a Llama-like language model?"
     )
 

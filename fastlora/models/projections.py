@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.config import Activation
 from fastlora.models.examples import example_project
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.config import Activation
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.norms import LayerNorms, layer_norms
 from fastlora.models.params import (
