@@ -42,7 +42,7 @@ def test_the_model_still_equals_its_base_and_exports(method, how, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias"])
+@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias", "gemma2"])
 def test_every_family_can_be_initialised(method, family):
     base = fast(family)
     model = initialize(lora(base, r=2), batches(), method)
@@ -60,7 +60,9 @@ def test_the_given_model_and_the_global_generator_are_not_changed():
     assert not any(x.requires_grad for x in tree_leaves((model.base, model.adapter)))
 
 
-@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias"])
+@pytest.mark.parametrize(
+    "family", ["qwen3_tied", "mistral", "smollm3", "llama_bias", "olmo3", "gemma2"]
+)
 def test_inputs_are_those_of_transformers(family):
     """Hooks are fine on the oracle."""
     oracle, seen = hugging_face(family), {}

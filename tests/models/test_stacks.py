@@ -123,7 +123,7 @@ def test_every_recompute_policy_gives_the_same(policy, tiny):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "smollm3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "smollm3", "gemma3"])
 def test_every_kind_of_layer_runs_a_stack(family, pair):
     """Biases, norms of q and k, experts and router, layers without RoPE."""
     how: dict = {"lora_dropout": 0.2}
