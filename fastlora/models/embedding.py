@@ -56,12 +56,12 @@ def embed(
 
 def scaled(x: Float[Tensor, "b t d"], spec: Spec) -> Float[Tensor, "b t d"]:
     """x times the config's `embedding_scale`, which is rounded to x.dtype as in transformers."""
-    scale = embedding_scale(spec, x.dtype)
-    return x if scale is None else x * scale
+    scale = spec.config.embedding_scale
+    return x if scale is None else x * torch.full((), scale, dtype=x.dtype, device=x.device)
 
 
 def embedding_scale(spec: Spec, dtype: torch.dtype) -> float | None:
-    """The config's `embedding_scale`, rounded to `dtype`; None: the embedding is not scaled."""
+    """The factor of `scaled` as a number, for kernels; None: the embedding is not scaled."""
     scale = spec.config.embedding_scale
     return None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
 
