@@ -254,7 +254,7 @@ def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[
         if "sliding_window_pattern" in family.reads:
             every = _optional(settings, "sliding_window_pattern") or every
         slides = [(i + 1) % every != 0 for i in range(layers)]
-        if window is None:
+        if window is None and settings.raw["layer_types"] is None:
             settings.problems.append(
                 f"sliding_window is null; some layers of a {family.name} model have a window"
             )

@@ -38,6 +38,12 @@ LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.
 LLAMA3 |= dict(high_freq_factor=4.0, original_max_position_embeddings=32)
 
 
+TWO_ROPES = {
+    "full_attention": dict(rope_type="default", rope_theta=5e5),
+    "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+}
+
+
 @pytest.mark.parametrize(
     "family, config",
     [
@@ -77,6 +83,9 @@ def test_every_scaling_of_an_adapter_is_in_its_file(family, settings, tokenizer,
         ("qwen2", dict(head_dim=12), "head_dim is 12"),
         ("qwen2", dict(rope_parameters=LLAMA3), "reads no factors"),
         ("qwen3", dict(rope_parameters=YARN | dict(beta_slow=2.0)), "reads no factors"),
+        ("gemma2", dict(query_pre_attn_scalar=9), "query_pre_attn_scalar is 9: .* with 16"),
+        ("gemma2", dict(attn_logit_softcapping=None), "attn_logit_softcapping is null"),
+        ("olmo3", dict(rope_parameters=TWO_ROPES), "sliding layers is 'default' with theta 10000"),
         ("smollm3", dict(no_rope_layers=[1, 1, 0, 1]), "RoPE except in every 4th layer"),
     ],
 )
