@@ -3,8 +3,10 @@
 import gguf
 import pytest
 
+import fastlora
 from oracles.checkpoints import FAMILIES
 from oracles.gguf_models import adapted, model_of, tokenizer_of
+from oracles.wrapped import make_wrapped
 
 REFUSED = {
     "dynamic": "rope_type 'dynamic'",
@@ -31,6 +33,12 @@ def test_llama_cpp_computes_the_merged_model_and_the_adapter(family, tokenizer, 
     check(merged)
     assert merged.equal_texts == merged.texts == 3
     check(model.save_gguf_adapter(tmp_path / "a.gguf", verify=True).verification)
+
+
+def test_the_text_model_beside_a_vision_tower(tokenizer, tmp_path):
+    make_wrapped("gemma3", tmp_path, vocab_size=len(tokenizer), query_pre_attn_scalar=16)
+    model = adapted(fastlora.load(tmp_path, device="cpu")[0])
+    check(model.save_gguf(tmp_path / "m.gguf", tokenizer, "f32", verify=True).verification)
 
 
 YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
