@@ -18,6 +18,7 @@ from fastlora.models.attention import Heads, layer_norm, normed_queries_keys
 from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.norms import LayerNorms
 from fastlora.models.params import (
@@ -28,7 +29,6 @@ from fastlora.models.params import (
     LayerParams,
     PreparedDoRA,
 )
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.rope import apply_rope
 from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product
