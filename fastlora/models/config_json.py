@@ -6,11 +6,11 @@ from typing import Any, get_args
 
 from fastlora.errors import raise_problems
 from fastlora.models.config import LayerType, LlamaConfig
+from fastlora.models.config_wrapper_json import text_json, wrapper_of
 from fastlora.models.families.family import SHARED_DEFAULTS, Family
 from fastlora.models.families.registry import FAMILIES, WRAPPERS
 from fastlora.models.json_fields import Fields, is_int, show
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
-from fastlora.models.wrapper_json import text_json, wrapper_of
 
 # Bounds on sizes that become lengths of tuples and lists of names: a wrong file must not fill the
 # memory, nor take seconds. Kimi K2 has 23,040 experts in all its layers, Llama 3.1 405B 126 layers.
