@@ -50,7 +50,7 @@ def _widths(config: LlamaConfig, layer: int) -> dict[str, int]:
         copies = config.num_experts_per_tok * d
     widths = dict(x=d, q=q, k=kv, v=kv, attention=q, o=d, gate=f, up=f, swiglu=f)
     norms = layer_norms(config.norms)
-    # A norm behind the MLP needs its input for its gradient. The input of one behind attention is o.
+    # The gradient of a norm behind the MLP needs its input. That of one behind attention is o.
     widths |= dict(down=d if norms.mlp_out else 0)
     return widths | dict(norms=len(norms.names()) * d, rotated_qk=q + kv, expert_copies=copies)
 
