@@ -19,6 +19,7 @@ FLOORS = [
     {"runtime"},
     {"models"},
     {"functional", "checkpoints"},
+    {"distributed"},
     {"text"},
     {"adapters"},
     {"formats", "generation", "data"},

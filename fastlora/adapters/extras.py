@@ -7,10 +7,10 @@ as a dotted part of their name.
 """
 
 import operator
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import regex
 import torch
@@ -194,8 +194,12 @@ def first_tensors(config: LlamaConfig, extras: Extras, base: Base, dtype: torch.
 
     Copies of tensors keep the base's dtype, as in PEFT. Rows are in `dtype`.
     """
+    if not extras.replaced and not extras.tokens:
+        return {}
     tensors = tensors_from_base(config, base)
-    tensors.setdefault(LM_HEAD, tensors[EMBED_TOKENS])
+    if LM_HEAD not in tensors:
+        head = {LM_HEAD: tensors[EMBED_TOKENS]}
+        tensors = ChainMap(head, cast(dict[str, Any], tensors))
     trees: dict[str, Any] = {}
     if extras.replaced:
         trees["replaced"] = {name: tensors[name].clone() for name in extras.replaced}

@@ -36,6 +36,7 @@ from fastlora.generation.step_graph import StepGraphs
 from fastlora.models.state import ModelState
 from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.ops.decode.token_rows import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
+from fastlora.runtime.layer_fetching import is_sharded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -345,4 +346,4 @@ def _can_record(model: PreparedModel) -> bool:
     The heads of a stack with trained token rows are made in every step, with a copy from the host.
     """
     from_host = model.head is None and bool(model.spec.extras.tokens)
-    return model.base["norm"].is_cuda and not from_host
+    return model.base["norm"].is_cuda and not from_host and not is_sharded(model.base)

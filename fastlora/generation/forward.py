@@ -33,6 +33,7 @@ from fastlora.models.rope_tables import rope_tables
 from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.runtime.layer_fetching import taken
 
 
 class RopeTable(NamedTuple):
@@ -298,7 +299,7 @@ def _each_row(
     """run(params, adapter, *xs) of layer i. Under a stack, every row with its own of both."""
     layer = model.layers[i]
     if model.stack_size is None:
-        return run(layer.params, layer.adapter, *xs)
+        return run(taken(layer.params), layer.adapter, *xs)
 
     def one(tree: Any, *row: Tensor) -> Any:
         adapter, copies = tree

@@ -26,6 +26,7 @@ from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.runtime.layer_fetching import is_sharded
 
 
 class KernelLayer(NamedTuple):
@@ -64,6 +65,8 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     # tensors of any kind differs from row to row.
     rows = b if triton else 1
     own = [model.stack_size is not None and bool(x.adapter) for x in layers]
+    if is_sharded(base):  # the kernels keep their weights' addresses
+        return StepKernels((None,) * len(layers), None)
     # Nothing can be added inside a kernel layer.
     steered = [any(f"layers.{i}.{x}" in model.added for x in INSIDE) for i in range(len(layers))]
     other = [any(x) for x in zip(own, model.layer_copies, steered, strict=True)]

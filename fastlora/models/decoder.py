@@ -13,6 +13,7 @@ from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
 from fastlora.models.embedding import embed
 from fastlora.models.examples import ExampleRows, example_records
+from fastlora.models.fetched_layer import run_fetched
 from fastlora.models.fused_qkv import fused_qkv
 from fastlora.models.init_offset import cast_offset
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
@@ -37,6 +38,7 @@ from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.compiled import compiled, compiles
 from fastlora.runtime.host_offload import Copies, HostStash
+from fastlora.runtime.layer_fetching import open_pass
 
 
 class Positions(NamedTuple):
@@ -145,6 +147,7 @@ def hidden_states(
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
     stash = _stash(spec, x)
+    fetched = open_pass(base["layers"])  # None: all layers are on the device
     for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
         x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
@@ -157,7 +160,7 @@ def hidden_states(
         mask = masks[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
-        params = cast_offset(base["layers"][i], x.dtype)
+        params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
         # Only a compiled backward pass uses the fused weights' single product.
         backward = use_compiled and torch.is_grad_enabled()
         if backward and (qkv := fused_qkv(params)) is not None:
@@ -169,7 +172,14 @@ def hidden_states(
         static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
         layer, rest, static = taps.layer(i, rest, static)
         run = partial(_run, layer, rest, static, use_compiled)
-        x = taps.after(i, run(x) if stash is None else stash.run(run, x, rest, copies))
+        if fetched is not None and torch.is_grad_enabled() and not transforms_active():
+            how = partial(_run, layer), static, use_compiled
+            result = run_fetched(fetched, i, rest, how, x, stash, copies)
+        else:
+            result = run(x) if stash is None else stash.run(run, x, rest, copies)
+        x = taps.after(i, result)
+        # A fetched layer's memory is freed here, before the next but one is fetched into it.
+        del params, rest, run
     x = _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
     return taps.at("norm", x)
 

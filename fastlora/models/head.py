@@ -15,6 +15,7 @@ from fastlora.ops.cast import cast
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
+from fastlora.runtime.layer_fetching import resident
 
 
 class Head(TypedDict):
@@ -30,7 +31,7 @@ class Head(TypedDict):
 def head(adapter: Adapter | None, base: Base, spec: Spec) -> Head:
     """The head of a model: its matrix (a tied model's embedding), and the adapter's tensors."""
     merged_base = with_replaced(base, adapter, tied=spec.extras.tied)
-    weight = merged_base.get("lm_head", merged_base["embed_tokens"])
+    weight = resident(merged_base.get("lm_head", merged_base["embed_tokens"]))
     parts: Head = {"weight": weight}  # dynamo rejects the call Head(weight=weight)
     if adapter is None:
         return parts

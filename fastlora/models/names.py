@@ -4,14 +4,16 @@ Names are those of transformers 5, in which the matrices of all experts are one 
 have one tensor per expert are translated by checkpoints/expert_layout.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import Experts
 from fastlora.models.families.registry import family_of
+from fastlora.models.lazy_tensors import LazyTensors
 from fastlora.models.params import EXPERTS, PROJECTIONS, TARGETS, Adapter, Base, LayerParams
 from fastlora.ops.quant.weights import Weight
+from fastlora.runtime.layer_fetching import is_sharded, resident
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NORM = "model.norm.weight"
@@ -198,7 +200,10 @@ def base_from_tensors(config: LlamaConfig, tensors: Mapping[str, Weight]) -> Bas
     """
     base: dict[str, Any] = {
         "embed_tokens": tensors[EMBED_TOKENS],
-        "layers": tuple(_layer(config, i, tensors) for i in range(config.num_hidden_layers)),
+        "layers": tuple(
+            layer_from_tensors(config, i, tensors.__getitem__)
+            for i in range(config.num_hidden_layers)
+        ),
         "norm": tensors[NORM],
     }
     if not config.tie_word_embeddings:
@@ -206,21 +211,27 @@ def base_from_tensors(config: LlamaConfig, tensors: Mapping[str, Weight]) -> Bas
     return Base(**base)
 
 
-def _layer(config: LlamaConfig, layer: int, tensors: Mapping[str, Weight]) -> LayerParams:
+def layer_from_tensors(
+    config: LlamaConfig, layer: int, tensor: Callable[[str], Any]
+) -> LayerParams:
+    """One decoder layer's tree; `tensor` returns the tensor of a name on disk."""
     params: LayerParams = {}
     for path, (name, _) in layer_tensors(config, layer).items():
         if len(path) == 1:
-            params[path[0]] = tensors[name]
+            params[path[0]] = tensor(name)
         else:
-            params.setdefault(path[0], {})[path[1]] = tensors[name]
+            params.setdefault(path[0], {})[path[1]] = tensor(name)
     return params
 
 
-def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Any]:
+def tensors_from_base(config: LlamaConfig, base: Base) -> Mapping[str, Any]:
     """The inverse of `base_from_tensors`: name on disk -> the tree's leaf, not copied.
 
-    A quantised weight is returned as its record.
+    A quantised weight is returned as its record. Of a sharded base a tensor is fetched, with its
+    layer, when it is asked for.
     """
+    if is_sharded(base):
+        return _lazy_tensors(config, base)
     tensors: dict[str, Any] = {EMBED_TOKENS: base["embed_tokens"], NORM: base["norm"]}
     for i, params in enumerate(base["layers"]):
         for path, (name, _) in layer_tensors(config, i).items():
@@ -229,6 +240,26 @@ def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Any]:
     if "lm_head" in base:
         tensors[LM_HEAD] = base["lm_head"]
     return tensors
+
+
+def _lazy_tensors(config: LlamaConfig, base: Base) -> LazyTensors:
+    places: dict[str, tuple[Any, ...]] = {
+        name: (i, *path)
+        for i in range(config.num_hidden_layers)
+        for path, (name, _) in layer_tensors(config, i).items()
+    }
+    edges = {name: key for key, name in EDGE_WEIGHTS.items() if key in base}
+
+    def make(name: str) -> Any:
+        if name not in places:
+            return base["norm"] if name == NORM else resident(base[edges[name]])
+        i, *path = places[name]
+        leaf: Any = base["layers"][i]
+        for key in path:
+            leaf = leaf[key]
+        return leaf
+
+    return LazyTensors([EMBED_TOKENS, NORM, *places, *edges], make)
 
 
 def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
@@ -247,11 +278,12 @@ def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
     copies = {} if adapter is None else adapter.get("replaced", {})
     if not copies:
         return base
-    layers, new_base = list(base["layers"]), base.copy()
+    new_base = base.copy()
+    layers = list(base["layers"]) if any(n.startswith("model.layers.") for n in copies) else None
     # Layers are dicts that other models may share, so each change makes new dicts on its path.
     for name, copy in copies.items():
         *_, module, leaf = name.split(".")
-        if name.startswith("model.layers."):
+        if layers is not None and name.startswith("model.layers."):
             layer = int(name.split(".")[2])
             params = layers[layer]
             old = params[module]
@@ -264,5 +296,6 @@ def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
     # goes on with the original.
     if EMBED_TOKENS in copies and not tied and "lm_head" not in new_base:
         new_base["lm_head"] = base["embed_tokens"]
-    new_base["layers"] = tuple(layers)
+    if layers is not None:
+        new_base["layers"] = tuple(layers)
     return new_base

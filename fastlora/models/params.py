@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from fastlora.ops.linear.group_gradients import Sink
 from fastlora.ops.linear.group_products import Groups
 from fastlora.ops.quant.weights import Quantized, Weight
+from fastlora.runtime.layer_fetching import described
 
 # Names of dtypes in config.json and in arguments.
 DTYPES = {
@@ -171,7 +172,7 @@ class Adapter(TypedDict):
 
 def is_quantized(base: Base) -> bool:
     """Whether any projection is in 4 or 8 bits."""
-    linears = (p[n] for p in base["layers"] for n in PROJECTIONS if n in p)
+    linears = (p[n] for p in described(base)["layers"] for n in PROJECTIONS if n in p)
     return any(isinstance(linear["weight"], Quantized) for linear in linears)
 
 

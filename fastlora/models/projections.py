@@ -25,7 +25,7 @@ from fastlora.models.params import (
 )
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import stacked_project
-from fastlora.ops.dropout import dropout, fold, key_and_row
+from fastlora.ops.dropout import dropout, fold, from_row, key_and_row
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.linear.frozen import frozen_linear
 from fastlora.ops.linear.lora import lora_linear
@@ -212,7 +212,8 @@ def a_matrices(
     # computes them once, in one launch.
     layer_key, first_row = key_and_row(key)
     keys = fold(layer_key, torch.arange(len(_DROPOUT_SALT), device=key.device))
-    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused, first_row)
+    keys = from_row(keys, first_row)
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
 
 
 def _with_masked_base(

@@ -55,6 +55,11 @@ def step_cost(model: ModelState, micro_batches: Sequence[Batch], seconds: float)
     return cost
 
 
+def read_tokens(micro_batches: Sequence[Batch]) -> int:
+    """The tokens of batches on the CPU that the model reads, without padding."""
+    return sum(_read_tokens(batch)[0] for batch in micro_batches)
+
+
 def step_operations(config: LlamaConfig, tokens: int, pairs: int) -> float:
     """Operations of a forward and backward pass of LoRA, without those of recomputation.
 

@@ -20,6 +20,7 @@ from fastlora.models.state import Batch, ModelState
 from fastlora.ops.attention.attention import attention
 from fastlora.ops.loss.ignore import IGNORE
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.runtime.layer_fetching import resident
 
 # Projection -> an earlier one that multiplies the same input.
 SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
@@ -74,7 +75,7 @@ def embed_batches(
 
 
 def _embed(base: Base, batch: Batch, use_label_mask: bool) -> BatchState:
-    x = F.embedding(batch["input_ids"], base["embed_tokens"])
+    x = F.embedding(batch["input_ids"], resident(base["embed_tokens"]))
     counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if use_label_mask and "labels" in batch:
         counted = counted & (batch["labels"] != IGNORE)

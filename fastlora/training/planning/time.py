@@ -59,5 +59,28 @@ def step_seconds(
     )
 
 
+def forward_seconds(model: ModelState, batch_size: int, seq_length: int) -> float:
+    """Seconds of all layers' forward passes, which the transfers of a sharded base hide behind."""
+    config, tokens = model.spec.config, batch_size * seq_length
+    item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
+    weights = sum(_numel(projection_shape(config, name)) for name in PROJECTIONS)
+    q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
+    # A third of what `step_seconds` counts elementwise for forward and backward pass.
+    moved = tokens * (4 * d + 4 / 3 * (q + kv) + 11 / 3 * f) * item
+    if is_quantized(model.base):
+        moved += weights * (0.53 + item)
+    layer = 2 * tokens * weights / _PRODUCT_OPERATIONS_PER_SECOND
+    layer += tokens * 2 * seq_length * q / _ATTENTION_OPERATIONS_PER_SECOND
+    return config.num_hidden_layers * (layer + moved / _BYTES_PER_SECOND)
+
+
+def head_seconds(model: ModelState, batch_size: int, seq_length: int) -> float:
+    """Seconds of the head and the loss, forward and backward."""
+    config, tokens = model.spec.config, batch_size * seq_length
+    products = 4 * config.vocab_size * config.hidden_size / _PRODUCT_OPERATIONS_PER_SECOND
+    item = model.base["norm"].element_size()
+    return tokens * (products + 3 * config.vocab_size * item / _BYTES_PER_SECOND)
+
+
 def _numel(shape: tuple[int, int]) -> int:
     return shape[0] * shape[1]
