@@ -165,7 +165,7 @@ def generate(
     """
     refuse_transforms("Model.generate")
     inputs = (model, input_ids, attention_mask, max_new_tokens, sampling, stop)
-    work = partial(_generate, *inputs, seed, stream, adapter_ids, logprobs)
+    work = partial(_generate, *inputs, seed, stream, adapter_ids, logprobs, add)
     ids, values = on_first_rank(model.base, work)
     device = input_ids.device
     return ids.to(device), values.to(device) if logprobs else None
@@ -183,6 +183,7 @@ def _generate(
     stream: Callable[[Int[Tensor, "b"]], Any] | None,
     adapter_ids: Sequence[int] | Int[Tensor, "b"] | None,
     logprobs: bool,
+    add: dict[str, Float[Tensor, "..."]] | None,
 ) -> tuple[Int[Tensor, "b t_new"], Float32[Tensor, "b new"]]:
     """`generate` by one process, with results on the CPU."""
     b, t = input_ids.shape

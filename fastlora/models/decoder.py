@@ -13,8 +13,8 @@ from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
 from fastlora.models.embedding import embed
 from fastlora.models.examples import ExampleRows, example_records
-from fastlora.models.fetched_layer import run_fetched
-from fastlora.models.fused_qkv import fused_qkv
+from fastlora.models.fetched_layer import run_layer
+from fastlora.models.fused_qkv import with_fused_qkv
 from fastlora.models.init_offset import cast_offset
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
 from fastlora.models.names import with_replaced
@@ -140,6 +140,8 @@ def hidden_states(
         x = inputs_embeds.to(base["embed_tokens"].dtype)
     x = taps.at("embed", x)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
+    # Only a compiled backward pass uses the single product of fused weights.
+    backward = use_compiled and torch.is_grad_enabled()
     cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
     masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
@@ -161,25 +163,16 @@ def hidden_states(
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
         params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
-        # Only a compiled backward pass uses the fused weights' single product.
-        backward = use_compiled and torch.is_grad_enabled()
-        if backward and (qkv := fused_qkv(params)) is not None:
-            params = params | {"qkv": qkv}
+        params = with_fused_qkv(params) if backward else params
         rest = (params, lora, cos, sin, mask, keys[i])
         # Dropout masks, a stack's groups and those of examples are of all rows.
         whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
         static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
         layer, rest, static = taps.layer(i, rest, static)
-        run = partial(_run, layer, rest, static, use_compiled)
-        if fetched is not None and torch.is_grad_enabled() and not transforms_active():
-            how = partial(_run, layer), static, use_compiled
-            result = run_fetched(fetched, i, rest, how, x, stash, copies)
-        else:
-            result = run(x) if stash is None else stash.run(run, x, rest, copies)
-        x = taps.after(i, result)
-        # A fetched layer's memory is freed here, before the next but one is fetched into it.
-        del params, rest, run
+        how = partial(_run, layer), static, use_compiled
+        x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
+        del params, rest  # a fetched layer's memory can now receive the next layer but one
     x = _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
     return taps.at("norm", x)
 

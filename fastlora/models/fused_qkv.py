@@ -53,6 +53,12 @@ def fused_qkv(params: LayerParams) -> Float[Tensor, "d_out d_in"] | None:
     return _as_one(weights) if dense else None
 
 
+def with_fused_qkv(params: LayerParams) -> LayerParams:
+    """A layer's params with that matrix, if there is one, as "qkv"."""
+    qkv = fused_qkv(params)
+    return params if qkv is None else params | {"qkv": qkv}
+
+
 def _as_one(weights: Sequence[Tensor]) -> Tensor | None:
     # Addresses decide, not how the weights were made: a copy to another device, a trained copy or a
     # dtype cast of one of the three each break the arrangement.
