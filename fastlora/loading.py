@@ -89,10 +89,11 @@ def load(
             PEFT: give it again when you load the adapter.
         shard: how the frozen base is kept (distributed/README.md). None: whole, on the device of
             every rank. A number: sharded over groups of so many ranks; "node": over the ranks of
-            each machine; "auto": over as few of them as the base needs; a DeviceMesh: over its
-            last dimension. "host": in host memory, sharded over the ranks of each machine if there
-            are several; layers are copied to the device before they run. Losses and gradients are
-            the same bits. Every rank must make the same calls. Not for mixtures of experts.
+            each machine; "auto": over as few of them as the base needs. A group of one rank is as
+            None. A DeviceMesh: over its last dimension. "host": in host memory, sharded over the
+            ranks of each machine if there are several; layers are copied to the device before they
+            run. Losses and gradients are the same bits. Every rank must make the same calls. Not
+            for mixtures of experts.
         token: Hub token; None uses the stored one.
         revision: branch, tag or commit on the Hub, of the repository that `model_name` names. For
             an adapter, the base's revision is the one that adapter_config.json names.

@@ -67,6 +67,11 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
+    return read_checked(checked, device)
+
+
+def read_checked(checked: "CheckedBase", device: torch.device | str) -> tuple[LlamaConfig, Base]:
+    """`read_base` of a folder that `check_base` has checked."""
     config = checked.config
     tensors = _read_weights(checked, device)
     if torch.device(device).type == "cuda":  # on the CPU, fusing would copy views of the file

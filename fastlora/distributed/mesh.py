@@ -83,25 +83,35 @@ def shard_mesh(ranks: int, device: torch.device) -> Any:
     return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
+def keeps_whole(shard: Any, device: torch.device, base_bytes: int) -> bool:
+    """Whether every rank keeps the whole base on its device, as with shard=None.
+
+    The arguments are those of `shards_for`.
+    """
+    if _is_mesh(shard) or shard == "host":
+        return False
+    return shard is None or _ranks(shard, device, base_bytes) == 1
+
+
 def shards_for(shard: Any, device: torch.device, base_bytes: int) -> Shards:
     """Where the parts of a base are kept.
 
     All ranks must call this with the same `shard`.
 
     Args:
-        shard: a value of `load`'s argument, without a `shard_problem`; not None.
+        shard: a value of `load`'s argument, without a `shard_problem`, that does not `keeps_whole`.
         device: that computes.
         base_bytes: of the whole base, for "auto".
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)  # streams, NCCL and Triton use the current device
-    host = HostCopies(device) if type(shard) is str and shard == "host" else None
     if _is_mesh(shard):
-        mesh = _last_dimension(shard)
+        host, mesh = None, _last_dimension(shard)
     else:
+        host = HostCopies(device) if shard == "host" else None
         ranks = _ranks(shard, device, base_bytes)
-        if ranks == 1 and world_size() == 1:
-            return Shards(host or HostCopies(device))
+        if host is not None and ranks == 1:
+            return Shards(host)
         mesh = shard_mesh(ranks, device)["shard"]
     group = mesh.get_group()
     source = Gathers(group, device, host)

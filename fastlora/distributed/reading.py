@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.checkpoints.bnb_reading import described_weights, read_quantized
-from fastlora.checkpoints.reading import CheckedBase, check_base, with_loaded_dtype
+from fastlora.checkpoints.reading import CheckedBase, check_base, read_checked, with_loaded_dtype
 from fastlora.checkpoints.tensors import Entry, RowReader, read_entries
 from fastlora.distributed.flat_layer import Layout, as_bytes, layout_of, write
 from fastlora.distributed.gathered_bytes import summed_parts
-from fastlora.distributed.mesh import shards_for
+from fastlora.distributed.mesh import keeps_whole, shards_for
 from fastlora.distributed.sharded_base import (
     ShardedLayers,
     ShardedMatrix,
@@ -64,6 +64,8 @@ def load_sharded(
         CheckpointError: as `read_base`.
     """
     checked = check_base(folder, **how)
+    if keeps_whole(shard, device, base_bytes(checked)):
+        return read_checked(checked, device)
     if any(checked.config.sparse_layers):
         raise ValueError(
             f"shard={shard!r}: {checked.config.model_type} is a mixture of experts, whose layers"

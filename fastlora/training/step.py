@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from fastlora.training.private_step import private_gradient
 from fastlora.training.run import Run
 from fastlora.training.schedules import learning_rate_factor
 from fastlora.training.settings import Settings
-from fastlora.training.step_share import begin_step
+from fastlora.training.step_share import StepShare, begin_step
 
 # (seed, first row) of a micro-batch's masks; see `_seeds`.
 _Seeds = tuple[Seed, Int[Tensor, ""] | None]
@@ -54,7 +55,7 @@ def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequenc
     share = begin_step(run, micro_batches)
     with share.compiling_in_turn(learner):
         if settings.clip_per_example is None:
-            sums = _loss_and_gradient(learner, placed, share.counts, seeds, share.divides)
+            sums = _loss_and_gradient(learner, placed, seeds, share)
         else:
             plain, rows = [seed for seed, _ in seeds], len(run.sequences)
             sums = private_gradient(learner, settings, rows, step, placed, plain)
@@ -118,11 +119,7 @@ def _read(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _loss_and_gradient(
-    learner: Learner,
-    micro_batches: Sequence[Batch],
-    counts: Sequence[int],
-    seeds: Sequence[_Seeds],
-    divides: bool = True,
+    learner: Learner, micro_batches: Sequence[Batch], seeds: Sequence[_Seeds], share: StepShare
 ) -> tuple[Float[Tensor, ""], list[Tensor], list[Float[Tensor, ""]]]:
     """The mean loss over all micro-batches' tokens, its gradient by leaf, and, of several
     micro-batches, the squared norm of the gradient of each one's mean loss.
@@ -132,27 +129,30 @@ def _loss_and_gradient(
     Args:
         learner: of the run.
         micro_batches: on the model's device.
-        counts: tokens of each, or items of another loss.
         seeds: of their dropout masks and noise. Micro-batches after these are run, but do not
             count (`dealt_batches.Dealt`).
-        divides: False returns sums, and no squared norms.
+        share: this process's part of the step. If it does not divide, the results are sums, and
+            there are no squared norms.
     """
+    counts, divides = share.counts, share.divides
     tokens, several = sum(counts) if divides else 1, divides and len(counts) > 1
     device, dtype = learner.model.base["norm"].device, learner.model.base["norm"].dtype
-    for batch in micro_batches[len(seeds) :]:
-        _micro_batch(learner, batch, torch.ones((), device=device), (None, None))
-    if not seeds:
-        return *_nothing(learner), []
     for scale in FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
         losses, gradient, squares = [], [], []
-        for batch, seed in zip(micro_batches, seeds, strict=False):
-            loss, grads = _micro_batch(learner, batch, torch.full((), scale, device=device), seed)
+        for batch, seed in zip_longest(micro_batches, seeds):
+            factor = torch.full((), scale, device=device)
+            of_batch, grads = _micro_batch(learner, batch, factor, seed or (None, None))
+            if seed is None:
+                continue
             gradient = [a + b for a, b in zip(gradient, grads, strict=True)] if gradient else grads
-            losses.append(loss)  # stays on the device
+            losses.append(of_batch)  # stays on the device
             if several:
                 squares.append((get_total_norm(grads) / scale).square())
-        loss = torch.stack(losses).sum() / (scale * tokens)
-        if dtype != torch.float16 or not _overflows(loss, gradient):
+        if losses:
+            loss = torch.stack(losses).sum() / (scale * tokens)
+        else:
+            loss, gradient = _nothing(learner)
+        if dtype != torch.float16 or not share.any_rank(_overflows(loss, gradient)):
             break
     gradient = [g / (scale * tokens) for g in gradient]
     means = [x / max(n, 1) ** 2 for x, n in zip(squares, counts, strict=False)]  # none of one
@@ -161,10 +161,10 @@ def _loss_and_gradient(
 
 def _nothing(learner: Learner) -> tuple[Float[Tensor, ""], list[Tensor]]:
     """The loss and gradient of no micro-batch."""
-    leaves = learner.leaves.values()
+    leaves, device = learner.leaves.values(), learner.model.base["norm"].device
     wide = lambda x: torch.promote_types(x.dtype, torch.float32)
     gradient = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
-    return torch.zeros((), device=learner.model.base["norm"].device), gradient
+    return torch.zeros((), device=device), gradient
 
 
 def _micro_batch(

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -32,6 +33,10 @@ class StepShare:
     def compiling_in_turn(self, learner: Learner) -> Iterator[None]:
         """Around the passes of a step."""
         yield
+
+    def any_rank(self, overflows: bool) -> bool:
+        """Whether the passes are run again with a smaller scale."""
+        return overflows
 
     def mean(
         self, loss: Float[Tensor, ""], gradient: Sequence[Tensor], more: Any, ordered: bool
@@ -77,6 +82,13 @@ class GroupShare(StepShare):
             return
         with self._group.first_on_node("compilation"):
             yield
+
+    def any_rank(self, overflows: bool) -> bool:
+        """Whether the passes are run again; on all ranks alike if the passes need all ranks."""
+        if not self._group.lockstep:
+            return overflows
+        flag = torch.tensor(float(overflows), device=self._group.device)
+        return bool(self._group.sums([flag])[0])
 
     def mean(
         self, loss: Float[Tensor, ""], gradient: Sequence[Tensor], more: Any, ordered: bool

@@ -20,6 +20,7 @@ from fastlora.checkpoints.hub import DEMO
 from fastlora.data import streams
 from fastlora.distributed import data_parallel, process_group
 from fastlora.training import common_run
+from fastlora.training import step as steps
 from fastlora.training.logging.open import on_all_ranks
 from oracles.training_runs import LENGTHS, WORDS
 from oracles.trees import randomised
@@ -122,9 +123,9 @@ def counted(scratch: Path) -> dict[str, int]:
 
         setattr(dist, name, counting)
     found = []
-    for steps in (2, 5):
+    for count in (2, 5):
         counts.clear()
-        fastlora.train(*adapted(), ROWS, **QUIET, max_steps=steps)
+        fastlora.train(*adapted(), ROWS, **QUIET, max_steps=count)
         found.append(dict(counts))
     return {name: found[1][name] - found[0][name] for name in found[1]}
 
@@ -337,3 +338,14 @@ def samples(scratch: Path, out: str) -> dict[str, Any]:
     given |= dict(max_steps=12, save_every=2, keep=1, log="jsonl", learning_rate=1e-30)
     trained, history = fastlora.train(*adapted(), ROWS, **QUIET | given)
     return outcome(trained, history, scratch, out) | dict(steps=len(history.steps))
+
+
+def rescaled(scratch: Path) -> list[float]:
+    """The scales of a step over a sharded float16 base whose gradient overflows on rank 1 alone."""
+    base, tokenizer = Path(os.environ["RANKS_BASE"]), adapted()[1]
+    half, _ = fastlora.load(base, max_seq_length=64, dtype="float16", device="cpu", shard=2)
+    tried, run = [], steps._micro_batch
+    steps._micro_batch = lambda *given: tried.append(given[2].item()) or run(*given)
+    steps._overflows = lambda loss, gradient: RANK() == 1 and len(tried) == 1
+    fastlora.train(fastlora.lora(half, r=2), tokenizer, ROWS, **QUIET, max_steps=1)
+    return tried

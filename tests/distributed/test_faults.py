@@ -94,6 +94,11 @@ def test_a_loss_that_is_nan_on_one_rank_stops_all_alike(results):
     assert first == second and "the loss is nan" in first
 
 
+def test_a_gradient_that_overflows_on_one_rank_is_taken_again_on_all(results):
+    """Every pass over a sharded base needs all ranks."""
+    assert results("rescaled", 2) == [[1.0, 2.0**-6]] * 2
+
+
 def test_a_signal_to_one_rank_ends_all_after_the_same_step(gang):
     answer = gang("signalled", 2)
     stops = [rank["result"] for rank in answer["ranks"]]

@@ -307,12 +307,17 @@ def hybrid_meshes(folder: Path) -> list[str]:
 
 def every_value_of_shard(folder: Path) -> list[str]:
     """4 ranks that keep 4, 4, 4 and 1 parts."""
+    from torch.distributed.device_mesh import init_device_mesh
+
     whole = with_adapter(read(folder, None))
     want, wrong = step(whole), []
-    for shard, ranks in (("auto", 4), ("node", 4), ("host", 4), (1, 1)):
+    one = init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicate", "shard"))
+    for shard, ranks in (("auto", 4), ("node", 4), ("host", 4), (one, 1)):
         sharded = with_adapter(read(folder, shard))
         if sharded.base["layers"].shards.ranks != ranks or not same_bits(step(sharded), want):
             wrong.append(f"{shard}: other bits, or not {ranks} parts")
+    if type(read(folder, 1).base["layers"]) is not tuple:
+        wrong.append("groups of one rank do not keep the base as shard=None does")
     return wrong
 
 
