@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,20 @@ def rescaled(scratch: Path) -> list[float]:
     steps._overflows = lambda loss, gradient: RANK() == 1 and len(tried) == 1
     fastlora.train(fastlora.lora(half, r=2), tokenizer, ROWS, **QUIET, max_steps=1)
     return tried
+
+
+def sharding(scratch: Path, names: list[str]) -> dict[str, Any]:
+    """Name -> the failures of a law of oracles/sharding_laws.py, or its traceback, which ends it.
+
+    A process that had an error runs no further laws, so the others would wait for it.
+    """
+    from oracles import sharding_laws
+
+    found: dict[str, Any] = dict.fromkeys(names, "not run")
+    for name in names:
+        try:
+            found[name] = getattr(sharding_laws, name)(scratch)
+        except Exception:  # noqa: BLE001  reported by the test
+            found[name] = traceback.format_exc()
+            break
+    return found

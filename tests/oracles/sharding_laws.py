@@ -16,6 +16,7 @@ from fastlora import functional as FL
 from fastlora.checkpoints import tensors as tensors_file
 from fastlora.distributed.mesh import world_size
 from fastlora.model import Model
+from fastlora.ops.quant.weights import Weight4bit, Weight8bit
 from fastlora.runtime import compiled, layer_fetching
 from oracles.trees import randomised, relative_error, same_bits, token_ids
 
@@ -221,6 +222,18 @@ def each_rank_reads_only_its_bytes(folder: Path) -> list[str]:
     return wrong if sum(reads) <= allowed else [*wrong, f"{sum(reads)} of {total} bytes read"]
 
 
+def quantized_folders_are_read(folder: Path) -> list[str]:
+    """In bitsandbytes' formats, of which each rank reads its rows."""
+    wrong, kinds = [], {"int8": Weight8bit, "NF4 sharded": Weight4bit}  # the second is a merged one
+    for name, kind in kinds.items():
+        whole, sharded = (read(folder, s, name) for s in (None, dist.get_world_size()))
+        if type(whole.base["layers"][0]["q_proj"]["weight"]) is not kind:
+            wrong.append(f"{name}: not quantised")
+        if not same_bits(fastlora.gathered(sharded).base, whole.base):
+            wrong.append(f"{name}: other weights")
+    return wrong
+
+
 def refusals(folder: Path) -> list[str]:
     wrong = []
     world = dist.get_world_size()
@@ -269,6 +282,7 @@ TWO = {
         an_error_of_rank_0_ends_all,
         adapters_that_read_weights,
         each_rank_reads_only_its_bytes,
+        quantized_folders_are_read,
         refusals,
         not_a_number_on_one_rank_ends_all,
     )
