@@ -153,8 +153,8 @@ def train(
             adapter is of.
         max_steps: optimizer steps; overrides `num_epochs`.
         num_epochs: passes over the data; may be a fraction.
-        batch_size: sequences in a micro-batch. A full step has `gradient_accumulation_steps` times
-            as many.
+        batch_size: sequences in a micro-batch of one rank. A full step has
+            `gradient_accumulation_steps` times as many, on each rank.
         gradient_accumulation_steps: micro-batches in a step.
         learning_rate: the highest of the run.
         learning_rates: highest rates of groups of tensors: "B" (LoRA+ of Hayou et al. 2024 is
@@ -242,6 +242,10 @@ def train(
         files. Functions in `log` get each run's records, with its number under "run".
         early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
         the FloatingPointError is raised after the others' end. See training/many/README.md.
+
+    Several ranks:
+        Under torchrun, N ranks are one rank with N x batch_size, up to rounding. All get the same
+        result; rank 0 writes the files, calls `log` and shows the bar. See distributed/README.md.
 
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
