@@ -20,7 +20,7 @@ from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
-from fastlora.ops.attention.rope import apply_rope
+from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
@@ -167,6 +167,7 @@ def run_kernel_layer(
     if "q_norm" in params:
         q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+    q, k = (in_halves(y, spec.rope_of_neighbours) for y in (q, k))
     angles = (cos, sin) if spec.rope else (None, None)
     heads = decode_attention(
         q, k, v, *angles, k_cache, v_cache, lengths, layer.window, kernels=kernels
@@ -193,6 +194,7 @@ def product_heads(
     if "q_norm" in params:
         q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+    q, k = (in_halves(y, spec.rope_of_neighbours) for y in (q, k))
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     return (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v) if spec.rope else (q, k, v)
 

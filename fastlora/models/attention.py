@@ -16,7 +16,7 @@ from fastlora.models.projections import LayerSpec, group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
 from fastlora.ops.attention.flash import Spans, flash_attention
-from fastlora.ops.attention.rope import apply_rope
+from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import joint_lora_linears
 from fastlora.ops.rms_norm import rms_norm
@@ -44,6 +44,7 @@ def _heads(
         # that may read values before they are written (ops/gradient_barrier.py).
         q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
         k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
+    q, k = (in_halves(y, spec.rope_of_neighbours) for y in (q, k))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
@@ -61,9 +62,10 @@ def _joint_heads(
     rotate them back and to copy them together (H100). This needs fused weights, and products whose
     results go to attention unchanged.
     """
-    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3. The ops of
+    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3, another
+    # order of dimensions in Helium. The ops of
     # stacked adapters and of per-example gradients return no joint gradient.
-    unchanged = spec.qat_scheme is None and "q_norm" not in params
+    unchanged = spec.qat_scheme is None and "q_norm" not in params and not spec.rope_of_neighbours
     unchanged = unchanged and not any(
         isinstance(adapter.get(n), DoRA | BiasedLoRA | StackedLoRA | ExampleLoRA) for n in QKV
     )

@@ -57,6 +57,7 @@ class LlamaConfig:
     attention_output_bias: bool  # o_proj has one (Llama: if the others have; Qwen2: never)
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over head_dim on q and k before RoPE (Qwen3)
+    rope_of_neighbours: bool  # RoPE turns dimensions 2 i and 2 i + 1, not i and i + hd / 2 (Helium)
     layer_types: tuple[LayerType, ...]  # one entry per layer
     sliding_window: int | None  # positions that a sliding layer sees, the query's included
     no_rope_layers: tuple[int, ...]  # one entry per layer; 1 = has RoPE (SmolLM3's spelling)

@@ -52,7 +52,8 @@ def config_from_json(
         raw = with_rope_scaling(raw, rope_scaling)
     # A family's fixed values come last: they hold although the file may say something else, as in
     # transformers' model classes, which do not read these fields.
-    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed})
+    respelled = {x: raw[own] for x, own in family.spellings if raw.get(own) is not None}
+    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed, **respelled})
     settings.refuse_unsupported()
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
@@ -138,12 +139,21 @@ def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) ->
         head_dim = hidden // heads
     if head_dim is not None and (head_dim % 2 or not head_dim):
         problems.append(f"head_dim is {head_dim}; RoPE rotates pairs, so it must be even")
+    if family.one_bias and read["attention_bias"] != read["mlp_bias"]:
+        problems.append(
+            f"attention_bias is {read['attention_bias']} and mlp_bias {read['mlp_bias']}; expected"
+            f" both or neither for {family.name}"
+        )
+    output_bias = read["attention_bias"] and family.o_proj_bias
+    if family.o_proj_bias_field is not None:
+        output_bias = settings.read(family.o_proj_bias_field, "true or false")
     return dict(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        attention_output_bias=read["attention_bias"] and family.o_proj_bias,
+        attention_output_bias=output_bias,
         qk_norm=family.qk_norm,
+        rope_of_neighbours=family.rope_of_neighbours,
     )
 
 
@@ -158,6 +168,9 @@ def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[
         return dict(layer_types=None, sliding_window=None, no_rope_layers=None)
     has_rope = _no_rope_layers(settings, layers)
     slides = [not has_rope[i] if family.window_without_rope else i >= first for i in range(layers)]
+    if family.full_layers is not None:
+        interval, remainder = family.full_layers
+        slides = [i % interval != remainder for i in range(layers)]
     types = tuple("sliding_attention" if window and s else "full_attention" for s in slides)
     if (given := settings.raw["layer_types"]) is not None:
         types = _given_layer_types(settings, given, types, window, family)

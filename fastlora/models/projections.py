@@ -46,6 +46,7 @@ class LayerSpec:
     head_dim: int
     rms_norm_eps: float
     rope: bool
+    rope_of_neighbours: bool
     scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
     lora_dropout: float
     qat_scheme: str | None
@@ -74,6 +75,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
         rope=bool(config.no_rope_layers[layer]),
+        rope_of_neighbours=config.rope_of_neighbours,
         scalings=()
         if lora is None or stacked
         else tuple((t.name, t.scaling) for t in lora.targets[layer]),

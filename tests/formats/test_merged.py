@@ -38,10 +38,11 @@ def test_merged_folders_load_in_transformers(family, tmp_path):
         assert torch.equal(state[name], tensor), name
     found, expected = hf_logits(hf).float(), logits(merged).float()
     base = logits(fast(family, torch.bfloat16)).float()
-    # bf16 noise; the weights above are equal to the bit.
-    assert difference(found, expected, base) <= (
-        2e-2 if any(merged.spec.config.sparse_layers) else 1e-2
-    )
+    # bf16 noise; the weights above are equal to the bit. transformers rotates q and k in float32 if
+    # RoPE turns neighbours, we in bfloat16.
+    config = merged.spec.config
+    noisy = any(config.sparse_layers), config.rope_of_neighbours
+    assert difference(found, expected, base) <= 1e-2 * (1 + noisy[0] + 2 * noisy[1])
     assert (expected - base).abs().max() > 0.1
 
 

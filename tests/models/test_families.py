@@ -89,6 +89,12 @@ def test_every_record_has_the_name_under_which_it_is_registered():
         ("qwen3_moe", "Qwen2Tokenizer", False),
         ("qwen2_moe", "Qwen2Tokenizer", False),  # its models are not run
         ("smollm3", None, False),
+        ("ministral", "PreTrainedTokenizerFast", True),
+        ("internlm3", "PreTrainedTokenizerFast", True),
+        ("seed_oss", None, False),
+        ("cwm", None, False),
+        ("ernie4_5", "PreTrainedTokenizerFast", True),
+        ("helium", None, False),
         ("gpt2", None, False),
         (None, None, False),
         (["llama"], None, False),

@@ -40,6 +40,9 @@ _LLAMA3 = dict(
 
 _QWEN3_MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
+# transformers applies these in training mode; fastlora's base has no dropout.
+_NO_DROPOUT = dict(attention_dropout=0.0, residual_dropout=0.0)
+
 # Windows (5) and dynamic's context (16) are short, so that 24 tokens pass both.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama1": _family("llama", num_key_value_heads=4),
@@ -105,6 +108,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe_mixed": _family(
         "qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1], **_QWEN3_MOE, norm_topk_prob=True
     ),
+    "ministral": _family(
+        "ministral",
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "internlm3": _family("internlm3", attention_bias=True, mlp_bias=True, head_dim=8),
+    "seed_oss": _family("seed_oss", head_dim=8, **_NO_DROPOUT),
+    "cwm": _family("cwm", head_dim=8, sliding_window=5, **_rope("llama3", 1e6, **_LLAMA3)),
+    "ernie4_5": _family("ernie4_5", head_dim=8),
+    "helium": _family("helium", head_dim=8),
 }
 
 

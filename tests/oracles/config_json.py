@@ -4,7 +4,13 @@ import json
 
 from transformers import AutoConfig
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe")
+MODEL_TYPES = (
+    *("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"),
+    *("ministral", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium"),
+)
+NO_BIAS = ("mistral", "mixtral", "ministral", "cwm")
+MLP_BIAS = ("llama", "smollm3", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium")
+NO_WINDOW = ("llama", "internlm3", "seed_oss", "ernie4_5", "helium")
 
 SIZES = dict(
     vocab_size=96,
@@ -20,7 +26,9 @@ LLAMA3 = dict(
 
 
 def raw_config(model_type: str = "llama", **changed) -> dict:
-    return {"model_type": model_type, **SIZES, **changed}
+    # Helium's default of 20 key heads does not divide 32 heads.
+    sizes = SIZES | ({"num_key_value_heads": 4} if model_type == "helium" else {})
+    return {"model_type": model_type, **sizes, **changed}
 
 
 def transformers_says(raw: dict) -> dict:
@@ -29,13 +37,16 @@ def transformers_says(raw: dict) -> dict:
     c.standardize_rope_params()  # as every rotary table does once more before it is computed
     n, family = c.num_hidden_layers, c.model_type
     window = getattr(c, "sliding_window", None)
-    if family == "llama":
+    if family in NO_WINDOW:
         types = ("full_attention",) * n
     elif family in ("mistral", "mixtral", "qwen3_moe"):
         types = ("full_attention" if window is None else "sliding_attention",) * n
     else:
         types = tuple(c.layer_types)
-    bias = family == "qwen2" or (family not in ("mistral", "mixtral") and c.attention_bias)
+    if family == "ernie4_5":  # its class has one switch
+        c.attention_bias = c.mlp_bias = bool(c.use_bias)
+    bias = family == "qwen2" or (family not in NO_BIAS and c.attention_bias)
+    output_bias = bias and family not in ("qwen2", "helium")
     eos = c.eos_token_id
     return dict(
         num_key_value_heads=c.num_key_value_heads,
@@ -44,14 +55,15 @@ def transformers_says(raw: dict) -> dict:
         max_position_embeddings=c.max_position_embeddings,
         tie_word_embeddings=c.tie_word_embeddings,
         attention_bias=bias,
-        attention_output_bias=bias and family != "qwen2",
-        mlp_bias=family in ("llama", "smollm3") and c.mlp_bias,
+        attention_output_bias=getattr(c, "attention_out_bias", output_bias),
+        mlp_bias=family in MLP_BIAS and c.mlp_bias,
         qk_norm=family in ("qwen3", "qwen3_moe"),
         layer_types=types,
         sliding_window=window if "sliding_attention" in types else None,
         no_rope_layers=tuple(c.no_rope_layers[:n]) if family == "smollm3" else (1,) * n,
         bos_token_id=c.bos_token_id,
-        eos_token_id=() if eos is None else (eos,),
+        eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+        rope_of_neighbours=family in ("ernie4_5", "helium"),
         pad_token_id=c.pad_token_id,
         **experts(c),
         rope_parameters={k: v for k, v in c.rope_parameters.items() if k != "type"},

@@ -19,6 +19,8 @@ QWEN2_WORDS = (
 # does: windows that the texts fit into, and mixtures that divide by the chosen experts' sum.
 _COMPUTED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 100},
+    "ministral": {"sliding_window": 100},
+    "cwm": {"sliding_window": 100},
     "mixtral": {"sliding_window": 100},
     "qwen2_window": {"sliding_window": 100},
     "qwen3_moe": {"norm_topk_prob": True},

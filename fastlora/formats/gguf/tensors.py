@@ -76,7 +76,8 @@ def _expert_tensors(
 def file_rows(
     config: LlamaConfig, gguf: GGUF, name: str, x: Float[Tensor, "d_out *rest"]
 ) -> Float[Tensor, "d_out *rest"]:
-    """The rows of a tensor in the file's order: those of q and k move if RoPE turns neighbours.
+    """The rows of a tensor in the file's order: those of q and k move if only llama.cpp turns
+    neighbours.
 
     Within each head, rows i and i + head_dim / 2 become rows 2 i and 2 i + 1.
 
@@ -86,8 +87,9 @@ def file_rows(
         name: on disk: "model.layers.0.self_attn.q_proj.weight".
         x: weight, bias, or the B of an adapter.
     """
-    if not gguf.rope_of_neighbours or not _is_rotated(name):
+    if gguf.rope_of_neighbours == config.rope_of_neighbours or not _is_rotated(name):
         return x
+    assert gguf.rope_of_neighbours, f"{gguf.arch} does not turn neighbours, but {name} needs it"
     halves = x.unflatten(0, (-1, 2, config.head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 

@@ -27,6 +27,7 @@ SHARED_DEFAULTS: Mapping[str, Any] = dict(
     layer_types=None,
     no_rope_layers=None,
     no_rope_layer_interval=4,
+    rope_parameters=None,
 )
 
 # Values for `Family.fixed` that several families share.
@@ -88,6 +89,15 @@ class Family:
     fixed: Mapping[str, Any]  # values that replace those of config.json
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE
     o_proj_bias: bool = True  # with attention_bias o_proj has a bias too, not only q, k and v
+    o_proj_bias_field: str | None = None  # config.json's own switch for o_proj's bias
+    # (a field of `defaults`, the name that config.json has for it).
+    spellings: tuple[tuple[str, str], ...] = ()
+    # Files with attention_bias and mlp_bias are refused if the two differ.
+    one_bias: bool = False
+    rope_of_neighbours: bool = False  # RoPE turns dimensions 2 i and 2 i + 1, not i and i + hd / 2
+    # (interval, remainder): layer i sees all tokens if i % interval == remainder, and the others
+    # the window. None: see `window_without_rope`.
+    full_layers: tuple[int, int] | None = None
     # True: the sliding window belongs to the layers without RoPE. False: to the layers from
     # max_window_layers on.
     window_without_rope: bool = False

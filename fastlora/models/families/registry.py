@@ -3,18 +3,28 @@
 from typing import Any
 
 from fastlora.models.config import LlamaConfig
+from fastlora.models.families.cwm import CWM
+from fastlora.models.families.ernie4_5 import ERNIE4_5
 from fastlora.models.families.family import DECLARED_CLASS, Family, TokenizerClass
+from fastlora.models.families.helium import HELIUM
+from fastlora.models.families.internlm3 import INTERNLM3
 from fastlora.models.families.llama import LLAMA
+from fastlora.models.families.ministral import MINISTRAL
 from fastlora.models.families.mistral import MISTRAL
 from fastlora.models.families.mixtral import MIXTRAL
 from fastlora.models.families.qwen2 import QWEN2
 from fastlora.models.families.qwen3 import QWEN3
 from fastlora.models.families.qwen3_moe import QWEN3_MOE
+from fastlora.models.families.seed_oss import SEED_OSS
 from fastlora.models.families.smollm3 import SMOLLM3
 
 # In the order in which error messages list them.
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, SMOLLM3)
+    family.name: family
+    for family in (
+        *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, SMOLLM3),
+        *(MINISTRAL, INTERNLM3, SEED_OSS, CWM, ERNIE4_5, HELIUM),
+    )
 }
 
 # Families whose tokenizers are read although their models are not.

@@ -5,6 +5,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def in_halves(x: Float[Tensor, "*n hd"], neighbours: bool) -> Float[Tensor, "*n hd"]:
+    """x with the dimensions of each head in the order in which `apply_rope` pairs them.
+
+    If RoPE turns neighbours, pair i is dimensions 2 i and 2 i + 1; here they go to i and
+    i + hd / 2. Queries and keys in the same new order have the same products, so attention does not
+    change.
+    """
+    if not neighbours:
+        return x
+    return torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
+
+
 def apply_rope(
     x: Float[Tensor, "b n t hd"], cos: Float[Tensor, "#b t hd"], sin: Float[Tensor, "#b t hd"]
 ) -> Float[Tensor, "b n t hd"]:
