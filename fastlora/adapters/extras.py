@@ -24,9 +24,10 @@ from fastlora.models.names import (
     EMBED_TOKENS,
     LM_HEAD,
     base_tensors,
+    linear_names,
     tensors_from_base,
 )
-from fastlora.models.params import PROJECTIONS, Base
+from fastlora.models.params import Base
 from fastlora.models.spec import Extras, LoraConfig, Target
 
 BIAS = one_of("none", "all", "lora_only")
@@ -132,7 +133,7 @@ def _replaced(
     }
     problems = [
         f"modules_to_save matches {m}; expected norms, embed_tokens, lm_head or single linear"
-        f" layers, {list(PROJECTIONS)}"
+        f" layers, {list(linear_names(config))}"
         for m in sorted(saved)
         if m not in allowed
     ]

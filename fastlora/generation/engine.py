@@ -33,6 +33,7 @@ from fastlora.generation.rows import (
 )
 from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
+from fastlora.models.rope_tables import longrope_length
 from fastlora.models.state import ModelState
 from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.ops.decode.token_rows import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
@@ -68,7 +69,11 @@ class _Row:
 
     def __init__(self, prompt: list[int], settings: RowSettings) -> None:
         self.prompt, self.settings = prompt, settings
-        self.made = 0
+        self.new: list[int] = []
+
+    @property
+    def made(self) -> int:
+        return len(self.new)
 
     @property
     def cached(self) -> int:
@@ -217,6 +222,7 @@ class Engine:
         if self.running and not (self.failed or self.pending):
             rows = self.running.values()
             steps = min(steps, REPORTED_STEPS, max(row.left for row in rows))
+            steps = min(steps, self._read_again())
             # A row that ends earlier needs less room than `steps`. One index more than the tokens
             # need: a row that has ended still goes through the model, and writes behind its last.
             self._make_room(1 + max(row.cached + min(steps, row.left) for row in rows))
@@ -229,6 +235,19 @@ class Engine:
             raise error
         pending, self.pending = self.pending, []
         return pending
+
+    def _read_again(self) -> int:
+        """Read rows again that outgrow LongRoPE's trained length with their next token; return the
+        number of steps until the next row does. Then the angles of all their keys change."""
+        trained, until = longrope_length(self.model.spec.config), REPORTED_STEPS
+        for slot, row in self.running.items() if trained is not None else ():
+            if row.cached < trained:
+                until = min(until, trained - row.cached)
+            elif row.cached == trained and row.made:
+                ids = tuple([*row.prompt, *row.new][:-1])
+                key = Prefix(ids, row.settings.adapter_id)
+                self.prefixes.read_again(key, slot, self._kernels(1))
+        return until
 
     def _run(self, steps: int) -> int:
         """Run steps, and return their number: fewer on the CPU if all rows end before."""
@@ -277,7 +296,7 @@ class Engine:
                 at = int(wrong.nonzero()[0, 0])
                 self._fail(slot, row.made + at, float(largest[slot, at]))
                 continue
-            row.made += len(ids)
+            row.new += ids
             stopped = bool(ids) and ids[-1] in row.settings.stop
             reason = "stop" if stopped else None if row.left else "length"
             asked = logprobs[slot][: len(ids)] if row.settings.logprobs else None

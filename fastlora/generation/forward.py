@@ -29,7 +29,7 @@ from fastlora.models.embedding import embed
 from fastlora.models.head import head, logits
 from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
-from fastlora.models.rope_tables import rope_tables
+from fastlora.models.rope_tables import depends_on_length, rope_tables
 from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
@@ -43,9 +43,9 @@ class RopeTable(NamedTuple):
 
 
 def rope_table(model: PreparedModel, length: int) -> RopeTable | None:
-    """The table of `length` positions; None for dynamic RoPE, whose angles depend on the length."""
+    """The table of `length` positions; None if the angles depend on the length of the row."""
     config, like = model.spec.config, model.base["norm"]
-    if config.rope_parameters.rope_type == "dynamic":
+    if depends_on_length(config):
         return None
     index = torch.arange(length, device=like.device)[None]
     cos, sin = rope_tables(config, index, index[:, -1:] + 1, like.dtype)

@@ -7,19 +7,22 @@ layers that the kernels do not support `kernel_layer` returns None, and forward.
 training does.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.generation.prepare import PreparedLayer, PreparedModel
-from fastlora.models.attention import Heads
+from fastlora.models.attention import Heads, split_qkv
 from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
-from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
+from fastlora.models.params import LINEARS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
+from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product
@@ -112,7 +115,7 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
         window = None
     elif window is None:
         return None
-    names = [name for name in PROJECTIONS if name in layer.adapter]
+    names = [name for name in LINEARS if name in layer.adapter]
     if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
         return None
     # The kernels for several rows round x * norm before they divide by the root mean square, which
@@ -120,14 +123,18 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
     if b > 1 and params["input_layernorm"].dtype == torch.float16:
         return None
     eps = spec.rms_norm_eps
-    qkv = _product(layer, QKV, b, norm=params["input_layernorm"], eps=eps)
+    fused = "qkv_proj" in params
+    own = ("qkv_proj",) if fused else QKV
+    qkv = _product(layer, own, b, norm=params["input_layernorm"], eps=eps)
     o = _product(layer, ("o_proj",), b)
     if qkv is None or o is None:
         return None
     gate_up = down = None
     if "experts" not in params:
         norm = params["post_attention_layernorm"]
-        gate_up = _product(layer, ("gate_proj", "up_proj"), b, norm=norm, eps=eps, gated=True)
+        parts = _halves(layer) if fused else [_part(layer, x) for x in ("gate_proj", "up_proj")]
+        gated = len(parts) == 2
+        gate_up = prepare_product(parts, b, norm=norm, eps=eps, gated=gated)
         down = _product(layer, ("down_proj",), b)
     if gate_up is None or down is None:
         gate_up = down = None
@@ -163,11 +170,11 @@ def run_kernel_layer(
     # Each launch clears the `low` of the launch before it; the first one that of the layer's last.
     last = layer.o if layer.down is None else layer.down
     qkv = decode_product(x, layer.qkv, clear=last.low, kernels=kernels)
-    q, k, v = (y.unflatten(1, (-1, spec.head_dim)) for y in qkv)
+    q, k, v = (y.unflatten(1, (-1, spec.head_dim)) for y in _three(qkv, spec))
     if "q_norm" in params:
         q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
-    q, k = (in_halves(y, spec.rope_of_neighbours) for y in (q, k))
+    q, k = (in_halves(y, spec.rope_dim, spec.rope_of_neighbours) for y in (q, k))
     angles = (cos, sin) if spec.rope else (None, None)
     heads = decode_attention(
         q, k, v, *angles, k_cache, v_cache, lengths, layer.window, kernels=kernels
@@ -178,6 +185,7 @@ def run_kernel_layer(
         wait = not x.is_cuda
         return mlp_block(x[:, None], params, layer.source.adapter, spec, None, wait=wait)[:, 0]
     (hidden,) = decode_product(x, layer.gate_up, clear=layer.o.low, kernels=kernels)
+    hidden = hidden if layer.gate_up.gated else _gate_times_up(hidden)
     (x,) = decode_product(hidden, layer.down, x, clear=layer.gate_up.low, kernels=kernels)
     return x
 
@@ -190,11 +198,12 @@ def product_heads(
 ) -> Heads:
     """Rotated q, k and v of any tokens, as `queries_keys_values` returns them."""
     (b, t, _), params, spec = x.shape, layer.source.params, layer.source.spec
-    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in prompt_product(x.flatten(0, 1), layer.qkv))
+    qkv = _three(prompt_product(x.flatten(0, 1), layer.qkv), spec)
+    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
     if "q_norm" in params:
         q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
         k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
-    q, k = (in_halves(y, spec.rope_of_neighbours) for y in (q, k))
+    q, k = (in_halves(y, spec.rope_dim, spec.rope_of_neighbours) for y in (q, k))
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     return (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v) if spec.rope else (q, k, v)
 
@@ -211,6 +220,7 @@ def rest_by_products(
         wait = shape[1] > 1 or not x.is_cuda
         return mlp_block(flat.view(shape), params, layer.source.adapter, spec, None, wait=wait)
     (hidden,) = prompt_product(flat, layer.gate_up)
+    hidden = hidden if layer.gate_up.gated else _gate_times_up(hidden)
     return prompt_product(hidden, layer.down, flat)[0].view(shape)
 
 
@@ -231,10 +241,31 @@ def _product(
     *,
     norm: Float[Tensor, "d"] | None = None,
     eps: float = 0.0,
-    gated: bool = False,
 ) -> Product | None:
-    parts = [_part(layer, name) for name in names]
-    return prepare_product(parts, b, norm=norm, eps=eps, gated=gated)
+    return prepare_product([_part(layer, name) for name in names], b, norm=norm, eps=eps)
+
+
+def _halves(layer: PreparedLayer) -> list[Part]:
+    """gate and up of gate_up_proj; the whole if its weight is quantised, so that no row stands alone."""
+    part = _part(layer, "gate_up_proj")
+    if not isinstance(part.weight, Tensor):
+        return [part]
+    halves = lambda x: (None, None) if x is None else x.chunk(2)
+    rows = (part.weight, part.b, part.gain, part.bias)
+    return [
+        Part(weight, part.a, matrix_b, part.scaling, gain, bias)
+        for weight, matrix_b, gain, bias in zip(*map(halves, rows), strict=True)
+    ]
+
+
+def _three(ys: Sequence[Float[Tensor, "n _"]], spec: LayerSpec) -> Sequence[Float[Tensor, "n _"]]:
+    """q, k and v of a product of three matrices, or of one."""
+    return ys if len(ys) == 3 else split_qkv(ys[0], spec)
+
+
+def _gate_times_up(y: Float[Tensor, "n w"]) -> Float[Tensor, "n f"]:
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 def _part(layer: PreparedLayer, name: str) -> Part:

@@ -1,5 +1,7 @@
 """The attention half of a decoder layer: RMSNorm, q, k and v, RoPE, attention, o."""
 
+from collections.abc import Sequence
+
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -37,15 +39,35 @@ def _heads(
     """
     b, t, _ = x.shape
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
-    qkv = project(normed, QKV, params, adapter, spec, key)
+    qkv = _products(normed, params, adapter, spec, key)
     q, k, v = (y.view(b, t, -1, spec.head_dim) for y in qkv)
     if "q_norm" in params:
         # Without the barrier Inductor would fuse these norms' gradients with RoPE's, in a kernel
         # that may read values before they are written (ops/gradient_barrier.py).
         q = gradient_barrier(rms_norm(q, params["q_norm"], spec.rms_norm_eps))
         k = gradient_barrier(rms_norm(k, params["k_norm"], spec.rms_norm_eps))
-    q, k = (in_halves(y, spec.rope_of_neighbours) for y in (q, k))
+    q, k = (in_halves(y, spec.rope_dim, spec.rope_of_neighbours) for y in (q, k))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _products(
+    normed: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, "..."] | None,
+) -> Sequence[Float[Tensor, "b t _"]]:
+    """q, k and v; views of one tensor if they are one linear layer."""
+    if "qkv_proj" in params:
+        (y,) = project(normed, ("qkv_proj",), params, adapter, spec, key)
+        return split_qkv(y, spec)
+    return project(normed, QKV, params, adapter, spec, key)
+
+
+def split_qkv(y: Float[Tensor, "*b w"], spec: LayerSpec) -> Sequence[Float[Tensor, "*b _"]]:
+    """q, k and v of their fused projection, as views."""
+    q, kv = (n * spec.head_dim for n in (spec.num_attention_heads, spec.num_key_value_heads))
+    return y.split([q, kv, kv], -1)
 
 
 def _joint_heads(
@@ -65,10 +87,16 @@ def _joint_heads(
     # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3, another
     # order of dimensions in Helium. The ops of
     # stacked adapters and of per-example gradients return no joint gradient.
-    unchanged = spec.qat_scheme is None and "q_norm" not in params and not spec.rope_of_neighbours
+    unchanged = spec.qat_scheme is None and "q_norm" not in params and spec.in_order
     unchanged = unchanged and not any(
         isinstance(adapter.get(n), DoRA | BiasedLoRA | StackedLoRA | ExampleLoRA) for n in QKV
     )
+    if "qkv_proj" in params and spec.in_order:
+        normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
+        (joint,) = project(normed, ("qkv_proj",), params, adapter, spec, key)
+        parts = split_qkv(joint.detach(), spec)  # their gradient comes by `joint` alone
+        q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in parts)
+        return q, k, v, joint
     if "qkv" not in params or not unchanged:
         return *_heads(x, params, adapter, spec, key), None
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)

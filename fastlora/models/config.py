@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
@@ -19,10 +19,15 @@ class RopeParameters:
     rope_type: RopeType = "default"
     rope_theta: float = 10000.0
     factor: float = 1.0
-    original_max_position_embeddings: int | None = None  # set for llama3 and yarn
+    original_max_position_embeddings: int | None = None  # set for llama3, yarn and longrope
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    attention_factor: float | None = None  # yarn; None: derived from factor and the mscales
+    # yarn; None: derived from factor and the mscales. longrope; None: derived from factor.
+    attention_factor: float | None = None
+    # longrope: divisors of the frequencies, in sequences of up to original_max_position_embeddings
+    # tokens and in longer ones.
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     mscale: float | None = None  # yarn
@@ -57,6 +62,9 @@ class LlamaConfig:
     attention_output_bias: bool  # o_proj has one (Llama: if the others have; Qwen2: never)
     mlp_bias: bool
     qk_norm: bool  # RMSNorm over head_dim on q and k before RoPE (Qwen3)
+    # q_proj, k_proj and v_proj are one linear layer, and so are gate_proj and up_proj (Phi-3).
+    fused_projections: bool
+    rope_dim: int  # the first dimensions of each head are rotated (Phi-4-mini: 96 of 128)
     rope_of_neighbours: bool  # RoPE turns dimensions 2 i and 2 i + 1, not i and i + hd / 2 (Helium)
     layer_types: tuple[LayerType, ...]  # one entry per layer
     sliding_window: int | None  # positions that a sliding layer sees, the query's included

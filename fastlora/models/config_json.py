@@ -48,15 +48,19 @@ def config_from_json(
             fastlora's model does not compute.
     """
     family = _family(raw.get("model_type"))
+    given, rotary = raw, 1.0
     if rope_scaling:
-        raw = with_rope_scaling(raw, rope_scaling)
+        given = raw = with_rope_scaling(raw, rope_scaling)
+    if family.partial_rotary or family.rope_type_names:
+        given, rotary = _common_rope(raw, family)
     # A family's fixed values come last: they hold although the file may say something else, as in
     # transformers' model classes, which do not read these fields.
     respelled = {x: raw[own] for x, own in family.spellings if raw.get(own) is not None}
-    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed, **respelled})
+    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **given, **family.fixed, **respelled})
     settings.refuse_unsupported()
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
+    read["rope_dim"] = _rope_dim(settings, read["head_dim"], rotary)
     read |= _layer_fields(settings, read["num_hidden_layers"], family)
     read |= _expert_fields(settings, read["num_hidden_layers"], family)
     read |= _token_ids(raw, generation or {}, family.defaults, settings.problems)
@@ -154,7 +158,39 @@ def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) ->
         attention_output_bias=output_bias,
         qk_norm=family.qk_norm,
         rope_of_neighbours=family.rope_of_neighbours,
+        fused_projections=family.fused_projections,
     )
+
+
+def _common_rope(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], Any]:
+    """(raw with RoPE's settings as other families have them, its partial_rotary_factor)."""
+    common = {k: v for k, v in raw.items() if k != "partial_rotary_factor"}
+    factor = raw.get("partial_rotary_factor", 1.0)
+    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
+    if isinstance(rope := raw.get(key), dict):
+        factor = rope.get("partial_rotary_factor", factor)
+        rope = {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
+        for name in ("type", "rope_type"):
+            if isinstance(rope.get(name), str):
+                rope[name] = dict(family.rope_type_names).get(rope[name], rope[name])
+        common[key] = rope
+    return common, factor
+
+
+def _rope_dim(settings: Fields, head_dim: int | None, factor: Any) -> int | None:
+    """How many dimensions of each head are rotated."""
+    if type(factor) not in (int, float) or not 0 < factor <= 1:
+        settings.problems.append(
+            f"partial_rotary_factor is {show(factor)}; expected a number in (0, 1]"
+        )
+        return None
+    dim = None if head_dim is None else int(head_dim * factor)
+    if dim is not None and (dim % 2 or not dim) and factor != 1:
+        settings.problems.append(
+            f"partial_rotary_factor is {factor}: RoPE would rotate {dim} of {head_dim} dimensions;"
+            " expected an even number"
+        )
+    return dim
 
 
 def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The MLP half of a decoder layer: RMSNorm and SwiGLU, or a mixture of experts."""
 
+from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
@@ -64,8 +65,25 @@ def mlp_output(
         return expert_mlp(normed, logits, experts, adapter, scalings, k, renormalise, wait=wait)
     if _can_fuse_swiglu(params, adapter, spec, x.dtype, key):
         return _fused_mlp(normed, params, adapter, spec, key)
-    gate, up = project(normed, ("gate_proj", "up_proj"), params, adapter, spec, key)
-    return project(F.silu(gate) * up, ("down_proj",), params, adapter, spec, key)[0]
+    hidden = gated(normed, params, adapter, spec, key)
+    return project(hidden, ("down_proj",), params, adapter, spec, key)[0]
+
+
+def gated(
+    normed: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, "..."] | None,
+) -> Float[Tensor, "b t f"]:
+    """silu(gate) * up, without the kernel: the input of down_proj."""
+    ys = project(normed, _gate_up_names(params), params, adapter, spec, key)
+    gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def _gate_up_names(params: LayerParams) -> tuple[str, ...]:
+    return ("gate_up_proj",) if "gate_up_proj" in params else ("gate_proj", "up_proj")
 
 
 def _can_fuse_swiglu(
@@ -77,16 +95,21 @@ def _can_fuse_swiglu(
 ) -> bool:
     """Whether the SwiGLU kernel supports this layer.
 
-    gate and up must both carry LoRA, or both DoRA without dropout, of small ranks.
+    gate and up must both carry LoRA, or both DoRA without dropout, of small ranks. If they are one
+    layer, its rows must be dense, because the kernel reads two tensors.
     """
     if not spec.fused or spec.qat_scheme is not None:
         return False
     # One kernel reads both, so both must be of one class. DoRA under dropout multiplies W with the
     # masked input too, which is not the product that the kernel gets.
-    gate, up = (adapter.get(name) for name in ("gate_proj", "up_proj"))
-    if type(gate) is not type(up) or (isinstance(gate, DoRA) and key is not None):
+    names = _gate_up_names(params)
+    loras, linears = [adapter.get(name) for name in names], [params[name] for name in names]
+    kinds = {type(lora) for lora in loras}
+    if len(kinds) > 1 or (DoRA in kinds and key is not None):
         return False
-    pairs = ((gate, params["gate_proj"]), (up, params["up_proj"]))
+    if len(names) == 1 and not isinstance(linears[0]["weight"], Tensor):
+        return False
+    pairs = zip(loras, linears, strict=True)
     return all(_kernel_supports(lora, linear, dtype) for lora, linear in pairs)
 
 
@@ -107,13 +130,18 @@ def _gate_up(
     key: Int[Tensor, "..."] | None,
 ) -> tuple[list[Float[Tensor, "b t _"]], list[Float[Tensor, "b t f"]]]:
     """(x A' of gate and up, their base products). The SwiGLU kernel adds the low-rank terms."""
-    names = ("gate_proj", "up_proj")
+    names = _gate_up_names(params)
     # Branches without B: their low-rank terms are left to the SwiGLU kernel, which reads g and u
     # anyway.
     branches = [Branch(params[name]["weight"], params[name].get("bias")) for name in names]
+    if len(branches) == 1:
+        halves = [[None] * 2 if y is None else y.chunk(2) for y in branches[0][:2]]
+        branches = [Branch(weight, bias) for weight, bias in zip(*halves, strict=True)]
     matrices, masks = a_matrices(names, params, adapter, spec, key)
     x_a, ys = lora_linears(x, matrices, branches, masks)
     assert x_a is not None
+    if len(names) == 1:  # both halves have one A
+        return [x_a, x_a], ys
     return [*x_a.split([rank_with_offset(adapter[name], params[name]) for name in names], -1)], ys
 
 
@@ -125,10 +153,11 @@ def _fused_mlp(
     key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t d"]:
     """SwiGLU by its kernel, which also adds gate's and up's low-rank terms; then down_proj."""
-    names, scalings = ["gate_proj", "up_proj"], dict(spec.scalings)
+    names, scalings = _gate_up_names(params), dict(spec.scalings)
     (gate_x_a, up_x_a), (g, u) = _gate_up(x, params, adapter, spec, key)
-    b_g, b_u = (b_with_offset(adapter[name], params[name]) for name in names)
-    s_g, s_u = (scalings[name] for name in names)
+    bs = [b_with_offset(adapter[name], params[name]) for name in names]
+    b_g, b_u = bs if len(bs) == 2 else bs[0].chunk(2)
+    s_g, s_u = scalings[names[0]], scalings[names[-1]]
     scales = _dora_scales(names, params, adapter, scalings)
     down, linear = adapter.get("down_proj"), params["down_proj"]
     # The kernel can also compute h A' of down_proj, but not for h under a dropout mask.
@@ -142,12 +171,12 @@ def _fused_mlp(
 
 
 def _dora_scales(
-    names: list[str], params: LayerParams, adapter: LayerAdapter, scalings: dict[str, float]
+    names: Sequence[str], params: LayerParams, adapter: LayerAdapter, scalings: dict[str, float]
 ) -> Float[Tensor, "2 f"] | None:
-    """DoRA's m / n of two projections in float32; None if they carry LoRA."""
+    """DoRA's m / n of gate and up in float32; None if they carry LoRA."""
     scales = [
         dora_scale(params[name], lora, scalings[name]).float()
         for name in names
         if isinstance(lora := adapter[name], DoRA)
     ]
-    return torch.stack(scales) if scales else None
+    return torch.cat(scales).view(2, -1) if scales else None

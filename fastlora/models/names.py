@@ -10,7 +10,16 @@ from typing import Any
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import Experts
 from fastlora.models.families.registry import family_of
-from fastlora.models.params import EXPERTS, PROJECTIONS, TARGETS, Adapter, Base, LayerParams
+from fastlora.models.params import (
+    EXPERTS,
+    FUSED,
+    LINEARS,
+    PROJECTIONS,
+    TARGETS,
+    Adapter,
+    Base,
+    LayerParams,
+)
 from fastlora.ops.quant.weights import Weight
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,11 +35,18 @@ FUSED_GATE_UP = "gate_up_proj"
 # Names and shapes of projections.
 
 
+def linear_names(config: LlamaConfig) -> tuple[str, ...]:
+    """The linear layers of a dense layer."""
+    if not config.fused_projections:
+        return tuple(PROJECTIONS)
+    return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
 def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
     """The names of TARGETS that a layer has, in that order."""
     if not config.sparse_layers[layer]:
-        return tuple(PROJECTIONS)
-    return tuple(n for n in TARGETS if PROJECTIONS.get(n) != "mlp")
+        return linear_names(config)
+    return tuple(n for n in TARGETS if LINEARS.get(n) != "mlp" and n not in FUSED)
 
 
 def projection_path(layer: int, name: str) -> str:
@@ -48,6 +64,8 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {
+        "qkv_proj": (q + 2 * kv, d),
+        "gate_up_proj": (2 * f, d),
         "q_proj": (q, d),
         "k_proj": (kv, d),
         "v_proj": (kv, d),
@@ -71,11 +89,11 @@ def target_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
 
 def projection_bias(config: LlamaConfig, name: str) -> bool:
     """Whether a projection has a bias."""
-    if name not in PROJECTIONS:
+    if name not in LINEARS:
         return False
     if name == "o_proj":
         return config.attention_output_bias
-    return config.attention_bias if PROJECTIONS[name] == "self_attn" else config.mlp_bias
+    return config.attention_bias if LINEARS[name] == "self_attn" else config.mlp_bias
 
 
 def projection_weights(config: LlamaConfig) -> list[str]:
@@ -84,7 +102,7 @@ def projection_weights(config: LlamaConfig) -> list[str]:
         f"{projection_path(layer, name)}.weight"
         for layer in range(config.num_hidden_layers)
         for name in layer_targets(config, layer)
-        if name in PROJECTIONS
+        if name in LINEARS
     ]
 
 
@@ -94,14 +112,13 @@ def module_names(config: LlamaConfig) -> list[str]:
     common = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
     common += [f"self_attn.{n}" for n in attention]
     # By sparse or not; act_fn has no parameters, but a regex may match it, as it may in PEFT.
-    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
+    activation = "mlp.activation_fn" if config.fused_projections else "mlp.act_fn"
+    mlps = {False: [activation], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
     names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
     for layer in range(config.num_hidden_layers):
         inner = [*common, *mlps[config.sparse_layers[layer]]]
         names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in inner)]
-        names += [
-            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
-        ]
+        names += [projection_path(layer, n) for n in layer_targets(config, layer) if n in LINEARS]
     return [*names, "lm_head"]
 
 

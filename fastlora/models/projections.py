@@ -46,6 +46,7 @@ class LayerSpec:
     head_dim: int
     rms_norm_eps: float
     rope: bool
+    rope_dim: int
     rope_of_neighbours: bool
     scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
     lora_dropout: float
@@ -55,6 +56,11 @@ class LayerSpec:
     norm_topk_prob: bool
     fused: bool  # whether Triton kernels run
     replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
+
+    @property
+    def in_order(self) -> bool:
+        """Whether RoPE pairs dimension i with i + hd / 2, as its kernels do (`rope.in_halves`)."""
+        return self.rope_dim == self.head_dim and not self.rope_of_neighbours
 
 
 def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = False) -> LayerSpec:
@@ -75,6 +81,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
         rope=bool(config.no_rope_layers[layer]),
+        rope_dim=config.rope_dim,
         rope_of_neighbours=config.rope_of_neighbours,
         scalings=()
         if lora is None or stacked

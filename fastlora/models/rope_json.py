@@ -16,6 +16,8 @@ _EXPECTED = dict(
     mscale="a positive number or null",
     mscale_all_dim="a positive number or null",
     truncate="true or false",
+    short_factor="a list of positive numbers",
+    long_factor="a list of positive numbers",
 )
 
 # rope_type -> the fields that it reads, besides rope_theta.
@@ -39,6 +41,13 @@ _FIELDS_OF_TYPE: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
 }
 
 
@@ -50,7 +59,7 @@ def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters |
 
     Args:
         settings: the whole config.json, with defaults.
-        model: fields read so far; "max_position_embeddings" and "head_dim" are used.
+        model: fields read so far; "max_position_embeddings" and "rope_dim" are used.
 
     Returns:
         None if any field so far is wrong; `settings.problems` then says which.
@@ -80,8 +89,18 @@ def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters |
     _check_frequency_order(read, problems)
     if rope_type == "yarn" and theta == 1:
         problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
-    if rope_type == "dynamic" and model["head_dim"] == 2:
+    if rope_type == "dynamic" and model["rope_dim"] == 2:
         problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
+    for name in ("short_factor", "long_factor"):
+        if (factors := read.get(name)) is not None and len(factors) != (
+            model["rope_dim"] or 0
+        ) // 2:
+            problems.append(
+                f"rope_parameters.{name} has {len(factors)} numbers; expected one for each of the"
+                f" {(model['rope_dim'] or 0) // 2} pairs of dimensions that RoPE rotates"
+            )
+    if rope_type == "longrope" and read["original_max_position_embeddings"] == 1:
+        problems.append("original_max_position_embeddings is 1; LongRoPE divides by its logarithm")
     # A problem of any field, not only of RoPE's: the values above may be None then.
     if problems:
         return None
@@ -113,11 +132,16 @@ def _fill_rope_defaults(
     if original is not None:  # a top-level value wins over the one inside the object
         rope["original_max_position_embeddings"] = original
     rope.setdefault("original_max_position_embeddings", max_positions)
-    if rope_type != "yarn":
+    if rope_type not in ("yarn", "longrope"):
         return
+    rope.setdefault("attention_factor", None)
+    if rope_type == "longrope":
+        rope.setdefault("factor", None)
     original = rope["original_max_position_embeddings"]
     if "factor" in rope and rope["factor"] is None and max_positions and is_int(1)(original):
         rope["factor"] = max_positions / original
+    if rope_type == "longrope":
+        return
     # Null and 0 both mean the default for the betas. One mscale without the other is not used.
     rope["beta_fast"] = rope.get("beta_fast") or 32.0
     rope["beta_slow"] = rope.get("beta_slow") or 1.0
@@ -125,7 +149,6 @@ def _fill_rope_defaults(
     rope["mscale"], rope["mscale_all_dim"] = (
         (rope["mscale"], rope["mscale_all_dim"]) if both else (None, None)
     )
-    rope.setdefault("attention_factor", None)
     rope.setdefault("truncate", True)
 
 

@@ -95,6 +95,7 @@ def test_every_record_has_the_name_under_which_it_is_registered():
         ("cwm", None, False),
         ("ernie4_5", "PreTrainedTokenizerFast", True),
         ("helium", None, False),
+        ("phi3", "PreTrainedTokenizerFast", True),
         ("gpt2", None, False),
         (None, None, False),
         (["llama"], None, False),

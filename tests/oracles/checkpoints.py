@@ -43,6 +43,9 @@ _QWEN3_MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_inte
 # transformers applies these in training mode; fastlora's base has no dropout.
 _NO_DROPOUT = dict(attention_dropout=0.0, residual_dropout=0.0)
 
+# Phi-3's default, 32000, is outside of the vocabulary.
+_PHI3 = dict(pad_token_id=0)
+
 # Windows (5) and dynamic's context (16) are short, so that 24 tokens pass both.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama1": _family("llama", num_key_value_heads=4),
@@ -119,6 +122,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cwm": _family("cwm", head_dim=8, sliding_window=5, **_rope("llama3", 1e6, **_LLAMA3)),
     "ernie4_5": _family("ernie4_5", head_dim=8),
     "helium": _family("helium", head_dim=8),
+    "phi3": _family("phi3", sliding_window=5, **_PHI3),
+    # Phi-4-mini: six of eight dimensions are rotated, and 24 tokens pass LongRoPE's trained 16.
+    "phi4_mini": _family(
+        "phi3",
+        tie_word_embeddings=True,
+        original_max_position_embeddings=16,
+        **_rope(
+            "longrope",
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.2, 1.5],
+            long_factor=[1.1, 2.5, 7.0],
+        ),
+        **_PHI3,
+    ),
 }
 
 

@@ -6,9 +6,9 @@ from transformers import AutoConfig
 
 MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"),
-    *("ministral", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium"),
+    *("ministral", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium", "phi3"),
 )
-NO_BIAS = ("mistral", "mixtral", "ministral", "cwm")
+NO_BIAS = ("mistral", "mixtral", "ministral", "cwm", "phi3")
 MLP_BIAS = ("llama", "smollm3", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium")
 NO_WINDOW = ("llama", "internlm3", "seed_oss", "ernie4_5", "helium")
 
@@ -39,7 +39,7 @@ def transformers_says(raw: dict) -> dict:
     window = getattr(c, "sliding_window", None)
     if family in NO_WINDOW:
         types = ("full_attention",) * n
-    elif family in ("mistral", "mixtral", "qwen3_moe"):
+    elif family in ("mistral", "mixtral", "qwen3_moe", "phi3"):
         types = ("full_attention" if window is None else "sliding_attention",) * n
     else:
         types = tuple(c.layer_types)
@@ -48,9 +48,14 @@ def transformers_says(raw: dict) -> dict:
     bias = family == "qwen2" or (family not in NO_BIAS and c.attention_bias)
     output_bias = bias and family not in ("qwen2", "helium")
     eos = c.eos_token_id
+    rope = {k: tuple(v) if isinstance(v, list) else v for k, v in c.rope_parameters.items()}
+    head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    rope.pop("type", None)
     return dict(
         num_key_value_heads=c.num_key_value_heads,
-        head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+        head_dim=head_dim,
+        rope_dim=int(head_dim * rope.pop("partial_rotary_factor", 1.0)),
+        fused_projections=family == "phi3",
         rms_norm_eps=c.rms_norm_eps,
         max_position_embeddings=c.max_position_embeddings,
         tie_word_embeddings=c.tie_word_embeddings,
@@ -66,7 +71,7 @@ def transformers_says(raw: dict) -> dict:
         rope_of_neighbours=family in ("ernie4_5", "helium"),
         pad_token_id=c.pad_token_id,
         **experts(c),
-        rope_parameters={k: v for k, v in c.rope_parameters.items() if k != "type"},
+        rope_parameters=rope,
     )
 
 

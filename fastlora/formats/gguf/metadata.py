@@ -11,8 +11,8 @@ from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import GGUF
 from fastlora.models.families.registry import family_of
-from fastlora.models.names import projection_bias
-from fastlora.models.params import PROJECTIONS
+from fastlora.models.names import linear_names, projection_bias
+from fastlora.models.params import LINEARS
 from fastlora.models.rope_tables import rope_frequencies
 
 # Values of a key: bool, int (uint32), float (float32), text, or a list of one of these.
@@ -150,10 +150,12 @@ def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
 
 
 def _layer_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
-    biased = [n for n in PROJECTIONS if projection_bias(config, n) and n not in gguf.biases]
+    biased = [
+        n for n in linear_names(config) if projection_bias(config, n) and n not in gguf.biases
+    ]
     # A mixture's layers have no MLP, so no bias there.
     if all(config.sparse_layers):
-        biased = [n for n in biased if PROJECTIONS[n] != "mlp"]
+        biased = [n for n in biased if LINEARS[n] != "mlp"]
     problems = [f"bias of {n}: architecture {gguf.arch!r} adds none" for n in biased]
     q = config.num_attention_heads * config.head_dim
     if not gguf.any_head_dim and q != config.hidden_size:

@@ -8,7 +8,7 @@ from typing import Any
 from fastlora.adapters.extras import EDGE_MODULES
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import EMBED_TOKENS, is_mixture, layer_targets, projection_path
-from fastlora.models.params import EXPERTS, PROJECTIONS, ROUTER, TARGETS
+from fastlora.models.params import EXPERTS, LINEARS, ROUTER, TARGETS
 from fastlora.models.spec import LoraConfig, Spec, Target
 
 # The version whose fields are written. An older PEFT ignores fields that it does not know, with a
@@ -119,7 +119,7 @@ def _parameter(config: LlamaConfig, name: str) -> str | None:
     """
     if name in EXPERTS:
         return name
-    of_mlp = name == ROUTER or (is_mixture(config) and PROJECTIONS[name] == "mlp")
+    of_mlp = name == ROUTER or (is_mixture(config) and LINEARS[name] == "mlp")
     return f"{name}.weight" if of_mlp else None
 
 

@@ -95,6 +95,10 @@ class Family:
     # Files with attention_bias and mlp_bias are refused if the two differ.
     one_bias: bool = False
     rope_of_neighbours: bool = False  # RoPE turns dimensions 2 i and 2 i + 1, not i and i + hd / 2
+    partial_rotary: bool = False  # reads partial_rotary_factor; others refuse any but 1
+    rope_type_names: tuple[tuple[str, str], ...] = ()  # (a name of its files, ours)
+    # One linear layer, qkv_proj, for q, k and v, and one, gate_up_proj, for gate and up.
+    fused_projections: bool = False
     # (interval, remainder): layer i sees all tokens if i % interval == remainder, and the others
     # the window. None: see `window_without_rope`.
     full_layers: tuple[int, int] | None = None

@@ -12,6 +12,7 @@ from fastlora.models.families.llama import LLAMA
 from fastlora.models.families.ministral import MINISTRAL
 from fastlora.models.families.mistral import MISTRAL
 from fastlora.models.families.mixtral import MIXTRAL
+from fastlora.models.families.phi3 import PHI3
 from fastlora.models.families.qwen2 import QWEN2
 from fastlora.models.families.qwen3 import QWEN3
 from fastlora.models.families.qwen3_moe import QWEN3_MOE
@@ -23,7 +24,7 @@ FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
         *(LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, SMOLLM3),
-        *(MINISTRAL, INTERNLM3, SEED_OSS, CWM, ERNIE4_5, HELIUM),
+        *(MINISTRAL, INTERNLM3, SEED_OSS, CWM, ERNIE4_5, HELIUM, PHI3),
     )
 }
 
