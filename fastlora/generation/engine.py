@@ -240,7 +240,9 @@ class Engine:
         """Read rows again that outgrow LongRoPE's trained length with their next token; return the
         number of steps until the next row does. Then the angles of all their keys change."""
         trained, until = longrope_length(self.model.spec.config), REPORTED_STEPS
-        for slot, row in self.running.items() if trained is not None else ():
+        if trained is None:
+            return until
+        for slot, row in self.running.items():
             if row.cached < trained:
                 until = min(until, trained - row.cached)
             elif row.cached == trained and row.made:

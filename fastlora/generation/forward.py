@@ -29,7 +29,7 @@ from fastlora.models.embedding import embed
 from fastlora.models.head import head, logits
 from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
-from fastlora.models.rope_tables import depends_on_length, rope_tables
+from fastlora.models.rope_tables import rope_tables
 from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
@@ -42,13 +42,11 @@ class RopeTable(NamedTuple):
     sin: Float[Tensor, "s hd"]
 
 
-def rope_table(model: PreparedModel, length: int) -> RopeTable | None:
-    """The table of `length` positions; None if the angles depend on the length of the row."""
+def rope_table(model: PreparedModel, length: int) -> RopeTable:
+    """The table of `length` positions, each that of the newest token of a row."""
     config, like = model.spec.config, model.base["norm"]
-    if depends_on_length(config):
-        return None
     index = torch.arange(length, device=like.device)[None]
-    cos, sin = rope_tables(config, index, index[:, -1:] + 1, like.dtype)
+    cos, sin = rope_tables(config, index, index + 1, like.dtype)
     return RopeTable(cos[0], sin[0])
 
 
@@ -98,7 +96,7 @@ def decode(
     token: Int[Tensor, "b"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
-    table: RopeTable | None,
+    table: RopeTable,
     kernels: StepKernels,
     end: int,
 ) -> Float[Tensor, "b v"]:
@@ -147,16 +145,16 @@ def _inputs(
     token: Int[Tensor, "b"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
-    table: RopeTable | None,
+    table: RopeTable,
     kernels: StepKernels,
 ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
     """What the first layer of a step reads: the embeddings, and the angles of the positions."""
-    if kernels.triton and table is not None and _plain_embedding(model):
+    if kernels.triton and _plain_embedding(model):
         embedding = model.base["embed_tokens"]
         inputs = step_inputs(token, lengths, embedding, *table, kernels="triton")
         return _steered(model, "embed", inputs.x[:, None]), inputs.cos, inputs.sin
     x = _embed(model, token[:, None], adapter_ids)
-    return x, *_angles(model, lengths, table, x.dtype)
+    return x, table.cos[lengths], table.sin[lengths]
 
 
 def _plain_embedding(model: PreparedModel) -> bool:
@@ -164,15 +162,6 @@ def _plain_embedding(model: PreparedModel) -> bool:
     adapter = model.adapter
     adapted = adapter is not None and ("embed_tokens" in adapter or "tokens" in adapter)
     return model.stack_size is None and model.spec.qat_scheme is None and not adapted
-
-
-def _angles(
-    model: PreparedModel, position: Int[Tensor, "b"], table: RopeTable | None, dtype: torch.dtype
-) -> tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
-    if table is not None:
-        return table.cos[position], table.sin[position]
-    cos, sin = rope_tables(model.spec.config, position[:, None], position[:, None] + 1, dtype)
-    return cos[:, 0], sin[:, 0]
 
 
 def _decode_masks(

@@ -246,7 +246,7 @@ def _product(
 
 
 def _halves(layer: PreparedLayer) -> list[Part]:
-    """gate and up of gate_up_proj; the whole if its weight is quantised, so that no row stands alone."""
+    """The halves of gate_up_proj; all of it if its weight is quantised and has no rows."""
     part = _part(layer, "gate_up_proj")
     if not isinstance(part.weight, Tensor):
         return [part]

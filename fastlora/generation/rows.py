@@ -115,7 +115,7 @@ def step(
     b: int,
     end: int,
     variant: Variant,
-    table: RopeTable | None,
+    table: RopeTable,
     kernels: StepKernels,
 ) -> None:
     """One more token for each running row of slots 0 to b - 1.

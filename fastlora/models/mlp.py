@@ -135,14 +135,20 @@ def _gate_up(
     # anyway.
     branches = [Branch(params[name]["weight"], params[name].get("bias")) for name in names]
     if len(branches) == 1:
-        halves = [[None] * 2 if y is None else y.chunk(2) for y in branches[0][:2]]
-        branches = [Branch(weight, bias) for weight, bias in zip(*halves, strict=True)]
+        branches = _row_halves(branches[0])
     matrices, masks = a_matrices(names, params, adapter, spec, key)
     x_a, ys = lora_linears(x, matrices, branches, masks)
     assert x_a is not None
     if len(names) == 1:  # both halves have one A
         return [x_a, x_a], ys
     return [*x_a.split([rank_with_offset(adapter[name], params[name]) for name in names], -1)], ys
+
+
+def _row_halves(branch: Branch) -> list[Branch]:
+    """The first and the second half of a dense layer's rows."""
+    assert isinstance(branch.weight, Tensor), type(branch.weight)
+    biases = (None, None) if branch.bias is None else branch.bias.chunk(2)
+    return [Branch(*rows) for rows in zip(branch.weight.chunk(2), biases, strict=True)]
 
 
 def _fused_mlp(

@@ -87,24 +87,32 @@ def rope_parameters(settings: Fields, model: dict[str, Any]) -> RopeParameters |
     read = {name: rope.read(name, _EXPECTED[name]) for name in _FIELDS_OF_TYPE[rope_type]}
     theta = rope.read("rope_theta", "a positive number")
     _check_frequency_order(read, problems)
-    if rope_type == "yarn" and theta == 1:
-        problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
-    if rope_type == "dynamic" and model["rope_dim"] == 2:
-        problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
-    for name in ("short_factor", "long_factor"):
-        if (factors := read.get(name)) is not None and len(factors) != (
-            model["rope_dim"] or 0
-        ) // 2:
-            problems.append(
-                f"rope_parameters.{name} has {len(factors)} numbers; expected one for each of the"
-                f" {(model['rope_dim'] or 0) // 2} pairs of dimensions that RoPE rotates"
-            )
-    if rope_type == "longrope" and read["original_max_position_embeddings"] == 1:
-        problems.append("original_max_position_embeddings is 1; LongRoPE divides by its logarithm")
+    problems += _division_problems(rope_type, theta, read, model["rope_dim"] or 0)
     # A problem of any field, not only of RoPE's: the values above may be None then.
     if problems:
         return None
     return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)
+
+
+def _division_problems(
+    rope_type: str, theta: float | None, read: dict[str, Any], rope_dim: int
+) -> list[str]:
+    """Values with which a formula would divide by 0, and lists of a wrong length."""
+    problems = []
+    if rope_type == "yarn" and theta == 1:
+        problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
+    if rope_type == "dynamic" and rope_dim == 2:
+        problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
+    if rope_type == "longrope" and read["original_max_position_embeddings"] == 1:
+        problems.append(
+            "original_max_position_embeddings is 1; LongRoPE divides by its logarithm, 0"
+        )
+    return problems + [
+        f"rope_parameters.{name} has {len(read[name])} numbers; expected one for each of the"
+        f" {rope_dim // 2} pairs of dimensions that RoPE rotates"
+        for name in ("short_factor", "long_factor")
+        if read.get(name) is not None and len(read[name]) != rope_dim // 2
+    ]
 
 
 def rope_scaling_problems(rope_scaling: dict[str, Any]) -> list[str]:

@@ -99,8 +99,10 @@ def _llama3(rope: RopeParameters, unscaled: Tensor) -> Tensor:
 
 def _longrope(rope: RopeParameters, lengths: Tensor, unscaled: Tensor) -> Tensor:
     """One divisor for each frequency, of two sets: that of a sequence depends on its length."""
-    like = dict(dtype=unscaled.dtype, device=unscaled.device)
-    short, long = (torch.tensor(x, **like) for x in (rope.short_factor, rope.long_factor))
+    # Filled one by one: torch.tensor would copy from pageable host memory, which waits for the GPU
+    # and which a CUDA graph cannot record.
+    factors = (rope.short_factor, rope.long_factor)
+    short, long = (torch.stack([unscaled.new_full((), x) for x in row]) for row in factors)
     is_long = lengths[..., None] > (rope.original_max_position_embeddings or 0)
     return unscaled / torch.where(is_long, long, short)
 

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, LongRoPE, and a part of each head rotated.
+"""Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: fused projections, LongRoPE, RoPE of a part of each head.
 
 Its files may set resid_pdrop and embd_pdrop, which transformers applies in training mode. fastlora
 has no dropout in the base.
