@@ -29,6 +29,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {}),
     "layers without RoPE": ("smollm3", {}),
     "experts": ("qwen3_moe_mixed", {}),
+    "RoPE of neighbours": ("helium", {}),
+    "fused": ("phi4_mini", {}),
+    "fused, DoRA": ("phi3", dict(use_dora=True)),
+    "fused, lora_bias": ("phi3", dict(lora_bias=True)),
     "LoRA on the embedding": ("llama2", dict(r=4, target_modules=["q_proj", "embed_tokens"])),
     "trained rows": ("llama2", dict(r=4, trainable_token_indices={"embed_tokens": [*range(90)]})),
 }

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora.models.attention import attention_output, queries_keys_values
 from fastlora.models.decoder import Positions, position_tables
+from fastlora.models.mlp import gated
 from fastlora.models.params import Base, LayerParams
 from fastlora.models.projections import LayerSpec, layer_spec, project
 from fastlora.models.spec import Spec, Target
@@ -21,8 +22,11 @@ from fastlora.ops.attention.attention import attention
 from fastlora.ops.loss.ignore import IGNORE
 from fastlora.ops.rms_norm import rms_norm
 
-# Projection -> an earlier one that multiplies the same input.
-SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+# Projection -> the one under whose name `layer_inputs` has its input.
+SHARED_INPUT = {
+    **dict.fromkeys(("k_proj", "v_proj", "qkv_proj"), "q_proj"),
+    **dict.fromkeys(("up_proj", "gate_up_proj"), "gate_proj"),
+}
 
 # For each batch: projection -> its inputs at the counted tokens, in at least float32.
 Inputs = Iterator[dict[str, Float[Tensor, "n _"]]]
@@ -38,18 +42,17 @@ def layer_inputs(
 ) -> tuple[dict[str, Float[Tensor, "b t _"]], Float[Tensor, "b t d"]]:
     """(the inputs of q_proj, o_proj, gate_proj and down_proj, the layer's output), of the base.
 
-    k_proj and v_proj have q_proj's input, up_proj has gate_proj's.
+    SHARED_INPUT has the other projections.
     """
     normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
     q, k, v = queries_keys_values(x, params, {}, cos, sin, spec, None)
     heads = attention(q, k, v, mask, deterministic=spec.deterministic)
     x = x + attention_output(heads, params, {}, spec, None)
     middle = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
-    gate, up = project(middle, ("gate_proj", "up_proj"), params, {}, spec, None)
-    gated = F.silu(gate) * up
-    out = x + project(gated, ("down_proj",), params, {}, spec, None)[0]
+    hidden = gated(middle, params, {}, spec, None)
+    out = x + project(hidden, ("down_proj",), params, {}, spec, None)[0]
     inputs = {"q_proj": normed, "o_proj": heads.transpose(1, 2).flatten(2)}
-    return inputs | {"gate_proj": middle, "down_proj": gated}, out
+    return inputs | {"gate_proj": middle, "down_proj": hidden}, out
 
 
 class BatchState(NamedTuple):

@@ -69,6 +69,7 @@ class GGUF(NamedTuple):
     # True: its RoPE turns neighbours, dimensions 2 i and 2 i + 1, so the rows of q and k move.
     rope_of_neighbours: bool = False
     rope_factors: bool = False  # it reads rope_freqs.weight, with which llama3's RoPE is written
+    length_factors: bool = False  # it reads LongRoPE's two sets of factors
     any_head_dim: bool = True  # False: head_dim must be hidden_size / num_attention_heads
     biases: tuple[str, ...] = ()  # projections whose bias it adds
     no_rope_interval: int | None = None  # llama.cpp leaves RoPE out of every n-th layer

@@ -31,5 +31,5 @@ PHI3 = Family(
     tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
     default_targets=("qkv_proj",),
     peft_has_default=False,
-    gguf=GGUF("phi3"),
+    gguf=GGUF("phi3", length_factors=True),
 )
