@@ -29,6 +29,18 @@ _COPIED_FIELDS = dict(
 )
 
 
+# Fields that only some families read (`Family.reads`) -> (what is expected, if it is absent).
+OPTIONAL_FIELDS: dict[str, tuple[str, Any]] = dict(
+    query_pre_attn_scalar=("a positive number", 256.0),
+    attn_logit_softcapping=("a positive number or null", None),
+    final_logit_softcapping=("a positive number or null", None),
+    sliding_window_pattern=("a positive integer", None),
+)
+
+# LlamaConfig's activation -> its name in config.json.
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
 def config_from_json(
     raw: dict[str, Any],
     *,
@@ -57,20 +69,28 @@ def config_from_json(
     # transformers' model classes, which do not read these fields.
     respelled = {x: raw[own] for x, own in family.spellings if raw.get(own) is not None}
     settings = Fields({**SHARED_DEFAULTS, **family.defaults, **given, **family.fixed, **respelled})
-    settings.refuse_unsupported()
+    activation = (family.activation_field, _ACTIVATIONS[family.activation])
+    settings.refuse_unsupported(activation, family.refused_if_true)
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
     read["rope_dim"] = _rope_dim(settings, read["head_dim"], rotary)
     read |= _layer_fields(settings, read["num_hidden_layers"], family)
+    read |= _scale_fields(settings, read["hidden_size"], family)
     read |= _expert_fields(settings, read["num_hidden_layers"], family)
     read |= _token_ids(raw, generation or {}, family.defaults, settings.problems)
-    read["rope_parameters"] = rope_parameters(settings, read)
+    read["rope_parameters"], sliding_rope = rope_parameters(settings, read, family.sliding_rope)
+    if read["sliding_window"] is not None and sliding_rope != read["rope_parameters"]:
+        read["sliding_rope_parameters"] = sliding_rope
     read["dtype"] = settings.dtype()
     cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
     raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
     return LlamaConfig(
         **read,
         model_type=family.name,
+        norms=family.norms,
+        norm_kind=family.norm_kind,
+        qk_norm_joint=family.qk_norm_joint,
+        activation=family.activation,
         raw_json=json.dumps(raw),
         raw_generation_json=None if generation is None else json.dumps(generation),
     )
@@ -193,6 +213,24 @@ def _rope_dim(settings: Fields, head_dim: int | None, factor: Any) -> int | None
     return dim
 
 
+def _scale_fields(settings: Fields, hidden: int | None, family: Family) -> dict[str, Any]:
+    """Factors and caps of the embedding, of attention's scores and of the logits."""
+    given = {name: _optional(settings, name) for name in family.reads}
+    scalar = given.get("query_pre_attn_scalar")
+    return dict(
+        embedding_scale=hidden**0.5 if family.scaled_embedding and hidden else None,
+        attention_scale=None if scalar is None else scalar**-0.5,
+        attention_cap=given.get("attn_logit_softcapping"),
+        logit_cap=given.get("final_logit_softcapping"),
+    )
+
+
+def _optional(settings: Fields, name: str) -> Any:
+    """A field of OPTIONAL_FIELDS, or its value for files without it."""
+    expected, absent = OPTIONAL_FIELDS[name]
+    return settings.read(name, expected) if name in settings.raw else absent
+
+
 def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:
     """Which layers use RoPE and which a sliding window; the window is None if no layer uses it."""
     window = settings.read("sliding_window", "a positive integer or null")
@@ -204,9 +242,16 @@ def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[
         return dict(layer_types=None, sliding_window=None, no_rope_layers=None)
     has_rope = _no_rope_layers(settings, layers)
     slides = [not has_rope[i] if family.window_without_rope else i >= first for i in range(layers)]
-    if family.full_layers is not None:
-        interval, remainder = family.full_layers
-        slides = [i % interval != remainder for i in range(layers)]
+    if family.full_attention_every is not None:
+        every = family.full_attention_every
+        if "sliding_window_pattern" in family.reads:
+            every = _optional(settings, "sliding_window_pattern") or every
+        place = 0 if family.full_attention_first else 1
+        slides = [(i + place) % every != 0 for i in range(layers)]
+        if window is None:
+            settings.problems.append(
+                f"sliding_window is null; some layers of a {family.name} model have a window"
+            )
     types = tuple("sliding_attention" if window and s else "full_attention" for s in slides)
     if (given := settings.raw["layer_types"]) is not None:
         types = _given_layer_types(settings, given, types, window, family)

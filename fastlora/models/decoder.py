@@ -21,7 +21,7 @@ from fastlora.models.neftune import with_noise
 from fastlora.models.params import Adapter, Base, LayerAdapter
 from fastlora.models.positions import attention_mask_2d, first_seen, positions, sequence_lengths
 from fastlora.models.projections import layer_spec
-from fastlora.models.rope_tables import rope_tables
+from fastlora.models.rope_tables import tables_by_type
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import (
     StackRows,
@@ -40,10 +40,10 @@ from fastlora.runtime.host_offload import Copies, HostStash
 
 
 class Positions(NamedTuple):
-    """Tensors that all layers of one forward pass share: RoPE tables, and masks by layer type."""
+    """Tensors that all layers of one type share in a forward pass: cos and sin of RoPE, and masks,
+    by layer type."""
 
-    cos: Float[Tensor, "#b t hd"]
-    sin: Float[Tensor, "#b t hd"]
+    tables: dict[str, tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]]
     masks: dict[str, Bool[Tensor, "#b 1 t t"] | None]
 
 
@@ -56,13 +56,14 @@ def position_tables(
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Positions:
     """RoPE tables and attention masks for one batch. Each mask is built once for all layers."""
-    cos, sin = _rope_tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
+    masked = (attention_mask, position_ids, segment_ids)
+    tables = _rope_tables(config, input_ids, dtype, *masked)
     t, device = input_ids.shape[1], input_ids.device
     masks = {
         layer_type: attention_mask_2d(t, window, attention_mask, segment_ids, device)
         for layer_type, window in _windows(config).items()
     }
-    return Positions(cos, sin, masks)
+    return Positions(tables, masks)
 
 
 def _rope_tables(
@@ -72,11 +73,11 @@ def _rope_tables(
     attention_mask: Int[Tensor, "b t"] | None,
     position_ids: Int[Tensor, "#b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
-) -> tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]:
+) -> dict[str, tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]]:
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
-    return rope_tables(config, position_ids, lengths, dtype)
+    return tables_by_type(config, position_ids, lengths, dtype)
 
 
 def _windows(config: LlamaConfig) -> dict[str, int | None]:
@@ -138,7 +139,7 @@ def hidden_states(
         x = inputs_embeds.to(base["embed_tokens"].dtype)
     x = taps.at("embed", x)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
-    cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
+    tables = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
     masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
@@ -154,7 +155,7 @@ def hidden_states(
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
             x = _attach_to_graph(x) if trained else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
-        mask = masks[config.layer_types[i]]
+        mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
         params = cast_offset(base["layers"][i], x.dtype)
@@ -170,7 +171,8 @@ def hidden_states(
         layer, rest, static = taps.layer(i, rest, static)
         run = partial(_run, layer, rest, static, use_compiled)
         x = taps.after(i, run(x) if stash is None else stash.run(run, x, rest, copies))
-    x = _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+    norm = (config.rms_norm_eps, config.norm_kind)
+    x = _run(rms_norm, (base["norm"],), norm, use_compiled, x)
     return taps.at("norm", x)
 
 

@@ -1,7 +1,7 @@
 """Fields: reads a JSON object field by field and collects what is wrong with it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -72,10 +72,23 @@ class Fields:
             return tuple(map(float, value))
         return float(value) if value is not None and "number" in expected else value
 
-    def refuse_unsupported(self) -> None:
-        """Add a problem for each setting that asks for a computation that fastlora lacks."""
-        if (act := self.raw["hidden_act"]) != "silu":
-            self.problems.append(f"hidden_act is {show(act)}; only 'silu' is supported")
+    def refuse_unsupported(
+        self, activation: tuple[str, str] = ("hidden_act", "silu"), untrue: Sequence[str] = ()
+    ) -> None:
+        """Add a problem for each setting that asks for a computation that fastlora lacks.
+
+        Args:
+            activation: the field of the MLP's activation, and its only supported value.
+            untrue: fields that must be absent, null or false.
+        """
+        field, only = activation
+        if (act := self.raw[field]) != only:
+            self.problems.append(f"{field} is {show(act)}; only {only!r} is supported")
+        self.problems += [
+            f"{name} is {show(self.raw[name])}; only false is supported"
+            for name in untrue
+            if self.raw.get(name) not in (None, False)
+        ]
         self.refuse_partial_rotary()
         if problem := _quantization_problem(self.raw.get("quantization_config")):
             self.problems.append(problem)

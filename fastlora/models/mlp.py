@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.attention import layer_norm
 from fastlora.models.experts import expert_mlp
 from fastlora.models.init_offset import a_with_offset, b_with_offset, rank_with_offset
 from fastlora.models.params import (
@@ -22,8 +22,7 @@ from fastlora.models.params import (
 from fastlora.models.projections import LayerSpec, a_matrices, adapted_linear, dora_scale, project
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import Branch, lora_linears
-from fastlora.ops.rms_norm import rms_norm
-from fastlora.ops.swiglu.swiglu import kernel_supports, lora_swiglu
+from fastlora.ops.swiglu.swiglu import gate_product, kernel_supports, lora_swiglu
 
 
 def mlp_block(
@@ -48,12 +47,25 @@ def mlp_output(
     *,
     wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
-    """SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up).
+    """SwiGLU(norm(x)), Shazeer 2020, arXiv:2002.05202: down(silu(gate) * up); norms at both ends if
+    the layer has them. GeGLU if the activation is GELU.
 
     In a sparse layer: the weighted sum of the SwiGLUs of each token's experts. `wait` is that of
     `expert_mlp`.
     """
-    normed = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
+    out = _mlp(layer_norm(x, params, spec.norms.mlp_in, spec), params, adapter, spec, key, wait)
+    return layer_norm(out, params, spec.norms.mlp_out, spec)
+
+
+def _mlp(
+    normed: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, "..."] | None,
+    wait: bool,
+) -> Float[Tensor, "b t d"]:
+    """The MLP or the mixture of experts, between the norms."""
     if "experts" in params:
         # The gradient of `normed` is a sum over a token's experts. Fused with RMSNorm's gradient it
         # was wrong in one step of some five on an H100 (ops/gradient_barrier.py).
@@ -63,7 +75,7 @@ def mlp_output(
         experts = params["experts"]
         renormalise = spec.norm_topk_prob
         return expert_mlp(normed, logits, experts, adapter, scalings, k, renormalise, wait=wait)
-    if _can_fuse_swiglu(params, adapter, spec, x.dtype, key):
+    if _can_fuse_swiglu(params, adapter, spec, normed.dtype, key):
         return _fused_mlp(normed, params, adapter, spec, key)
     hidden = gated(normed, params, adapter, spec, key)
     return project(hidden, ("down_proj",), params, adapter, spec, key)[0]
@@ -76,10 +88,10 @@ def gated(
     spec: LayerSpec,
     key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t f"]:
-    """silu(gate) * up, without the kernel: the input of down_proj."""
+    """The activation of gate, times up, without the kernel: the input of down_proj."""
     ys = project(normed, _gate_up_names(params), params, adapter, spec, key)
     gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
-    return F.silu(gate) * up
+    return gate_product(gate, up, gelu=spec.activation == "gelu_tanh")
 
 
 def _gate_up_names(params: LayerParams) -> tuple[str, ...]:
@@ -164,14 +176,14 @@ def _fused_mlp(
     bs = [b_with_offset(adapter[name], params[name]) for name in names]
     b_g, b_u = bs if len(bs) == 2 else bs[0].chunk(2)
     s_g, s_u = scalings[names[0]], scalings[names[-1]]
-    scales = _dora_scales(names, params, adapter, scalings)
+    scales, gelu = _dora_scales(names, params, adapter, scalings), spec.activation == "gelu_tanh"
     down, linear = adapter.get("down_proj"), params["down_proj"]
     # The kernel can also compute h A' of down_proj, but not for h under a dropout mask.
     if key is not None or not _kernel_supports(down, linear, x.dtype):
-        h, _ = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, None, scales, s_g, s_u)
+        h, _ = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, None, scales, s_g, s_u, gelu=gelu)
         return project(h, ("down_proj",), params, adapter, spec, key)[0]
     a = a_with_offset(down, linear)
-    h, x_a = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, a, scales, s_g, s_u)
+    h, x_a = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, a, scales, s_g, s_u, gelu=gelu)
     assert x_a is not None
     return adapted_linear(h, None, x_a, linear, down, scalings["down_proj"])
 

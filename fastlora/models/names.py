@@ -10,6 +10,7 @@ from typing import Any
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import Experts
 from fastlora.models.families.registry import family_of
+from fastlora.models.norms import layer_norms
 from fastlora.models.params import (
     EXPERTS,
     FUSED,
@@ -109,7 +110,7 @@ def projection_weights(config: LlamaConfig) -> list[str]:
 def module_names(config: LlamaConfig) -> list[str]:
     """Every module that transformers' model of this shape has; target patterns match these."""
     attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    common = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+    common = ["self_attn", "mlp", *layer_norms(config.norms).names()]
     common += [f"self_attn.{n}" for n in attention]
     # By sparse or not; act_fn has no parameters, but a regex may match it, as it may in PEFT.
     activation = "mlp.activation_fn" if config.fused_projections else "mlp.act_fn"
@@ -173,11 +174,13 @@ def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tupl
     """
     prefix = f"model.layers.{layer}."
     tensors: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
-    for n in ("input_layernorm", "post_attention_layernorm"):
+    for n in layer_norms(config.norms).names():
         tensors[n,] = (f"{prefix}{n}.weight", (config.hidden_size,))
     if config.qk_norm:
-        for n in ("q_norm", "k_norm"):
-            tensors[n,] = (f"{prefix}self_attn.{n}.weight", (config.head_dim,))
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        for n, h in zip(("q_norm", "k_norm"), heads, strict=True):
+            width = h * config.head_dim if config.qk_norm_joint else config.head_dim
+            tensors[n,] = (f"{prefix}self_attn.{n}.weight", (width,))
     for n in layer_targets(config, layer):
         path, shape = projection_path(layer, n), projection_shape(config, n)
         if n in EXPERTS:  # transformers 5 registers these as parameters: no ".weight"

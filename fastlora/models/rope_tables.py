@@ -10,11 +10,36 @@ from torch import Tensor
 from fastlora.models.config import LlamaConfig, RopeParameters
 
 
+def layer_rope(config: LlamaConfig, layer_type: str) -> RopeParameters:
+    """RoPE's settings in the layers of a type."""
+    if layer_type == "sliding_attention" and config.sliding_rope_parameters is not None:
+        return config.sliding_rope_parameters
+    return config.rope_parameters
+
+
+def tables_by_type(
+    config: LlamaConfig,
+    position_ids: Int[Tensor, "b t"],
+    lengths: Int[Tensor, "b #t"],
+    dtype: torch.dtype,
+) -> dict[str, tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"]]]:
+    """Layer type -> its `rope_tables`; the same tensors for types with equal settings."""
+    made: dict[RopeParameters, tuple[Tensor, Tensor]] = {}
+    found = {}
+    for layer_type in sorted(set(config.layer_types)):
+        rope = layer_rope(config, layer_type)
+        if rope not in made:
+            made[rope] = rope_tables(config, position_ids, lengths, dtype, rope)
+        found[layer_type] = made[rope]
+    return found
+
+
 def rope_tables(
     config: LlamaConfig,
     position_ids: Int[Tensor, "b t"],
     lengths: Int[Tensor, "b #t"],
     dtype: torch.dtype,
+    rope: RopeParameters | None = None,
 ) -> tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"]]:
     """cos and sin of every position's angles in `dtype`, computed in float32 or wider.
 
@@ -25,9 +50,10 @@ def rope_tables(
             uses the longest length of the batch instead, so that a row's logits depend on its
             neighbours.
         dtype: of the tables.
+        rope: settings; None: `config.rope_parameters`.
     """
     wide = torch.promote_types(dtype, torch.float32)
-    frequencies, attention_factor = rope_frequencies(config, lengths, wide)
+    frequencies, attention_factor = rope_frequencies(config, lengths, wide, rope)
     # In bfloat16 an angle at position 1,000 would be off by up to 4 radians.
     angles = position_ids.to(wide)[..., None] * frequencies
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
@@ -40,7 +66,8 @@ def rope_tables(
 
 def depends_on_length(config: LlamaConfig) -> bool:
     """Whether a position's angles depend on the length of its sequence."""
-    return config.rope_parameters.rope_type in ("dynamic", "longrope")
+    types = {layer_rope(config, x).rope_type for x in config.layer_types}
+    return not types.isdisjoint(("dynamic", "longrope"))
 
 
 def longrope_length(config: LlamaConfig) -> int | None:
@@ -50,21 +77,26 @@ def longrope_length(config: LlamaConfig) -> int | None:
 
 
 def rope_frequencies(
-    config: LlamaConfig, lengths: Int[Tensor, "b #t"], dtype: torch.dtype
+    config: LlamaConfig,
+    lengths: Int[Tensor, "b #t"],
+    dtype: torch.dtype,
+    rope: RopeParameters | None = None,
 ) -> tuple[Float[Tensor, "*bt half"], float]:
     """Angle per position of each pair of dimensions, and the factor on cos and sin.
+
+    `rope` are the settings; None: `config.rope_parameters`.
 
     Sources: linear and dynamic, reddit's kaiokendev and emozilla, in the form of
     huggingface/transformers modeling_rope_utils.py (v5.23); llama3, meta-llama/llama-models;
     yarn, Peng et al. 2023, arXiv:2309.00071; longrope, Ding et al. 2024, arXiv:2402.13753.
     """
-    rope, hd = config.rope_parameters, config.rope_dim
+    rope, hd = rope or config.rope_parameters, config.rope_dim
     exponents = torch.arange(0, hd, 2, device=lengths.device).to(dtype) / hd
     unscaled = 1.0 / rope.rope_theta**exponents
     if rope.rope_type == "linear":
         return unscaled / rope.factor, 1.0
     if rope.rope_type == "dynamic":
-        return _dynamic(config, lengths, exponents), 1.0
+        return _dynamic(config, rope, lengths, exponents), 1.0
     if rope.rope_type == "llama3":
         return _llama3(rope, unscaled), 1.0
     if rope.rope_type == "yarn":
@@ -74,9 +106,11 @@ def rope_frequencies(
     return unscaled, 1.0
 
 
-def _dynamic(config: LlamaConfig, lengths: Tensor, exponents: Tensor) -> Tensor:
+def _dynamic(
+    config: LlamaConfig, rope: RopeParameters, lengths: Tensor, exponents: Tensor
+) -> Tensor:
     """theta grows with the sequence once this is longer than the trained context."""
-    rope, hd, trained = config.rope_parameters, config.rope_dim, config.max_position_embeddings
+    hd, trained = config.rope_dim, config.max_position_embeddings
     # Sequences within the trained context get growth = 1, the unscaled frequencies.
     length = lengths.clamp(min=trained).to(exponents.dtype)[..., None]
     growth = rope.factor * length / trained - (rope.factor - 1)

@@ -9,17 +9,18 @@ from transformers import AutoConfig
 
 from fastlora.models.config_json import config_from_json, config_to_json
 from oracles.checkpoints import FAMILIES
-from oracles.config_json import LLAMA3, MODEL_TYPES, raw_config, transformers_says
+from oracles.config_json import LLAMA3, MODEL_TYPES, WINDOWED, raw_config, transformers_says
 
 
 def assert_reads_as_transformers(raw: dict) -> None:
     ours, theirs = asdict(config_from_json(raw)), transformers_says(raw)
-    rope = theirs.pop("rope_parameters")
+    for name in ("rope_parameters", "sliding_rope_parameters"):
+        rope, found = theirs.pop(name), ours[name]
+        assert rope == (rope and {k: found[k] for k in rope})
     assert {k: ours[k] for k in theirs} == theirs
-    assert {k: ours["rope_parameters"][k] for k in rope} == rope
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *WINDOWED])
 def test_absent_fields_get_the_defaults_of_transformers(model_type):
     assert_reads_as_transformers(raw_config(model_type))
 
@@ -83,6 +84,33 @@ def test_a_familys_own_fields_read_as_in_transformers(model_type, changed):
 def test_one_switch_of_two_for_biases_is_refused_where_transformers_refuses_it():
     with pytest.raises(ValueError, match="expected both or neither for internlm3"):
         config_from_json(raw_config("internlm3", qkv_bias=True))
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=77, beta_fast=8.0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(rope_theta=7e5, rope_local_base_freq=2e4),
+        dict(rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_theta=7e5),
+        dict(rope_scaling=dict(YARN, rope_theta=3e5)),
+        dict(rope_parameters={"full_attention": dict(YARN, rope_theta=3e5)}),
+        dict(rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 9e3}}),
+        dict(sliding_window_pattern=2, sliding_window=7),
+        dict(layer_types=["full_attention"] * 5 + ["sliding_attention"], sliding_window=7),
+        dict(query_pre_attn_scalar=100, attn_logit_softcapping=None, final_logit_softcapping=8.0),
+        dict(use_bidirectional_attention=False, hidden_act="gelu", head_dim=20),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_fields_of_windowed_families_read_as_in_transformers(model_type, changed):
+    if model_type == "gemma2" and any(name.startswith("rope") for name in changed):
+        changed = {}
+    if model_type == "olmo3" and "hidden_act" in changed:
+        changed = {}
+    assert_reads_as_transformers(raw_config(model_type, **changed))
 
 
 @pytest.mark.parametrize("name", ["num_key_value_heads", "head_dim"])

@@ -45,6 +45,8 @@ _NO_DROPOUT = dict(attention_dropout=0.0, residual_dropout=0.0)
 
 # Phi-3's default, 32000, is outside of the vocabulary.
 _PHI3 = dict(pad_token_id=0)
+# Caps that change most scores and logits of these models.
+_GEMMA: dict[str, Any] = dict(attn_logit_softcapping=1.5, final_logit_softcapping=3.0)
 
 # Windows (5) and dynamic's context (16) are short, so that 24 tokens pass both.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -106,6 +108,36 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qwen3", head_dim=16, tie_word_embeddings=True, pad_token_id=0, **_rope("default", 1e6)
     ),
     "smollm3": _family("smollm3", num_hidden_layers=4, **_rope("default", 2e6)),
+    "olmo2": _family("olmo2", num_key_value_heads=4, **_rope("default", 5e5)),
+    # The window is in the first layer, whose RoPE has another theta than the second layer's.
+    "olmo3": _family(
+        "olmo3",
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=5,
+        rope_parameters={
+            "full_attention": dict(
+                rope_type="yarn",
+                rope_theta=5e5,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=8.0,
+            ),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gemma2": _family("gemma2", head_dim=16, sliding_window=5, query_pre_attn_scalar=9, **_GEMMA),
+    "gemma3": _family(
+        "gemma3_text",
+        num_hidden_layers=3,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=5,
+        final_logit_softcapping=3.0,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "mixtral": _family("mixtral", sliding_window=5, num_local_experts=4, **_rope("default", 1e6)),
     "qwen3_moe": _family("qwen3_moe", head_dim=16, **_QWEN3_MOE, **_rope("default", 1e6)),
     "qwen3_moe_mixed": _family(
@@ -177,6 +209,9 @@ def respell(folder: Path) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     rope = raw.pop("rope_parameters")
+    if "full_attention" in rope:  # settings by layer type
+        rope, sliding = rope["full_attention"], rope["sliding_attention"]
+        raw["rope_local_base_freq"] = sliding["rope_theta"]
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     raw["torch_dtype"] = raw.pop("dtype")

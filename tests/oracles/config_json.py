@@ -6,11 +6,12 @@ from transformers import AutoConfig
 
 MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"),
-    *("ministral", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium", "phi3"),
+    *("ministral", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium", "phi3", "olmo2"),
 )
 NO_BIAS = ("mistral", "mixtral", "ministral", "cwm", "phi3")
 MLP_BIAS = ("llama", "smollm3", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium")
-NO_WINDOW = ("llama", "internlm3", "seed_oss", "ernie4_5", "helium")
+NO_WINDOW = ("llama", "internlm3", "seed_oss", "ernie4_5", "helium", "olmo2")
+WINDOWED = ("olmo3", "gemma2", "gemma3_text")  # some layers of each, by a pattern
 
 SIZES = dict(
     vocab_size=96,
@@ -38,6 +39,7 @@ def transformers_says(raw: dict) -> dict:
     n, family = c.num_hidden_layers, c.model_type
     window = getattr(c, "sliding_window", None)
     if family in NO_WINDOW:
+        window = None
         types = ("full_attention",) * n
     elif family in ("mistral", "mixtral", "qwen3_moe", "phi3"):
         types = ("full_attention" if window is None else "sliding_attention",) * n
@@ -48,13 +50,19 @@ def transformers_says(raw: dict) -> dict:
     bias = family == "qwen2" or (family not in NO_BIAS and c.attention_bias)
     output_bias = bias and family not in ("qwen2", "helium")
     eos = c.eos_token_id
-    rope = {k: tuple(v) if isinstance(v, list) else v for k, v in c.rope_parameters.items()}
     head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-    rope.pop("type", None)
+    rope = c.rope_parameters
+    of_full, of_sliding = rope.get("full_attention", rope), rope.get("sliding_attention", rope)
+    plain = lambda x: tuple(x) if isinstance(x, list) else x
+    without_type = lambda x: {k: plain(v) for k, v in x.items() if k != "type"}
+    of_full, of_sliding = without_type(of_full), without_type(of_sliding)
+    rotary = of_full.pop("partial_rotary_factor", 1.0)
+    of_sliding.pop("partial_rotary_factor", None)
+    apart = "sliding_attention" in types and of_sliding != of_full
     return dict(
         num_key_value_heads=c.num_key_value_heads,
         head_dim=head_dim,
-        rope_dim=int(head_dim * rope.pop("partial_rotary_factor", 1.0)),
+        rope_dim=int(head_dim * rotary),
         fused_projections=family == "phi3",
         rms_norm_eps=c.rms_norm_eps,
         max_position_embeddings=c.max_position_embeddings,
@@ -62,7 +70,9 @@ def transformers_says(raw: dict) -> dict:
         attention_bias=bias,
         attention_output_bias=getattr(c, "attention_out_bias", output_bias),
         mlp_bias=family in MLP_BIAS and c.mlp_bias,
-        qk_norm=family in ("qwen3", "qwen3_moe"),
+        qk_norm=family in ("qwen3", "qwen3_moe", "olmo2", "olmo3", "gemma3_text"),
+        qk_norm_joint=family.startswith("olmo"),
+        **_scales(c),
         layer_types=types,
         sliding_window=window if "sliding_attention" in types else None,
         no_rope_layers=tuple(c.no_rope_layers[:n]) if family == "smollm3" else (1,) * n,
@@ -71,7 +81,20 @@ def transformers_says(raw: dict) -> dict:
         rope_of_neighbours=family in ("ernie4_5", "helium"),
         pad_token_id=c.pad_token_id,
         **experts(c),
-        rope_parameters=rope,
+        rope_parameters=of_full,
+        sliding_rope_parameters=of_sliding if apart else None,
+    )
+
+
+def _scales(c) -> dict:
+    """The fields that Gemma's model classes read."""
+    gemma = c.model_type.startswith("gemma")
+    return dict(
+        embedding_scale=c.hidden_size**0.5 if gemma else None,
+        attention_scale=c.query_pre_attn_scalar**-0.5 if gemma else None,
+        attention_cap=c.attn_logit_softcapping if c.model_type == "gemma2" else None,
+        logit_cap=c.final_logit_softcapping if gemma else None,
+        activation="gelu_tanh" if gemma else "silu",
     )
 
 

@@ -27,6 +27,19 @@ _COMPUTED: dict[str, dict[str, Any]] = {
     "mixtral": {"sliding_window": 100},
     "qwen2_window": {"sliding_window": 100},
     "qwen3_moe": {"norm_topk_prob": True},
+    "olmo3": {
+        "rope_parameters": {
+            "full_attention": dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
 }
 
 # "mlp.experts" has parameters, not modules.

@@ -13,7 +13,7 @@ from fastlora.models.families.family import GGUF
 from fastlora.models.families.registry import family_of
 from fastlora.models.names import linear_names, projection_bias
 from fastlora.models.params import LINEARS
-from fastlora.models.rope_tables import longrope_length, rope_frequencies
+from fastlora.models.rope_tables import layer_rope, longrope_length, rope_frequencies
 
 # Values of a key: bool, int (uint32), float (float32), text, or a list of one of these.
 Metadata = dict[str, Any]
@@ -29,14 +29,19 @@ def architecture(config: LlamaConfig) -> GGUF:
     if found is None:
         raise ValueError(f"llama.cpp has no architecture for model_type {config.model_type!r}.")
     cure = "Use save_pretrained_merged, whose folder transformers and vLLM read."
-    problems = [*_rope_problems(config, found), *_layer_problems(config, found)]
+    problems = [
+        *_rope_problems(config, found),
+        *_layer_problems(config, found),
+        *_scale_problems(config, found),
+    ]
     raise_problems(ValueError, "llama.cpp cannot run this model:", problems, cure)
     return found
 
 
 def model_metadata(config: LlamaConfig) -> Metadata:
     """Key -> value, for all settings but the tokenizer's."""
-    arch, rope = architecture(config).arch, config.rope_parameters
+    gguf, rope = architecture(config), config.rope_parameters
+    arch = gguf.arch
     settings: Metadata = {
         "vocab_size": config.vocab_size,
         "context_length": context_length(config),
@@ -51,7 +56,12 @@ def model_metadata(config: LlamaConfig) -> Metadata:
         "rope.dimension_count": config.rope_dim,
         "rope.freq_base": float(rope.rope_theta),
     }
-    settings |= _rope_scaling(config)
+    settings |= _rope_scaling(config) | _window_settings(config, gguf)
+    caps = {
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+    }
+    settings |= {name: float(cap) for name, cap in caps.items() if cap is not None}
     if config.num_local_experts:
         settings |= {
             "expert_count": config.num_local_experts,
@@ -59,6 +69,17 @@ def model_metadata(config: LlamaConfig) -> Metadata:
             "expert_feed_forward_length": config.moe_intermediate_size,
         }
     return {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in settings.items()}}
+
+
+def _window_settings(config: LlamaConfig, gguf: GGUF) -> Metadata:
+    """The window, and which layers have it."""
+    if config.sliding_window is None or not gguf.windows:
+        return {}
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [x == "sliding_attention" for x in config.layer_types],
+        "rope.freq_base_swa": float(layer_rope(config, "sliding_attention").rope_theta),
+    }
 
 
 def rope_factors(config: LlamaConfig) -> dict[str, Tensor]:
@@ -121,9 +142,10 @@ def _frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
 
 def context_length(config: LlamaConfig) -> int:
     """The longest input that llama.cpp computes as the model does."""
-    # No architecture that we write has sliding windows. Up to its width, a window changes nothing.
-    limits = (config.max_position_embeddings, config.sliding_window)
-    return min(n for n in limits if n is not None)
+    if config.sliding_window is None or architecture(config).windows:
+        return config.max_position_embeddings
+    # Up to its width, a window changes nothing.
+    return min(config.max_position_embeddings, config.sliding_window)
 
 
 def context_notes(config: LlamaConfig) -> list[str]:
@@ -157,6 +179,8 @@ def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
             f"rope_type {rope.rope_type!r} with these settings: architecture {gguf.arch!r} reads no"
             " factors of frequencies"
         )
+    if gguf.windows and config.sliding_window is not None:
+        problems += _sliding_rope_problems(config, gguf)
     interval = gguf.no_rope_interval
     layers = range(config.num_hidden_layers)
     expected = tuple(int(interval is None or (i + 1) % interval != 0) for i in layers)
@@ -165,6 +189,40 @@ def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
         problems.append(
             f"no_rope_layers is {list(config.no_rope_layers)!r:.200}: architecture {gguf.arch!r}"
             f" has RoPE {every}"
+        )
+    return problems
+
+
+def _sliding_rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
+    sliding = layer_rope(config, "sliding_attention")
+    theta = gguf.sliding_theta or config.rope_parameters.rope_theta
+    if sliding.rope_type == "default" and sliding.rope_theta == theta:
+        return []
+    return [
+        f"RoPE of sliding layers is {sliding.rope_type!r} with theta {sliding.rope_theta:g}:"
+        f" architecture {gguf.arch!r} has 'default' with theta {theta:g} there"
+    ]
+
+
+def _scale_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
+    """Caps and scales of attention and logits."""
+    problems, q = [], config.num_attention_heads * config.head_dim
+    for name, cap, has in (
+        ("attn_logit_softcapping", config.attention_cap, gguf.score_cap),
+        ("final_logit_softcapping", config.logit_cap, gguf.head_cap),
+    ):
+        if cap is not None and not has:
+            problems.append(f"{name} is {cap:g}: architecture {gguf.arch!r} has no such cap")
+        if cap is None and gguf.score_cap:
+            problems.append(f"{name} is null: architecture {gguf.arch!r} always has this cap")
+    if config.attention_scale is None:
+        return problems
+    by_width = config.num_hidden_layers == gguf.scaled_by_width
+    expected = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
+    if not math.isclose(config.attention_scale, expected**-0.5, rel_tol=1e-6):
+        problems.append(
+            f"query_pre_attn_scalar is {config.attention_scale**-2:g}: architecture {gguf.arch!r}"
+            f" computes with {expected}"
         )
     return problems
 

@@ -23,7 +23,8 @@ CWM = Family(
         eos_token_id=[128001, 128008, 128009],
     ),
     fixed={**ALL_ROPE, "attention_bias": False, "use_sliding_window": True, "max_window_layers": 0},
-    full_layers=(4, 0),
+    full_attention_every=4,
+    full_attention_first=True,
     peft_has_default=False,
     gguf=GGUF("llama", rope_of_neighbours=True, rope_factors=True),
 )
