@@ -22,11 +22,16 @@ from fastlora.generation.kernel_layer import (
     run_kernel_layer,
 )
 from fastlora.generation.prepare import PreparedModel
-from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
+from fastlora.models.attention import (
+    add_residual,
+    attention_output,
+    queries_keys_values,
+    rotated_attention,
+)
 from fastlora.models.capture import plus
 from fastlora.models.decoder import attention_masks
 from fastlora.models.embedding import embed, embedding_scale
-from fastlora.models.head import head, logits
+from fastlora.models.head import divided, head, logits
 from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
 from fastlora.models.projections import LayerSpec
@@ -146,7 +151,7 @@ def decode(
         x = _steered(model, f"layers.{i}.out", x)
     if kernels.head is not None:
         (y,) = decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")
-        return soft_cap(y, model.spec.config.logit_cap)
+        return soft_cap(divided(y, model.spec), model.spec.config.logit_cap)
     return _logits(model, x[:, 0], adapter_ids)
 
 
@@ -299,9 +304,9 @@ def _rest_of_layer(
 
     def run(params: Any, adapter: Any, x: Tensor, heads: Tensor) -> Tensor:
         attended = attention_output(heads, params, adapter, spec, None)
-        x = x + _steered(model, f"layers.{i}.attn.out", attended)
+        x = add_residual(x, _steered(model, f"layers.{i}.attn.out", attended), spec)
         out = mlp_output(x, params, adapter, spec, None, wait=wait)
-        return x + _steered(model, f"layers.{i}.mlp.out", out)
+        return add_residual(x, _steered(model, f"layers.{i}.mlp.out", out), spec)
 
     return _each_row(model, i, run, adapter_ids, x, heads)
 

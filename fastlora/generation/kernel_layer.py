@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastlora.generation.prepare import PreparedLayer, PreparedModel
 from fastlora.models.attention import Heads, layer_norm, normed_queries_keys, split_qkv
@@ -36,6 +37,7 @@ from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.norm import norm_rows
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
+from fastlora.ops.quant.weights import shape_of
 from fastlora.ops.rms_norm import norm_factor
 from fastlora.ops.swiglu.swiglu import gate_product
 
@@ -128,12 +130,7 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
         window = None
     elif window is None:
         return None
-    names = [name for name in LINEARS if name in layer.adapter]
-    if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
-        return None
-    # The kernels for several rows round x * norm before they divide by the root mean square, which
-    # float16 may not hold.
-    if b > 1 and params[spec.norms.names()[0]].dtype == torch.float16:
+    if not _supported(layer, b):
         return None
     # Kernels of 4-bit weights read a norm in the dtype of x, which 1 + weight is not.
     quantised = any(not isinstance(params[n]["weight"], Tensor) for n in LINEARS if n in params)
@@ -154,6 +151,20 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
         gate_up = down = None
     norms = spec.norms if apart else spec.norms._replace(attention_in=None, mlp_in=None)
     return KernelLayer(layer, window, qkv, o, gate_up, down, norms)
+
+
+def _supported(layer: PreparedLayer, b: int) -> bool:
+    """Whether nothing but the matrices' kinds may exclude a layer."""
+    params, spec = layer.params, layer.spec
+    names = [name for name in LINEARS if name in layer.adapter]
+    if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
+        return False
+    # The scale is part of the product, and so before a norm behind it.
+    if spec.residual_scale != 1.0 and (spec.norms.attention_out or spec.norms.mlp_out):
+        return False
+    # The kernels for several rows round x * norm before they divide by the root mean square, which
+    # float16 may not hold.
+    return b == 1 or params[spec.norms.names()[0]].dtype != torch.float16
 
 
 def run_kernel_layer(
@@ -334,7 +345,7 @@ def _part(layer: PreparedLayer, name: str) -> Part:
     linear, lora = layer.params[name], layer.adapter.get(name)
     weight, bias = linear["weight"], linear.get("bias")
     if lora is None:
-        return Part(weight, bias=bias)
+        return _scaled(Part(weight, bias=bias), layer.spec, name)
     assert not isinstance(lora, DoRA | ExpertLoRA), type(lora)  # prepare() leaves no DoRA
     scaling = dict(layer.spec.scalings)[name]
     a, matrix_b = a_with_offset(lora, linear), b_with_offset(lora, linear)
@@ -342,4 +353,14 @@ def _part(layer: PreparedLayer, name: str) -> Part:
     if isinstance(lora, BiasedLoRA):
         lora_bias = scaling * lora.bias.float()
         bias = lora_bias if bias is None else bias + lora_bias
-    return Part(weight, a, matrix_b, scaling, gain, bias)
+    return _scaled(Part(weight, a, matrix_b, scaling, gain, bias), layer.spec, name)
+
+
+def _scaled(part: Part, spec: LayerSpec, name: str) -> Part:
+    """The part times `residual_scale` if its product is added to the residual."""
+    scale = spec.residual_scale
+    if scale == 1.0 or name not in ("o_proj", "down_proj"):
+        return part
+    rows, device = shape_of(part.weight)[0], tree_leaves(part.weight)[0].device
+    gain = torch.ones(rows, device=device) if part.gain is None else part.gain
+    return part._replace(gain=scale * gain, bias=None if part.bias is None else scale * part.bias)

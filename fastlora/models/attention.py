@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -103,6 +104,13 @@ def _joint_heads(
     ys, joint = joint_lora_linears(inputs, *arguments, params["qkv"])
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
     return q, k, v, joint
+
+
+def add_residual(
+    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], spec: LayerSpec
+) -> Float[Tensor, "*b d"]:
+    """x + residual_scale * y, where y is the output of attention or of the MLP."""
+    return x + y if spec.residual_scale == 1.0 else torch.add(x, y, alpha=spec.residual_scale)
 
 
 def layer_norm(

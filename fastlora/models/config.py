@@ -92,6 +92,10 @@ class LlamaConfig:
     attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
     logit_cap: float | None = None  # the same of the logits
     embedding_scale: float | None = None  # factor of the embedding, rounded to its dtype
+    # The factor is not rounded, and multiplies NEFTune's noise too (Granite).
+    scales_decoder_input: bool = False
+    residual_scale: float = 1.0  # factor of the outputs of attention and MLP in the residual sums
+    logit_divisor: float = 1.0  # the logits are divided by it
     # RoPE of sliding layers; None: that of all layers is `rope_parameters`.
     sliding_rope_parameters: RopeParameters | None = None
     raw_json: str = field(repr=False)  # unchanged text of config.json, for exports of merged models

@@ -35,6 +35,10 @@ OPTIONAL_FIELDS: dict[str, tuple[str, Any]] = dict(
     attn_logit_softcapping=("a positive number or null", None),
     final_logit_softcapping=("a positive number or null", None),
     sliding_window_pattern=("a positive integer", None),
+    embedding_multiplier=("a positive number", 1.0),
+    attention_multiplier=("a positive number", 1.0),
+    residual_multiplier=("a positive number", 1.0),
+    logits_scaling=("a positive number", 1.0),
 )
 
 # LlamaConfig's activation -> its name in config.json.
@@ -216,10 +220,14 @@ def _rope_dim(settings: Fields, head_dim: int | None, factor: Any) -> int | None
 def _scale_fields(settings: Fields, hidden: int | None, family: Family) -> dict[str, Any]:
     """Factors and caps of the embedding, of attention's scores and of the logits."""
     given = {name: _optional(settings, name) for name in family.reads}
-    scalar = given.get("query_pre_attn_scalar")
+    scalar, multiplier = given.get("query_pre_attn_scalar"), given.get("embedding_multiplier")
+    width = hidden**0.5 if family.scaled_embedding and hidden else None
     return dict(
-        embedding_scale=hidden**0.5 if family.scaled_embedding and hidden else None,
-        attention_scale=None if scalar is None else scalar**-0.5,
+        embedding_scale=width if multiplier is None else multiplier,
+        scales_decoder_input=multiplier is not None,
+        residual_scale=given.get("residual_multiplier") or 1.0,
+        logit_divisor=given.get("logits_scaling") or 1.0,
+        attention_scale=given.get("attention_multiplier") if scalar is None else scalar**-0.5,
         attention_cap=given.get("attn_logit_softcapping"),
         logit_cap=given.get("final_logit_softcapping"),
     )

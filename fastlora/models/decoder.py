@@ -205,7 +205,9 @@ def _noisy(
     key = seed_tensor(seed, x.device)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
-    return with_noise(x, spec.neftune_alpha, key, lengths, first_row)
+    # The embedding is scaled already. Where transformers does it behind NEFTune, so is the noise.
+    scale = spec.config.embedding_scale if spec.config.scales_decoder_input else None
+    return with_noise(x, spec.neftune_alpha * (scale or 1.0), key, lengths, first_row)
 
 
 def attention_masks(

@@ -55,14 +55,19 @@ def embed(
 
 
 def scaled(x: Float[Tensor, "b t d"], spec: Spec) -> Float[Tensor, "b t d"]:
-    """x times the config's `embedding_scale`, which is rounded to x.dtype as in transformers."""
+    """x times the config's `embedding_scale`."""
     scale = embedding_scale(spec, x.dtype)
     return x if scale is None else x * scale
 
 
 def embedding_scale(spec: Spec, dtype: torch.dtype) -> float | None:
-    """The config's `embedding_scale`, rounded to `dtype`; None: the embedding is not scaled."""
+    """The config's `embedding_scale`; None: the embedding is not scaled.
+
+    It is rounded to `dtype` where transformers keeps it as a tensor (Gemma).
+    """
     scale = spec.config.embedding_scale
+    if spec.config.scales_decoder_input:
+        return scale
     return None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
 
 

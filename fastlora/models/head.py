@@ -91,7 +91,8 @@ def masked_for_head(
 def logits(
     hidden: Float[Tensor, "*n d"], dropped: Float[Tensor, "*n d"], parts: Head, spec: Spec
 ) -> Float[Tensor, "*n v"]:
-    """The logits of any rows of hidden states, in their dtype, with the soft cap of the family.
+    """The logits of any rows of hidden states, in their dtype, divided and capped as the
+    family does.
 
     Args:
         hidden: the final norm's output.
@@ -99,7 +100,12 @@ def logits(
         parts: the result of `head`.
         spec: the model's.
     """
-    return soft_cap(_uncapped(hidden, dropped, parts, spec), spec.config.logit_cap)
+    return soft_cap(divided(_uncapped(hidden, dropped, parts, spec), spec), spec.config.logit_cap)
+
+
+def divided(x: Float[Tensor, "*n _"], spec: Spec) -> Float[Tensor, "*n _"]:
+    """Logits over the config's `logit_divisor`; or the head's input, with the same effect."""
+    return x if spec.config.logit_divisor == 1.0 else x / spec.config.logit_divisor
 
 
 def _uncapped(

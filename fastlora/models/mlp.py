@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fastlora.models.attention import layer_norm
+from fastlora.models.attention import add_residual, layer_norm
 from fastlora.models.experts import expert_mlp
 from fastlora.models.init_offset import a_with_offset, b_with_offset, rank_with_offset
 from fastlora.models.params import (
@@ -34,8 +34,8 @@ def mlp_block(
     *,
     wait: bool = True,
 ) -> Float[Tensor, "b t d"]:
-    """x + mlp_output(x, ...)."""
-    return x + mlp_output(x, params, adapter, spec, key, wait=wait)
+    """x + residual_scale * mlp_output(x, ...)."""
+    return add_residual(x, mlp_output(x, params, adapter, spec, key, wait=wait), spec)
 
 
 def mlp_output(

@@ -52,6 +52,7 @@ class LayerSpec:
     norm_kind: NormKind
     activation: Activation
     attention_scale: float | None  # None: 1 / sqrt(head_dim)
+    residual_scale: float
     attention_cap: float | None
     rope: bool
     rope_dim: int
@@ -92,6 +93,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         norm_kind=config.norm_kind,
         activation=config.activation,
         attention_scale=config.attention_scale,
+        residual_scale=config.residual_scale,
         attention_cap=config.attention_cap,
         rope=bool(config.no_rope_layers[layer]),
         rope_dim=config.rope_dim,

@@ -46,7 +46,7 @@ def test_the_model_still_equals_its_base_and_exports(method, how, tmp_path):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias", "phi4_mini"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_initialised(method, family):
     base = fast(family)
     model = initialize(lora(base, r=2), batches(), method)
@@ -64,7 +64,7 @@ def test_the_given_model_and_the_global_generator_are_not_changed():
     assert not any(x.requires_grad for x in tree_leaves((model.base, model.adapter)))
 
 
-@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias", "phi4_mini"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_inputs_are_those_of_transformers(family):
     """Hooks are fine on the oracle."""
     oracle, seen = hugging_face(family), {}

@@ -154,6 +154,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cwm": _family("cwm", head_dim=8, sliding_window=5, **_rope("llama3", 1e6, **_LLAMA3)),
     "ernie4_5": _family("ernie4_5", head_dim=8),
     "helium": _family("helium", head_dim=8),
+    "granite": _family(
+        "granite",
+        attention_bias=True,
+        embedding_multiplier=3.3,
+        attention_multiplier=0.21,
+        residual_multiplier=0.7,
+        logits_scaling=1.7,
+    ),
     "phi3": _family("phi3", sliding_window=5, **_PHI3),
     # Phi-4-mini: six of eight dimensions are rotated, and 24 tokens pass LongRoPE's trained 16.
     "phi4_mini": _family(

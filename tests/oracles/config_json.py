@@ -6,11 +6,21 @@ from transformers import AutoConfig
 
 MODEL_TYPES = (
     *("llama", "mistral", "qwen2", "qwen3", "smollm3", "mixtral", "qwen3_moe"),
-    *("ministral", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium", "phi3", "olmo2"),
+    *(
+        "ministral",
+        "internlm3",
+        "seed_oss",
+        "cwm",
+        "ernie4_5",
+        "helium",
+        "phi3",
+        "olmo2",
+        "granite",
+    ),
 )
 NO_BIAS = ("mistral", "mixtral", "ministral", "cwm", "phi3")
-MLP_BIAS = ("llama", "smollm3", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium")
-NO_WINDOW = ("llama", "internlm3", "seed_oss", "ernie4_5", "helium", "olmo2")
+MLP_BIAS = ("llama", "granite", "smollm3", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium")
+NO_WINDOW = ("llama", "granite", "internlm3", "seed_oss", "ernie4_5", "helium", "olmo2")
 WINDOWED = ("olmo3", "gemma2", "gemma3_text")  # some layers of each, by a pattern
 
 SIZES = dict(
@@ -88,10 +98,15 @@ def transformers_says(raw: dict) -> dict:
 
 def _scales(c) -> dict:
     """The fields that Gemma's model classes read."""
-    gemma = c.model_type.startswith("gemma")
+    gemma, granite = c.model_type.startswith("gemma"), c.model_type == "granite"
+    embedding = c.hidden_size**0.5 if gemma else c.embedding_multiplier if granite else None
+    attention = c.attention_multiplier if granite else None
     return dict(
-        embedding_scale=c.hidden_size**0.5 if gemma else None,
-        attention_scale=c.query_pre_attn_scalar**-0.5 if gemma else None,
+        embedding_scale=embedding,
+        scales_decoder_input=granite,
+        residual_scale=c.residual_multiplier if granite else 1.0,
+        logit_divisor=c.logits_scaling if granite else 1.0,
+        attention_scale=c.query_pre_attn_scalar**-0.5 if gemma else attention,
         attention_cap=c.attn_logit_softcapping if c.model_type == "gemma2" else None,
         logit_cap=c.final_logit_softcapping if gemma else None,
         activation="gelu_tanh" if gemma else "silu",

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastlora.models.attention import (
+    add_residual,
     attention_output,
     layer_norm,
     plain_attention,
@@ -51,11 +52,11 @@ def layer_inputs(
     inside = layer_norm(x, params, spec.norms.attention_in, spec)
     q, k, v = queries_keys_values(x, params, {}, cos, sin, spec, None)
     heads = plain_attention(q, k, v, mask, spec)
-    x = x + attention_output(heads, params, {}, spec, None)
+    x = add_residual(x, attention_output(heads, params, {}, spec, None), spec)
     middle = layer_norm(x, params, spec.norms.mlp_in, spec)
     hidden = gated(middle, params, {}, spec, None)
     (down,) = project(hidden, ("down_proj",), params, {}, spec, None)
-    out = x + layer_norm(down, params, spec.norms.mlp_out, spec)
+    out = add_residual(x, layer_norm(down, params, spec.norms.mlp_out, spec), spec)
     inputs = {"q_proj": inside, "o_proj": heads.transpose(1, 2).flatten(2)}
     return inputs | {"gate_proj": middle, "down_proj": hidden}, out
 

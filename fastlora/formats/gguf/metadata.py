@@ -62,6 +62,13 @@ def model_metadata(config: LlamaConfig) -> Metadata:
         "final_logit_softcapping": config.logit_cap,
     }
     settings |= {name: float(cap) for name, cap in caps.items() if cap is not None}
+    if gguf.multipliers:
+        settings |= {
+            "attention.scale": float(config.attention_scale or config.head_dim**-0.5),
+            "embedding_scale": float(config.embedding_scale or 1.0),
+            "residual_scale": float(config.residual_scale),
+            "logit_scale": float(config.logit_divisor),
+        }
     if config.num_local_experts:
         settings |= {
             "expert_count": config.num_local_experts,
@@ -215,7 +222,7 @@ def _scale_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
             problems.append(f"{name} is {cap:g}: architecture {gguf.arch!r} has no such cap")
         if cap is None and gguf.score_cap:
             problems.append(f"{name} is null: architecture {gguf.arch!r} always has this cap")
-    if config.attention_scale is None:
+    if config.attention_scale is None or gguf.multipliers:
         return problems
     by_width = config.num_hidden_layers == gguf.scaled_by_width
     expected = config.hidden_size // config.num_attention_heads if by_width else config.head_dim

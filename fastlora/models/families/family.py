@@ -87,6 +87,7 @@ class GGUF(NamedTuple):
     any_head_dim: bool = True  # False: head_dim must be hidden_size / num_attention_heads
     biases: tuple[str, ...] = ()  # projections whose bias it adds
     no_rope_interval: int | None = None  # llama.cpp leaves RoPE out of every n-th layer
+    multipliers: bool = False  # it reads those of embedding, residuals, scores and logits
     windows: bool = False  # it has sliding windows, in layers of any choice
     # Theta of its sliding layers, which have no other settings of RoPE; None: that of full layers.
     sliding_theta: float | None = None

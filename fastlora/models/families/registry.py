@@ -8,6 +8,7 @@ from fastlora.models.families.ernie4_5 import ERNIE4_5
 from fastlora.models.families.family import DECLARED_CLASS, Family, TokenizerClass
 from fastlora.models.families.gemma2 import GEMMA2
 from fastlora.models.families.gemma3 import GEMMA3_TEXT
+from fastlora.models.families.granite import GRANITE
 from fastlora.models.families.helium import HELIUM
 from fastlora.models.families.internlm3 import INTERNLM3
 from fastlora.models.families.llama import LLAMA
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         CWM,
         ERNIE4_5,
         HELIUM,
+        GRANITE,
         PHI3,
     )
 }
