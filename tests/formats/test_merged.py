@@ -38,7 +38,7 @@ def test_merged_folders_load_in_transformers(family, tmp_path):
         assert torch.equal(state[name], tensor), name
     found, expected = hf_logits(hf).float(), logits(merged).float()
     base = logits(fast(family, torch.bfloat16)).float()
-    # bf16 noise; the weights above are equal to the bit. transformers rounds OLMo and Gemma, RoPE of
+    # bf16 noise; the weights above are equal to the bit. transformers rounds OLMo, Gemma, RoPE of
     # neighbours and multipliers in other places than we do; neither errs more
     # (test_transformers_parity.py).
     config = merged.spec.config
