@@ -138,6 +138,19 @@ def test_step_over_nf4_equals_the_plain_step(b, tmp_path):
 
 
 @torch.no_grad()
+def test_products_of_fused_nf4_layers_equal_the_plain_step(tmp_path):
+    """gate_up_proj in 4 bits is one product, whose halves torch multiplies."""
+    read_pair("phi3", tmp_path, hidden_size=64, intermediate_size=128)
+    model = prepare(adapted(load(tmp_path, load_in_4bit=True)))
+    made = step_kernels(model, 2)
+    layer = made.layers[0]
+    assert layer is not None and layer.gate_up is not None and not layer.gate_up.gated
+    pairs = zip(logits(model, made, 2), logits(model, plain_step(model), 2), strict=True)
+    for actual, plain in pairs:
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_unsupported_layers_are_left_to_plain_torch(pair, quantised_folder):
     plain = pair("llama2").model
     for model in (
