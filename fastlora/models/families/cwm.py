@@ -4,6 +4,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, Family
 
 CWM = Family(
     name="cwm",
+    models="CWM",
     defaults=dict(
         num_key_value_heads=8,
         head_dim=128,

@@ -11,6 +11,7 @@ from fastlora.models.families.family import (
 
 ERNIE4_5 = Family(
     name="ernie4_5",
+    models="ERNIE 4.5, dense",
     defaults=dict(
         num_key_value_heads=2,
         head_dim=128,

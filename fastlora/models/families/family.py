@@ -109,6 +109,7 @@ class Family:
     """One family of models. `defaults` and `fixed` use the field names of config.json."""
 
     name: str  # config.json's model_type
+    models: str = ""  # published models, for README.md; "": the name says it
     defaults: Mapping[str, Any]  # meanings of absent fields, on top of SHARED_DEFAULTS
     fixed: Mapping[str, Any]  # values that replace those of config.json
     qk_norm: bool = False  # RMSNorm over head_dim on q and k, before RoPE

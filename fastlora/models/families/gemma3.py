@@ -5,6 +5,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, Family, SlidingRope,
 
 GEMMA3_TEXT = Family(
     name="gemma3_text",
+    models="Gemma 3, text",
     defaults=dict(
         num_key_value_heads=4,
         head_dim=256,

@@ -4,6 +4,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, NO_WINDOW, Family
 
 HELIUM = Family(
     name="helium",
+    models="Helium",
     defaults=dict(
         num_key_value_heads=20,
         head_dim=128,

@@ -11,6 +11,7 @@ from fastlora.models.families.family import (
 
 INTERNLM3 = Family(
     name="internlm3",
+    models="InternLM3",
     defaults=dict(
         num_key_value_heads=2,
         head_dim=128,

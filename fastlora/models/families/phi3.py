@@ -15,6 +15,7 @@ from fastlora.models.families.family import (
 
 PHI3 = Family(
     name="phi3",
+    models="Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
     defaults=dict(
         max_position_embeddings=4096,
         original_max_position_embeddings=4096,

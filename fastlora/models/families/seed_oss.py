@@ -8,6 +8,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, NO_WINDOW, QKV_BIASE
 
 SEED_OSS = Family(
     name="seed_oss",
+    models="Seed-OSS",
     defaults=dict(
         num_key_value_heads=8,
         head_dim=128,
