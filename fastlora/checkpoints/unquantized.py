@@ -50,7 +50,7 @@ def unquantized_matrices(config: LlamaConfig, folder: Path, base: Base) -> Matri
         CheckpointError: the folder's weights are quantised too, do not fit the model, or are not
             those that this base was quantised from.
     """
-    entries = scan(folder)
+    entries = scan(folder, wrapped=config.wrapper is not None)
     weights = tensors_from_base(config, base)
     quantized = {
         n: weights[n] for n in projection_weights(config) if isinstance(weights[n], Quantized)

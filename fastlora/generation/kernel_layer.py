@@ -13,22 +13,17 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from fastlora.generation.layer_parts import halves_of, parts_of
 from fastlora.generation.prepare import PreparedLayer, PreparedModel
 from fastlora.models.attention import Heads, layer_norm, normed_queries_keys, split_qkv
 from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.mlp import mlp_block
 from fastlora.models.norms import LayerNorms
 from fastlora.models.params import (
     LINEARS,
-    BiasedLoRA,
-    DoRA,
-    ExpertLoRA,
     LayerParams,
-    PreparedDoRA,
 )
 from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.rope import apply_rope, in_halves
@@ -37,7 +32,6 @@ from fastlora.ops.decode.linear import decode_product, prompt_product
 from fastlora.ops.decode.norm import norm_rows
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
-from fastlora.ops.quant.weights import shape_of
 from fastlora.ops.rms_norm import norm_factor
 from fastlora.ops.swiglu.swiglu import gate_product
 
@@ -138,15 +132,15 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
     within = LayerNorms(None, None, None, None) if apart else spec.norms
     fused = "qkv_proj" in params
     own = ("qkv_proj",) if fused else QKV
-    qkv = _product(layer, _parts(layer, *own), b, norm=within.attention_in)
-    o = _product(layer, _parts(layer, "o_proj"), b)
+    qkv = _product(layer, parts_of(layer, *own), b, norm=within.attention_in)
+    o = _product(layer, parts_of(layer, "o_proj"), b)
     if qkv is None or o is None:
         return None
     gate_up = down = None
     if "experts" not in params:
-        parts = _halves(layer) if fused else _parts(layer, "gate_proj", "up_proj")
+        parts = halves_of(layer) if fused else parts_of(layer, "gate_proj", "up_proj")
         gate_up = _product(layer, parts, b, norm=within.mlp_in, gated=len(parts) == 2)
-        down = _product(layer, _parts(layer, "down_proj"), b)
+        down = _product(layer, parts_of(layer, "down_proj"), b)
     if gate_up is None or down is None:
         gate_up = down = None
     norms = spec.norms if apart else spec.norms._replace(attention_in=None, mlp_in=None)
@@ -311,23 +305,6 @@ def _product(
     return prepare_product(parts, b, norm=factor, eps=spec.rms_norm_eps, gated=gated, gelu=gelu)
 
 
-def _parts(layer: PreparedLayer, *names: str) -> list[Part]:
-    return [_part(layer, name) for name in names]
-
-
-def _halves(layer: PreparedLayer) -> list[Part]:
-    """The halves of gate_up_proj; all of it if its weight is quantised and has no rows."""
-    part = _part(layer, "gate_up_proj")
-    if not isinstance(part.weight, Tensor):
-        return [part]
-    halves = lambda x: (None, None) if x is None else x.chunk(2)
-    rows = (part.weight, part.b, part.gain, part.bias)
-    return [
-        Part(weight, part.a, matrix_b, part.scaling, gain, bias)
-        for weight, matrix_b, gain, bias in zip(*map(halves, rows), strict=True)
-    ]
-
-
 def _three(ys: Sequence[Float[Tensor, "n _"]], spec: LayerSpec) -> Sequence[Float[Tensor, "n _"]]:
     """q, k and v of a product of three matrices, or of one."""
     return ys if len(ys) == 3 else split_qkv(ys[0], spec)
@@ -338,29 +315,3 @@ def _gated(y: Float[Tensor, "n _"], product: Product, spec: LayerSpec) -> Float[
     if product.gated:
         return y
     return gate_product(*y.chunk(2, -1), gelu=spec.activation == "gelu_tanh")
-
-
-def _part(layer: PreparedLayer, name: str) -> Part:
-    """A projection with its adapter: LoRA, its bias or DoRA's gain, and an initial offset."""
-    linear, lora = layer.params[name], layer.adapter.get(name)
-    weight, bias = linear["weight"], linear.get("bias")
-    if lora is None:
-        return _scaled(Part(weight, bias=bias), layer.spec, name)
-    assert not isinstance(lora, DoRA | ExpertLoRA), type(lora)  # prepare() leaves no DoRA
-    scaling = dict(layer.spec.scalings)[name]
-    a, matrix_b = a_with_offset(lora, linear), b_with_offset(lora, linear)
-    gain = lora.gain if isinstance(lora, PreparedDoRA) else None
-    if isinstance(lora, BiasedLoRA):
-        lora_bias = scaling * lora.bias.float()
-        bias = lora_bias if bias is None else bias + lora_bias
-    return _scaled(Part(weight, a, matrix_b, scaling, gain, bias), layer.spec, name)
-
-
-def _scaled(part: Part, spec: LayerSpec, name: str) -> Part:
-    """The part times `residual_scale` if its product is added to the residual."""
-    scale = spec.residual_scale
-    if scale == 1.0 or name not in ("o_proj", "down_proj"):
-        return part
-    rows, device = shape_of(part.weight)[0], tree_leaves(part.weight)[0].device
-    gain = torch.ones(rows, device=device) if part.gain is None else part.gain
-    return part._replace(gain=scale * gain, bias=None if part.bias is None else scale * part.bias)

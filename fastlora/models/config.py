@@ -98,6 +98,9 @@ class LlamaConfig:
     logit_divisor: float = 1.0  # the logits are divided by it
     # RoPE of sliding layers; None: that of all layers is `rope_parameters`.
     sliding_rope_parameters: RopeParameters | None = None
+    # model_type of the checkpoint with a vision tower (families/registry.WRAPPERS) that this text
+    # model is a part of. `model_type` is then that of its text_config.
+    wrapper: str | None = None
     raw_json: str = field(repr=False)  # unchanged text of config.json, for exports of merged models
     # The same of generation_config.json; None: the folder has no such file.
     raw_generation_json: str | None = field(default=None, repr=False)

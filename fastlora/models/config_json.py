@@ -7,8 +7,10 @@ from typing import Any, get_args
 from fastlora.errors import raise_problems
 from fastlora.models.config import LayerType, LlamaConfig
 from fastlora.models.families.family import SHARED_DEFAULTS, Family
-from fastlora.models.families.registry import FAMILIES
+from fastlora.models.families.registry import FAMILIES, WRAPPERS
+from fastlora.models.families.wrapper import Wrapper
 from fastlora.models.json_fields import Fields, is_int, show
+from fastlora.models.partial_rope import common_rope, rope_dim
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
 
 # Bounds on sizes that become lengths of tuples and lists of names: a wrong file must not fill the
@@ -63,12 +65,14 @@ def config_from_json(
         ValueError: listing every field that is missing, impossible, or asks for something that
             fastlora's model does not compute.
     """
+    wrapper = _wrapper(raw)
+    if rope_scaling and wrapper is None:
+        raw = with_rope_scaling(raw, rope_scaling)
+    elif rope_scaling and isinstance(text := raw.get("text_config"), dict):
+        raw = raw | {"text_config": with_rope_scaling(text, rope_scaling)}
+    whole, raw = raw, raw if wrapper is None else text_json(raw, wrapper)
     family = _family(raw.get("model_type"))
-    given, rotary = raw, 1.0
-    if rope_scaling:
-        given = raw = with_rope_scaling(raw, rope_scaling)
-    if family.partial_rotary or family.rope_type_names:
-        given, rotary = _common_rope(raw, family)
+    given, rotary = common_rope(raw, family)
     # A family's fixed values come last: they hold although the file may say something else, as in
     # transformers' model classes, which do not read these fields.
     respelled = {x: raw[own] for x, own in family.spellings if raw.get(own) is not None}
@@ -77,7 +81,7 @@ def config_from_json(
     settings.refuse_unsupported(activation, family.refused_if_true)
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
-    read["rope_dim"] = _rope_dim(settings, read["head_dim"], rotary)
+    read["rope_dim"] = rope_dim(settings, read["head_dim"], rotary)
     read |= _layer_fields(settings, read["num_hidden_layers"], family)
     read |= _scale_fields(settings, read["hidden_size"], family)
     read |= _expert_fields(settings, read["num_hidden_layers"], family)
@@ -95,17 +99,63 @@ def config_from_json(
         norm_kind=family.norm_kind,
         qk_norm_joint=family.qk_norm_joint,
         activation=family.activation,
-        raw_json=json.dumps(raw),
+        wrapper=None if wrapper is None else wrapper.name,
+        raw_json=json.dumps(whole),
         raw_generation_json=None if generation is None else json.dumps(generation),
     )
+
+
+def _wrapper(raw: dict[str, Any]) -> Wrapper | None:
+    model_type = raw.get("model_type")
+    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+
+
+# Fields that a file with a text_config has beside it, and that mean the text model too.
+_OUTER_FIELDS = (
+    *("dtype", "torch_dtype", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def text_json(raw: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
+    """config.json of the text model alone, from that of a checkpoint with a vision tower.
+
+    Raises:
+        ValueError: text_config is not an object, or its model is not one that fastlora reads.
+    """
+    text = raw.get("text_config", {})
+    known = list(wrapper.texts)
+    model_type = text.get("model_type", known[0]) if isinstance(text, dict) else None
+    if not isinstance(text, dict) or model_type not in wrapper.texts:
+        shown = show(model_type) if isinstance(text, dict) else show(text)
+        raise ValueError(
+            f"text_config of {wrapper.name!r} is of {shown}, but fastlora knows {', '.join(known)}"
+        )
+    outer = {name: raw[name] for name in _OUTER_FIELDS if raw.get(name) is not None}
+    return {
+        **wrapper.defaults,
+        **text,
+        **outer,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "model_type": model_type,
+        "architectures": [wrapper.texts[model_type]],
+        **wrapper.fixed,
+    }
+
+
+def _own_json(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json that was read; of a checkpoint with a vision tower, its text model's."""
+    raw = json.loads(config.raw_json)
+    return raw if config.wrapper is None else text_json(raw, WRAPPERS[config.wrapper])
 
 
 def config_to_json(config: LlamaConfig) -> dict[str, Any]:
     """config.json for a folder of this model in full precision.
 
-    It is the file that was read, with the fields that fastlora may have changed.
+    It is the file that was read, with the fields that fastlora may have changed. Of a checkpoint
+    with a vision tower it is that of the text model alone.
     """
-    raw = json.loads(config.raw_json)
+    raw = _own_json(config)
     raw.pop("quantization_config", None)
     # If the file has both names, both are set: transformers 5 prefers dtype, 4 reads torch_dtype.
     for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
@@ -124,7 +174,7 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
     read = None if config.raw_generation_json is None else json.loads(config.raw_generation_json)
     if read is not None:
         defaults = FAMILIES[config.model_type].defaults
-        of_files = _token_ids(json.loads(config.raw_json), read, defaults, [])
+        of_files = _token_ids(_own_json(config), read, defaults, [])
         if all(getattr(config, name) == value for name, value in of_files.items()):
             return read
     eos = config.eos_token_id
@@ -142,7 +192,7 @@ def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise ValueError(
-        f"model_type is {show(model_type)}, but fastlora knows {', '.join(FAMILIES)}; "
+        f"model_type is {show(model_type)}, but fastlora knows {', '.join([*FAMILIES, *WRAPPERS])}; "
         "is this a Llama-like language model?"
     )
 
@@ -184,37 +234,6 @@ def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) ->
         rope_of_neighbours=family.rope_of_neighbours,
         fused_projections=family.fused_projections,
     )
-
-
-def _common_rope(raw: dict[str, Any], family: Family) -> tuple[dict[str, Any], Any]:
-    """(raw with RoPE's settings as other families have them, its partial_rotary_factor)."""
-    common = {k: v for k, v in raw.items() if k != "partial_rotary_factor"}
-    factor = raw.get("partial_rotary_factor", 1.0)
-    key = "rope_scaling" if raw.get("rope_scaling") else "rope_parameters"
-    if isinstance(rope := raw.get(key), dict):
-        factor = rope.get("partial_rotary_factor", factor)
-        rope = {k: v for k, v in rope.items() if k != "partial_rotary_factor"}
-        for name in ("type", "rope_type"):
-            if isinstance(rope.get(name), str):
-                rope[name] = dict(family.rope_type_names).get(rope[name], rope[name])
-        common[key] = rope
-    return common, factor
-
-
-def _rope_dim(settings: Fields, head_dim: int | None, factor: Any) -> int | None:
-    """How many dimensions of each head are rotated."""
-    if type(factor) not in (int, float) or not 0 < factor <= 1:
-        settings.problems.append(
-            f"partial_rotary_factor is {show(factor)}; expected a number in (0, 1]"
-        )
-        return None
-    dim = None if head_dim is None else int(head_dim * factor)
-    if dim is not None and (dim % 2 or not dim) and factor != 1:
-        settings.problems.append(
-            f"partial_rotary_factor is {factor}: RoPE would rotate {dim} of {head_dim} dimensions;"
-            " expected an even number"
-        )
-    return dim
 
 
 def _scale_fields(settings: Fields, hidden: int | None, family: Family) -> dict[str, Any]:

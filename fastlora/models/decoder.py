@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
-from fastlora.models.embedding import embed
+from fastlora.models.embedding import embed, noise_scale
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fused_qkv import fused_qkv
 from fastlora.models.init_offset import cast_offset
@@ -205,9 +205,7 @@ def _noisy(
     key = seed_tensor(seed, x.device)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
-    # The embedding is scaled already. Where transformers does it behind NEFTune, so is the noise.
-    scale = spec.config.embedding_scale if spec.config.scales_decoder_input else None
-    return with_noise(x, spec.neftune_alpha * (scale or 1.0), key, lengths, first_row)
+    return with_noise(x, spec.neftune_alpha * noise_scale(spec.config), key, lengths, first_row)
 
 
 def attention_masks(

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.config import LlamaConfig
 from fastlora.models.params import Adapter, Base, DoRA
 from fastlora.models.spec import Spec
 from fastlora.ops.linear.dora import row_norms
@@ -69,6 +70,15 @@ def embedding_scale(spec: Spec, dtype: torch.dtype) -> float | None:
     if spec.config.scales_decoder_input:
         return scale
     return None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
+
+
+def noise_scale(config: LlamaConfig) -> float:
+    """Factor of NEFTune's noise, which is added to scaled embeddings.
+
+    transformers adds it to the rows of the embedding, which Granite's decoder scales afterwards.
+    """
+    scale = config.embedding_scale if config.scales_decoder_input else None
+    return 1.0 if scale is None else scale
 
 
 def trained_row_of_id(spec: Spec, base: Base) -> Int[Tensor, "v"] | None:

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from fastlora.models.config_json import config_from_json
 from oracles.config_json import LLAMA3, MODEL_TYPES, SIZES, raw_config, transformers_says
 
-
 LONGROPE: dict = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
 
 

@@ -68,7 +68,9 @@ def test_flash_attention(dtype, windowed, scale, cap):
 
 
 def test_heads_of_256_as_in_gemma():
-    q, k, v, dy = (x.float().transpose(1, 2) for x in drawn(*[(1, 70, n, 256) for n in (2, 1, 1, 2)]))
+    q, k, v, dy = (
+        x.float().transpose(1, 2) for x in drawn(*[(1, 70, n, 256) for n in (2, 1, 1, 2)])
+    )
     by_torch = lambda q, k, v: attention_reference(q, k, v, None, SCALE, CAP)
     by_kernel = lambda q, k, v: flash_attention(q, k, v, None, None, None, SCALE, CAP)
     wide = value_and_grads(by_torch, [x.double() for x in (q, k, v)], dy.double())

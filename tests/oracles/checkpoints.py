@@ -206,7 +206,7 @@ def make_checkpoint(
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**kwargs), dtype=torch.float32
         )
-    _randomise(model, seed)
+    randomise(model, seed)
     model.to(dtype).save_pretrained(folder, **save_kwargs)
     # Read back rather than returned: .to(bfloat16) above rounded the rotary tables as well.
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -236,7 +236,7 @@ def mapped_from(tensor: torch.Tensor) -> str:
     return ""
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)

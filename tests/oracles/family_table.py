@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
-ROOT = Path(__file__).resolve().parents[2]
-
 from fastlora.models.families.family import Family
 from fastlora.models.families.registry import FAMILIES
 from oracles.checkpoints import FAMILIES as CHECKPOINTS
 from oracles.gpu_models import FAMILIES as ON_A_GPU
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Column -> (file of tests, functions), all of which must run for the family.
 CHECKS = {

@@ -17,7 +17,7 @@ DTYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
 SIZES = dict(hidden_size=96, intermediate_size=96)
 MIXTURE = dict(moe_intermediate_size=32)
 # Families whose heads fill hidden_size, or whose lists of factors have the length for their heads.
-NARROW = dict.fromkeys(("helium", "phi4_mini"), dict(hidden_size=32))
+NARROW = {name: dict(hidden_size=32) for name in ("helium", "phi4_mini")}
 
 
 def main() -> None:

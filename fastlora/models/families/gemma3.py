@@ -1,7 +1,8 @@
 """Gemma 3's text model: Gemma 2 without a cap of scores, with RMSNorm on q and k, and a window with
-its own RoPE in five of six layers (arXiv:2503.19786)."""
+its own RoPE in five of six layers (arXiv:2503.19786). The sizes above 1B have a vision tower."""
 
 from fastlora.models.families.family import ALL_ROPE, GGUF, Family, SlidingRope, TokenizerClass
+from fastlora.models.families.wrapper import Wrapper
 
 GEMMA3_TEXT = Family(
     name="gemma3_text",
@@ -30,4 +31,11 @@ GEMMA3_TEXT = Family(
     sliding_rope=SlidingRope(theta=1e4, field="rope_local_base_freq"),
     tokenizer_class=TokenizerClass("GemmaTokenizer"),
     gguf=GGUF("gemma3", windows=True, sliding_theta=1e4, head_cap=True, scaled_by_width=62),
+)
+
+GEMMA3 = Wrapper(
+    name="gemma3",
+    texts={"gemma3_text": "Gemma3ForCausalLM"},
+    defaults={},
+    fixed={"final_logit_softcapping": None},  # the model with a vision tower has no such cap
 )

@@ -1,6 +1,6 @@
 """OLMo 2: RMSNorm after attention and MLP, and on q and k over all heads (arXiv:2501.00656)."""
 
-from fastlora.models.families.family import ALL_ROPE, GGUF, NO_WINDOW, Family
+from fastlora.models.families.family import ALL_ROPE, GGUF, NO_WINDOW, Family, TokenizerClass
 
 OLMO2 = Family(
     name="olmo2",
@@ -13,5 +13,7 @@ OLMO2 = Family(
     norm_kind="wide",
     qk_norm=True,
     qk_norm_joint=True,
+    tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
+    peft_has_default=False,
     gguf=GGUF("olmo2", any_head_dim=False),
 )

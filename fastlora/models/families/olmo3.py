@@ -1,6 +1,6 @@
 """OLMo 3: OLMo 2 with a window in three of four layers, which have their own RoPE settings."""
 
-from fastlora.models.families.family import ALL_ROPE, GGUF, Family, SlidingRope
+from fastlora.models.families.family import ALL_ROPE, GGUF, Family, SlidingRope, TokenizerClass
 
 OLMO3 = Family(
     name="olmo3",
@@ -19,5 +19,7 @@ OLMO3 = Family(
     qk_norm_joint=True,
     full_attention_every=4,
     sliding_rope=SlidingRope(theta=5e5),
+    tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
+    peft_has_default=False,
     gguf=GGUF("olmo2", any_head_dim=False, windows=True),
 )

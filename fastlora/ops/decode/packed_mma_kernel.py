@@ -298,7 +298,9 @@ def packed_mma_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_
                             total_u += tl.load(bias_ptr + N0 + out_row, mask=inside, other=0.0)
                     if GATED:
                         gate = total
-                        if GELU:  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
+                        if (
+                            GELU
+                        ):  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
                             gate = 1.5957691216057308 * (total + 0.044715 * total * total * total)
                         total *= tl.sigmoid(gate) * total_u
                     if RESIDUAL:
