@@ -7,8 +7,10 @@ from typing import Any, get_args
 from fastlora.errors import raise_problems
 from fastlora.models.config import LayerType, LlamaConfig
 from fastlora.models.families.family import SHARED_DEFAULTS, Family
-from fastlora.models.families.registry import FAMILIES
+from fastlora.models.families.registry import FAMILIES, WRAPPERS
+from fastlora.models.families.wrapper import Wrapper
 from fastlora.models.json_fields import Fields, is_int, show
+from fastlora.models.partial_rope import common_rope, rope_dim
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
 
 # Bounds on sizes that become lengths of tuples and lists of names: a wrong file must not fill the
@@ -29,6 +31,22 @@ _COPIED_FIELDS = dict(
 )
 
 
+# Fields that only some families read (`Family.reads`) -> (what is expected, if it is absent).
+OPTIONAL_FIELDS: dict[str, tuple[str, Any]] = dict(
+    query_pre_attn_scalar=("a positive number", 256.0),
+    attn_logit_softcapping=("a positive number or null", None),
+    final_logit_softcapping=("a positive number or null", None),
+    sliding_window_pattern=("a positive integer", None),
+    embedding_multiplier=("a positive number", 1.0),
+    attention_multiplier=("a positive number", 1.0),
+    residual_multiplier=("a positive number", 1.0),
+    logits_scaling=("a positive number", 1.0),
+)
+
+# LlamaConfig's activation -> its name in config.json.
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
+
+
 def config_from_json(
     raw: dict[str, Any],
     *,
@@ -47,36 +65,97 @@ def config_from_json(
         ValueError: listing every field that is missing, impossible, or asks for something that
             fastlora's model does not compute.
     """
-    family = _family(raw.get("model_type"))
-    if rope_scaling:
+    wrapper = _wrapper(raw)
+    if rope_scaling and wrapper is None:
         raw = with_rope_scaling(raw, rope_scaling)
+    elif rope_scaling and isinstance(text := raw.get("text_config"), dict):
+        raw = raw | {"text_config": with_rope_scaling(text, rope_scaling)}
+    whole, raw = raw, raw if wrapper is None else text_json(raw, wrapper)
+    family = _family(raw.get("model_type"))
+    given, rotary = common_rope(raw, family)
     # A family's fixed values come last: they hold although the file may say something else, as in
     # transformers' model classes, which do not read these fields.
-    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed})
-    settings.refuse_unsupported()
+    respelled = {x: raw[own] for x, own in family.spellings if raw.get(own) is not None}
+    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **given, **family.fixed, **respelled})
+    activation = (family.activation_field, _ACTIVATIONS[family.activation])
+    settings.refuse_unsupported(activation, family.refused_if_true)
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
+    read["rope_dim"] = rope_dim(settings, read["head_dim"], rotary)
     read |= _layer_fields(settings, read["num_hidden_layers"], family)
+    read |= _scale_fields(settings, read["hidden_size"], family)
     read |= _expert_fields(settings, read["num_hidden_layers"], family)
     read |= _token_ids(raw, generation or {}, family.defaults, settings.problems)
-    read["rope_parameters"] = rope_parameters(settings, read)
+    read["rope_parameters"], sliding_rope = rope_parameters(settings, read, family.sliding_rope)
+    if read["sliding_window"] is not None and sliding_rope != read["rope_parameters"]:
+        read["sliding_rope_parameters"] = sliding_rope
     read["dtype"] = settings.dtype()
     cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
     raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
     return LlamaConfig(
         **read,
         model_type=family.name,
-        raw_json=json.dumps(raw),
+        norms=family.norms,
+        norm_kind=family.norm_kind,
+        qk_norm_joint=family.qk_norm_joint,
+        activation=family.activation,
+        wrapper=None if wrapper is None else wrapper.name,
+        raw_json=json.dumps(whole),
         raw_generation_json=None if generation is None else json.dumps(generation),
     )
+
+
+def _wrapper(raw: dict[str, Any]) -> Wrapper | None:
+    model_type = raw.get("model_type")
+    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
+
+
+# Fields that a file with a text_config has beside it, and that mean the text model too.
+_OUTER_FIELDS = (
+    *("dtype", "torch_dtype", "quantization_config"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
+
+
+def text_json(raw: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
+    """config.json of the text model alone, from that of a checkpoint with a vision tower.
+
+    Raises:
+        ValueError: text_config is not an object, or its model is not one that fastlora reads.
+    """
+    text = raw.get("text_config", {})
+    known = list(wrapper.texts)
+    model_type = text.get("model_type", known[0]) if isinstance(text, dict) else None
+    if not isinstance(text, dict) or model_type not in wrapper.texts:
+        shown = show(model_type) if isinstance(text, dict) else show(text)
+        raise ValueError(
+            f"text_config of {wrapper.name!r} is of {shown}, but fastlora knows {', '.join(known)}"
+        )
+    outer = {name: raw[name] for name in _OUTER_FIELDS if raw.get(name) is not None}
+    return {
+        **wrapper.defaults,
+        **text,
+        **outer,
+        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
+        "model_type": model_type,
+        "architectures": [wrapper.texts[model_type]],
+        **wrapper.fixed,
+    }
+
+
+def _own_json(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json that was read; of a checkpoint with a vision tower, its text model's."""
+    raw = json.loads(config.raw_json)
+    return raw if config.wrapper is None else text_json(raw, WRAPPERS[config.wrapper])
 
 
 def config_to_json(config: LlamaConfig) -> dict[str, Any]:
     """config.json for a folder of this model in full precision.
 
-    It is the file that was read, with the fields that fastlora may have changed.
+    It is the file that was read, with the fields that fastlora may have changed. Of a checkpoint
+    with a vision tower it is that of the text model alone.
     """
-    raw = json.loads(config.raw_json)
+    raw = _own_json(config)
     raw.pop("quantization_config", None)
     # If the file has both names, both are set: transformers 5 prefers dtype, 4 reads torch_dtype.
     for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
@@ -95,7 +174,7 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
     read = None if config.raw_generation_json is None else json.loads(config.raw_generation_json)
     if read is not None:
         defaults = FAMILIES[config.model_type].defaults
-        of_files = _token_ids(json.loads(config.raw_json), read, defaults, [])
+        of_files = _token_ids(_own_json(config), read, defaults, [])
         if all(getattr(config, name) == value for name, value in of_files.items()):
             return read
     eos = config.eos_token_id
@@ -113,7 +192,7 @@ def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
     raise ValueError(
-        f"model_type is {show(model_type)}, but fastlora knows {', '.join(FAMILIES)}; "
+        f"model_type is {show(model_type)}, but fastlora knows {', '.join([*FAMILIES, *WRAPPERS])}; "
         "is this a Llama-like language model?"
     )
 
@@ -138,13 +217,45 @@ def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) ->
         head_dim = hidden // heads
     if head_dim is not None and (head_dim % 2 or not head_dim):
         problems.append(f"head_dim is {head_dim}; RoPE rotates pairs, so it must be even")
+    if family.one_bias and read["attention_bias"] != read["mlp_bias"]:
+        problems.append(
+            f"attention_bias is {read['attention_bias']} and mlp_bias {read['mlp_bias']}; expected"
+            f" both or neither for {family.name}"
+        )
+    output_bias = read["attention_bias"] and family.o_proj_bias
+    if family.o_proj_bias_field is not None:
+        output_bias = settings.read(family.o_proj_bias_field, "true or false")
     return dict(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        attention_output_bias=read["attention_bias"] and family.o_proj_bias,
+        attention_output_bias=output_bias,
         qk_norm=family.qk_norm,
+        rope_of_neighbours=family.rope_of_neighbours,
+        fused_projections=family.fused_projections,
     )
+
+
+def _scale_fields(settings: Fields, hidden: int | None, family: Family) -> dict[str, Any]:
+    """Factors and caps of the embedding, of attention's scores and of the logits."""
+    given = {name: _optional(settings, name) for name in family.reads}
+    scalar, multiplier = given.get("query_pre_attn_scalar"), given.get("embedding_multiplier")
+    width = hidden**0.5 if family.scaled_embedding and hidden else None
+    return dict(
+        embedding_scale=width if multiplier is None else multiplier,
+        scales_decoder_input=multiplier is not None,
+        residual_scale=given.get("residual_multiplier") or 1.0,
+        logit_divisor=given.get("logits_scaling") or 1.0,
+        attention_scale=given.get("attention_multiplier") if scalar is None else scalar**-0.5,
+        attention_cap=given.get("attn_logit_softcapping"),
+        logit_cap=given.get("final_logit_softcapping"),
+    )
+
+
+def _optional(settings: Fields, name: str) -> Any:
+    """A field of OPTIONAL_FIELDS, or its value for files without it."""
+    expected, absent = OPTIONAL_FIELDS[name]
+    return settings.read(name, expected) if name in settings.raw else absent
 
 
 def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:
@@ -158,6 +269,16 @@ def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[
         return dict(layer_types=None, sliding_window=None, no_rope_layers=None)
     has_rope = _no_rope_layers(settings, layers)
     slides = [not has_rope[i] if family.window_without_rope else i >= first for i in range(layers)]
+    if family.full_attention_every is not None:
+        every = family.full_attention_every
+        if "sliding_window_pattern" in family.reads:
+            every = _optional(settings, "sliding_window_pattern") or every
+        place = 0 if family.full_attention_first else 1
+        slides = [(i + place) % every != 0 for i in range(layers)]
+        if window is None:
+            settings.problems.append(
+                f"sliding_window is null; some layers of a {family.name} model have a window"
+            )
     types = tuple("sliding_attention" if window and s else "full_attention" for s in slides)
     if (given := settings.raw["layer_types"]) is not None:
         types = _given_layer_types(settings, given, types, window, family)

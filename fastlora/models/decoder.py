@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
-from fastlora.models.embedding import embed
+from fastlora.models.embedding import embed, noise_scale
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
 from fastlora.models.fused_qkv import with_fused_qkv
@@ -22,7 +22,7 @@ from fastlora.models.neftune import with_noise
 from fastlora.models.params import Adapter, Base, LayerAdapter
 from fastlora.models.positions import attention_mask_2d, first_seen, positions, sequence_lengths
 from fastlora.models.projections import layer_spec
-from fastlora.models.rope_tables import rope_tables
+from fastlora.models.rope_tables import tables_by_type
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import (
     StackRows,
@@ -42,10 +42,10 @@ from fastlora.runtime.layer_fetching import open_pass
 
 
 class Positions(NamedTuple):
-    """Tensors that all layers of one forward pass share: RoPE tables, and masks by layer type."""
+    """Tensors that all layers of one type share in a forward pass: cos and sin of RoPE, and masks,
+    by layer type."""
 
-    cos: Float[Tensor, "#b t hd"]
-    sin: Float[Tensor, "#b t hd"]
+    tables: dict[str, tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]]
     masks: dict[str, Bool[Tensor, "#b 1 t t"] | None]
 
 
@@ -58,13 +58,14 @@ def position_tables(
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Positions:
     """RoPE tables and attention masks for one batch. Each mask is built once for all layers."""
-    cos, sin = _rope_tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
+    masked = (attention_mask, position_ids, segment_ids)
+    tables = _rope_tables(config, input_ids, dtype, *masked)
     t, device = input_ids.shape[1], input_ids.device
     masks = {
         layer_type: attention_mask_2d(t, window, attention_mask, segment_ids, device)
         for layer_type, window in _windows(config).items()
     }
-    return Positions(cos, sin, masks)
+    return Positions(tables, masks)
 
 
 def _rope_tables(
@@ -74,11 +75,11 @@ def _rope_tables(
     attention_mask: Int[Tensor, "b t"] | None,
     position_ids: Int[Tensor, "#b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
-) -> tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]:
+) -> dict[str, tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]]:
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
-    return rope_tables(config, position_ids, lengths, dtype)
+    return tables_by_type(config, position_ids, lengths, dtype)
 
 
 def _windows(config: LlamaConfig) -> dict[str, int | None]:
@@ -142,7 +143,7 @@ def hidden_states(
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     # Only a compiled backward pass uses the single product of fused weights.
     backward = use_compiled and torch.is_grad_enabled()
-    cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
+    tables = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
     masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
     adapters = layer_adapters(adapter, config)
@@ -159,7 +160,7 @@ def hidden_states(
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
             x = _attach_to_graph(x) if trained else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
-        mask = masks[config.layer_types[i]]
+        mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
         params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
@@ -173,7 +174,8 @@ def hidden_states(
         how = partial(_run, layer), static, use_compiled
         x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
         del params, rest  # a fetched layer's memory can now receive the next layer but one
-    x = _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+    norm = (config.rms_norm_eps, config.norm_kind)
+    x = _run(rms_norm, (base["norm"],), norm, use_compiled, x)
     return taps.at("norm", x)
 
 
@@ -206,7 +208,7 @@ def _noisy(
     key = seed_tensor(seed, x.device)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
-    return with_noise(x, spec.neftune_alpha, key, lengths, first_row)
+    return with_noise(x, spec.neftune_alpha * noise_scale(spec.config), key, lengths, first_row)
 
 
 def attention_masks(

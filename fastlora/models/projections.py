@@ -7,9 +7,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.config import Activation
 from fastlora.models.examples import example_project
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
+from fastlora.models.norms import LayerNorms, layer_norms
 from fastlora.models.params import (
     TARGETS,
     AdapterRecord,
@@ -32,6 +34,7 @@ from fastlora.ops.linear.lora import lora_linear
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.linear.masked_lora import Masks
 from fastlora.ops.linear.qat import qat_linear
+from fastlora.ops.rms_norm import NormKind
 
 # Number folded into a layer's dropout key, so that every projection has its own mask.
 _DROPOUT_SALT = {name: salt for salt, name in enumerate(TARGETS)}
@@ -45,7 +48,15 @@ class LayerSpec:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
+    norms: LayerNorms
+    norm_kind: NormKind
+    activation: Activation
+    attention_scale: float | None  # None: 1 / sqrt(head_dim)
+    residual_scale: float
+    attention_cap: float | None
     rope: bool
+    rope_dim: int
+    rope_of_neighbours: bool
     scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
     lora_dropout: float
     qat_scheme: str | None
@@ -54,6 +65,11 @@ class LayerSpec:
     norm_topk_prob: bool
     fused: bool  # whether Triton kernels run
     replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
+
+    @property
+    def in_order(self) -> bool:
+        """Whether RoPE pairs dimension i with i + hd / 2, as its kernels do (`rope.in_halves`)."""
+        return self.rope_dim == self.head_dim and not self.rope_of_neighbours
 
 
 def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = False) -> LayerSpec:
@@ -73,7 +89,15 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         rms_norm_eps=config.rms_norm_eps,
+        norms=layer_norms(config.norms),
+        norm_kind=config.norm_kind,
+        activation=config.activation,
+        attention_scale=config.attention_scale,
+        residual_scale=config.residual_scale,
+        attention_cap=config.attention_cap,
         rope=bool(config.no_rope_layers[layer]),
+        rope_dim=config.rope_dim,
+        rope_of_neighbours=config.rope_of_neighbours,
         scalings=()
         if lora is None or stacked
         else tuple((t.name, t.scaling) for t in lora.targets[layer]),

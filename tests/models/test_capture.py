@@ -62,7 +62,7 @@ def hidden_states(pair: Pair, ids: Tensor, **inputs: Tensor) -> dict[str, Tensor
 
 @pytest.mark.parametrize(
     "family",
-    ["llama3.1", "llama_bias", "mistral", "qwen3", "smollm3", "mixtral", "qwen3_moe_mixed"],
+    ["llama3.1", "llama_bias", "mistral", "qwen3", "smollm3", "mixtral", "qwen3_moe_mixed", "phi3"],
 )
 def test_captured_tensors_equal_transformers(family, pair):
     one, ids, mask = pair(family), prompt(2, 9), left_padding(9, 6)

@@ -19,8 +19,9 @@ from oracles.trees import randomised, relative_error, same_bits, token_ids
 
 POLICIES = ["none", "selective", "full", "offload", 0.0, 0.2, 0.5, 0.8, 1.0]
 
-# One family for every branch of a layer: plain, biases, windows, q/k norms, layers without RoPE.
-SHAPES = ["llama2", "llama_bias", "qwen2_window", "qwen3", "smollm3"]
+# One family for every branch of a layer: plain, biases, windows, q/k norms, layers without RoPE,
+# multipliers, fused projections with RoPE of a part of each head.
+SHAPES = ["llama2", "llama_bias", "qwen2_window", "qwen3", "smollm3", "granite", "phi4_mini"]
 
 
 def batch_of(segments: bool = False, seed: int = 0) -> dict[str, Tensor]:

@@ -25,14 +25,15 @@ from fastlora.ops.dispatch import precision
 # of blocks: blocks in which spans begin (only with SPANS), blocks that all rows of the tile see,
 # and blocks in which spans end. Only the first and the last stretch need a mask. Indices beyond the
 # last token are clamped to it; the mask hides such keys, and results of such queries are not
-# stored. If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
+# stored. With CAPPED, a score s is cap * tanh(s / cap), and `scores` holds the tanh. If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
 # time; 32-bit offsets within a row save another tenth (attention-tiles-2026-11-27 in
 # scripts/bench/results.jsonl). 1.4426950408 is log2(e). The running maximum starts at -3e38 and not
 # at -inf: a row that sees no key in its first blocks would otherwise compute -inf - -inf = NaN.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, t, heads, scale, q_token, k_token, v_token,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, t, heads, scale, cap, q_token, k_token,
+    v_token,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # blocks that see most keys go first
@@ -55,7 +56,7 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     best = tl.full((BM,), -3e38, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, D), tl.float32)
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
         low = begin if stretch == 0 else unmasked if stretch == 1 else diagonal
         high = unmasked if stretch == 0 else diagonal if stretch == 1 else end
@@ -65,6 +66,8 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
                 key = tl.minimum(key, t - 1)
             k = tl.load(k_at + key[None, :] * k_token + d[:, None])
             scores = tl.dot(q, k, input_precision=PRECISION)
+            if CAPPED:  # tanh(scale * score / cap)
+                scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
             if stretch != 1:
                 number = (start + j)[None, :]
                 seen = (number <= query[:, None]) & (number >= first[:, None])
@@ -88,8 +91,8 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
 @triton.jit
 def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, first_ptr, cos_ptr, sin_ptr, delta_ptr, dq_ptr,
-    t, heads, scale, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, ROPE: tl.constexpr,
+    t, heads, scale, cap, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr, ROPE: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +118,7 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     at = (row * heads + head) * t + here
     tl.store(delta_ptr + at, delta, mask=query < t)
     lse = tl.load(lse_ptr + at)
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     dq = tl.zeros((BM, D), tl.float32)
     for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
         low = begin if stretch == 0 else unmasked if stretch == 1 else diagonal
@@ -127,6 +130,8 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
             k = tl.load(k_at + key[:, None] * k_token + d[None, :])
             v = tl.load(v_at + key[:, None] * v_token + d[None, :])
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if CAPPED:  # tanh(scale * score / cap)
+                scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             # At most 1: scores of 1e9 round by more than 100, and 2**128 is infinite in float32.
             exponent = tl.minimum(scores * factor - lse[:, None], 0.0, tl.PropagateNan.ALL)
@@ -136,6 +141,8 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                 seen = (number <= query[:, None]) & (number >= first[:, None])
                 weights = tl.where(seen, weights, 0.0)
             dscores = weights * (dweights - delta[:, None])  # pyright: ignore
+            if CAPPED:
+                dscores *= 1 - scores * scores
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= scale  # dscores is the gradient of scale * q k'
     there = (query < t)[:, None]
@@ -156,8 +163,8 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
 @triton.jit
 def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
-    t, heads, scale, q_token, k_token, v_token, dout_token, dkv_token, table_row,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, ROPE: tl.constexpr,
+    t, heads, scale, cap, q_token, k_token, v_token, dout_token, dkv_token, table_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr, ROPE: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -178,7 +185,7 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
         rest = (tl.load(last_ptr + row * t + top) + 1) // BM * BM
         end = tl.load(last_ptr + row * t + tl.minimum(top + BN, t) - 1) + 1
     rest = tl.maximum(rest, unmasked)
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     dk = tl.zeros((BN, D), tl.float32)
     dv = tl.zeros((BN, D), tl.float32)
     for member in range(GROUP):
@@ -199,6 +206,8 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                 lse = tl.load(lse_ptr + at + query)
                 delta = tl.load(delta_ptr + at + query)
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if CAPPED:  # tanh(scale * score / cap)
+                    scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
                 dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
                 exponent = tl.minimum(scores * factor - lse[None, :], 0.0, tl.PropagateNan.ALL)
                 weights = tl.exp2(exponent)
@@ -208,6 +217,8 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                     weights = tl.where(seen, weights, 0.0)
                 dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 dscores = weights * (dweights - delta[None, :])
+                if CAPPED:
+                    dscores *= 1 - scores * scores
                 dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dk *= scale  # dscores is the gradient of scale * q k'
     there = (key < t)[:, None]
@@ -229,8 +240,9 @@ def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # head_dim -> (queries, keys, warps, pipeline stages, register limit per thread) of each kernel's
-# tile: the fastest on an H100. On cards with less than 160 KB of shared memory per block,
-# `_SMALL_CARD_TILES` replaces two tiles of head_dim 128: the fastest that fit in 99 KB.
+# tile: the fastest on an H100; those of 256 are not measured, and
+# were chosen because their programs spill no registers. On cards with less than 160 KB of
+# shared memory per block, `_SMALL_CARD_TILES` replaces tiles: the fastest that fit in 99 KB.
 _TILES = {
     64: {
         "forward": (64, 64, 4, 3, 128),
@@ -242,9 +254,22 @@ _TILES = {
         "queries": (128, 32, 8, 3, 128),
         "keys": (32, 64, 4, 3, None),
     },
+    256: {
+        "forward": (128, 64, 8, 2, None),
+        "queries": (128, 32, 8, 2, None),
+        "keys": (64, 32, 8, 2, None),
+    },
 }
 
-_SMALL_CARD_TILES = {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)}
+_SMALL_CARD_TILES = {
+    64: {},
+    128: {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)},
+    256: {
+        "forward": (32, 32, 4, 2, None),
+        "queries": (32, 32, 4, 1, None),
+        "keys": (32, 32, 4, 1, None),
+    },
+}
 
 
 def tile(which: str, head_dim: int, t: int, shared: int) -> tuple[int, int, dict]:
@@ -256,9 +281,8 @@ def tile(which: str, head_dim: int, t: int, shared: int) -> tuple[int, int, dict
         t: row length.
         shared: bytes of shared memory per block on the card.
     """
-    wide = 128 if head_dim > 64 else 64
-    small = wide == 128 and shared < 160 * 1024
-    chosen = _TILES[wide] | (_SMALL_CARD_TILES if small else {})
+    wide = next(size for size in _TILES if size >= head_dim)
+    chosen = _TILES[wide] | (_SMALL_CARD_TILES[wide] if shared < 160 * 1024 else {})
     bm, bn, warps, stages, registers = chosen[which]
     even = t % bm == 0 and t % bn == 0
     how = dict(BM=bm, BN=bn, EVEN=even, STAGES=stages, num_warps=warps)
@@ -281,7 +305,10 @@ def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
 
 
 def _by_cudnn(
-    q: Float[Tensor, "b h t hd"], k: Float[Tensor, "b kv t hd"], v: Float[Tensor, "b kv t hd"]
+    q: Float[Tensor, "b h t hd"],
+    k: Float[Tensor, "b kv t hd"],
+    v: Float[Tensor, "b kv t hd"],
+    scale: float | None,
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]] | None:
     """The result of `flash_forward` from cuDNN's kernel, or None if cuDNN does not support it."""
     shared = q.shape[1] != k.shape[1]
@@ -289,8 +316,13 @@ def _by_cudnn(
     if not torch.backends.cuda.can_use_cudnn_attention(params):
         return None
     op = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse, *_ = op(q, k, v, None, True, 0.0, True)
+    out, lse, *_ = op(q, k, v, None, True, 0.0, True, scale=scale)
     return _by_token(out), lse.view(q.shape[:3]) * 1.4426950408889634
+
+
+def _scale_and_cap(head_dim: int, scale: float | None, cap: float | None) -> tuple[float, float]:
+    """The numbers that the kernels get; they do not read the second if there is no cap."""
+    return 1 / math.sqrt(head_dim) if scale is None else scale, 1.0 if cap is None else cap
 
 
 def flash_forward(
@@ -298,25 +330,29 @@ def flash_forward(
     k: Float[Tensor, "b kv t hd"],
     v: Float[Tensor, "b kv t hd"],
     first: Int[Tensor, "b t"] | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]]:
     """(attention, lse): the result in q.dtype, and the log2 of each query's sum of exponentials.
 
     The result is a view of [b, t, h, hd]; lse is float32. `first` (int32) holds the first key that
-    each query sees; None means all keys up to its own position.
+    each query sees; None means all keys up to its own position. `scale` and `cap` are those of
+    `flash_attention`.
     """
     (b, h, t, hd), kv = q.shape, k.shape[1]
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
     # cuDNN takes 258 us and our kernel 321 us for the shapes of 8B (4 x 2048 tokens); for the
     # shapes of 1B, 190 and 174 us (H100, attention-lengths-2026-11-27 in
     # scripts/bench/results.jsonl).
-    if hd == 128 and first is None and q.is_cuda and (result := _by_cudnn(q, k, v)) is not None:
+    cudnn = hd == 128 and first is None and cap is None and q.is_cuda
+    if cudnn and (result := _by_cudnn(q, k, v, scale)) is not None:
         return result
     out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
     bm, _, how = _tile("forward", q)
     _forward_kernel[(b * h, triton.cdiv(t, bm))](
-        q, k, v, q if first is None else first, out, lse, t, h, 1 / math.sqrt(hd),
+        q, k, v, q if first is None else first, out, lse, t, h, *_scale_and_cap(hd, scale, cap),
         q.stride(2), k.stride(2), v.stride(2),
-        GROUP=h // kv, D=hd, SPANS=first is not None,  # pyright: ignore
+        GROUP=h // kv, D=hd, SPANS=first is not None, CAPPED=cap is not None,  # pyright: ignore
         PRECISION=precision(q.dtype), **how,  # pyright: ignore
     )  # fmt: skip
     return out.transpose(1, 2), lse
@@ -333,12 +369,14 @@ def flash_backward(
     last: Int[Tensor, "b t"] | None,
     cos: Float[Tensor, "#b t hd"] | None,
     sin: Float[Tensor, "#b t hd"] | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "b t w"]:
     """The gradients of all heads of q, then of k, then of v, side by side, in q.dtype.
 
     If cos and sin are given, q and k are already rotated, and the result holds the gradients of the
     unrotated q and k. `last` (int32) holds the last query that sees each key; it is required if
-    `first` is given.
+    `first` is given. `scale` and `cap` are those of the forward pass.
     """
     (b, h, t, hd), kv = q.shape, k.shape[1]
     q, k, v, out, dout = (_by_token(x) for x in (q, k, v, out, dout))
@@ -349,8 +387,9 @@ def flash_backward(
     # The kernel does not read pointers of features that are off, so q stands in for them.
     tables = (q if cos is None else cos.contiguous(), q if sin is None else sin.contiguous())
     table_row = t * hd if cos is not None and cos.shape[0] > 1 else 0
-    static = dict(GROUP=h // kv, D=hd, SPANS=spans, ROPE=rope, PRECISION=precision(q.dtype))
-    sizes = (t, h, 1 / math.sqrt(hd), q.stride(2), k.stride(2), v.stride(2))
+    static = dict(GROUP=h // kv, D=hd, SPANS=spans, CAPPED=cap is not None)
+    static |= dict(ROPE=rope, PRECISION=precision(q.dtype))
+    sizes = (t, h, *_scale_and_cap(hd, scale, cap), q.stride(2), k.stride(2), v.stride(2))
     bm, _, how = _tile("queries", q)
     _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
         q, k, v, out, dout, lse, first if spans else q, *tables, delta, dq,

@@ -152,4 +152,5 @@ def _swiglu_is_fused(model: ModelState) -> bool:
         return False
     ranks = [{t.name: t.r for t in targets} for targets in lora.targets]
     fits = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
-    return all(fits(r.get("gate_proj")) and fits(r.get("up_proj")) for r in ranks)
+    names = ("gate_up_proj",) if model.spec.config.fused_projections else ("gate_proj", "up_proj")
+    return all(fits(r.get(name)) for r in ranks for name in names)
