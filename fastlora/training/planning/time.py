@@ -63,7 +63,7 @@ def forward_seconds(model: ModelState, batch_size: int, seq_length: int) -> floa
     """Seconds of all layers' forward passes, which the transfers of a sharded base hide behind."""
     config, tokens = model.spec.config, batch_size * seq_length
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    weights = sum(_numel(projection_shape(config, name)) for name in PROJECTIONS)
+    weights = sum(_numel(projection_shape(config, name)) for name in linear_names(config))
     q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
     # A third of what `step_seconds` counts elementwise for forward and backward pass.
     moved = tokens * (4 * d + 4 / 3 * (q + kv) + 11 / 3 * f) * item
