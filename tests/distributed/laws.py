@@ -368,3 +368,14 @@ def sharding(scratch: Path, names: list[str]) -> dict[str, Any]:
             found[name] = traceback.format_exc()
             break
     return found
+
+
+def gguf(scratch: Path) -> list[bool]:
+    """Whether rank 0's file has the bytes of the whole model's, and all have the same report."""
+    (model, tokenizer), (whole, _) = adapted(shard=2), adapted()
+    report = model.save_gguf(scratch / "sharded.gguf", tokenizer, pre="gpt-2")
+    if RANK() == 0:
+        whole.save_gguf(scratch / "whole.gguf", tokenizer, pre="gpt-2")
+    dist.barrier()
+    one, other = ((scratch / f"{name}.gguf").read_bytes() for name in ("sharded", "whole"))
+    return [one == other, report.bytes == len(one)]
