@@ -123,13 +123,14 @@ def text_json(raw: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
     Raises:
         ValueError: text_config is not an object, or its model is not one that fastlora reads.
     """
-    text = raw.get("text_config", {})
-    known = list(wrapper.texts)
-    model_type = text.get("model_type", known[0]) if isinstance(text, dict) else None
-    if not isinstance(text, dict) or model_type not in wrapper.texts:
-        shown = show(model_type) if isinstance(text, dict) else show(text)
+    text, known = raw.get("text_config", {}), list(wrapper.texts)
+    if not isinstance(text, dict):
+        raise ValueError(f"text_config is {show(text)}; expected an object")
+    model_type = text.get("model_type", known[0])
+    if not isinstance(model_type, str) or model_type not in known:
         raise ValueError(
-            f"text_config of {wrapper.name!r} is of {shown}, but fastlora knows {', '.join(known)}"
+            f"text_config of {wrapper.name!r} has model_type {show(model_type)}, but fastlora knows"
+            f" {', '.join(known)}"
         )
     outer = {name: raw[name] for name in _OUTER_FIELDS if raw.get(name) is not None}
     return {
@@ -191,8 +192,9 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
 def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    known = ", ".join([*FAMILIES, *WRAPPERS])
     raise ValueError(
-        f"model_type is {show(model_type)}, but fastlora knows {', '.join([*FAMILIES, *WRAPPERS])}; "
+        f"model_type is {show(model_type)}, but fastlora knows {known}; "
         "is this a Llama-like language model?"
     )
 

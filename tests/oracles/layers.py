@@ -29,7 +29,8 @@ class Layer:
             for name, lora in model.adapter["layers"][0].items()
         }
         key = torch.tensor(3) if drop else None
-        self.args = (at.cos, at.sin, at.masks["full_attention"], key)
+        kind = config.layer_types[0]
+        self.args = (*at.tables[kind], at.masks[kind], key)
         self.params, self.spec = model.base["layers"][0], layer_spec(model.spec, 0)
 
     def run(self, level: str, layer: Any = decoder_layer, chunks: int = 1) -> Tensor:
