@@ -46,7 +46,7 @@ def layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[s
             every = optional(settings, "sliding_window_pattern") or every
         place = 0 if family.full_attention_first else 1
         slides = [(i + place) % every != 0 for i in range(layers)]
-        if window is None:
+        if window is None and settings.raw["layer_types"] is None:
             settings.problems.append(
                 f"sliding_window is null; some layers of a {family.name} model have a window"
             )

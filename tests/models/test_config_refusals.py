@@ -90,6 +90,22 @@ LONGROPE: dict = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0]
         (dict(model_type="smollm3", no_rope_layers=[1, 0]), "no_rope_layers.*6 layers"),
         (dict(model_type="smollm3", no_rope_layers=[2] * 6), "no_rope_layers"),
         (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval is 0"),
+        (dict(model_type="gemma2", hidden_activation="gelu"), "hidden_activation is 'gelu'; only"),
+        (
+            dict(model_type="gemma2", use_bidirectional_attention=True),
+            "use_bidirectional_att.*True",
+        ),
+        (dict(model_type="gemma2", query_pre_attn_scalar=0), "query_pre_attn_scalar is 0"),
+        (dict(model_type="gemma2", attn_logit_softcapping=-1), "attn_logit_softcapping is -1"),
+        (dict(model_type="gemma3_text", sliding_window=None), "some layers .* have a window"),
+        (dict(model_type="gemma3_text", sliding_window_pattern=0), "sliding_window_pattern is 0"),
+        (
+            dict(model_type="gemma3_text", rope_local_base_freq=0),
+            "sliding_attention.rope_theta is 0",
+        ),
+        (dict(model_type="olmo3", rope_parameters={"rope_theta": 1e4}), "expected full_attention"),
+        (dict(model_type="olmo3", rope_parameters={"full_attention": 3}), "expected objects"),
+        (dict(model_type="olmo3", rope_scaling=[2]), r"rope_parameters is \[2\]"),
     ],
     ids=lambda x: str(x)[:50],
 )
