@@ -64,6 +64,11 @@ def config_from_json(
     settings = Fields({**SHARED_DEFAULTS, **family.defaults, **given, **family.fixed, **respelled})
     activation = (family.activation_field, _ACTIVATIONS[family.activation])
     settings.refuse_unsupported(activation, family.refused_if_true)
+    settings.problems += [
+        f"{name} is {show(value)}; only {only!r} is supported for {family.name}"
+        for name, only in family.only
+        if (value := settings.raw.get(name)) != only
+    ]
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
     read["rope_dim"] = rope_dim(settings, read["head_dim"], rotary)
@@ -220,6 +225,7 @@ def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) ->
         qk_norm=family.qk_norm,
         rope_of_neighbours=family.rope_of_neighbours,
         fused_projections=family.fused_projections,
+        shared_mlp=family.shared_mlp,
     )
 
 

@@ -51,13 +51,21 @@ def layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[s
                 f"sliding_window is null; some layers of a {family.name} model have a window"
             )
     types = tuple("sliding_attention" if window and s else "full_attention" for s in slides)
-    if (given := settings.raw["layer_types"]) is not None:
+    if (given := _own_names(settings.raw["layer_types"], family)) is not None:
         types = _given_layer_types(settings, given, types, window, family)
     return dict(
         layer_types=types,
         sliding_window=window if "sliding_attention" in types else None,
         no_rope_layers=has_rope,
     )
+
+
+def _own_names(given: Any, family: Family) -> Any:
+    """A file's layer_types, in our names."""
+    names = dict(family.layer_type_names)
+    if not names or not isinstance(given, list):
+        return given
+    return [names.get(x, x) if isinstance(x, str) else x for x in given]
 
 
 def _no_rope_layers(settings: Fields, layers: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from oracles.wrapped import make_wrapped
 REFUSED = {
     "dynamic": "rope_type 'dynamic'",
     "qwen3_moe_mixed": "layers without experts",
+    "granite4": "no architecture for model_type 'granitemoehybrid'",
 }
 
 

@@ -33,6 +33,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "multipliers": ("granite", {}),
     "multipliers, DoRA": ("granite", dict(use_dora=True)),
     "multipliers, lora_bias": ("granite", dict(lora_bias=True)),
+    "Granite 4's MLP": ("granite4", {}),
     "fused": ("phi4_mini", {}),
     "fused, DoRA": ("phi3", dict(use_dora=True)),
     "fused, lora_bias": ("phi3", dict(lora_bias=True)),
