@@ -19,13 +19,13 @@ from fastlora.generation.prepare import PreparedLayer, PreparedModel
 from fastlora.models.attention import Heads, layer_norm, normed_queries_keys, split_qkv
 from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import down_name, gate_up_names, mlp_block
 from fastlora.models.norms import LayerNorms
 from fastlora.models.params import (
     LINEARS,
     LayerParams,
 )
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product

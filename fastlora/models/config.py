@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastlora.ops.rms_norm import NormKind
-
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
 NormPlaces = Literal["before", "after", "around"]  # of attention and MLP; see norms.py
+
+NormKind = Literal["narrow", "wide", "one_plus"]  # as in ops/rms_norm.py, which needs torch
 
 Activation = Literal["silu", "gelu_tanh"]  # of the MLP's gate: SwiGLU or GeGLU
 

@@ -6,9 +6,9 @@ from typing import Any
 
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
+from fastlora.models.config_wrapper_json import text_json, wrapper_of
 from fastlora.models.families.family import SHARED_DEFAULTS, Family
 from fastlora.models.families.registry import FAMILIES, WRAPPERS
-from fastlora.models.families.wrapper import Wrapper
 from fastlora.models.json_fields import Fields, is_int, show
 from fastlora.models.layers_json import expert_fields, layer_fields, optional
 from fastlora.models.partial_rope import common_rope, rope_dim
@@ -50,7 +50,7 @@ def config_from_json(
         ValueError: listing every field that is missing, impossible, or asks for something that
             fastlora's model does not compute.
     """
-    wrapper = _wrapper(raw)
+    wrapper = wrapper_of(raw)
     if rope_scaling and wrapper is None:
         raw = with_rope_scaling(raw, rope_scaling)
     elif rope_scaling and isinstance(text := raw.get("text_config"), dict):
@@ -93,45 +93,6 @@ def config_from_json(
         raw_json=json.dumps(whole),
         raw_generation_json=None if generation is None else json.dumps(generation),
     )
-
-
-def _wrapper(raw: dict[str, Any]) -> Wrapper | None:
-    model_type = raw.get("model_type")
-    return WRAPPERS.get(model_type) if isinstance(model_type, str) else None
-
-
-# Fields that a file with a text_config has beside it, and that mean the text model too.
-_OUTER_FIELDS = (
-    *("dtype", "torch_dtype", "quantization_config"),
-    *("bos_token_id", "eos_token_id", "pad_token_id"),
-)
-
-
-def text_json(raw: dict[str, Any], wrapper: Wrapper) -> dict[str, Any]:
-    """config.json of the text model alone, from that of a checkpoint with a vision tower.
-
-    Raises:
-        ValueError: text_config is not an object, or its model is not one that fastlora reads.
-    """
-    text, known = raw.get("text_config", {}), list(wrapper.texts)
-    if not isinstance(text, dict):
-        raise ValueError(f"text_config is {show(text)}; expected an object")
-    model_type = text.get("model_type", known[0])
-    if not isinstance(model_type, str) or model_type not in known:
-        raise ValueError(
-            f"text_config of {wrapper.name!r} has model_type {show(model_type)}, but fastlora knows"
-            f" {', '.join(known)}"
-        )
-    outer = {name: raw[name] for name in _OUTER_FIELDS if raw.get(name) is not None}
-    return {
-        **wrapper.defaults,
-        **text,
-        **outer,
-        "tie_word_embeddings": raw.get("tie_word_embeddings", True),
-        "model_type": model_type,
-        "architectures": [wrapper.texts[model_type]],
-        **wrapper.fixed,
-    }
 
 
 def _own_json(config: LlamaConfig) -> dict[str, Any]:

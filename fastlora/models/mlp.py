@@ -11,6 +11,7 @@ from fastlora.models.attention import add_residual, layer_norm
 from fastlora.models.dora_products import dora_scale
 from fastlora.models.experts import expert_mlp
 from fastlora.models.init_offset import a_with_offset, b_with_offset, rank_with_offset
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.params import (
     GATE_UP,
     ROUTER,
@@ -21,7 +22,7 @@ from fastlora.models.params import (
     Linear,
     LoRA,
 )
-from fastlora.models.projections import LayerSpec, a_matrices, adapted_linear, project
+from fastlora.models.projections import a_matrices, adapted_linear, project
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.swiglu.swiglu import gate_product, kernel_supports, lora_swiglu

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastlora.generation.angles import rope_table
 from fastlora.generation.cache import Cache
-from fastlora.generation.forward import decode, prefill, rope_table
+from fastlora.generation.forward import decode, prefill
 from fastlora.generation.kernel_layer import StepKernels, kernel_layer, step_kernels
 from fastlora.generation.prepare import PreparedModel, prepare
 from fastlora.ops.quant.weights import Weight4bit

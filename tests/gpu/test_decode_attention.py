@@ -11,6 +11,7 @@ from oracles.decode_attention import DEVICE, LENGTHS, by_sdpa, copied, drawn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.part("kernels")]
 attend: Any = decode_attention  # its arguments come as lists
+reference: Any = decode_attention_reference
 
 
 def test_one_graph_serves_all_lengths():
@@ -38,8 +39,8 @@ def test_capped_scores_err_no_more_than_plain_torch(dtype, heads):
     given = drawn(heads, dtype)
     whole = [x if x is None or not x.is_floating_point() else x.nan_to_num() for x in given]
     how = 300, 0.1, 5.0
-    exact = decode_attention_reference(*copied(whole, torch.float64), *how)
-    plain, found = decode_attention_reference(*copied(whole), *how), attend(*copied(given), *how)
+    exact = reference(*copied(whole, torch.float64), *how)
+    plain, found = reference(*copied(whole), *how), attend(*copied(given), *how)
     error = lambda y: (y.double() - exact).norm() / exact.norm()
     assert error(found) <= max(1.2 * error(plain), 1e-6)
 

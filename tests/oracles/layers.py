@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from fastlora.model import Model
 from fastlora.models.decoder import position_tables
 from fastlora.models.layer import decoder_layer
-from fastlora.models.projections import layer_spec
+from fastlora.models.layer_spec import layer_spec
 from oracles.trees import token_ids
 
 

@@ -20,9 +20,10 @@ from fastlora.models.attention import (
 )
 from fastlora.models.decoder import Positions, position_tables
 from fastlora.models.embedding import scaled
+from fastlora.models.layer_spec import LayerSpec, layer_spec
 from fastlora.models.mlp import down_name, gated
 from fastlora.models.params import Base, LayerParams
-from fastlora.models.projections import LayerSpec, layer_spec, project
+from fastlora.models.projections import project
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState
 from fastlora.ops.loss.ignore import IGNORE

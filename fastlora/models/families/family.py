@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastlora.models.config import Activation, NormPlaces
-from fastlora.ops.rms_norm import NormKind
+from fastlora.models.config import Activation, NormKind, NormPlaces
 
 # Meanings of absent fields that most families share. These and each family's own are those of
 # transformers 5.23's configuration classes (tests/models/test_config_json.py compares them).

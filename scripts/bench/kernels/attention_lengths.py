@@ -53,8 +53,9 @@ def drawn(b: int, t: int, hd: int) -> list[Tensor]:
     return [new(b, t, n, hd).transpose(1, 2) for n in (h, kv, kv, h)]
 
 
-def cudnn(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, times: int) -> tuple[float, float] | None:
+def cudnn(drawn: list[Tensor], times: int) -> tuple[float, float] | None:
     """Microseconds of both passes; None if cuDNN does not support the size."""
+    q, k, v, dy = drawn
     run = lambda: aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, True)
     try:
         out, lse, *rest = run()
@@ -128,7 +129,7 @@ def main() -> None:
             documents = make_spans(index // 512 * 512)
             columns = [
                 ours(given, table, None, None, times),
-                cudnn(*given, times),
+                cudnn(given, times),
                 ours(given, table, documents, None, times),
                 ours(given, table, None, 50.0, times),
             ]
