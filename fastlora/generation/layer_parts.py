@@ -6,8 +6,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.generation.prepare import PreparedLayer
 from fastlora.models.init_offset import a_with_offset, b_with_offset
-from fastlora.models.params import BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
 from fastlora.models.layer_spec import LayerSpec
+from fastlora.models.params import BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
 from fastlora.ops.decode.product import Part
 from fastlora.ops.quant.weights import shape_of
 
