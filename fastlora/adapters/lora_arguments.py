@@ -219,8 +219,9 @@ def _target_modules(
         modules = family_of(config).default_targets
     rule = names_or_regex(modules)
     # The default of lora() names Llama's seven layers, of which this model has fused ones.
-    if config.fused_projections and isinstance(rule, tuple) and set(rule) == set(PROJECTIONS):
-        return linear_names(config)
+    if isinstance(rule, tuple) and set(rule) == set(PROJECTIONS):
+        own = linear_names(config)
+        return rule if set(own) == set(PROJECTIONS) else own
     return rule
 
 

@@ -17,8 +17,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from fastlora.errors import raise_problems
+from fastlora.generation.angles import rope_table
 from fastlora.generation.cache import Cache
-from fastlora.generation.forward import rope_table
 from fastlora.generation.host_rows import HostRow, RowSettings, read_outgrown
 from fastlora.generation.kernel_layer import StepKernels, reads_own_tokens, step_kernels
 from fastlora.generation.nonfinite import NonFiniteLogits, explanation

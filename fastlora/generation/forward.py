@@ -6,7 +6,7 @@ can record it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastlora.generation.angles import RopeTables, table_rows
 from fastlora.generation.cache import Cache
 from fastlora.generation.kernel_layer import (
     StepKernels,
@@ -32,9 +33,9 @@ from fastlora.models.capture import plus
 from fastlora.models.decoder import attention_masks
 from fastlora.models.embedding import embed, embedding_scale
 from fastlora.models.head import divided, head, logits
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
-from fastlora.models.projections import LayerSpec
 from fastlora.models.rope_tables import tables_by_type
 from fastlora.ops.attention.attention import attention_reference
 from fastlora.ops.decode.linear import decode_product
@@ -42,25 +43,6 @@ from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.soft_cap import soft_cap
 from fastlora.runtime.layer_fetching import taken
-
-
-class RopeTable(NamedTuple):
-    """cos and sin of the angles of positions 0, 1, ..."""
-
-    cos: Float[Tensor, "s hd"]
-    sin: Float[Tensor, "s hd"]
-
-
-# Layer type -> its table; layer types with equal settings share one.
-RopeTables = dict[str, RopeTable]
-
-
-def rope_table(model: PreparedModel, length: int) -> RopeTables:
-    """The tables of `length` positions, each that of the newest token of a row."""
-    config, like = model.spec.config, model.base["norm"]
-    index = torch.arange(length, device=like.device)[None]
-    tables = tables_by_type(config, index, index + 1, like.dtype)
-    return {name: RopeTable(cos[0], sin[0]) for name, (cos, sin) in tables.items()}
 
 
 def prefill(
@@ -169,21 +151,13 @@ def _inputs(
         embedding, first = model.base["embed_tokens"], next(iter(tables.values()))
         scale = embedding_scale(model.spec, embedding.dtype)
         inputs = step_inputs(token, lengths, embedding, *first, scale, kernels="triton")
-        angles = {
-            name: (inputs.cos, inputs.sin) if table is first else _positions(table, lengths)
+        found = {
+            name: (inputs.cos, inputs.sin) if table is first else table_rows(table, lengths)
             for name, table in tables.items()
         }
-        return _steered(model, "embed", inputs.x[:, None]), angles
+        return _steered(model, "embed", inputs.x[:, None]), found
     x = _embed(model, token[:, None], adapter_ids)
-    return x, {name: _positions(table, lengths) for name, table in tables.items()}
-
-
-def _positions(
-    table: RopeTable, position: Int[Tensor, "b"]
-) -> tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
-    """Rows of a table. A slot without a running row may have a position behind the table."""
-    position = position.clamp(max=len(table.cos) - 1)
-    return table.cos[position], table.sin[position]
+    return x, {name: table_rows(table, lengths) for name, table in tables.items()}
 
 
 def _plain_embedding(model: PreparedModel) -> bool:

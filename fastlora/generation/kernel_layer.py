@@ -19,13 +19,13 @@ from fastlora.generation.prepare import PreparedLayer, PreparedModel
 from fastlora.models.attention import Heads, layer_norm, normed_queries_keys, split_qkv
 from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.mlp import mlp_block
+from fastlora.models.layer_spec import LayerSpec
+from fastlora.models.mlp import down_name, gate_up_names, mlp_block
 from fastlora.models.norms import LayerNorms
 from fastlora.models.params import (
     LINEARS,
     LayerParams,
 )
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product
@@ -133,17 +133,17 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
     quantised = any(not isinstance(params[n]["weight"], Tensor) for n in LINEARS if n in params)
     apart = quantised and spec.norm_kind == "one_plus"
     within = LayerNorms(None, None, None, None) if apart else spec.norms
-    fused = "qkv_proj" in params
-    own = ("qkv_proj",) if fused else QKV
+    own = ("qkv_proj",) if "qkv_proj" in params else QKV
     qkv = _product(layer, parts_of(layer, *own), b, norm=within.attention_in)
     o = _product(layer, parts_of(layer, "o_proj"), b)
     if qkv is None or o is None:
         return None
     gate_up = down = None
     if "experts" not in params:
-        parts = halves_of(layer) if fused else parts_of(layer, "gate_proj", "up_proj")
+        names = gate_up_names(params)
+        parts = halves_of(layer, *names) if len(names) == 1 else parts_of(layer, *names)
         gate_up = _product(layer, parts, b, norm=within.mlp_in, gated=len(parts) == 2)
-        down = _product(layer, parts_of(layer, "down_proj"), b)
+        down = _product(layer, parts_of(layer, down_name(params)), b)
     if gate_up is None or down is None:
         gate_up = down = None
     norms = spec.norms if apart else spec.norms._replace(attention_in=None, mlp_in=None)

@@ -6,8 +6,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.generation.prepare import PreparedLayer
 from fastlora.models.init_offset import a_with_offset, b_with_offset
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.params import BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.decode.product import Part
 from fastlora.ops.quant.weights import shape_of
 
@@ -17,9 +17,10 @@ def parts_of(layer: PreparedLayer, *names: str) -> list[Part]:
     return [_part(layer, name) for name in names]
 
 
-def halves_of(layer: PreparedLayer) -> list[Part]:
-    """The halves of gate_up_proj; all of it if its weight is quantised and has no rows."""
-    part = _part(layer, "gate_up_proj")
+def halves_of(layer: PreparedLayer, name: str) -> list[Part]:
+    """The halves of the layer that computes gate and up; all of it if its weight is quantised and
+    has no rows."""
+    part = _part(layer, name)
     if not isinstance(part.weight, Tensor):
         return [part]
     halves = lambda x: (None, None) if x is None else x.chunk(2)
@@ -49,7 +50,7 @@ def _part(layer: PreparedLayer, name: str) -> Part:
 def _scaled(part: Part, spec: LayerSpec, name: str) -> Part:
     """The part times `residual_scale` if its product is added to the residual."""
     scale = spec.residual_scale
-    if scale == 1.0 or name not in ("o_proj", "down_proj"):
+    if scale == 1.0 or name not in ("o_proj", "down_proj", "output_linear"):
         return part
     rows, device = shape_of(part.weight)[0], tree_leaves(part.weight)[0].device
     gain = torch.ones(rows, device=device) if part.gain is None else part.gain

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
+from fastlora.generation.angles import RopeTables
 from fastlora.generation.cache import Cache
-from fastlora.generation.forward import RopeTables, decode
+from fastlora.generation.forward import decode
 from fastlora.generation.kernel_layer import StepKernels
 from fastlora.generation.prepare import PreparedModel
 from fastlora.generation.sampling import (

@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fastlora.models.fused_qkv import QKV
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.norms import normed
 from fastlora.models.params import (
     BiasedLoRA,
@@ -16,7 +17,7 @@ from fastlora.models.params import (
     LayerParams,
     StackedLoRA,
 )
-from fastlora.models.projections import LayerSpec, group_arguments, project
+from fastlora.models.projections import group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
 from fastlora.ops.attention.flash import Spans, flash_attention

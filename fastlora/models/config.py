@@ -3,13 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastlora.ops.rms_norm import NormKind
-
 RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
 NormPlaces = Literal["before", "after", "around"]  # of attention and MLP; see norms.py
+
+NormKind = Literal["narrow", "wide", "one_plus"]  # as in ops/rms_norm.py, which needs torch
 
 Activation = Literal["silu", "gelu_tanh"]  # of the MLP's gate: SwiGLU or GeGLU
 
@@ -70,6 +70,7 @@ class LlamaConfig:
     qk_norm: bool  # RMSNorm on q and k before RoPE, over head_dim (Qwen3)
     # q_proj, k_proj and v_proj are one linear layer, and so are gate_proj and up_proj (Phi-3).
     fused_projections: bool
+    shared_mlp: bool  # the MLP is input_linear (gate and up) and output_linear (Granite 4)
     rope_dim: int  # the first dimensions of each head are rotated (Phi-4-mini: 96 of 128)
     rope_of_neighbours: bool  # RoPE turns dimensions 2 i and 2 i + 1, not i and i + hd / 2 (Helium)
     layer_types: tuple[LayerType, ...]  # one entry per layer

@@ -16,12 +16,12 @@ from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
 from fastlora.models.fused_qkv import with_fused_qkv
 from fastlora.models.init_offset import cast_offset
+from fastlora.models.layer_spec import layer_spec
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
 from fastlora.models.names import with_replaced
 from fastlora.models.neftune import with_noise
 from fastlora.models.params import Adapter, Base, LayerAdapter
 from fastlora.models.positions import attention_mask_2d, first_seen, positions, sequence_lengths
-from fastlora.models.projections import layer_spec
 from fastlora.models.rope_tables import tables_by_type
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import (

@@ -57,16 +57,20 @@ def embed(
 
 
 def scaled(x: Float[Tensor, "b t d"], spec: Spec) -> Float[Tensor, "b t d"]:
-    """x times the config's `embedding_scale`."""
-    scale = embedding_scale(spec, x.dtype)
-    return x if scale is None else x * scale
+    """x times the config's `embedding_scale`.
+
+    It is rounded to x.dtype where transformers keeps it as a tensor (Gemma).
+    """
+    scale = spec.config.embedding_scale
+    if scale is None:
+        return x
+    if spec.config.scales_decoder_input:
+        return x * scale
+    return x * torch.full((), scale, dtype=x.dtype, device=x.device)
 
 
 def embedding_scale(spec: Spec, dtype: torch.dtype) -> float | None:
-    """The config's `embedding_scale`; None: the embedding is not scaled.
-
-    It is rounded to `dtype` where transformers keeps it as a tensor (Gemma).
-    """
+    """The factor of `scaled` as a number, for kernels; None: the embedding is not scaled."""
     scale = spec.config.embedding_scale
     if spec.config.scales_decoder_input:
         return scale

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.dora_products import dora_linear
 from fastlora.models.names import with_replaced
 from fastlora.models.params import Adapter, Base, BiasedLoRA, DoRA, Linear, LoRA
-from fastlora.models.projections import adapted_linear, dora_linear
+from fastlora.models.projections import adapted_linear
 from fastlora.models.spec import Spec
 from fastlora.ops.cast import cast
 from fastlora.ops.dropout import dropout, fold

@@ -20,9 +20,9 @@ from torch.utils.checkpoint import (
 )
 
 from fastlora.models.attention import add_residual, attention_block
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import LayerAdapter, LayerParams
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.layer_fetching import taken

@@ -8,9 +8,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.models.attention import add_residual, layer_norm
+from fastlora.models.dora_products import dora_scale
 from fastlora.models.experts import expert_mlp
 from fastlora.models.init_offset import a_with_offset, b_with_offset, rank_with_offset
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.params import (
+    GATE_UP,
     ROUTER,
     AdapterRecord,
     DoRA,
@@ -19,7 +22,7 @@ from fastlora.models.params import (
     Linear,
     LoRA,
 )
-from fastlora.models.projections import LayerSpec, a_matrices, adapted_linear, dora_scale, project
+from fastlora.models.projections import a_matrices, adapted_linear, project
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.swiglu.swiglu import gate_product, kernel_supports, lora_swiglu
@@ -78,7 +81,7 @@ def _mlp(
     if _can_fuse_swiglu(params, adapter, spec, normed.dtype, key):
         return _fused_mlp(normed, params, adapter, spec, key)
     hidden = gated(normed, params, adapter, spec, key)
-    return project(hidden, ("down_proj",), params, adapter, spec, key)[0]
+    return project(hidden, (down_name(params),), params, adapter, spec, key)[0]
 
 
 def gated(
@@ -89,13 +92,19 @@ def gated(
     key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t f"]:
     """The activation of gate, times up, without the kernel: the input of down_proj."""
-    ys = project(normed, _gate_up_names(params), params, adapter, spec, key)
+    ys = project(normed, gate_up_names(params), params, adapter, spec, key)
     gate, up = ys if len(ys) == 2 else ys[0].chunk(2, -1)
     return gate_product(gate, up, gelu=spec.activation == "gelu_tanh")
 
 
-def _gate_up_names(params: LayerParams) -> tuple[str, ...]:
-    return ("gate_up_proj",) if "gate_up_proj" in params else ("gate_proj", "up_proj")
+def gate_up_names(params: LayerParams) -> tuple[str, ...]:
+    """The layer's names of gate and up, or of the one layer that computes both."""
+    return tuple(name for name in GATE_UP if name in params)
+
+
+def down_name(params: LayerParams) -> str:
+    """The layer's name of the MLP's last projection."""
+    return "output_linear" if "output_linear" in params else "down_proj"
 
 
 def _can_fuse_swiglu(
@@ -114,7 +123,7 @@ def _can_fuse_swiglu(
         return False
     # One kernel reads both, so both must be of one class. DoRA under dropout multiplies W with the
     # masked input too, which is not the product that the kernel gets.
-    names = _gate_up_names(params)
+    names = gate_up_names(params)
     loras, linears = [adapter.get(name) for name in names], [params[name] for name in names]
     kinds = {type(lora) for lora in loras}
     if len(kinds) > 1 or (DoRA in kinds and key is not None):
@@ -142,7 +151,7 @@ def _gate_up(
     key: Int[Tensor, "..."] | None,
 ) -> tuple[list[Float[Tensor, "b t _"]], list[Float[Tensor, "b t f"]]]:
     """(x A' of gate and up, their base products). The SwiGLU kernel adds the low-rank terms."""
-    names = _gate_up_names(params)
+    names = gate_up_names(params)
     # Branches without B: their low-rank terms are left to the SwiGLU kernel, which reads g and u
     # anyway.
     branches = [Branch(params[name]["weight"], params[name].get("bias")) for name in names]
@@ -171,21 +180,22 @@ def _fused_mlp(
     key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t d"]:
     """SwiGLU by its kernel, which also adds gate's and up's low-rank terms; then down_proj."""
-    names, scalings = _gate_up_names(params), dict(spec.scalings)
+    names, scalings = gate_up_names(params), dict(spec.scalings)
     (gate_x_a, up_x_a), (g, u) = _gate_up(x, params, adapter, spec, key)
     bs = [b_with_offset(adapter[name], params[name]) for name in names]
     b_g, b_u = bs if len(bs) == 2 else bs[0].chunk(2)
     s_g, s_u = scalings[names[0]], scalings[names[-1]]
     scales, gelu = _dora_scales(names, params, adapter, scalings), spec.activation == "gelu_tanh"
-    down, linear = adapter.get("down_proj"), params["down_proj"]
+    name = down_name(params)
+    down, linear = adapter.get(name), params[name]
     # The kernel can also compute h A' of down_proj, but not for h under a dropout mask.
     if key is not None or not _kernel_supports(down, linear, x.dtype):
         h, _ = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, None, scales, s_g, s_u, gelu=gelu)
-        return project(h, ("down_proj",), params, adapter, spec, key)[0]
+        return project(h, (name,), params, adapter, spec, key)[0]
     a = a_with_offset(down, linear)
     h, x_a = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, a, scales, s_g, s_u, gelu=gelu)
     assert x_a is not None
-    return adapted_linear(h, None, x_a, linear, down, scalings["down_proj"])
+    return adapted_linear(h, None, x_a, linear, down, scalings[name])
 
 
 def _dora_scales(

@@ -17,6 +17,7 @@ from fastlora.models.params import (
     FUSED,
     LINEARS,
     PROJECTIONS,
+    SHARED_MLP,
     TARGETS,
     Adapter,
     Base,
@@ -40,6 +41,8 @@ FUSED_GATE_UP = "gate_up_proj"
 
 def linear_names(config: LlamaConfig) -> tuple[str, ...]:
     """The linear layers of a dense layer."""
+    if config.shared_mlp:
+        return ("q_proj", "k_proj", "v_proj", "o_proj", *SHARED_MLP)
     if not config.fused_projections:
         return tuple(PROJECTIONS)
     return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
@@ -49,7 +52,7 @@ def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
     """The names of TARGETS that a layer has, in that order."""
     if not config.sparse_layers[layer]:
         return linear_names(config)
-    return tuple(n for n in TARGETS if LINEARS.get(n) != "mlp" and n not in FUSED)
+    return tuple(n for n in TARGETS if LINEARS.get(n) != "mlp" and n not in FUSED | SHARED_MLP)
 
 
 def projection_path(layer: int, name: str) -> str:
@@ -69,6 +72,8 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     return {
         "qkv_proj": (q + 2 * kv, d),
         "gate_up_proj": (2 * f, d),
+        "input_linear": (2 * f, d),
+        "output_linear": (d, f),
         "q_proj": (q, d),
         "k_proj": (kv, d),
         "v_proj": (kv, d),
@@ -111,11 +116,13 @@ def projection_weights(config: LlamaConfig) -> list[str]:
 
 def module_names(config: LlamaConfig) -> list[str]:
     """Every module that transformers' model of this shape has; target patterns match these."""
+    mlp = "shared_mlp" if config.shared_mlp else "mlp"
     attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    common = ["self_attn", "mlp", *layer_norms(config.norms).names()]
+    common = ["self_attn", mlp, *layer_norms(config.norms).names()]
     common += [f"self_attn.{n}" for n in attention]
     # By sparse or not; act_fn has no parameters, but a regex may match it, as it may in PEFT.
-    activation = "mlp.activation_fn" if config.fused_projections else "mlp.act_fn"
+    activation = "mlp.activation_fn" if config.fused_projections else f"{mlp}.act_fn"
+    activation = f"{mlp}.activation" if config.shared_mlp else activation
     mlps = {False: [activation], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
     names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
     for layer in range(config.num_hidden_layers):

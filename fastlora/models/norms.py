@@ -11,9 +11,9 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.models.config import NormPlaces
+from fastlora.models.config import NormKind, NormPlaces
 from fastlora.models.params import LayerParams
-from fastlora.ops.rms_norm import NormKind, rms_norm
+from fastlora.ops.rms_norm import rms_norm
 
 
 class LayerNorms(NamedTuple):

@@ -55,8 +55,14 @@ PROJECTIONS = {
 # after the other.
 FUSED = {"qkv_proj": "self_attn", "gate_up_proj": "mlp"}
 
+# Granite 4's MLP: gate and up as one layer, and down.
+SHARED_MLP = {"input_linear": "shared_mlp", "output_linear": "shared_mlp"}
+
+# Every layer that computes gate or up or both.
+GATE_UP = ("gate_proj", "up_proj", "gate_up_proj", "input_linear")
+
 # Every linear layer that a dense decoder layer may have.
-LINEARS = PROJECTIONS | FUSED
+LINEARS = PROJECTIONS | FUSED | SHARED_MLP
 
 # A sparse layer has these instead of the MLP's three: the router, and two tensors that hold the
 # matrices of all experts.
@@ -64,7 +70,7 @@ ROUTER = "gate"
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 # Everything in a layer that may carry an adapter -> the module that holds it.
-TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp") | FUSED
+TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp") | FUSED | SHARED_MLP
 
 
 class LoRA(NamedTuple):

@@ -1,8 +1,8 @@
 """Names of tensors and modules of a text model inside a checkpoint with a vision tower.
 
-    in the trees                 in transformers 5 and PEFT              in files
-    model.layers.0.mlp...        model.language_model.layers.0.mlp...    language_model.model.layers...
-    lm_head.weight               lm_head.weight                          language_model.lm_head.weight
+    in the trees        in transformers 5 and PEFT          in files
+    model.layers.0...   model.language_model.layers.0...    language_model.model.layers.0...
+    lm_head.weight      lm_head.weight                      language_model.lm_head.weight
 
 Files of any age are read: transformers 5 writes the names of files, and its own.
 """

@@ -1,4 +1,4 @@
-"""Soft caps: y = cap * tanh(x / cap), between -cap and cap (Gemma 2, arXiv:2408.00118, section 2)."""
+"""Soft caps: y = cap * tanh(x / cap), between -cap and cap (Gemma 2, arXiv:2408.00118)."""
 
 import torch
 from jaxtyping import Float

@@ -45,7 +45,7 @@ def test_the_model_still_equals_its_base_and_exports(method, how, tmp_path):
     assert difference(logits(load_adapter(base, tmp_path)), logits(changed), expected) <= 1e-5
 
 
-FAMILIES = ["qwen3_tied", "mistral", "smollm3", "llama_bias", "phi4_mini", "granite"]
+FAMILIES = ["qwen3_tied", "mistral", "smollm3", "llama_bias", "gemma2", "phi4_mini", "granite"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -67,7 +67,7 @@ def test_the_given_model_and_the_global_generator_are_not_changed():
     assert not any(x.requires_grad for x in tree_leaves((model.base, model.adapter)))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo3"])
 def test_inputs_are_those_of_transformers(family):
     """Hooks are fine on the oracle."""
     oracle, seen = hugging_face(family), {}

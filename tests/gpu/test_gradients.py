@@ -22,6 +22,9 @@ pytestmark = pytest.mark.gpu
 POLICIES = {
     "llama3.2": ["none", "selective", 0.4, "full", "offload"],
     "mistral": ["selective"],
+    "olmo3": ["selective", 0.4],
+    "gemma2": ["selective", 0.4, "full"],
+    "gemma3": ["selective"],
     "mixtral": ["none", "selective", 0.4, "full", "offload"],
     "qwen3_moe": ["none", "selective", 0.4, "full", "offload"],
     "helium": ["selective"],

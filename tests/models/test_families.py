@@ -97,6 +97,7 @@ def test_every_record_has_the_name_under_which_it_is_registered():
         ("helium", None, False),
         ("phi3", "PreTrainedTokenizerFast", True),
         ("granite", "PreTrainedTokenizerFast", True),
+        ("granitemoehybrid", "PreTrainedTokenizerFast", True),
         ("gpt2", None, False),
         (None, None, False),
         (["llama"], None, False),

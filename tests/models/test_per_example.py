@@ -82,7 +82,9 @@ def test_a_row_in_a_batch_of_its_own_has_the_same_gradient(tiny):
     assert relative_error(tree_map(lambda x: x.sum(0), grads), total) < 1e-10
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "mixtral", "smollm3", "phi3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3_moe_mixed", "mixtral", "smollm3", "gemma3", "phi3"]
+)
 def test_every_kind_of_layer(family, pair):
     """Biases, norms of q and k, experts and router, layers without RoPE, fused; padded rows."""
     attention = ["qkv_proj" if family == "phi3" else "q_proj", "o_proj"]

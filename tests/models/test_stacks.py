@@ -123,7 +123,7 @@ def test_every_recompute_policy_gives_the_same(policy, tiny):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "smollm3", "phi3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "smollm3", "gemma3", "phi3"])
 def test_every_kind_of_layer_runs_a_stack(family, pair):
     """Biases, norms of q and k, experts and router, layers without RoPE, fused projections."""
     attention = ["qkv_proj", "o_proj"] if family == "phi3" else ATTENTION

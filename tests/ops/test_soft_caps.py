@@ -1,5 +1,6 @@
-"""Soft caps and own scales of scores, and soft caps of logits, in every kernel: values and gradients
-err no more than plain torch, relative to float64.
+"""Soft caps and own scales of scores, and soft caps of logits, in every kernel.
+
+Values and gradients err no more than plain torch, relative to float64.
 
 Without a GPU the kernels run in Triton's interpreter, in fp32 and fp16. bf16 needs a GPU.
 """

@@ -162,6 +162,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         residual_multiplier=0.7,
         logits_scaling=1.7,
     ),
+    "granite4": _family(
+        "granitemoehybrid",
+        shared_intermediate_size=56,
+        num_local_experts=0,
+        position_embedding_type="rope",
+        layer_types=["attention"] * 2,
+        mamba_n_heads=4,
+        embedding_multiplier=3.3,
+        attention_multiplier=0.21,
+        residual_multiplier=0.7,
+        logits_scaling=1.7,
+    ),
     "phi3": _family("phi3", sliding_window=5, **_PHI3),
     # Phi-4-mini: six of eight dimensions are rotated, and 24 tokens pass LongRoPE's trained 16.
     "phi4_mini": _family(

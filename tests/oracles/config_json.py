@@ -20,7 +20,16 @@ MODEL_TYPES = (
 )
 NO_BIAS = ("mistral", "mixtral", "ministral", "cwm", "phi3")
 MLP_BIAS = ("llama", "granite", "smollm3", "internlm3", "seed_oss", "cwm", "ernie4_5", "helium")
-NO_WINDOW = ("llama", "granite", "internlm3", "seed_oss", "ernie4_5", "helium", "olmo2")
+NO_WINDOW = (
+    "llama",
+    "granite",
+    "granitemoehybrid",
+    "internlm3",
+    "seed_oss",
+    "ernie4_5",
+    "helium",
+    "olmo2",
+)
 WINDOWED = ("olmo3", "gemma2", "gemma3_text")  # some layers of each, by a pattern
 
 SIZES = dict(
@@ -74,6 +83,7 @@ def transformers_says(raw: dict) -> dict:
         head_dim=head_dim,
         rope_dim=int(head_dim * rotary),
         fused_projections=family == "phi3",
+        shared_mlp=family == "granitemoehybrid",
         rms_norm_eps=c.rms_norm_eps,
         max_position_embeddings=c.max_position_embeddings,
         tie_word_embeddings=c.tie_word_embeddings,
@@ -98,7 +108,7 @@ def transformers_says(raw: dict) -> dict:
 
 def _scales(c) -> dict:
     """The fields that Gemma's model classes read."""
-    gemma, granite = c.model_type.startswith("gemma"), c.model_type == "granite"
+    gemma, granite = c.model_type.startswith("gemma"), c.model_type.startswith("granite")
     embedding = c.hidden_size**0.5 if gemma else c.embedding_multiplier if granite else None
     attention = c.attention_multiplier if granite else None
     return dict(
@@ -116,7 +126,7 @@ def _scales(c) -> dict:
 def experts(c) -> dict:
     """The fields of a mixture that transformers' model classes read. Dense families get zeros."""
     n = c.num_hidden_layers
-    if not hasattr(c, "num_experts_per_tok") or not c.num_experts:
+    if not getattr(c, "num_experts_per_tok", 0) or not getattr(c, "num_experts", 0):
         sizes = dict(num_local_experts=0, num_experts_per_tok=0, moe_intermediate_size=0)
         return sizes | dict(norm_topk_prob=False, sparse_layers=(False,) * n)
     mixtral = c.model_type == "mixtral"

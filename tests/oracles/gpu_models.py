@@ -25,6 +25,16 @@ FAMILIES = {
     "mistral": {"head_dim": 64, "sliding_window": 100},
     "qwen2": {},
     "qwen3": {"head_dim": 64},
+    # Windows in three of four layers and in every other one; heads of 64 and 256.
+    "olmo3": {"sliding_window": 100},
+    "gemma2": {
+        "head_dim": 256,
+        "sliding_window": 100,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+    },
+    "gemma3": {"head_dim": 256, "sliding_window": 100},
     # 256 and 96 are multiples of 8: in bf16 these take torch's grouped kernel, in fp32 the loop.
     "mixtral": {"sliding_window": 100, "num_local_experts": 8},
     "qwen3_moe": {

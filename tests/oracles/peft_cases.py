@@ -76,8 +76,8 @@ FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
 def every_projection(family: str) -> dict[str, Any]:
     """The arguments of the test that runs for every family."""
-    fused = FAMILIES[family]["model_type"] == "phi3"
-    return dict(r=4, target_modules=FOUR if fused else SEVEN)
+    own = {"phi3": FOUR, "granitemoehybrid": [*SEVEN[:4], "input_linear", "output_linear"]}
+    return dict(r=4, target_modules=own.get(FAMILIES[family]["model_type"], SEVEN))
 
 
 # Name -> (family, arguments that mean the same to fastlora.lora and to peft.LoraConfig).

@@ -30,10 +30,16 @@ WRAPPED: dict[str, dict[str, Any]] = {
 }
 
 
-def make_wrapped(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Write a random checkpoint into `folder`; return transformers' model of it."""
+def make_wrapped(
+    kind: str, folder: Path, dtype: torch.dtype = torch.float32, **text: Any
+) -> PreTrainedModel:
+    """Write a random checkpoint into `folder`; return transformers' model of it.
+
+    `text` overrides settings of the text model.
+    """
+    raw = WRAPPED[kind]
     with torch.random.fork_rng(devices=[]):
-        config = AutoConfig.for_model(**WRAPPED[kind])
+        config = AutoConfig.for_model(**raw | {"text_config": raw["text_config"] | text})
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     randomise(model, 0)
     model.to(dtype).save_pretrained(folder)

@@ -20,9 +20,10 @@ from fastlora.models.attention import (
 )
 from fastlora.models.decoder import Positions, position_tables
 from fastlora.models.embedding import scaled
-from fastlora.models.mlp import gated
+from fastlora.models.layer_spec import LayerSpec, layer_spec
+from fastlora.models.mlp import down_name, gated
 from fastlora.models.params import Base, LayerParams
-from fastlora.models.projections import LayerSpec, layer_spec, project
+from fastlora.models.projections import project
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState
 from fastlora.ops.loss.ignore import IGNORE
@@ -31,7 +32,8 @@ from fastlora.runtime.layer_fetching import resident
 # Projection -> the one under whose name `layer_inputs` has its input.
 SHARED_INPUT = {
     **dict.fromkeys(("k_proj", "v_proj", "qkv_proj"), "q_proj"),
-    **dict.fromkeys(("up_proj", "gate_up_proj"), "gate_proj"),
+    **dict.fromkeys(("up_proj", "gate_up_proj", "input_linear"), "gate_proj"),
+    "output_linear": "down_proj",
 }
 
 # For each batch: projection -> its inputs at the counted tokens, in at least float32.
@@ -56,7 +58,7 @@ def layer_inputs(
     x = add_residual(x, attention_output(heads, params, {}, spec, None), spec)
     middle = layer_norm(x, params, spec.norms.mlp_in, spec)
     hidden = gated(middle, params, {}, spec, None)
-    (down,) = project(hidden, ("down_proj",), params, {}, spec, None)
+    (down,) = project(hidden, (down_name(params),), params, {}, spec, None)
     out = add_residual(x, layer_norm(down, params, spec.norms.mlp_out, spec), spec)
     inputs = {"q_proj": inside, "o_proj": heads.transpose(1, 2).flatten(2)}
     return inputs | {"gate_proj": middle, "down_proj": hidden}, out

@@ -22,9 +22,9 @@ from fastlora.functional import trained_labels
 from fastlora.models.attention import add_residual, attention_block
 from fastlora.models.decoder import Positions
 from fastlora.models.head import divided, head
+from fastlora.models.layer_spec import layer_spec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import Base, LoRA
-from fastlora.models.projections import layer_spec
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState, StateT, require_adapter
 from fastlora.ops.loss.ignore import IGNORE

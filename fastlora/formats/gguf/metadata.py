@@ -213,7 +213,7 @@ def _sliding_rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
 
 def _scale_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
     """Caps and scales of attention and logits."""
-    problems, q = [], config.num_attention_heads * config.head_dim
+    problems = []
     for name, cap, has in (
         ("attn_logit_softcapping", config.attention_cap, gguf.score_cap),
         ("final_logit_softcapping", config.logit_cap, gguf.head_cap),

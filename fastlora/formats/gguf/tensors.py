@@ -78,7 +78,7 @@ def file_rows(
     config: LlamaConfig, gguf: GGUF, name: str, x: Float[Tensor, "d_out *rest"]
 ) -> Float[Tensor, "d_out *rest"]:
     """A tensor as the file has it: the rows of q and k move if only llama.cpp turns neighbours, and
-    norms that multiply with 1 + weight are written as 1 + weight.
+    the weights of norms that multiply with 1 + weight are written as 1 + weight.
 
     Within each head, rows i and i + head_dim / 2 become rows 2 i and 2 i + 1.
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from fastlora.models.config import Activation, NormPlaces
-from fastlora.ops.rms_norm import NormKind
+from fastlora.models.config import Activation, NormKind, NormPlaces
 
 # Meanings of absent fields that most families share. These and each family's own are those of
 # transformers 5.23's configuration classes (tests/models/test_config_json.py compares them).
@@ -137,6 +136,11 @@ class Family:
     rope_type_names: tuple[tuple[str, str], ...] = ()  # (a name of its files, ours)
     # One linear layer, qkv_proj, for q, k and v, and one, gate_up_proj, for gate and up.
     fused_projections: bool = False
+    shared_mlp: bool = (
+        False  # its MLP is shared_mlp.input_linear, for gate and up, and output_linear
+    )
+    only: tuple[tuple[str, Any], ...] = ()  # (field, the only supported value)
+    layer_type_names: tuple[tuple[str, str], ...] = ()  # (a name of its files, ours)
     # True: the sliding window belongs to the layers without RoPE. False: to the layers from
     # max_window_layers on.
     window_without_rope: bool = False

@@ -1,4 +1,4 @@
-"""Granite 3 and 4, dense: multipliers of the embedding, of residuals, of scores and of logits."""
+"""Granite 3, dense: multipliers of the embedding, of residuals, of scores and of logits."""
 
 from fastlora.models.families.family import (
     ALL_BIASES,
@@ -11,7 +11,7 @@ from fastlora.models.families.family import (
 
 GRANITE = Family(
     name="granite",
-    models="Granite 3 and 4, dense",
+    models="Granite 3",
     defaults=dict(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
     fixed={**NO_WINDOW, **ALL_ROPE},
     reads=(

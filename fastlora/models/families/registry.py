@@ -10,6 +10,7 @@ from fastlora.models.families.family import DECLARED_CLASS, Family, TokenizerCla
 from fastlora.models.families.gemma2 import GEMMA2
 from fastlora.models.families.gemma3 import GEMMA3, GEMMA3_TEXT
 from fastlora.models.families.granite import GRANITE
+from fastlora.models.families.granite4 import GRANITE4
 from fastlora.models.families.helium import HELIUM
 from fastlora.models.families.internlm3 import INTERNLM3
 from fastlora.models.families.llama import LLAMA
@@ -49,6 +50,7 @@ FAMILIES: dict[str, Family] = {
         ERNIE4_5,
         HELIUM,
         GRANITE,
+        GRANITE4,
         PHI3,
     )
 }

@@ -25,16 +25,18 @@ from fastlora.ops.dispatch import precision
 # of blocks: blocks in which spans begin (only with SPANS), blocks that all rows of the tile see,
 # and blocks in which spans end. Only the first and the last stretch need a mask. Indices beyond the
 # last token are clamped to it; the mask hides such keys, and results of such queries are not
-# stored. With CAPPED, a score s is cap * tanh(s / cap), and `scores` holds the tanh. If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
+# stored. If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
 # time; 32-bit offsets within a row save another tenth (attention-tiles-2026-11-27 in
 # scripts/bench/results.jsonl). 1.4426950408 is log2(e). The running maximum starts at -3e38 and not
 # at -inf: a row that sees no key in its first blocks would otherwise compute -inf - -inf = NaN.
+# With CAPPED, a score s becomes cap * tanh(s / cap), and `scores` holds the tanh.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, t, heads, scale, cap, q_token, k_token,
     v_token,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr,
+    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM  # blocks that see most keys go first
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
@@ -89,12 +91,12 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 
 @triton.jit
-def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
+def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, first_ptr, cos_ptr, sin_ptr, delta_ptr, dq_ptr,
     t, heads, scale, cap, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr, ROPE: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr,
+    ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
@@ -161,12 +163,12 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 
 @triton.jit
-def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
+def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
     t, heads, scale, cap, q_token, k_token, v_token, dout_token, dkv_token, table_row,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr, ROPE: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr,
+    ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # All GROUP query heads of a key head add to the same dk and dv, in this program alone.
     kv_heads = heads // GROUP

@@ -44,14 +44,14 @@ from fastlora.ops.dispatch import precision
 # _join_kernel we do not call it: the next kernel would then take registers and shared memory from
 # this one (8B, 32 x 2,048 tokens: 74 us instead of 68).
 @triton.jit(do_not_specialize=["window"])
-def _part_kernel(  # noqa: PLR0915  (no helpers, as in swiglu_kernel.py)
+def _part_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, as in swiglu_kernel.py)
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, parts_ptr,
     lse_ptr, out_ptr,
     S, window, scale, cap, q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row, cache_row,
     cache_head,
     KV: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    ROPE: tl.constexpr, CAPPED: tl.constexpr, PDL: tl.constexpr, SINGLE: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, CAPPED: tl.constexpr, PDL: tl.constexpr, SINGLE: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()  # pyright: ignore
@@ -256,7 +256,8 @@ def decode_forward(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         cos.stride(0), sin.stride(0), *k_cache.stride()[:2],  # pyright: ignore
         M=max(16, triton.next_power_of_2(group)), ROPE=rotates, STAGES=how.stages,  # pyright: ignore
-        CAPPED=cap is not None, SINGLE=single, PRECISION=precision(q.dtype), num_warps=how.warps, **static,  # pyright: ignore
+        CAPPED=cap is not None, SINGLE=single, PRECISION=precision(q.dtype),  # pyright: ignore
+        num_warps=how.warps, **static,  # pyright: ignore
     )  # fmt: skip
     if not single:
         _join_kernel[(b * h,)](

@@ -35,7 +35,8 @@ def vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     COPIES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row x [K]. GATED: silu(W0 x) * (W1 x), or GELU. Else W0 x, W1 x and W2 x one after the other."""
+    """One row x [K]. GATED: silu(W0 x) * (W1 x), with GELU gelu(W0 x) * (W1 x). Else W0 x, W1 x and
+    W2 x one after the other."""
     program = tl.program_id(0)
     row, k, rank = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, max(R, 1))
     STEP: tl.constexpr = 2 * BN if GATED else BN

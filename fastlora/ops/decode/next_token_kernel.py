@@ -30,7 +30,8 @@ _COPIED = 1024  # elements of an embedding row for one program
 @triton.jit
 def inputs_kernel(
     token_ptr, lengths_ptr, embedding_ptr, cos_ptr, sin_ptr, x_ptr, cos_out_ptr, sin_out_ptr,
-    d, s, scale, SCALED: tl.constexpr, HD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    d, s, scale, SCALED: tl.constexpr, HD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's embedding row. The first program also copies its angles."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -151,7 +152,8 @@ def launch_inputs(
     block = min(_COPIED, triton.next_power_of_2(d))
     inputs_kernel[(b, triton.cdiv(d, block))](
         token, lengths, embedding, cos, sin, x, cos_out, sin_out, d, s,
-        1.0 if scale is None else scale, SCALED=scale is not None, HD=hd, WIDTH=triton.next_power_of_2(hd), BLOCK=block, num_warps=4, **_pdl(x, pdl),
+        1.0 if scale is None else scale, SCALED=scale is not None, HD=hd,
+        WIDTH=triton.next_power_of_2(hd), BLOCK=block, num_warps=4, **_pdl(x, pdl),
     )  # fmt: skip
     return x, cos_out, sin_out
 

@@ -46,7 +46,8 @@ def _swiglu_kernel(
     if HAS_GAINS:
         g *= tl.load(gains_ptr + column, mask=column < f, other=0.0)
         u *= tl.load(gains_ptr + f + column, mask=column < f, other=0.0)
-    z = g  # h = g sigmoid(z) u: SiLU, or GELU's tanh form with z = 2 sqrt(2 / pi) (g + 0.044715 g**3)
+    # h = g sigmoid(z) u: SiLU, or GELU's tanh form with z = 2 sqrt(2 / pi) (g + 0.044715 g**3)
+    z = g
     if GELU:
         z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
     h = g * tl.sigmoid(z) * u
@@ -54,7 +55,7 @@ def _swiglu_kernel(
 
 
 @triton.jit
-def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
+def _swiglu_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     dh_ptr, dh_a_ptr, a_ptr, g_ptr, u_ptr, gate_x_a_ptr, up_x_a_ptr, b_g_ptr, b_u_ptr, gains_ptr,
     du_ptr, sums_ptr, dgains_ptr,
     n, f, r_g, r_u, r_a, stride_dh_a, stride_gate_x_a, stride_up_x_a, scaling_g, scaling_u, chunk,
