@@ -160,7 +160,11 @@ def attention_output(
     """The output projection of attention's result, through the norm behind it if there is one."""
     merged = heads.transpose(1, 2).flatten(2)
     (y,) = project(merged, ("o_proj",), params, adapter, spec, key)
-    return layer_norm(y, params, spec.norms.attention_out, spec)
+    if spec.norms.attention_out is None:
+        return y
+    # Without the barrier one kernel would sum this result's gradient, of the MLP and of the
+    # residual, and read the sum again for the norm's gradient (ops/gradient_barrier.py).
+    return gradient_barrier(layer_norm(y, params, spec.norms.attention_out, spec))
 
 
 def attention_block(

@@ -32,7 +32,7 @@ _ATTENTION = ("x", "q", "k", "v", "attention", "o")
 _KEPT = {
     "none": (*_ATTENTION, "gate", "up", "norms", "rotated_qk", "expert_copies", "swiglu", "down"),
     "selective": (*_ATTENTION, "gate", "up", "down"),
-    "mlp": (*_ATTENTION, "attended"),
+    "mlp": _ATTENTION,
     "attention": ("x", "attention"),
     "full": ("x",),
 }
@@ -49,8 +49,8 @@ def _widths(config: LlamaConfig, layer: int) -> dict[str, int]:
         copies = config.num_experts_per_tok * d
     widths = dict(x=d, q=q, k=kv, v=kv, attention=q, o=d, gate=f, up=f, swiglu=f)
     norms = layer_norms(config.norms)
-    # A norm behind attention or the MLP needs its input; without one, the sums are kept instead.
-    widths |= dict(attended=d if norms.attention_out else 0, down=d if norms.mlp_out else 0)
+    # The gradient of a norm behind the MLP needs its input. That of one behind attention is o.
+    widths |= dict(down=d if norms.mlp_out else 0)
     return widths | dict(norms=len(norms.names()) * d, rotated_qk=q + kv, expert_copies=copies)
 
 

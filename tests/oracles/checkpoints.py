@@ -250,7 +250,8 @@ def mapped_from(tensor: torch.Tensor) -> str:
 
 def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    one = 0 if "gemma" in model.config.model_type else 1  # Gemma's norms multiply with 1 + weight
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         with torch.no_grad():
-            p.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise)
+            p.copy_(one + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise)

@@ -294,7 +294,7 @@ def test_compiled_regions_give_the_eager_gradient(policy, trained, region_backen
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("family", SHAPES[1:])
+@pytest.mark.parametrize("family", [x for x in SHAPES[1:] if x != "olmo3"])  # gemma2 has its norms
 def test_compiled_regions_give_the_eager_gradient_of_packed_rows(family, trained, region_backend):
     region_backend("aot_eager")
     model = trained(family)
