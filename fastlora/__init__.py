@@ -12,7 +12,7 @@ A run, from a checkpoint to an adapter on disk:
 `Model` and `Tokenizer` are immutable: every function returns a new one. Between `load` and `train`,
 `add_tokens` extends the vocabulary and `initialize` sets the adapter from data. `load_adapter`
 reads an adapter; `combine`, `disable`, `merge` and `quantize` make another model of one.
-`find_learning_rate` tries rates before a run.
+`find_learning_rate` tries rates before a run. `gathered` makes a sharded base whole.
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
 `losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fastlora.adapters.edits.quantization import quantize
     from fastlora.adapters.edits.vocabulary import add_tokens
     from fastlora.adapters.init_from_data.dispatch import initialize
+    from fastlora.distributed.sharded_base import gathered
     from fastlora.errors import CheckpointError
     from fastlora.formats.peft.reading import load_adapter
     from fastlora.generation.many import generate_many
@@ -58,6 +59,7 @@ _HOMES = {
     "combine": "fastlora.adapters.edits.combining",
     "disable": "fastlora.adapters.edits.combining",
     "find_learning_rate": "fastlora.training.rate_range",
+    "gathered": "fastlora.distributed.sharded_base",
     "generate_many": "fastlora.generation.many",
     "initialize": "fastlora.adapters.init_from_data.dispatch",
     "load": "fastlora.loading",
@@ -83,6 +85,7 @@ __all__ = [
     "disable",
     "find_learning_rate",
     "functional",
+    "gathered",
     "generate_many",
     "initialize",
     "load",

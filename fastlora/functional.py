@@ -46,6 +46,7 @@ from fastlora.models.positions import segment_starts
 from fastlora.models.spec import Spec
 from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
+from fastlora.models.stacks import stack_size
 from fastlora.models.state import Batch, Seed
 from fastlora.ops.loss.ignore import IGNORE
 from fastlora.runtime.per_example import PerExample
@@ -178,6 +179,7 @@ def loss_sum(
     *,
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
+    first_row: Int[Tensor, ""] | None = None,
     add: Added | None = None,
     inputs_embeds: Embeds | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
@@ -190,6 +192,9 @@ def loss_sum(
         batch: "input_ids", "labels", and optionally the masks and ids of `forward`.
         adapter_ids: as `forward`.
         seed: as `forward`.
+        first_row: of a part of a larger batch, the number of its first token in that batch: rows
+            before it times their padded length. The part then has the dropout masks and the noise
+            that it has in the larger batch. Not with a stack; None: 0.
         add: as `forward`.
         inputs_embeds: as `forward`; the batch then has no input_ids.
 
@@ -197,7 +202,7 @@ def loss_sum(
         ValueError: as `token_logprobs`, and for missing or unknown entries of the batch.
     """
     model, how = (adapter, base, spec), (seed, adapter_ids, add, inputs_embeds)
-    logp, labels = _batch_logprobs("functional.loss_sum", model, batch, *how)
+    logp, labels = _batch_logprobs("functional.loss_sum", model, batch, *how, first_row=first_row)
     return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
 
 
@@ -275,6 +280,7 @@ def _batch_logprobs(
     seed: Seed,
     adapter_ids: AdapterIds,
     *places: Any,
+    first_row: Int[Tensor, ""] | None = None,
 ) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
     """(log-probabilities of the trained labels, these labels). `places`: add, inputs_embeds."""
     # First, because the other checks read the batch's input_ids.
@@ -283,7 +289,12 @@ def _batch_logprobs(
     how = seed, adapter_ids
     inputs = checked_inputs(function, model, batch, *how, None, *places)
     inputs["labels"] = labels = trained_labels(batch)
-    return for_each_row(row_logprobs, *model, inputs, *how), labels
+    if first_row is None:
+        return for_each_row(row_logprobs, *model, inputs, *how), labels
+    adapter, base, spec = model
+    if isinstance(adapter, PerExample) or stack_size(adapter) is not None:
+        raise ValueError(f"{function} takes first_row for one adapter, and not by example")
+    return row_logprobs(adapter, base, spec, inputs, seed, first_row), labels
 
 
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:

@@ -22,10 +22,14 @@ from fastlora.arguments import (
 from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
 from fastlora.checkpoints.reading import read_base
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
+from fastlora.distributed.launch import own_device
+from fastlora.distributed.mesh import SHARD, shard_problem
+from fastlora.distributed.reading import load_sharded
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.model import Model
-from fastlora.models.params import DTYPES
+from fastlora.models.config import LlamaConfig
+from fastlora.models.params import DTYPES, Base
 from fastlora.models.rope_json import rope_scaling_problems
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import refuse_transforms
@@ -44,6 +48,7 @@ _RULES = {
     ),
     "load_in_4bit": FLAG,
     "rope_scaling": optional(instance(dict, "a dict with rope_type, factor, ...")),
+    "shard": SHARD,
     **HUB_RULES,
 }
 
@@ -56,6 +61,7 @@ def load(
     load_in_4bit: bool = False,
     device: torch.device | str = "auto",
     rope_scaling: dict[str, Any] | None = None,
+    shard: Any = None,
     token: str | bool | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -76,10 +82,18 @@ def load(
             bitsandbytes, one tensor at a time on the device. Embedding, head and norms keep their
             dtype. A checkpoint that bitsandbytes has quantised to 4 or 8 bits is recognised and
             never quantised again.
-        device: "auto" is CUDA if there is one, else the CPU.
+        device: "auto" is CUDA if there is one, else the CPU. In a process that torchrun started,
+            "auto" and "cuda" are cuda:LOCAL_RANK, which becomes CUDA's current device.
         rope_scaling: replaces the checkpoint's RoPE scaling; keys as in config.json. A key that
             its rope_type does not read is refused. An adapter's folder does not record it, as in
             PEFT: give it again when you load the adapter.
+        shard: how the frozen base is kept (distributed/README.md). None: whole, on the device of
+            every rank. A number: sharded over groups of so many ranks; "node": over the ranks of
+            each machine; "auto": over as few of them as the base needs. A group of one rank is as
+            None. A DeviceMesh: over its last dimension. "host": in host memory, sharded over the
+            ranks of each machine if there are several; layers are copied to the device before they
+            run. Losses and gradients are the same bits. Every rank must make the same calls. Not
+            for mixtures of experts.
         token: Hub token; None uses the stored one.
         revision: branch, tag or commit on the Hub, of the repository that `model_name` names. For
             an adapter, the base's revision is the one that adapter_config.json names.
@@ -101,12 +115,17 @@ def load(
     refuse_transforms("fastlora.load")
     given = {"model_name": model_name, "max_seq_length": max_seq_length, "dtype": dtype}
     given |= {"load_in_4bit": load_in_4bit, "rope_scaling": rope_scaling, "token": token}
+    given |= {"shard": shard}
     given |= {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     problems = argument_problems({name: (value, _RULES[name]) for name, value in given.items()})
     if type(device) is str and device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not problems and (problem := shard_problem(shard)):
+        problems.append(problem)
     if problem := device_problem(device, types=("cpu", "cuda")):
         problems.append(problem)
+    else:
+        device = own_device(torch.device(device))
     # A value that is not a dict breaks its rule above.
     if isinstance(rope_scaling, dict):
         problems += rope_scaling_problems(rope_scaling)
@@ -125,20 +144,7 @@ def load(
         folder, adapter_folder = find_folder(name, revision=revision, **hub), folder
     # Before the weights: a broken tokenizer.json then fails before gigabytes are read.
     tokenizer = _tokenizer(folder, adapter_folder)
-    try:
-        config, base = read_base(
-            folder,
-            dtype=None if dtype == "auto" else DTYPES[str(dtype).removeprefix("torch.")],
-            device=torch.device(device),
-            rope_scaling=rope_scaling,
-            quantize=load_in_4bit,
-        )
-    except CheckpointError as error:
-        if rope_scaling is None:
-            raise
-        # The error names fields of config.json, but the wrong value may be the argument's.
-        replaced = f"with rope_scaling={describe(rope_scaling)} in place of the file's: "
-        raise CheckpointError(f"{replaced}{error}") from error
+    config, base = _read_base(folder, device, shard, dtype, rope_scaling, load_in_4bit)
     spec = Spec(
         config=config,
         name_or_path=name,
@@ -148,6 +154,29 @@ def load(
     )
     model = Model(spec=spec, base=base, adapter=None)
     return (model if adapter_folder is None else load_adapter(model, adapter_folder)), tokenizer
+
+
+def _read_base(
+    folder: Path,
+    device: torch.device | str,
+    shard: Any,
+    dtype: torch.dtype | str,
+    rope_scaling: dict[str, Any] | None,
+    quantize: bool,
+) -> tuple[LlamaConfig, Base]:
+    """Config and base of a folder, with `load`'s arguments."""
+    wanted = None if dtype == "auto" else DTYPES[str(dtype).removeprefix("torch.")]
+    how = {"dtype": wanted, "rope_scaling": rope_scaling, "quantize": quantize}
+    try:
+        if shard is None:
+            return read_base(folder, device=torch.device(device), **how)
+        return load_sharded(folder, shard, torch.device(device), **how)
+    except CheckpointError as error:
+        if rope_scaling is None:
+            raise
+        # The error names fields of config.json, but the wrong value may be the argument's.
+        replaced = f"with rope_scaling={describe(rope_scaling)} in place of the file's: "
+        raise CheckpointError(f"{replaced}{error}") from error
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -4,6 +4,7 @@
     python scripts/finetune.py --model meta-llama/Llama-3.2-1B-Instruct --data rows.jsonl
     python scripts/finetune.py --config run.toml --seed 1          # options from a file
     python scripts/finetune.py --repeat runs/adapter/run.json      # the same bits, or what differs
+    torchrun --nproc-per-node 8 scripts/finetune.py --model ...    # on 8 GPUs
 
 All arguments of fastlora.lora and fastlora.train are options. Exit codes are in --help. Needs tyro:
 pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps of a run in order.
@@ -19,6 +20,7 @@ from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast
 from finetuning.held_out import data_of, described, heldout_loss, prompts_of
 from finetuning.options import arguments_for, parse
+from finetuning.ranks import on_first_rank, resumes, silent_unless_first, step_size
 from finetuning.repeat import differences, note_options
 from finetuning.toml import to_toml
 
@@ -29,7 +31,8 @@ from fastlora.training.settings import Settings, check_train_arguments
 
 def main() -> None:
     try:
-        code = run(parse(sys.argv[1:]))
+        with silent_unless_first():
+            code = run(parse(sys.argv[1:]))
     except Exception as error:
         if (known := exit_code(error)) is None:
             raise
@@ -49,13 +52,13 @@ def run(args: Any) -> int:
     model = fastlora.lora(base, **settings, max_seq_length=length, random_state=args.seed)
     args = resolved(args, model)
     print(to_toml(args))
-    print(forecast(model, args))
+    print(f"{step_size(args)}\n{forecast(model, args)}")
     model.print_trainable_parameters()
     print(f"rows to train on: {described(data)}; held out: {described(heldout)}")
     given = dict(
         eval_data=heldout,
         output_dir=args.output,
-        resume="auto" if args.resume else False,
+        resume="auto" if resumes(args) else False,
         log=list(args.log),
         progress=args.progress,
     )
@@ -73,10 +76,10 @@ def run(args: Any) -> int:
         print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout, args)
 
-    if not args.resume:
-        make_room(args.output)
+    if not resumes(args):
+        on_first_rank(make_room, args.output)
     model, history = fastlora.train(model, tokenizer, data, **given, **settings)
-    note_options(args.output, dataclasses.asdict(args))
+    on_first_rank(note_options, args.output, dataclasses.asdict(args))
 
     print(f"\nafter {len(history.steps)} steps", end="")
     if heldout:

@@ -19,6 +19,7 @@ FLOORS = [
     {"runtime"},
     {"models"},
     {"functional", "checkpoints"},
+    {"distributed"},
     {"text"},
     {"adapters"},
     {"formats", "generation", "data"},
@@ -157,10 +158,11 @@ def test_every_wing_and_single_file_has_a_floor():
     assert {part_of(file) for file in GRAPH} == set(FLOOR)
 
 
-def test_the_package_has_at_most_12_wings_and_8_single_files():
+def test_the_package_has_at_most_13_wings_and_8_single_files():
     wings = {part_of(file) for file in GRAPH if "/" in file}
     single = {file for file in GRAPH if "/" not in file and file != "__init__.py"}
-    assert len(wings) <= 12
+    # 12, and one for several GPUs: none of the other subjects contains process groups and shards.
+    assert len(wings) <= 13
     assert len(single) <= 8
 
 

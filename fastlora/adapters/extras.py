@@ -7,10 +7,10 @@ as a dotted part of their name.
 """
 
 import operator
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Collection, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import regex
 import torch
@@ -24,9 +24,10 @@ from fastlora.models.names import (
     EMBED_TOKENS,
     LM_HEAD,
     base_tensors,
+    linear_names,
     tensors_from_base,
 )
-from fastlora.models.params import PROJECTIONS, Base
+from fastlora.models.params import Base
 from fastlora.models.spec import Extras, LoraConfig, Target
 
 BIAS = one_of("none", "all", "lora_only")
@@ -134,7 +135,7 @@ def _replaced(
     }
     problems = [
         f"modules_to_save matches {m}; expected norms, embed_tokens, lm_head or single linear"
-        f" layers, {list(PROJECTIONS)}"
+        f" layers, {list(linear_names(config))}"
         for m in sorted(saved)
         if m not in allowed
     ]
@@ -196,8 +197,12 @@ def first_tensors(config: LlamaConfig, extras: Extras, base: Base, dtype: torch.
 
     Copies of tensors keep the base's dtype, as in PEFT. Rows are in `dtype`.
     """
+    if not extras.replaced and not extras.tokens:
+        return {}
     tensors = tensors_from_base(config, base)
-    tensors.setdefault(LM_HEAD, tensors[EMBED_TOKENS])
+    if LM_HEAD not in tensors:
+        head = {LM_HEAD: tensors[EMBED_TOKENS]}
+        tensors = ChainMap(head, cast(dict[str, Any], tensors))
     trees: dict[str, Any] = {}
     if extras.replaced:
         trees["replaced"] = {name: tensors[name].clone() for name in extras.replaced}

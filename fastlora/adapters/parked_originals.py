@@ -17,6 +17,7 @@ from fastlora.checkpoints.tensors import read_safetensors, write_safetensors
 from fastlora.models.params import Base
 from fastlora.models.self_contained import unread
 from fastlora.models.spec import Extras
+from fastlora.runtime.layer_fetching import is_sharded
 
 DEFAULT_PARKING_FOLDER = "_fastlora_temporary_saved_buffers"
 
@@ -64,7 +65,9 @@ def location_problems(base: Base, extras: Extras, folder: str | os.PathLike[str]
 
 def _keys_to_park(base: Base, extras: Extras) -> list[str]:
     # Parking frees device memory. On the CPU the originals are mapped from the checkpoint already.
-    return [] if base["norm"].device.type == "cpu" else unread(base, extras)
+    if base["norm"].device.type == "cpu" or is_sharded(base):  # a sharded base is elsewhere already
+        return []
+    return unread(base, extras)
 
 
 def _mapped(key: str, tensor: Tensor, folder: str | os.PathLike[str]) -> Tensor:

@@ -11,11 +11,12 @@ from fastlora.adapters.init.methods import DATA_METHODS, factor_problems, reads_
 from fastlora.adapters.lora_arguments import DEFAULT_RECOMPUTE, LoraArguments
 from fastlora.adapters.parked_originals import location_problems
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import is_mixture, projection_weights, target_shape
-from fastlora.models.params import PROJECTIONS, is_quantized
+from fastlora.models.names import is_mixture, linear_names, projection_weights, target_shape
+from fastlora.models.params import is_quantized
 from fastlora.models.spec import Extras, LoraConfig
 from fastlora.models.state import ModelState
 from fastlora.ops.quant.fake_quantize import SCHEMES
+from fastlora.runtime.layer_fetching import is_sharded
 
 
 def conflict_problems(arguments: LoraArguments, s: LoraConfig, model: ModelState) -> list[str]:
@@ -35,6 +36,8 @@ def resolved_problems(
 ) -> list[str]:
     """Problems of resolved settings with the base, and of `temporary_location`."""
     problems = location_problems(model.base, s.extras, folder)
+    if is_sharded(model.base):
+        problems += _sharded_base_problems(s)
     if is_quantized(model.base):
         problems += _quantized_base_problems(s, model.spec.config, loftq)
     if reads_weights(s.init_lora_weights):
@@ -128,7 +131,7 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
             *problems,
             "qat_scheme does not support the grouped products of mixtures of experts",
         ]
-    widths = {name: target_shape(config, name)[1] for name in PROJECTIONS}
+    widths = {name: target_shape(config, name)[1] for name in linear_names(config)}
     widths["lm_head"] = config.hidden_size
     if group and (wrong := {name: d for name, d in widths.items() if d % group}):
         without_groups = [name for name, x in SCHEMES.items() if x.weight.group_size is None]
@@ -156,6 +159,22 @@ def _quantized_base_problems(s: LoraConfig, config: LlamaConfig, loftq: LoftQSet
         problems.append(
             "loftq_config: more iterations, or other bits, would quantise the base again; over a"
             " quantised base expected {'loftq_bits': 4, 'loftq_iter': 1}"
+        )
+    return problems
+
+
+def _sharded_base_problems(s: LoraConfig) -> list[str]:
+    """Settings that cannot be used over a base that `load(shard=)` has sharded."""
+    in_layers = [name for name in s.extras.replaced if name.startswith("model.layers.")]
+    problems = [
+        f"bias or modules_to_save: {name} is in a sharded layer, of which no copy is trained; train"
+        " LoRA there, or load the base with shard=None"
+        for name in in_layers[:3]
+    ]
+    if s.qat_scheme is not None:
+        problems.append(
+            f"qat_scheme={s.qat_scheme!r} is not supported over a sharded base; load it with"
+            " shard=None"
         )
     return problems
 

@@ -18,8 +18,8 @@ from fastlora.adapters.refusals import weight_init_problems
 from fastlora.adapters.unmatched import match_problems
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import layer_targets, module_names, projection_path
-from fastlora.models.params import EXPERTS, PROJECTIONS
+from fastlora.models.names import layer_targets, linear_names, module_names, projection_path
+from fastlora.models.params import EXPERTS, LINEARS
 from fastlora.models.spec import Extras, LoraConfig, Target, lora_scaling
 
 
@@ -64,9 +64,9 @@ def resolve_targets(
     adapted, parameter_problems = _adapted_names(settings, config, matched, parameters, spoken)
     problems += [
         f"target_modules matches {m}, which is not a linear layer; expected among"
-        f" {list(PROJECTIONS)}"
+        f" {list(linear_names(config))}"
         for m in matched
-        if m.rpartition(".")[2] not in PROJECTIONS and m not in EDGE_MODULES
+        if m.rpartition(".")[2] not in LINEARS and m not in EDGE_MODULES
     ]
     problems += parameter_problems
     problems += pattern_problems or match_problems(
@@ -96,7 +96,7 @@ def _adapted_names(
     matches has its parameter's.
     """
     # Patterns of rank and alpha see the module's name, or the parameter's, as in PEFT.
-    by_module = {m: spoken(m) for m in modules if m.rpartition(".")[2] in PROJECTIONS}
+    by_module = {m: spoken(m) for m in modules if m.rpartition(".")[2] in LINEARS}
     paths = {
         path if name in EXPERTS else f"{path}.weight": path
         for layer in range(config.num_hidden_layers)

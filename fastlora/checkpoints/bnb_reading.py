@@ -210,6 +210,62 @@ def read_quantized(
     }
 
 
+# A weight on the device "meta", and for each of its tensors, by id, where its bytes are: an entry
+# of a file, or a small tensor.
+Described = tuple[Quantized, dict[int, Entry | Tensor]]
+
+
+def described_weights(stored: Mapping[str, StoredWeight]) -> dict[str, Described]:
+    """Name -> the weight that `read_quantized` would read, described. No weight is read.
+
+    Args:
+        stored: weights in which `quantized_problems` has found no problem.
+    """
+    states = _read_states(stored)
+    levels = {name: torch.empty(16, device="meta") for name in LEVELS}  # one tensor each, as there
+    return {
+        n: _described_8bit(w) if w.format == "int8" else _described_4bit(w, states[n], levels)
+        for n, w in stored.items()
+    }
+
+
+def _meta(entry: Entry, dtype: torch.dtype) -> Tensor:
+    return torch.empty(entry.shape, dtype=dtype, device="meta")
+
+
+def _described_8bit(weight: StoredWeight) -> Described:
+    values, scale = weight.entries[""], weight.entries[".SCB"]
+    record = Weight8bit(_meta(values, torch.int8), _meta(scale, torch.float32))
+    return record, {id(record.values): values, id(record.scale): scale}
+
+
+def _described_4bit(
+    weight: StoredWeight, state: dict[str, Any], levels: Mapping[str, Tensor]
+) -> Described:
+    of, shape = weight.entries, tuple(state["shape"])
+    packed = torch.empty(_packed_bytes(shape), dtype=torch.uint8, device="meta")
+    code = levels[weight.format]
+    sources: dict[int, Entry | Tensor] = {
+        id(packed): of[""],
+        id(code): torch.tensor(LEVELS[weight.format]),
+    }
+    if "nested_offset" in state:
+        absmax = NestedAbsmax(
+            _meta(of[".absmax"], torch.uint8),
+            _meta(of[".nested_absmax"], torch.float32),
+            _meta(of[".nested_quant_map"], torch.float32),
+            torch.empty((), device="meta"),
+        )
+        sources |= {id(absmax.values): of[".absmax"], id(absmax.scale): of[".nested_absmax"]}
+        sources |= {id(absmax.code): of[".nested_quant_map"]}
+        sources |= {id(absmax.offset): torch.tensor(float(state["nested_offset"]))}
+    else:
+        absmax = _meta(of[".absmax"], torch.float32)
+        sources[id(absmax)] = of[".absmax"]
+    form = empty_form(shape, DENSE_DTYPES[state["dtype"]], "meta", state["blocksize"])
+    return Weight4bit(packed, code, form, absmax), sources
+
+
 def _read_parts(
     stored: Mapping[str, StoredWeight], device: torch.device | str
 ) -> dict[str, dict[str, Tensor]]:

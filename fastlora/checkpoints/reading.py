@@ -5,14 +5,19 @@ bnb_reading.py); only then are tensors read.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora.checkpoints.bnb_format import check_quantizable, quantizable, split_quantized
+from fastlora.checkpoints.bnb_format import (
+    StoredWeight,
+    check_quantizable,
+    quantizable,
+    split_quantized,
+)
 from fastlora.checkpoints.bnb_reading import quantized_problems, read_quantized
 from fastlora.checkpoints.expert_layout import Piece, pieces
 from fastlora.checkpoints.tensors import DTYPES, Entry, entry_tensors, read_json
@@ -31,7 +36,7 @@ from fastlora.models.names import (
 from fastlora.models.params import Base
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.dequantize import dequantize
-from fastlora.ops.quant.weights import Quantized, Weight
+from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit
 
 
 def read_base(
@@ -42,7 +47,7 @@ def read_base(
     rope_scaling: dict[str, Any] | None = None,
     quantize: bool = False,
 ) -> tuple[LlamaConfig, Base]:
-    """Read config and weights of a folder in Hugging Face layout.
+    """Read config and weights of a folder in Hugging Face layout: `check_base`, then all tensors.
 
     The config describes what was loaded: `tie_word_embeddings` is False if the file has a head that
     differs from the embedding, and `dtype` is the weights'.
@@ -61,6 +66,75 @@ def read_base(
         ValueError: `quantize` does not support the model or its dtype.
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
+    checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
+    return read_checked(checked, device)
+
+
+def read_checked(checked: "CheckedBase", device: torch.device | str) -> tuple[LlamaConfig, Base]:
+    """`read_base` of a folder that `check_base` has checked."""
+    config = checked.config
+    tensors = _read_weights(checked, device)
+    if torch.device(device).type == "cuda":  # on the CPU, fusing would copy views of the file
+        fuse_qkv(config, tensors)
+    base = base_from_tensors(config, tensors)
+    return with_loaded_dtype(config, base["embed_tokens"].dtype), base
+
+
+def with_loaded_dtype(config: LlamaConfig, dtype: torch.dtype) -> LlamaConfig:
+    """The config with the dtype of the weights that were read."""
+    return replace(config, dtype=str(dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedBase:
+    """The weights of a folder, checked against its config. No weight is read yet."""
+
+    folder: Path
+    config: LlamaConfig
+    dtype: torch.dtype | None  # of dense weights; None: the file's
+    dense: Mapping[str, Entry]
+    parts: Mapping[str, Piece]  # key in the file -> which tensor of the model, and where in it
+    stored: Mapping[str, StoredWeight]  # in 4 or 8 bits
+    to_4bit: Mapping[str, torch.dtype]  # name -> dtype, of the projections to be quantised now
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype of a dense tensor after it is read."""
+        return self.dtype or DTYPES[self.dense[name].dtype]
+
+    def quantized(self, name: str, tensor: Tensor) -> Weight4bit:
+        """A tensor of `to_4bit` in 4 bits.
+
+        Raises:
+            CheckpointError: the tensor holds NaN or infinity.
+        """
+        if not tensor.isfinite().all():  # a block's scale would be NaN, and with it 64 weights
+            raise CheckpointError(
+                f"{self.folder}: {name} holds NaN or infinity; download it again."
+            )
+        return quantize_4bit(tensor)
+
+
+def check_base(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    rope_scaling: dict[str, Any] | None = None,
+    quantize: bool = False,
+) -> CheckedBase:
+    """Read config.json and the headers of the weights, and check everything.
+
+    Args:
+        folder: as `read_base`.
+        dtype: as `read_base`.
+        rope_scaling: as `read_base`.
+        quantize: as `read_base`.
+
+    Raises:
+        FileNotFoundError: as `read_base`.
+        CheckpointError: as `read_base`.
+        ValueError: as `read_base`.
+        ModuleNotFoundError: as `read_base`.
+    """
     raw, config = _read_config(folder, rope_scaling)
     found = scan(folder, wrapped=config.wrapper is not None)
     entries, tied = resolve_tied_head(found, config.tie_word_embeddings)
@@ -75,12 +149,7 @@ def read_base(
             f"{folder / 'config.json'} has a quantization_config, but no weight is quantised;"
             " delete it there, or copy the weights that belong to it."
         )
-    tensors = _read_weights(folder, entries, config, device=device, dtype=dtype, quantize=quantize)
-    if torch.device(device).type == "cuda":  # on the CPU, fusing would copy views of the file
-        fuse_qkv(config, tensors)
-    base = base_from_tensors(config, tensors)
-    loaded = str(base["embed_tokens"].dtype).removeprefix("torch.")
-    return replace(config, dtype=loaded), base
+    return _checked_weights(folder, entries, config, dtype, quantize)
 
 
 def _read_config(
@@ -102,20 +171,14 @@ def _read_config(
     return raw, config
 
 
-def _read_weights(
+def _checked_weights(
     folder: Path,
     entries: Mapping[str, Entry],
     config: LlamaConfig,
-    *,
-    device: torch.device | str,
     dtype: torch.dtype | None,
     quantize: bool,
-) -> dict[str, Weight]:
-    """Name in the tree -> weight, for all of `base_tensors`. Checks all entries, then reads.
-
-    A projection that is stored in 4 or 8 bits keeps its bytes; a head that is stored so is
-    dequantised. `quantize` leaves a checkpoint unchanged in which any projection is quantised.
-    """
+) -> CheckedBase:
+    """Check all entries. `quantize` changes no checkpoint in which any projection is quantised."""
     dense, stored = split_quantized(entries)
     parts = {n: part for n, part in pieces(config, entries.keys()).items() if n not in stored}
     matrices = {n: s for n, s in base_tensors(config).items() if n in quantizable(config)}
@@ -127,16 +190,30 @@ def _read_weights(
     if quantize and not any(n in stored for n in projections):
         to_4bit = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
         check_quantizable(config, to_4bit.values())
+    return CheckedBase(
+        folder=folder,
+        config=config,
+        dtype=dtype,
+        dense=dense,
+        parts=parts,
+        stored=stored,
+        to_4bit=to_4bit,
+    )
+
+
+def _read_weights(checked: CheckedBase, device: torch.device | str) -> dict[str, Weight]:
+    """Name in the tree -> weight, for all of `base_tensors`.
+
+    A projection that is stored in 4 or 8 bits keeps its bytes; a head that is stored so is
+    dequantised.
+    """
+    config, dtype = checked.config, checked.dtype
 
     def convert(name: str, tensor: Tensor) -> Weight:
-        if name not in to_4bit:
-            return tensor
-        if not tensor.isfinite().all():  # a block's scale would be NaN, and with it 64 weights
-            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; download it again.")
-        return quantize_4bit(tensor)
+        return checked.quantized(name, tensor) if name in checked.to_4bit else tensor
 
-    tensors = _read_dense(dense, parts, config, device, dtype, convert)
-    tensors |= read_quantized(stored, device=device)
+    tensors = _read_dense(checked.dense, checked.parts, config, device, dtype, convert)
+    tensors |= read_quantized(checked.stored, device=device)
     # The kernels of head and loss read a dense matrix.
     if isinstance(tensors.get(LM_HEAD), Quantized):
         tensors[LM_HEAD] = dequantize(tensors[LM_HEAD], tensors[EMBED_TOKENS].dtype)

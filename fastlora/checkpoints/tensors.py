@@ -7,7 +7,7 @@ milliseconds, before the first tensor is read.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
@@ -186,6 +186,32 @@ def read_entries(
     """Name -> tensor, read as by `entry_tensors`, in the order of `entries`."""
     tensors = dict(entry_tensors(entries, device=device, dtype=dtype))
     return {name: tensors[name] for name in entries}
+
+
+class RowReader:
+    """Reads rows of stored tensors: consecutive indices of the first dimension. A context."""
+
+    def __init__(self) -> None:
+        """No file is open."""
+        self.files = ExitStack()
+        self.opened: dict[Path, Any] = {}
+        self.bytes_read = 0
+
+    def rows(self, entry: Entry, first: int, last: int) -> Tensor:
+        """Rows [first, last) of a tensor with at least one dimension, on the CPU."""
+        with _safetensors_errors(entry.path):
+            if entry.path not in self.opened:
+                file = safe_open(entry.path, framework="pt")
+                self.opened[entry.path] = self.files.enter_context(file)
+            rows = self.opened[entry.path].get_slice(entry.key)[first:last]
+        self.bytes_read += rows.nbytes
+        return rows
+
+    def __enter__(self) -> "RowReader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.files.close()
 
 
 def read_safetensors(path: Path, *, device: torch.device | str = "cpu") -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from fastlora.models.spec import Spec
 from fastlora.ops.quant.bitsandbytes import comes_from
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Quantized, Weight, shape_of
+from fastlora.runtime.layer_fetching import described
 
 # (name on disk, the base's weight of that name) -> the dense matrix to use for it.
 MatrixSource = Callable[[str, Weight], Float[Tensor, "d_out d_in"]]
@@ -51,10 +52,9 @@ def unquantized_matrices(config: LlamaConfig, folder: Path, base: Base) -> Matri
             those that this base was quantised from.
     """
     entries = scan(folder, wrapped=config.wrapper is not None)
+    kinds = tensors_from_base(config, described(base))  # shapes, without fetching a sharded base
     weights = tensors_from_base(config, base)
-    quantized = {
-        n: weights[n] for n in projection_weights(config) if isinstance(weights[n], Quantized)
-    }
+    quantized = {n: kinds[n] for n in projection_weights(config) if isinstance(kinds[n], Quantized)}
     stored = split_quantized(entries)[1]
     problems = [
         f"quantised   {n} is in {stored[n].format} there too" for n in quantized if n in stored
@@ -73,7 +73,7 @@ def unquantized_matrices(config: LlamaConfig, folder: Path, base: Base) -> Matri
         problems = [
             f"other       {n}: not the matrix that was quantised"
             for n, matrix in entry_tensors(dense_entries, device=device)
-            if not comes_from(quantized[n], matrix)
+            if not comes_from(weights[n], matrix)
         ]
     raise_problems(
         CheckpointError,

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fastlora.data.background import Background
 from fastlora.data.encoding import RowEncoder, RowLimits
-from fastlora.data.examples import Example, Packed
+from fastlora.data.examples import Example
 from fastlora.data.lanes import Place, chunks, lanes_of, start_of
 from fastlora.data.left_out import LeftOut
 from fastlora.data.packing import pack
@@ -61,6 +61,20 @@ class Block(Sequence[Any]):
 
     def __getitem__(self, index: Any) -> Any:
         return self.sequences[self.order[index]]
+
+
+class Taken(Sequence[Any]):
+    """Sequences of blocks. A packed one is made when it is asked for."""
+
+    def __init__(self, places: Sequence[tuple[Block, int]]) -> None:
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Any) -> Any:
+        block, number = self._places[index]
+        return block[number]
 
 
 class StreamSettings(NamedTuple):
@@ -114,9 +128,21 @@ class Stream:
         return self._background.waited
 
     def steps(
-        self, position: Any, batch_size: int, micro_batches: int, batches: _Batches
+        self,
+        position: Any,
+        batch_size: int,
+        micro_batches: int,
+        batches: _Batches,
+        deal: Callable[[Sequence[Any]], list[_Batch]] | None = None,
     ) -> Generator[list[_Batch], None, None]:
         """Without end, the micro-batches of each step behind a position; None is the beginning.
+
+        Args:
+            position: what `self.position` was.
+            batch_size: sequences in a micro-batch.
+            micro_batches: of a step.
+            batches: makes them of sequences.
+            deal: makes the batches of a step of its sequences, in place of `batches`.
 
         Raises:
             CheckpointError: `position` is not what `self.position` was.
@@ -127,10 +153,14 @@ class Stream:
             self.close()
             blocks = self._background = self._blocks_from(place)
         try:
-            stream = self._sequences(blocks, taken)
+            stream = self._places(blocks, taken)
+            take = lambda count: Taken([*islice(stream, count)])
             while True:
+                if deal is not None:
+                    yield deal(take(batch_size * micro_batches))
+                    continue
                 yield [
-                    next(batches([*islice(stream, batch_size)], batch_size, seed=None))
+                    next(batches(take(batch_size), batch_size, seed=None))
                     for _ in range(micro_batches)
                 ]
         finally:
@@ -149,12 +179,12 @@ class Stream:
             yield first
         yield from self._background
 
-    def _sequences(self, blocks: Iterator[Block], taken: int) -> Iterator[Example | Packed]:
-        """The sequences of all blocks, without the first `taken`. Moves the position."""
+    def _places(self, blocks: Iterator[Block], taken: int) -> Iterator[tuple[Block, int]]:
+        """(block, number in it) of all sequences, without the first `taken`. Moves the position."""
         for block in blocks:
             for number in range(taken, len(block)):
                 self.position = {**asdict(block.place), "taken": number + 1}
-                yield block[number]
+                yield block, number
             taken = 0
 
     def _blocks_from(self, place: Place) -> Background[Block]:

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from fastlora.checkpoints.unquantized import (
     source_folder,
     unquantized_matrices,
 )
+from fastlora.distributed.leading import on_first_rank
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.writing import CONFIG_FILE, save_adapter
 from fastlora.formats.read_back import largest_difference
@@ -68,6 +70,8 @@ def save_merged(
     """Write a folder that transformers and fastlora load, with the adapter merged.
 
     The files replace older ones at the end and all together, so the disk needs room for both.
+    Over a base that is sharded over ranks, every rank must call this. Rank 0 writes, and the others
+    send it one layer at a time: twice all of the base, and a third time for the comparison.
     config.json keeps every field of the file that was read, except those that merging changes
     (dtype, vocab_size, tie_word_embeddings, quantization_config); generation_config.json stays.
 
@@ -104,6 +108,18 @@ def save_merged(
     """
     refuse_transforms("Model.save_pretrained_merged")
     check_arguments("save_merged", save_method=(save_method, SAVE_METHOD))
+    work = partial(_save_merged, model, folder, tokenizer, save_method, base)
+    return on_first_rank(model.base, work)
+
+
+def _save_merged(
+    model: ModelState,
+    folder: str | os.PathLike[str],
+    tokenizer: Tokenizer | None,
+    save_method: str,
+    base: str | os.PathLike[str],
+) -> MergeReport | None:
+    """`save_merged` by the only process, or by the first of those that share a sharded base."""
     merges_quantized = is_quantized(model.base) and save_method != "lora"
     if base != "auto" and not merges_quantized:
         raise ValueError(
@@ -159,9 +175,7 @@ def _write_merged(
     keep = in_4bit and base_used == "dequantized"
     unchanged = unchanged_4bit(spec, tensors, dtype) if keep else {}
     statistics = finite_statistics(to_4bit, merged, compute, unchanged)
-    entries = {
-        n: file_tensors(n, x, statistics.get(n), unchanged.get(n)) for n, x in deferred.items()
-    }
+    entries = {n: file_tensors(n, x, statistics.get(n), unchanged) for n, x in deferred.items()}
     files = {f: {k: x for n in names for k, x in entries[n].items()} for f, names in shards.items()}
     parameters = sum(math.prod(x.shape) for x in deferred.values())
     config_json = config_to_json(config)

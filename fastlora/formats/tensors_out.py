@@ -19,6 +19,7 @@ from fastlora.checkpoints.expert_layout import pieces
 from fastlora.checkpoints.tensors import WEIGHTS, Deferred
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
+from fastlora.models.lazy_tensors import LazyTensors
 from fastlora.models.names import projection_path
 from fastlora.models.spec import Spec
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
@@ -53,7 +54,7 @@ def deferred_tensors(
 
 def unchanged_4bit(
     spec: Spec, tensors: Mapping[str, Any], dtype: torch.dtype
-) -> dict[str, Weight4bit]:
+) -> Mapping[str, Weight4bit]:
     """Name on disk -> weight, for the base's weights that a 4-bit folder can hold unchanged.
 
     They have no adapter and are already in the format that is written: NF4 with double
@@ -61,14 +62,16 @@ def unchanged_4bit(
     """
     targets = () if spec.lora is None else enumerate(spec.lora.targets)
     adapted = {f"{projection_path(i, t.name)}.weight" for i, ts in targets for t in ts}
-    return {
-        name: x
+    names = [
+        name
         for name, x in tensors.items()
         if isinstance(x, Weight4bit)
         and name not in adapted
         and isinstance(x.absmax, NestedAbsmax)
         and (quant_type(x), x.form.shape[2], x.form.dtype) == ("nf4", BLOCK, dtype)
-    }
+    ]
+    # Looked up again when they are written: layers of a sharded base are fetched one at a time.
+    return LazyTensors(names, tensors.__getitem__)
 
 
 def finite_statistics(
@@ -113,7 +116,7 @@ def file_tensors(
     name: str,
     tensor: Deferred,
     statistics: Mapping[str, Tensor] | None,
-    unchanged: Weight4bit | None,
+    unchanged: Mapping[str, Weight4bit],
 ) -> dict[str, Tensor | Deferred]:
     """Key in the file -> tensor, for one tensor of the model: one key, or those of a 4-bit weight.
 
@@ -121,14 +124,14 @@ def file_tensors(
         name: the tensor's key.
         tensor: in 16 bits.
         statistics: from `finite_statistics`; None writes 16 bits.
-        unchanged: the base's 4-bit weight, if it is written unchanged.
+        unchanged: weights from `unchanged_4bit`.
     """
     if statistics is None:
         return {name: tensor}
     shape = ((math.prod(tensor.shape) + 1) // 2, 1)  # two values a byte
 
     def packed_bytes() -> Tensor:
-        weight = quantize_4bit(tensor.compute()) if unchanged is None else unchanged
+        weight = unchanged[name] if name in unchanged else quantize_4bit(tensor.compute())
         return weight.packed.unsqueeze(1)
 
     return {name: Deferred(torch.uint8, shape, packed_bytes), **statistics}

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.generation.prepare import PreparedModel
-from fastlora.models.rope_tables import layer_rope, tables_by_type
+from fastlora.models.rope_tables import tables_by_type
 
 
 class RopeTable(NamedTuple):
@@ -21,13 +21,11 @@ class RopeTable(NamedTuple):
 RopeTables = dict[str, RopeTable]
 
 
-def rope_table(model: PreparedModel, length: int) -> RopeTables | None:
-    """The tables of `length` positions; None for dynamic RoPE: its angles depend on the length."""
+def rope_table(model: PreparedModel, length: int) -> RopeTables:
+    """The tables of `length` positions, each that of the newest token of a row."""
     config, like = model.spec.config, model.base["norm"]
-    if any(layer_rope(config, x).rope_type == "dynamic" for x in config.layer_types):
-        return None
     index = torch.arange(length, device=like.device)[None]
-    tables = tables_by_type(config, index, index[:, -1:] + 1, like.dtype)
+    tables = tables_by_type(config, index, index + 1, like.dtype)
     return {name: RopeTable(cos[0], sin[0]) for name, (cos, sin) in tables.items()}
 
 
@@ -37,13 +35,3 @@ def table_rows(
     """Rows of a table. A slot without a running row may have a position behind the table."""
     position = position.clamp(max=len(table.cos) - 1)
     return table.cos[position], table.sin[position]
-
-
-def angles(
-    model: PreparedModel, position: Int[Tensor, "b"], tables: RopeTables | None, dtype: torch.dtype
-) -> dict[str, tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]]:
-    if tables is not None:
-        return {name: table_rows(table, position) for name, table in tables.items()}
-    column = position[:, None]
-    made = tables_by_type(model.spec.config, column, column + 1, dtype)
-    return {name: (cos[:, 0], sin[:, 0]) for name, (cos, sin) in made.items()}

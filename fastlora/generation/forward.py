@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastlora.generation.angles import RopeTables, angles, table_rows
+from fastlora.generation.angles import RopeTables, table_rows
 from fastlora.generation.cache import Cache
 from fastlora.generation.kernel_layer import (
     StepKernels,
@@ -23,11 +23,16 @@ from fastlora.generation.kernel_layer import (
     run_kernel_layer,
 )
 from fastlora.generation.prepare import PreparedModel
-from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
+from fastlora.models.attention import (
+    add_residual,
+    attention_output,
+    queries_keys_values,
+    rotated_attention,
+)
 from fastlora.models.capture import plus
 from fastlora.models.decoder import attention_masks
 from fastlora.models.embedding import embed, embedding_scale
-from fastlora.models.head import head, logits
+from fastlora.models.head import divided, head, logits
 from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
@@ -37,6 +42,7 @@ from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.ops.soft_cap import soft_cap
+from fastlora.runtime.layer_fetching import taken
 
 
 def prefill(
@@ -86,7 +92,7 @@ def decode(
     token: Int[Tensor, "b"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
-    tables: RopeTables | None,
+    tables: RopeTables,
     kernels: StepKernels,
     end: int,
 ) -> Float[Tensor, "b v"]:
@@ -128,7 +134,7 @@ def decode(
         x = _steered(model, f"layers.{i}.out", x)
     if kernels.head is not None:
         (y,) = decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")
-        return soft_cap(y, model.spec.config.logit_cap)
+        return soft_cap(divided(y, model.spec), model.spec.config.logit_cap)
     return _logits(model, x[:, 0], adapter_ids)
 
 
@@ -137,11 +143,11 @@ def _inputs(
     token: Int[Tensor, "b"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
-    tables: RopeTables | None,
+    tables: RopeTables,
     kernels: StepKernels,
 ) -> tuple[Float[Tensor, "b 1 d"], dict[str, tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]]]:
     """The embeddings, and for each layer type cos and sin of the positions."""
-    if kernels.triton and tables is not None and _plain_embedding(model):
+    if kernels.triton and _plain_embedding(model):
         embedding, first = model.base["embed_tokens"], next(iter(tables.values()))
         scale = embedding_scale(model.spec, embedding.dtype)
         inputs = step_inputs(token, lengths, embedding, *first, scale, kernels="triton")
@@ -151,7 +157,7 @@ def _inputs(
         }
         return _steered(model, "embed", inputs.x[:, None]), found
     x = _embed(model, token[:, None], adapter_ids)
-    return x, angles(model, lengths, tables, x.dtype)
+    return x, {name: table_rows(table, lengths) for name, table in tables.items()}
 
 
 def _plain_embedding(model: PreparedModel) -> bool:
@@ -273,9 +279,9 @@ def _rest_of_layer(
 
     def run(params: Any, adapter: Any, x: Tensor, heads: Tensor) -> Tensor:
         attended = attention_output(heads, params, adapter, spec, None)
-        x = x + _steered(model, f"layers.{i}.attn.out", attended)
+        x = add_residual(x, _steered(model, f"layers.{i}.attn.out", attended), spec)
         out = mlp_output(x, params, adapter, spec, None, wait=wait)
-        return x + _steered(model, f"layers.{i}.mlp.out", out)
+        return add_residual(x, _steered(model, f"layers.{i}.mlp.out", out), spec)
 
     return _each_row(model, i, run, adapter_ids, x, heads)
 
@@ -290,7 +296,7 @@ def _each_row(
     """run(params, adapter, *xs) of layer i. Under a stack, every row with its own of both."""
     layer = model.layers[i]
     if model.stack_size is None:
-        return run(layer.params, layer.adapter, *xs)
+        return run(taken(layer.params), layer.adapter, *xs)
 
     def one(tree: Any, *row: Tensor) -> Any:
         adapter, copies = tree

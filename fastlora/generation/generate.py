@@ -1,6 +1,7 @@
 """Generate for one batch of prompts: all rows begin together, and the result is one tensor."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from fastlora.arguments import (
     setting_problems,
     whole_number,
 )
+from fastlora.distributed.leading import on_first_rank
 from fastlora.errors import raise_problems
 from fastlora.generation.engine import Engine, NewTokens, RowSettings
 from fastlora.generation.sampling import SEED, Sampling, row_seeds
@@ -121,7 +123,6 @@ def seed_of_each_row(seed: int | Sequence[int] | None, rows: int) -> list[int]:
     return [int(x) for x in int_list(seed)]
 
 
-@torch.no_grad()
 def generate(
     model: ModelState,
     input_ids: Int[Tensor, "b t"],
@@ -141,6 +142,10 @@ def generate(
     with the config's pad_token_id, or else the first stop id; their log-probabilities are 0. An id
     outside the vocabulary is passed over, because models refuse such ids.
 
+    Over a base that is sharded over ranks, every rank must call this. Rank 0's prompts are
+    continued and its `stream` is called; every rank gets the result. All of the base is gathered
+    for every token, so many rows at once take no longer than one.
+
     Args:
         model: with or without an adapter, or with a stack of adapters.
         input_ids: prompts, padded on the left.
@@ -159,6 +164,28 @@ def generate(
         FloatingPointError: no finite score for the next token of a row that has not stopped.
     """
     refuse_transforms("Model.generate")
+    inputs = (model, input_ids, attention_mask, max_new_tokens, sampling, stop)
+    work = partial(_generate, *inputs, seed, stream, adapter_ids, logprobs, add)
+    ids, values = on_first_rank(model.base, work)
+    device = input_ids.device
+    return ids.to(device), values.to(device) if logprobs else None
+
+
+@torch.no_grad()
+def _generate(
+    model: ModelState,
+    input_ids: Int[Tensor, "b t"],
+    attention_mask: Int[Tensor, "b t"] | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[int, ...],
+    seed: int | Sequence[int] | None,
+    stream: Callable[[Int[Tensor, "b"]], Any] | None,
+    adapter_ids: Sequence[int] | Int[Tensor, "b"] | None,
+    logprobs: bool,
+    add: dict[str, Float[Tensor, "..."]] | None,
+) -> tuple[Int[Tensor, "b t_new"], Float32[Tensor, "b new"]]:
+    """`generate` by one process, with results on the CPU."""
     b, t = input_ids.shape
     seeds = seed_of_each_row(seed, b)
     numbers = [0] * b if adapter_ids is None else int_list(adapter_ids)
@@ -182,10 +209,9 @@ def generate(
             result.add(engine.advance())
     finally:
         engine.close()
-    ids = torch.tensor(_padded(result.ids, result.fill), device=input_ids.device)
+    ids = torch.tensor(_padded(result.ids, result.fill))
     values = torch.tensor(_padded(result.logprobs, 0.0), dtype=torch.float32)
-    values = values.to(input_ids.device)
-    return torch.cat((input_ids, ids), dim=1), values if logprobs else None
+    return torch.cat((input_ids.cpu(), ids), dim=1), values
 
 
 def _filler(model: ModelState, stop: tuple[int, ...]) -> int:

@@ -37,6 +37,7 @@ from fastlora.generation.text import PROMPT, Prompt, encode_prompt, text_stop_id
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
+from fastlora.runtime.layer_fetching import is_collective
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
 
@@ -103,6 +104,11 @@ def generate_many(
     refuse_transforms("fastlora.generate_many")
     given = dict(locals())
     _check(given)
+    if is_collective(model.base):
+        raise ValueError(
+            "fastlora.generate_many over a base that is sharded over ranks is not supported: use"
+            " model.generate on every rank, or fastlora.gathered(model)."
+        )
     encoded = _encoded(model, prompts, tokenizer, max_new_tokens)
     if eos_token_id is None and tokenizer is not None:
         config = model.spec.config

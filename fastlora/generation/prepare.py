@@ -3,7 +3,9 @@
 The adapter may be a stack of n adapters: every leaf is [n, ...], as in `functional.forward`.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.models.decoder import layer_adapters, product_dtype
+from fastlora.models.dora_products import dora_scale
 from fastlora.models.embedding import embedding_gain, trained_row_of_id
 from fastlora.models.head import Head, head
 from fastlora.models.layer_spec import LayerSpec, layer_spec
@@ -23,18 +26,20 @@ from fastlora.models.params import (
     LayerParams,
     PreparedDoRA,
 )
-from fastlora.models.projections import dora_scale
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import scaled_stack, stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import use_kernel
+from fastlora.runtime.layer_fetching import FetchedLayers, LayerPass, taken, with_resident_edges
 
 
 class PreparedLayer(NamedTuple):
     """One decoder layer."""
 
-    params: LayerParams  # the adapter's copies of base tensors are in their places
+    # LayerParams, with the adapter's copies of base tensors in their places. Of a sharded base a
+    # function that fetches them.
+    params: Any
     # Matrices in the dtype of the layer's products; DoRA as PreparedDoRA. Of a stack: [n, ...].
     adapter: LayerAdapter
     spec: LayerSpec
@@ -68,6 +73,8 @@ def prepare(model: ModelState) -> PreparedModel:
         spec = replace(model.spec, stack_factors=())
         return _prepare_stack(replace(model, adapter=scaled, spec=spec), size)
     model = self_contained(model, unpark=model.adapter is None)
+    # Embedding and head are read for every token, so they stay on the device meanwhile.
+    model = replace(model, base=with_resident_edges(model.base))
     adapter, spec = model.adapter, model.spec
     base = with_replaced(model.base, adapter, tied=spec.extras.tied)
     fused = use_kernel(base["norm"], spec.kernels)
@@ -79,7 +86,7 @@ def prepare(model: ModelState) -> PreparedModel:
             layer_spec(spec, i, fused=fused),
             spec.config.layer_types[i],
         )
-        for i, params in enumerate(base["layers"])
+        for i, params in enumerate(_params_by_layer(base))
     )
     gain = embedding_gain(adapter, base, spec)
     rows = None if adapter is None else trained_row_of_id(spec, base)
@@ -88,8 +95,21 @@ def prepare(model: ModelState) -> PreparedModel:
     return PreparedModel(spec, base, adapter, layers, None, none, gain, rows, parts, {})
 
 
+def _params_by_layer(base: Base) -> Sequence[LayerParams | Callable[[], LayerParams]]:
+    """The layers, or functions that fetch them for one pass after the other."""
+    layers = base["layers"]
+    if not isinstance(layers, FetchedLayers):
+        return layers
+    passes = LayerPass(layers, cyclic=True)
+    return [partial(passes.params, i) for i in range(len(layers))]
+
+
 def _prepared_adapter(
-    adapter: LayerAdapter, params: LayerParams, spec: Spec, layer: int, dtype: torch.dtype
+    adapter: LayerAdapter,
+    params: LayerParams | Callable[[], LayerParams],
+    spec: Spec,
+    layer: int,
+    dtype: torch.dtype,
 ) -> LayerAdapter:
     """A layer's adapter as `PreparedLayer` has it."""
     narrow = product_dtype(adapter, spec, dtype)
@@ -97,7 +117,7 @@ def _prepared_adapter(
         return narrow
     scalings = dict(layer_spec(spec, layer).scalings)
     return {
-        name: PreparedDoRA(x.a, x.b, dora_scale(params[name], x, scalings[name]))
+        name: PreparedDoRA(x.a, x.b, dora_scale(taken(params)[name], x, scalings[name]))
         if isinstance(x, DoRA)
         else x
         for name, x in narrow.items()

@@ -116,7 +116,7 @@ def step(
     b: int,
     end: int,
     variant: Variant,
-    table: RopeTables | None,
+    table: RopeTables,
     kernels: StepKernels,
 ) -> None:
     """One more token for each running row of slots 0 to b - 1.

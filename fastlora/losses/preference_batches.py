@@ -1,14 +1,15 @@
 """preference_batches(): one epoch of batches of pairs or of labelled replies."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from fastlora.arguments import check_arguments, whole_number
-from fastlora.data.batches import batches
+from fastlora.data.batches import Span, batches, epoch_order, spans_of
 from fastlora.data.examples import Example
 from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.ops.loss.ignore import IGNORE
@@ -21,6 +22,8 @@ def preference_batches(
     seed: int | None,
     epoch: int = 0,
     start: int = 0,
+    spans: Iterable[Span] | None = None,
+    order: Int[np.ndarray, "n"] | None = None,
     pad_token_id: int = 0,
     max_seq_length: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
@@ -38,6 +41,9 @@ def preference_batches(
         seed: of a private random generator; None keeps the order given.
         epoch: its number; each has another order.
         start: the number of batches to leave out at the beginning.
+        spans: the batches to make, in place of those that `batch_size` and `start` give. Their
+            lengths are not used.
+        order: the result of `epoch_order`, so that it is not computed again.
         pad_token_id: what `input_ids` are padded with.
         max_seq_length: a bound on the rounding of t and u to a multiple of 8.
 
@@ -50,11 +56,10 @@ def preference_batches(
         settings = dict(seed=None, pad_token_id=pad_token_id, max_seq_length=max_seq_length)
         return next(batches(examples, len(examples), **settings))  # pyright: ignore
 
-    order = np.arange(len(sequences))
-    if seed is not None:
-        order = np.random.default_rng([seed, epoch]).permutation(order)
-    for first in range(start * batch_size, len(order), batch_size):
-        rows = [sequences[i] for i in order[first : first + batch_size]]
+    if order is None:
+        order = epoch_order(len(sequences), seed, epoch)
+    for first, end, _ in spans_of(len(order), batch_size, start) if spans is None else spans:
+        rows = [sequences[i] for i in order[first:end]]
         pairs = [row for row in rows if isinstance(row, Pair)]
         if pairs:
             chosen = [Example(p.chosen_ids, p.chosen_labels) for p in pairs]

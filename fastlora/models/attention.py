@@ -1,5 +1,8 @@
 """The attention half of a decoder layer: RMSNorm, q, k and v, RoPE, attention, o, RMSNorm."""
 
+from collections.abc import Sequence
+
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from fastlora.models.projections import group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
 from fastlora.ops.attention.flash import Spans, flash_attention
-from fastlora.ops.attention.rope import apply_rope
+from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import joint_lora_linears
 
@@ -38,13 +41,34 @@ def _heads(
     """
     b, t, _ = x.shape
     inputs = layer_norm(x, params, spec.norms.attention_in, spec)
-    q, k, v = project(inputs, QKV, params, adapter, spec, key)
+    q, k, v = _products(inputs, params, adapter, spec, key)
     if "q_norm" in params:
         # Without the barrier Inductor would fuse these norms' gradients with RoPE's, in a kernel
         # that may read values before they are written (ops/gradient_barrier.py).
         q, k = (gradient_barrier(y) for y in normed_queries_keys(q, k, params, spec))
     q, k, v = (y.view(b, t, -1, spec.head_dim) for y in (q, k, v))
+    q, k = (in_halves(y, spec.rope_dim, spec.rope_of_neighbours) for y in (q, k))
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _products(
+    inputs: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    spec: LayerSpec,
+    key: Int[Tensor, "..."] | None,
+) -> Sequence[Float[Tensor, "b t _"]]:
+    """q, k and v; views of one tensor if they are one linear layer."""
+    if "qkv_proj" in params:
+        (y,) = project(inputs, ("qkv_proj",), params, adapter, spec, key)
+        return split_qkv(y, spec)
+    return project(inputs, QKV, params, adapter, spec, key)
+
+
+def split_qkv(y: Float[Tensor, "*b w"], spec: LayerSpec) -> Sequence[Float[Tensor, "*b _"]]:
+    """q, k and v of their fused projection, as views."""
+    q, kv = (n * spec.head_dim for n in (spec.num_attention_heads, spec.num_key_value_heads))
+    return y.split([q, kv, kv], -1)
 
 
 def _joint_heads(
@@ -61,12 +85,19 @@ def _joint_heads(
     rotate them back and to copy them together (H100). This needs fused weights, and products whose
     results go to attention unchanged.
     """
-    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3. The ops of
+    # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3, another
+    # order of dimensions in Helium. The ops of
     # stacked adapters and of per-example gradients return no joint gradient.
-    unchanged = spec.qat_scheme is None and "q_norm" not in params
+    unchanged = spec.qat_scheme is None and "q_norm" not in params and spec.in_order
     unchanged = unchanged and not any(
         isinstance(adapter.get(n), DoRA | BiasedLoRA | StackedLoRA | ExampleLoRA) for n in QKV
     )
+    if "qkv_proj" in params and spec.in_order:
+        inputs = layer_norm(x, params, spec.norms.attention_in, spec)
+        (joint,) = project(inputs, ("qkv_proj",), params, adapter, spec, key)
+        parts = split_qkv(joint.detach(), spec)  # their gradient comes by `joint` alone
+        q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in parts)
+        return q, k, v, joint
     if "qkv" not in params or not unchanged:
         return *_heads(x, params, adapter, spec, key), None
     inputs = layer_norm(x, params, spec.norms.attention_in, spec)
@@ -74,6 +105,13 @@ def _joint_heads(
     ys, joint = joint_lora_linears(inputs, *arguments, params["qkv"])
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
     return q, k, v, joint
+
+
+def add_residual(
+    x: Float[Tensor, "*b d"], y: Float[Tensor, "*b d"], spec: LayerSpec
+) -> Float[Tensor, "*b d"]:
+    """x + residual_scale * y, where y is the output of attention or of the MLP."""
+    return x + y if spec.residual_scale == 1.0 else torch.add(x, y, alpha=spec.residual_scale)
 
 
 def layer_norm(

@@ -27,13 +27,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.models.attention import attention_block
+from fastlora.models.attention import add_residual, attention_block
 from fastlora.models.layer import decoder_layer, pieces, recomputed
 from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_output
 from fastlora.models.params import LayerAdapter, LayerParams
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.layer_fetching import taken
 
 INSIDE = ("attn.out", "mlp.out")  # places inside a layer
 
@@ -92,7 +93,7 @@ class Taps:
 
 def tapped_layer(
     x: Float[Tensor, "b t d"],
-    params: LayerParams,
+    params: LayerParams | Callable[[], LayerParams],
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
@@ -124,30 +125,31 @@ def tapped_layer(
     """
 
     def attend(x: Tensor) -> Tensor:
-        attended = attention_block(x, params, adapter, cos, sin, mask, spec, key)
+        attended = attention_block(x, taken(params), adapter, cos, sin, mask, spec, key)
         return plus(attended, added.get("attn.out"))
 
     def mlp(x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        h = x + attended
+        h, here = add_residual(x, attended, spec), taken(params)
         if chunks == 1:
-            out = mlp_output(h, params, adapter, spec, key)
+            out = mlp_output(h, here, adapter, spec, key)
         else:
-            parts = [mlp_output(part, params, adapter, spec, key) for part in pieces(h, chunks)]
+            parts = [mlp_output(part, here, adapter, spec, key) for part in pieces(h, chunks)]
             out = torch.cat(parts, 1).view(x.shape)
         out = plus(out, added.get("mlp.out"))
-        return h + out, out
+        return add_residual(h, out, spec), out
 
     def layer(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attended = attend(x)
         return *mlp(x, attended), attended
 
+    fetch = None if isinstance(params, dict) else params
     # The same choice as in `decoder_layer`.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
         y, mlp_out, attended = layer(x)
     elif level == "mlp":
-        attended = recomputed(attend, "selective", x)
-        y, mlp_out = recomputed(mlp, "full", x, attended)
+        attended = recomputed(attend, "selective", x, fetch=fetch)
+        y, mlp_out = recomputed(mlp, "full", x, attended, fetch=fetch)
     else:
-        y, mlp_out, attended = recomputed(layer, level, x)
+        y, mlp_out, attended = recomputed(layer, level, x, fetch=fetch)
     results = {"attn.out": attended, "mlp.out": mlp_out}
     return y, {place: results[place] for place in captured}

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+RopeType = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
@@ -25,10 +25,15 @@ class RopeParameters:
     rope_type: RopeType = "default"
     rope_theta: float = 10000.0
     factor: float = 1.0
-    original_max_position_embeddings: int | None = None  # set for llama3 and yarn
+    original_max_position_embeddings: int | None = None  # set for llama3, yarn and longrope
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    attention_factor: float | None = None  # yarn; None: derived from factor and the mscales
+    # yarn; None: derived from factor and the mscales. longrope; None: derived from factor.
+    attention_factor: float | None = None
+    # longrope: divisors of the frequencies, in sequences of up to original_max_position_embeddings
+    # tokens and in longer ones.
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     mscale: float | None = None  # yarn
@@ -63,6 +68,11 @@ class LlamaConfig:
     attention_output_bias: bool  # o_proj has one (Llama: if the others have; Qwen2: never)
     mlp_bias: bool
     qk_norm: bool  # RMSNorm on q and k before RoPE, over head_dim (Qwen3)
+    # q_proj, k_proj and v_proj are one linear layer, and so are gate_proj and up_proj (Phi-3).
+    fused_projections: bool
+    shared_mlp: bool  # the MLP is input_linear (gate and up) and output_linear (Granite 4)
+    rope_dim: int  # the first dimensions of each head are rotated (Phi-4-mini: 96 of 128)
+    rope_of_neighbours: bool  # RoPE turns dimensions 2 i and 2 i + 1, not i and i + hd / 2 (Helium)
     layer_types: tuple[LayerType, ...]  # one entry per layer
     sliding_window: int | None  # positions that a sliding layer sees, the query's included
     no_rope_layers: tuple[int, ...]  # one entry per layer; 1 = has RoPE (SmolLM3's spelling)
@@ -83,6 +93,10 @@ class LlamaConfig:
     attention_cap: float | None = None  # scores s become cap * tanh(s / cap)
     logit_cap: float | None = None  # the same of the logits
     embedding_scale: float | None = None  # factor of the embedding, rounded to its dtype
+    # The factor is not rounded, and multiplies NEFTune's noise too (Granite).
+    scales_decoder_input: bool = False
+    residual_scale: float = 1.0  # factor of the outputs of attention and MLP in the residual sums
+    logit_divisor: float = 1.0  # the logits are divided by it
     # RoPE of sliding layers; None: that of all layers is `rope_parameters`.
     sliding_rope_parameters: RopeParameters | None = None
     # model_type of the checkpoint with a vision tower (families/registry.WRAPPERS) that this text

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
-from fastlora.models.embedding import embed
+from fastlora.models.embedding import embed, noise_scale
 from fastlora.models.examples import ExampleRows, example_records
-from fastlora.models.fused_qkv import fused_qkv
+from fastlora.models.fetched_layer import run_layer
+from fastlora.models.fused_qkv import with_fused_qkv
 from fastlora.models.init_offset import cast_offset
 from fastlora.models.layer_spec import layer_spec
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
@@ -37,6 +38,7 @@ from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.compiled import compiled, compiles
 from fastlora.runtime.host_offload import Copies, HostStash
+from fastlora.runtime.layer_fetching import open_pass
 
 
 class Positions(NamedTuple):
@@ -139,6 +141,8 @@ def hidden_states(
         x = inputs_embeds.to(base["embed_tokens"].dtype)
     x = taps.at("embed", x)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
+    # Only a compiled backward pass uses the single product of fused weights.
+    backward = use_compiled and torch.is_grad_enabled()
     tables = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
     masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
@@ -146,6 +150,7 @@ def hidden_states(
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
     stash = _stash(spec, x)
+    fetched = open_pass(base["layers"])  # None: all layers are on the device
     for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
         x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
@@ -158,19 +163,17 @@ def hidden_states(
         mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
-        params = cast_offset(base["layers"][i], x.dtype)
-        # Only a compiled backward pass uses the fused weights' single product.
-        backward = use_compiled and torch.is_grad_enabled()
-        if backward and (qkv := fused_qkv(params)) is not None:
-            params = params | {"qkv": qkv}
+        params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
+        params = with_fused_qkv(params) if backward else params
         rest = (params, lora, cos, sin, mask, keys[i])
         # Dropout masks, a stack's groups and those of examples are of all rows.
         whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
         static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
         layer, rest, static = taps.layer(i, rest, static)
-        run = partial(_run, layer, rest, static, use_compiled)
-        x = taps.after(i, run(x) if stash is None else stash.run(run, x, rest, copies))
+        how = partial(_run, layer), static, use_compiled
+        x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
+        del params, rest  # a fetched layer's memory can now receive the next layer but one
     norm = (config.rms_norm_eps, config.norm_kind)
     x = _run(rms_norm, (base["norm"],), norm, use_compiled, x)
     return taps.at("norm", x)
@@ -205,7 +208,7 @@ def _noisy(
     key = seed_tensor(seed, x.device)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
-    return with_noise(x, spec.neftune_alpha, key, lengths, first_row)
+    return with_noise(x, spec.neftune_alpha * noise_scale(spec.config), key, lengths, first_row)
 
 
 def attention_masks(

@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.config import LlamaConfig
 from fastlora.models.params import Adapter, Base, DoRA
 from fastlora.models.spec import Spec
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize
+from fastlora.runtime.layer_fetching import resident
 
 
 def embed(
@@ -32,7 +34,7 @@ def embed(
         gain: the result of `embedding_gain`, if the caller has it already.
         row_of_id: the result of `trained_row_of_id`, if the caller has it already.
     """
-    x, scheme = F.embedding(input_ids, base["embed_tokens"]), spec.qat_scheme
+    x, scheme = F.embedding(input_ids, resident(base["embed_tokens"])), spec.qat_scheme
     # Of all schemes only "int8-int4" quantises the embedding.
     if scheme is not None and (number_format := SCHEMES[scheme].embedding) is not None:
         x = fake_quantize(x, number_format)
@@ -55,23 +57,41 @@ def embed(
 
 
 def scaled(x: Float[Tensor, "b t d"], spec: Spec) -> Float[Tensor, "b t d"]:
-    """x times the config's `embedding_scale`, which is rounded to x.dtype as in transformers."""
+    """x times the config's `embedding_scale`.
+
+    It is rounded to x.dtype where transformers keeps it as a tensor (Gemma).
+    """
     scale = spec.config.embedding_scale
-    return x if scale is None else x * torch.full((), scale, dtype=x.dtype, device=x.device)
+    if scale is None:
+        return x
+    if spec.config.scales_decoder_input:
+        return x * scale
+    return x * torch.full((), scale, dtype=x.dtype, device=x.device)
 
 
 def embedding_scale(spec: Spec, dtype: torch.dtype) -> float | None:
     """The factor of `scaled` as a number, for kernels; None: the embedding is not scaled."""
     scale = spec.config.embedding_scale
+    if spec.config.scales_decoder_input:
+        return scale
     return None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
+
+
+def noise_scale(config: LlamaConfig) -> float:
+    """Factor of NEFTune's noise, which is added to scaled embeddings.
+
+    transformers adds it to the rows of the embedding, which Granite's decoder scales afterwards.
+    """
+    scale = config.embedding_scale if config.scales_decoder_input else None
+    return 1.0 if scale is None else scale
 
 
 def trained_row_of_id(spec: Spec, base: Base) -> Int[Tensor, "v"] | None:
     """For each id the number of its trained row, or -1; None if the embedding has no such rows."""
-    ids, device = dict(spec.extras.tokens).get("embed_tokens"), base["embed_tokens"].device
+    ids, device = dict(spec.extras.tokens).get("embed_tokens"), base["norm"].device
     if ids is None:
         return None
-    row_of_id = torch.full((base["embed_tokens"].shape[0],), -1, device=device)
+    row_of_id = torch.full((spec.config.vocab_size,), -1, device=device)
     row_of_id[torch.tensor(ids, device=device)] = torch.arange(len(ids), device=device)
     return row_of_id
 
@@ -82,7 +102,7 @@ def embedding_gain(adapter: Adapter | None, base: Base, spec: Spec) -> Float[Ten
     if not isinstance(lora, DoRA):
         return None
     # PEFT adapts the transposed matrix here, so its rows are the embedding's columns.
-    norms = row_norms(base["embed_tokens"].t(), lora.a, lora.b, _scaling(spec))
+    norms = row_norms(resident(base["embed_tokens"]).t(), lora.a, lora.b, _scaling(spec))
     return lora.magnitude / norms
 
 

@@ -7,15 +7,17 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.dora_products import dora_linear
 from fastlora.models.names import with_replaced
 from fastlora.models.params import Adapter, Base, BiasedLoRA, DoRA, Linear, LoRA
-from fastlora.models.projections import adapted_linear, dora_linear
+from fastlora.models.projections import adapted_linear
 from fastlora.models.spec import Spec
 from fastlora.ops.cast import cast
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
 from fastlora.ops.soft_cap import soft_cap
+from fastlora.runtime.layer_fetching import resident
 
 
 class Head(TypedDict):
@@ -31,7 +33,7 @@ class Head(TypedDict):
 def head(adapter: Adapter | None, base: Base, spec: Spec) -> Head:
     """The head of a model: its matrix (a tied model's embedding), and the adapter's tensors."""
     merged_base = with_replaced(base, adapter, tied=spec.extras.tied)
-    weight = merged_base.get("lm_head", merged_base["embed_tokens"])
+    weight = resident(merged_base.get("lm_head", merged_base["embed_tokens"]))
     parts: Head = {"weight": weight}  # dynamo rejects the call Head(weight=weight)
     if adapter is None:
         return parts
@@ -91,7 +93,8 @@ def masked_for_head(
 def logits(
     hidden: Float[Tensor, "*n d"], dropped: Float[Tensor, "*n d"], parts: Head, spec: Spec
 ) -> Float[Tensor, "*n v"]:
-    """The logits of any rows of hidden states, in their dtype, with the soft cap of the family.
+    """The logits of any rows of hidden states, in their dtype, divided and capped as the
+    family does.
 
     Args:
         hidden: the final norm's output.
@@ -99,7 +102,12 @@ def logits(
         parts: the result of `head`.
         spec: the model's.
     """
-    return soft_cap(_uncapped(hidden, dropped, parts, spec), spec.config.logit_cap)
+    return soft_cap(divided(_uncapped(hidden, dropped, parts, spec), spec), spec.config.logit_cap)
+
+
+def divided(x: Float[Tensor, "*n _"], spec: Spec) -> Float[Tensor, "*n _"]:
+    """Logits over the config's `logit_divisor`; or the head's input, with the same effect."""
+    return x if spec.config.logit_divisor == 1.0 else x / spec.config.logit_divisor
 
 
 def _uncapped(

@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastlora.models.head import Head, head_factors, is_frozen_product, logits, masked_for_head
+from fastlora.models.head import (
+    Head,
+    divided,
+    head_factors,
+    is_frozen_product,
+    logits,
+    masked_for_head,
+)
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.loss.entropy import (
@@ -73,7 +80,7 @@ def _frozen_head(
     if kernel:
         value_and_grad = chunk_value_and_grad_kernel
     rows, weight = head_factors(hidden, model_head["weight"], spec)
-    cap = spec.config.logit_cap
+    cap, rows = spec.config.logit_cap, divided(rows, spec)
     return linear_logprobs(rows, weight, labels, value, value_and_grad, cap)
 
 

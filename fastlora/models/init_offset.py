@@ -14,13 +14,14 @@ W they are an ordinary adapter (`fold_offset`), which can be saved, merged and c
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.models.params import (
-    PROJECTIONS,
+    LINEARS,
     Adapter,
     AdapterRecord,
     Base,
@@ -30,17 +31,18 @@ from fastlora.models.params import (
 )
 from fastlora.models.spec import LoraConfig, Spec, Target
 from fastlora.ops.cast import cast
+from fastlora.runtime.layer_fetching import FetchedLayers, described
 
 
 def offsets(params: LayerParams) -> dict[str, LoRA]:
     """Projection name -> (A0, B0), for the projections of one layer that have an offset."""
-    linears = {name: params[name] for name in PROJECTIONS if name in params}
+    linears = {name: params[name] for name in LINEARS if name in params}
     return {name: linear["offset"] for name, linear in linears.items() if "offset" in linear}
 
 
 def has_offset(base: Base) -> bool:
     """Whether any projection of the base has an initial offset."""
-    return any(map(offsets, base["layers"]))
+    return any(map(offsets, described(base)["layers"]))
 
 
 def with_offset(base: Base, layers: Sequence[Mapping[str, LoRA]]) -> Base:
@@ -50,6 +52,8 @@ def with_offset(base: Base, layers: Sequence[Mapping[str, LoRA]]) -> Base:
         layers ({"q_proj": (A0, B0)}, ...)
     ->  base   {"layers": ({"q_proj": {"weight": W, "offset": (A0, B0)}, ...}, ...)}
     """
+    if isinstance(sharded := base["layers"], FetchedLayers):
+        return _with_layers(base, sharded.with_overlay([dict(new) for new in layers]))
     bare = without_offset(base)
     params = tuple(
         _set_offsets(params, new) for params, new in zip(bare["layers"], layers, strict=True)
@@ -65,13 +69,15 @@ def without_offset(base: Base) -> Base:
     """
     if not has_offset(base):
         return base
+    if isinstance(sharded := base["layers"], FetchedLayers):
+        return _with_layers(base, sharded.with_overlay([{}] * len(sharded)))
     # Only projections with an offset get a new dict. All others stay the same objects.
     drop = lambda linear: {key: x for key, x in linear.items() if key != "offset"}
     layers = tuple(p | {name: drop(p[name]) for name in offsets(p)} for p in base["layers"])
     return _with_layers(base, layers)
 
 
-def _with_layers(base: Base, layers: tuple[LayerParams, ...]) -> Base:
+def _with_layers(base: Base, layers: Any) -> Base:
     new_base = base.copy()
     new_base["layers"] = layers
     return new_base
@@ -121,7 +127,7 @@ def fold_into_adapter(adapter: Adapter, base: Base) -> Adapter:
             name: folded(lora, params[name]) if name in params else lora
             for name, lora in loras.items()
         }
-        for loras, params in zip(adapter["layers"], base["layers"], strict=True)
+        for loras, params in zip(adapter["layers"], described(base)["layers"], strict=True)
     )
     return Adapter(**adapter | {"layers": layers})
 

@@ -19,12 +19,13 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fastlora.models.attention import attention_block
+from fastlora.models.attention import add_residual, attention_block
 from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import LayerAdapter, LayerParams
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.layer_fetching import taken
 
 aten = torch.ops.aten
 
@@ -83,17 +84,42 @@ def _contexts(level: str) -> Callable[[], Any]:
 _CONTEXTS = {level: _contexts(level) for level in _KEPT}
 
 
-def recomputed(fn: Callable[..., Any], level: str, *xs: Tensor) -> Any:
-    """fn(*xs). The backward pass gets xs and the results of the level's kept ops."""
+def recomputed(
+    fn: Callable[..., Any], level: str, *xs: Tensor, fetch: Callable[[], Any] | None = None
+) -> Any:
+    """fn(*xs). The backward pass gets xs and the results of the level's kept ops.
+
+    `fetch` runs before fn is run again, outside of the mode that replays kept results.
+    """
+    contexts = _CONTEXTS[level]
+    if fetch is not None:
+        contexts = partial(_contexts_after, fetch, contexts)
     # Dropout computes its masks from keys (ops/dropout.py), so no random state needs preserving.
-    return checkpoint(
-        fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=_CONTEXTS[level]
-    )
+    return checkpoint(fn, *xs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _contexts_after(fetch: Callable[[], Any], contexts: Callable[[], Any]) -> tuple[Any, Any]:
+    forward, again = contexts()
+    return forward, _FetchFirst(fetch, again)
+
+
+class _FetchFirst:
+    """A context that calls `fetch` before it enters another one. It may be entered repeatedly."""
+
+    def __init__(self, fetch: Callable[[], Any], context: Any) -> None:
+        self.fetch, self.context = fetch, context
+
+    def __enter__(self) -> None:
+        self.fetch()
+        self.context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.context.__exit__(*error)
 
 
 def decoder_layer(
     x: Float[Tensor, "b t d"],
-    params: LayerParams,
+    params: LayerParams | Callable[[], LayerParams],
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
@@ -107,7 +133,8 @@ def decoder_layer(
 
     Args:
         x: the layer's input.
-        params: the layer's part of the base, with projections' offsets in x.dtype.
+        params: the layer's part of the base, with projections' offsets in x.dtype; or a function
+            that fetches it, which is called again when the layer is recomputed.
         adapter: the layer's part of the adapter, in the dtype of `decoder.product_dtype`.
         cos: RoPE table.
         sin: RoPE table.
@@ -119,23 +146,27 @@ def decoder_layer(
     """
 
     def attend(x: Tensor) -> Tensor:
-        return attention_block(x, params, adapter, cos, sin, mask, spec, key)
+        return attention_block(x, taken(params), adapter, cos, sin, mask, spec, key)
 
     def mlp(x: Tensor, attended: Tensor) -> Tensor:
+        here = taken(params)
         if chunks == 1:
-            return mlp_block(x + attended, params, adapter, spec, key)
+            return mlp_block(add_residual(x, attended, spec), here, adapter, spec, key)
         pairs = zip(pieces(x, chunks), pieces(attended, chunks), strict=True)
-        parts = [mlp_block(before + o, params, adapter, spec, key) for before, o in pairs]
+        sums = [add_residual(*pair, spec) for pair in pairs]
+        parts = [mlp_block(part, here, adapter, spec, key) for part in sums]
         return torch.cat(parts, 1).view(x.shape)
 
+    fetch = None if isinstance(params, dict) else params
     # torch.func refuses the saved-tensor hooks of checkpointing.
     if level == "none" or not torch.is_grad_enabled() or transforms_active():
         return mlp(x, attend(x))
     if level == "mlp":
         # Keep x and o and not their sum. To keep the sum, Inductor's kernel would write it in its
         # first loop and read it in its second, which may race (ops/gradient_barrier.py).
-        return recomputed(mlp, "full", x, recomputed(attend, "selective", x))
-    return recomputed(lambda x: mlp(x, attend(x)), level, x)
+        attended = recomputed(attend, "selective", x, fetch=fetch)
+        return recomputed(mlp, "full", x, attended, fetch=fetch)
+    return recomputed(lambda x: mlp(x, attend(x)), level, x, fetch=fetch)
 
 
 def pieces(x: Float[Tensor, "b t d"], chunks: int) -> list[Float[Tensor, "1 _ d"]]:

@@ -20,7 +20,10 @@ class LayerSpec:
     activation: Activation
     attention_scale: float | None  # None: 1 / sqrt(head_dim)
     attention_cap: float | None
+    residual_scale: float
     rope: bool
+    rope_dim: int
+    rope_of_neighbours: bool
     scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
     lora_dropout: float
     qat_scheme: str | None
@@ -29,6 +32,11 @@ class LayerSpec:
     norm_topk_prob: bool
     fused: bool  # whether Triton kernels run
     replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
+
+    @property
+    def in_order(self) -> bool:
+        """Whether RoPE pairs dimension i with i + hd / 2, as its kernels do (`rope.in_halves`)."""
+        return self.rope_dim == self.head_dim and not self.rope_of_neighbours
 
 
 def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = False) -> LayerSpec:
@@ -53,7 +61,10 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         activation=config.activation,
         attention_scale=config.attention_scale,
         attention_cap=config.attention_cap,
+        residual_scale=config.residual_scale,
         rope=bool(config.no_rope_layers[layer]),
+        rope_dim=config.rope_dim,
+        rope_of_neighbours=config.rope_of_neighbours,
         scalings=()
         if lora is None or stacked
         else tuple((t.name, t.scaling) for t in lora.targets[layer]),

@@ -21,9 +21,8 @@ from collections.abc import Collection
 from itertools import pairwise
 
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import projection_shape
+from fastlora.models.names import linear_names, projection_shape
 from fastlora.models.norms import layer_norms
-from fastlora.models.params import PROJECTIONS
 from fastlora.models.spec import Recompute
 
 LEVELS = ("none", "selective", "mlp", "attention", "full")
@@ -157,5 +156,5 @@ def offload_levels(config: LlamaConfig, tokens: int, item: int) -> tuple[str, ..
 
 
 def _layer_parameters(config: LlamaConfig) -> int:
-    shapes = (projection_shape(config, name) for name in PROJECTIONS)
+    shapes = (projection_shape(config, name) for name in linear_names(config))
     return sum(rows * columns for rows, columns in shapes)

@@ -4,15 +4,27 @@ Names are those of transformers 5, in which the matrices of all experts are one 
 have one tensor per expert are translated by checkpoints/expert_layout.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import Experts
 from fastlora.models.families.registry import family_of
+from fastlora.models.lazy_tensors import LazyTensors
 from fastlora.models.norms import layer_norms
-from fastlora.models.params import EXPERTS, PROJECTIONS, TARGETS, Adapter, Base, LayerParams
+from fastlora.models.params import (
+    EXPERTS,
+    FUSED,
+    LINEARS,
+    PROJECTIONS,
+    SHARED_MLP,
+    TARGETS,
+    Adapter,
+    Base,
+    LayerParams,
+)
 from fastlora.ops.quant.weights import Weight
+from fastlora.runtime.layer_fetching import is_sharded, resident
 
 EMBED_TOKENS, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NORM = "model.norm.weight"
@@ -27,11 +39,20 @@ FUSED_GATE_UP = "gate_up_proj"
 # Names and shapes of projections.
 
 
+def linear_names(config: LlamaConfig) -> tuple[str, ...]:
+    """The linear layers of a dense layer."""
+    if config.shared_mlp:
+        return ("q_proj", "k_proj", "v_proj", "o_proj", *SHARED_MLP)
+    if not config.fused_projections:
+        return tuple(PROJECTIONS)
+    return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
 def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
     """The names of TARGETS that a layer has, in that order."""
     if not config.sparse_layers[layer]:
-        return tuple(PROJECTIONS)
-    return tuple(n for n in TARGETS if PROJECTIONS.get(n) != "mlp")
+        return linear_names(config)
+    return tuple(n for n in TARGETS if LINEARS.get(n) != "mlp" and n not in FUSED | SHARED_MLP)
 
 
 def projection_path(layer: int, name: str) -> str:
@@ -49,6 +70,10 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {
+        "qkv_proj": (q + 2 * kv, d),
+        "gate_up_proj": (2 * f, d),
+        "input_linear": (2 * f, d),
+        "output_linear": (d, f),
         "q_proj": (q, d),
         "k_proj": (kv, d),
         "v_proj": (kv, d),
@@ -72,11 +97,11 @@ def target_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
 
 def projection_bias(config: LlamaConfig, name: str) -> bool:
     """Whether a projection has a bias."""
-    if name not in PROJECTIONS:
+    if name not in LINEARS:
         return False
     if name == "o_proj":
         return config.attention_output_bias
-    return config.attention_bias if PROJECTIONS[name] == "self_attn" else config.mlp_bias
+    return config.attention_bias if LINEARS[name] == "self_attn" else config.mlp_bias
 
 
 def projection_weights(config: LlamaConfig) -> list[str]:
@@ -85,24 +110,25 @@ def projection_weights(config: LlamaConfig) -> list[str]:
         f"{projection_path(layer, name)}.weight"
         for layer in range(config.num_hidden_layers)
         for name in layer_targets(config, layer)
-        if name in PROJECTIONS
+        if name in LINEARS
     ]
 
 
 def module_names(config: LlamaConfig) -> list[str]:
     """Every module that transformers' model of this shape has; target patterns match these."""
+    mlp = "shared_mlp" if config.shared_mlp else "mlp"
     attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    common = ["self_attn", "mlp", *layer_norms(config.norms).names()]
+    common = ["self_attn", mlp, *layer_norms(config.norms).names()]
     common += [f"self_attn.{n}" for n in attention]
     # By sparse or not; act_fn has no parameters, but a regex may match it, as it may in PEFT.
-    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
+    activation = "mlp.activation_fn" if config.fused_projections else f"{mlp}.act_fn"
+    activation = f"{mlp}.activation" if config.shared_mlp else activation
+    mlps = {False: [activation], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
     names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
     for layer in range(config.num_hidden_layers):
         inner = [*common, *mlps[config.sparse_layers[layer]]]
         names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in inner)]
-        names += [
-            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
-        ]
+        names += [projection_path(layer, n) for n in layer_targets(config, layer) if n in LINEARS]
     return [*names, "lm_head"]
 
 
@@ -201,7 +227,10 @@ def base_from_tensors(config: LlamaConfig, tensors: Mapping[str, Weight]) -> Bas
     """
     base: dict[str, Any] = {
         "embed_tokens": tensors[EMBED_TOKENS],
-        "layers": tuple(_layer(config, i, tensors) for i in range(config.num_hidden_layers)),
+        "layers": tuple(
+            layer_from_tensors(config, i, tensors.__getitem__)
+            for i in range(config.num_hidden_layers)
+        ),
         "norm": tensors[NORM],
     }
     if not config.tie_word_embeddings:
@@ -209,21 +238,27 @@ def base_from_tensors(config: LlamaConfig, tensors: Mapping[str, Weight]) -> Bas
     return Base(**base)
 
 
-def _layer(config: LlamaConfig, layer: int, tensors: Mapping[str, Weight]) -> LayerParams:
+def layer_from_tensors(
+    config: LlamaConfig, layer: int, tensor: Callable[[str], Any]
+) -> LayerParams:
+    """One decoder layer's tree; `tensor` returns the tensor of a name on disk."""
     params: LayerParams = {}
     for path, (name, _) in layer_tensors(config, layer).items():
         if len(path) == 1:
-            params[path[0]] = tensors[name]
+            params[path[0]] = tensor(name)
         else:
-            params.setdefault(path[0], {})[path[1]] = tensors[name]
+            params.setdefault(path[0], {})[path[1]] = tensor(name)
     return params
 
 
-def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Any]:
+def tensors_from_base(config: LlamaConfig, base: Base) -> Mapping[str, Any]:
     """The inverse of `base_from_tensors`: name on disk -> the tree's leaf, not copied.
 
-    A quantised weight is returned as its record.
+    A quantised weight is returned as its record. Of a sharded base a tensor is fetched, with its
+    layer, when it is asked for.
     """
+    if is_sharded(base):
+        return _lazy_tensors(config, base)
     tensors: dict[str, Any] = {EMBED_TOKENS: base["embed_tokens"], NORM: base["norm"]}
     for i, params in enumerate(base["layers"]):
         for path, (name, _) in layer_tensors(config, i).items():
@@ -232,6 +267,26 @@ def tensors_from_base(config: LlamaConfig, base: Base) -> dict[str, Any]:
     if "lm_head" in base:
         tensors[LM_HEAD] = base["lm_head"]
     return tensors
+
+
+def _lazy_tensors(config: LlamaConfig, base: Base) -> LazyTensors:
+    places: dict[str, tuple[Any, ...]] = {
+        name: (i, *path)
+        for i in range(config.num_hidden_layers)
+        for path, (name, _) in layer_tensors(config, i).items()
+    }
+    edges = {name: key for key, name in EDGE_WEIGHTS.items() if key in base}
+
+    def make(name: str) -> Any:
+        if name not in places:
+            return base["norm"] if name == NORM else resident(base[edges[name]])
+        i, *path = places[name]
+        leaf: Any = base["layers"][i]
+        for key in path:
+            leaf = leaf[key]
+        return leaf
+
+    return LazyTensors([EMBED_TOKENS, NORM, *places, *edges], make)
 
 
 def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
@@ -250,11 +305,12 @@ def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
     copies = {} if adapter is None else adapter.get("replaced", {})
     if not copies:
         return base
-    layers, new_base = list(base["layers"]), base.copy()
+    new_base = base.copy()
+    layers = list(base["layers"]) if any(n.startswith("model.layers.") for n in copies) else None
     # Layers are dicts that other models may share, so each change makes new dicts on its path.
     for name, copy in copies.items():
         *_, module, leaf = name.split(".")
-        if name.startswith("model.layers."):
+        if layers is not None and name.startswith("model.layers."):
             layer = int(name.split(".")[2])
             params = layers[layer]
             old = params[module]
@@ -267,5 +323,6 @@ def with_replaced(base: Base, adapter: Adapter | None, *, tied: bool) -> Base:
     # goes on with the original.
     if EMBED_TOKENS in copies and not tied and "lm_head" not in new_base:
         new_base["lm_head"] = base["embed_tokens"]
-    new_base["layers"] = tuple(layers)
+    if layers is not None:
+        new_base["layers"] = tuple(layers)
     return new_base

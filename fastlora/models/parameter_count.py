@@ -8,6 +8,7 @@ from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState
 from fastlora.ops.quant.weights import numel
+from fastlora.runtime.layer_fetching import described
 
 
 def count_parameters(model: ModelState) -> tuple[int, int]:
@@ -23,7 +24,7 @@ def count_parameters(model: ModelState) -> tuple[int, int]:
     lora = model.spec.lora
     in_place = sum(x.numel() for name, x in copies.items() if _is_trained_bias(name, lora))
     base = self_contained(model, unpark=False).base
-    tensors = tensors_from_base(model.spec.config, base).values()
+    tensors = tensors_from_base(model.spec.config, described(base)).values()
     return trainable, trainable - in_place + sum(numel(x) for x in tensors)
 
 

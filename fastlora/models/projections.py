@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.dora_products import dora_linear, dora_scale, scaled_rows
 from fastlora.models.examples import example_project
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.init_offset import a_with_offset, b_with_offset
+from fastlora.models.init_offset import b_with_offset
 from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.params import (
     TARGETS,
@@ -18,14 +19,11 @@ from fastlora.models.params import (
     LayerAdapter,
     LayerParams,
     Linear,
-    LoRA,
     PreparedDoRA,
     StackedLoRA,
 )
 from fastlora.models.stacks import stacked_project
-from fastlora.ops.dropout import dropout, fold, key_and_row
-from fastlora.ops.linear.dora import row_norms
-from fastlora.ops.linear.frozen import frozen_linear
+from fastlora.ops.dropout import dropout, fold, from_row, key_and_row
 from fastlora.ops.linear.lora import lora_linear
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.linear.masked_lora import Masks
@@ -159,7 +157,8 @@ def a_matrices(
     # computes them once, in one launch.
     layer_key, first_row = key_and_row(key)
     keys = fold(layer_key, torch.arange(len(_DROPOUT_SALT), device=key.device))
-    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused, first_row)
+    keys = from_row(keys, first_row)
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
 
 
 def _with_masked_base(
@@ -216,61 +215,10 @@ def _add_bias_or_magnitude(
     the latter. Both compute in the dtype of the adapter's vectors.
     """
     if isinstance(lora, DoRA):
-        return _scaled(y, dora_scale(linear, lora, scaling), linear.get("bias"))
+        return scaled_rows(y, dora_scale(linear, lora, scaling), linear.get("bias"))
     if isinstance(lora, PreparedDoRA):
-        return _scaled(y, lora.gain, linear.get("bias"))
+        return scaled_rows(y, lora.gain, linear.get("bias"))
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
-
-
-def dora_scale(linear: Linear, lora: DoRA, scaling: float) -> Float[Tensor, "d_out"]:
-    """DoRA's m / n: magnitude over the row norms of W + scaling * B A."""
-    a, b = a_with_offset(lora, linear), b_with_offset(lora, linear)
-    return lora.magnitude / row_norms(linear["weight"], a, b, scaling)
-
-
-def _scaled(
-    y: Float[Tensor, "*n d_out"],
-    gain: Float[Tensor, "d_out"],
-    bias: Float[Tensor, "d_out"] | None,
-) -> Float[Tensor, "*n d_out"]:
-    scaled = gain * y
-    return (scaled if bias is None else scaled + bias).to(y.dtype)
-
-
-def dora_linear(
-    x: Float[Tensor, "*n d_in"],
-    dropped: Float[Tensor, "*n d_in"] | None,
-    x_a: Float[Tensor, "*n r"],
-    linear: Linear,
-    lora: LoRA | DoRA,
-    gain: Float[Tensor, "d_out"],
-    scaling: float,
-) -> Float[Tensor, "*n d_out"]:
-    """DoRA: `gain` (m / n) times the adapted product, plus the base's bias.
-
-    Under dropout, y = W x + (gain - 1) W dropped + gain * scaling * B A dropped, as in PEFT.
-    """
-    weight, bias = linear["weight"], linear.get("bias")
-    b = b_with_offset(lora, linear)
-    if dropped is None:
-        return _scaled(lora_linear(x, x_a, weight, None, b, scaling), gain, bias)
-    base, masked = _frozen(x, linear, bias, scaling), _frozen(dropped, linear, None, scaling)
-    # x_a is without the offset's A0 here, because `_frozen` subtracts the offset.
-    update = scaling * F.linear(x_a, lora.b)
-    return (base + (gain - 1) * masked + gain * update).to(x.dtype)
-
-
-def _frozen(
-    x: Float[Tensor, "*n d_in"],
-    linear: Linear,
-    bias: Float[Tensor, "d_out"] | None,
-    scaling: float,
-) -> Float[Tensor, "*n d_out"]:
-    """The base's product, minus that of its initial offset."""
-    y = frozen_linear(x, linear["weight"], bias)
-    if "offset" not in linear:
-        return y
-    return y - scaling * F.linear(F.linear(x, linear["offset"].a), linear["offset"].b)
 
 
 def _fake_quantised(

@@ -17,6 +17,8 @@ _EXPECTED = dict(
     mscale="a positive number or null",
     mscale_all_dim="a positive number or null",
     truncate="true or false",
+    short_factor="a list of positive numbers",
+    long_factor="a list of positive numbers",
 )
 
 # rope_type -> the fields that it reads, besides rope_theta.
@@ -40,6 +42,13 @@ _FIELDS_OF_TYPE: dict[str, tuple[str, ...]] = {
         "mscale_all_dim",
         "truncate",
     ),
+    "longrope": (
+        "factor",
+        "original_max_position_embeddings",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+    ),
 }
 
 
@@ -56,7 +65,7 @@ def rope_parameters(
 
     Args:
         settings: the whole config.json, with defaults.
-        model: fields read so far; "max_position_embeddings" and "head_dim" are used.
+        model: fields read so far; "max_position_embeddings" and "rope_dim" are used.
         sliding: how the family spells RoPE of sliding layers; None: it is that of full layers.
 
     Returns:
@@ -116,14 +125,32 @@ def _parameters(
     read = {name: rope.read(name, _EXPECTED[name]) for name in _FIELDS_OF_TYPE[rope_type]}
     theta = rope.read("rope_theta", "a positive number")
     _check_frequency_order(read, problems)
-    if rope_type == "yarn" and theta == 1:
-        problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
-    if rope_type == "dynamic" and model["head_dim"] == 2:
-        problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
+    problems += _division_problems(rope_type, theta, read, model["rope_dim"] or 0)
     # A problem of any field, not only of RoPE's: the values above may be None then.
     if problems:
         return None
     return RopeParameters(rope_type=rope_type, rope_theta=theta, **read)
+
+
+def _division_problems(
+    rope_type: str, theta: float | None, read: dict[str, Any], rope_dim: int
+) -> list[str]:
+    """Values with which a formula would divide by 0, and lists of a wrong length."""
+    problems = []
+    if rope_type == "yarn" and theta == 1:
+        problems.append("rope_parameters.rope_theta is 1; YaRN divides by its logarithm, 0")
+    if rope_type == "dynamic" and rope_dim == 2:
+        problems.append("head_dim is 2; dynamic RoPE divides by head_dim - 2, so expected more")
+    if rope_type == "longrope" and read["original_max_position_embeddings"] == 1:
+        problems.append(
+            "original_max_position_embeddings is 1; LongRoPE divides by its logarithm, 0"
+        )
+    return problems + [
+        f"rope_parameters.{name} has {len(read[name])} numbers; expected one for each of the"
+        f" {rope_dim // 2} pairs of dimensions that RoPE rotates"
+        for name in ("short_factor", "long_factor")
+        if read.get(name) is not None and len(read[name]) != rope_dim // 2
+    ]
 
 
 def rope_scaling_problems(rope_scaling: dict[str, Any]) -> list[str]:
@@ -151,11 +178,16 @@ def _fill_rope_defaults(
     if original is not None:  # a top-level value wins over the one inside the object
         rope["original_max_position_embeddings"] = original
     rope.setdefault("original_max_position_embeddings", max_positions)
-    if rope_type != "yarn":
+    if rope_type not in ("yarn", "longrope"):
         return
+    rope.setdefault("attention_factor", None)
+    if rope_type == "longrope":
+        rope.setdefault("factor", None)
     original = rope["original_max_position_embeddings"]
     if "factor" in rope and rope["factor"] is None and max_positions and is_int(1)(original):
         rope["factor"] = max_positions / original
+    if rope_type == "longrope":
+        return
     # Null and 0 both mean the default for the betas. One mscale without the other is not used.
     rope["beta_fast"] = rope.get("beta_fast") or 32.0
     rope["beta_slow"] = rope.get("beta_slow") or 1.0
@@ -163,7 +195,6 @@ def _fill_rope_defaults(
     rope["mscale"], rope["mscale_all_dim"] = (
         (rope["mscale"], rope["mscale_all_dim"]) if both else (None, None)
     )
-    rope.setdefault("attention_factor", None)
     rope.setdefault("truncate", True)
 
 

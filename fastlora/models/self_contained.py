@@ -63,7 +63,9 @@ def parked_originals(base: Base) -> dict[str, Tensor]:
     # The final norm is never parked, so it shows the device of the base.
     if base["norm"].device.type == "cpu":
         return {}
-    return {k: base[k] for k in EDGE_WEIGHTS if k in base and base[k].device.type == "cpu"}
+    edges = {k: base[k] for k in EDGE_WEIGHTS if k in base}
+    is_parked = lambda x: isinstance(x, Tensor) and x.device.type == "cpu"
+    return {k: x for k, x in edges.items() if is_parked(x)}
 
 
 def unpark_originals(base: Base) -> Base:

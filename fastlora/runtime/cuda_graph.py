@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.layer_fetching import FetchedLayers, FetchedMatrix
 from fastlora.runtime.tree import leaves, with_leaves
 
 # Recordings share the memory of intermediate tensors. Each has its own results and copied inputs.
@@ -69,6 +70,7 @@ class CUDAGraphed:
         if transforms_active():
             return self.fn(*args, **kwargs)
         given = [*leaves((args, kwargs))]
+        _check_sharding(given)
         key = _key((args, kwargs))
         call = self.calls.pop(key, None)
         if isinstance(call, _Recording):
@@ -152,6 +154,14 @@ def _replayed(recording: _Recording, given: list[Any]) -> Any:
     copies = [torch.empty_like(x) for x in written]
     torch._foreach_copy_(copies, written)  # pyright: ignore[reportPrivateImportUsage]
     return with_leaves(recording.results, iter(copies))
+
+
+def _check_sharding(given: list[Any]) -> None:
+    if any(isinstance(x, FetchedLayers | FetchedMatrix) for x in given):
+        raise ValueError(
+            "cuda_graph=True: a sharded base cannot be recorded, because its layers get other"
+            " addresses in every pass; leave cuda_graph out, or load the base with shard=None."
+        )
 
 
 def _check_devices(given: list[Any]) -> None:

@@ -25,6 +25,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from fastlora.ops.cast import copied
+from fastlora.runtime.layer_fetching import Place as WeightPlace
+from fastlora.runtime.layer_fetching import Refetched
 
 # Smaller tensors stay on the device: attention's log-sum-exp, the choice of experts.
 _MIN_BYTES = 2**20
@@ -51,11 +53,19 @@ class HostStash:
         self.returning: dict[tuple[int, int], tuple[Tensor, Any]] = {}
         self.called: set[int] = set()  # layers whose tensors have been called back once
 
-    def run(self, layer: Callable[[Tensor], Any], x: Tensor, others: Any, copies: "Copies") -> Any:
+    def run(
+        self,
+        layer: Callable[[Tensor], Any],
+        x: Tensor,
+        others: Any,
+        copies: "Copies",
+        weights: Refetched | None = None,
+    ) -> Any:
         """layer(x), with the tensors that autograd saves replaced.
 
-        Activations are replaced by host copies, and cast matrices of the adapter by (copies,
-        index), from which they are cast again.
+        Activations are replaced by host copies, cast matrices of the adapter by (copies, index),
+        from which they are cast again, and fetched weights by (weights, place), from which they are
+        fetched again. All three are here because only the innermost saved_tensors_hooks act.
 
         Args:
             layer: a function of x only.
@@ -63,6 +73,7 @@ class HostStash:
             others: a tree of the layer's other arguments. Their tensors stay on the device, because
                 the caller keeps them anyway.
             copies: the adapter's cast matrices among these.
+            weights: the layer's tensors, if they are fetched; None: they stay on the device.
         """
         # By address and not by reference: autograd keeps `pack`, and all that it refers to, as long
         # as the graph.
@@ -72,7 +83,9 @@ class HostStash:
         here, sent = len(self.host), dict[Place, tuple[int, int]]()
         self.host.append([])
 
-        def pack(saved: Tensor) -> Tensor | tuple[Any, int]:
+        def pack(saved: Tensor) -> Tensor | tuple[Any, int | WeightPlace]:
+            if weights is not None and (place := weights.place(saved)) is not None:
+                return weights, place
             if (which := copies.index(saved)) is not None:
                 return copies, which
             if not self._is_worth_sending(saved) or saved.untyped_storage().data_ptr() in stay:
@@ -85,11 +98,12 @@ class HostStash:
         with saved_tensors_hooks(pack, self._unpack):
             return layer(x)
 
-    def _unpack(self, packed: Tensor | tuple[Any, int]) -> Tensor:
+    def _unpack(self, packed: Tensor | tuple[Any, Any]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         home, index = packed
-        return home.again(index) if isinstance(home, Copies) else self._fetch(home, index)
+        is_activation = isinstance(home, int)
+        return self._fetch(home, index) if is_activation else home.again(index)
 
     def _is_worth_sending(self, x: Tensor) -> bool:
         """Whether x is large and dense. A slice's copy would have other strides than the slice."""

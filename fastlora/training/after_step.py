@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlora.training.checkpoint import save_checkpoint
+from fastlora.training.common_run import compare_adapters
 from fastlora.training.history import Record
 from fastlora.training.keeping import Best, remove_superseded, stops_early
 from fastlora.training.learner import Learner
@@ -52,6 +53,8 @@ def evaluate_and_save(
     save = s.save_every is not None and (ends or _is_due(step, s.save_every))
     if s.keep_best and best.update(learner, records):
         save = True  # a run that resumes needs the best adapter
+    if save:
+        compare_adapters(run.ranks, learner.model, step)
     if save and folder is not None:
         save_checkpoint(folder / f"checkpoint-{step}", learner, identity, records)
         remove_superseded(folder, records, s)

@@ -9,9 +9,11 @@ from fastlora.formats.peft.writing import save_adapter
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
+from fastlora.training.learner import Learner
 from fastlora.training.logging.backends import RUN_RECORD
 from fastlora.training.model_card import may_replace_card, model_card
-from fastlora.training.output_folder import write_run_file
+from fastlora.training.output_folder import check_space, run_bytes, write_run_file
+from fastlora.training.run import Run
 
 
 def finish_folder(
@@ -48,3 +50,12 @@ def finish_folder(
 def tokenizer_bytes(tokenizer: Tokenizer) -> int:
     """Bytes of the tokenizer's files: 17 MB for Llama 3."""
     return sum(map(len, tokenizer.files.values()))
+
+
+def check_run_space(
+    folder: Path | None, run: Run, learner: Learner, done: int, tokenizer: Tokenizer
+) -> None:
+    """Raise an OSError if the disk of the folder is too full for the rest of a run."""
+    if folder is not None:
+        needed = run_bytes(learner, run.settings, done, run.steps) + tokenizer_bytes(tokenizer)
+        check_space(folder, needed, "the run, with all its checkpoints,")

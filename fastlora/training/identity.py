@@ -46,6 +46,7 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
     # max_steps and num_epochs count by the number of steps that they lead to, which is below.
     for name in ("max_steps", "num_epochs", *_WATCHING):
         del settings[name]
+    settings["batch_size"] = run.rows  # the number of ranks changes a run by rounding only
     settings["max_grad_norm"] = run.settings.max_grad_norm or None  # 0 and None mean the same
     settings["lr_scheduler"] = schedule_identity(run.settings.lr_scheduler, run.steps)
     settings["loss"] = loss_identity(run.settings.loss)

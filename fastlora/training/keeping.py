@@ -46,6 +46,21 @@ class Best:
         self.step: int | None = None
         self._tensors: Mapping[str, Tensor] = {}
 
+    @classmethod
+    def before(
+        cls,
+        settings: Settings,
+        learner: Learner,
+        records: Sequence[Record],
+        checkpoint: Path | None,
+        output: Path | None,
+    ) -> "Best":
+        """The best adapter of the steps so far, if the run keeps it. Arguments: see `read`."""
+        best = cls()
+        if settings.keep_best:
+            best.read(learner, records, checkpoint, output)
+        return best
+
     def update(self, learner: Learner, records: Sequence[Record]) -> bool:
         """Copy the learner's tensors if the last step is the best; returns whether it is."""
         step = best_step(records)

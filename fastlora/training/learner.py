@@ -6,18 +6,19 @@ from functools import partial
 from typing import Generic
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import loss_sum
 from fastlora.losses.objectives import Objective
-from fastlora.models.names import projection_shape
-from fastlora.models.params import PROJECTIONS, Adapter, Base
+from fastlora.models.names import linear_names, projection_shape
+from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.runtime.gradients import value_and_grad
+from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
 from fastlora.training.parameter_groups import rate_ratios
 from fastlora.training.private_checks import warn_of_noise
@@ -57,7 +58,8 @@ def make_learner(
     optimizer = make_optimizer(
         settings.optimizer, list(leaves.values()), settings.weight_decay, ratios
     )
-    cuda_graph = should_use_cuda_graph(model.spec, model.base["norm"].device.type, settings)
+    device = model.base["norm"].device.type
+    cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(model.spec, device, settings)
     if settings.clip_per_example is not None:
         warn_of_noise(settings, model)
         loss_and_grad = value_and_grad(row_means, per_example=True)
@@ -76,17 +78,18 @@ def micro_batch_loss(
     batch: Batch,
     scale: Float[Tensor, ""],
     seed: Seed,
+    first_row: Int[Tensor, ""] | None = None,
     objective: Objective | None = None,
 ) -> Float[Tensor, ""]:
     """The sum of -log p over a micro-batch's trained tokens, or the sum that `objective` takes over
-    its items, times `scale`.
+    its items, times `scale`. `first_row` is that of `loss_sum`; objectives do not take it.
 
     The mean over the step's tokens is taken after the backward pass: the gradient of a mean over
     131,072 tokens is so small that float16 would lose its digits.
     """
     if objective is not None:
         return objective.loss_sum(adapter, base, spec, batch, seed) * scale
-    return loss_sum(adapter, base, spec, batch, seed=seed)[0] * scale
+    return loss_sum(adapter, base, spec, batch, seed=seed, first_row=first_row)[0] * scale
 
 
 # Parameters of a layer times tokens of a micro-batch. Below this, the GPU waits for the host: on an
@@ -105,5 +108,6 @@ def should_use_cuda_graph(spec: Spec, device: str, settings: Settings) -> bool:
         return False
     if any(spec.config.sparse_layers) or spec.extras != Extras() or spec.qat_scheme is not None:
         return False
-    layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in PROJECTIONS))
+    names = linear_names(spec.config)
+    layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in names))
     return settings.batch_size * spec.max_seq_length * layer < _GRAPH_LIMIT_OPERATIONS

@@ -19,16 +19,25 @@ from typing import Any
 from tqdm import tqdm
 
 from fastlora.arguments import settings_from
-from fastlora.data.left_out import report
 from fastlora.data.sources import Data
 from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
+from fastlora.runtime.first_step import imports_of_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
+from fastlora.training.common_run import (
+    agree_before_training,
+    end_together,
+    joined_ranks,
+    log_of,
+    shared_run,
+    stop_request,
+    stop_together,
+)
 from fastlora.training.custom_optimizer import OptimizerFactory
-from fastlora.training.finished import finish_folder, tokenizer_bytes
+from fastlora.training.finished import check_run_space, finish_folder
 from fastlora.training.history import History, Record
 from fastlora.training.identity import hash_adapter, run_identity
 from fastlora.training.keeping import Best, stops_early
@@ -39,13 +48,17 @@ from fastlora.training.logging.open import Log, open_log
 from fastlora.training.many.arguments import Ending, are_several
 from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
-    check_space,
     checkpoint_to_resume,
     refuse_to_overwrite,
-    run_bytes,
     start_from,
 )
-from fastlora.training.positions import encoded_rows, figures, finish_stream, with_position
+from fastlora.training.positions import (
+    encoded_rows,
+    figures,
+    finish_stream,
+    report_rows,
+    with_position,
+)
 from fastlora.training.progress import bar_figures, step_cost
 from fastlora.training.recovery import kept_on_failure
 from fastlora.training.run import Run, prepare_run
@@ -141,8 +154,8 @@ def train(
             adapter is of.
         max_steps: optimizer steps; overrides `num_epochs`.
         num_epochs: passes over the data; may be a fraction.
-        batch_size: sequences in a micro-batch. A full step has `gradient_accumulation_steps` times
-            as many.
+        batch_size: sequences in a micro-batch of one rank. A full step has
+            `gradient_accumulation_steps` times as many, on each rank.
         gradient_accumulation_steps: micro-batches in a step.
         learning_rate: the highest of the run.
         learning_rates: highest rates of groups of tensors: "B" (LoRA+ of Hayou et al. 2024 is
@@ -231,6 +244,10 @@ def train(
         early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
         the FloatingPointError is raised after the others' end. See training/many/README.md.
 
+    Several ranks:
+        Under torchrun, N ranks are one rank with N x batch_size, up to rounding. All get the same
+        result; rank 0 writes the files, calls `log` and shows the bar. See distributed/README.md.
+
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
             setting in which a resumed run differs from its checkpoint.
@@ -248,59 +265,54 @@ def train(
     if are_several(model):
         return train_runs(given)
     settings = settings_from(Settings, given)
-    check_train_arguments(
-        settings,
-        model=model,
-        tokenizer=tokenizer,
-        data=data,
-        eval_data=eval_data,
-        output_dir=output_dir,
-        resume=resume,
-        log=log,
-        progress=progress,
-    )
+    beside = ("model", "tokenizer", "data", "eval_data", "output_dir", "resume", "log", "progress")
+    check_train_arguments(settings, **{name: given[name] for name in beside})
     assert tokenizer is not None and isinstance(model, ModelState)
     folder = None if given["output_dir"] is None else Path(given["output_dir"])
 
-    with output_lock(folder), ExitStack() as after:
+    with ExitStack() as after:
+        ranks = after.enter_context(joined_ranks(model))
+        # Every rank reads checkpoints; the first one writes, and shows the bar.
+        found, folder, progress = (
+            (folder, folder, progress) if ranks.is_first else (folder, None, False)
+        )
+        after.enter_context(output_lock(folder))
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
         objective = objective_of(loss, model)
-        run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
-        after.callback(finish_stream, run, folder)
+        with (
+            ranks.first_on_node("encoding"),
+            imports_of_first_step(model.spec.compile, model.base["norm"].device),
+        ):
+            run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
+        after.callback(finish_stream, run, folder, ranks.is_first)
         learner = make_learner(model, settings, objective)
-        checkpoint = checkpoint_to_resume(given["resume"], folder)
+        checkpoint = checkpoint_to_resume(given["resume"], found)
+        run = shared_run(run, ranks, learner.spec, checkpoint)
         # Training changes none of it, so it is computed once for all checkpoints.
-        saves = folder is not None or checkpoint is not None
-        identity = run_identity(run, learner.model) if saves else {}
+        saves = found is not None or checkpoint is not None
+        identity = run_identity(run, learner.model) if saves or ranks.several else {}
         initial = hash_adapter(learner.model) if saves else ""
+        agree_before_training(run, learner.model, identity, checkpoint)
         learner, records = start_from(checkpoint, learner, identity, run.steps)
         refuse_to_overwrite(folder, len(records), checkpoint, identity)
-        if folder is not None:
-            needed = run_bytes(learner, settings, len(records), run.steps)
-            needed += tokenizer_bytes(tokenizer)
-            check_space(folder, needed, "the run, with all its checkpoints,")
-        if run.stream is None:
-            report(run.left_out, folder)
+        check_run_space(folder, run, learner, len(records), tokenizer)
+        report_rows(run, folder, ranks.is_first)
         describe_run = partial(
             run_record, run, data=data, eval_data=eval_data, identity=identity, initial=initial
         )
-        best = Best()
-        if settings.keep_best:
-            best.read(learner, records, checkpoint, folder)
-        stop = StopRequest()
+        best = Best.before(settings, learner, records, checkpoint, folder)
+        stop = stop_request(ranks)
         start = describe_run(model=learner.model, records=records, ended=False) if saves else {}
         info = RunInfo(folder, tuple(map(figures, records)), json_settings(settings), start)
-        with stop.listening(), kept_on_failure(folder, learner, records, identity, stop):
-            with open_log(log, info) as write:
+        with stop.listening(), kept_on_failure(folder, learner, records, identity, stop, ranks):
+            with open_log(log_of(ranks, log), info) as write:
                 _run_steps(run, learner, records, identity, folder, stop, best, write, progress)
             trained = best.model(learner.model)
             if folder is not None:
                 end = describe_run(model=trained, records=records, ended=True)
                 finish_folder(folder, trained, tokenizer, identity, records, end)
-            # A signal during the last step or save: the run has finished.
-            if stop.signal is not None:
-                raise stop.error()
+            end_together(ranks, trained, stop)
     return trained, History.of(records)
 
 
@@ -327,7 +339,7 @@ def _run_steps(
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started
-            record |= step_cost(learner.model, micro_batches, seconds)
+            record = step_cost(learner.model, micro_batches, seconds) | record
             records.append(with_position(record, run, records))
             ends = evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:
@@ -337,7 +349,6 @@ def _run_steps(
             log(figures(record))
             if ends:
                 break
-            if stop.signal is not None:
-                raise stop.error()
+            stop_together(run.ranks, stop)
             # Evaluation, saving and log are not counted; the next step's batch is.
             started = perf_counter()

@@ -17,7 +17,7 @@ from torch import Tensor
 def noise_figures(
     squares: Sequence[Float[Tensor, ""]], whole: Float[Tensor, ""], counts: Sequence[int]
 ) -> dict[str, Tensor]:
-    """Estimates of |G|^2 and S, without bias; nothing if there is one micro-batch.
+    """Estimates of |G|^2 and S, without bias; nothing if there are not two squares.
 
     Args:
         squares: squared norms of the gradients of each micro-batch's mean loss.
@@ -27,7 +27,7 @@ def noise_figures(
     Returns:
         "gradient_signal", |G|^2, and "gradient_noise", S.
     """
-    if len(counts) < 2 or min(counts) == 0:
+    if len(squares) < 2 or min(counts) == 0:
         return {}
     inverse = sum(1 / n for n in counts) / len(counts)
     small = torch.stack([*squares]).mean()

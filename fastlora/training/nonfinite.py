@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.distributed.ranks import ALONE, Ranks
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import token_logprobs
 from fastlora.models.decoder import hidden_states
@@ -17,11 +18,19 @@ from fastlora.models.input_checks import BATCH_ENTRIES
 from fastlora.models.names import tensors_from_base
 from fastlora.models.params import first_nonfinite
 from fastlora.models.state import Batch, ModelState, Seed, require_adapter
+from fastlora.runtime.layer_fetching import is_collective
 from fastlora.training.learner import Learner
+
+# The ranks of a sharded base must run the same passes, but only one of them may have found NaN.
+_NOT_SEARCHED = "its cause is not searched for, because the base is sharded over ranks"
 
 
 def nonfinite_cause(
-    learner: Learner, batches: Sequence[Batch], seeds: Sequence[Seed], gradient: Sequence[Tensor]
+    learner: Learner,
+    batches: Sequence[Batch],
+    seeds: Sequence[Seed],
+    gradient: Sequence[Tensor],
+    ranks: Ranks = ALONE,
 ) -> str:
     """The origin of a step's NaN or infinity, as a part of a sentence.
 
@@ -30,9 +39,12 @@ def nonfinite_cause(
         batches: micro-batches, on the model's device.
         seeds: of their dropout masks and noise.
         gradient: of the step, in the order of the learner's leaves.
+        ranks: of the run; the cause may be in the batches of another one.
     """
+    if is_collective(learner.model.base):
+        return _NOT_SEARCHED
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
-    if cause := _forward_cause(noisy, batches, seeds):
+    if cause := ranks.first_text(_forward_cause(noisy, batches, seeds)):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):
@@ -40,10 +52,15 @@ def nonfinite_cause(
     return "no tensor and no sequence could be found that it comes from"
 
 
-def nonfinite_cause_of_batches(model: ModelState, batches: Iterable[Batch]) -> str:
+def nonfinite_cause_of_batches(
+    model: ModelState, batches: Iterable[Batch], ranks: Ranks = ALONE
+) -> str:
     """As `nonfinite_cause`, for a loss without gradient and dropout."""
+    if is_collective(model.base):
+        return _NOT_SEARCHED
     batches = list(batches)
-    return _forward_cause(model, batches, [None] * len(batches)) or "the mean of finite losses"
+    cause = ranks.first_text(_forward_cause(model, batches, [None] * len(batches)))
+    return cause or "the mean of finite losses"
 
 
 @torch.no_grad()

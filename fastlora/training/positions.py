@@ -29,8 +29,15 @@ def encoded_rows(run: Run) -> str:
     return "" if run.stream is None else f"{run.stream.left_out.read:,} rows"
 
 
-def finish_stream(run: Run, folder: Path | None) -> None:
+def report_rows(run: Run, folder: Path | None, reports: bool = True) -> None:
+    """Report what was left out of data that are not streamed, unless another rank does."""
+    if run.stream is None and reports:
+        report(run.left_out, folder)
+
+
+def finish_stream(run: Run, folder: Path | None, reports: bool = True) -> None:
     """End the threads of data that were streamed, and report what was left out of them."""
     if run.stream is not None:
         run.stream.close()
+    if run.stream is not None and reports:
         report([*run.left_out, run.stream.left_out], folder)

@@ -19,6 +19,7 @@ from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
 from fastlora.training.logging.figures import draw_rates, smooth
+from fastlora.training.logging.open import on_all_ranks
 from fastlora.training.loop import train
 from fastlora.training.settings import Settings
 
@@ -122,7 +123,8 @@ def find_learning_rate(
 
     run = dict(max_steps=steps, learning_rate=high, lr_scheduler=exponential(low, high))
     try:
-        train(model, tokenizer, data, log=watch, progress=progress, **run, **settings)
+        log = on_all_ranks(watch)
+        train(model, tokenizer, data, log=log, progress=progress, **run, **settings)
     except _Diverged:
         pass
     except FloatingPointError:

@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fastlora.distributed.ranks import ALONE, Ranks
 from fastlora.training.checkpoint import (
     complete_checkpoints,
     is_intact,
@@ -28,6 +29,7 @@ def kept_on_failure(
     records: list[Record],
     identity: Mapping[str, Any],
     stop: StopRequest,
+    ranks: Ranks = ALONE,
 ) -> Iterator[None]:
     """Save the state after the last finished step if the `with` block raises.
 
@@ -42,6 +44,7 @@ def kept_on_failure(
         records: of the finished steps; the block adds to it.
         identity: of the run.
         stop: the run's.
+        ranks: of the run. The first one saves.
     """
     done = len(records)  # by the run that this one resumes
     try:
@@ -51,6 +54,7 @@ def kept_on_failure(
     except (Exception, KeyboardInterrupt, SystemExit) as error:
         if records and not stop.repeated:
             attach(error, learner, records)
+        if records and not stop.repeated and ranks.is_first:
             message = keep_state(folder, learner, records, identity, done)
             # The note below appears in a traceback, which Python does not print for a SystemExit.
             if isinstance(error, TrainingStopped):

@@ -10,12 +10,15 @@ from fastlora.data.batches import batches, count_batches
 from fastlora.data.left_out import LeftOut
 from fastlora.data.sources import sources_of
 from fastlora.data.streams import Stream
+from fastlora.distributed.dealing import Split
+from fastlora.distributed.ranks import ALONE, Ranks
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_batches import preference_batches
 from fastlora.models.spec import Spec
 from fastlora.models.state import Batch, ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.data_reader import DataReader, Sequences
+from fastlora.training.dealt_batches import Dealer
 from fastlora.training.private_checks import check_private_rows
 from fastlora.training.private_step import private_batches
 from fastlora.training.samples import write_samples
@@ -38,12 +41,20 @@ class Run(NamedTuple):
     objective: Objective | None = None  # what is minimised; None: the mean of -log p
     stream: Stream | None = None  # data that are read while they are trained on; no sequences then
     samples: Callable[[ModelState], list[dict[str, Any]]] | None = None  # texts of sample_prompts
+    ranks: Ranks = ALONE  # the processes that train together
+    split: Split | None = None  # how they share micro-batches; None: this process runs all
+    masked: bool = False  # whether there are dropout masks or noise
+
+    @property
+    def rows(self) -> int:
+        """Sequences in a micro-batch of all ranks together."""
+        return self.settings.batch_size if self.split is None else self.split.rows
 
     @property
     def steps_per_epoch(self) -> int:
         """The last step of an epoch may have fewer sequences; no step reaches into the next one."""
-        s = self.settings
-        return count_batches(self.sequences, s.batch_size * s.gradient_accumulation_steps)
+        rows = self.rows * self.settings.gradient_accumulation_steps
+        return count_batches(self.sequences, rows)
 
     @property
     def steps(self) -> int:
@@ -54,19 +65,36 @@ class Run(NamedTuple):
     def batches_after(
         self, records: Sequence[Mapping[str, Any]]
     ) -> Generator[list[Batch], None, None]:
-        """Without end, the micro-batches of each step after those that `records` are of."""
+        """Without end, the micro-batches of each step after those that `records` are of.
+
+        One of several ranks gets its part of them.
+        """
         s = self.settings
         if self.stream is None:
             return self.micro_batches(len(records))
         position = records[-1].get(DATA_POSITION) if records else None
-        steps = s.gradient_accumulation_steps
-        return self.stream.steps(position, s.batch_size, steps, self.batches)
+        given = (position, self.rows, s.gradient_accumulation_steps, self.batches)
+        return self.stream.steps(*given, None if self.split is None else self.dealer.of_stream)
+
+    @property
+    def dealer(self) -> Dealer:
+        """Makes the batches of this rank."""
+        assert self.split is not None
+        return Dealer(
+            self.split,
+            self.batches,
+            masked=self.masked and self.objective is None,
+            lockstep=self.ranks.lockstep,
+        )
 
     def micro_batches(self, done: int) -> Steps:
         """Without end, the micro-batches of each step after the first `done` steps."""
         s = self.settings
         if s.clip_per_example is not None:
             yield from private_batches(self, done)
+        if self.split is not None:
+            steps = s.gradient_accumulation_steps
+            yield from self.dealer.epochs(self.sequences, steps, s.seed, done)
         # A resumed run starts within an epoch; every later epoch starts at its first batch.
         first_epoch, steps_done = divmod(done, self.steps_per_epoch)
         for epoch in count(first_epoch):

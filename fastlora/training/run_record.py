@@ -140,7 +140,7 @@ def _training_data(
         "name": source_name(data),
         "source": _source(data),
         "fingerprint": fingerprint,
-        "sequences": len(records) * s.batch_size * s.gradient_accumulation_steps,
+        "sequences": len(records) * run.rows * s.gradient_accumulation_steps,
         "tokens": sum(record["tokens"] for record in records),
         "streamed": True,
     }

@@ -30,6 +30,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {}),
     "layers without RoPE": ("smollm3", {}),
     "experts": ("qwen3_moe_mixed", {}),
+    "RoPE of neighbours": ("helium", {}),
+    "multipliers": ("granite", {}),
+    "multipliers, DoRA": ("granite", dict(use_dora=True)),
+    "Granite 4's MLP": ("granite4", {}),
+    "fused": ("phi4_mini", {}),
+    "fused, DoRA": ("phi3", dict(use_dora=True)),
     "norms behind, two RoPEs": ("olmo3", {}),
     "caps, GeGLU, scaled embedding": ("gemma2", {}),
     "q_norm of 1 + w": ("gemma3", dict(use_dora=True)),
@@ -132,6 +138,19 @@ def test_step_over_nf4_equals_the_plain_step(family, b, tmp_path):
     model = load(tmp_path, load_in_4bit=True)
     assert isinstance(model.base["layers"][0]["q_proj"]["weight"], Weight4bit)
     check(prepare(adapted(model).to(DEVICE)), b)
+
+
+@torch.no_grad()
+def test_products_of_fused_nf4_layers_equal_the_plain_step(tmp_path):
+    """gate_up_proj in 4 bits is one product, whose halves torch multiplies."""
+    read_pair("phi3", tmp_path, hidden_size=64, intermediate_size=128)
+    model = prepare(adapted(load(tmp_path, load_in_4bit=True)))
+    made = step_kernels(model, 2)
+    layer = made.layers[0]
+    assert layer is not None and layer.gate_up is not None and not layer.gate_up.gated
+    pairs = zip(logits(model, made, 2), logits(model, plain_step(model), 2), strict=True)
+    for actual, plain in pairs:
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

@@ -27,6 +27,9 @@ POLICIES = {
     "gemma3": ["selective"],
     "mixtral": ["none", "selective", 0.4, "full", "offload"],
     "qwen3_moe": ["none", "selective", 0.4, "full", "offload"],
+    "helium": ["selective"],
+    "granite": ["selective"],
+    "phi4_mini": ["selective", "full"],
 }
 # Family -> name -> arguments of lora().
 MORE_THAN_PROJECTIONS: dict[str, dict[str, dict[str, Any]]] = {

@@ -118,7 +118,7 @@ def dropped() -> Iterator[Row]:
     for n, d, ranks in sizes:
         wide = [new(n, d), *(0.3 * new(r, d) for r in ranks)]
         dlow, dx, law = new(n, sum(ranks)), new(n, d), f"masked_x_a {n} x {d}, ranks {ranks}"
-        keys = (2**40 + torch.arange(len(ranks))).cuda()
+        keys = (2**31 + torch.arange(len(ranks))).cuda()
         # The second sees all of x, as start factors do.
         masks = Masks(keys, (0, -1, 2)[: len(ranks)], 0.1, True)
 

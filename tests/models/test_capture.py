@@ -67,7 +67,7 @@ def hidden_states(pair: Pair, ids: Tensor, **inputs: Tensor) -> dict[str, Tensor
     "family",
     [
         *("llama3.1", "llama_bias", "mistral", "qwen3", "smollm3", "mixtral", "qwen3_moe_mixed"),
-        *("olmo3", "gemma2"),
+        *("olmo3", "gemma2", "phi3"),
     ],
 )
 def test_captured_tensors_equal_transformers(family, pair):

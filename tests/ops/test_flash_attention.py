@@ -215,7 +215,7 @@ def test_shapes_of_spans_do_not_depend_on_the_documents():
 # ── in the model ──────────────────────────────────────────────────────────────────────────
 
 IDS = token_ids(2, 30, vocab_size=96)
-FAMILIES = ["llama3.2", "qwen3", "smollm3", "mistral", "mixtral", "gemma2"]
+FAMILIES = ["llama3.2", "qwen3", "smollm3", "mistral", "mixtral", "gemma2", "phi3", "phi4_mini"]
 
 
 def gradients(model, segments=None, **how):

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.ops.dropout import dropout, keep_mask
+from fastlora.ops.dropout import dropout, from_row, keep_mask, key_and_row
 from fastlora.ops.linear import masked_lora_kernel
 from fastlora.ops.linear.lora_group import Branch, lora_linears, lora_linears_reference
 from fastlora.ops.linear.masked_lora import (
@@ -44,7 +44,7 @@ def drawn(shape, dtype, p=0.3, unmasked=()):
     n, d, ranks = shape
     gen = torch.Generator().manual_seed(0)
     new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(DEVICE, dtype)
-    keys = torch.arange(9, device=DEVICE) * 12345 + 2**33 - 7
+    keys = torch.arange(9, device=DEVICE) * 12345 + 3 * 2**32 + 2**31  # masks from row 3 on
     slots = tuple(-1 if i in unmasked else 2 + i for i in range(len(ranks)))
     matrices = [0.3 * new(r, d) for r in ranks]
     return new(n, d), matrices, Masks(keys, slots, p, True), new(n, sum(ranks)), new(n, d)
@@ -87,12 +87,17 @@ def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, p):
 
 
 @pytest.mark.parametrize("p", [0.0, 2**-32, 0.5, 1 - 2**-31])
-@pytest.mark.parametrize("key", [0, -1, 2**31, 2**40 + 77])
-def test_masks_equal_keep_mask_to_the_bit(key, p):
-    """If x is all ones and A the identity, x_a is the scaled mask, and so are dx and dA."""
+@pytest.mark.parametrize(("key", "row"), [(0, 0), (2**32 - 2, 1), (2**31, 0), (77, 2**31 - 9)])
+def test_masks_equal_keep_mask_to_the_bit(key, row, p):
+    """If x is all ones and A the identity, x_a is the scaled mask, and so are dx and dA.
+
+    A key's high word is the number of the mask's first row.
+    """
     n, d, share = 70, 48, 1.0 / (1.0 - p)
-    key = torch.tensor(key, device=DEVICE)
-    wanted = share * keep_mask(key, n, d, p, key.device).float()
+    key, row = torch.tensor(key, device=DEVICE), torch.tensor(row, device=DEVICE)
+    wanted = share * keep_mask(key, n, d, p, key.device, row).float()
+    other = share * keep_mask(key + 1, n, d, p, key.device, row).float()
+    key = from_row(key, row)
     ones, unit = torch.ones(n, d, device=DEVICE), torch.eye(d, device=DEVICE)
     masks = Masks(torch.stack([key, key + 1]), (0, 1, -1), p, True)
     matrices = [unit, unit, unit]
@@ -100,7 +105,6 @@ def test_masks_equal_keep_mask_to_the_bit(key, p):
     dx_a[:, :d] = 1.0
     x_a, dx, _ = of_ops(ones, matrices, masks, dx_a, torch.zeros_like(ones))
     assert torch.equal(x_a[:, :d], wanted) and torch.equal(dx, wanted)
-    other = share * keep_mask(key + 1, n, d, p, key.device).float()
     assert torch.equal(x_a[:, d : 2 * d], other) and torch.equal(x_a[:, 2 * d :], ones)
     rows = torch.eye(n, device=DEVICE)  # as dx_a, it makes dA equal to the masked x
     masks = masks._replace(slots=(0,))
@@ -217,7 +221,8 @@ def test_without_kernels_each_a_multiplies_dropout_of_x():
     x, matrices, branches, masks = linears("one frozen", fused=False)
     x_a, ys = lora_linears(x, matrices, branches, masks)
     keys = [masks.keys[slot] for slot in masks.slots]
-    expected = [dropout(x, 0.3, key) @ a.t() for key, a in zip(keys, matrices, strict=True)]
+    each = zip(keys, matrices, strict=True)
+    expected = [dropout(x, 0.3, *key_and_row(key)) @ a.t() for key, a in each]
     torch.testing.assert_close(x_a, torch.cat(expected, -1))
     for y, branch, each in zip(ys, branches, (expected[0], None, expected[1]), strict=True):
         base = x @ branch.weight.t()

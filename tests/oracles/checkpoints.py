@@ -40,6 +40,11 @@ _LLAMA3 = dict(
 
 _QWEN3_MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
+# transformers applies these in training mode; fastlora's base has no dropout.
+_NO_DROPOUT = dict(attention_dropout=0.0, residual_dropout=0.0)
+
+# Phi-3's default, 32000, is outside of the vocabulary.
+_PHI3 = dict(pad_token_id=0)
 # Caps that change most scores and logits of these models.
 _GEMMA: dict[str, Any] = dict(attn_logit_softcapping=1.5, final_logit_softcapping=3.0)
 
@@ -137,6 +142,51 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": _family("qwen3_moe", head_dim=16, **_QWEN3_MOE, **_rope("default", 1e6)),
     "qwen3_moe_mixed": _family(
         "qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1], **_QWEN3_MOE, norm_topk_prob=True
+    ),
+    "ministral": _family(
+        "ministral",
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "internlm3": _family("internlm3", attention_bias=True, mlp_bias=True, head_dim=8),
+    "seed_oss": _family("seed_oss", head_dim=8, **_NO_DROPOUT),
+    "cwm": _family("cwm", head_dim=8, sliding_window=5, **_rope("llama3", 1e6, **_LLAMA3)),
+    "ernie4_5": _family("ernie4_5", head_dim=8),
+    "helium": _family("helium", head_dim=8),
+    "granite": _family(
+        "granite",
+        attention_bias=True,
+        embedding_multiplier=3.3,
+        attention_multiplier=0.21,
+        residual_multiplier=0.7,
+        logits_scaling=1.7,
+    ),
+    "granite4": _family(
+        "granitemoehybrid",
+        shared_intermediate_size=56,
+        num_local_experts=0,
+        position_embedding_type="rope",
+        layer_types=["attention"] * 2,
+        mamba_n_heads=4,
+        embedding_multiplier=3.3,
+        attention_multiplier=0.21,
+        residual_multiplier=0.7,
+        logits_scaling=1.7,
+    ),
+    "phi3": _family("phi3", sliding_window=5, **_PHI3),
+    # Phi-4-mini: six of eight dimensions are rotated, and 24 tokens pass LongRoPE's trained 16.
+    "phi4_mini": _family(
+        "phi3",
+        tie_word_embeddings=True,
+        original_max_position_embeddings=16,
+        **_rope(
+            "longrope",
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.2, 1.5],
+            long_factor=[1.1, 2.5, 7.0],
+        ),
+        **_PHI3,
     ),
 }
 

@@ -19,6 +19,11 @@ QWEN2_WORDS = (
 # does: windows that the texts fit into, and mixtures that divide by the chosen experts' sum.
 _COMPUTED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 100},
+    "ministral": {"sliding_window": 100},
+    "cwm": {"sliding_window": 100},
+    "phi3": {"sliding_window": 100},
+    # llama.cpp's context is at least 256 tokens, and decides between LongRoPE's factors.
+    "phi4_mini": {"original_max_position_embeddings": 256, "max_position_embeddings": 512},
     "mixtral": {"sliding_window": 100},
     "qwen2_window": {"sliding_window": 100},
     "qwen3_moe": {"norm_topk_prob": True},

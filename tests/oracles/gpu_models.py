@@ -43,6 +43,19 @@ FAMILIES = {
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 96,
     },
+    "helium": {"head_dim": 64},  # of those that differ from Llama in a field only
+    # Smaller scores than those of the tiny checkpoint, because heads are larger.
+    "granite": {"attention_multiplier": 0.1},
+    "phi4_mini": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * i for i in range(24)],
+            "long_factor": [1.0 + 0.5 * i for i in range(24)],
+        },
+        "original_max_position_embeddings": 128,  # prompts of 100 and of 256 tokens take other sets
+    },
 }
 # Three projections, the router and the experts. The experts' ranks are 8 and 4.
 MIXTURES: dict[str, dict[str, Any]] = {

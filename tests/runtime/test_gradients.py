@@ -20,8 +20,12 @@ from oracles.trees import randomised, relative_error, same_bits, token_ids
 POLICIES = ["none", "selective", "full", "offload", 0.0, 0.2, 0.5, 0.8, 1.0]
 
 # One family for every branch of a layer: plain, biases, windows, q/k norms, layers without RoPE,
-# norms behind attention and MLP, and Gemma's: norms around both, GeGLU and caps.
-SHAPES = ["llama2", "llama_bias", "qwen2_window", "qwen3", "smollm3", "olmo3", "gemma2"]
+# norms behind attention and MLP, Gemma's norms around both with GeGLU and caps, multipliers, fused
+# projections with RoPE of a part of each head.
+SHAPES = [
+    *("llama2", "llama_bias", "qwen2_window", "qwen3", "smollm3"),
+    *("olmo3", "gemma2", "granite", "phi4_mini"),
+]
 
 
 def batch_of(segments: bool = False, seed: int = 0) -> dict[str, Tensor]:

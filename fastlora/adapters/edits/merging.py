@@ -22,19 +22,31 @@ from fastlora.models.names import (
     EDGE_WEIGHTS,
     EMBED_TOKENS,
     LM_HEAD,
+    NORM,
     base_from_tensors,
+    layer_from_tensors,
     projection_bias,
     projection_path,
     tensors_from_base,
     with_replaced,
 )
-from fastlora.models.params import Adapter, AdapterRecord, Base, BiasedLoRA, DoRA, ExpertLoRA, LoRA
+from fastlora.models.params import (
+    Adapter,
+    AdapterRecord,
+    Base,
+    BiasedLoRA,
+    DoRA,
+    ExpertLoRA,
+    Linear,
+    LoRA,
+)
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import UNTIED, Extras, LoraConfig, Spec
 from fastlora.models.state import ModelState, StateT, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.linear.merged_weight import adapted_weight
 from fastlora.ops.quant.weights import Quantized
+from fastlora.runtime.layer_fetching import described, is_sharded, with_resident_edges
 
 
 def merge(model: StateT) -> StateT:
@@ -67,16 +79,43 @@ def merge(model: StateT) -> StateT:
     # Each tensor is computed twice. The check drops what it computes, so a merge that fails takes
     # the memory of one matrix and not of a second base.
     check_finite(merged)
-    base = base_from_tensors(config, tensors | {name: make() for name, make in merged.items()})
+    if is_sharded(model.base):
+        base = _resharded(model.base, config, tensors, merged)
+    else:
+        base = base_from_tensors(
+            config, {**tensors} | {name: make() for name, make in merged.items()}
+        )
     untied = config.tie_word_embeddings != model.spec.config.tie_word_embeddings
     changed = dict.fromkeys((*model.spec.changed, *merged, *([UNTIED] if untied else [])))
     spec = replace(model.spec, config=config, lora=None, changed=tuple(changed))
     return replace(model, spec=spec, base=base, adapter=None)
 
 
+def _resharded(
+    old: Base,
+    config: LlamaConfig,
+    tensors: Mapping[str, Any],
+    merged: Mapping[str, Callable[[], Tensor]],
+) -> Base:
+    """The merged base, kept as the old one is: one layer at a time is whole."""
+    tensor = lambda name: merged[name]() if name in merged else tensors[name]
+    layers: Any = old["layers"]
+    edge: Any = old["embed_tokens"]
+    base: Any = {**old, "layers": layers.rebuilt(lambda i: layer_from_tensors(config, i, tensor))}
+    layers.release()
+    if not config.tie_word_embeddings and "lm_head" not in base:
+        base["lm_head"] = edge.remade(tensor(LM_HEAD), "lm_head")
+    for key, name in EDGE_WEIGHTS.items():
+        if name in merged:
+            base[key] = edge.remade(merged[name](), key)
+    if NORM in merged:
+        base["norm"] = merged[NORM]()
+    return base
+
+
 def merged_tensors(
     model: ModelState, matrix: MatrixSource
-) -> tuple[LlamaConfig, dict[str, Tensor], dict[str, Callable[[], Tensor]]]:
+) -> tuple[LlamaConfig, Mapping[str, Tensor], dict[str, Callable[[], Tensor]]]:
     """(config, base tensors, merged tensors), the tensors by their names on disk.
 
         {"model.norm.weight": n, "model.layers.0.self_attn.q_proj.weight": W, ...},
@@ -94,7 +133,7 @@ def merged_tensors(
     spec, adapter = model.spec, model.adapter
     if adapter is None:
         tensors = tensors_from_base(spec.config, model.base)
-        return spec.config, tensors, _dequantized(tensors, matrix)
+        return spec.config, tensors, _dequantized(spec.config, model.base, tensors, matrix)
     config = replace(spec.config, tie_word_embeddings=_stays_tied(spec.config, spec.extras))
     base = with_replaced(model.base, adapter, tied=spec.extras.tied)
     # Separate the pair: from here on the head is a second matrix, still with equal values.
@@ -103,7 +142,9 @@ def merged_tensors(
         base["lm_head"] = base["embed_tokens"]
     tensors = tensors_from_base(config, base)
     # In this order, because an adapted matrix that is quantised is in both: the merged one counts.
-    merged = _dequantized(tensors, matrix) | _merged_projections(spec, base, adapter, matrix)
+    merged = _dequantized(config, base, tensors, matrix) | _merged_projections(
+        spec, base, adapter, matrix
+    )
     merged |= _merged_edges(spec, base, adapter)
     for name, copy in adapter.get("replaced", {}).items():
         merged.setdefault(name, copy.detach().clone)
@@ -114,11 +155,12 @@ def merged_tensors(
 
 
 def _dequantized(
-    tensors: Mapping[str, Any], matrix: MatrixSource
+    config: LlamaConfig, base: Base, tensors: Mapping[str, Any], matrix: MatrixSource
 ) -> dict[str, Callable[[], Tensor]]:
     """Name -> a function that returns the dense matrix, for all quantised tensors."""
-    quantized = {name: x for name, x in tensors.items() if isinstance(x, Quantized)}
-    return {name: partial(matrix, name, weight) for name, weight in quantized.items()}
+    kinds = tensors_from_base(config, described(base))
+    names = [name for name, x in kinds.items() if isinstance(x, Quantized)]
+    return {name: lambda name=name: matrix(name, tensors[name]) for name in names}
 
 
 def _stays_tied(config: LlamaConfig, extras: Extras) -> bool:
@@ -164,13 +206,32 @@ def _merged_projections(
                 weight = base["layers"][i]["experts"][t.name.removeprefix("experts.")]
                 merged[path] = partial(merged_experts, weight, lora, t.scaling)
                 continue
-            linear, name = base["layers"][i][t.name], f"{path}.weight"
-            dense = partial(matrix, name, linear["weight"])
-            # As defaults, because a closure would see the values of the loop's last iteration.
-            merged[name] = lambda w=dense, lora=lora, s=t.scaling: merged_weight(w(), lora, s)
+            # Looked up when they are needed, because layers may have to be fetched.
+            linear, name = partial(_linear, base, i, t.name), f"{path}.weight"
+            merged[name] = partial(_merged_linear, matrix, name, linear, lora, t.scaling)
             if isinstance(lora, BiasedLoRA):
-                merged[f"{path}.bias"] = partial(merged_bias, linear["bias"], lora.bias, t.scaling)
+                merged[f"{path}.bias"] = partial(_merged_bias, linear, lora, t.scaling)
     return merged
+
+
+def _linear(base: Base, layer: int, name: str) -> Linear:
+    return base["layers"][layer][name]
+
+
+def _merged_linear(
+    matrix: MatrixSource,
+    name: str,
+    linear: Callable[[], Linear],
+    lora: AdapterRecord,
+    scaling: float,
+) -> Tensor:
+    return merged_weight(matrix(name, linear()["weight"]), lora, scaling)
+
+
+def _merged_bias(linear: Callable[[], Linear], lora: BiasedLoRA, scaling: float) -> Tensor:
+    bias = linear().get("bias")
+    assert bias is not None  # checked by `_check_biases`
+    return merged_bias(bias, lora.bias, scaling)
 
 
 def merged_bias(
@@ -184,6 +245,7 @@ def merged_bias(
 def _merged_edges(spec: Spec, base: Base, adapter: Adapter) -> dict[str, Callable[[], Tensor]]:
     """Name on disk -> a function that returns the merged matrix, for embedding and head."""
     extras, merged = spec.extras, {}
+    base = with_resident_edges(base) if adapter.keys() - {"layers", "replaced"} else base
     matrices = {EMBED_TOKENS: base["embed_tokens"], LM_HEAD: base.get("lm_head")}
     if "embed_tokens" in adapter and extras.embed_tokens is not None:
         lora, scaling = adapter["embed_tokens"], extras.embed_tokens.scaling

@@ -12,6 +12,7 @@ from fastlora.models.params import is_quantized
 from fastlora.models.state import StateT
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
+from fastlora.runtime.layer_fetching import is_sharded
 
 
 def quantize(model: StateT) -> StateT:
@@ -49,7 +50,12 @@ def quantize(model: StateT) -> StateT:
             " merge the adapter first."
         )
     check_quantizable(config, [model.base["norm"].dtype])
-    tensors = tensors_from_base(config, model.base)
+    if is_sharded(model.base):
+        raise ValueError(
+            "a sharded base is not quantised after loading; load it with load_in_4bit=True, which"
+            " deals the matrices to the ranks."
+        )
+    tensors = {**tensors_from_base(config, model.base)}
     names = projection_weights(config)
     # bitsandbytes would quantise them without an error.
     raise_problems(

@@ -15,6 +15,7 @@ from fastlora.models.names import EDGE_WEIGHTS
 from fastlora.models.params import Base
 from fastlora.models.state import StateT
 from fastlora.ops.dispatch import refuse_transforms
+from fastlora.runtime.layer_fetching import resident, with_edges_of
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
 
@@ -67,12 +68,14 @@ def add_tokens(
 
     new_tokenizer = tokenizer.with_tokens(new, special=special)
     ids = [cast(int, new_tokenizer.backend.token_to_id(token)) for token in new]
-    matrices = {k: _with_mean_rows(model.base[k], ids) for k in EDGE_WEIGHTS if k in model.base}
-    base = cast(Base, {**model.base, **matrices})
+    matrices = {
+        k: _with_mean_rows(resident(model.base[k]), ids) for k in EDGE_WEIGHTS if k in model.base
+    }
+    base = cast(Base, with_edges_of({**model.base, **matrices}, model.base))
     # The checkpoint does not have these rows, so an adapter alone would not load over it.
     # save_pretrained therefore writes the changed matrices beside the adapter.
     changed = dict.fromkeys((*model.spec.changed, *(EDGE_WEIGHTS[key] for key in matrices)))
-    config = replace(model.spec.config, vocab_size=base["embed_tokens"].shape[0])
+    config = replace(model.spec.config, vocab_size=matrices["embed_tokens"].shape[0])
     spec = replace(model.spec, config=config, changed=tuple(changed))
     return replace(model, spec=spec, base=base), new_tokenizer, ids
 

@@ -20,6 +20,7 @@ from fastlora.models.params import (
 from fastlora.models.spec import Spec, Target
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.dequantize import dense
+from fastlora.runtime.layer_fetching import resident
 
 
 def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) -> Adapter:
@@ -77,8 +78,8 @@ def adapted_matrix(base: Base, layer: int | None, name: str) -> torch.Tensor:
     if layer is not None:
         return dense(base["layers"][layer][name]["weight"], base["norm"].dtype)
     if name == "embed_tokens":
-        return base["embed_tokens"].t()
-    return base["lm_head"] if "lm_head" in base else base["embed_tokens"]
+        return resident(base["embed_tokens"]).t()
+    return resident(base["lm_head"] if "lm_head" in base else base["embed_tokens"])
 
 
 def _first_embedding_pair(

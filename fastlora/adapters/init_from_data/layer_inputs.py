@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fastlora.models.attention import (
+    add_residual,
     attention_output,
     layer_norm,
     plain_attention,
@@ -20,15 +21,20 @@ from fastlora.models.attention import (
 from fastlora.models.decoder import Positions, position_tables
 from fastlora.models.embedding import scaled
 from fastlora.models.layer_spec import LayerSpec, layer_spec
+from fastlora.models.mlp import down_name, gated
 from fastlora.models.params import Base, LayerParams
 from fastlora.models.projections import project
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState
 from fastlora.ops.loss.ignore import IGNORE
-from fastlora.ops.swiglu.swiglu import gate_product
+from fastlora.runtime.layer_fetching import resident
 
-# Projection -> an earlier one that multiplies the same input.
-SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+# Projection -> the one under whose name `layer_inputs` has its input.
+SHARED_INPUT = {
+    **dict.fromkeys(("k_proj", "v_proj", "qkv_proj"), "q_proj"),
+    **dict.fromkeys(("up_proj", "gate_up_proj", "input_linear"), "gate_proj"),
+    "output_linear": "down_proj",
+}
 
 # For each batch: projection -> its inputs at the counted tokens, in at least float32.
 Inputs = Iterator[dict[str, Float[Tensor, "n _"]]]
@@ -44,19 +50,18 @@ def layer_inputs(
 ) -> tuple[dict[str, Float[Tensor, "b t _"]], Float[Tensor, "b t d"]]:
     """(the inputs of q_proj, o_proj, gate_proj and down_proj, the layer's output), of the base.
 
-    k_proj and v_proj have q_proj's input, up_proj has gate_proj's.
+    SHARED_INPUT has the other projections.
     """
     inside = layer_norm(x, params, spec.norms.attention_in, spec)
     q, k, v = queries_keys_values(x, params, {}, cos, sin, spec, None)
     heads = plain_attention(q, k, v, mask, spec)
-    x = x + attention_output(heads, params, {}, spec, None)
+    x = add_residual(x, attention_output(heads, params, {}, spec, None), spec)
     middle = layer_norm(x, params, spec.norms.mlp_in, spec)
-    gate, up = project(middle, ("gate_proj", "up_proj"), params, {}, spec, None)
-    gated = gate_product(gate, up, gelu=spec.activation == "gelu_tanh")
-    (down,) = project(gated, ("down_proj",), params, {}, spec, None)
-    out = x + layer_norm(down, params, spec.norms.mlp_out, spec)
+    hidden = gated(middle, params, {}, spec, None)
+    (down,) = project(hidden, (down_name(params),), params, {}, spec, None)
+    out = add_residual(x, layer_norm(down, params, spec.norms.mlp_out, spec), spec)
     inputs = {"q_proj": inside, "o_proj": heads.transpose(1, 2).flatten(2)}
-    return inputs | {"gate_proj": middle, "down_proj": gated}, out
+    return inputs | {"gate_proj": middle, "down_proj": hidden}, out
 
 
 class BatchState(NamedTuple):
@@ -81,7 +86,7 @@ def embed_batches(
 
 
 def _embed(base: Base, spec: Spec, batch: Batch, use_label_mask: bool) -> BatchState:
-    x = scaled(F.embedding(batch["input_ids"], base["embed_tokens"]), spec)
+    x = scaled(F.embedding(batch["input_ids"], resident(base["embed_tokens"])), spec)
     counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if use_label_mask and "labels" in batch:
         counted = counted & (batch["labels"] != IGNORE)

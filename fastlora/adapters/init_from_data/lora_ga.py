@@ -19,9 +19,9 @@ from fastlora.adapters.init_from_data.layer_inputs import (
 )
 from fastlora.adapters.init_from_data.settings import InitSettings, with_initial_factors
 from fastlora.functional import trained_labels
-from fastlora.models.attention import attention_block
+from fastlora.models.attention import add_residual, attention_block
 from fastlora.models.decoder import Positions
-from fastlora.models.head import head
+from fastlora.models.head import divided, head
 from fastlora.models.layer_spec import layer_spec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import Base, LoRA
@@ -93,7 +93,8 @@ def _head_gradient(x: Tensor, base: Base, spec: Spec, batch: Batch) -> Float[Ten
 
     def loss(x: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
         normed = rms_norm(x, base["norm"], spec.config.rms_norm_eps, spec.config.norm_kind)
-        rows, weight = normed.flatten(0, 1), head(None, base, spec)["weight"]
+        rows = divided(normed.flatten(0, 1), spec)
+        weight = head(None, base, spec)["weight"]
         cap = spec.config.logit_cap
         logp = linear_logprobs(rows, weight, next_labels.flatten(), cap=cap)
         return -logp.sum() / (next_labels != IGNORE).sum().clamp(min=1)
@@ -110,7 +111,8 @@ def _output_times_dy(
     static, layer_type = layer_spec(spec, i), spec.config.layer_types[i]
     tables, mask = positions.tables[layer_type], positions.masks[layer_type]
     x = leaves["x"]
-    x = x + attention_block(x, params, {}, *tables, mask, static, None)
+    attended = attention_block(x, params, {}, *tables, mask, static, None)
+    x = add_residual(x, attended, static)
     y = mlp_block(x, params, {}, static, None)
     dtype = torch.promote_types(y.dtype, torch.float32)
     return (y.to(dtype) * dy.to(dtype)).sum()

@@ -77,8 +77,8 @@ def _expert_tensors(
 def file_rows(
     config: LlamaConfig, gguf: GGUF, name: str, x: Float[Tensor, "d_out *rest"]
 ) -> Float[Tensor, "d_out *rest"]:
-    """A tensor as the file has it: the rows of q and k move if RoPE turns neighbours, and the
-    weights of norms that multiply with 1 + weight are written as 1 + weight.
+    """A tensor as the file has it: the rows of q and k move if only llama.cpp turns neighbours, and
+    the weights of norms that multiply with 1 + weight are written as 1 + weight.
 
     Within each head, rows i and i + head_dim / 2 become rows 2 i and 2 i + 1.
 
@@ -90,8 +90,9 @@ def file_rows(
     """
     if config.norm_kind == "one_plus" and name.endswith("norm.weight"):
         return norm_factor(x, "one_plus")
-    if not gguf.rope_of_neighbours or not _is_rotated(name):
+    if gguf.rope_of_neighbours == config.rope_of_neighbours or not _is_rotated(name):
         return x
+    assert gguf.rope_of_neighbours, f"{gguf.arch} does not turn neighbours, but {name} needs it"
     halves = x.unflatten(0, (-1, 2, config.head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 

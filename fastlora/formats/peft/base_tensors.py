@@ -21,6 +21,7 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.names import EMBED_TOKENS, LM_HEAD
 from fastlora.models.params import Base
 from fastlora.models.spec import UNTIED, LoraConfig, Spec
+from fastlora.runtime.layer_fetching import with_resident_edges
 
 _WITH_LORA, _WITH_ROWS, _ALONE = (
     "base_layer.weight",
@@ -59,7 +60,7 @@ def base_tensors_out(spec: Spec, base: Base) -> dict[str, Tensor]:
     """
     if spec.lora is None or not spec.changed:
         return {}
-    extras = spec.lora.extras
+    extras, base = spec.lora.extras, with_resident_edges(base)
     matrices = {
         EMBED_TOKENS: base["embed_tokens"],
         LM_HEAD: base.get("lm_head", base["embed_tokens"]),

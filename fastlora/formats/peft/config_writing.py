@@ -14,7 +14,7 @@ from fastlora.models.names import (
     module_names,
     projection_path,
 )
-from fastlora.models.params import EXPERTS, PROJECTIONS, ROUTER, TARGETS
+from fastlora.models.params import EXPERTS, LINEARS, ROUTER, TARGETS
 from fastlora.models.spec import LoraConfig, Spec, Target
 from fastlora.models.wrapped_names import OTHER_MODULES, wrapped_name
 
@@ -143,7 +143,7 @@ def _parameter(config: LlamaConfig, name: str) -> str | None:
     """
     if name in EXPERTS:
         return name
-    of_mlp = name == ROUTER or (is_mixture(config) and PROJECTIONS[name] == "mlp")
+    of_mlp = name == ROUTER or (is_mixture(config) and LINEARS[name] == "mlp")
     return f"{name}.weight" if of_mlp else None
 
 

@@ -40,6 +40,7 @@ from fastlora.models.spec import LoraConfig
 from fastlora.models.state import StateT
 from fastlora.ops.cast import cast as cast_matrices
 from fastlora.ops.dispatch import refuse_transforms
+from fastlora.runtime.layer_fetching import described, resident, with_edges_of
 
 
 def load_adapter(
@@ -218,15 +219,15 @@ def _with_base_tensors(base: Base, contents: _Contents) -> tuple[Base, list[str]
     names = {name: key for key, name in EDGE_WEIGHTS.items() if key in base}
     changed: dict[str, Tensor] = {}
     for name, key in names.items():
-        new = contents.base_tensors.get(name)
-        if new is None and base[key].shape[0] < contents.config.vocab_size:
+        new, shape = contents.base_tensors.get(name), described(base)[key].shape
+        if new is None and shape[0] < contents.config.vocab_size:
             new = contents.tensors.get(f"{PREFIX}{name}")
         if new is None:
             continue
         value = new.to(base["norm"].device, base["norm"].dtype, copy=True)
-        if value.shape != base[key].shape or not torch.equal(value, base[key]):
+        if value.shape != shape or not torch.equal(value, resident(base[key])):
             changed[key] = value
-    new_base: Any = {**base, **changed}
+    new_base: Any = with_edges_of({**base, **changed}, base) if changed else base
     return new_base, [name for name, key in names.items() if key in changed]
 
 

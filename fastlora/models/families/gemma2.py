@@ -5,6 +5,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, Family, TokenizerCla
 
 GEMMA2 = Family(
     name="gemma2",
+    models="Gemma 2",
     defaults=dict(
         num_key_value_heads=4,
         head_dim=256,

@@ -6,6 +6,7 @@ from fastlora.models.families.wrapper import Wrapper
 
 GEMMA3_TEXT = Family(
     name="gemma3_text",
+    models="Gemma 3, text",
     defaults=dict(
         num_key_value_heads=4,
         head_dim=256,

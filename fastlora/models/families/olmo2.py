@@ -4,6 +4,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, NO_WINDOW, Family, T
 
 OLMO2 = Family(
     name="olmo2",
+    models="OLMo 2",
     defaults=dict(
         max_position_embeddings=2048, rms_norm_eps=1e-5, eos_token_id=50279, pad_token_id=1
     ),

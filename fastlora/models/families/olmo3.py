@@ -4,6 +4,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, Family, SlidingRope,
 
 OLMO3 = Family(
     name="olmo3",
+    models="OLMo 3",
     defaults=dict(
         max_position_embeddings=2048,
         rms_norm_eps=1e-5,

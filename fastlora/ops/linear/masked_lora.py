@@ -15,17 +15,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.dispatch import rank_tile
-from fastlora.ops.dropout import dropout
+from fastlora.ops.dropout import dropout, key_and_row
 
 
 class Masks(NamedTuple):
     """The dropout masks of several A that share one input."""
 
-    keys: Int[Tensor, "k"]  # on x's device
+    keys: Int[Tensor, "k"]  # on x's device; results of dropout.from_row
     slots: tuple[int, ...]  # for each A, the index of its mask's key; -1: no mask
     p: float  # share of x that is dropped
     fused: bool  # whether Triton kernels may run
-    first_row: Int[Tensor, ""] | None = None  # see dropout.keep_mask; only the reference reads it
 
 
 class Segments(NamedTuple):
@@ -42,8 +41,11 @@ def masked_x_a_reference(
 ) -> Float[Tensor, "*n r"]:
     """All xA_i side by side, differentiable any number of times."""
     pairs = zip(matrices, _key_of_each(masks.keys, masks.slots), strict=True)
-    masked = lambda key: dropout(x, masks.p, key, masks.first_row)
-    return torch.cat([F.linear(masked(key), a) for a, key in pairs], -1)
+    return torch.cat([F.linear(_masked(x, masks.p, key), a) for a, key in pairs], -1)
+
+
+def _masked(x: Float[Tensor, "*n d"], p: float, key: Int[Tensor, ""] | None):
+    return x if key is None else dropout(x, p, *key_and_row(key))
 
 
 def _key_of_each(keys: Int[Tensor, "k"], slots: tuple[int, ...]) -> list[Int[Tensor, ""] | None]:
@@ -60,8 +62,8 @@ def masked_x_a_gradients_reference(
     """(gradient of x, gradients of all A stacked by rows). Both are differentiable."""
     ranks, slots, p = segments
     each = [*zip(dx_a.split(ranks, 1), a.split(ranks), _key_of_each(keys, slots), strict=True)]
-    dx = [dropout(torch.mm(d, matrix), p, key) for d, matrix, key in each]
-    da = [torch.mm(d.t(), dropout(x, p, key)) for d, _, key in each]
+    dx = [_masked(torch.mm(d, matrix), p, key) for d, matrix, key in each]
+    da = [torch.mm(d.t(), _masked(x, p, key)) for d, _, key in each]
     return torch.stack(dx).sum(0), torch.cat(da)
 
 

@@ -37,7 +37,8 @@ def _masked_x_a_kernel(
     row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
     far, k = row.to(tl.int64), tl.arange(0, R)[None, :]  # n * d may exceed 2**31
     key = tl.load(keys_ptr + slot, mask=slot >= 0, other=0)
-    of_row = row ^ key.to(tl.int32)  # the low 32 bits of the key
+    # The low 32 bits are the key, the high ones the first row (dropout.from_row).
+    of_row = (row + (key >> 32).to(tl.int32)) ^ key.to(tl.int32)
     of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
     of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
     of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
@@ -89,7 +90,8 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
             limit, factor, of_row = -2147483648, 1.0, row
             if SLOTS[i] >= 0:
                 limit, factor = threshold, scale
-                of_row = row ^ tl.load(keys_ptr + SLOTS[i]).to(tl.int32)
+                key = tl.load(keys_ptr + SLOTS[i])
+                of_row = (row + (key >> 32).to(tl.int32)) ^ key.to(tl.int32)
             of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
             of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
             of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
@@ -147,7 +149,8 @@ def masked_x_a_fused(
 ) -> Float[Tensor, "n r"]:
     """All x A_i' side by side in x.dtype, summed in float32.
 
-    For A_i, x is masked with keys[slots[i]]; if slots[i] is -1, x is not masked.
+    For A_i, x is masked with keys[slots[i]], whose high word is the first row of the mask; if
+    slots[i] is -1, x is not masked.
     """
     (n, d), (bm, bk, warps) = x.shape, _FORWARD
     x = x if x.stride(1) == 1 else x.contiguous()

@@ -62,6 +62,16 @@ def log_problems(log: Any, output_dir: Any) -> list[str]:
     return problems + [f"log has {name!r} twice" for name in twice]
 
 
+def on_all_ranks(function: Callable[[Record], object]) -> Callable[[Record], object]:
+    """A function for `log` that may end the run, so that all ranks have to call it.
+
+    Others are called on the first rank only. The figures are the same on all ranks, but not the
+    seconds.
+    """
+    vars(function)["on_all_ranks"] = True
+    return function
+
+
 @contextmanager
 def open_log(log: Log | None, info: RunInfo) -> Iterator[Write]:
     """A function that hands a copy of a record to everything that `log` names, in its order."""

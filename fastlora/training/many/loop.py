@@ -17,6 +17,7 @@ from fastlora.models.state import Batch
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save, evaluation_is_due
+from fastlora.training.common_run import refuse_ranks
 from fastlora.training.finished import finish_folder
 from fastlora.training.history import History, Record
 from fastlora.training.keeping import stops_early
@@ -48,6 +49,7 @@ def train_runs(given: Mapping[str, Any]) -> tuple[list[Any], list[History]]:
         ValueError, FileNotFoundError, CheckpointError, OSError, SystemExit: as `train`.
     """
     refuse_transforms("fastlora.train")
+    refuse_ranks("train with a list of models")
     own, ending = own_arguments(given)
     tokenizer, progress = given["tokenizer"], given["progress"]
     with ExitStack() as after:

@@ -5,20 +5,43 @@ its activations, or in one layer's backward pass, when the gradients of the laye
 exist.
 """
 
+from typing import NamedTuple
+
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.models.levels import kept_elements, layer_levels, mlp_chunks, offload_levels
-from fastlora.models.params import is_quantized
+from fastlora.models.names import EDGE_WEIGHTS, linear_names
+from fastlora.models.params import GATE_UP, is_quantized
 from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
 from fastlora.ops.swiglu.swiglu import kernel_supports
+from fastlora.runtime.layer_fetching import described
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # per parameter
 
 # cuBLAS's workspaces, RoPE tables, masks, and what the allocator adds by rounding up.
 _OTHER_BYTES = 0.1 * 2**30
+
+
+class BaseBytes(NamedTuple):
+    """Bytes of a base's tensors."""
+
+    layers: int
+    layer: int  # the largest
+    ends: int  # embedding and head; a tied matrix once
+    head: int
+    norm: int
+
+
+def base_bytes(model: ModelState) -> BaseBytes:
+    """The bytes of a model's base, wherever they are."""
+    base = described(model.base)
+    sizes = [sum(x.nbytes for x in tree_leaves(layer)) for layer in base["layers"]]
+    ends = {key: base[key].nbytes for key in EDGE_WEIGHTS if key in base}
+    head = ends.get("lm_head", ends["embed_tokens"])
+    return BaseBytes(sum(sizes), max(sizes), sum(ends.values()), head, base["norm"].nbytes)
 
 
 def peak_bytes(
@@ -27,21 +50,42 @@ def peak_bytes(
     batch_size: int,
     seq_length: int,
     optimizer: str = "adamw",
+    shard: int = 1,
+    host: bool = False,
+    base: BaseBytes | None = None,
 ) -> int:
     """The most memory that torch will have allocated in a training step, in bytes.
 
-    Base, adapter and optimizer are included.
+    Base, adapter and optimizer are included. Of a base that is sharded over ranks or in host
+    memory, the layer that runs and the next one are on the device, and the head during the loss.
+
+    Args:
+        model: as `plan`.
+        recompute: policy.
+        batch_size: sequences.
+        seq_length: tokens of each.
+        optimizer: a key of MOMENT_BYTES.
+        shard: ranks that share the base.
+        host: whether its parts are in host memory.
+        base: of `base_bytes`, if the caller has it already.
     """
+    base = base_bytes(model) if base is None else base
     config, tokens = model.spec.config, batch_size * seq_length
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
     adapters = _adapter_by_layer(model)
     parameters = sum(x.numel() for leaves in adapters for x in leaves)
-    always = sum(x.nbytes for x in tree_leaves(model.base)) + _OTHER_BYTES
+    fetched = host or shard > 1
+    whole = base.layers + base.ends
+    kept_base = base.norm + (0 if host else whole / shard)
+    always = kept_base + _OTHER_BYTES
+    # A part that waits in host memory is copied to the device before it is gathered.
+    layer = base.layer * (1 + (1 / shard if host and shard > 1 else 0)) if fetched else 0
     always += sum(x.nbytes for leaves in adapters for x in leaves)
     always += MOMENT_BYTES[optimizer] * parameters
 
     levels, fused = levels_of(model, recompute, tokens), _swiglu_is_fused(model)
-    kept = [_kept_bytes(model, level, fused) * tokens for level in levels]
+    of_level = {level: _kept_bytes(model, level, fused) * tokens for level in {*levels}}
+    kept = [of_level[level] for level in levels]
     kept_at_selective = _kept_bytes(model, "selective", fused) * tokens
     if recompute == "offload":
         # On the device: one layer's input on its way to the host, and one layer's on its way back.
@@ -52,11 +96,12 @@ def peak_bytes(
             x.numel() * item for leaves in adapters for x in leaves if x.element_size() != item
         )
     logits = min(tokens, rows_per_chunk(config.vocab_size)) * config.vocab_size * item
-    peak = sum(kept) + logits + 3 * tokens * d * item
+    head = base.head + layer if fetched else 0  # the last layer is still there
+    peak = sum(kept) + logits + 3 * tokens * d * item + head
 
     # In a layer's backward pass: three hidden states, the SwiGLU kernel's partial sums, and one
     # dequantised matrix; then the gradients of gate and up, and the recomputed activations.
-    backward = 3 * tokens * d * item + 8 * 3 * f * 16 * 4
+    backward = 3 * tokens * d * item + 8 * 3 * f * 16 * 4 + 2 * layer
     backward += f * d * item if is_quantized(model.base) else 0
     gradients = 0
     for i, level in reversed([*enumerate(levels)]):
@@ -107,4 +152,5 @@ def _swiglu_is_fused(model: ModelState) -> bool:
         return False
     ranks = [{t.name: t.r for t in targets} for targets in lora.targets]
     fits = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
-    return all(fits(r.get("gate_proj")) and fits(r.get("up_proj")) for r in ranks)
+    names = [n for n in linear_names(model.spec.config) if n in GATE_UP]
+    return all(fits(r.get(name)) for r in ranks for name in names)

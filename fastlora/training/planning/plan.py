@@ -9,17 +9,20 @@ were not measured.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fastlora.arguments import Rule, argument_problems, describe, one_of, whole_number
+from fastlora.distributed.cost import Cluster
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState, require_adapter
-from fastlora.training.planning.memory import MOMENT_BYTES, peak_bytes
+from fastlora.training.planning.memory import MOMENT_BYTES, base_bytes, peak_bytes
+from fastlora.training.planning.ranks import Layout, cluster_problems, layouts_of, transfers
 from fastlora.training.planning.time import step_seconds
 
 # The policies to choose from, from most memory to least. A number is the share of the activation
@@ -45,7 +48,28 @@ class Option:
     peak_bytes: int
     """Allocated by torch at the peak."""
     step_seconds: float | None
-    """None for a card whose rates are not known."""
+    """None for a card whose rates are not known. Transfers that nothing hides are included."""
+    shard: int = 1
+    """Ranks that share the base: `load`'s argument. 1: every rank has all of it."""
+    replicate: int = 1
+    """Groups of such ranks, each with all of the base."""
+    host: bool = False
+    """Whether the base is in host memory: `load(shard="host")`."""
+    gathered_bytes: int = 0
+    """Weights that a rank receives from others in a step of one micro-batch."""
+    copied_bytes: int = 0
+    """Weights that a rank copies from its host's memory in such a step."""
+    summed_bytes: int = 0
+    """Gradients that a rank receives in a step."""
+    exposed_seconds: float | None = None
+    """Of these transfers, what no computation hides; None for a card whose rates are not known."""
+
+    @property
+    def efficiency(self) -> float | None:
+        """The share of a step in which the card computes; None if `step_seconds` is."""
+        if self.step_seconds is None or self.exposed_seconds is None:
+            return None
+        return 1 - self.exposed_seconds / self.step_seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +95,11 @@ def plan(
     *,
     optimizer: str = "adamw",
     card: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    link: str = "nvlink",
+    network: str = "8x400g",
+    shard: int | str = "auto",
 ) -> Plan:
     """Predict which recompute policy to train with. Nothing is run or allocated.
 
@@ -89,6 +118,13 @@ def plan(
             that the model is on.
         optimizer: one of `train`'s.
         card: "H100" or "H200" predicts times for these; "auto" is the device the model is on.
+        devices: GPUs of each machine. `memory` is of one of them, `batch_size` of each.
+        nodes: machines.
+        link: between the GPUs of a machine: "nvlink", "pcie5" or "pcie4".
+        network: between machines: "8x400g" (a port for each of 8 GPUs), "400g" or "100g".
+        shard: how the base is kept: a number of ranks, "host", or "auto" for the fastest number.
+            `distributed/cost.py` has the cost model; its rates of links are data sheets', and
+            nothing in it was measured on several GPUs.
 
     Returns:
         The fastest policy that fits (the one that recomputes least, if the card's rates are not
@@ -100,6 +136,7 @@ def plan(
             of experts, DoRA, dropout, qat_scheme, and adapters outside the layers.
     """
     problems = _problems(model, batch_size, seq_length, optimizer, card)
+    problems += cluster_problems(devices, nodes, link, network, shard)
     available = _memory_bytes(memory, model)
     if available is None:
         problems.append(
@@ -109,14 +146,9 @@ def plan(
     raise_problems(ValueError, "fastlora.plan cannot use these arguments:", problems)
     assert available is not None
     known = re.search(_CARDS, _device_name(model) if card == "auto" else card) is not None
-    options = tuple(
-        Option(
-            recompute=choice,
-            peak_bytes=peak_bytes(model, choice, batch_size, seq_length, optimizer),
-            step_seconds=step_seconds(model, choice, batch_size, seq_length) if known else None,
-        )
-        for choice in CHOICES
-    )
+    cluster = Cluster(devices=devices, nodes=nodes, link=link, network=network)
+    layouts = layouts_of(shard, cluster)
+    options = _options(model, batch_size, seq_length, optimizer, known, cluster, layouts)
     share, fixed = _RESERVED_SHARE_OF_PEAK, _RESERVED_BYTES
     fitting = [x for x in options if (1 + share) * x.peak_bytes + fixed <= available]
     if not fitting:
@@ -126,11 +158,31 @@ def plan(
             f" recompute={least.recompute!r} needs {least.peak_bytes / 2**30:.2f} GiB, and"
             f" {(share * least.peak_bytes + fixed) / 2**30:.2f} GiB for the driver and fragments."
             " Lower batch_size (and raise gradient_accumulation_steps), seq_length or r, load the"
-            ' base with load_in_4bit=True, or take optimizer="paged_adamw_8bit".'
+            ' base with load_in_4bit=True or shard="host", or take optimizer="paged_adamw_8bit".'
         )
     # Without times all keys are equal, and min returns the first: the one that recomputes least.
     fastest = min(fitting, key=lambda x: x.step_seconds or 0.0)
     return Plan(chosen=fastest, options=options, memory=available)
+
+
+def _options(
+    model: ModelState,
+    batch_size: int,
+    seq_length: int,
+    optimizer: str,
+    known: bool,
+    cluster: Cluster,
+    layouts: Sequence[Layout],
+) -> tuple[Option, ...]:
+    """All policies with all layouts of the base; `known`: whether times can be predicted."""
+    base, options = base_bytes(model), []
+    for choice in CHOICES:
+        seconds = step_seconds(model, choice, batch_size, seq_length) if known else None
+        for layout in layouts:
+            peak = peak_bytes(model, choice, batch_size, seq_length, optimizer, *layout, base)
+            moved = transfers(model, batch_size, seq_length, seconds, layout, cluster, base)
+            options.append(Option(recompute=choice, peak_bytes=peak, **moved))
+    return tuple(options)
 
 
 _CARD = Rule(

@@ -1,0 +1,130 @@
+"""The cost of a step on several ranks: bytes that travel, and seconds that nothing hides.
+
+W            bytes of the layers' weights, in L layers      E   bytes of embedding and head
+A            parameters of the adapter                      N   ranks, in groups of S that share a
+                                                                base: N = S x R
+B            bytes a second of a group: REACHED of the slowest link's rate
+
+A rank receives in one step with one micro-batch:
+
+    data parallel   2 (N - 1) / N * 4 A                  one sum of float32 gradients
+    sharded         ((2 L - 1) / L * W + E) (S - 1) / S  layers forward and backward, of which
+                                                         the last one stays; both ends once
+    host            ((2 L - 1) / L * W + E) / S          copied from host memory
+
+The transfer of a layer is hidden by the computation of the layer before it. Of each transfer, the
+seconds that are longer than that are exposed, and so are embedding, head and the sum. Transfers of
+layers from host memory and between ranks follow each other as in a pipeline: the slower one counts.
+
+    exposed = L max(0, t_layer - forward / L) + (L - 1) max(0, t_layer - backward / L)
+              + t_layer + t_ends + t_sum
+
+A gather is hidden in bf16 from F / B tokens a rank on, where F is the rate of products: the model
+cancels out. NF4 needs 0.26 of that. On H100: 1,900 tokens with NVLink, 17,000 with one 400G port a
+node.
+
+The rates of links are those of data sheets; REACHED is assumed, not measured.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+REACHED = 0.8  # of a link's rate, by a large transfer
+
+# Bytes a second that a rank can receive in a collective over one machine.
+LINKS = {"nvlink": 450e9, "pcie5": 50e9, "pcie4": 25e9}
+
+# Bytes a second between machines, of each machine: all its ranks use its ports at once.
+NETWORKS = {"8x400g": 400e9, "400g": 50e9, "100g": 12.5e9}
+
+# Bytes a second that large copies from pinned host memory reach, by the link inside a machine.
+# NVLink connects GPUs; the host is behind PCIe 5, which gave 58e9 on an H100 (models/levels.py).
+HOST_RATES = {"nvlink": 55e9, "pcie5": 55e9, "pcie4": 22e9}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """The machines of a run."""
+
+    devices: int = 1
+    """GPUs of each machine."""
+    nodes: int = 1
+    """Machines."""
+    link: str = "nvlink"
+    """A key of LINKS."""
+    network: str = "8x400g"
+    """A key of NETWORKS."""
+
+    @property
+    def ranks(self) -> int:
+        """GPUs of all machines."""
+        return self.devices * self.nodes
+
+    def rate(self, ranks: int) -> float:
+        """Bytes a second that a rank receives in a group of so many consecutive ranks."""
+        within = ranks <= self.devices
+        return REACHED * (LINKS[self.link] if within else NETWORKS[self.network])
+
+
+class Bytes(NamedTuple):
+    """What a step's costs depend on, in bytes, except `layers`."""
+
+    layers: int
+    layer: int  # of the largest layer
+    all_layers: int
+    ends: int  # embedding and head; a tied matrix counts twice, because it is fetched twice
+    head: int
+    adapter: int  # gradients in float32
+
+
+class Cost(NamedTuple):
+    """Of one rank and step."""
+
+    gathered_bytes: int
+    """Received from other ranks: weights."""
+    copied_bytes: int
+    """Copied from host memory: weights."""
+    summed_bytes: int
+    """Received from other ranks: gradients."""
+    exposed_seconds: float
+    """Of these transfers, what is not hidden by computation."""
+
+
+def step_cost(
+    sizes: Bytes, cluster: Cluster, shard: int, host: bool, forward: float, backward: float
+) -> Cost:
+    """The cost of a step with one micro-batch.
+
+    Args:
+        sizes: of model and adapter.
+        cluster: the machines.
+        shard: ranks that share a base; 1: every rank has all of it.
+        host: whether the parts are in host memory.
+        forward: seconds of all layers' forward passes.
+        backward: seconds of all layers' backward passes.
+    """
+    n, passes = cluster.ranks, (2 * sizes.layers - 1) / sizes.layers
+    others = (shard - 1) / shard
+    moved = passes * sizes.all_layers + sizes.ends
+    gathered, copied = moved * others, moved / shard if host else 0.0
+    summed = 2 * (n - 1) / n * sizes.adapter
+    # Seconds for each byte of the base.
+    of_gather = others / cluster.rate(shard)
+    of_copy = 1 / shard / HOST_RATES[cluster.link] if host else 0.0
+    slower = max(of_gather, of_copy)
+    layer, layers = sizes.layer * slower, sizes.layers
+    exposed = layers * max(0.0, layer - forward / layers)
+    exposed += (layers - 1) * max(0.0, layer - backward / layers)
+    exposed += (layer + sizes.ends * (of_gather + of_copy)) if slower else 0.0
+    exposed += summed / cluster.rate(n) if n > 1 else 0.0
+    return Cost(round(gathered), round(copied), round(summed), exposed)
+
+
+def shard_choices(cluster: Cluster) -> list[int]:
+    """Numbers of ranks that may share a base: divisors of a machine's GPUs, and whole machines.
+
+    At most 64 ranks, because the model has no term for the latency of larger groups.
+    """
+    within = [n for n in range(1, cluster.devices + 1) if cluster.devices % n == 0]
+    across = [cluster.devices * n for n in range(1, cluster.nodes + 1) if cluster.nodes % n == 0]
+    return sorted({*within, *(n for n in across if n <= 64)})

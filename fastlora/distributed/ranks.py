@@ -1,0 +1,50 @@
+"""Ranks: what training asks of the processes that run together. This class is a process alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Ranks:
+    """The processes of a run, seen from one of them. `data_parallel.Group` has more than one."""
+
+    rank: int = 0
+    count: int = 1
+    several: bool = False
+    """Whether there is a process group, which may be of one rank."""
+    lockstep: bool = False
+    """Whether every rank must run the same number of passes."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files, logs and shows the bar."""
+        return self.rank == 0
+
+    def agree(self, facts: Mapping[str, Any], what: str = "this run") -> None:
+        """Raise a ValueError if a fact differs between ranks."""
+
+    def meet(self, what: str) -> None:
+        """Wait until all ranks are here."""
+
+    @contextmanager
+    def first_on_node(self, what: str) -> Iterator[None]:
+        """Run the block on the first rank of each machine, then on its other ranks."""
+        yield
+
+    def sums(self, values: Sequence[Float[Tensor, ""]]) -> list[Float[Tensor, ""]]:
+        """The sums over ranks, in float64."""
+        return [x.double() for x in values]
+
+    def first_text(self, text: str) -> str:
+        """The text of the first rank that has one, with its rank."""
+        return text
+
+    def signal(self, own: int | None) -> int | None:
+        """The signal that ends the run after this step, on every rank alike."""
+        return own
+
+
+ALONE = Ranks()
