@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
@@ -15,6 +14,7 @@ from fastlora.models.embedding import embed, noise_scale
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
 from fastlora.models.fused_qkv import with_fused_qkv
+from fastlora.models.graph_input import attach_to_graph, requires_grad
 from fastlora.models.init_offset import cast_offset
 from fastlora.models.layer_spec import layer_spec
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
@@ -158,7 +158,7 @@ def hidden_states(
             # require a gradient, and that layer would need a separate compiled graph. That is
             # twice the compile time, and would save the dx of q, k and v in one layer.
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
-            x = _attach_to_graph(x) if trained else x
+            x = attach_to_graph(x) if trained else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
         mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
@@ -239,26 +239,6 @@ def attention_masks(
     return masks
 
 
-class _AttachToGraph(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, anchor):
-        # The same memory, but not a view: dynamo would make another dynamic graph for a view.
-        return x.new_empty(0).set_(x)
-
-    @staticmethod
-    def backward(ctx, dx):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None
-
-
-def _attach_to_graph(x: Tensor) -> Tensor:
-    """x as a tensor that requires a gradient, which is then dropped.
-
-    x.requires_grad_() would make x a leaf, which the graph keeps to the end of the backward pass.
-    """
-    anchor = torch.empty((), device=x.device, requires_grad=True)
-    return _AttachToGraph.apply(x, anchor)  # pyright: ignore[reportReturnType]
-
-
 def _stash(spec: Spec, x: Tensor) -> HostStash | None:
     """Host memory for the activations that layers keep; None: they stay on the device.
 
@@ -298,11 +278,6 @@ def _records(
     # A scaled matrix is not a cast of a trained one, so it cannot be cast again.
     pairs = (scaled, cast) if scaled is adapter else ({}, {})
     return grouped_records(cast, rows.groups), Copies(*map(matrices_of, pairs))
-
-
-def requires_grad(tree: Any) -> bool:
-    """Whether any tensor of a tree requires a gradient. None is a tree without tensors."""
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
 
 
 def layer_keys(

@@ -189,23 +189,21 @@ def train(
             reference of "dpo" and "kto" is the given model, at no memory.
         packing: fill sequences of exactly `model.spec.max_seq_length` tokens with complete rows
             that do not attend to each other; plain text that is too long is split. Where the
-            attention kernels do not run (on the CPU, in float32, for head sizes other than 64 and
-            128), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses more
-            than 8 GiB of it. Lower max_seq_length to a length that your rows fill. Without packing,
-            a batch is padded to its longest row.
+            attention kernels do not run (on the CPU, in float32, for head sizes other than 64, 128
+            and 256), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses
+            more than 8 GiB of it. Lower max_seq_length to a length that your rows fill. Without
+            packing, a batch is padded to its longest row.
         train_on: "responses", "last_response" or "all"; see `data.encode_rows`.
         too_long: rows of more than `model.spec.max_seq_length` tokens are an error; "drop" leaves
             them out, "truncate" keeps their first tokens, "split" splits them.
-        on_bad_row: rows that cannot be trained on are an error; "skip" leaves them out. The numbers
-            of rows that are left out or cut are written to stderr, and the rows to
-            output_dir/rows_left_out.jsonl.
+        on_bad_row: rows that cannot be trained on are an error; "skip" leaves them out. Rows that
+            are left out or cut are counted on stderr and in output_dir/rows_left_out.jsonl.
         columns: standard names of columns to those of the data: {"prompt": "question"}.
         template_kwargs: variables of the chat template: {"enable_thinking": False}. To generate,
             use `tokenizer.with_template_kwargs(...)`.
         eval_every: steps.
         sample_prompts: texts or chats that the model continues, greedily, whenever eval_data is
-            evaluated (also without eval_data). The texts are under "samples" in the record for
-            `log`.
+            evaluated (also without eval_data), for "samples" in the record for `log`.
         sample_tokens: tokens of each of these texts at most.
         save_every: steps. output_dir/checkpoint-N is an adapter folder with the files that `resume`
             needs. The last step is saved too.
@@ -220,17 +218,15 @@ def train(
         noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
             noise depends on `seed`, which must stay secret.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
-            if there is one and else starts a run, a path continues from that checkpoint. The files
-            of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
-            is damaged, the error names the one to continue from, which replaces the damaged ones
-            after it.
+            if there is one and else starts a run, a path continues from that checkpoint. Its files
+            must have the SHA-256 that they had when it was saved. If the newest is damaged, the
+            error names the one to continue from, which replaces the damaged ones after it.
         seed: of the order of the data and of dropout.
         log: a function, called after every step with a dict of step, loss, learning_rate, tokens,
             seconds and grad_norm, as in `History`, eval_loss after an evaluation, norms by group of
             tensors ("grad_norm/A", "update_norm/B", ...), and figures of `progress.step_cost`.
-            "jsonl" writes these to
-            output_dir/log.jsonl, "tensorboard" to output_dir/tensorboard, "wandb" and "trackio" to
-            these services (each an extra of the package). Or a list of these.
+            "jsonl" writes these to output_dir/log.jsonl, "tensorboard" to output_dir/tensorboard,
+            "wandb" and "trackio" to these services (each an extra). Or a list of these.
         progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
             left, and on CUDA the share of the card's peak and the memory.
 
@@ -246,7 +242,7 @@ def train(
 
     Several ranks:
         Under torchrun, N ranks are one rank with N x batch_size, up to rounding. All get the same
-        result; rank 0 writes the files, calls `log` and shows the bar. See distributed/README.md.
+        result; rank 0 writes files and calls `log`. See distributed/README.md.
 
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
@@ -273,9 +269,7 @@ def train(
     with ExitStack() as after:
         ranks = after.enter_context(joined_ranks(model))
         # Every rank reads checkpoints; the first one writes, and shows the bar.
-        found, folder, progress = (
-            (folder, folder, progress) if ranks.is_first else (folder, None, False)
-        )
+        found, (folder, progress) = folder, (folder, progress) if ranks.is_first else (None, False)
         after.enter_context(output_lock(folder))
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.

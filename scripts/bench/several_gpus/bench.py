@@ -107,12 +107,14 @@ class Bench:
         All ranks must call this.
         """
         self._subgroups += 1
-        host: Any = dist.new_group(list(range(count)), backend="gloo")
-        device: Any = host
-        if self.device.type == "cuda":
-            device = dist.new_group(list(range(count)))
+        ranks = list(range(count))
+        device: Any = dist.new_group(ranks) if self.device.type == "cuda" else None
         if self.rank >= count:
             return None
+        # Only its members make the gloo group. new_group would make the others split NCCL's group
+        # too, which waits for the members to do so (torch 2.11 and 2.13, device_id given).
+        host: Any = dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+        device = host if device is None else device
         c10d: Any = dist.distributed_c10d
         store = c10d.PrefixStore(f"bench/{self._subgroups}/", c10d._get_default_store())
         return Group(Groups(device, host, Waits(store, self.rank, count)), self.device)
