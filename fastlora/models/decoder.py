@@ -11,10 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
+from fastlora.models.context_part import ContextPart, part_masks, part_noise
 from fastlora.models.embedding import embed
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
 from fastlora.models.fused_qkv import with_fused_qkv
+from fastlora.models.graph_input import attach_to_graph
 from fastlora.models.init_offset import cast_offset
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
 from fastlora.models.names import with_replaced
@@ -107,6 +109,7 @@ def hidden_states(
     examples: ExampleRows | None = None,
     inputs_embeds: Float[Tensor, "b t d"] | None = None,
     taps: Taps | None = None,
+    part: ContextPart | None = None,
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: the input of the head.
 
@@ -128,6 +131,8 @@ def hidden_states(
         inputs_embeds: the input of the first layer, without noise, in any floating-point dtype.
             Of input_ids then only the shape is read. None: input_ids are embedded.
         taps: captures and adds tensors; None: nothing.
+        part: of rows whose other tokens are on other ranks; input_ids are then part.input_ids, and
+            masks, ids and first_row are not given. None: rows are whole.
     """
     config, taps = spec.config, taps or Taps()
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
@@ -135,16 +140,24 @@ def hidden_states(
     if inputs_embeds is None:
         x = embed(input_ids, adapter, base, spec)
         masked = (attention_mask, position_ids, segment_ids)
-        x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows)
+        x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows, part)
     else:
         x = inputs_embeds.to(base["embed_tokens"].dtype)
     x = taps.at("embed", x)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     # Only a compiled backward pass uses the single product of fused weights.
     backward = use_compiled and torch.is_grad_enabled()
-    cos, sin = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
-    masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
+    if part is None:
+        cos, sin = _rope_tables(
+            config, input_ids, x.dtype, attention_mask, position_ids, segment_ids
+        )
+        masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
+    else:
+        cos, sin = rope_tables(config, part.position_ids, part.lengths, x.dtype)
+        masks = part_masks(part, config, _windows(config), x.dtype, fused)
+        first_row = part.first_rows
+    context = None if part is None else part.group
     adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
@@ -157,7 +170,7 @@ def hidden_states(
             # require a gradient, and that layer would need a separate compiled graph. That is
             # twice the compile time, and would save the dx of q, k and v in one layer.
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
-            x = _attach_to_graph(x) if trained else x
+            x = attach_to_graph(x) if trained else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
         mask = masks[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
@@ -168,7 +181,8 @@ def hidden_states(
         # Dropout masks, a stack's groups and those of examples are of all rows.
         whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
-        static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
+        of_layer = layer_spec(spec, i, fused=fused, stacked=rows is not None, context=context)
+        static = of_layer, level, chunks
         layer, rest, static = taps.layer(i, rest, static)
         how = partial(_run, layer), static, use_compiled
         x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
@@ -196,14 +210,17 @@ def _noisy(
     seed: int | Int[Tensor, "..."] | None,
     first_row: Int[Tensor, ""] | None,
     rows: StackRows | None,
+    part: ContextPart | None,
 ) -> Float[Tensor, "b t d"]:
     """The embedded tokens with NEFTune's noise, if the spec asks for it and there is a seed."""
     if spec.neftune_alpha is None or seed is None:
         return x
+    key = seed_tensor(seed, x.device)
+    if part is not None:
+        return part_noise(x, part, spec.neftune_alpha, key)
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
-    key = seed_tensor(seed, x.device)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
     return with_noise(x, spec.neftune_alpha, key, lengths, first_row)
@@ -235,26 +252,6 @@ def attention_masks(
         else:
             masks[layer_type] = attention_mask_2d(t, window, attention_mask, segment_ids, x.device)
     return masks
-
-
-class _AttachToGraph(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, anchor):
-        # The same memory, but not a view: dynamo would make another dynamic graph for a view.
-        return x.new_empty(0).set_(x)
-
-    @staticmethod
-    def backward(ctx, dx):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return None, None
-
-
-def _attach_to_graph(x: Tensor) -> Tensor:
-    """x as a tensor that requires a gradient, which is then dropped.
-
-    x.requires_grad_() would make x a leaf, which the graph keeps to the end of the backward pass.
-    """
-    anchor = torch.empty((), device=x.device, requires_grad=True)
-    return _AttachToGraph.apply(x, anchor)  # pyright: ignore[reportReturnType]
 
 
 def _stash(spec: Spec, x: Tensor) -> HostStash | None:
@@ -307,11 +304,12 @@ def layer_keys(
     spec: Spec,
     seed: int | Int[Tensor, "..."] | None,
     device: torch.device,
-    first_row: Int[Tensor, ""] | None = None,
+    first_row: Int[Tensor, "*pieces"] | None = None,
     rows: StackRows | None = None,
     t: int = 0,
 ) -> Sequence[Int[Tensor, "..."] | None]:
-    """One dropout key per layer, or one per layer and row of a stack; Nones without dropout.
+    """One dropout key per layer, or one per layer and row of a stack, or per layer and piece of
+    rows, if there are several first rows; Nones without dropout.
 
     All keys are folded at once: that takes some ten kernel launches instead of ten per layer.
     """
@@ -322,7 +320,9 @@ def layer_keys(
         of_rows, first_rows = row_keys(key, rows, t)
         layers = torch.arange(n, device=device)[:, None]
         return from_row(fold(of_rows, layers), first_rows).unbind()
-    return from_row(fold(key, torch.arange(n, device=device)), first_row).unbind()
+    keys = fold(key, torch.arange(n, device=device))
+    pieces = first_row is not None and first_row.dim() == 1
+    return from_row(keys[:, None] if pieces else keys, first_row).unbind()
 
 
 def dropout_key(

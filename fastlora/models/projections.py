@@ -25,6 +25,7 @@ from fastlora.models.params import (
 )
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import stacked_project
+from fastlora.ops.attention.context_group import ContextGroup
 from fastlora.ops.dropout import dropout, fold, from_row, key_and_row
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.linear.frozen import frozen_linear
@@ -53,10 +54,18 @@ class LayerSpec:
     num_experts_per_tok: int
     norm_topk_prob: bool
     fused: bool  # whether Triton kernels run
+    context: ContextGroup | None  # the ranks that have rows together
     replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
 
 
-def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = False) -> LayerSpec:
+def layer_spec(
+    spec: Spec,
+    layer: int,
+    *,
+    fused: bool = False,
+    stacked: bool = False,
+    context: ContextGroup | None = None,
+) -> LayerSpec:
     """The part of `spec` that a layer depends on.
 
     Args:
@@ -65,6 +74,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         fused: whether Triton kernels run.
         stacked: whether the layer runs a stack of adapters, in which B contains the scalings. One
             graph then serves all scalings.
+        context: the ranks that have rows together; None: rows are whole.
     """
     config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
     copies = [name for name in spec.extras.replaced if name.startswith(prefix)]
@@ -84,6 +94,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
         norm_topk_prob=config.norm_topk_prob,
         fused=fused,
+        context=context,
         replaced=tuple(name.removeprefix(prefix) for name in copies),
     )
 
@@ -211,9 +222,13 @@ def a_matrices(
     # The keys of all names are the same tensor for all calls in a layer, so a compiled layer
     # computes them once, in one launch.
     layer_key, first_row = key_and_row(key)
-    keys = fold(layer_key, torch.arange(len(_DROPOUT_SALT), device=key.device))
-    keys = from_row(keys, first_row)
-    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
+    keys = torch.arange(len(_DROPOUT_SALT), device=key.device)
+    if key.dim() == 1:  # of pieces of rows: their keys differ by the first row only
+        layer_key, keys = layer_key[:1], keys[:, None]
+    keys = from_row(fold(layer_key, keys), first_row)
+    # The kernels take one first row.
+    fused = spec.fused and key.dim() == 0
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, fused)
 
 
 def _with_masked_base(

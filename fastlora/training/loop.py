@@ -110,6 +110,7 @@ def train(
     early_stopping: int | Ending | Sequence[int | None] | None = None,
     clip_per_example: float | None = None,
     noise_multiplier: float | None = None,
+    context_parallel: int = 1,
     resume: Resume | Sequence[Resume] = False,
     seed: int | Sequence[int] = 3407,
     log: Log | None = None,
@@ -218,6 +219,8 @@ def train(
             Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
         noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
             noise depends on `seed`, which must stay secret.
+        context_parallel: ranks under torchrun that have each row together, for rows that do not fit
+            one card; see distributed/README.md.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
@@ -266,7 +269,7 @@ def train(
     folder = None if given["output_dir"] is None else Path(given["output_dir"])
 
     with ExitStack() as after:
-        ranks = after.enter_context(joined_ranks(model))
+        ranks = after.enter_context(joined_ranks(model, settings.context_parallel))
         # Every rank reads checkpoints; the first one writes, and shows the bar.
         found, folder, progress = (
             (folder, folder, progress) if ranks.is_first else (folder, None, False)
