@@ -44,7 +44,8 @@ def adapted(
     """The base that the fixture wrote, with a random adapter, and the demo's tokenizer."""
     given = dict(max_seq_length=64, device="cpu", shard=shard if "RANK" in os.environ else None)
     model, _ = fastlora.load(Path(os.environ["RANKS_BASE"]), **given)
-    model = fastlora.lora(model, r=2, lora_dropout=dropout, target_modules=["q_proj", "down_proj"])
+    how = dict(lora_dropout=dropout, target_modules=["q_proj", "down_proj"])
+    model = fastlora.lora(model, r=2, recompute="full" if shard else "none", **how)
     tokenizer = fastlora.Tokenizer.from_folder(DEMO)
     assert tokenizer is not None
     return model.with_adapter(randomised(model.adapter, seed)), tokenizer

@@ -26,7 +26,7 @@ CASES = {
 }
 
 
-FEWER = {name: CASES[name] for name in ("packed, dropout", "padded, last step short", "stream")}
+FEWER = {name: CASES[name] for name in ("packed, dropout", "padded, last step short")}
 
 
 def split(cases: dict, ranks: int) -> dict:

@@ -29,7 +29,7 @@ def test_a_killed_rank_of_finetune_is_started_again_and_the_run_ends(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
     command += ["2", "--max-restarts", "1", "--monitor-interval", "0.1"]
     command += [str(ROOT / "scripts/finetune.py"), "--data", str(tmp_path / "rows.jsonl")]
-    command += ["--no-hold-out", "--output", str(out), "--max-steps", "40", "--save-every", "1"]
+    command += ["--no-hold-out", "--output", str(out), "--max-steps", "15", "--save-every", "1"]
     command += ["--max-seq-length", "64", "--batch-size", "1", "--no-progress", "--keep", "3"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with (tmp_path / "text").open("w") as text:
@@ -47,5 +47,5 @@ def test_a_killed_rank_of_finetune_is_started_again_and_the_run_ends(tmp_path):
     assert written.count("the reloaded model agrees") == 1  # rank 0 prints, the other does not
     assert "a step: 2 ranks x 1 sequences x 1 micro-batches = 2" in written
     steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == [*range(1, 41)]
+    assert steps == [*range(1, 16)]
     assert not (tmp_path / "run.1").exists()  # the second attempt went on in the same folder

@@ -23,8 +23,8 @@ def test_the_readme_has_lines_of_both_tables(large):
     """All lines take 14 seconds of a CPU: python scripts/bench/plan_table.py prints them."""
     text = README.read_text()
     small = plan_table.model_of("8B", in_4bit=False)
-    lines = [plan_table.sharded_line(large, "70B", True, n) for n in (1, 2, 8, 512)]
-    lines += [plan_table.sharded_line(small, "8B", False, n) for n in (1, 512)]
+    lines = [plan_table.sharded_line(large, "70B", True, n) for n in (2, 64)]
+    lines += [plan_table.sharded_line(small, "8B", False, n) for n in (512,)]
     lines += [plan_table.streamed_line(large, "70B", True, "24GB")]
     assert [line for line in lines if line not in text] == []
     assert text.count("does not fit") == 10
@@ -93,7 +93,7 @@ def test_one_card_is_planned_as_before(large):
     ("given", "message"),
     [
         (dict(devices=0), "devices=0"),
-        (dict(nodes=1.5), r"nodes=1\.5"),
+        (dict(nodes=0), "nodes=0"),
         (dict(link="string"), "link='string'"),
         (dict(network="wifi"), "network='wifi'"),
         (dict(shard=3, devices=8), "shard=3"),
@@ -101,5 +101,5 @@ def test_one_card_is_planned_as_before(large):
     ],
 )
 def test_bad_arguments_are_refused_by_name(large, given, message):
-    with pytest.raises(Exception, match=message.partition("=")[0]):
+    with pytest.raises(ValueError, match=message):
         fastlora.plan(large, 1, 64, "80GB", **given)
