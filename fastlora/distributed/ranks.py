@@ -33,6 +33,11 @@ class Ranks:
         return self.rank if self.context is None else self.rank // self.context.ranks
 
     @property
+    def passes_send(self) -> bool:
+        """Whether a pass waits for other ranks."""
+        return self.lockstep or self.context is not None
+
+    @property
     def counts_rows(self) -> bool:
         """Whether this rank counts the tokens of its rows: one of those that have them together."""
         return self.context is None or self.context.rank == 0

@@ -47,9 +47,19 @@ class Learner(Generic[StateT]):
 
 
 def make_learner(
-    model: StateT, settings: Settings, objective: Objective | None = None
+    model: StateT,
+    settings: Settings,
+    objective: Objective | None = None,
+    context: ContextGroup | None = None,
 ) -> Learner[StateT]:
-    """A learner over copies of the adapter's tensors; the given model is not written to."""
+    """A learner over copies of the adapter's tensors; the given model is not written to.
+
+    Args:
+        model: with an adapter.
+        settings: of the run.
+        objective: what is minimised; None: the mean of -log p.
+        context: the ranks that have rows together with this one; None: rows are whole.
+    """
     _, adapter = require_adapter(model)
     # Copies: the optimizer updates its tensors in place.
     copies = tree_map(lambda x: x.detach().clone(), adapter)
@@ -65,7 +75,10 @@ def make_learner(
         warn_of_noise(settings, model)
         loss_and_grad = value_and_grad(row_means, per_example=True)
     elif objective is None:
-        loss_and_grad = value_and_grad(micro_batch_loss, cuda_graph=cuda_graph)
+        of_batch = micro_batch_loss
+        if context is not None:
+            of_batch = partial(micro_batch_loss, context=context)
+        loss_and_grad = value_and_grad(of_batch, cuda_graph=cuda_graph)
     else:
         loss_and_grad = value_and_grad(partial(micro_batch_loss, objective=objective))
     trained = replace(model, adapter=copies)

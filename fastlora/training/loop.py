@@ -281,7 +281,7 @@ def train(
         with ranks.first_on_node("encoding"):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)
-        learner = make_learner(model, settings, objective)
+        learner = make_learner(model, settings, objective, ranks.context)
         checkpoint = checkpoint_to_resume(given["resume"], found)
         run = shared_run(run, ranks, learner.spec, checkpoint)
         # Training changes none of it, so it is computed once for all checkpoints.
@@ -334,7 +334,8 @@ def _run_steps(
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started
-            record = step_cost(learner.model, micro_batches, seconds) | record
+            cards = run.settings.context_parallel
+            record = step_cost(learner.model, micro_batches, seconds, cards) | record
             records.append(with_position(record, run, records))
             ends = evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:

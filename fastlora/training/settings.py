@@ -222,7 +222,7 @@ def _context_problems(settings: Settings) -> list[str]:
         return []
     problem = context_problem(ranks)
     problems = [problem] if problem else []
-    if settings.loss != "sft":
+    if not (isinstance(settings.loss, str) and settings.loss == "sft"):
         problems.append(
             f'context_parallel={ranks} with a loss other than "sft": other losses need whole rows'
         )
