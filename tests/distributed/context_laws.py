@@ -1,6 +1,7 @@
 """What each rank checks of context parallel. See server.py. Laws return figures, not verdicts."""
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._pytree import tree_leaves
 
 import fastlora
-from distributed.laws import RANK, adapted, runs
+from distributed.laws import RANK, adapted
 from fastlora import functional as FL
+from fastlora.distributed.mesh import world_size
 from fastlora.models import context_part
 from fastlora.ops.attention.context_group import ContextGroup
 from fastlora.runtime import compiled
@@ -49,12 +52,12 @@ def model_of(folder: str, kind: str = "", shard: int | None = None, **how: Any) 
     given = dict(device="cpu", dtype="float64") | how
     base, _ = fastlora.load(Path(folder), shard=shard, **given)
     lora: dict[str, Any] = {
-        "": dict(target_modules=["q_proj", "k_proj", "down_proj"]),
+        "": dict(target_modules=["q_proj", "k_proj", "o_proj"]),
         "dropout": dict(lora_dropout=0.2, target_modules=["q_proj", "up_proj", "lm_head"]),
         "dora": dict(lora_dropout=0.2, use_dora=True, target_modules=["v_proj", "down_proj"]),
         "rows": dict(trainable_token_indices=[3, 7, 50]),
     }[kind]
-    model = fastlora.lora(base, r=2, **lora)
+    model = fastlora.lora(base, r=2, adapter_dtype=given["dtype"], **lora)
     return model.with_adapter(randomised(model.adapter, 0)).with_spec(**spec)
 
 
@@ -64,11 +67,7 @@ def flat(grads: Any, *more: Tensor) -> Tensor:
 
 def share(model: fastlora.Model, batch: dict[str, Tensor], context: Any, noise: Any) -> Tensor:
     """Gradients, loss and trained tokens of this process, side by side."""
-    spec = model.spec
-    if noise:
-        import dataclasses
-
-        spec = dataclasses.replace(spec, neftune_alpha=noise)
+    spec = dataclasses.replace(model.spec, neftune_alpha=noise)
     how: dict[str, Any] = dict(seed=5, first_row=torch.tensor(2 * B * T), context=context)
     counts = []
 
@@ -91,7 +90,7 @@ def gradients(scratch: Path, cases: dict[str, dict[str, Any]]) -> dict[str, floa
         kernels, shard = case.get("kernels") == "triton", case.pop("shard", None)
         batch = {"input_ids": IDS, "labels": IDS} | ROWS[rows]
         with kernels_take_everything() if kernels else contextlib.nullcontext():
-            context = fastlora.context_group(case.pop("ranks", dist_size()), "cpu")
+            context = fastlora.context_group(case.pop("ranks", world_size()), "cpu")
             own = share(model_of(**case, shard=shard), batch, context, noise)
         dist.all_reduce(own)
         own /= dist.get_world_size() / context.ranks  # groups have the same batch
@@ -99,12 +98,6 @@ def gradients(scratch: Path, cases: dict[str, dict[str, Any]]) -> dict[str, floa
         want = share(model_of(**whole), batch, None, noise)
         found[name] = ((own - want).abs().max() / want.abs().max().clamp(min=1)).item()
     return found
-
-
-def dist_size() -> int:
-    import os
-
-    return int(os.environ["WORLD_SIZE"])
 
 
 @contextlib.contextmanager
@@ -136,24 +129,24 @@ def transfers(scratch: Path, folder: str) -> dict[str, list[int]]:
 
 
 def compiled_layers(scratch: Path, folder: str) -> dict[str, float]:
-    """As `gradients`, of compiled layers; "graphs" is how many there are of them."""
-    made = []
-    inductor = compiled.backend
+    """As `gradients`, of compiled layers; "gathers" is how many graphs have an op that gathers.
 
-    def backend(graph: Any, inputs: Any) -> Any:
+    AOT autograd without Inductor, whose C++ takes each rank 20 seconds.
+    """
+    made: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
         made.append(graph)
-        return inductor(graph, inputs)
+        return graph.forward
 
-    compiled.backend = backend
-    cases = {"packed": dict(folder=folder, rows="packed", compile=True, recompute="selective")}
+    compiled.backend = aot_autograd(fw_compiler=keep)
+    cases = {
+        level: dict(folder=folder, rows="packed", compile=True, recompute=level, kind="dropout")
+        for level in ("none", "selective")
+    }
     found = gradients(scratch, cases)
-    ops = {str(node.target) for graph in made for node in graph.graph.nodes}
-    return found | {"graphs": len(made), "gathers": float(any("gather" in op for op in ops))}
-
-
-def training(scratch: Path, cases: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The outcomes of runs of train."""
-    return runs(scratch, cases)
+    ops = [{str(node.target) for node in graph.graph.nodes} for graph in made]
+    return found | {"gathers": sum("fastlora.gather_tokens.default" in of for of in ops)}
 
 
 def refused(scratch: Path) -> list[str]:

@@ -12,6 +12,7 @@ import torch
 import fastlora
 from distributed.test_equal_runs import largest
 from fastlora import functional as FL
+from fastlora.models.context_part import context_problems
 from fastlora.ops.attention.context_group import ContextGroup
 from oracles.checkpoints import make_checkpoint
 from oracles.trees import stacked
@@ -88,8 +89,8 @@ def test_groups_are_of_consecutive_ranks_and_rows_come_in_order(results):
 @pytest.mark.compile
 def test_compiled_layers_have_the_gather_in_their_graph(results, folders):
     for found in results("context_laws.compiled_layers", 2, folder=folders["shallow"]):
-        assert found["packed"] < 1e-12
-        assert found["gathers"]
+        assert max(found["none"], found["selective"]) < 1e-12
+        assert found["gathers"] == 3  # both forward passes; the backward pass of "selective"
 
 
 # ── train ─────────────────────────────────────────────────────────────────────────────────
@@ -111,7 +112,7 @@ def trained(gang) -> dict[int, tuple[list[dict], Any]]:
         if ranks > 1:
             cases = {name: case | dict(context_parallel=2) for name, case in cases.items()}
             cases["sharded base"]["shard"] = ranks
-        answer = gang("context_laws.training", ranks, cases=cases)
+        answer = gang("runs", ranks, cases=cases)
         assert not any(r["exit"] for r in answer["ranks"]), answer["ranks"][-1]["text"]
         found[ranks] = [rank["result"] for rank in answer["ranks"]], answer["scratch"]
     return found
@@ -160,9 +161,8 @@ def test_calls_that_need_whole_rows_are_refused_by_name(tiny, batch):
         fastlora.value_and_grad(lambda a: call(a)[None], per_example=True)(tiny.adapter)
     with pytest.raises(ValueError, match=r"torch\.func"):
         torch.func.grad(call)(tiny.adapter)
-    with pytest.raises(ValueError, match=r"expected the result of fastlora\.context_group"):
-        plain = getattr(FL.loss_sum, "__wrapped__", FL.loss_sum)  # without the hook of the tests
-        plain(tiny.adapter, *model, context=SimpleNamespace(ranks=2))
+    (problem,) = context_problems(tiny.adapter, SimpleNamespace(ranks=2), None, None, None)
+    assert "expected the result of fastlora.context_group" in problem
 
 
 def test_a_cuda_graph_is_refused(tiny, batch, monkeypatch):
