@@ -38,7 +38,7 @@ from torch import Tensor
 from fastlora.arguments import FLAG
 from fastlora.errors import raise_problems
 from fastlora.models.capture_checks import checked_inputs, needed_entries
-from fastlora.models.context_part import ContextPart, context_part, context_problems
+from fastlora.models.context_part import context_part, context_problems
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
 from fastlora.models.input_checks import entry_problems
 from fastlora.models.outputs import part_logprobs, row_logits, row_logprobs
@@ -213,9 +213,8 @@ def loss_sum(
     """
     model, how = (adapter, base, spec), (seed, adapter_ids, add, inputs_embeds)
     if context is not None:
-        part = _own_part("functional.loss_sum", model, batch, context, first_row, *how)
-        logp = part_logprobs(*model, part, seed)
-        return -logp.sum(), (part.following != IGNORE).sum()
+        logp, following = _own_logprobs(model, batch, context, first_row, *how)
+        return -logp.sum(), (following != IGNORE).sum()
     logp, labels = _batch_logprobs("functional.loss_sum", model, batch, *how, first_row=first_row)
     return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
 
@@ -311,8 +310,7 @@ def _batch_logprobs(
     return row_logprobs(adapter, base, spec, inputs, seed, first_row), labels
 
 
-def _own_part(
-    function: str,
+def _own_logprobs(
     model: tuple[AnyAdapter, Base, Spec],
     batch: Batch,
     context: ContextGroup,
@@ -320,13 +318,16 @@ def _own_part(
     seed: Seed,
     adapter_ids: AdapterIds,
     *places: Any,
-) -> ContextPart:
-    """This rank's part of a batch of long rows."""
+) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """(log-probabilities of the labels that follow this rank's tokens, these labels)."""
+    function, (adapter, base, spec) = "functional.loss_sum", model
     raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
-    problems = context_problems(model[0], context, adapter_ids, *places)
+    problems = context_problems(adapter, context, adapter_ids, *places)
     raise_problems(ValueError, f"{function} with context cannot do this:", problems)
+    assert not isinstance(adapter, PerExample)
     inputs = checked_inputs(function, model, batch, seed, None)
-    return context_part(inputs, trained_labels(batch), context, first_row)
+    part = context_part(inputs, trained_labels(batch), context, first_row)
+    return part_logprobs(adapter, base, spec, part, seed), part.following
 
 
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:

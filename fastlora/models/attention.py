@@ -120,6 +120,7 @@ def attention_block(
     if spec.context is not None:
         heads = _attention_over_ranks(x, params, adapter, cos, sin, mask, spec, key)
         return attention_output(heads, params, adapter, spec, key)
+    assert not isinstance(mask, PartSpans)
     # Spans are made only for the Triton kernels. Plain causal attention may be faster by SDPA.
     if isinstance(mask, Spans) or (mask is None and _use_flash(x, spec)):
         # These kernels rotate q and k themselves.
@@ -142,12 +143,12 @@ def _attention_over_ranks(
     key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b h t hd"]:
     """Attention of this rank's queries over the keys of all ranks that have the rows."""
-    assert spec.context is not None and mask is not None
+    assert spec.context is not None
     q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
     k, v = gather_keys_values(k, v, spec.context)
     if isinstance(mask, PartSpans):
         return part_attention(q, k, v, mask)
-    assert not isinstance(mask, Spans)
+    assert isinstance(mask, Tensor)
     return attention(q, k, v, mask, deterministic=spec.deterministic)
 
 

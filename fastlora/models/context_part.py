@@ -16,6 +16,7 @@ from fastlora.arguments import describe
 from fastlora.models.config import LlamaConfig
 from fastlora.models.neftune import with_noise
 from fastlora.models.positions import first_seen, positions, sequence_lengths
+from fastlora.models.rope_tables import rope_tables
 from fastlora.models.stacks import stack_size
 from fastlora.ops.attention.context_group import ContextGroup, own_tokens
 from fastlora.ops.attention.flash import kernel_supports
@@ -88,7 +89,7 @@ def context_problems(
     """What a call with `context` does not support, by name."""
     if not isinstance(context, ContextGroup):
         return [f"context={describe(context)}: expected the result of fastlora.context_group"]
-    stacked = isinstance(adapter, dict) and stack_size(adapter) is not None
+    stacked = not isinstance(adapter, PerExample) and stack_size(adapter) is not None
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     found = {
         "per_example: gradients of examples need whole rows": isinstance(adapter, PerExample),
@@ -115,11 +116,16 @@ def _documents(
     return torch.where(mask.bool(), 0 if segments is None else segments, padding)
 
 
-def part_masks(
-    part: ContextPart, config: LlamaConfig, windows: Mapping[str, int | None], dtype: Any,
+def part_tables(
+    part: ContextPart,
+    config: LlamaConfig,
+    windows: Mapping[str, int | None],
+    dtype: torch.dtype,
     fused: bool,
-) -> dict[str, Bool[Tensor, "#b 1 t s"] | PartSpans]:  # fmt: skip
-    """Layer type -> which keys of the rows this rank's queries see.
+) -> tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"], dict[str, Any]]:
+    """(cos, sin, layer type -> which keys of the rows this rank's queries see).
+
+    The last are PartSpans where the kernels run, else masks [#b, 1, t, s].
 
     Args:
         part: of the rows.
@@ -128,6 +134,17 @@ def part_masks(
         dtype: of the hidden states.
         fused: whether Triton kernels run.
     """
+    cos, sin = rope_tables(config, part.position_ids, part.lengths, dtype)
+    return cos, sin, _masks(part, config, windows, dtype, fused)
+
+
+def _masks(
+    part: ContextPart,
+    config: LlamaConfig,
+    windows: Mapping[str, int | None],
+    dtype: torch.dtype,
+    fused: bool,
+) -> dict[str, Bool[Tensor, "#b 1 t s"] | PartSpans]:
     b, s, hd = len(part.input_ids), part.tokens, config.head_dim
     sizes = ((config.num_attention_heads, len(part.own)), (config.num_key_value_heads, s))
     kernels = fused and all(kernel_supports(dtype, heads, hd, n) for heads, n in sizes)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
-from fastlora.models.context_part import ContextPart, part_masks, part_noise
+from fastlora.models.context_part import ContextPart, part_noise, part_tables
 from fastlora.models.embedding import embed
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
@@ -83,6 +83,16 @@ def _rope_tables(
     return rope_tables(config, position_ids, lengths, dtype)
 
 
+def _tables(
+    spec: Spec, x: Tensor, input_ids: Tensor, masked: tuple, fused: bool, part: ContextPart | None
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """(cos, sin, the masks of each layer type); `masked`: attention_mask, positions, segments."""
+    if part is not None:
+        return part_tables(part, spec.config, _windows(spec.config), x.dtype, fused)
+    cos, sin = _rope_tables(spec.config, input_ids, x.dtype, *masked)
+    return cos, sin, attention_masks(spec, x, masked[0], masked[2], fused)
+
+
 def _windows(config: LlamaConfig) -> dict[str, int | None]:
     """The layer types of a model -> their sliding window; None: all earlier tokens."""
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
@@ -131,15 +141,14 @@ def hidden_states(
         inputs_embeds: the input of the first layer, without noise, in any floating-point dtype.
             Of input_ids then only the shape is read. None: input_ids are embedded.
         taps: captures and adds tensors; None: nothing.
-        part: of rows whose other tokens are on other ranks; input_ids are then part.input_ids, and
-            masks, ids and first_row are not given. None: rows are whole.
+        part: of rows with tokens on other ranks; gives all that follows input_ids. None: whole.
     """
     config, taps = spec.config, taps or Taps()
+    masked = (attention_mask, position_ids, segment_ids)
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
     base = with_replaced(base, adapter, tied=spec.extras.tied)
     if inputs_embeds is None:
         x = embed(input_ids, adapter, base, spec)
-        masked = (attention_mask, position_ids, segment_ids)
         x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows, part)
     else:
         x = inputs_embeds.to(base["embed_tokens"].dtype)
@@ -148,16 +157,8 @@ def hidden_states(
     # Only a compiled backward pass uses the single product of fused weights.
     backward = use_compiled and torch.is_grad_enabled()
     fused = use_kernel(x, spec.kernels)
-    if part is None:
-        cos, sin = _rope_tables(
-            config, input_ids, x.dtype, attention_mask, position_ids, segment_ids
-        )
-        masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
-    else:
-        cos, sin = rope_tables(config, part.position_ids, part.lengths, x.dtype)
-        masks = part_masks(part, config, _windows(config), x.dtype, fused)
-        first_row = part.first_rows
-    context = None if part is None else part.group
+    cos, sin, masks = _tables(spec, x, input_ids, masked, fused, part)
+    first_row, context = (first_row, None) if part is None else (part.first_rows, part.group)
     adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
@@ -181,8 +182,8 @@ def hidden_states(
         # Dropout masks, a stack's groups and those of examples are of all rows.
         whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
-        of_layer = layer_spec(spec, i, fused=fused, stacked=rows is not None, context=context)
-        static = of_layer, level, chunks
+        how: Any = {"fused": fused, "stacked": rows is not None, "context": context}
+        static = layer_spec(spec, i, **how), level, chunks
         layer, rest, static = taps.layer(i, rest, static)
         how = partial(_run, layer), static, use_compiled
         x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
@@ -308,8 +309,7 @@ def layer_keys(
     rows: StackRows | None = None,
     t: int = 0,
 ) -> Sequence[Int[Tensor, "..."] | None]:
-    """One dropout key per layer, or one per layer and row of a stack, or per layer and piece of
-    rows, if there are several first rows; Nones without dropout.
+    """One dropout key per layer, or also per row of a stack or first row; Nones without dropout.
 
     All keys are folded at once: that takes some ten kernel launches instead of ten per layer.
     """

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.models.examples import example_project
+from fastlora.models.fake_quantised import fake_quantised
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import a_with_offset, b_with_offset
 from fastlora.models.params import (
@@ -32,7 +33,6 @@ from fastlora.ops.linear.frozen import frozen_linear
 from fastlora.ops.linear.lora import lora_linear
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.linear.masked_lora import Masks
-from fastlora.ops.linear.qat import qat_linear
 
 # Number folded into a layer's dropout key, so that every projection has its own mask.
 _DROPOUT_SALT = {name: salt for salt, name in enumerate(TARGETS)}
@@ -125,7 +125,7 @@ def project(
     # add the products of x with W and with A and B, which costs less.
     if spec.qat_scheme is not None:
         parts = _projection_parts(names, params, adapter, scalings)
-        return [_fake_quantised(x, *part, spec.qat_scheme) for part in parts]
+        return [fake_quantised(x, *part, spec.qat_scheme) for part in parts]
     if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
     fused_weight = params.get("qkv") if names == QKV else None
@@ -340,23 +340,3 @@ def _frozen(
     if "offset" not in linear:
         return y
     return y - scaling * F.linear(F.linear(x, linear["offset"].a), linear["offset"].b)
-
-
-def _fake_quantised(
-    x: Float[Tensor, "b t d_in"],
-    linear: Linear,
-    lora: AdapterRecord | None,
-    scaling: float,
-    scheme: str,
-) -> Float[Tensor, "b t d_out"]:
-    """One projection as it would compute after merging and quantising."""
-    weight, bias = linear["weight"], linear.get("bias")
-    assert isinstance(weight, Tensor), "lora() refuses qat_scheme over a quantised base"
-    if lora is None:  # merging does not change it, but it is quantised too
-        return qat_linear(x, weight, bias, None, None, None, scaling, scheme)
-    if isinstance(lora, BiasedLoRA):  # merging adds this bias to the base's
-        wide = torch.promote_types(lora.bias.dtype, torch.float32)
-        lora_bias = scaling * lora.bias.to(wide)
-        bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
-    magnitude = lora.magnitude if isinstance(lora, DoRA) else None
-    return qat_linear(x, weight, bias, lora.a, lora.b, magnitude, scaling, scheme)

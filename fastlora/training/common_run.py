@@ -32,8 +32,8 @@ def joined_ranks(model: ModelState, context_parallel: int = 1) -> AbstractContex
             groups.
     """
     device = model.base["norm"].device
-    given = dict(lockstep=is_collective(model.base), context_parallel=context_parallel)
-    return joined(device, **given)
+    lockstep = is_collective(model.base)
+    return joined(device, lockstep=lockstep, context_parallel=context_parallel)
 
 
 def refuse_ranks(what: str) -> None:

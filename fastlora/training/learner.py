@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from jaxtyping import Float, Int
@@ -105,7 +105,7 @@ def micro_batch_loss(
     """
     if objective is not None:
         return objective.loss_sum(adapter, base, spec, batch, seed) * scale
-    how = dict(seed=seed, first_row=first_row, context=context)
+    how: dict[str, Any] = dict(seed=seed, first_row=first_row, context=context)
     return loss_sum(adapter, base, spec, batch, **how)[0] * scale
 
 

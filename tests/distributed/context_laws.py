@@ -49,7 +49,7 @@ ROWS: dict[str, dict[str, Tensor]] = {
 def model_of(folder: str, kind: str = "", shard: int | None = None, **how: Any) -> fastlora.Model:
     """A model of a folder in float64 unless `how` says another type, with a random adapter."""
     spec = {name: how.pop(name) for name in ("recompute", "kernels", "compile") if name in how}
-    given = dict(device="cpu", dtype="float64") | how
+    given: dict[str, Any] = dict(device="cpu", dtype="float64") | how
     base, _ = fastlora.load(Path(folder), shard=shard, **given)
     lora: dict[str, Any] = {
         "": dict(target_modules=["q_proj", "k_proj", "o_proj"]),

@@ -1,10 +1,10 @@
 """The ranks' server: imports torch and fastlora once, then forks the ranks of every job.
 
 A job is a line of JSON on stdin: {"law": name, "ranks": N, "arguments": {...}, "scratch": folder,
-"restarts": 0, "seconds": 60}. A law of another file than laws.py is "file.name". The answer on stdout is {"ranks": [{"exit": ..., "result": ...,
-"text": ...}, ...], "attempts": ...}. Each rank gets torchrun's environment, and like torchrun the
-server ends all ranks when one has failed, and starts them again if the job allows restarts. With
-one rank there is no such environment.
+"restarts": 0, "seconds": 60}. A law that is not in laws.py is "file.name". The answer on stdout is
+{"ranks": [{"exit": ..., "result": ..., "text": ...}, ...], "attempts": ...}. Each rank gets
+torchrun's environment, and like torchrun the server ends all ranks when one has failed, and starts
+them again if the job allows restarts. With one rank there is no such environment.
 """
 
 import importlib

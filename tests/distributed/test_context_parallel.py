@@ -173,7 +173,7 @@ def test_a_cuda_graph_is_refused(tiny, batch, monkeypatch):
 
 
 def test_train_names_what_it_does_not_do_together_with_context_parallel(tiny):
-    given = dict(loss="dpo", clip_per_example=1.0, noise_multiplier=1.0, packing=False)
+    given: dict[str, Any] = dict(loss="dpo", clip_per_example=1.0, noise_multiplier=1.0)
     with pytest.raises(ValueError) as refused:
         fastlora.train(tiny, None, [], context_parallel=2, **given)
     text = str(refused.value)

@@ -81,7 +81,7 @@ KERNELS = [
         for head_dim, shared in ((64, 99), (128, 99), (128, 160))
         for t in (2048, 2047)
     ),
-    *(attention(which, head_dim, 2048, 160, part=True) for which in FLASH for head_dim in (64, 128)),
+    *(attention(which, size, 2048, 160, part=True) for which in FLASH for size in (64, 128)),
 ]
 WIDE = {name: "*fp32" for name in (
     "sums_ptr logp_ptr gains_ptr dgains_ptr gram_ptr norm_ptr lse_ptr delta_ptr".split()

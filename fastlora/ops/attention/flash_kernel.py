@@ -25,11 +25,12 @@ from fastlora.ops.dispatch import precision
 # of blocks: blocks in which spans begin (only with SPANS), blocks that all rows of the tile see,
 # and blocks in which spans end. Only the first and the last stretch need a mask. Indices beyond the
 # last token are clamped to it; the mask hides such keys, and results of such queries are not
-# stored. With PART the queries are a part of the row: they see keys up to `until`, and keys are seen
-# from the query `since` on (part_attention.py). If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
-# time; 32-bit offsets within a row save another tenth (attention-tiles-2026-11-27 in
-# scripts/bench/results.jsonl). 1.4426950408 is log2(e). The running maximum starts at -3e38 and not
-# at -inf: a row that sees no key in its first blocks would otherwise compute -inf - -inf = NaN.
+# stored. With PART the queries are a part of the row: they see keys up to `until`, and the query
+# `since` is the first that sees a key (part_attention.py). If the tile divides the length (EVEN),
+# we skip the clamping, which saves a tenth of the time; 32-bit offsets within a row save another
+# tenth (attention-tiles-2026-11-27 in scripts/bench/results.jsonl). 1.4426950408 is log2(e). The
+# running maximum starts at -3e38 and not at -inf: a row that sees no key in its first blocks would
+# otherwise compute -inf - -inf = NaN.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, first_ptr, until_ptr, out_ptr, lse_ptr, t, s, heads, scale,
@@ -166,7 +167,7 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 
 @triton.jit
-def _key_value_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
+def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, since_ptr, cos_ptr, sin_ptr,
     dk_ptr, dv_ptr,
     t, s, heads, scale, q_token, k_token, v_token, dout_token, dkv_token, table_row,

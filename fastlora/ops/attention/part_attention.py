@@ -30,9 +30,7 @@ class PartSpans(NamedTuple):
     last: Int[Tensor, "b s"]  # the last one
 
 
-def make_part_spans(
-    first: Int[Tensor, "b t"], until: Int[Tensor, "b t"], keys: int
-) -> PartSpans:
+def make_part_spans(first: Int[Tensor, "b t"], until: Int[Tensor, "b t"], keys: int) -> PartSpans:
     """Spans from the keys of each query, computed on their device without a synchronisation.
 
     Args:

@@ -21,7 +21,7 @@ from fastlora.ops.dropout import dropout, key_and_row
 class Masks(NamedTuple):
     """The dropout masks of several A that share one input."""
 
-    # On x's device; results of dropout.from_row. Of pieces of x's rows, a row of keys for each mask.
+    # On x's device; results of dropout.from_row. With keys for pieces of x, each mask has several.
     keys: Int[Tensor, "k *pieces"]
     slots: tuple[int, ...]  # for each A, the index of its mask's key; -1: no mask
     p: float  # share of x that is dropped
