@@ -264,6 +264,9 @@ def joined(
         return
     groups, ended = open_groups(device), False
     try:
+        # Ranks that do not agree would wait for each other in groups of other sizes.
+        facts = {"context_parallel": context_parallel}
+        check_agreement(groups, facts, "this run", MEET_SECONDS)
         context = context_group(context_parallel, device) if context_parallel > 1 else None
         yield Group(groups, device, lockstep=lockstep, context=context)
         ended = True

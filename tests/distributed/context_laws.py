@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from distributed.laws import RANK, adapted
+from distributed.laws import ROWS as TEXTS
 from fastlora import functional as FL
 from fastlora.distributed.mesh import world_size
 from fastlora.models import context_part
@@ -152,9 +153,11 @@ def compiled_layers(scratch: Path, folder: str) -> dict[str, float]:
 def refused(scratch: Path) -> list[str]:
     """Errors of ranks that cannot have rows together."""
     found = []
+    given: dict[str, Any] = dict(progress=False, max_steps=1)
     for call in (
         lambda: fastlora.context_group(3, "cpu"),
-        lambda: fastlora.train(*adapted(), [{"text": "a"}], context_parallel=3, progress=False),
+        lambda: fastlora.train(*adapted(), ["a"], context_parallel=3, **given),
+        lambda: fastlora.train(*adapted(), TEXTS, context_parallel=1 + RANK(), **given),
     ):
         try:
             call()

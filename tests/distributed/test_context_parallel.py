@@ -136,9 +136,10 @@ def test_runs_are_those_of_one_rank(trained, ranks, name):
 
 # ── what is refused ───────────────────────────────────────────────────────────────────────
 def test_ranks_that_do_not_divide_into_groups_are_refused(results):
-    for of_function, of_train in results("context_laws.refused", 2):
+    for of_function, of_train, of_two in results("context_laws.refused", 2):
         text = "context_parallel=3: the 2 ranks do not divide into groups of 3"
         assert text in of_function and text in of_train
+        assert "rank 1 has another context_parallel: 2; rank 0 has 1" in of_two
 
 
 @pytest.fixture
