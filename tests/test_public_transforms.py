@@ -203,6 +203,7 @@ REFUSED: dict[str, Callable[..., Any]] = {
     "fastlora.add_tokens": fastlora.add_tokens,
     "fastlora.combine": fastlora.combine,
     "fastlora.find_learning_rate": fastlora.find_learning_rate,
+    "fastlora.gathered": fastlora.gathered,
     "fastlora.generate_many": fastlora.generate_many,
     "fastlora.initialize": fastlora.initialize,
     "fastlora.load": fastlora.load,

@@ -23,14 +23,19 @@ class Ranks:
     """The ranks that have rows together with this one; None: rows are whole."""
 
     @property
+    def row_ranks(self) -> int:
+        """How many ranks have a row together."""
+        return 1 if self.context is None else self.context.ranks
+
+    @property
     def data_count(self) -> int:
         """Among how many ranks, or groups that have rows together, sequences are dealt."""
-        return self.count if self.context is None else self.count // self.context.ranks
+        return self.count // self.row_ranks
 
     @property
     def data_rank(self) -> int:
         """The number of this rank, or of its group, in [0, data_count)."""
-        return self.rank if self.context is None else self.rank // self.context.ranks
+        return self.rank // self.row_ranks
 
     @property
     def passes_send(self) -> bool:

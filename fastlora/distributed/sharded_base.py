@@ -19,6 +19,7 @@ from fastlora.distributed.flat_layer import Layout, layout_of, pack, unpack
 from fastlora.models.names import EDGE_WEIGHTS
 from fastlora.models.params import Base, LayerParams
 from fastlora.models.state import StateT
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.layer_fetching import (
     Fetch,
     FetchedLayers,
@@ -231,7 +232,11 @@ def gathered(model: StateT) -> StateT:
 
     All ranks that hold a part must call this. Each receives all of the base: its layers one at a
     time, so nothing else is on the device besides. The given model keeps its parts.
+
+    Raises:
+        RuntimeError: a torch.func transform is active.
     """
+    refuse_transforms("fastlora.gathered")
     base: Any = model.base
     if not is_sharded(base):
         return model

@@ -1,6 +1,8 @@
 """Compiled regions: torch.compile with one graph per static setting, shared by all layers."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -137,8 +139,24 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     with (
         torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),  # pyright: ignore
         torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore
+        _no_advice_about_checkpoints(),
     ):
         return compile_fx(graph, inputs)
+
+
+@contextmanager
+def _no_advice_about_checkpoints() -> Iterator[None]:
+    """Without torch's advice to look for in-place ops in regions that are recomputed.
+
+    torch logs it for every such region of a graph. The regions are ours, and have no in-place ops.
+    """
+    log = logging.getLogger("torch._higher_order_ops.wrap")
+    keep = lambda record: "context_fn is passed" not in record.getMessage()
+    log.addFilter(keep)
+    try:
+        yield
+    finally:
+        log.removeFilter(keep)
 
 
 @cache

@@ -154,8 +154,8 @@ def train(
             adapter is of.
         max_steps: optimizer steps; overrides `num_epochs`.
         num_epochs: passes over the data; may be a fraction.
-        batch_size: sequences in a micro-batch. A full step has `gradient_accumulation_steps` times
-            as many.
+        batch_size: sequences in a micro-batch of one rank. A full step has
+            `gradient_accumulation_steps` times as many, on each rank.
         gradient_accumulation_steps: micro-batches in a step.
         learning_rate: the highest of the run.
         learning_rates: highest rates of groups of tensors: "B" (LoRA+ of Hayou et al. 2024 is
@@ -219,8 +219,7 @@ def train(
             Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
         noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
             noise depends on `seed`, which must stay secret.
-        context_parallel: ranks under torchrun that have each row together, for rows that do not fit
-            one card; see distributed/README.md.
+        context_parallel: ranks that have each row together, if rows do not fit one card.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. The files
             of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
@@ -230,9 +229,8 @@ def train(
         log: a function, called after every step with a dict of step, loss, learning_rate, tokens,
             seconds and grad_norm, as in `History`, eval_loss after an evaluation, norms by group of
             tensors ("grad_norm/A", "update_norm/B", ...), and figures of `progress.step_cost`.
-            "jsonl" writes these to
-            output_dir/log.jsonl, "tensorboard" to output_dir/tensorboard, "wandb" and "trackio" to
-            these services (each an extra of the package). Or a list of these.
+            "jsonl" writes these to output_dir/log.jsonl, "tensorboard" to output_dir/tensorboard,
+            "wandb" and "trackio" to these services (each an extra). Or a list of these.
         progress: show a bar on stderr with the loss, tokens (trained or not) per second, the time
             left, and on CUDA the share of the card's peak and the memory.
 
@@ -245,6 +243,10 @@ def train(
         files. Functions in `log` get each run's records, with its number under "run".
         early_stopping may be a function of all runs' evaluations. A run whose loss is NaN ends, and
         the FloatingPointError is raised after the others' end. See training/many/README.md.
+
+    Several ranks:
+        Under torchrun, N ranks are one rank with N x batch_size, up to rounding. All get the same
+        result; rank 0 writes files and calls `log`. See distributed/README.md.
 
     Raises:
         ValueError: listing every argument of a wrong type or value, every unusable row, or every
@@ -271,9 +273,8 @@ def train(
     with ExitStack() as after:
         ranks = after.enter_context(joined_ranks(model, settings.context_parallel))
         # Every rank reads checkpoints; the first one writes, and shows the bar.
-        found, folder, progress = (
-            (folder, folder, progress) if ranks.is_first else (folder, None, False)
-        )
+        found = folder
+        folder, progress = (folder, progress) if ranks.is_first else (None, False)
         after.enter_context(output_lock(folder))
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
@@ -334,8 +335,7 @@ def _run_steps(
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started
-            cards = run.settings.context_parallel
-            record = step_cost(learner.model, micro_batches, seconds, cards) | record
+            record = step_cost(learner.model, micro_batches, seconds, run.ranks.row_ranks) | record
             records.append(with_position(record, run, records))
             ends = evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:

@@ -9,8 +9,9 @@ for embedding and head. torch's allocator is limited to --memory while the base 
 of the card for the resident model, whose loss must be the same bits.
 
 A row has the median step, its spread, the peak that torch allocated and that plan() predicts, the
-rate of the copies, and from a trace of one step: the share of the copies' time in which a kernel
-ran, and the share of the step in which none did. Rows go to $OUT/host_shards.jsonl.
+rate of the copies, and figures of a trace of one step (trace_overlap.py): the share of the copies'
+time in which a kernel ran, the number of copies during which none did, and the share of the step in
+which none did. Rows are printed and go to $OUT/host_shards.jsonl as they are measured.
 """
 
 import argparse
@@ -18,13 +19,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_checkpoint import SHAPES as CHECKPOINTS
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from trace_overlap import device_events, overlap_figures
 
 import fastlora
 from fastlora import functional as FL
@@ -45,7 +47,6 @@ SHAPES: dict[str, dict[str, Any]] = {
     | _TINY
     | dict(num_hidden_layers=3, num_key_value_heads=1, vocab_size=256),
 }
-Interval = tuple[float, float]
 
 
 def arguments() -> argparse.Namespace:
@@ -159,25 +160,6 @@ def measure(step: Callable[[], torch.Tensor], steps: int, device: torch.device) 
     }
 
 
-def joined(intervals: Iterable[Interval]) -> list[Interval]:
-    """Intervals in order, those that touch made one."""
-    found: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if found and begin <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((begin, end))
-    return found
-
-
-def covered(of: Iterable[Interval], by: Iterable[Interval]) -> float:
-    """The share of the first intervals' time in which one of the others runs; 0 without any."""
-    of, by = joined(of), joined(by)
-    total = sum(end - begin for begin, end in of)
-    shared = sum(max(0.0, min(b, d) - max(a, c)) for a, b in of for c, d in by)
-    return shared / total if total else 0.0
-
-
 def overlap(step: Callable[[], torch.Tensor], trace: Path) -> dict[str, Any]:
     """From a trace of one step: how copies from the host and kernels share the time."""
     kinds = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -185,22 +167,16 @@ def overlap(step: Callable[[], torch.Tensor], trace: Path) -> dict[str, Any]:
         step()
         torch.cuda.synchronize()
     profile.export_chrome_trace(str(trace))
-    events = json.loads(trace.read_text())["traceEvents"]
-    timed = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
+    events = device_events(trace)
+    trace.unlink()  # hundreds of MB for 70B
     span = lambda e: (e["ts"], e["ts"] + e["dur"])
-    kernels = [span(e) for e in timed if e["cat"] == "kernel"]
+    kernels = [span(e) for e in events if e["cat"] == "kernel"]
     # Layers, embedding and head: other copies are of a few bytes.
-    copies = [e for e in timed if "HtoD" in e["name"] and e["args"].get("bytes", 0) > 2**20]
-    whole = [(min(a for a, _ in kernels), max(b for _, b in kernels))]
-    seconds = sum(e["dur"] for e in copies) / 1e6
-    bytes_copied = sum(e["args"]["bytes"] for e in copies)
-    return {
-        "copies": len(copies),
-        "copied_gb": round(bytes_copied / 1e9, 2),
-        "copy_gb_s": round(bytes_copied / seconds / 1e9, 1) if seconds else None,
-        "copies_beside_kernels": round(covered(map(span, copies), kernels), 3),
-        "without_kernel": round(1 - covered(whole, kernels), 3),
-    }
+    copies = [e for e in events if "HtoD" in e["name"] and e["args"].get("bytes", 0) > 2**20]
+    bytes_copied, seconds = sum(e["args"]["bytes"] for e in copies), sum(e["dur"] for e in copies)
+    found = overlap_figures([span(e) for e in copies], kernels)
+    rate = round(bytes_copied / seconds / 1e3, 1) if seconds else None
+    return found | {"copied_gb": round(bytes_copied / 1e9, 2), "copy_gb_s": rate}
 
 
 def main() -> None:
@@ -224,12 +200,13 @@ def main() -> None:
         layers: Any = model.base["layers"]
         layers.prefetch = ahead
         rows.append(row_of(model, args, f"host, {ahead} ahead", "host", every))
+        note(rows[-1], args.out)
     limit_memory("all" if cuda else None)
     rows.append(row_of(fastlora.gathered(model), args, "device", 1, every))
-    losses = [row.pop("losses") for row in rows]
-    for row, of_row in zip(rows, losses, strict=True):
-        row["same_losses"] = of_row == losses[-1]
-    report(rows, args.out)
+    note(rows[-1], args.out)
+    same = all(row["losses"] == rows[-1]["losses"] for row in rows)
+    note({"shape": args.shape, "layers": args.layers, "same_losses": same}, args.out)
+    print(table(rows), f"\nsame losses: {same}")
 
 
 def policy_of(text: str) -> Any:
@@ -283,19 +260,25 @@ def row_of(
     return row
 
 
-def report(rows: list[dict[str, Any]], out: Path) -> None:
-    """Append the rows to a file and print them as a table."""
+def note(row: dict[str, Any], out: Path) -> None:
+    """Append a row to the file, and print it."""
+    text = json.dumps(row)
     with (out / "host_shards.jsonl").open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.write(text + "\n")
+    print(text, flush=True)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
     columns = [
         *("base", "layers", "recompute", "ms", "spread_ms", "plan_ms", "peak_gib", "plan_gib"),
-        *("copied_gb", "copy_gb_s", "copies_beside_kernels", "without_kernel", "same_losses"),
+        *("copied_gb", "copy_gb_s", "transfers", "beside_kernels", "without_any_kernel", "idle"),
         "reckoned_ms",
     ]
     columns = [name for name in columns if any(name in row for row in rows)]
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(row.get(name, "")) for name in columns) + " |")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(r.get(name, "")) for name in columns) + " |" for r in rows]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
     python scripts/bench/multi_gpu.py --tiny --ranks 2               # gloo on the CPU: does it run?
 
 Each part is a job of its own, so that one that hangs ends after --seconds and the next goes on.
-Rows go to $OUT/multi_gpu.jsonl (or --out) as they are measured; the table of all comes last.
+Rows are printed and go to $OUT/multi_gpu.jsonl (or --out) as they are measured; the table of all
+parts so far follows each part. "transfers" of a trace are NCCL's kernels (trace_overlap.py).
 
 bandwidth   all_gather and all_reduce, 1 MiB to 1.7 GiB
 products    what matrix products lose while all_gathers run beside them
 bf16, nf4   8B, 4 x 2048 tokens a rank. Data parallel from 1 rank to all; sharded, and with 4 or
             more ranks hybrid, with 0, 1 and 2 layers gathered ahead; peaks beside `plan`; a trace
-70b         70B in NF4, sharded over all ranks
+70b         70B in NF4, 1 x 2048 tokens, sharded over all ranks, with 0 and 1 layers ahead
 context     one row of 65,536 tokens of 1B in bf16: by one rank, and by all ranks together
 kill        a rank is killed, torchrun starts all again, the run ends with the same bits
 """
@@ -49,7 +50,7 @@ def main() -> None:
             killed(args)
         else:
             launch(args, [str(HERE), *options(args), "--parts", part], part)
-    print(table(args.out))
+        print(table(args.out), flush=True)  # of all parts so far
 
 
 def arguments() -> argparse.Namespace:
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--row", type=int, default=65536, help="tokens of context's row")
     parser.add_argument("--row-shape", default="1b", help="of context's model")
-    parser.add_argument("--runs", type=int, default=8, help="timed steps")
+    parser.add_argument("--runs", type=int, default=5, help="timed steps; of 70B at most 2")
     parser.add_argument("--recompute", default="selective")
     parser.add_argument("--recompute-70b", default="full")
     parser.add_argument("--seconds", type=float, default=240, help="of a part, at most")
@@ -121,7 +122,8 @@ def work(args: argparse.Namespace) -> None:
     if args.tiny:
         sizes = Sizes(2, 32, 2, "selective", None)
     shape = "tiny" if args.tiny else args.shape
-    of_70b = sizes._replace(recompute=args.recompute_70b if not args.tiny else "selective")
+    recompute = "selective" if args.tiny else args.recompute_70b
+    of_70b = sizes._replace(batch=1, runs=min(2, sizes.runs), recompute=recompute)
     of_row = sizes._replace(length=args.row if not args.tiny else 64, runs=1)
     run = {
         "bandwidth": lambda: bandwidth(bench, args.tiny),

@@ -18,7 +18,8 @@ CASES = {
     "padded, last step short": dict(
         batch_size=4, max_steps=20, packing=False, gradient_accumulation_steps=3
     ),
-    # 19 rows: the last step of an epoch has one row, and other ranks run a batch without labels.
+    # 17 rows: the last step of an epoch has one row, and the other rank runs a batch that does not
+    # count, because every pass over the base needs both. So it is in evaluation.
     "sharded base": dict(
         batch_size=4, max_steps=6, packing=False, kind="odd", shard=2, evaluates=True
     ),

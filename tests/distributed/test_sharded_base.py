@@ -64,3 +64,7 @@ def test_law(law, failures):
 def test_several_ranks_are_asked_of_one_process(folder):
     with pytest.raises(ValueError, match="shard=2: this is the only rank"):
         fastlora.load(folder / "llama_bias", device="cpu", shard=2)
+
+
+def test_rank_0_writes_gguf_files(results):
+    assert results("gguf", 2) == [[True, True]] * 2

@@ -1,6 +1,7 @@
 """Compiled regions: the number of graphs, and when a new one is made."""
 
 import itertools
+import logging
 from collections import namedtuple
 from functools import cache
 from typing import Any
@@ -279,3 +280,17 @@ def test_the_cache_key_changes_with_a_file_in_a_sub_folder(tmp_path):
     assert key() == before
     nested.write_text("BLOCK = 128")
     assert key() != before
+
+
+@pytest.mark.compile
+def test_torch_gives_no_advice_about_our_checkpoints(deep, fresh_dynamo, caplog):
+    """Nor does a filter stay on torch's logger."""
+    logger = logging.getLogger("torch._higher_order_ops.wrap")
+    torch._logging.warning_once.cache_clear()
+    logger.addHandler(caplog.handler)  # torch's loggers do not propagate
+    filters = [*logger.filters]
+    with torch._functorch.config.patch(enable_autograd_cache=False):  # a hit traces nothing
+        step(deep(1).with_spec(recompute="selective"), batch_of(2, 11))
+    logger.removeHandler(caplog.handler)
+    assert not [x for x in caplog.records if x.name == logger.name]
+    assert logger.filters == filters

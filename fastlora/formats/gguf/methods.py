@@ -1,8 +1,10 @@
 """GGUFMethods: the methods of Model that write GGUF files."""
 
 import os
+from functools import partial
 
 from fastlora.arguments import FLAG, PATH, check_arguments
+from fastlora.distributed.leading import on_first_rank
 from fastlora.formats.gguf import adapter_file, model_file, ollama
 from fastlora.formats.gguf.report import GGUFReport, OllamaReport
 from fastlora.models.state import ModelState
@@ -10,7 +12,10 @@ from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 
 
 class GGUFMethods(ModelState):
-    """Files for llama.cpp, Ollama and LM Studio. They need the extra `gguf`."""
+    """Files for llama.cpp, Ollama and LM Studio. They need the extra `gguf`.
+
+    Over a base that is sharded over ranks, all ranks must call these; rank 0 writes.
+    """
 
     def save_gguf(
         self,
@@ -51,7 +56,8 @@ class GGUFMethods(ModelState):
             verify=(verify, FLAG),
             pre=(pre, model_file.PRE),
         )
-        return model_file.save_gguf(self, path, tokenizer, dtype, verify, pre)
+        work = partial(model_file.save_gguf, self, path, tokenizer, dtype, verify, pre)
+        return on_first_rank(self.base, work)
 
     def save_gguf_adapter(self, path: str | os.PathLike[str], verify: bool = False) -> GGUFReport:
         """Write the adapter as a GGUF LoRA file, for --lora of llama.cpp and Ollama's ADAPTER.
@@ -67,7 +73,8 @@ class GGUFMethods(ModelState):
             PermissionError: the folder cannot be written to.
         """
         check_arguments("Model.save_gguf_adapter", path=(path, PATH), verify=(verify, FLAG))
-        return adapter_file.save_gguf_adapter(self, path, verify)
+        work = partial(adapter_file.save_gguf_adapter, self, path, verify)
+        return on_first_rank(self.base, work)
 
     def save_ollama(
         self,
@@ -95,4 +102,5 @@ class GGUFMethods(ModelState):
             dtype=(dtype, model_file.DTYPE),
             pre=(pre, model_file.PRE),
         )
-        return ollama.save_ollama(self, folder, tokenizer, dtype, pre)
+        work = partial(ollama.save_ollama, self, folder, tokenizer, dtype, pre)
+        return on_first_rank(self.base, work)

@@ -1,7 +1,6 @@
 """The parts with a model: optimizer steps of `train`, replicated, sharded and hybrid."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from trace_overlap import device_events, overlap_figures
 
 import fastlora
 from fastlora.data.batches import batches
@@ -94,7 +94,7 @@ def slowest(bench: Bench, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps(bench: Bench, shape: str, nf4: bool, sizes: Sizes, replicated: bool = True) -> None:
-    """All measurements of one shape."""
+    """All measurements of one shape. Without replicas, 2 layers ahead are left out."""
     part = f"{shape} {'NF4' if nf4 else 'bf16'}"
     draws = Draws(config_of(shape, sizes.layers), bench.device, nf4)
     make = lambda shard: model_of(draws, shard, sizes.recompute)
@@ -105,7 +105,7 @@ def steps(bench: Bench, shape: str, nf4: bool, sizes: Sizes, replicated: bool = 
     if bench.ranks >= 4 and bench.ranks % 2 == 0:
         layouts["hybrid"] = bench.ranks // 2
     for name, shard in layouts.items():
-        _sharded(bench, part, name, shard, make, whole, sizes, time)
+        _sharded(bench, part, name, shard, make, whole, sizes, time, (1, 0, 2)[: 2 + replicated])
 
 
 def _replicated(bench: Bench, part: str, make: Any, whole: Any, sizes: Sizes) -> float | None:
@@ -164,9 +164,9 @@ def _twice(bench: Bench, model: Any, whole: Any, sizes: Sizes) -> dict[str, Any]
 
 def _sharded(
     bench: Bench, part: str, name: str, shard: int, make: Any, whole: Any, sizes: Sizes,
-    replicated: float | None,
+    replicated: float | None, counts: Sequence[int],
 ) -> None:  # fmt: skip
-    """Steps with 0, 1 and 2 layers gathered ahead, the predicted peak, and a trace."""
+    """Steps with these numbers of layers gathered ahead, the predicted peak, and a trace."""
     held: dict[str, Any] = {}
 
     def build() -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _sharded(
         share = None if replicated is None else round(replicated / found["ms"], 4)
         return found | {"ahead": count, "of_replicated": share}
 
-    for count in (0, 1, 2):
+    for count in counts:
         bench.measured(part, f"{name}, {count} ahead", lambda c=count: ahead(c))
     model.base["layers"].prefetch = 1
     bench.measured(part, f"{name}, plan", lambda: planned(bench, model, sizes, shard, whole))
@@ -235,30 +235,9 @@ def traced(bench: Bench, model: Any, ranks: Any, sizes: Sizes, name: str) -> dic
 
 
 def overlap(trace: Path) -> dict[str, Any]:
-    """Figures of a Chrome trace: seconds of NCCL's kernels, and the share beside other kernels."""
-    events = [e for e in json.loads(trace.read_text())["traceEvents"] if e.get("cat") == "kernel"]
+    """Figures of a Chrome trace: NCCL's kernels beside the others."""
+    events = device_events(trace)
     is_nccl = lambda e: "nccl" in e["name"].lower()
     span = lambda e: (e["ts"], e["ts"] + e["dur"])
-    nccl = sorted(span(e) for e in events if is_nccl(e))
-    rest = merged(sorted(span(e) for e in events if not is_nccl(e)))
-    total, beside, k = sum(b - a for a, b in nccl), 0.0, 0
-    for a, b in nccl:
-        while k < len(rest) and rest[k][1] <= a:
-            k += 1
-        at = k
-        while at < len(rest) and rest[at][0] < b:
-            beside += min(b, rest[at][1]) - max(a, rest[at][0])
-            at += 1
-    share = round(beside / total, 4) if total else None
-    return {"nccl_kernels": len(nccl), "nccl_ms": round(total / 1e3, 3), "beside_others": share}
-
-
-def merged(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Spans without overlaps, from sorted ones."""
-    found: list[tuple[float, float]] = []
-    for a, b in spans:
-        if found and a <= found[-1][1]:
-            found[-1] = (found[-1][0], max(b, found[-1][1]))
-        else:
-            found.append((a, b))
-    return found
+    nccl = [span(e) for e in events if is_nccl(e)]
+    return overlap_figures(nccl, [span(e) for e in events if not is_nccl(e)])
