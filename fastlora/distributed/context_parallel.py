@@ -15,6 +15,7 @@ from fastlora.distributed.mesh import world_size
 from fastlora.distributed.process_group import start_group
 from fastlora.errors import raise_problems
 from fastlora.ops.attention.context_group import ContextGroup
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.devices import device_problem
 
 # The groups of each default process group, by their size and device. torch numbers groups, so that
@@ -47,6 +48,7 @@ def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
     Raises:
         ValueError: the ranks do not divide into such groups, or an argument is wrong.
     """
+    refuse_transforms("fastlora.context_group")
     check_arguments(
         "fastlora.context_group",
         ranks=(ranks, whole_number(1)),

@@ -273,8 +273,7 @@ def train(
     with ExitStack() as after:
         ranks = after.enter_context(joined_ranks(model, settings.context_parallel))
         # Every rank reads checkpoints; the first one writes, and shows the bar.
-        found = folder
-        folder, progress = (folder, progress) if ranks.is_first else (None, False)
+        found, (folder, progress) = folder, (folder, progress) if ranks.is_first else (None, False)
         after.enter_context(output_lock(folder))
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
