@@ -23,7 +23,7 @@ from fastlora.generation.generate import check_generation, generate, stop_ids
 from fastlora.generation.sampling import Sampling
 from fastlora.generation.text import PROMPT, continuation
 from fastlora.models.capture_checks import prepared_inputs
-from fastlora.models.decoder import requires_grad
+from fastlora.models.graph_input import requires_grad
 from fastlora.models.input_checks import check_adapter, check_batch, check_inputs, spec_problems
 from fastlora.models.moving import moved
 from fastlora.models.parameter_count import count_parameters, parameter_line

@@ -2,8 +2,8 @@
 # Run the checks of tests/gpu on a CUDA GPU, which CI does not have. Each prints rows of a law, its
 # value and its limit. With OUT set, the rows are also written to $OUT/gpu_rows_<process>.txt.
 #   bash scripts/gpu_check.sh [PART...]
-# Parts: kernels training llama3.2 mistral qwen2 qwen3 mixtral qwen3_moe offload 4bit-training
-# 4bit-llama3.2 4bit-qwen2. Without PART all of them run in one process. Several processes with
+# Parts: kernels training llama3.2 mistral qwen2 qwen3 mixtral qwen3_moe helium granite phi4_mini
+# offload 4bit-training 4bit-llama3.2 4bit-qwen2. Without PART all of them run in one process. Several processes with
 # different parts may share one GPU. Needs torch, transformers, peft, bitsandbytes and pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -218,7 +218,7 @@ def test_a_truncated_file_is_refused_in_a_moment(folder):
     [
         (dict(model_type="gpt2"), "gpt2"),
         (dict(hidden_act="gelu"), "gelu"),
-        (dict(rope_parameters={"rope_type": "longrope"}), "longrope"),
+        (dict(rope_parameters={"rope_type": "longrope"}), "short_factor is missing"),
         (dict(quantization_config={"quant_method": "awq"}), "awq"),
         (dict(num_attention_heads="4"), "num_attention_heads"),
     ],

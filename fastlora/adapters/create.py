@@ -79,8 +79,10 @@ def lora(
         target_modules: a collection of module names or their dotted ends ("q_proj",
             "mlp.down_proj", "model.layers.0.self_attn.q_proj"); or a regular expression for the
             full module name; or "all-linear", which is every linear layer except the head. None is
-            PEFT's default, q_proj and v_proj. "embed_tokens" and "lm_head" may be among them; if
-            they are tied, each gets its own adapter, unless `ensure_weight_tying`.
+            PEFT's default, q_proj and v_proj. Phi-3's layers are "qkv_proj", "o_proj",
+            "gate_up_proj" and "down_proj", Granite 4's MLP "input_linear" and "output_linear";
+            the default seven names mean them all. "embed_tokens" and "lm_head" may be among them;
+            if they are tied, each gets its own adapter, unless `ensure_weight_tying`.
         lora_alpha: numerator of the scaling.
         lora_dropout: probability in [0, 1) of dropping an input of A, when a seed is given.
         bias: "all" trains a copy of every bias of the model, "lora_only" of the biases of the

@@ -24,9 +24,10 @@ from fastlora.models.names import (
     EMBED_TOKENS,
     LM_HEAD,
     base_tensors,
+    linear_names,
     tensors_from_base,
 )
-from fastlora.models.params import PROJECTIONS, Base
+from fastlora.models.params import Base
 from fastlora.models.spec import Extras, LoraConfig, Target
 
 BIAS = one_of("none", "all", "lora_only")
@@ -83,6 +84,7 @@ def resolve_extras(
     adapted: Collection[str],
     target: Callable[[str, str], Target],
     strict: bool,
+    spoken: Callable[[str], str] = str,
 ) -> tuple[Extras, list[str]]:
     """(what the settings train besides projections, problems).
 
@@ -93,8 +95,9 @@ def resolve_extras(
         adapted: names of the modules that carry LoRA.
         target: (key in the trees, module) -> the target with the rank and scaling of the patterns.
         strict: also report settings that PEFT would ignore.
+        spoken: a module's name -> the name that the settings' names are matched with.
     """
-    saved = {m for m in modules if m.endswith(settings.modules_to_save)}
+    saved = {m for m in modules if spoken(m).endswith(settings.modules_to_save)}
     replaced, problems = _replaced(settings, config, saved, adapted)
     tokens, token_problems = _tokens(settings, config, modules)
     lora = {key: target(key, m) for m, key in EDGE_MODULES.items() if m in adapted}
@@ -132,7 +135,7 @@ def _replaced(
     }
     problems = [
         f"modules_to_save matches {m}; expected norms, embed_tokens, lm_head or single linear"
-        f" layers, {list(PROJECTIONS)}"
+        f" layers, {list(linear_names(config))}"
         for m in sorted(saved)
         if m not in allowed
     ]

@@ -29,6 +29,7 @@ from fastlora.arguments import (
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.registry import family_of
 from fastlora.models.input_checks import SPEC_CHOICES
+from fastlora.models.names import linear_names
 from fastlora.models.params import DTYPES, PROJECTIONS
 from fastlora.models.spec import LoraConfig, Recompute
 from fastlora.ops.quant.fake_quantize import SCHEMES
@@ -190,9 +191,7 @@ def lora_settings(arguments: LoraArguments, config: LlamaConfig) -> LoraConfig:
         r=arguments.r,
         lora_alpha=arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
-        target_modules=names_or_regex(
-            family_of(config).default_targets if modules is None else modules
-        ),
+        target_modules=_target_modules(modules, config),
         exclude_modules=names_or_regex(exclude) if exclude is not None and len(exclude) else None,
         layers_to_transform=_layers(arguments, config.num_hidden_layers),
         layers_pattern=as_tuple(arguments.layers_pattern),
@@ -210,6 +209,20 @@ def lora_settings(arguments: LoraArguments, config: LlamaConfig) -> LoraConfig:
         trainable_token_indices=token_indices(arguments.trainable_token_indices),
         targets=(),
     )
+
+
+def _target_modules(
+    modules: Collection[str] | str | None, config: LlamaConfig
+) -> tuple[str, ...] | str:
+    """`target_modules` as LoraConfig has it."""
+    if modules is None:
+        modules = family_of(config).default_targets
+    rule = names_or_regex(modules)
+    # The default of lora() names Llama's seven layers, of which this model has fused ones.
+    if isinstance(rule, tuple) and set(rule) == set(PROJECTIONS):
+        own = linear_names(config)
+        return rule if set(own) == set(PROJECTIONS) else own
+    return rule
 
 
 def _layers(arguments: LoraArguments, n: int) -> tuple[int, ...] | None:

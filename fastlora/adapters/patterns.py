@@ -9,7 +9,7 @@ import regex
 from fastlora.adapters.extras import keeps_lora_away
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import base_tensors, is_mixture, legacy_expert_names, module_names
-from fastlora.models.params import PROJECTIONS
+from fastlora.models.params import LINEARS
 from fastlora.models.spec import LoraConfig
 
 # Time limit for matching all patterns with all names, before they are used. A file may hold any
@@ -31,7 +31,7 @@ def is_target(module: str, settings: LoraConfig) -> bool:
     if keeps_lora_away(settings.modules_to_save, module):
         return False
     if targets == "all-linear":
-        return module.rpartition(".")[2] in PROJECTIONS
+        return module.rpartition(".")[2] in LINEARS
     if isinstance(targets, tuple) and module in targets:
         return True  # PEFT does not filter a full name by its layer
     return names_module(targets, module) and _in_layers(module, settings)

@@ -11,8 +11,8 @@ from fastlora.adapters.init.methods import DATA_METHODS, factor_problems, reads_
 from fastlora.adapters.lora_arguments import DEFAULT_RECOMPUTE, LoraArguments
 from fastlora.adapters.parked_originals import location_problems
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import is_mixture, projection_weights, target_shape
-from fastlora.models.params import PROJECTIONS, is_quantized
+from fastlora.models.names import is_mixture, linear_names, projection_weights, target_shape
+from fastlora.models.params import is_quantized
 from fastlora.models.spec import Extras, LoraConfig
 from fastlora.models.state import ModelState
 from fastlora.ops.quant.fake_quantize import SCHEMES
@@ -131,7 +131,7 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
             *problems,
             "qat_scheme does not support the grouped products of mixtures of experts",
         ]
-    widths = {name: target_shape(config, name)[1] for name in PROJECTIONS}
+    widths = {name: target_shape(config, name)[1] for name in linear_names(config)}
     widths["lm_head"] = config.hidden_size
     if group and (wrong := {name: d for name, d in widths.items() if d % group}):
         without_groups = [name for name, x in SCHEMES.items() if x.weight.group_size is None]

@@ -5,9 +5,8 @@ the module names that transformers gives these models. `lora` and the reader of 
 (formats/peft/config_reading.py) both call `resolve_targets`; all other code uses its result.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 
 import regex
 
@@ -19,8 +18,8 @@ from fastlora.adapters.refusals import weight_init_problems
 from fastlora.adapters.unmatched import match_problems
 from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import layer_targets, module_names, projection_path
-from fastlora.models.params import EXPERTS, PROJECTIONS
+from fastlora.models.names import layer_targets, linear_names, module_names, projection_path
+from fastlora.models.params import EXPERTS, LINEARS
 from fastlora.models.spec import Extras, LoraConfig, Target, lora_scaling
 
 
@@ -32,6 +31,7 @@ def resolve_targets(
     *,
     error: type[ValueError] = ValueError,
     strict: bool = True,
+    spoken: Callable[[str], str] = str,
 ) -> LoraConfig:
     """The settings with `targets` and `extras` filled in: PEFT's modules, ranks and scalings.
 
@@ -45,6 +45,7 @@ def resolve_targets(
         problems: problems that the caller found, to be raised together with those found here.
         error: the class to raise.
         strict: also refuse what PEFT would ignore, with or without a warning.
+        spoken: a module's name -> the name that the settings' names and patterns are matched with.
 
     Raises:
         ValueError: (or `error`) listing wrong values, matched modules that are neither linear
@@ -58,14 +59,14 @@ def resolve_targets(
         matches = lambda name: is_target(name, given)
         settings, expert_problems = translate_targets(given, config, modules, matches)
         problems += expert_problems
-        matched = [m for m in modules if is_target(m, settings)]
+        matched = [m for m in modules if is_target(spoken(m), settings)]
         parameters = matched_parameters(settings, config)
-    adapted, parameter_problems = _adapted_names(settings, config, matched, parameters)
+    adapted, parameter_problems = _adapted_names(settings, config, matched, parameters, spoken)
     problems += [
         f"target_modules matches {m}, which is not a linear layer; expected among"
-        f" {list(PROJECTIONS)}"
+        f" {list(linear_names(config))}"
         for m in matched
-        if m.rpartition(".")[2] not in PROJECTIONS and m not in EDGE_MODULES
+        if m.rpartition(".")[2] not in LINEARS and m not in EDGE_MODULES
     ]
     problems += parameter_problems
     problems += pattern_problems or match_problems(
@@ -73,15 +74,21 @@ def resolve_targets(
     )
     extras = Extras()
     if not (pattern_problems or problems):  # only valid ranks and patterns give targets
-        target = partial(_target, settings)
-        extras, problems = resolve_extras(settings, config, modules, matched, target, strict)
+        target = lambda name, module: _target(settings, name, spoken(module))
+        extras, problems = resolve_extras(
+            settings, config, modules, matched, target, strict, spoken
+        )
         problems += weight_init_problems(settings, extras, adapted)
     raise_problems(error, heading, problems)
     return replace(given, targets=_targets_by_layer(settings, config, adapted), extras=extras)
 
 
 def _adapted_names(
-    s: LoraConfig, config: LlamaConfig, modules: list[str], parameters: list[str]
+    s: LoraConfig,
+    config: LlamaConfig,
+    modules: list[str],
+    parameters: list[str],
+    spoken: Callable[[str], str],
 ) -> tuple[dict[str, str], list[str]]:
     """(projection_path -> the name that patterns are matched with, problems).
 
@@ -89,7 +96,7 @@ def _adapted_names(
     matches has its parameter's.
     """
     # Patterns of rank and alpha see the module's name, or the parameter's, as in PEFT.
-    by_module = {m: m for m in modules if m.rpartition(".")[2] in PROJECTIONS}
+    by_module = {m: spoken(m) for m in modules if m.rpartition(".")[2] in LINEARS}
     paths = {
         path if name in EXPERTS else f"{path}.weight": path
         for layer in range(config.num_hidden_layers)

@@ -11,8 +11,7 @@ from fastlora.adapters.expert_targets import matched_parameters
 from fastlora.adapters.extras import EDGE_MODULES
 from fastlora.adapters.patterns import is_target, layer_regex, names_module, pattern_regex
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import module_names
-from fastlora.models.params import PROJECTIONS
+from fastlora.models.names import linear_names, module_names
 from fastlora.models.spec import LoraConfig
 
 
@@ -36,7 +35,8 @@ def match_problems(
         filters += f" in layers {s.layers_to_transform}" if s.layers_to_transform else ""
         problems.append(
             f"target_modules={s.target_modules!r}{form} matches no module of this model{filters};"
-            f" its linear layers are {list(PROJECTIONS)} and lm_head, its embedding embed_tokens"
+            f" its linear layers are {list(linear_names(config))} and lm_head, its embedding"
+            " embed_tokens"
         )
     return problems
 
@@ -48,7 +48,7 @@ def _ignored_problems(s: LoraConfig, config: LlamaConfig, matched: list[str]) ->
     problems = []
     if isinstance(s.target_modules, tuple):
         problems += [
-            f"target_modules: {name!r} {no_module}; expected among {list(PROJECTIONS)}"
+            f"target_modules: {name!r} {no_module}; expected among {list(linear_names(config))}"
             for name in _without_match(s.target_modules, modules)
         ]
     problems += [

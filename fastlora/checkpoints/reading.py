@@ -136,7 +136,8 @@ def check_base(
         ModuleNotFoundError: as `read_base`.
     """
     raw, config = _read_config(folder, rope_scaling)
-    entries, tied = resolve_tied_head(scan(folder), config.tie_word_embeddings)
+    found = scan(folder, wrapped=config.wrapper is not None)
+    entries, tied = resolve_tied_head(found, config.tie_word_embeddings)
     config = replace(config, tie_word_embeddings=tied)
     if dtype is None and (raw.get("dtype") or raw.get("torch_dtype")):
         dtype = getattr(torch, config.dtype)

@@ -51,7 +51,7 @@ def unquantized_matrices(config: LlamaConfig, folder: Path, base: Base) -> Matri
         CheckpointError: the folder's weights are quantised too, do not fit the model, or are not
             those that this base was quantised from.
     """
-    entries = scan(folder)
+    entries = scan(folder, wrapped=config.wrapper is not None)
     kinds = tensors_from_base(config, described(base))  # shapes, without fetching a sharded base
     weights = tensors_from_base(config, base)
     quantized = {n: kinds[n] for n in projection_weights(config) if isinstance(kinds[n], Quantized)}

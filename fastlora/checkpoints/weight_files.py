@@ -22,10 +22,13 @@ from fastlora.checkpoints.tensors import (
 )
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.models.names import EMBED_TOKENS, LM_HEAD
+from fastlora.models.wrapped_names import text_name
 
 
-def scan(folder: Path) -> dict[str, Entry]:
+def scan(folder: Path, *, wrapped: bool = False) -> dict[str, Entry]:
     """Name -> entry, for every tensor of a folder. Reads headers only.
+
+    With `wrapped`, the folder holds a text model beside a vision tower, whose tensors are left out.
 
     Names are those of `names.base_tensors`: the keys of a model without a head (transformers'
     LlamaModel) get the prefix "model.". `rotary_emb.inv_freq`, which old Llamas stored, is left out
@@ -52,7 +55,10 @@ def scan(folder: Path) -> dict[str, Entry]:
                 f"{k}: in {path.name}, where {INDEX} has not" for k in header.keys() - listed
             ]
         for key, entry in header.items():
-            name = key if key.startswith(("model.", "lm_head.")) else f"model.{key}"
+            name = text_name(key) if wrapped else key
+            if name is None:
+                continue
+            name = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
             if name in entries:
                 problems.append(
                     f"{name}: stored twice, in {entries[name].path.name} and {path.name}"

@@ -75,7 +75,10 @@ def save_mlx_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     keys, rank = _keys(config, pairs), max(x.a.shape[-2] for x in pairs.values())
     path = writable_folder(folder, model.spec)
     path.mkdir(parents=True, exist_ok=True)
-    write_safetensors(path / WEIGHTS, dict(_tensors(config, pairs, keys, rank)))
+    # mlx-lm's models with a vision tower hold the text model as `language_model`.
+    prefix = "" if config.wrapper is None else "language_model."
+    tensors = {f"{prefix}{name}": x for name, x in _tensors(config, pairs, keys, rank)}
+    write_safetensors(path / WEIGHTS, tensors)
     settings = {
         "fine_tune_type": "lora",
         "model": model.spec.name_or_path,

@@ -17,8 +17,9 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from fastlora.errors import raise_problems
+from fastlora.generation.angles import rope_table
 from fastlora.generation.cache import Cache
-from fastlora.generation.forward import rope_table
+from fastlora.generation.host_rows import HostRow, RowSettings, read_outgrown
 from fastlora.generation.kernel_layer import StepKernels, reads_own_tokens, step_kernels
 from fastlora.generation.nonfinite import NonFiniteLogits, explanation
 from fastlora.generation.prefixes import Prefix, Prefixes
@@ -31,25 +32,13 @@ from fastlora.generation.rows import (
     new_rows,
     step,
 )
-from fastlora.generation.sampling import Sampling, Variant, row_seeds, seen_ids, variant_of
+from fastlora.generation.sampling import Variant, row_seeds, seen_ids, variant_of
 from fastlora.generation.step_graph import StepGraphs
+from fastlora.models.rope_tables import longrope_length
 from fastlora.models.state import ModelState
 from fastlora.ops.decode.product import MAX_BATCH
 from fastlora.ops.decode.token_rows import LARGEST_LOGIT, LOGPROB, NO_TOKEN, TOKEN
 from fastlora.runtime.layer_fetching import is_sharded
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RowSettings:
-    """How one row is generated."""
-
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int | None  # None draws fresh entropy
-    stop: tuple[int, ...]  # ids that end the row; the stop id is part of the result
-    adapter_id: int = 0  # of a stack of adapters
-    logprobs: bool = False
-    alternatives: int = 0  # how many likeliest tokens are reported for each new one, at most 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,23 +51,6 @@ class NewTokens:
     finish_reason: Literal["stop", "length"] | None  # None: the row goes on
     # For each new token the ids and log-probabilities of the likeliest ones, if asked for.
     alternatives: list[list[tuple[int, float]]] | None = None
-
-
-class _Row:
-    """The host's copy of a row's state."""
-
-    def __init__(self, prompt: list[int], settings: RowSettings) -> None:
-        self.prompt, self.settings = prompt, settings
-        self.made = 0
-
-    @property
-    def cached(self) -> int:
-        """Tokens in the cache. The newest token is not there yet."""
-        return len(self.prompt) - 1 + self.made
-
-    @property
-    def left(self) -> int:
-        return self.settings.max_new_tokens - self.made
 
 
 class Engine:
@@ -114,7 +86,7 @@ class Engine:
         self.graphs = StepGraphs(self.device, record=_can_record(self.model))
         # The CPU reads values at no cost, so shapes can follow the rows.
         self.fixed_shapes = self.graphs.record or self.device.type != "cpu"
-        self.running: dict[int, _Row] = {}
+        self.running: dict[int, HostRow] = {}
         self.prefixes = Prefixes(self.model, self.cache)
         self.pending: list[NewTokens] = []  # read from the device, but not returned yet
         self.failed: list[NonFiniteLogits] = []  # not raised yet; their rows still hold slots
@@ -146,7 +118,7 @@ class Engine:
             seed = row_seeds(None, 1)[0] if settings.seed is None else settings.seed
             stop, limit, adapter_id = settings.stop, settings.max_new_tokens, settings.adapter_id
             new.append(NewRow(slot, ids, limit, adapter_id, stop, settings.sampling, seed))
-            self.running[slot] = _Row(ids, settings)
+            self.running[slot] = HostRow(ids, settings)
             if self.rows.seen is not None:
                 self.rows.seen[slot] = seen_ids(ids, self.vocab_size, self.device)
         begin(self.rows, new, self.vocab_size)
@@ -218,6 +190,7 @@ class Engine:
         if self.running and not (self.failed or self.pending):
             rows = self.running.values()
             steps = min(steps, REPORTED_STEPS, max(row.left for row in rows))
+            steps = min(steps, self._until_longrope_changes())
             # A row that ends earlier needs less room than `steps`. One index more than the tokens
             # need: a row that has ended still goes through the model, and writes behind its last.
             self._make_room(1 + max(row.cached + min(steps, row.left) for row in rows))
@@ -230,6 +203,12 @@ class Engine:
             raise error
         pending, self.pending = self.pending, []
         return pending
+
+    def _until_longrope_changes(self) -> int:
+        trained = longrope_length(self.model.spec.config)
+        if trained is None:
+            return REPORTED_STEPS
+        return read_outgrown(self.running, trained, self.prefixes, self._kernels(1))
 
     def _run(self, steps: int) -> int:
         """Run steps, and return their number: fewer on the CPU if all rows end before."""
@@ -278,7 +257,7 @@ class Engine:
                 at = int(wrong.nonzero()[0, 0])
                 self._fail(slot, row.made + at, float(largest[slot, at]))
                 continue
-            row.made += len(ids)
+            row.new += ids
             stopped = bool(ids) and ids[-1] in row.settings.stop
             reason = "stop" if stopped else None if row.left else "length"
             asked = logprobs[slot][: len(ids)] if row.settings.logprobs else None

@@ -6,7 +6,7 @@ can record it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastlora.generation.angles import RopeTables, table_rows
 from fastlora.generation.cache import Cache
 from fastlora.generation.kernel_layer import (
     StepKernels,
@@ -22,35 +23,26 @@ from fastlora.generation.kernel_layer import (
     run_kernel_layer,
 )
 from fastlora.generation.prepare import PreparedModel
-from fastlora.models.attention import attention_output, queries_keys_values, rotated_attention
+from fastlora.models.attention import (
+    add_residual,
+    attention_output,
+    queries_keys_values,
+    rotated_attention,
+)
 from fastlora.models.capture import plus
 from fastlora.models.decoder import attention_masks
-from fastlora.models.embedding import embed
-from fastlora.models.head import head, logits
+from fastlora.models.embedding import embed, embedding_scale
+from fastlora.models.head import divided, head, logits
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_output
 from fastlora.models.names import with_replaced
-from fastlora.models.rope_tables import rope_tables
+from fastlora.models.rope_tables import tables_by_type
+from fastlora.ops.attention.attention import attention_reference
 from fastlora.ops.decode.linear import decode_product
 from fastlora.ops.decode.next_token import step_inputs
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.ops.soft_cap import soft_cap
 from fastlora.runtime.layer_fetching import taken
-
-
-class RopeTable(NamedTuple):
-    """cos and sin of the angles of positions 0, 1, ..."""
-
-    cos: Float[Tensor, "s hd"]
-    sin: Float[Tensor, "s hd"]
-
-
-def rope_table(model: PreparedModel, length: int) -> RopeTable | None:
-    """The table of `length` positions; None for dynamic RoPE, whose angles depend on the length."""
-    config, like = model.spec.config, model.base["norm"]
-    if config.rope_parameters.rope_type == "dynamic":
-        return None
-    index = torch.arange(length, device=like.device)[None]
-    cos, sin = rope_tables(config, index, index[:, -1:] + 1, like.dtype)
-    return RopeTable(cos[0], sin[0])
 
 
 def prefill(
@@ -79,12 +71,13 @@ def prefill(
     (b, t), spec = input_ids.shape, model.spec
     x = _embed(model, input_ids, adapter_ids)
     index = torch.arange(t, device=x.device).expand(b, t)
-    cos, sin = rope_tables(spec.config, index, lengths[:, None], x.dtype)
+    tables = tables_by_type(spec.config, index, lengths[:, None], x.dtype)
     masks = attention_masks(spec, x, None, None, model.layers[0].spec.fused)
     rows = cache.rows(slots)
     for i, layer in enumerate(model.layers):
         x = _steered(model, f"layers.{i}.in", x)
-        q, k, v = _queries_keys_values(model, i, kernels, x, cos, sin, adapter_ids)
+        angles = tables[layer.attention_type]
+        q, k, v = _queries_keys_values(model, i, kernels, x, *angles, adapter_ids)
         cache.write(i, rows, k, v)
         if i + 1 == len(model.layers):  # of the last layer only keys and values are needed
             return
@@ -99,7 +92,7 @@ def decode(
     token: Int[Tensor, "b"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
-    table: RopeTable | None,
+    tables: RopeTables,
     kernels: StepKernels,
     end: int,
 ) -> Float[Tensor, "b v"]:
@@ -113,33 +106,35 @@ def decode(
         token: the newest token of each row.
         lengths: number of tokens of each row before `token`.
         adapter_ids: the number of each row's adapter, for a stack.
-        table: of `rope_table`, at least as long as the cache.
+        tables: of `rope_table`, at least as long as the cache.
         kernels: of kernel_layer.step_kernels.
         end: no row has more than `end` tokens, the new one included.
     """
     b, rows = token.shape[0], torch.arange(token.shape[0], device=token.device)
-    x, cos, sin = _inputs(model, token, lengths, adapter_ids, table, kernels)
+    x, angles_of = _inputs(model, token, lengths, adapter_ids, tables, kernels)
     by_kernels = kernels.triton and None not in kernels.layers
     masks = {} if by_kernels else _decode_masks(model, lengths, end)
     for i, layer in enumerate(model.layers):
         k_cache, v_cache = cache.k[i], cache.v[i]
         if b < cache.slots:
             k_cache, v_cache = k_cache[:b], v_cache[:b]
-        kernel, angles = kernels.layers[i], (cos[:, None], sin[:, None])
+        kernel, (cos, sin) = kernels.layers[i], angles_of[layer.attention_type]
         x = _steered(model, f"layers.{i}.in", x)
         if kernel is not None and kernels.triton:
             x = run_kernel_layer(x[:, 0], kernel, cos, sin, k_cache, v_cache, lengths)[:, None]
             x = _steered(model, f"layers.{i}.out", x)
             continue
+        angles = cos[:, None], sin[:, None]
         q, k, v = _queries_keys_values(model, i, kernels, x, *angles, adapter_ids)
         k_cache[rows, :, lengths] = k[:, :, 0]
         v_cache[rows, :, lengths] = v[:, :, 0]
         mask = masks[layer.attention_type]
-        heads = _one_query(q, k_cache[:, :, :end], v_cache[:, :, :end], mask)
+        heads = _one_query(q, k_cache[:, :, :end], v_cache[:, :, :end], mask, layer.spec)
         x = _rest_of_layer(model, i, kernels, x, heads, adapter_ids)
         x = _steered(model, f"layers.{i}.out", x)
     if kernels.head is not None:
-        return decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")[0]
+        (y,) = decode_product(x[:, 0].contiguous(), kernels.head, kernels="triton")
+        return soft_cap(divided(y, model.spec), model.spec.config.logit_cap)
     return _logits(model, x[:, 0], adapter_ids)
 
 
@@ -148,32 +143,28 @@ def _inputs(
     token: Int[Tensor, "b"],
     lengths: Int[Tensor, "b"],
     adapter_ids: Int[Tensor, "b"],
-    table: RopeTable | None,
+    tables: RopeTables,
     kernels: StepKernels,
-) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
-    """What the first layer of a step reads: the embeddings, and the angles of the positions."""
-    if kernels.triton and table is not None and _plain_embedding(model):
-        embedding = model.base["embed_tokens"]
-        inputs = step_inputs(token, lengths, embedding, *table, kernels="triton")
-        return _steered(model, "embed", inputs.x[:, None]), inputs.cos, inputs.sin
+) -> tuple[Float[Tensor, "b 1 d"], dict[str, tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]]]:
+    """The embeddings, and for each layer type cos and sin of the positions."""
+    if kernels.triton and _plain_embedding(model):
+        embedding, first = model.base["embed_tokens"], next(iter(tables.values()))
+        scale = embedding_scale(model.spec, embedding.dtype)
+        inputs = step_inputs(token, lengths, embedding, *first, scale, kernels="triton")
+        found = {
+            name: (inputs.cos, inputs.sin) if table is first else table_rows(table, lengths)
+            for name, table in tables.items()
+        }
+        return _steered(model, "embed", inputs.x[:, None]), found
     x = _embed(model, token[:, None], adapter_ids)
-    return x, *_angles(model, lengths, table, x.dtype)
+    return x, {name: table_rows(table, lengths) for name, table in tables.items()}
 
 
 def _plain_embedding(model: PreparedModel) -> bool:
-    """Whether `_embed` reads rows of the matrix and does nothing else."""
+    """Whether `_embed` reads rows of the matrix, may scale them, and does nothing else."""
     adapter = model.adapter
     adapted = adapter is not None and ("embed_tokens" in adapter or "tokens" in adapter)
     return model.stack_size is None and model.spec.qat_scheme is None and not adapted
-
-
-def _angles(
-    model: PreparedModel, position: Int[Tensor, "b"], table: RopeTable | None, dtype: torch.dtype
-) -> tuple[Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
-    if table is not None:
-        return table.cos[position], table.sin[position]
-    cos, sin = rope_tables(model.spec.config, position[:, None], position[:, None] + 1, dtype)
-    return cos[:, 0], sin[:, 0]
 
 
 def _decode_masks(
@@ -195,6 +186,7 @@ def _one_query(
     k: Float[Tensor, "b kv s hd"],
     v: Float[Tensor, "b kv s hd"],
     mask: Bool[Tensor, "b 1 1 s"],
+    spec: LayerSpec,
 ) -> Float[Tensor, "b h 1 hd"]:
     """Attention of one token of each row.
 
@@ -203,8 +195,12 @@ def _one_query(
     """
     (b, h, _, hd), kv = q.shape, k.shape[1]
     grouped = q.reshape(b, kv, h // kv, hd)
+    scale, cap = spec.attention_scale, spec.attention_cap
+    if cap is not None:
+        return attention_reference(q, k, v, mask, scale, cap)
     mask = mask.expand(b, 1, h // kv, mask.shape[-1])
-    return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask).reshape(b, h, 1, hd)
+    heads = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    return heads.reshape(b, h, 1, hd)
 
 
 # ── the parts of a pass, each for one adapter or for a stack ──────────────────────────────
@@ -234,14 +230,15 @@ def _steered(model: PreparedModel, place: str, x: Float[Tensor, "*b d"]) -> Floa
 def _logits(
     model: PreparedModel, x: Float[Tensor, "b d"], adapter_ids: Int[Tensor, "b"]
 ) -> Float[Tensor, "b v"]:
-    spec, base, eps = model.spec, model.base, model.spec.config.rms_norm_eps
+    spec, base = model.spec, model.base
+    how = spec.config.rms_norm_eps, spec.config.norm_kind
     if model.head is not None:
-        hidden = _steered(model, "norm", rms_norm(x, base["norm"], eps))
+        hidden = _steered(model, "norm", rms_norm(x, base["norm"], *how))
         return logits(hidden, hidden, model.head, spec)
 
     def one(adapter: Any, x: Float[Tensor, "d"]) -> Float[Tensor, "v"]:
         own = with_replaced(base, adapter, tied=spec.extras.tied)
-        hidden = _steered(model, "norm", rms_norm(x, own["norm"], eps))
+        hidden = _steered(model, "norm", rms_norm(x, own["norm"], *how))
         return logits(hidden, hidden, head(adapter, base, spec), spec)
 
     return _row_by_row(one, model.adapter, adapter_ids, x)
@@ -282,9 +279,9 @@ def _rest_of_layer(
 
     def run(params: Any, adapter: Any, x: Tensor, heads: Tensor) -> Tensor:
         attended = attention_output(heads, params, adapter, spec, None)
-        x = x + _steered(model, f"layers.{i}.attn.out", attended)
+        x = add_residual(x, _steered(model, f"layers.{i}.attn.out", attended), spec)
         out = mlp_output(x, params, adapter, spec, None, wait=wait)
-        return x + _steered(model, f"layers.{i}.mlp.out", out)
+        return add_residual(x, _steered(model, f"layers.{i}.mlp.out", out), spec)
 
     return _each_row(model, i, run, adapter_ids, x, heads)
 

@@ -7,25 +7,33 @@ layers that the kernels do not support `kernel_layer` returns None, and forward.
 training does.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.generation.layer_parts import halves_of, parts_of
 from fastlora.generation.prepare import PreparedLayer, PreparedModel
-from fastlora.models.attention import Heads
+from fastlora.models.attention import Heads, layer_norm, normed_queries_keys, split_qkv
 from fastlora.models.capture import INSIDE
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.init_offset import a_with_offset, b_with_offset
-from fastlora.models.mlp import mlp_block
-from fastlora.models.params import PROJECTIONS, BiasedLoRA, DoRA, ExpertLoRA, PreparedDoRA
-from fastlora.ops.attention.rope import apply_rope
+from fastlora.models.layer_spec import LayerSpec
+from fastlora.models.mlp import down_name, gate_up_names, mlp_block
+from fastlora.models.norms import LayerNorms
+from fastlora.models.params import (
+    LINEARS,
+    LayerParams,
+)
+from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.decode.attention import decode_attention, decode_kernel_serves
 from fastlora.ops.decode.linear import decode_product, prompt_product
+from fastlora.ops.decode.norm import norm_rows
 from fastlora.ops.decode.product import MAX_BATCH, Part, Product, prepare_product
 from fastlora.ops.dispatch import Kernels
-from fastlora.ops.rms_norm import rms_norm
+from fastlora.ops.rms_norm import norm_factor
+from fastlora.ops.swiglu.swiglu import gate_product
 from fastlora.runtime.layer_fetching import is_sharded
 
 
@@ -41,6 +49,9 @@ class KernelLayer(NamedTuple):
     o: Product
     gate_up: Product | None  # None: the MLP runs in plain torch
     down: Product | None
+    # The layer's norms that are not part of a product: those behind one, and those before one whose
+    # kernel does not compute them.
+    norms: LayerNorms
 
 
 class StepKernels(NamedTuple):
@@ -81,7 +92,8 @@ def step_kernels(model: PreparedModel, b: int) -> StepKernels:
     # norm with a vector added to it.
     plain = model.head is None or model.head.keys() != {"weight"} or "norm" in model.added
     if model.head is not None and not plain and not model.spec.qat_scheme:
-        logits = kernel_head(model.head["weight"], base["norm"], config.rms_norm_eps, b)
+        norm = norm_factor(base["norm"], config.norm_kind)
+        logits = kernel_head(model.head["weight"], norm, config.rms_norm_eps, b)
     return StepKernels(made, logits, triton=True)
 
 
@@ -115,26 +127,41 @@ def kernel_layer(layer: PreparedLayer, b: int, window: int | None = None) -> Ker
         window = None
     elif window is None:
         return None
-    names = [name for name in PROJECTIONS if name in layer.adapter]
-    if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
+    if not _supported(layer, b):
         return None
-    # The kernels for several rows round x * norm before they divide by the root mean square, which
-    # float16 may not hold.
-    if b > 1 and params["input_layernorm"].dtype == torch.float16:
-        return None
-    eps = spec.rms_norm_eps
-    qkv = _product(layer, QKV, b, norm=params["input_layernorm"], eps=eps)
-    o = _product(layer, ("o_proj",), b)
+    # Kernels of 4-bit weights read a norm in the dtype of x, which 1 + weight is not.
+    quantised = any(not isinstance(params[n]["weight"], Tensor) for n in LINEARS if n in params)
+    apart = quantised and spec.norm_kind == "one_plus"
+    within = LayerNorms(None, None, None, None) if apart else spec.norms
+    own = ("qkv_proj",) if "qkv_proj" in params else QKV
+    qkv = _product(layer, parts_of(layer, *own), b, norm=within.attention_in)
+    o = _product(layer, parts_of(layer, "o_proj"), b)
     if qkv is None or o is None:
         return None
     gate_up = down = None
     if "experts" not in params:
-        norm = params["post_attention_layernorm"]
-        gate_up = _product(layer, ("gate_proj", "up_proj"), b, norm=norm, eps=eps, gated=True)
-        down = _product(layer, ("down_proj",), b)
+        names = gate_up_names(params)
+        parts = halves_of(layer, *names) if len(names) == 1 else parts_of(layer, *names)
+        gate_up = _product(layer, parts, b, norm=within.mlp_in, gated=len(parts) == 2)
+        down = _product(layer, parts_of(layer, down_name(params)), b)
     if gate_up is None or down is None:
         gate_up = down = None
-    return KernelLayer(layer, window, qkv, o, gate_up, down)
+    norms = spec.norms if apart else spec.norms._replace(attention_in=None, mlp_in=None)
+    return KernelLayer(layer, window, qkv, o, gate_up, down, norms)
+
+
+def _supported(layer: PreparedLayer, b: int) -> bool:
+    """Whether nothing but the matrices' kinds may exclude a layer."""
+    params, spec = layer.params, layer.spec
+    names = [name for name in LINEARS if name in layer.adapter]
+    if spec.qat_scheme is not None or any(layer.adapter[name].a.ndim != 2 for name in names):
+        return False
+    # The scale is part of the product, and so before a norm behind it.
+    if spec.residual_scale != 1.0 and (spec.norms.attention_out or spec.norms.mlp_out):
+        return False
+    # The kernels for several rows round x * norm before they divide by the root mean square, which
+    # float16 may not hold.
+    return b == 1 or params[spec.norms.names()[0]].dtype != torch.float16
 
 
 def run_kernel_layer(
@@ -161,27 +188,50 @@ def run_kernel_layer(
         lengths: how many tokens each row's cache holds.
         kernels: "triton", or "torch" for the references of both operations.
     """
-    params, spec = layer.source.params, layer.source.spec
+    params, spec, norms = layer.source.params, layer.source.spec, layer.norms
     x = x.contiguous()
+
+    def normed(y: Tensor, name: str | None, residual: Tensor | None = None) -> Tensor:
+        if name is None:
+            return y
+        how = spec.rms_norm_eps, spec.norm_kind
+        return norm_rows(y, params[name], *how, residual, kernels=kernels)
+
+    # A product adds the residual itself, unless a norm comes between them.
+    beside = lambda name: x if name is None else None
     # Each launch clears the `low` of the launch before it; the first one that of the layer's last.
     last = layer.o if layer.down is None else layer.down
-    qkv = decode_product(x, layer.qkv, clear=last.low, kernels=kernels)
-    q, k, v = (y.unflatten(1, (-1, spec.head_dim)) for y in qkv)
+    inputs = normed(x, norms.attention_in)
+    qkv = decode_product(inputs, layer.qkv, clear=last.low, kernels=kernels)
+    q, k, v = _three(qkv, spec)
     if "q_norm" in params:
-        q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
-        k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+        width = params["q_norm"].shape[0], params["k_norm"].shape[0]
+        q = normed(q.reshape(-1, width[0]), "q_norm").view(q.shape)
+        k = normed(k.reshape(-1, width[1]), "k_norm").view(k.shape)
+    q, k, v = (y.unflatten(1, (-1, spec.head_dim)) for y in (q, k, v))
+    q, k = (in_halves(y, spec.rope_dim, spec.rope_of_neighbours) for y in (q, k))
     angles = (cos, sin) if spec.rope else (None, None)
-    heads = decode_attention(
-        q, k, v, *angles, k_cache, v_cache, lengths, layer.window, kernels=kernels
+    how = layer.window, spec.attention_scale, spec.attention_cap
+    heads = decode_attention(q, k, v, *angles, k_cache, v_cache, lengths, *how, kernels=kernels)
+    name = norms.attention_out
+    (y,) = decode_product(
+        heads.flatten(1), layer.o, beside(name), clear=layer.qkv.low, kernels=kernels
     )
-    (x,) = decode_product(heads.flatten(1), layer.o, x, clear=layer.qkv.low, kernels=kernels)
+    x = normed(y, name, x)
     if layer.gate_up is None or layer.down is None:
         # Experts: the form without a synchronisation, which a CUDA graph can record.
         wait = not x.is_cuda
         return mlp_block(x[:, None], params, layer.source.adapter, spec, None, wait=wait)[:, 0]
-    (hidden,) = decode_product(x, layer.gate_up, clear=layer.o.low, kernels=kernels)
-    (x,) = decode_product(hidden, layer.down, x, clear=layer.gate_up.low, kernels=kernels)
-    return x
+    inputs, name = normed(x, norms.mlp_in), norms.mlp_out
+    (hidden,) = decode_product(inputs, layer.gate_up, clear=layer.o.low, kernels=kernels)
+    (y,) = decode_product(
+        _gated(hidden, layer.gate_up, spec),
+        layer.down,
+        beside(name),
+        clear=layer.gate_up.low,
+        kernels=kernels,
+    )
+    return normed(y, name, x)
 
 
 def product_heads(
@@ -192,10 +242,12 @@ def product_heads(
 ) -> Heads:
     """Rotated q, k and v of any tokens, as `queries_keys_values` returns them."""
     (b, t, _), params, spec = x.shape, layer.source.params, layer.source.spec
-    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in prompt_product(x.flatten(0, 1), layer.qkv))
+    inputs = layer_norm(x.flatten(0, 1), params, layer.norms.attention_in, spec)
+    q, k, v = _three(prompt_product(inputs, layer.qkv), spec)
     if "q_norm" in params:
-        q = rms_norm(q, params["q_norm"], spec.rms_norm_eps)
-        k = rms_norm(k, params["k_norm"], spec.rms_norm_eps)
+        q, k = normed_queries_keys(q, k, params, spec)
+    q, k, v = (y.view(b, t, -1, spec.head_dim) for y in (q, k, v))
+    q, k = (in_halves(y, spec.rope_dim, spec.rope_of_neighbours) for y in (q, k))
     q, k, v = (y.transpose(1, 2) for y in (q, k, v))
     return (apply_rope(q, cos, sin), apply_rope(k, cos, sin), v) if spec.rope else (q, k, v)
 
@@ -206,13 +258,29 @@ def rest_by_products(
     """The layer's output for any tokens, from its input and attention's result."""
     shape, params, spec = x.shape, layer.source.params, layer.source.spec
     merged = heads.transpose(1, 2).reshape(-1, spec.num_attention_heads * spec.head_dim)
-    (flat,) = prompt_product(merged, layer.o, x.flatten(0, 1))
+    norms, flat = layer.norms, x.flatten(0, 1)
+    flat = _added(merged, layer.o, flat, params, norms.attention_out, spec)
     if layer.gate_up is None or layer.down is None:
         # Experts: of a step without a synchronisation, which a CUDA graph can record.
         wait = shape[1] > 1 or not x.is_cuda
         return mlp_block(flat.view(shape), params, layer.source.adapter, spec, None, wait=wait)
-    (hidden,) = prompt_product(flat, layer.gate_up)
-    return prompt_product(hidden, layer.down, flat)[0].view(shape)
+    (hidden,) = prompt_product(layer_norm(flat, params, norms.mlp_in, spec), layer.gate_up)
+    hidden = _gated(hidden, layer.gate_up, spec)
+    return _added(hidden, layer.down, flat, params, norms.mlp_out, spec).view(shape)
+
+
+def _added(
+    x: Float[Tensor, "n _"],
+    product: Product,
+    residual: Float[Tensor, "n d"],
+    params: LayerParams,
+    norm: str | None,
+    spec: LayerSpec,
+) -> Float[Tensor, "n d"]:
+    """residual + the product of x, which goes through a norm first if `norm` names one."""
+    if norm is None:
+        return prompt_product(x, product, residual)[0]
+    return residual + layer_norm(prompt_product(x, product)[0], params, norm, spec)
 
 
 def kernel_head(
@@ -227,28 +295,26 @@ def kernel_head(
 
 def _product(
     layer: PreparedLayer,
-    names: tuple[str, ...],
+    parts: Sequence[Part],
     b: int,
     *,
-    norm: Float[Tensor, "d"] | None = None,
-    eps: float = 0.0,
+    norm: str | None = None,
     gated: bool = False,
 ) -> Product | None:
-    parts = [_part(layer, name) for name in names]
-    return prepare_product(parts, b, norm=norm, eps=eps, gated=gated)
+    """Matrices of a layer as one product, behind the norm of that name."""
+    spec = layer.spec
+    factor = None if norm is None else norm_factor(layer.params[norm], spec.norm_kind)
+    gelu = spec.activation == "gelu_tanh"
+    return prepare_product(parts, b, norm=factor, eps=spec.rms_norm_eps, gated=gated, gelu=gelu)
 
 
-def _part(layer: PreparedLayer, name: str) -> Part:
-    """A projection with its adapter: LoRA, its bias or DoRA's gain, and an initial offset."""
-    linear, lora = layer.params[name], layer.adapter.get(name)
-    weight, bias = linear["weight"], linear.get("bias")
-    if lora is None:
-        return Part(weight, bias=bias)
-    assert not isinstance(lora, DoRA | ExpertLoRA), type(lora)  # prepare() leaves no DoRA
-    scaling = dict(layer.spec.scalings)[name]
-    a, matrix_b = a_with_offset(lora, linear), b_with_offset(lora, linear)
-    gain = lora.gain if isinstance(lora, PreparedDoRA) else None
-    if isinstance(lora, BiasedLoRA):
-        lora_bias = scaling * lora.bias.float()
-        bias = lora_bias if bias is None else bias + lora_bias
-    return Part(weight, a, matrix_b, scaling, gain, bias)
+def _three(ys: Sequence[Float[Tensor, "n _"]], spec: LayerSpec) -> Sequence[Float[Tensor, "n _"]]:
+    """q, k and v of a product of three matrices, or of one."""
+    return ys if len(ys) == 3 else split_qkv(ys[0], spec)
+
+
+def _gated(y: Float[Tensor, "n _"], product: Product, spec: LayerSpec) -> Float[Tensor, "n f"]:
+    """The input of down_proj: y, or the product of its halves if the kernels did not gate it."""
+    if product.gated:
+        return y
+    return gate_product(*y.chunk(2, -1), gelu=spec.activation == "gelu_tanh")

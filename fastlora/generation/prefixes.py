@@ -69,6 +69,11 @@ class Prefixes:
                     self.cache.copy(holders[key], slot, len(key.ids))
                 self.of_slot[slot] = key
 
+    def read_again(self, key: Prefix, slot: int, kernels: StepKernels) -> None:
+        """Write all keys and values of a row anew. `kernels` is that of `prefill`."""
+        self._prefill([(key, slot)], kernels)
+        self.of_slot[slot] = key
+
     def forget(self, slot: int) -> None:
         """The slot holds no prompt any more."""
         self.of_slot.pop(slot, None)

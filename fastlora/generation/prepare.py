@@ -13,8 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.models.decoder import layer_adapters, product_dtype
+from fastlora.models.dora_products import dora_scale
 from fastlora.models.embedding import embedding_gain, trained_row_of_id
 from fastlora.models.head import Head, head
+from fastlora.models.layer_spec import LayerSpec, layer_spec
 from fastlora.models.names import with_replaced
 from fastlora.models.params import (
     Adapter,
@@ -24,7 +26,6 @@ from fastlora.models.params import (
     LayerParams,
     PreparedDoRA,
 )
-from fastlora.models.projections import LayerSpec, dora_scale, layer_spec
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import scaled_stack, stack_size

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Bool, Float64, Int
 from torch import Tensor
 
+from fastlora.generation.angles import RopeTables
 from fastlora.generation.cache import Cache
-from fastlora.generation.forward import RopeTable, decode
+from fastlora.generation.forward import decode
 from fastlora.generation.kernel_layer import StepKernels
 from fastlora.generation.prepare import PreparedModel
 from fastlora.generation.sampling import (
@@ -115,7 +116,7 @@ def step(
     b: int,
     end: int,
     variant: Variant,
-    table: RopeTable | None,
+    table: RopeTables,
     kernels: StepKernels,
 ) -> None:
     """One more token for each running row of slots 0 to b - 1.

@@ -27,11 +27,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.models.attention import attention_block
+from fastlora.models.attention import add_residual, attention_block
 from fastlora.models.layer import decoder_layer, pieces, recomputed
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_output
 from fastlora.models.params import LayerAdapter, LayerParams
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.layer_fetching import taken
@@ -129,14 +129,14 @@ def tapped_layer(
         return plus(attended, added.get("attn.out"))
 
     def mlp(x: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
-        h, here = x + attended, taken(params)
+        h, here = add_residual(x, attended, spec), taken(params)
         if chunks == 1:
             out = mlp_output(h, here, adapter, spec, key)
         else:
             parts = [mlp_output(part, here, adapter, spec, key) for part in pieces(h, chunks)]
             out = torch.cat(parts, 1).view(x.shape)
         out = plus(out, added.get("mlp.out"))
-        return h + out, out
+        return add_residual(h, out, spec), out
 
     def layer(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         attended = attend(x)

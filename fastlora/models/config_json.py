@@ -2,18 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from fastlora.errors import raise_problems
-from fastlora.models.config import LayerType, LlamaConfig
+from fastlora.models.config import LlamaConfig
+from fastlora.models.config_wrapper_json import text_json, wrapper_of
 from fastlora.models.families.family import SHARED_DEFAULTS, Family
-from fastlora.models.families.registry import FAMILIES
+from fastlora.models.families.registry import FAMILIES, WRAPPERS
 from fastlora.models.json_fields import Fields, is_int, show
+from fastlora.models.layers_json import expert_fields, layer_fields, optional
+from fastlora.models.partial_rope import common_rope, rope_dim
 from fastlora.models.rope_json import rope_parameters, with_rope_scaling
-
-# Bounds on sizes that become lengths of tuples and lists of names: a wrong file must not fill the
-# memory, nor take seconds. Kimi K2 has 23,040 experts in all its layers, Llama 3.1 405B 126 layers.
-_MAX_TOTAL_EXPERTS = 30_000
 
 # Fields that LlamaConfig has under the same name and with the same value -> what is expected.
 _COPIED_FIELDS = dict(
@@ -27,6 +26,10 @@ _COPIED_FIELDS = dict(
     attention_bias="true or false",
     mlp_bias="true or false",
 )
+
+
+# LlamaConfig's activation -> its name in config.json.
+_ACTIVATIONS = {"silu": "silu", "gelu_tanh": "gelu_pytorch_tanh"}
 
 
 def config_from_json(
@@ -47,36 +50,64 @@ def config_from_json(
         ValueError: listing every field that is missing, impossible, or asks for something that
             fastlora's model does not compute.
     """
-    family = _family(raw.get("model_type"))
-    if rope_scaling:
+    wrapper = wrapper_of(raw)
+    if rope_scaling and wrapper is None:
         raw = with_rope_scaling(raw, rope_scaling)
+    elif rope_scaling and isinstance(text := raw.get("text_config"), dict):
+        raw = raw | {"text_config": with_rope_scaling(text, rope_scaling)}
+    whole, raw = raw, raw if wrapper is None else text_json(raw, wrapper)
+    family = _family(raw.get("model_type"))
+    given, rotary = common_rope(raw, family)
     # A family's fixed values come last: they hold although the file may say something else, as in
     # transformers' model classes, which do not read these fields.
-    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **raw, **family.fixed})
-    settings.refuse_unsupported()
+    respelled = {x: raw[own] for x, own in family.spellings if raw.get(own) is not None}
+    settings = Fields({**SHARED_DEFAULTS, **family.defaults, **given, **family.fixed, **respelled})
+    activation = (family.activation_field, _ACTIVATIONS[family.activation])
+    settings.refuse_unsupported(activation, family.refused_if_true)
+    settings.problems += [
+        f"{name} is {show(value)}; only {only!r} is supported for {family.name}"
+        for name, only in family.only
+        if (value := settings.raw.get(name)) != only
+    ]
     read = {name: settings.read(name, expected) for name, expected in _COPIED_FIELDS.items()}
     read |= _attention_fields(settings, read, family)
-    read |= _layer_fields(settings, read["num_hidden_layers"], family)
-    read |= _expert_fields(settings, read["num_hidden_layers"], family)
+    read["rope_dim"] = rope_dim(settings, read["head_dim"], rotary)
+    read |= layer_fields(settings, read["num_hidden_layers"], family)
+    read |= _scale_fields(settings, read["hidden_size"], family)
+    read |= expert_fields(settings, read["num_hidden_layers"], family)
     read |= _token_ids(raw, generation or {}, family.defaults, settings.problems)
-    read["rope_parameters"] = rope_parameters(settings, read)
+    read["rope_parameters"], sliding_rope = rope_parameters(settings, read, family.sliding_rope)
+    if read["sliding_window"] is not None and sliding_rope != read["rope_parameters"]:
+        read["sliding_rope_parameters"] = sliding_rope
     read["dtype"] = settings.dtype()
     cure = "Each line names a field of config.json; correct it, or choose another checkpoint."
     raise_problems(ValueError, "fastlora cannot run this model:", settings.problems, cure)
     return LlamaConfig(
         **read,
         model_type=family.name,
-        raw_json=json.dumps(raw),
+        norms=family.norms,
+        norm_kind=family.norm_kind,
+        qk_norm_joint=family.qk_norm_joint,
+        activation=family.activation,
+        wrapper=None if wrapper is None else wrapper.name,
+        raw_json=json.dumps(whole),
         raw_generation_json=None if generation is None else json.dumps(generation),
     )
+
+
+def _own_json(config: LlamaConfig) -> dict[str, Any]:
+    """The config.json that was read; of a checkpoint with a vision tower, its text model's."""
+    raw = json.loads(config.raw_json)
+    return raw if config.wrapper is None else text_json(raw, WRAPPERS[config.wrapper])
 
 
 def config_to_json(config: LlamaConfig) -> dict[str, Any]:
     """config.json for a folder of this model in full precision.
 
-    It is the file that was read, with the fields that fastlora may have changed.
+    It is the file that was read, with the fields that fastlora may have changed. Of a checkpoint
+    with a vision tower it is that of the text model alone.
     """
-    raw = json.loads(config.raw_json)
+    raw = _own_json(config)
     raw.pop("quantization_config", None)
     # If the file has both names, both are set: transformers 5 prefers dtype, 4 reads torch_dtype.
     for name in {"dtype", "torch_dtype"} & raw.keys() or {"dtype"}:
@@ -95,7 +126,7 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
     read = None if config.raw_generation_json is None else json.loads(config.raw_generation_json)
     if read is not None:
         defaults = FAMILIES[config.model_type].defaults
-        of_files = _token_ids(json.loads(config.raw_json), read, defaults, [])
+        of_files = _token_ids(_own_json(config), read, defaults, [])
         if all(getattr(config, name) == value for name, value in of_files.items()):
             return read
     eos = config.eos_token_id
@@ -112,8 +143,9 @@ def generation_config_to_json(config: LlamaConfig) -> dict[str, Any]:
 def _family(model_type: Any) -> Family:
     if isinstance(model_type, str) and model_type in FAMILIES:
         return FAMILIES[model_type]
+    known = ", ".join([*FAMILIES, *WRAPPERS])
     raise ValueError(
-        f"model_type is {show(model_type)}, but fastlora knows {', '.join(FAMILIES)}; "
+        f"model_type is {show(model_type)}, but fastlora knows {known}; "
         "is this a Llama-like language model?"
     )
 
@@ -138,123 +170,40 @@ def _attention_fields(settings: Fields, read: dict[str, Any], family: Family) ->
         head_dim = hidden // heads
     if head_dim is not None and (head_dim % 2 or not head_dim):
         problems.append(f"head_dim is {head_dim}; RoPE rotates pairs, so it must be even")
+    if family.one_bias and read["attention_bias"] != read["mlp_bias"]:
+        problems.append(
+            f"attention_bias is {read['attention_bias']} and mlp_bias {read['mlp_bias']}; expected"
+            f" both or neither for {family.name}"
+        )
+    output_bias = read["attention_bias"] and family.o_proj_bias
+    if family.o_proj_bias_field is not None:
+        output_bias = settings.read(family.o_proj_bias_field, "true or false")
     return dict(
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        attention_output_bias=read["attention_bias"] and family.o_proj_bias,
+        attention_output_bias=output_bias,
         qk_norm=family.qk_norm,
+        rope_of_neighbours=family.rope_of_neighbours,
+        fused_projections=family.fused_projections,
+        shared_mlp=family.shared_mlp,
     )
 
 
-def _layer_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:
-    """Which layers use RoPE and which a sliding window; the window is None if no layer uses it."""
-    window = settings.read("sliding_window", "a positive integer or null")
-    # Qwen's files give a window and switch it off.
-    if not settings.read("use_sliding_window", "true or false"):
-        window = None
-    first = settings.read("max_window_layers", "an integer, 0 or more")
-    if layers is None or first is None:
-        return dict(layer_types=None, sliding_window=None, no_rope_layers=None)
-    has_rope = _no_rope_layers(settings, layers)
-    slides = [not has_rope[i] if family.window_without_rope else i >= first for i in range(layers)]
-    types = tuple("sliding_attention" if window and s else "full_attention" for s in slides)
-    if (given := settings.raw["layer_types"]) is not None:
-        types = _given_layer_types(settings, given, types, window, family)
+def _scale_fields(settings: Fields, hidden: int | None, family: Family) -> dict[str, Any]:
+    """Factors and caps of the embedding, of attention's scores and of the logits."""
+    given = {name: optional(settings, name) for name in family.reads}
+    scalar, multiplier = given.get("query_pre_attn_scalar"), given.get("embedding_multiplier")
+    width = hidden**0.5 if family.scaled_embedding and hidden else None
     return dict(
-        layer_types=types,
-        sliding_window=window if "sliding_attention" in types else None,
-        no_rope_layers=has_rope,
+        embedding_scale=width if multiplier is None else multiplier,
+        scales_decoder_input=multiplier is not None,
+        residual_scale=given.get("residual_multiplier") or 1.0,
+        logit_divisor=given.get("logits_scaling") or 1.0,
+        attention_scale=given.get("attention_multiplier") if scalar is None else scalar**-0.5,
+        attention_cap=given.get("attn_logit_softcapping"),
+        logit_cap=given.get("final_logit_softcapping"),
     )
-
-
-def _no_rope_layers(settings: Fields, layers: int) -> tuple[int, ...]:
-    given = settings.raw["no_rope_layers"]
-    if given is None:
-        interval = settings.read("no_rope_layer_interval", "a positive integer or null")
-        return tuple(int(interval is None or (i + 1) % interval != 0) for i in range(layers))
-    entries = given if isinstance(given, list) else []
-    # transformers documents "at least" one entry per layer, and does not use the rest.
-    if len(entries) < layers or any(type(x) is not int or x not in (0, 1) for x in entries):
-        settings.problems.append(
-            f"no_rope_layers is {show(given)}; expected 0 or 1 for each of the {layers} layers"
-        )
-        return (1,) * layers
-    return tuple(entries[:layers])
-
-
-def _given_layer_types(
-    settings: Fields, given: Any, derived: tuple[str, ...], window: int | None, family: Family
-) -> tuple[str, ...]:
-    known, n = get_args(LayerType), len(derived)
-    if not isinstance(given, list) or len(given) != n or any(t not in known for t in given):
-        settings.problems.append(
-            f"layer_types is {show(given)}; expected {' or '.join(known)} for each of {n} layers"
-        )
-        return derived
-    if "sliding_attention" in given and window is None:
-        settings.problems.append(
-            "layer_types has sliding_attention, but there is no window; "
-            "expected sliding_window, and use_sliding_window true if the family has that field"
-        )
-    if family.same_layer_types and tuple(given) != derived:
-        settings.problems.append(
-            f"layer_types is {show(given)}; in a {family.name} model sliding_window holds for all"
-            " layers, so leave layer_types out"
-        )
-    return tuple(given)
-
-
-def _expert_fields(settings: Fields, layers: int | None, family: Family) -> dict[str, Any]:
-    """The sizes of the mixture of experts, and which layers have one.
-
-    `output_router_logits`, `router_aux_loss_coef` and `router_jitter_noise` are not read: they do
-    not change the logits, and fastlora's loss is the cross-entropy only.
-    """
-    experts = _expert_count(settings, family)
-    if family.experts is None or experts == 0 or layers is None:
-        return dict(
-            num_local_experts=0,
-            num_experts_per_tok=0,
-            norm_topk_prob=False,
-            moe_intermediate_size=0,
-            sparse_layers=(False,) * (layers or 0),
-        )
-    # experts is None here if the count was wrong; go on, to report the other fields as well.
-    per_token = settings.read("num_experts_per_tok", "a positive integer")
-    if experts and per_token and per_token > experts:
-        settings.problems.append(
-            f"num_experts_per_tok is {per_token}; expected at most the {experts} experts there are"
-        )
-    sparse = _sparse_layers(settings, layers)
-    if (total := (experts or 0) * sum(sparse)) > _MAX_TOTAL_EXPERTS:
-        settings.problems.append(
-            f"{experts} experts in each of {sum(sparse)} layers are {total:,}; expected at most"
-            f" {_MAX_TOTAL_EXPERTS:,}"
-        )
-    return dict(
-        num_local_experts=experts,
-        num_experts_per_tok=per_token,
-        norm_topk_prob=settings.read("norm_topk_prob", "true or false"),
-        moe_intermediate_size=settings.read(family.experts.size_field, "a positive integer"),
-        sparse_layers=sparse,
-    )
-
-
-def _expert_count(settings: Fields, family: Family) -> int | None:
-    for name in () if family.experts is None else family.experts.count_fields:
-        if name in settings.raw:
-            return settings.read(name, "an integer from 0 to 10000")
-    return 0
-
-
-def _sparse_layers(settings: Fields, layers: int) -> tuple[bool, ...]:
-    step = settings.read("decoder_sparse_step", "a positive integer") or 1
-    dense = settings.raw["mlp_only_layers"] or []
-    if not isinstance(dense, list) or any(type(i) is not int for i in dense):
-        settings.problems.append(f"mlp_only_layers is {show(dense)}; expected layer numbers")
-        dense = []
-    return tuple(i not in dense and (i + 1) % step == 0 for i in range(layers))
 
 
 def _token_ids(

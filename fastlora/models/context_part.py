@@ -16,7 +16,7 @@ from fastlora.arguments import describe
 from fastlora.models.config import LlamaConfig
 from fastlora.models.neftune import with_noise
 from fastlora.models.positions import first_seen, positions, sequence_lengths
-from fastlora.models.rope_tables import rope_tables
+from fastlora.models.rope_tables import tables_by_type
 from fastlora.models.stacks import stack_size
 from fastlora.ops.attention.context_group import ContextGroup, own_tokens
 from fastlora.ops.attention.flash import kernel_supports
@@ -122,10 +122,10 @@ def part_tables(
     windows: Mapping[str, int | None],
     dtype: torch.dtype,
     fused: bool,
-) -> tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"], dict[str, Any]]:
-    """(cos, sin, layer type -> which keys of the rows this rank's queries see).
+) -> tuple[dict[str, tuple[Float[Tensor, "b t hd"], Float[Tensor, "b t hd"]]], dict[str, Any]]:
+    """(layer type -> RoPE's cos and sin, layer type -> the keys that this rank's queries see).
 
-    The last are PartSpans where the kernels run, else masks [#b, 1, t, s].
+    The keys are PartSpans if the kernels run, else masks [#b, 1, t, s].
 
     Args:
         part: of the rows.
@@ -134,8 +134,8 @@ def part_tables(
         dtype: of the hidden states.
         fused: whether Triton kernels run.
     """
-    cos, sin = rope_tables(config, part.position_ids, part.lengths, dtype)
-    return cos, sin, _masks(part, config, windows, dtype, fused)
+    tables = tables_by_type(config, part.position_ids, part.lengths, dtype)
+    return tables, _masks(part, config, windows, dtype, fused)
 
 
 def _masks(

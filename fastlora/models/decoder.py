@@ -7,24 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
 from fastlora.models.context_part import ContextPart, part_noise, part_tables
-from fastlora.models.embedding import embed
+from fastlora.models.embedding import embed, noise_scale
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
 from fastlora.models.fused_qkv import with_fused_qkv
-from fastlora.models.graph_input import attach_to_graph
+from fastlora.models.graph_input import attach_to_graph, requires_grad
 from fastlora.models.init_offset import cast_offset
+from fastlora.models.layer_spec import layer_spec
 from fastlora.models.levels import layer_levels, mlp_chunks, offload_levels
 from fastlora.models.names import with_replaced
 from fastlora.models.neftune import with_noise
 from fastlora.models.params import Adapter, Base, LayerAdapter
 from fastlora.models.positions import attention_mask_2d, first_seen, positions, sequence_lengths
-from fastlora.models.projections import layer_spec
-from fastlora.models.rope_tables import rope_tables
+from fastlora.models.rope_tables import tables_by_type
 from fastlora.models.spec import Spec
 from fastlora.models.stacks import (
     StackRows,
@@ -44,10 +43,10 @@ from fastlora.runtime.layer_fetching import open_pass
 
 
 class Positions(NamedTuple):
-    """Tensors that all layers of one forward pass share: RoPE tables, and masks by layer type."""
+    """Tensors that all layers of one type share in a forward pass: cos and sin of RoPE, and masks,
+    by layer type."""
 
-    cos: Float[Tensor, "#b t hd"]
-    sin: Float[Tensor, "#b t hd"]
+    tables: dict[str, tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]]
     masks: dict[str, Bool[Tensor, "#b 1 t t"] | None]
 
 
@@ -60,13 +59,14 @@ def position_tables(
     segment_ids: Int[Tensor, "b t"] | None,
 ) -> Positions:
     """RoPE tables and attention masks for one batch. Each mask is built once for all layers."""
-    cos, sin = _rope_tables(config, input_ids, dtype, attention_mask, position_ids, segment_ids)
+    masked = (attention_mask, position_ids, segment_ids)
+    tables = _rope_tables(config, input_ids, dtype, *masked)
     t, device = input_ids.shape[1], input_ids.device
     masks = {
         layer_type: attention_mask_2d(t, window, attention_mask, segment_ids, device)
         for layer_type, window in _windows(config).items()
     }
-    return Positions(cos, sin, masks)
+    return Positions(tables, masks)
 
 
 def _rope_tables(
@@ -76,21 +76,21 @@ def _rope_tables(
     attention_mask: Int[Tensor, "b t"] | None,
     position_ids: Int[Tensor, "#b t"] | None,
     segment_ids: Int[Tensor, "b t"] | None,
-) -> tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]:
+) -> dict[str, tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]]:
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
-    return rope_tables(config, position_ids, lengths, dtype)
+    return tables_by_type(config, position_ids, lengths, dtype)
 
 
 def _tables(
     spec: Spec, x: Tensor, input_ids: Tensor, masked: tuple, fused: bool, part: ContextPart | None
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """(cos, sin, the masks of each layer type); `masked`: attention_mask, positions, segments."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(RoPE's tables, masks) by layer type; `masked`: attention_mask, positions, segments."""
     if part is not None:
         return part_tables(part, spec.config, _windows(spec.config), x.dtype, fused)
-    cos, sin = _rope_tables(spec.config, input_ids, x.dtype, *masked)
-    return cos, sin, attention_masks(spec, x, masked[0], masked[2], fused)
+    tables = _rope_tables(spec.config, input_ids, x.dtype, *masked)
+    return tables, attention_masks(spec, x, masked[0], masked[2], fused)
 
 
 def _windows(config: LlamaConfig) -> dict[str, int | None]:
@@ -157,7 +157,7 @@ def hidden_states(
     # Only a compiled backward pass uses the single product of fused weights.
     backward = use_compiled and torch.is_grad_enabled()
     fused = use_kernel(x, spec.kernels)
-    cos, sin, masks = _tables(spec, x, input_ids, masked, fused, part)
+    tables, masks = _tables(spec, x, input_ids, masked, fused, part)
     first_row, context = (first_row, None) if part is None else (part.first_rows, part.group)
     adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
@@ -173,7 +173,7 @@ def hidden_states(
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
             x = attach_to_graph(x) if trained else x
         # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
-        mask = masks[config.layer_types[i]]
+        mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
         params = cast_offset(fetched.params(i) if fetched else base["layers"][i], x.dtype)
@@ -188,7 +188,8 @@ def hidden_states(
         how = partial(_run, layer), static, use_compiled
         x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
         del params, rest  # a fetched layer's memory can now receive the next layer but one
-    x = _run(rms_norm, (base["norm"],), (config.rms_norm_eps,), use_compiled, x)
+    norm = (config.rms_norm_eps, config.norm_kind)
+    x = _run(rms_norm, (base["norm"],), norm, use_compiled, x)
     return taps.at("norm", x)
 
 
@@ -216,15 +217,15 @@ def _noisy(
     """The embedded tokens with NEFTune's noise, if the spec asks for it and there is a seed."""
     if spec.neftune_alpha is None or seed is None:
         return x
-    key = seed_tensor(seed, x.device)
+    key, alpha = seed_tensor(seed, x.device), spec.neftune_alpha * noise_scale(spec.config)
     if part is not None:
-        return part_noise(x, part, spec.neftune_alpha, key)
+        return part_noise(x, part, alpha, key)
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
-    return with_noise(x, spec.neftune_alpha, key, lengths, first_row)
+    return with_noise(x, alpha, key, lengths, first_row)
 
 
 def attention_masks(
@@ -294,11 +295,6 @@ def _records(
     # A scaled matrix is not a cast of a trained one, so it cannot be cast again.
     pairs = (scaled, cast) if scaled is adapter else ({}, {})
     return grouped_records(cast, rows.groups), Copies(*map(matrices_of, pairs))
-
-
-def requires_grad(tree: Any) -> bool:
-    """Whether any tensor of a tree requires a gradient. None is a tree without tensors."""
-    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))
 
 
 def layer_keys(

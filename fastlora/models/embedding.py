@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.config import LlamaConfig
 from fastlora.models.params import Adapter, Base, DoRA
 from fastlora.models.spec import Spec
 from fastlora.ops.linear.dora import row_norms
@@ -20,7 +21,8 @@ def embed(
     gain: Float[Tensor, "d"] | None = None,
     row_of_id: Int[Tensor, "v"] | None = None,
 ) -> Float[Tensor, "b t d"]:
-    """The input of the first layer, in the base's dtype.
+    """The input of the first layer, in the base's dtype: rows of the embedding, which some families
+    multiply with a constant.
 
     Under fake quantisation only the rows that are read are quantised: each row has its own scale.
 
@@ -37,7 +39,7 @@ def embed(
     if scheme is not None and (number_format := SCHEMES[scheme].embedding) is not None:
         x = fake_quantize(x, number_format)
     if adapter is None:
-        return x
+        return scaled(x, spec)
     if "embed_tokens" in adapter:
         lora, scaling = adapter["embed_tokens"], _scaling(spec)
         # A maps one-hot ids, so x A' is a row of A': [r, v] is read as an embedding of width r.
@@ -51,7 +53,37 @@ def embed(
             row_of_id = trained_row_of_id(spec, base)
             assert row_of_id is not None, spec
         x = _with_rows(x, input_ids, rows, row_of_id)
-    return x
+    return scaled(x, spec)
+
+
+def scaled(x: Float[Tensor, "b t d"], spec: Spec) -> Float[Tensor, "b t d"]:
+    """x times the config's `embedding_scale`.
+
+    It is rounded to x.dtype where transformers keeps it as a tensor (Gemma).
+    """
+    scale = spec.config.embedding_scale
+    if scale is None:
+        return x
+    if spec.config.scales_decoder_input:
+        return x * scale
+    return x * torch.full((), scale, dtype=x.dtype, device=x.device)
+
+
+def embedding_scale(spec: Spec, dtype: torch.dtype) -> float | None:
+    """The factor of `scaled` as a number, for kernels; None: the embedding is not scaled."""
+    scale = spec.config.embedding_scale
+    if spec.config.scales_decoder_input:
+        return scale
+    return None if scale is None else torch.tensor(scale, dtype=dtype, device="cpu").item()
+
+
+def noise_scale(config: LlamaConfig) -> float:
+    """Factor of NEFTune's noise, which is added to scaled embeddings.
+
+    transformers adds it to the rows of the embedding, which Granite's decoder scales afterwards.
+    """
+    scale = config.embedding_scale if config.scales_decoder_input else None
+    return 1.0 if scale is None else scale
 
 
 def trained_row_of_id(spec: Spec, base: Base) -> Int[Tensor, "v"] | None:

@@ -33,6 +33,8 @@ def fuse_qkv(config: LlamaConfig, tensors: dict[str, Weight]) -> None:
         config: the model's shape.
         tensors: the model's tensors by their names on disk.
     """
+    if config.fused_projections:  # they are one matrix already
+        return
     for layer in range(config.num_hidden_layers):
         names = [f"{projection_path(layer, name)}.weight" for name in QKV]
         weights = [w for name in names if isinstance(w := tensors[name], Tensor)]
@@ -45,8 +47,10 @@ def fuse_qkv(config: LlamaConfig, tensors: dict[str, Weight]) -> None:
 def fused_qkv(params: LayerParams) -> Float[Tensor, "d_out d_in"] | None:
     """A view of a layer's q, k and v weights as one matrix; None if they are not consecutive.
 
-    Also None if they are quantised or require gradients.
+    Also None if they are quantised or require gradients, or if the model has one layer for them.
     """
+    if any(name not in params for name in QKV):
+        return None
     weights = [params[name]["weight"] for name in QKV]
     # A view made here would not pass a gradient on to three separate leaves.
     dense = all(isinstance(w, Tensor) and not w.requires_grad for w in weights)

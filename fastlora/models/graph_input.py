@@ -1,7 +1,10 @@
 """attach_to_graph(): the input of the first adapted layer as all other layers have it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 class _AttachToGraph(torch.autograd.Function):
@@ -22,3 +25,8 @@ def attach_to_graph(x: Tensor) -> Tensor:
     """
     anchor = torch.empty((), device=x.device, requires_grad=True)
     return _AttachToGraph.apply(x, anchor)  # pyright: ignore[reportReturnType]
+
+
+def requires_grad(tree: Any) -> bool:
+    """Whether any tensor of a tree requires a gradient. None is a tree without tensors."""
+    return any(isinstance(x, Tensor) and x.requires_grad for x in tree_leaves(tree))

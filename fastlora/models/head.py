@@ -7,14 +7,16 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.dora_products import dora_linear
 from fastlora.models.names import with_replaced
 from fastlora.models.params import Adapter, Base, BiasedLoRA, DoRA, Linear, LoRA
-from fastlora.models.projections import adapted_linear, dora_linear
+from fastlora.models.projections import adapted_linear
 from fastlora.models.spec import Spec
 from fastlora.ops.cast import cast
 from fastlora.ops.dropout import dropout, fold
 from fastlora.ops.linear.dora import row_norms
 from fastlora.ops.quant.fake_quantize import SCHEMES, fake_quantize, fake_quantize_rows
+from fastlora.ops.soft_cap import soft_cap
 from fastlora.runtime.layer_fetching import resident
 
 
@@ -91,7 +93,8 @@ def masked_for_head(
 def logits(
     hidden: Float[Tensor, "*n d"], dropped: Float[Tensor, "*n d"], parts: Head, spec: Spec
 ) -> Float[Tensor, "*n v"]:
-    """The logits of any rows of hidden states, in their dtype.
+    """The logits of any rows of hidden states, in their dtype, divided and capped as the
+    family does.
 
     Args:
         hidden: the final norm's output.
@@ -99,6 +102,17 @@ def logits(
         parts: the result of `head`.
         spec: the model's.
     """
+    return soft_cap(divided(_uncapped(hidden, dropped, parts, spec), spec), spec.config.logit_cap)
+
+
+def divided(x: Float[Tensor, "*n _"], spec: Spec) -> Float[Tensor, "*n _"]:
+    """Logits over the config's `logit_divisor`; or the head's input, with the same effect."""
+    return x if spec.config.logit_divisor == 1.0 else x / spec.config.logit_divisor
+
+
+def _uncapped(
+    hidden: Float[Tensor, "*n d"], dropped: Float[Tensor, "*n d"], parts: Head, spec: Spec
+) -> Float[Tensor, "*n v"]:
     if spec.qat_scheme is not None:  # lora() refuses it together with an adapted head
         return F.linear(*head_factors(hidden, parts["weight"], spec))
     if "lora" in parts:

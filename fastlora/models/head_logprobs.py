@@ -12,7 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fastlora.models.head import Head, head_factors, is_frozen_product, logits, masked_for_head
+from fastlora.models.head import (
+    Head,
+    divided,
+    head_factors,
+    is_frozen_product,
+    logits,
+    masked_for_head,
+)
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.loss.entropy import (
@@ -73,7 +80,8 @@ def _frozen_head(
     if kernel:
         value_and_grad = chunk_value_and_grad_kernel
     rows, weight = head_factors(hidden, model_head["weight"], spec)
-    return linear_logprobs(rows, weight, labels, value, value_and_grad)
+    cap, rows = spec.config.logit_cap, divided(rows, spec)
+    return linear_logprobs(rows, weight, labels, value, value_and_grad, cap)
 
 
 def _trained_head(
@@ -137,4 +145,13 @@ def _regions(spec: Spec, x: Tensor, *fns: Callable) -> tuple[Callable, ...]:
     """The functions, each as a compiled region if the spec says so."""
     if not compiles(spec.compile, x.device) or transforms_active():
         return fns
-    return tuple(lambda *args, fn=fn: compiled(fn, args) for fn in fns)
+
+    def region(fn: Callable) -> Callable:
+        return lambda *args: compiled(fn, _tensors(args), *args[len(_tensors(args)) :])
+
+    return tuple(map(region, fns))
+
+
+def _tensors(args: tuple) -> tuple[Tensor, ...]:
+    """The tensors at the front of a region's arguments; numbers behind them are compiled in."""
+    return tuple(x for x in args if isinstance(x, Tensor))

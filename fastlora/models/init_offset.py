@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.models.params import (
-    PROJECTIONS,
+    LINEARS,
     Adapter,
     AdapterRecord,
     Base,
@@ -36,7 +36,7 @@ from fastlora.runtime.layer_fetching import FetchedLayers, described
 
 def offsets(params: LayerParams) -> dict[str, LoRA]:
     """Projection name -> (A0, B0), for the projections of one layer that have an offset."""
-    linears = {name: params[name] for name in PROJECTIONS if name in params}
+    linears = {name: params[name] for name in LINEARS if name in params}
     return {name: linear["offset"] for name, linear in linears.items() if "offset" in linear}
 
 

@@ -1,7 +1,7 @@
 """Fields: reads a JSON object field by field and collects what is wrong with it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
@@ -16,6 +16,8 @@ def _is_positive(x: Any) -> bool:
     return type(x) in (int, float) and 0 < x < 2**63 and math.isfinite(x)
 
 
+_LONGEST_LIST = 4096  # numbers: one for each pair of a head's dimensions
+
 _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "a positive integer": is_int(1),
     "a positive integer or null": lambda x: x is None or is_int(1)(x),
@@ -24,6 +26,9 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "an integer, 0 or more": is_int(0),
     "a positive number": _is_positive,
     "a positive number or null": lambda x: x is None or _is_positive(x),
+    "a list of positive numbers": lambda x: (
+        isinstance(x, list) and 0 < len(x) <= _LONGEST_LIST and all(map(_is_positive, x))
+    ),
     "true or false": lambda x: type(x) is bool,
 }
 
@@ -54,7 +59,7 @@ class Fields:
     def read(self, name: str, expected: str) -> Any:
         """The field's value, or None (and a problem) if it is missing or not `expected`.
 
-        Numbers are returned as float, integers as int.
+        Numbers are returned as float, integers as int, lists as tuples.
         """
         if name not in self.raw:
             self.problems.append(f"{self.prefix}{name} is missing; expected {expected}")
@@ -63,12 +68,27 @@ class Fields:
         if not _EXPECTED[expected](value):
             self.problems.append(f"{self.prefix}{name} is {show(value)}; expected {expected}")
             return None
+        if isinstance(value, list):
+            return tuple(map(float, value))
         return float(value) if value is not None and "number" in expected else value
 
-    def refuse_unsupported(self) -> None:
-        """Add a problem for each setting that asks for a computation that fastlora lacks."""
-        if (act := self.raw["hidden_act"]) != "silu":
-            self.problems.append(f"hidden_act is {show(act)}; only 'silu' is supported")
+    def refuse_unsupported(
+        self, activation: tuple[str, str] = ("hidden_act", "silu"), untrue: Sequence[str] = ()
+    ) -> None:
+        """Add a problem for each setting that asks for a computation that fastlora lacks.
+
+        Args:
+            activation: the field of the MLP's activation, and its only supported value.
+            untrue: fields that must be absent, null or false.
+        """
+        field, only = activation
+        if (act := self.raw[field]) != only:
+            self.problems.append(f"{field} is {show(act)}; only {only!r} is supported")
+        self.problems += [
+            f"{name} is {show(self.raw[name])}; only false is supported"
+            for name in untrue
+            if self.raw.get(name) not in (None, False)
+        ]
         self.refuse_partial_rotary()
         if problem := _quantization_problem(self.raw.get("quantization_config")):
             self.problems.append(problem)

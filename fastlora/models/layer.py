@@ -19,10 +19,10 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from fastlora.models.attention import attention_block
+from fastlora.models.attention import add_residual, attention_block
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import LayerAdapter, LayerParams
-from fastlora.models.projections import LayerSpec
 from fastlora.ops.attention.flash import Spans
 from fastlora.ops.attention.part_attention import PartSpans
 from fastlora.ops.dispatch import transforms_active
@@ -156,9 +156,10 @@ def decoder_layer(
     def mlp(x: Tensor, attended: Tensor) -> Tensor:
         here = taken(params)
         if chunks == 1:
-            return mlp_block(x + attended, here, adapter, spec, key)
+            return mlp_block(add_residual(x, attended, spec), here, adapter, spec, key)
         pairs = zip(pieces(x, chunks), pieces(attended, chunks), strict=True)
-        parts = [mlp_block(before + o, here, adapter, spec, key) for before, o in pairs]
+        sums = [add_residual(*pair, spec) for pair in pairs]
+        parts = [mlp_block(part, here, adapter, spec, key) for part in sums]
         return torch.cat(parts, 1).view(x.shape)
 
     fetch = None if isinstance(params, dict) else params

@@ -21,8 +21,8 @@ from collections.abc import Collection
 from itertools import pairwise
 
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import projection_shape
-from fastlora.models.params import PROJECTIONS
+from fastlora.models.names import linear_names, projection_shape
+from fastlora.models.norms import layer_norms
 from fastlora.models.spec import Recompute
 
 LEVELS = ("none", "selective", "mlp", "attention", "full")
@@ -30,8 +30,8 @@ LEVELS = ("none", "selective", "mlp", "attention", "full")
 # Level -> the activations that a layer keeps; `_widths` gives their elements per token.
 _ATTENTION = ("x", "q", "k", "v", "attention", "o")
 _KEPT = {
-    "none": (*_ATTENTION, "gate", "up", "norms", "rotated_qk", "expert_copies", "swiglu"),
-    "selective": (*_ATTENTION, "gate", "up"),
+    "none": (*_ATTENTION, "gate", "up", "norms", "rotated_qk", "expert_copies", "swiglu", "down"),
+    "selective": (*_ATTENTION, "gate", "up", "down"),
     "mlp": _ATTENTION,
     "attention": ("x", "attention"),
     "full": ("x",),
@@ -48,7 +48,10 @@ def _widths(config: LlamaConfig, layer: int) -> dict[str, int]:
         f = config.num_experts_per_tok * config.moe_intermediate_size
         copies = config.num_experts_per_tok * d
     widths = dict(x=d, q=q, k=kv, v=kv, attention=q, o=d, gate=f, up=f, swiglu=f)
-    return widths | dict(norms=2 * d, rotated_qk=q + kv, expert_copies=copies)
+    norms = layer_norms(config.norms)
+    # The gradient of a norm behind the MLP needs its input. That of one behind attention is o.
+    widths |= dict(down=d if norms.mlp_out else 0)
+    return widths | dict(norms=len(norms.names()) * d, rotated_qk=q + kv, expert_copies=copies)
 
 
 def kept_elements(
@@ -153,5 +156,5 @@ def offload_levels(config: LlamaConfig, tokens: int, item: int) -> tuple[str, ..
 
 
 def _layer_parameters(config: LlamaConfig) -> int:
-    shapes = (projection_shape(config, name) for name in PROJECTIONS)
+    shapes = (projection_shape(config, name) for name in linear_names(config))
     return sum(rows * columns for rows, columns in shapes)

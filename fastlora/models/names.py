@@ -11,7 +11,18 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import Experts
 from fastlora.models.families.registry import family_of
 from fastlora.models.lazy_tensors import LazyTensors
-from fastlora.models.params import EXPERTS, PROJECTIONS, TARGETS, Adapter, Base, LayerParams
+from fastlora.models.norms import layer_norms
+from fastlora.models.params import (
+    EXPERTS,
+    FUSED,
+    LINEARS,
+    PROJECTIONS,
+    SHARED_MLP,
+    TARGETS,
+    Adapter,
+    Base,
+    LayerParams,
+)
 from fastlora.ops.quant.weights import Weight
 from fastlora.runtime.layer_fetching import is_sharded, resident
 
@@ -28,11 +39,20 @@ FUSED_GATE_UP = "gate_up_proj"
 # Names and shapes of projections.
 
 
+def linear_names(config: LlamaConfig) -> tuple[str, ...]:
+    """The linear layers of a dense layer."""
+    if config.shared_mlp:
+        return ("q_proj", "k_proj", "v_proj", "o_proj", *SHARED_MLP)
+    if not config.fused_projections:
+        return tuple(PROJECTIONS)
+    return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
 def layer_targets(config: LlamaConfig, layer: int) -> tuple[str, ...]:
     """The names of TARGETS that a layer has, in that order."""
     if not config.sparse_layers[layer]:
-        return tuple(PROJECTIONS)
-    return tuple(n for n in TARGETS if PROJECTIONS.get(n) != "mlp")
+        return linear_names(config)
+    return tuple(n for n in TARGETS if LINEARS.get(n) != "mlp" and n not in FUSED | SHARED_MLP)
 
 
 def projection_path(layer: int, name: str) -> str:
@@ -50,6 +70,10 @@ def projection_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
     q = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     return {
+        "qkv_proj": (q + 2 * kv, d),
+        "gate_up_proj": (2 * f, d),
+        "input_linear": (2 * f, d),
+        "output_linear": (d, f),
         "q_proj": (q, d),
         "k_proj": (kv, d),
         "v_proj": (kv, d),
@@ -73,11 +97,11 @@ def target_shape(config: LlamaConfig, name: str) -> tuple[int, int]:
 
 def projection_bias(config: LlamaConfig, name: str) -> bool:
     """Whether a projection has a bias."""
-    if name not in PROJECTIONS:
+    if name not in LINEARS:
         return False
     if name == "o_proj":
         return config.attention_output_bias
-    return config.attention_bias if PROJECTIONS[name] == "self_attn" else config.mlp_bias
+    return config.attention_bias if LINEARS[name] == "self_attn" else config.mlp_bias
 
 
 def projection_weights(config: LlamaConfig) -> list[str]:
@@ -86,24 +110,25 @@ def projection_weights(config: LlamaConfig) -> list[str]:
         f"{projection_path(layer, name)}.weight"
         for layer in range(config.num_hidden_layers)
         for name in layer_targets(config, layer)
-        if name in PROJECTIONS
+        if name in LINEARS
     ]
 
 
 def module_names(config: LlamaConfig) -> list[str]:
     """Every module that transformers' model of this shape has; target patterns match these."""
+    mlp = "shared_mlp" if config.shared_mlp else "mlp"
     attention = ["q_norm", "k_norm"] if config.qk_norm else []
-    common = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+    common = ["self_attn", mlp, *layer_norms(config.norms).names()]
     common += [f"self_attn.{n}" for n in attention]
     # By sparse or not; act_fn has no parameters, but a regex may match it, as it may in PEFT.
-    mlps = {False: ["mlp.act_fn"], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
+    activation = "mlp.activation_fn" if config.fused_projections else f"{mlp}.act_fn"
+    activation = f"{mlp}.activation" if config.shared_mlp else activation
+    mlps = {False: [activation], True: ["mlp.gate", "mlp.experts", "mlp.experts.act_fn"]}
     names = ["model", "model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb"]
     for layer in range(config.num_hidden_layers):
         inner = [*common, *mlps[config.sparse_layers[layer]]]
         names += [f"model.layers.{layer}", *(f"model.layers.{layer}.{n}" for n in inner)]
-        names += [
-            projection_path(layer, n) for n in layer_targets(config, layer) if n in PROJECTIONS
-        ]
+        names += [projection_path(layer, n) for n in layer_targets(config, layer) if n in LINEARS]
     return [*names, "lm_head"]
 
 
@@ -158,11 +183,13 @@ def layer_tensors(config: LlamaConfig, layer: int) -> dict[tuple[str, ...], tupl
     """
     prefix = f"model.layers.{layer}."
     tensors: dict[tuple[str, ...], tuple[str, tuple[int, ...]]] = {}
-    for n in ("input_layernorm", "post_attention_layernorm"):
+    for n in layer_norms(config.norms).names():
         tensors[n,] = (f"{prefix}{n}.weight", (config.hidden_size,))
     if config.qk_norm:
-        for n in ("q_norm", "k_norm"):
-            tensors[n,] = (f"{prefix}self_attn.{n}.weight", (config.head_dim,))
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        for n, h in zip(("q_norm", "k_norm"), heads, strict=True):
+            width = h * config.head_dim if config.qk_norm_joint else config.head_dim
+            tensors[n,] = (f"{prefix}self_attn.{n}.weight", (width,))
     for n in layer_targets(config, layer):
         path, shape = projection_path(layer, n), projection_shape(config, n)
         if n in EXPERTS:  # transformers 5 registers these as parameters: no ".weight"

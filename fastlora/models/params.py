@@ -40,7 +40,7 @@ DTYPES = {
     "float64": torch.float64,
 }
 
-# Every linear layer of a decoder layer -> the module that holds it in Hugging Face's naming.
+# The linear layers of a decoder layer -> the module that holds them in Hugging Face's naming.
 PROJECTIONS = {
     "q_proj": "self_attn",
     "k_proj": "self_attn",
@@ -51,13 +51,26 @@ PROJECTIONS = {
     "down_proj": "mlp",
 }
 
+# Some families (Phi-3) have the first three, and gate and up, as one layer each: their rows one
+# after the other.
+FUSED = {"qkv_proj": "self_attn", "gate_up_proj": "mlp"}
+
+# Granite 4's MLP: gate and up as one layer, and down.
+SHARED_MLP = {"input_linear": "shared_mlp", "output_linear": "shared_mlp"}
+
+# Every layer that computes gate or up or both.
+GATE_UP = ("gate_proj", "up_proj", "gate_up_proj", "input_linear")
+
+# Every linear layer that a dense decoder layer may have.
+LINEARS = PROJECTIONS | FUSED | SHARED_MLP
+
 # A sparse layer has these instead of the MLP's three: the router, and two tensors that hold the
 # matrices of all experts.
 ROUTER = "gate"
 EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 
 # Everything in a layer that may carry an adapter -> the module that holds it.
-TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp")
+TARGETS = PROJECTIONS | dict.fromkeys((ROUTER, *EXPERTS), "mlp") | FUSED | SHARED_MLP
 
 
 class LoRA(NamedTuple):
@@ -172,7 +185,7 @@ class Adapter(TypedDict):
 
 def is_quantized(base: Base) -> bool:
     """Whether any projection is in 4 or 8 bits."""
-    linears = (p[n] for p in described(base)["layers"] for n in PROJECTIONS if n in p)
+    linears = (p[n] for p in described(base)["layers"] for n in LINEARS if n in p)
     return any(isinstance(linear["weight"], Quantized) for linear in linears)
 
 

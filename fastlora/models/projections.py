@@ -1,16 +1,16 @@
 """The linear layers of a decoder layer with their LoRA, DoRA, biases and fake quantisation."""
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.models.dora_products import dora_linear, dora_scale, scaled_rows
 from fastlora.models.examples import example_project
 from fastlora.models.fake_quantised import fake_quantised
 from fastlora.models.fused_qkv import QKV
-from fastlora.models.init_offset import a_with_offset, b_with_offset
+from fastlora.models.init_offset import b_with_offset
+from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.params import (
     TARGETS,
     AdapterRecord,
@@ -20,83 +20,17 @@ from fastlora.models.params import (
     LayerAdapter,
     LayerParams,
     Linear,
-    LoRA,
     PreparedDoRA,
     StackedLoRA,
 )
-from fastlora.models.spec import Spec
 from fastlora.models.stacks import stacked_project
-from fastlora.ops.attention.context_group import ContextGroup
 from fastlora.ops.dropout import dropout, fold, from_row, key_and_row
-from fastlora.ops.linear.dora import row_norms
-from fastlora.ops.linear.frozen import frozen_linear
 from fastlora.ops.linear.lora import lora_linear
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.linear.masked_lora import Masks
 
 # Number folded into a layer's dropout key, so that every projection has its own mask.
 _DROPOUT_SALT = {name: salt for salt, name in enumerate(TARGETS)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerSpec:
-    """The settings of one layer. Layers with equal settings share one compiled graph."""
-
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope: bool
-    scalings: tuple[tuple[str, float], ...]  # projection -> factor of its low-rank term
-    lora_dropout: float
-    qat_scheme: str | None
-    deterministic: bool
-    num_experts_per_tok: int
-    norm_topk_prob: bool
-    fused: bool  # whether Triton kernels run
-    context: ContextGroup | None  # the ranks that have rows together
-    replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
-
-
-def layer_spec(
-    spec: Spec,
-    layer: int,
-    *,
-    fused: bool = False,
-    stacked: bool = False,
-    context: ContextGroup | None = None,
-) -> LayerSpec:
-    """The part of `spec` that a layer depends on.
-
-    Args:
-        spec: the model's.
-        layer: number of the layer.
-        fused: whether Triton kernels run.
-        stacked: whether the layer runs a stack of adapters, in which B contains the scalings. One
-            graph then serves all scalings.
-        context: the ranks that have rows together; None: rows are whole.
-    """
-    config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
-    copies = [name for name in spec.extras.replaced if name.startswith(prefix)]
-    return LayerSpec(
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        rope=bool(config.no_rope_layers[layer]),
-        scalings=()
-        if lora is None or stacked
-        else tuple((t.name, t.scaling) for t in lora.targets[layer]),
-        lora_dropout=lora.lora_dropout if lora else 0.0,
-        qat_scheme=spec.qat_scheme,
-        deterministic=spec.deterministic,
-        # 0 in dense layers, which do not depend on it.
-        num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
-        norm_topk_prob=config.norm_topk_prob,
-        fused=fused,
-        context=context,
-        replaced=tuple(name.removeprefix(prefix) for name in copies),
-    )
 
 
 def project(
@@ -285,58 +219,7 @@ def _add_bias_or_magnitude(
     the latter. Both compute in the dtype of the adapter's vectors.
     """
     if isinstance(lora, DoRA):
-        return _scaled(y, dora_scale(linear, lora, scaling), linear.get("bias"))
+        return scaled_rows(y, dora_scale(linear, lora, scaling), linear.get("bias"))
     if isinstance(lora, PreparedDoRA):
-        return _scaled(y, lora.gain, linear.get("bias"))
+        return scaled_rows(y, lora.gain, linear.get("bias"))
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
-
-
-def dora_scale(linear: Linear, lora: DoRA, scaling: float) -> Float[Tensor, "d_out"]:
-    """DoRA's m / n: magnitude over the row norms of W + scaling * B A."""
-    a, b = a_with_offset(lora, linear), b_with_offset(lora, linear)
-    return lora.magnitude / row_norms(linear["weight"], a, b, scaling)
-
-
-def _scaled(
-    y: Float[Tensor, "*n d_out"],
-    gain: Float[Tensor, "d_out"],
-    bias: Float[Tensor, "d_out"] | None,
-) -> Float[Tensor, "*n d_out"]:
-    scaled = gain * y
-    return (scaled if bias is None else scaled + bias).to(y.dtype)
-
-
-def dora_linear(
-    x: Float[Tensor, "*n d_in"],
-    dropped: Float[Tensor, "*n d_in"] | None,
-    x_a: Float[Tensor, "*n r"],
-    linear: Linear,
-    lora: LoRA | DoRA,
-    gain: Float[Tensor, "d_out"],
-    scaling: float,
-) -> Float[Tensor, "*n d_out"]:
-    """DoRA: `gain` (m / n) times the adapted product, plus the base's bias.
-
-    Under dropout, y = W x + (gain - 1) W dropped + gain * scaling * B A dropped, as in PEFT.
-    """
-    weight, bias = linear["weight"], linear.get("bias")
-    b = b_with_offset(lora, linear)
-    if dropped is None:
-        return _scaled(lora_linear(x, x_a, weight, None, b, scaling), gain, bias)
-    base, masked = _frozen(x, linear, bias, scaling), _frozen(dropped, linear, None, scaling)
-    # x_a is without the offset's A0 here, because `_frozen` subtracts the offset.
-    update = scaling * F.linear(x_a, lora.b)
-    return (base + (gain - 1) * masked + gain * update).to(x.dtype)
-
-
-def _frozen(
-    x: Float[Tensor, "*n d_in"],
-    linear: Linear,
-    bias: Float[Tensor, "d_out"] | None,
-    scaling: float,
-) -> Float[Tensor, "*n d_out"]:
-    """The base's product, minus that of its initial offset."""
-    y = frozen_linear(x, linear["weight"], bias)
-    if "offset" not in linear:
-        return y
-    return y - scaling * F.linear(F.linear(x, linear["offset"].a), linear["offset"].b)

@@ -23,6 +23,9 @@ REBUILT_CLASSES: dict[str, dict[str, str | None]] = {
         **dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
         "pad_token": None,
     },
+    "GemmaTokenizer": {
+        f"{name}_token": f"<{name}>" for name in ("unk", "bos", "eos", "pad", "mask")
+    },
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
 
@@ -95,7 +98,8 @@ def make_backend(
         backend = Backend.from_str(text.decode())
     else:
         merges = [tuple(m.split(" ") if isinstance(m, str) else m) for m in model["merges"]]
-        build = {"LlamaTokenizer": _llama, "GPT2Tokenizer": _gpt2, "Qwen2Tokenizer": _qwen2}
+        build = {"LlamaTokenizer": _llama, "GPT2Tokenizer": _gpt2}
+        build |= {"GemmaTokenizer": _gemma, "Qwen2Tokenizer": _qwen2}
         backend = build[class_name](model["vocab"], merges, settings)
         # The library gives a post-processor only as part of a tokenizer. Without the vocabulary,
         # which takes most of the time, parsing the file once more is fast.
@@ -119,6 +123,20 @@ def _llama(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> 
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     strip = [] if prefix is False else [decoders.Strip(content=" ", left=1)]
     backend.decoder = decoders.Sequence(steps + strip)
+    return backend
+
+
+def _gemma(vocab: dict[str, int], merges: list, settings: Mapping[str, Any]) -> Backend:
+    """SentencePiece's scheme without a prefix; a space belongs to the word before it."""
+    unknown = settings.get("unk_token") or "<unk>"
+    unknown = unknown["content"] if isinstance(unknown, dict) else unknown
+    backend = Backend(
+        models.BPE(vocab=vocab, merges=merges, fuse_unk=True, unk_token=unknown, byte_fallback=True)
+    )
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
     return backend
 
 

@@ -112,6 +112,9 @@ def _config_identity(model: ModelState) -> dict[str, Any]:
     config = asdict(model.spec.config)
     # The file's text may differ in what means nothing, such as transformers' version.
     del config["raw_json"], config["raw_generation_json"]
+    # Fields that most families leave at their defaults are not in checkpoints of earlier versions.
+    unused = {f.name for f in fields(model.spec.config) if config.get(f.name, ...) == f.default}
+    config = {name: value for name, value in config.items() if name not in unused}
     rope = config.pop("rope_parameters")
     return {f"config.{name}": value for name, value in (config | rope).items()}
 

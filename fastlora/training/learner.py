@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_map
 from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import loss_sum
 from fastlora.losses.objectives import Objective
-from fastlora.models.names import projection_shape
-from fastlora.models.params import PROJECTIONS, Adapter, Base
+from fastlora.models.names import linear_names, projection_shape
+from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.ops.attention.context_group import ContextGroup
@@ -127,5 +127,6 @@ def should_use_cuda_graph(spec: Spec, device: str, settings: Settings) -> bool:
         return False
     if any(spec.config.sparse_layers) or spec.extras != Extras() or spec.qat_scheme is not None:
         return False
-    layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in PROJECTIONS))
+    names = linear_names(spec.config)
+    layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in names))
     return settings.batch_size * spec.max_seq_length * layer < _GRAPH_LIMIT_OPERATIONS

@@ -24,6 +24,7 @@ from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
+from fastlora.runtime.first_step import imports_of_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.common_run import (
@@ -189,23 +190,21 @@ def train(
             reference of "dpo" and "kto" is the given model, at no memory.
         packing: fill sequences of exactly `model.spec.max_seq_length` tokens with complete rows
             that do not attend to each other; plain text that is too long is split. Where the
-            attention kernels do not run (on the CPU, in float32, for head sizes other than 64 and
-            128), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses more
-            than 8 GiB of it. Lower max_seq_length to a length that your rows fill. Without packing,
-            a batch is padded to its longest row.
+            attention kernels do not run (on the CPU, in float32, for head sizes other than 64, 128
+            and 256), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses
+            more than 8 GiB of it. Lower max_seq_length to a length that your rows fill. Without
+            packing, a batch is padded to its longest row.
         train_on: "responses", "last_response" or "all"; see `data.encode_rows`.
         too_long: rows of more than `model.spec.max_seq_length` tokens are an error; "drop" leaves
             them out, "truncate" keeps their first tokens, "split" splits them.
-        on_bad_row: rows that cannot be trained on are an error; "skip" leaves them out. The numbers
-            of rows that are left out or cut are written to stderr, and the rows to
-            output_dir/rows_left_out.jsonl.
+        on_bad_row: rows that cannot be trained on are an error; "skip" leaves them out. Rows that
+            are left out or cut are counted on stderr and in output_dir/rows_left_out.jsonl.
         columns: standard names of columns to those of the data: {"prompt": "question"}.
         template_kwargs: variables of the chat template: {"enable_thinking": False}. To generate,
             use `tokenizer.with_template_kwargs(...)`.
         eval_every: steps.
         sample_prompts: texts or chats that the model continues, greedily, whenever eval_data is
-            evaluated (also without eval_data). The texts are under "samples" in the record for
-            `log`.
+            evaluated (also without eval_data), for "samples" in the record for `log`.
         sample_tokens: tokens of each of these texts at most.
         save_every: steps. output_dir/checkpoint-N is an adapter folder with the files that `resume`
             needs. The last step is saved too.
@@ -221,10 +220,9 @@ def train(
             noise depends on `seed`, which must stay secret.
         context_parallel: ranks that have each row together, if rows do not fit one card.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
-            if there is one and else starts a run, a path continues from that checkpoint. The files
-            of a checkpoint must have the SHA-256 that they had when they were saved. If the newest
-            is damaged, the error names the one to continue from, which replaces the damaged ones
-            after it.
+            if there is one and else starts a run, a path continues from that checkpoint. Its files
+            must have the SHA-256 that they had when it was saved. If the newest is damaged, the
+            error names the one to continue from, which replaces the damaged ones after it.
         seed: of the order of the data and of dropout.
         log: a function, called after every step with a dict of step, loss, learning_rate, tokens,
             seconds and grad_norm, as in `History`, eval_loss after an evaluation, norms by group of
@@ -278,7 +276,10 @@ def train(
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
         objective = objective_of(loss, model)
-        with ranks.first_on_node("encoding"):
+        with (
+            ranks.first_on_node("encoding"),
+            imports_of_first_step(model.spec.compile, model.base["norm"].device),
+        ):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)
         learner = make_learner(model, settings, objective, ranks.context)

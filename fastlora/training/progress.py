@@ -8,8 +8,8 @@ import numpy as np
 import torch
 
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import projection_shape
-from fastlora.models.params import PROJECTIONS
+from fastlora.models.names import linear_names, projection_shape
+from fastlora.models.params import LINEARS
 from fastlora.models.state import Batch, ModelState
 from fastlora.training.history import Record
 
@@ -74,9 +74,9 @@ def step_operations(config: LlamaConfig, tokens: int, pairs: int) -> float:
         tokens: that are read.
         pairs: of a token and one that it attends to.
     """
-    sizes = {n: _numel(projection_shape(config, n)) for n in PROJECTIONS}
-    attention = sum(size for n, size in sizes.items() if PROJECTIONS[n] == "self_attn")
-    dense = attention + sum(size for n, size in sizes.items() if PROJECTIONS[n] != "self_attn")
+    sizes = {n: _numel(projection_shape(config, n)) for n in linear_names(config)}
+    attention = sum(size for n, size in sizes.items() if LINEARS[n] == "self_attn")
+    dense = attention + sum(size for n, size in sizes.items() if LINEARS[n] != "self_attn")
     expert = 3 * config.hidden_size * config.moe_intermediate_size
     sparse = attention + config.num_experts_per_tok * expert
     weights = sum(sparse if is_sparse else dense for is_sparse in config.sparse_layers)

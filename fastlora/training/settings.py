@@ -279,8 +279,8 @@ def mask_problems(settings: Settings, model: ModelState) -> list[str]:
     """Refuse packing if an attention mask [b, t, t] of one byte an element would exceed 8 GiB.
 
     Where the attention kernels run, no such mask is built. They need a GPU, 16-bit weights and a
-    head size of 64 or 128. Elsewhere a model that was loaded at a context of 131,072 tokens would
-    ask for 16 GiB a sequence.
+    head size of 64, 128 or 256. Elsewhere a model that was loaded at a context of 131,072 tokens
+    would ask for 16 GiB a sequence.
     """
     if settings.packing is not True or not _COUNT.accepts(settings.batch_size):
         return []

@@ -47,10 +47,10 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.config_json import config_from_json
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.layer import decoder_layer
+from fastlora.models.layer_spec import LayerSpec, layer_spec
 from fastlora.models.levels import LEVELS
 from fastlora.models.names import layer_targets, layer_tensors, projection_shape
 from fastlora.models.params import EXPERTS, PROJECTIONS, ExpertLoRA, LayerParams, LoRA
-from fastlora.models.projections import LayerSpec, layer_spec
 
 BANDWIDTH = 3.35e12  # bytes a second of an H100's HBM3
 H100 = SimpleNamespace(

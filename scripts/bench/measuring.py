@@ -97,7 +97,8 @@ def floor_ms(shape: dict[str, Any], batch: int, seq: int) -> float:
     Per token: 4 operations for each parameter that multiplies it (forward, and the gradient of the
     input; the adapters' own products are left out, and of a mixture's experts only those that a
     token visits count), and for attention 14 for each query channel and each earlier token (2
-    products forward, 5 backward). Recomputed work does not count.
+    products forward, 5 backward). In a layer with a window only the window's tokens count.
+    Recomputed work does not count.
     """
     config = config_from_json(shape)
     names = (name for i in range(config.num_hidden_layers) for name in layer_targets(config, i))
@@ -106,8 +107,11 @@ def floor_ms(shape: dict[str, Any], batch: int, seq: int) -> float:
         rows, columns = projection_shape(config, name)
         layers += rows * columns * (config.num_experts_per_tok if name in EXPERTS else 1)
     head = config.vocab_size * config.hidden_size
-    attention = 14 * config.num_attention_heads * config.head_dim * (seq / 2)
-    per_token = 4 * layers + config.num_hidden_layers * attention + 4 * head
+    channels, window = config.num_attention_heads * config.head_dim, config.sliding_window or seq
+    # A token at position i sees min(i + 1, window) tokens: on average this many.
+    in_window = min(window, seq) * (1 - min(window, seq) / (2 * seq))
+    seen = [seq / 2 if x == "full_attention" else in_window for x in config.layer_types]
+    per_token = 4 * layers + 14 * channels * sum(seen) + 4 * head
     return 1e3 * batch * seq * per_token / RATE
 
 

@@ -2,7 +2,7 @@
 
 The command also writes the demo's tokenizer, whose ids are all below these vocabularies' sizes.
 
-python scripts/bench/random_checkpoint.py 1b FOLDER          # or 3b, 8b, 30b-a3b, 8x7b
+python scripts/bench/random_checkpoint.py 1b FOLDER          # or 3b, 8b, gemma2-2b, ...
 """
 
 import argparse
@@ -91,31 +91,78 @@ _MIXTRAL = _COMMON | dict(
     num_experts_per_tok=2,
 )
 
-# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B, and two mixtures of experts.
+# google/gemma-2-2b, google/gemma-3-1b-it and allenai/Olmo-3-7B.
+_GEMMA = dict(
+    model_type="gemma2",
+    architectures=["Gemma2ForCausalLM"],
+    vocab_size=256000,
+    hidden_size=2304,
+    intermediate_size=9216,
+    num_hidden_layers=26,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=256,
+    max_position_embeddings=8192,
+    sliding_window=4096,
+    query_pre_attn_scalar=256,
+    bos_token_id=0,
+    eos_token_id=1,
+    torch_dtype="bfloat16",
+)
+_GEMMA3 = _GEMMA | dict(
+    model_type="gemma3_text",
+    architectures=["Gemma3ForCausalLM"],
+    vocab_size=262144,
+    hidden_size=1152,
+    intermediate_size=6912,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    max_position_embeddings=32768,
+    sliding_window=512,
+)
+_OLMO3 = _COMMON | dict(
+    model_type="olmo3",
+    architectures=["Olmo3ForCausalLM"],
+    vocab_size=100278,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=8192,
+    sliding_window=4096,
+    rms_norm_eps=1e-6,
+)
+
+# Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B, two mixtures of experts, and the models above.
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": _shape(2048, 8192, 16, 32, 64, True, 32.0),
     "3b": _shape(3072, 8192, 28, 24, 128, True, 32.0),
     "8b": _shape(4096, 14336, 32, 32, 128, False, 8.0),
     "30b-a3b": _QWEN3_MOE,
     "8x7b": _MIXTRAL,
+    "gemma2-2b": _GEMMA,
+    "gemma3-1b": _GEMMA3,
+    "olmo3-7b": _OLMO3,
 }
 
 
 def write_checkpoint(raw: dict[str, Any], folder: Path) -> None:
-    """Write bf16 matrices from N(0, 0.02²) and norms of ones, one shard per layer.
+    """Write bf16 matrices from N(0, 0.02²) and norms that multiply with 1, one shard per layer.
 
     Only one layer is in memory at a time.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(0)
-    shapes = base_tensors(config_from_json(raw))
+    config = config_from_json(raw)
+    shapes, norm = base_tensors(config), 0.0 if config.norm_kind == "one_plus" else 1.0
     layer = lambda name: (re.search(r"layers\.\d+", name) or ["rest"])[0]
     weight_map = {name: f"model-{layer(name)}.safetensors" for name in shapes}
 
     def tensor(size: tuple[int, ...]) -> torch.Tensor:
         if len(size) == 1:
-            return torch.ones(size, dtype=torch.bfloat16)
+            return torch.full(size, norm, dtype=torch.bfloat16)
         new = torch.empty(size, dtype=torch.bfloat16, device=device)
         return new.normal_(0.0, 0.02, generator=generator).cpu()
 

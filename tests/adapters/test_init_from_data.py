@@ -11,10 +11,14 @@ import fastlora
 from fastlora import functional
 from fastlora.adapters.create import lora
 from fastlora.adapters.init_from_data.dispatch import initialize
-from fastlora.adapters.init_from_data.layer_inputs import embed_batches, inputs_by_layer
+from fastlora.adapters.init_from_data.layer_inputs import (
+    SHARED_INPUT,
+    embed_batches,
+    inputs_by_layer,
+)
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.models.names import projection_path
-from fastlora.models.params import PROJECTIONS
+from fastlora.models.params import LINEARS
 from oracles.init_from_data import METHODS, batches, export_difference, fresh, ids, padded
 from oracles.init_offset import same_objects, shaken, start_leaves
 from oracles.pairs import adapted
@@ -41,8 +45,11 @@ def test_the_model_still_equals_its_base_and_exports(method, how, tmp_path):
     assert difference(logits(load_adapter(base, tmp_path)), logits(changed), expected) <= 1e-5
 
 
+FAMILIES = ["qwen3_tied", "mistral", "smollm3", "llama_bias", "gemma2", "phi4_mini", "granite"]
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_initialised(method, family):
     base = fast(family)
     model = initialize(lora(base, r=2), batches(), method)
@@ -60,17 +67,20 @@ def test_the_given_model_and_the_global_generator_are_not_changed():
     assert not any(x.requires_grad for x in tree_leaves((model.base, model.adapter)))
 
 
-@pytest.mark.parametrize("family", ["qwen3_tied", "mistral", "smollm3", "llama_bias"])
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo3"])
 def test_inputs_are_those_of_transformers(family):
     """Hooks are fine on the oracle."""
     oracle, seen = hugging_face(family), {}
     for name, module in oracle.named_modules():
-        if name.rpartition(".")[2] in PROJECTIONS:
+        if name.rpartition(".")[2] in LINEARS:
             module.register_forward_hook(lambda _, x, y, n=name: seen.update({n: x[0].detach()}))
     oracle(input_ids=ids(2, 20))
     for i, (rows,) in inputs_of(lora(fast(family)), [{"input_ids": ids(2, 20)}]):
         for name, found in rows.items():
-            expected = seen[projection_path(i, name)].flatten(0, 1)
+            # Inputs are named by the first of the layers that read them.
+            of_input = [n for n in LINEARS if SHARED_INPUT.get(n, n) == name]
+            path = next(p for n in of_input if (p := projection_path(i, n)) in seen)
+            expected = seen[path].flatten(0, 1)
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

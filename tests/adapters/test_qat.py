@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.models.projections import layer_spec, project
+from fastlora.models.layer_spec import layer_spec
+from fastlora.models.projections import project
 from fastlora.ops.quant.fake_quantize import SCHEMES
 from oracles.pairs import read_pair
 from oracles.qat import IDS, WIDE, torchao_difference, trained, transformers_with

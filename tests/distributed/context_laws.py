@@ -56,6 +56,7 @@ def model_of(folder: str, kind: str = "", shard: int | None = None, **how: Any) 
         "": dict(target_modules=["q_proj", "k_proj", "o_proj"]),
         "dropout": dict(lora_dropout=0.2, target_modules=["q_proj", "up_proj", "lm_head"]),
         "dora": dict(lora_dropout=0.2, use_dora=True, target_modules=["v_proj", "down_proj"]),
+        "fused": dict(lora_dropout=0.2, target_modules=["qkv_proj", "o_proj", "gate_up_proj"]),
         "rows": dict(trainable_token_indices=[3, 7, 50]),
     }[kind]
     model = fastlora.lora(base, r=2, adapter_dtype=given["dtype"], **lora)

@@ -31,8 +31,20 @@ TWO: dict[str, dict[str, Any]] = {
     "windows": dict(folder="mistral", rows="packed"),
     "dynamic RoPE": dict(folder="dynamic", rows="packed"),
     "experts": dict(folder="mixtral"),
+    # Caps, a scale of scores, windows in some layers, norms at both ends, a scaled embedding.
+    "Gemma 2": dict(folder="gemma2", rows="packed", noise=5.0, recompute="full"),
+    "Gemma 2, padded left": dict(folder="gemma2", rows="left"),
+    # RoPE by layer type, norms behind attention and MLP.
+    "OLMo 3": dict(folder="olmo3", rows="right", recompute="selective"),
+    # One projection for q, k and v; RoPE of a part of each head, which depends on the length.
+    "Phi-4-mini": dict(folder="phi4_mini", kind="fused", rows="packed"),
+    "Phi-4-mini, padded": dict(folder="phi4_mini", kind="fused", rows="right", noise=5.0),
+    # Scaled residuals and noise.
+    "Granite": dict(folder="granite", noise=5.0, rows="packed"),
+    "RoPE of neighbours": dict(folder="helium"),
     "kernels": dict(rows="packed", dtype="float32", kernels="triton"),
     "kernels, windows": dict(folder="mistral", dtype="float32", kernels="triton"),
+    "kernels, caps": dict(folder="gemma2", rows="packed", dtype="float32", kernels="triton"),
 }
 FOUR: dict[str, dict[str, Any]] = {
     "plain": dict(),
@@ -49,7 +61,8 @@ def largest(a: list[float], b: list[float]) -> float:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
     root, found = tmp_path_factory.mktemp("context"), {}
-    for family in ("llama2", "mistral", "dynamic", "mixtral"):
+    families = {case["folder"] for case in TWO.values() if "folder" in case}
+    for family in sorted({"llama2", *families}):
         make_checkpoint(family, root / family)
         found[family] = str(root / family)
     make_checkpoint("llama2", root / "shallow", config=dict(num_hidden_layers=1))

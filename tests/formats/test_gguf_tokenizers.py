@@ -96,7 +96,7 @@ def test_every_way_to_split_a_text_gives_the_same_ids(name, export):
 
 SAME = [name for name in FOLDERS if "llama3" in name or "qwen" in name]
 SAME = [name for name in SAME if "splitting" not in name and "as it is" not in name]
-SAME += ["smollm2", "mistral", "llama2, no prefix"]
+SAME += ["smollm2", "mistral", "llama2, no prefix", "gemma"]
 
 
 @pytest.mark.parametrize("name", SAME)

@@ -38,10 +38,13 @@ def test_merged_folders_load_in_transformers(family, tmp_path):
         assert torch.equal(state[name], tensor), name
     found, expected = hf_logits(hf).float(), logits(merged).float()
     base = logits(fast(family, torch.bfloat16)).float()
-    # bf16 noise; the weights above are equal to the bit.
-    assert difference(found, expected, base) <= (
-        2e-2 if any(merged.spec.config.sparse_layers) else 1e-2
-    )
+    # bf16 noise; the weights above are equal to the bit. transformers rounds OLMo, Gemma, RoPE of
+    # neighbours and multipliers in other places than we do; neither errs more
+    # (test_transformers_parity.py).
+    config = merged.spec.config
+    rounds_otherwise = config.rope_of_neighbours or config.residual_scale != 1.0
+    noise = 2e-2 if any(config.sparse_layers) else 1e-2 if config.norm_kind == "narrow" else 6e-2
+    assert difference(found, expected, base) <= max(noise, 3e-2 * rounds_otherwise)
     assert (expected - base).abs().max() > 0.1
 
 

@@ -67,6 +67,7 @@ def load_adapters(modules, folder) -> dict[str, torch.Tensor]:
         ("llama1", dict(target_modules=["q_proj", "lm_head"])),
         ("mixtral", dict(rank_pattern={"experts.down_proj": 2})),
         ("qwen3_moe", {}),
+        ("phi3", {}),
     ],
 )
 def test_mlx_lm_computes_the_merged_matrices(family, settings, tmp_path):

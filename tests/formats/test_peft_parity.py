@@ -7,10 +7,11 @@ import pytest
 
 from oracles.expert_cases import EXPERT_CASES
 from oracles.extras_cases import EXTRAS_CASES
+from oracles.peft_cases import FUSED_CASES
 from oracles.peft_side import export_difference, import_difference, step_difference
 
 # Name -> (family, arguments that mean the same to fastlora.lora and to peft.LoraConfig).
-CASES = EXPERT_CASES | EXTRAS_CASES
+CASES = EXPERT_CASES | EXTRAS_CASES | FUSED_CASES
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -32,4 +33,4 @@ def test_a_step_of_training_equals_pefts(case, tmp_path):
 
 
 def test_no_case_hides_another():
-    assert len(CASES) == len(EXPERT_CASES) + len(EXTRAS_CASES)
+    assert len(CASES) == len(EXPERT_CASES) + len(EXTRAS_CASES) + len(FUSED_CASES)

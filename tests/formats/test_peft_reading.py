@@ -15,7 +15,7 @@ from fastlora.errors import CheckpointError
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.formats.peft.writing import save_adapter
 from oracles.checkpoints import FAMILIES
-from oracles.peft_cases import ADAPTER_CASES, FORWARD, SEVEN
+from oracles.peft_cases import ADAPTER_CASES, FORWARD, SEVEN, every_projection
 from oracles.peft_side import (
     difference,
     edit,
@@ -38,7 +38,7 @@ def test_adapters_of_peft_load_with_its_logits(case, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_adapters_of_peft_load_for_every_family(family, tmp_path):
-    assert import_difference(family, tmp_path, **ADAPTER_CASES["seven names"]) <= 1e-5
+    assert import_difference(family, tmp_path, **every_projection(family)) <= 1e-5
 
 
 @pytest.mark.parametrize("init", [False, "orthogonal", "eva"])

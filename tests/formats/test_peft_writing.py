@@ -19,7 +19,7 @@ from fastlora.checkpoints import tensors
 from fastlora.formats.peft.reading import load_adapter
 from fastlora.formats.peft.writing import push_to_hub, save_adapter
 from oracles.checkpoints import FAMILIES
-from oracles.peft_cases import ADAPTER_CASES, FORWARD, SEVEN
+from oracles.peft_cases import ADAPTER_CASES, FORWARD, SEVEN, every_projection
 from oracles.peft_side import (
     difference,
     edit,
@@ -42,7 +42,7 @@ def test_saved_adapters_have_the_same_logits_in_peft(case, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_peft_reads_saved_adapters_of_every_family(family, tmp_path):
-    assert export_difference(family, tmp_path, **ADAPTER_CASES["seven names"]) <= 1e-5
+    assert export_difference(family, tmp_path, **every_projection(family)) <= 1e-5
 
 
 @pytest.mark.parametrize(

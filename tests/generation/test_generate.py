@@ -37,7 +37,7 @@ def test_a_batch_generates_what_its_rows_generate_alone(family, pair):
         assert torch.equal(row, expected)
 
 
-@pytest.mark.parametrize("family", ["llama3.2", "qwen2_window", "smollm3"])
+@pytest.mark.parametrize("family", ["llama3.2", "qwen2_window", "smollm3", "gemma3"])
 def test_cached_decoding_equals_a_forward_pass_over_every_prefix(family, pair):
     """An adapter on, no cache: the argmax after every prefix."""
     model = adapted(pair(family).model, r=4)

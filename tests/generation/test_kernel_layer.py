@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from fastlora.generation.angles import rope_table
 from fastlora.generation.cache import Cache
-from fastlora.generation.forward import decode, prefill, rope_table
+from fastlora.generation.forward import decode, prefill
 from fastlora.generation.kernel_layer import StepKernels, kernel_layer, step_kernels
 from fastlora.generation.prepare import PreparedModel, prepare
 from fastlora.ops.quant.weights import Weight4bit
@@ -29,6 +30,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "window": ("mistral", {}),
     "layers without RoPE": ("smollm3", {}),
     "experts": ("qwen3_moe_mixed", {}),
+    "RoPE of neighbours": ("helium", {}),
+    "multipliers": ("granite", {}),
+    "multipliers, DoRA": ("granite", dict(use_dora=True)),
+    "Granite 4's MLP": ("granite4", {}),
+    "fused": ("phi4_mini", {}),
+    "fused, DoRA": ("phi3", dict(use_dora=True)),
+    "norms behind, two RoPEs": ("olmo3", {}),
+    "caps, GeGLU, scaled embedding": ("gemma2", {}),
+    "q_norm of 1 + w": ("gemma3", dict(use_dora=True)),
     "LoRA on the embedding": ("llama2", dict(r=4, target_modules=["q_proj", "embed_tokens"])),
     "trained rows": ("llama2", dict(r=4, trainable_token_indices={"embed_tokens": [*range(90)]})),
 }
@@ -120,14 +130,27 @@ def test_head_with_an_adapter_is_left_to_plain_torch(pair):
         torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("b", [1, 2])
+@pytest.mark.parametrize(("family", "b"), [("llama2", 1), ("llama2", 2), ("gemma2", 2)])
 @torch.no_grad()
-def test_step_over_nf4_equals_the_plain_step(b, tmp_path):
+def test_step_over_nf4_equals_the_plain_step(family, b, tmp_path):
     sizes: dict[str, Any] = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
-    read_pair("llama2", tmp_path, **sizes)
+    read_pair(family, tmp_path, **sizes)
     model = load(tmp_path, load_in_4bit=True)
     assert isinstance(model.base["layers"][0]["q_proj"]["weight"], Weight4bit)
     check(prepare(adapted(model).to(DEVICE)), b)
+
+
+@torch.no_grad()
+def test_products_of_fused_nf4_layers_equal_the_plain_step(tmp_path):
+    """gate_up_proj in 4 bits is one product, whose halves torch multiplies."""
+    read_pair("phi3", tmp_path, hidden_size=64, intermediate_size=128)
+    model = prepare(adapted(load(tmp_path, load_in_4bit=True)))
+    made = step_kernels(model, 2)
+    layer = made.layers[0]
+    assert layer is not None and layer.gate_up is not None and not layer.gate_up.gated
+    pairs = zip(logits(model, made, 2), logits(model, plain_step(model), 2), strict=True)
+    for actual, plain in pairs:
+        torch.testing.assert_close(actual, plain, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

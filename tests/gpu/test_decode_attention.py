@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora.ops.decode.attention import decode_attention
-from oracles.decode_attention import DEVICE, LENGTHS, by_sdpa, drawn
+from fastlora.ops.decode.attention import decode_attention, decode_attention_reference
+from oracles.decode_attention import DEVICE, LENGTHS, by_sdpa, copied, drawn
 
 pytestmark = [pytest.mark.gpu, pytest.mark.part("kernels")]
 attend: Any = decode_attention  # its arguments come as lists
+reference: Any = decode_attention_reference
 
 
 def test_one_graph_serves_all_lengths():
@@ -30,6 +31,18 @@ def test_one_graph_serves_all_lengths():
             found.fill_(math.nan)
             graph.replay()
             assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("heads", [(8, 4, 256), (8, 2, 64)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_capped_scores_err_no_more_than_plain_torch(dtype, heads):
+    given = drawn(heads, dtype)
+    whole = [x if x is None or not x.is_floating_point() else x.nan_to_num() for x in given]
+    how = 300, 0.1, 5.0
+    exact = reference(*copied(whole, torch.float64), *how)
+    plain, found = reference(*copied(whole), *how), attend(*copied(given), *how)
+    error = lambda y: (y.double() - exact).norm() / exact.norm()
+    assert error(found) <= max(1.2 * error(plain), 1e-6)
 
 
 def test_caches_may_hold_more_than_2_to_the_31_numbers():

@@ -22,8 +22,14 @@ pytestmark = pytest.mark.gpu
 POLICIES = {
     "llama3.2": ["none", "selective", 0.4, "full", "offload"],
     "mistral": ["selective"],
+    "olmo3": ["selective", 0.4],
+    "gemma2": ["selective", 0.4, "full"],
+    "gemma3": ["selective"],
     "mixtral": ["none", "selective", 0.4, "full", "offload"],
     "qwen3_moe": ["none", "selective", 0.4, "full", "offload"],
+    "helium": ["selective"],
+    "granite": ["selective"],
+    "phi4_mini": ["selective", "full"],
 }
 # Family -> name -> arguments of lora().
 MORE_THAN_PROJECTIONS: dict[str, dict[str, dict[str, Any]]] = {

@@ -11,9 +11,14 @@ from torch import Tensor
 from fastlora.ops.attention.attention import attention_reference
 from fastlora.ops.attention.flash import flash_attention, make_spans
 from fastlora.ops.attention.rope import apply_rope
+from fastlora.ops.decode.norm import norm_rows
 from fastlora.ops.dropout import keep_mask
 from fastlora.ops.linear.experts import grouped_lora_linear, grouped_lora_linear_reference
 from fastlora.ops.linear.masked_lora import Masks, Segments, masked_x_a_reference
+from fastlora.ops.loss.linear_cross_entropy import (
+    chunk_value_and_grad,
+    chunk_value_and_grad_kernel,
+)
 from fastlora.ops.swiglu.swiglu import lora_swiglu, lora_swiglu_reference
 from oracles.gpu_models import Row, relative
 
@@ -62,8 +67,9 @@ def swiglu() -> Iterator[Row]:
     """The fused SwiGLU's results and gradients, against fp64, over plain torch's error."""
     gen = torch.Generator().manual_seed(0)
     sizes = ((1000, 704, (8, 8, 8)), (2048, 1024, (16, 16, 16)), (77, 130, (3, 40, 20)))
-    for (n, f, ranks), gained in product(sizes, (False, True)):
-        (r_g, r_u, r_a), label = ranks, ", DoRA" if gained else ""
+    cases = [*product(sizes, (False, True), (False,)), (sizes[1], False, True)]
+    for (n, f, ranks), gained, gelu in cases:
+        (r_g, r_u, r_a), label = ranks, ", DoRA" if gained else ", GeGLU" if gelu else ""
         shapes = ((n, f), (n, f), (n, r_g), (n, r_u), (f, r_g), (f, r_u), (r_a, f), (2, f))
         wide = [torch.randn(s, generator=gen, dtype=torch.float64).cuda() for s in shapes]
         wide = [x if i < 4 else 0.3 * x for i, x in enumerate(wide)]
@@ -77,10 +83,11 @@ def swiglu() -> Iterator[Row]:
             wide: list = wide,
             given: list = given,
             gained: bool = gained,
+            gelu: bool = gelu,
         ) -> list[Tensor]:
             leaves = [x.to(dtype).requires_grad_() for x in wide[:-1]]
             gains = wide[-1].to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-            results = fn(*leaves, gains if gained else None, 0.7, 1.9)
+            results = fn(*leaves, gains if gained else None, 0.7, 1.9, gelu=gelu)
             leaves += [gains] if gained else []
             grads = torch.autograd.grad(results, leaves, [d.to(dtype) for d in given])
             return [*(x.detach() for x in results), *grads]
@@ -147,10 +154,15 @@ def dropped() -> Iterator[Row]:
 
 
 def flash() -> Iterator[Row]:
-    """Attention and its gradients, rotation included, against fp64, over plain torch's error."""
+    """Attention and its gradients, rotation included, against fp64, over plain torch's error.
+
+    Scores have a cap in rows with 2 query heads for each key head.
+    """
     gen = torch.Generator().manual_seed(0)
     shapes = ((2, 8, 2, 512, 64), (1, 4, 4, 700, 64), (2, 8, 2, 512, 128), (1, 4, 1, 333, 128))
+    shapes += ((1, 4, 2, 700, 128), (2, 4, 2, 512, 256), (1, 4, 2, 333, 256), (1, 4, 1, 700, 256))
     for (b, h, kv, t, hd), case in product(shapes, ("causal", "documents", "window")):
+        scale, cap = (0.2, 4.0) if h == 2 * kv else (None, None)
         wide = [
             torch.randn(b, t, n, hd, generator=gen, dtype=torch.float64).cuda().transpose(1, 2)
             for n in (h, kv, kv, h)
@@ -162,11 +174,12 @@ def flash() -> Iterator[Row]:
         mask = (index[:, None] <= index[..., None]) & (index[:, None] >= first[..., None])
         mask = None if case == "causal" else mask[:, None]
 
-        def plain(q, k, v, rope, mask=mask) -> Tensor:
-            return attention_reference(apply_rope(q, *rope), apply_rope(k, *rope), v, mask)
+        def plain(q, k, v, rope, mask=mask, how=(scale, cap)) -> Tensor:
+            q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+            return attention_reference(q, k, v, mask, *how)
 
-        def fused(q, k, v, rope, where=where) -> Tensor:
-            return flash_attention(q, k, v, rope, where)
+        def fused(q, k, v, rope, where=where, how=(scale, cap)) -> Tensor:
+            return flash_attention(q, k, v, rope, where, None, *how)
 
         def run(dtype: torch.dtype, fn: Callable, wide=wide, angles=angles) -> list[Tensor]:
             leaves = [x.to(dtype).requires_grad_() for x in wide[:3]]
@@ -177,9 +190,47 @@ def flash() -> Iterator[Row]:
         for dtype in (torch.bfloat16, torch.float16):
             errors = zip(run(dtype, fused), run(dtype, plain), exact, strict=True)
             ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
-            yield f"flash {b} x {h} ({kv}) x {t} x {hd}, {case}, {dtype}", ratio, 1.2
+            label = f"{case}{', capped' if cap else ''}, {dtype}"
+            yield f"flash {b} x {h} ({kv}) x {t} x {hd}, {label}", ratio, 1.2
 
 
-@pytest.mark.parametrize("rows", [grouped, swiglu, dropped, flash], ids=lambda rows: rows.__name__)
+def capped_loss() -> Iterator[Row]:
+    """Log-probabilities of capped logits and their gradients, against fp64."""
+    gen = torch.Generator().manual_seed(0)
+    h, weight = (
+        torch.randn(s, generator=gen, dtype=torch.float64).cuda() for s in ((300, 64), (40001, 64))
+    )
+    labels = torch.randint(40001, (300,), generator=gen).cuda()
+    exact = chunk_value_and_grad(h, weight, labels, 5.0)
+    for dtype in (torch.bfloat16, torch.float32):
+        given = h.to(dtype), weight.to(dtype), labels, 5.0
+        found, plain = chunk_value_and_grad_kernel(*given), chunk_value_and_grad(*given)
+        errors = zip(found, plain, exact, strict=True)
+        ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
+        yield f"loss of capped logits, {dtype}", ratio, 1.5
+
+
+def norms() -> Iterator[Row]:
+    """Norms of a decode step's rows, against fp64, over plain torch's error."""
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).cuda()
+    for (n, d), kind in product(((3, 2304), (64, 256)), ("narrow", "wide", "one_plus")):
+        x, weight, residual = new(n, d).bfloat16(), new(d).bfloat16(), new(n, d).bfloat16()
+        exact = norm_rows(x.double(), weight.double(), 1e-6, kind, residual.double())
+        found, plain = (
+            norm_rows(x, weight, 1e-6, kind, residual, kernels=k) for k in ("triton", "torch")
+        )
+        yield (
+            f"norm of rows {n} x {d}, {kind}",
+            relative(found, exact) / relative(plain, exact),
+            1.2,
+        )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [grouped, swiglu, dropped, flash, capped_loss, norms],
+    ids=lambda rows: rows.__name__,
+)
 def test_kernel_errs_no_more_than_plain_torch(rows, check):
     check(rows())

@@ -49,8 +49,11 @@ def hidden_states(pair: Pair, ids: Tensor, **inputs: Tensor) -> dict[str, Tensor
         return hook
 
     for i, layer in enumerate(oracle.model.layers):
-        layer.self_attn.register_forward_hook(keep(f"layers.{i}.attn.out"))
-        layer.mlp.register_forward_hook(keep(f"layers.{i}.mlp.out"))
+        ends = layer.self_attn, layer.mlp
+        if hasattr(layer, "post_feedforward_layernorm"):  # what is added is normed
+            ends = layer.post_attention_layernorm, layer.post_feedforward_layernorm
+        for module, place in zip(ends, ("attn.out", "mlp.out"), strict=True):
+            module.register_forward_hook(keep(f"layers.{i}.{place}"))
         layer.register_forward_hook(keep(f"layers.{i}.out"))
     if (mask := inputs.get("attention_mask")) is not None:
         inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -62,7 +65,10 @@ def hidden_states(pair: Pair, ids: Tensor, **inputs: Tensor) -> dict[str, Tensor
 
 @pytest.mark.parametrize(
     "family",
-    ["llama3.1", "llama_bias", "mistral", "qwen3", "smollm3", "mixtral", "qwen3_moe_mixed"],
+    [
+        *("llama3.1", "llama_bias", "mistral", "qwen3", "smollm3", "mixtral", "qwen3_moe_mixed"),
+        *("olmo3", "gemma2", "phi3"),
+    ],
 )
 def test_captured_tensors_equal_transformers(family, pair):
     one, ids, mask = pair(family), prompt(2, 9), left_padding(9, 6)
@@ -83,6 +89,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "DoRA": ("qwen3", dict(use_dora=True, lora_dropout=0.1), dict(seed=3)),
     "experts": (*EXPERT_CASES["experts, router and attention"], {}),
     "QAT": ("llama2", dict(qat_scheme="int8"), {}),
+    "norms around": ("gemma2", {}, {}),
     "embedding and head": ("llama2", dict(target_modules=[*Q, "embed_tokens", "lm_head"]), {}),
     "copies": ("llama2", dict(modules_to_save=["norm", "embed_tokens"], target_modules=Q), {}),
 }

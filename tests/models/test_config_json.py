@@ -9,17 +9,18 @@ from transformers import AutoConfig
 
 from fastlora.models.config_json import config_from_json, config_to_json
 from oracles.checkpoints import FAMILIES
-from oracles.config_json import LLAMA3, MODEL_TYPES, raw_config, transformers_says
+from oracles.config_json import LLAMA3, MODEL_TYPES, WINDOWED, raw_config, transformers_says
 
 
 def assert_reads_as_transformers(raw: dict) -> None:
     ours, theirs = asdict(config_from_json(raw)), transformers_says(raw)
-    rope = theirs.pop("rope_parameters")
+    for name in ("rope_parameters", "sliding_rope_parameters"):
+        rope, found = theirs.pop(name), ours[name]
+        assert rope == (rope and {k: found[k] for k in rope})
     assert {k: ours[k] for k in theirs} == theirs
-    assert {k: ours["rope_parameters"][k] for k in rope} == rope
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", [*MODEL_TYPES, *WINDOWED])
 def test_absent_fields_get_the_defaults_of_transformers(model_type):
     assert_reads_as_transformers(raw_config(model_type))
 
@@ -56,6 +57,71 @@ def test_every_family_reads_as_in_transformers(family):
 )
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_fields_read_as_in_transformers(model_type, changed):
+    if model_type == "internlm3" and changed == dict(attention_bias=True):
+        changed = dict(qkv_bias=True, bias=True)  # transformers too refuses only one of the two
+    if model_type == "cwm" and "sliding_window" in changed:
+        changed = dict(sliding_window=7)  # without a window transformers' model cannot run
+    assert_reads_as_transformers(raw_config(model_type, **changed))
+
+
+LONG = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.5] * 8)
+SU: dict = dict(
+    type="su", original_max_position_embeddings=64, short_factor=[1.0] * 6, long_factor=[2.5] * 6
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changed"),
+    [
+        ("ernie4_5", dict(use_bias=True)),
+        ("ernie4_5", dict(use_bias=None, mlp_bias=True)),
+        ("seed_oss", dict(attention_bias=False, attention_out_bias=True)),
+        ("internlm3", dict(qkv_bias=False, bias=False)),
+        ("granite", dict(embedding_multiplier=12, attention_multiplier=0.015625)),
+        ("granite", dict(residual_multiplier=0.22, logits_scaling=8.0)),
+        ("phi3", dict(partial_rotary_factor=0.5)),
+        ("phi3", dict(rope_scaling=SU, partial_rotary_factor=0.75, sliding_window=7)),
+        ("phi3", dict(rope_parameters=SU | dict(partial_rotary_factor=0.75))),
+        ("llama", dict(rope_scaling=SU | LONG)),
+        ("cwm", dict(rope_scaling=LLAMA3 | dict(rope_type="llama3"), rope_theta=77.0)),
+        ("cwm", dict(layer_types=["full_attention", "sliding_attention"] * 3)),
+        ("ministral", dict(layer_types=["sliding_attention", "full_attention"] * 3)),
+    ],
+    ids=str,
+)
+def test_a_familys_own_fields_read_as_in_transformers(model_type, changed):
+    assert_reads_as_transformers(raw_config(model_type, **changed))
+
+
+def test_one_switch_of_two_for_biases_is_refused_where_transformers_refuses_it():
+    with pytest.raises(ValueError, match="expected both or neither for internlm3"):
+        config_from_json(raw_config("internlm3", qkv_bias=True))
+
+
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=77, beta_fast=8.0)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(rope_theta=7e5, rope_local_base_freq=2e4),
+        dict(rope_scaling={"rope_type": "linear", "factor": 8.0}, rope_theta=7e5),
+        dict(rope_scaling=dict(YARN, rope_theta=3e5)),
+        dict(rope_parameters={"full_attention": dict(YARN, rope_theta=3e5)}),
+        dict(rope_parameters={"sliding_attention": {"rope_type": "default", "rope_theta": 9e3}}),
+        dict(sliding_window_pattern=2, sliding_window=7),
+        dict(layer_types=["full_attention"] * 5 + ["sliding_attention"], sliding_window=7),
+        dict(query_pre_attn_scalar=100, attn_logit_softcapping=None, final_logit_softcapping=8.0),
+        dict(use_bidirectional_attention=False, hidden_act="gelu", head_dim=20),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("model_type", WINDOWED)
+def test_fields_of_windowed_families_read_as_in_transformers(model_type, changed):
+    if model_type == "gemma2" and any(name.startswith("rope") for name in changed):
+        changed = {}
+    if model_type == "olmo3" and "hidden_act" in changed:
+        changed = {}
     assert_reads_as_transformers(raw_config(model_type, **changed))
 
 

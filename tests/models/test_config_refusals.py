@@ -10,6 +10,10 @@ from hypothesis import strategies as st
 from fastlora.models.config_json import config_from_json
 from oracles.config_json import LLAMA3, MODEL_TYPES, SIZES, raw_config, transformers_says
 
+DENSE: dict = dict(model_type="granitemoehybrid", num_local_experts=0)
+DENSE |= dict(position_embedding_type="rope")
+LONGROPE: dict = dict(type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8)
+
 
 @pytest.mark.parametrize(
     ("changed", "words"),
@@ -35,7 +39,25 @@ from oracles.config_json import LLAMA3, MODEL_TYPES, SIZES, raw_config, transfor
         (dict(quantization_config={"quant_method": "bitsandbytes"}), "neither load_in_4bit"),
         (dict(quantization_config={"quant_method": "hqq", "load_in_4bit": True}), "'hqq'"),
         (dict(quantization_config="fp8"), "quantization_config"),
-        (dict(rope_scaling={"type": "longrope"}), "'longrope'"),
+        (dict(rope_scaling={"type": "longrope"}), "short_factor is missing"),
+        (dict(rope_scaling=LONGROPE | {"short_factor": []}), r"short_factor is \[\]"),
+        (dict(rope_scaling=LONGROPE | {"long_factor": [1.0, -1.0]}), "long_factor is .*positive"),
+        (dict(rope_scaling=LONGROPE | {"long_factor": [1.0] * 7}), "has 7 numbers.*the 8 pairs"),
+        (
+            dict(rope_scaling=LONGROPE | {"original_max_position_embeddings": 1}),
+            "divides by its logarithm",
+        ),
+        (dict(model_type="phi3", partial_rotary_factor=1.5), "partial_rotary_factor is 1.5"),
+        (dict(model_type="phi3", partial_rotary_factor=0.2), "RoPE would rotate 3 of 16 .* even"),
+        (dict(model_type="phi3", rope_scaling={"type": "yarn"}), "short_factor is missing"),
+        (dict(model_type="granite", logits_scaling=0), "logits_scaling is 0"),
+        (dict(model_type="granite", residual_multiplier="1"), "residual_multiplier is '1'"),
+        (dict(model_type="cwm", sliding_window=None), "sliding_window is null"),
+        (dict(model_type="granitemoehybrid"), "num_local_experts is 8; only 0"),
+        (DENSE | dict(position_embedding_type="nope"), "is 'nope'; only 'rope'"),
+        (DENSE | dict(layer_types=["mamba"] * 6), "layer_types is"),
+        (DENSE, "layer_types is"),  # absent: all are Mamba layers
+        (dict(model_type="seed_oss", attention_out_bias=0), "attention_out_bias is 0"),
         (dict(rope_scaling={"rope_type": None, "type": "linear"}), "rope_type is None"),
         (dict(rope_scaling={"rope_type": ["yarn"]}), r"rope_type is \['yarn'\]"),
         (dict(rope_scaling=[1]), r"rope_parameters is \[1\]"),
@@ -74,6 +96,22 @@ from oracles.config_json import LLAMA3, MODEL_TYPES, SIZES, raw_config, transfor
         (dict(model_type="smollm3", no_rope_layers=[1, 0]), "no_rope_layers.*6 layers"),
         (dict(model_type="smollm3", no_rope_layers=[2] * 6), "no_rope_layers"),
         (dict(model_type="smollm3", no_rope_layer_interval=0), "no_rope_layer_interval is 0"),
+        (dict(model_type="gemma2", hidden_activation="gelu"), "hidden_activation is 'gelu'; only"),
+        (
+            dict(model_type="gemma2", use_bidirectional_attention=True),
+            "use_bidirectional_att.*True",
+        ),
+        (dict(model_type="gemma2", query_pre_attn_scalar=0), "query_pre_attn_scalar is 0"),
+        (dict(model_type="gemma2", attn_logit_softcapping=-1), "attn_logit_softcapping is -1"),
+        (dict(model_type="gemma3_text", sliding_window=None), "some layers .* have a window"),
+        (dict(model_type="gemma3_text", sliding_window_pattern=0), "sliding_window_pattern is 0"),
+        (
+            dict(model_type="gemma3_text", rope_local_base_freq=0),
+            "sliding_attention.rope_theta is 0",
+        ),
+        (dict(model_type="olmo3", rope_parameters={"rope_theta": 1e4}), "expected full_attention"),
+        (dict(model_type="olmo3", rope_parameters={"full_attention": 3}), "expected objects"),
+        (dict(model_type="olmo3", rope_scaling=[2]), r"rope_parameters is \[2\]"),
     ],
     ids=lambda x: str(x)[:50],
 )

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_map
 
 from fastlora import functional as FL
+from fastlora.models.layer_spec import layer_spec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import PROJECTIONS
-from fastlora.models.projections import layer_spec, project
+from fastlora.models.projections import project
 from fastlora.ops.dropout import dropout, fold
 from oracles.pairs import adapted
 from oracles.trees import token_ids

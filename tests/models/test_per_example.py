@@ -82,13 +82,16 @@ def test_a_row_in_a_batch_of_its_own_has_the_same_gradient(tiny):
     assert relative_error(tree_map(lambda x: x.sum(0), grads), total) < 1e-10
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "mixtral", "smollm3"])
+@pytest.mark.parametrize(
+    "family", ["qwen2", "qwen3_moe_mixed", "mixtral", "smollm3", "gemma3", "phi3"]
+)
 def test_every_kind_of_layer(family, pair):
-    """Biases, norms of q and k, experts and router, layers without RoPE; padded rows."""
+    """Biases, norms of q and k, experts and router, layers without RoPE, fused; padded rows."""
+    attention = ["qkv_proj" if family == "phi3" else "q_proj", "o_proj"]
     how: dict = {"lora_dropout": 0.2}
     if family in ("qwen3_moe_mixed", "mixtral"):
         how = {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]}
-    model = adapted(pair(family).model, r=3, target_modules=["q_proj", "o_proj"], **how)
+    model = adapted(pair(family).model, r=3, target_modules=attention, **how)
     mask = torch.ones_like(IDS)
     mask[1, :4] = 0
     fn = row_losses(model, batch_of(IDS, attention_mask=mask), seed=1)

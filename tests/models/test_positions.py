@@ -5,7 +5,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fastlora.models.positions import attention_mask_2d, positions, segment_starts, sequence_lengths
-from fastlora.models.rope_tables import rope_frequencies, rope_tables
+from fastlora.models.rope_tables import layer_rope, rope_frequencies, rope_tables
 from oracles.checkpoints import FAMILIES
 from oracles.trees import token_ids
 
@@ -72,15 +72,20 @@ def test_sequence_lengths_are_those_of_rows_or_documents():
 @pytest.mark.parametrize("family", [f for f in FAMILIES if "rope_parameters" in FAMILIES[f]])
 def test_frequencies_equal_transformers(family, t, pair):
     one = pair(family)
-    kind = one.model.spec.config.rope_parameters.rope_type
-    ours, factor = rope_frequencies(one.model.spec.config, torch.tensor([[t]]), torch.float32)
-    if kind == "default":
-        rotary = one.oracle.model.rotary_emb
-        expected, expected_factor = rotary.inv_freq, rotary.attention_scaling
-    else:
-        expected, expected_factor = ROPE_INIT_FUNCTIONS[kind](one.oracle.config, CPU, seq_len=t)
-    torch.testing.assert_close(ours.flatten(), expected, rtol=1e-6, atol=0)
-    assert factor == pytest.approx(expected_factor, rel=1e-12)
+    config, rotary = one.model.spec.config, one.oracle.model.rotary_emb
+    apart = config.sliding_rope_parameters is not None
+    for layer_type in sorted(set(config.layer_types)):
+        rope = layer_rope(config, layer_type)
+        ours, factor = rope_frequencies(config, torch.tensor([[t]]), torch.float32, rope)
+        prefix, how = (f"{layer_type}_", {"layer_type": layer_type}) if apart else ("", {})
+        if rope.rope_type == "default":
+            expected = getattr(rotary, f"{prefix}inv_freq")
+            expected_factor = getattr(rotary, f"{prefix}attention_scaling")
+        else:
+            compute = ROPE_INIT_FUNCTIONS[rope.rope_type]
+            expected, expected_factor = compute(one.oracle.config, CPU, seq_len=t, **how)
+        torch.testing.assert_close(ours.flatten(), expected, rtol=1e-6, atol=0)
+        assert factor == pytest.approx(expected_factor, rel=1e-12)
 
 
 def test_tables_are_computed_in_float32_and_rounded_once(pair):

@@ -1,6 +1,7 @@
 """Recompute levels: what each computes again, read from backward graphs; memory budgets."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -81,6 +82,21 @@ def test_the_forward_graph_keeps_what_the_level_says(level, layer, pair, fresh_d
     per_token = saved_elements(forward) / layer.x[..., 0].numel()
     more = per_token - (kept_elements(config, level) - config.hidden_size)
     assert 0 <= more < 7 * 4 + 4 + 1
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize(("level", "extra"), [("mlp", 0), ("selective", 32)])
+def test_norms_behind_attention_and_mlp_keep_their_inputs(level, extra, pair, fresh_dynamo):
+    """Behind attention it is o, which is kept anyway; behind the MLP the product of down."""
+    model = adapted(pair("olmo2").model, r=4)
+    layer = Layer(model, drop=False)
+    forward, _ = graphs(layer, level)
+    config = model.spec.config
+    more = saved_elements(forward) / layer.x[..., 0].numel()
+    more -= kept_elements(config, level) - config.hidden_size
+    assert 0 <= more < 7 * 4 + 4 + 4 + 1  # and one number for each of four norms
+    before = replace(config, norms="before")
+    assert kept_elements(config, level) - kept_elements(before, level) == extra
 
 
 @pytest.mark.compile

@@ -123,13 +123,14 @@ def test_every_recompute_policy_gives_the_same(policy, tiny):
     )
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "smollm3"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3_moe_mixed", "smollm3", "gemma3", "phi3"])
 def test_every_kind_of_layer_runs_a_stack(family, pair):
-    """Biases, norms of q and k, experts and router, layers without RoPE."""
+    """Biases, norms of q and k, experts and router, layers without RoPE, fused projections."""
+    attention = ["qkv_proj", "o_proj"] if family == "phi3" else ATTENTION
     how: dict = {"lora_dropout": 0.2}
     if "moe" in family:
         how = {"target_parameters": ["gate.weight", "gate_up_proj", "down_proj"]}
-    models = three(pair(family).model, target_modules=ATTENTION, **how)
+    models = three(pair(family).model, target_modules=attention, **how)
     batch = batch_of(IDS, segment_ids=(torch.arange(9) // 4).expand_as(IDS))
     seeds = torch.tensor([1, 2, 3])
     for which in (None, ROWS["unequal"]):

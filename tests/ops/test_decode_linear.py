@@ -13,6 +13,8 @@ CASES = {
     "lora": Case(),
     "norm and three parts": Case(sizes=(48, 16, 24), ranks=(16, 3, 5), norm=True, bias=True),
     "gated": Case(sizes=(40, 40), ranks=(4, 16), norm=True, gated=True, gain=True),
+    "GeGLU and a norm in float32": Case(sizes=(40, 40), ranks=(4, 16), norm=True, wide_norm=True,
+                                        gated=True, gelu=True, gain=True),
     "gated without adapter": Case(sizes=(40, 40), ranks=(0, 0), gated=True, bias=True),
     "residual, odd columns": Case(columns=72, residual=True, gain=True, bias=True),
     "two steps of columns": Case(columns=2304, ranks=(40,), residual=True, norm=True),
@@ -20,6 +22,8 @@ CASES = {
                        bits="nested nf4"),
     "nested nf4, gated": Case(sizes=(40, 40), columns=128, ranks=(16, 8), gated=True, gain=True,
                               bits="nested nf4"),
+    "nf4, GeGLU": Case(sizes=(40, 40), columns=128, ranks=(16, 0), gated=True, gelu=True,
+                       bits="nf4"),
     "fp4, residual": Case(columns=2304, residual=True, bits="fp4"),
 }  # fmt: skip
 

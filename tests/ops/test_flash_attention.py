@@ -193,6 +193,7 @@ def test_saved_tensors_grow_linearly_with_the_tokens():
         (torch.float16, 32, 128, 77, True),
         (torch.float32, 32, 64, 2048, False),
         (torch.bfloat16, 32, 80, 2048, False),
+        (torch.bfloat16, 8, 256, 8192, True),
         (torch.bfloat16, 32, 128, 2**19, False),
     ],
 )
@@ -214,7 +215,7 @@ def test_shapes_of_spans_do_not_depend_on_the_documents():
 # ── in the model ──────────────────────────────────────────────────────────────────────────
 
 IDS = token_ids(2, 30, vocab_size=96)
-FAMILIES = ["llama3.2", "qwen3", "smollm3", "mistral", "mixtral"]
+FAMILIES = ["llama3.2", "qwen3", "smollm3", "mistral", "mixtral", "gemma2", "phi3", "phi4_mini"]
 
 
 def gradients(model, segments=None, **how):
@@ -237,9 +238,9 @@ def called(monkeypatch, always_supported) -> list:
     """The spans of each call of flash_attention."""
     calls = []
 
-    def call(q, k, v, rope, spans, joint):
+    def call(q, k, v, rope, spans, *rest):
         calls.append(spans)
-        return flash_attention(q, k, v, rope, spans, joint)
+        return flash_attention(q, k, v, rope, spans, *rest)
 
     monkeypatch.setattr("fastlora.models.attention.flash_attention", call)
     return calls
@@ -253,8 +254,9 @@ def test_gradients_equal_those_without_the_kernels(family, packs, pair, called):
     plain = gradients(model, segments, kernels="torch")
     assert not called
     fused = gradients(model, segments, kernels="triton")
-    windowed = "full_attention" not in model.spec.config.layer_types
-    assert called and all((x is not None) is (packs or windowed) for x in called)
+    types = model.spec.config.layer_types
+    expected = [packs or t == "sliding_attention" for t in types]
+    assert [x is not None for x in called[: len(types)]] == expected  # then they are recomputed
     assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 2e-4
 
 
@@ -292,6 +294,12 @@ def test_slower_kernels_run_only_for_spans_and_for_determinism(pair, called, mon
     called.clear()
     gradients(model, packed(30, 11).expand(2, -1), kernels="triton")
     assert called and all(x is not None for x in called)
+
+
+def test_slower_kernels_run_if_scores_have_a_cap(pair, called, monkeypatch):
+    monkeypatch.setattr("fastlora.models.attention.flash.kernel_is_faster", lambda *_: False)
+    gradients(adapted(pair("gemma2").model.to(DEVICE), r=3), kernels="triton")
+    assert [x is None for x in called[:2]] == [False, True]
 
 
 def test_padding_masks_do_not_use_the_kernels(pair, called):

@@ -40,7 +40,7 @@ def attention(which, head_dim, t, kilobytes, part=False):
     # parallel even lengths with spans.
     _, _, how = flash.tile(which, head_dim, t, 1024 * kilobytes)
     how |= dict(GROUP=4, D=head_dim, SPANS=part or t % 2 > 0, ROPE=not part and t % 2 == 0)
-    how |= dict(PART=part, PRECISION="tf32")
+    how |= dict(PART=part, CAPPED=head_dim == 256, PRECISION="tf32")
     options = {name: how.pop(name) for name in ("num_warps", "maxnreg") if name in how}
     static = {k: v for k, v in how.items() if k in FLASH[which].arg_names}
     return FLASH[which], static, options, kilobytes
@@ -48,18 +48,22 @@ def attention(which, head_dim, t, kilobytes, part=False):
 
 KERNELS = [
     (dora_kernel._row_norms_kernel, dict(R=16, BM=16, BK=256, PRECISION="tf32"), 4),
-    (softmax_kernel._logprob_kernel, dict(IGNORE=-100, BLOCK=32768), 32),
     *(
-        (swiglu_kernel._swiglu_kernel, dict(tile, HAS_GAINS=gains), 4)
+        (softmax_kernel._logprob_kernel, dict(IGNORE=-100, BLOCK=32768, CAPPED=capped), 32)
+        for capped in (True, False)
+    ),
+    *(
+        (swiglu_kernel._swiglu_kernel, dict(tile, HAS_GAINS=gains, GELU=gains), 4)
         for tile in [dict(R=16, BM=64, BN=64, PRECISION="tf32")]
         for gains in (True, False)
     ),
     *(
         (swiglu_kernel._swiglu_backward_kernel, dict(SWIGLU, **which), warps)
         for which in [
-            dict(HAS_A=True, HAS_GAINS=False, STAGES=stages),
-            dict(HAS_A=False, HAS_GAINS=False, STAGES=stages),
-            dict(HAS_A=True, HAS_GAINS=True, STAGES=None),
+            dict(HAS_A=True, HAS_GAINS=False, GELU=False, STAGES=stages),
+            dict(HAS_A=True, HAS_GAINS=False, GELU=True, STAGES=stages),
+            dict(HAS_A=False, HAS_GAINS=False, GELU=False, STAGES=stages),
+            dict(HAS_A=True, HAS_GAINS=True, GELU=False, STAGES=None),
         ]
     ),
     (
@@ -81,7 +85,16 @@ KERNELS = [
         for head_dim, shared in ((64, 99), (128, 99), (128, 160))
         for t in (2048, 2047)
     ),
-    *(attention(which, size, 2048, 160, part=True) for which in FLASH for size in (64, 128)),
+    *(
+        attention(which, 256, t, shared)
+        for which in FLASH
+        for t, shared in ((2047, 99), (2048, 227))
+    ),
+    *(
+        attention(which, head_dim, 2048, shared, part=True)
+        for which in FLASH
+        for head_dim, shared in ((64, 160), (128, 160), (256, 227))
+    ),
 ]
 WIDE = {name: "*fp32" for name in (
     "sums_ptr logp_ptr gains_ptr dgains_ptr gram_ptr norm_ptr lse_ptr delta_ptr".split()
@@ -95,7 +108,7 @@ def kind(name, constants):
         return "constexpr"
     if name.endswith("_ptr"):
         return WIDE.get(name, "*bf16")
-    return "fp32" if name.startswith("scal") else "i32"
+    return "fp32" if name.startswith("scal") or name == "cap" else "i32"
 
 
 for kernel, constants, how, *kilobytes in KERNELS:
@@ -116,7 +129,13 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from fastlora.ops.decode import attention_kernel, linear_launch, next_token_kernel, packed_ptx
+from fastlora.ops.decode import (
+    attention_kernel,
+    linear_launch,
+    next_token_kernel,
+    norm_kernel,
+    packed_ptx,
+)
 from fastlora.ops.decode.product import Part, prepare_product
 from fastlora.ops.decode.token_rows import TokenRows
 from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
@@ -143,6 +162,7 @@ for module, names in (
     (linear_launch, ("split_kernel",)),
     (attention_kernel, ("_part_kernel", "_join_kernel")),
     (next_token_kernel, ("inputs_kernel", "likeliest_kernel", "take_kernel")),
+    (norm_kernel, ("norm_kernel",)),
 ):
     for name in names:
         setattr(module, name, Recorded(getattr(module, name)))
@@ -164,7 +184,8 @@ def product(rows, b, packed, gated, tile=None):
         Part(weight(n, packed), new(RANK, COLUMNS), new(n, RANK), gain=new(n), bias=new(n))
         for n in rows
     ]
-    made = prepare_product(parts, b, norm=new(COLUMNS), eps=1e-5, gated=gated)
+    norm = torch.zeros(COLUMNS) if gated and b > 1 and not packed else new(COLUMNS)
+    made = prepare_product(parts, b, norm=norm, eps=1e-5, gated=gated, gelu=gated and b > 1)
     x, residual, clear = new(b, COLUMNS), new(b, rows[0]), torch.zeros(64, dtype=torch.int32)
     residual = residual if gated or len(rows) == 1 else None
     linear_launch.launch_product(x, made, residual, clear, tile, pdl=True)
@@ -186,7 +207,7 @@ def attention(head_dim, pairs):
     cache, new_key, angle = new(b, kv, s, head_dim), new(b, kv, head_dim), new(b, head_dim)
     attention_kernel.decode_forward(
         new(b, 4 * kv, head_dim), new_key, new_key, angle, angle, cache, cache,
-        torch.zeros(b, dtype=torch.int64), None, how,
+        torch.zeros(b, dtype=torch.int64), None, how, cap=50.0 if head_dim > 128 else None,
     )
 
 
@@ -215,6 +236,9 @@ for gated in (False, True):  # the launcher takes this kernel on a GPU only
     product((1024, 1024), 1, True, gated, linear_launch.Tile(16, 1024, 4, 2, mma=True))
 attention(64, 8)  # several parts of the keys for each row, which a second kernel joins
 attention(128, 256)  # one part
+attention(256, 256)
+rows = torch.zeros(4, 2304, dtype=torch.bfloat16)
+norm_kernel.launch_norm(rows, torch.zeros(2304), 1e-6, rows, narrow=False, pdl=True)
 for pdl in (True, False):
     ends(1, 128256, torch.bfloat16, pdl, given=False)
     ends(32, 128256, torch.float32, pdl, given=True)
@@ -245,7 +269,7 @@ def compiled(program: str) -> list[tuple[str, int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("program", "count"), [(COMPILE, 35), (DECODE, 26)], ids=["training", "decoding"]
+    ("program", "count"), [(COMPILE, 46), (DECODE, 28)], ids=["training", "decoding"]
 )
 def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(program, count):
     kernels = compiled(program)

@@ -46,10 +46,10 @@ def drawn(shape, dtype, gained=False):
     return inputs, (new(n, f), new(n, r_a))
 
 
-def run(fn, inputs, dh, dh_a):
+def run(fn, inputs, dh, dh_a, **how):
     """(results, gradients)."""
     leaves = leaves_of(inputs)
-    results = fn(*leaves, *SCALINGS)
+    results = fn(*leaves, *SCALINGS, **how)
     gradients = torch.autograd.grad(results, [x for x in leaves if x is not None], (dh, dh_a))
     return [x.detach() for x in results], gradients
 
@@ -74,6 +74,24 @@ def test_values_and_gradients_err_no_more_than_plain_torch(shape, dtype, gained)
         assert found.stride() == other.stride()  # torch's fused AdamW needs equal layouts
         slack = 4 * torch.finfo(dtype).eps * truth.norm().item()
         assert error(found) <= error(other) + slack
+
+
+@pytest.mark.parametrize("gained", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_geglu_errs_no_more_than_plain_torch(dtype, gained):
+    inputs, (dh, dh_a) = drawn((70, 96, 20, 3, 40), dtype, gained)
+    wide = [None if x is None else x.double() for x in inputs]
+    gelu = dict(gelu=True)
+    exact = run(lora_swiglu_reference, wide, dh.double(), dh_a.double(), **gelu)
+    plain, fused = (
+        run(fn, inputs, dh, dh_a, **gelu) for fn in (lora_swiglu_reference, lora_swiglu)
+    )
+    for found, other, truth in zip(*map(tree_leaves, (fused, plain, exact)), strict=True):
+        error = lambda x, truth=truth: (x.double() - truth).norm().item()
+        assert found.dtype == other.dtype and found.shape == other.shape
+        assert error(found) <= error(other) + 4 * torch.finfo(dtype).eps * truth.norm().item()
+    silu = run(lora_swiglu, inputs, dh, dh_a)
+    assert (silu[0][0] - fused[0][0]).abs().max() > 0.1
 
 
 def test_without_a_of_the_down_projection_only_h_is_returned():
@@ -158,9 +176,9 @@ def watched(monkeypatch):
     calls = []
     original = lora_swiglu
 
-    def call(*args):
+    def call(*args, **how):
         calls.append(args[0].shape)
-        return original(*args)
+        return original(*args, **how)
 
     monkeypatch.setattr("fastlora.models.mlp.lora_swiglu", call)
     return calls
@@ -175,6 +193,16 @@ def test_gradients_equal_those_without_the_kernel(variant, recompute, pair, monk
     plain = gradients(model, kernels="torch", recompute="none")
     assert not calls
     fused = gradients(model, kernels="triton", recompute=recompute)
+    assert len(calls) >= 2
+    assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 2e-4
+
+
+def test_gradients_of_geglu_equal_those_without_the_kernel(pair, monkeypatch):
+    model = adapted(pair("gemma3").model.to(DEVICE), r=3)
+    calls = watched(monkeypatch)
+    plain = gradients(model, kernels="torch", recompute="none")
+    assert not calls
+    fused = gradients(model, kernels="triton", recompute="full")
     assert len(calls) >= 2
     assert abs(fused[0] - plain[0]) <= 1e-5 and relative_error(fused[1], plain[1]) <= 2e-4
 

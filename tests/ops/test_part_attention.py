@@ -66,23 +66,35 @@ SHAPES = [
     ((2, 2, 1, 256, 16), 1, 2),
     ((1, 2, 1, 264, 64), 2, 3),
     ((1, 2, 2, 200, 128), 0, 2),
+    ((1, 2, 1, 80, 256), 1, 2),
 ]
 
+PLAIN = (None, None)
+CAPPED = (0.3, 2.0)  # scale and cap: most scores are far above the cap
 
 CASES = [
-    (SHAPES[0], "documents", torch.float32),
-    (SHAPES[0], "window", torch.float16),
-    (SHAPES[1], "causal", torch.float32),
-    (SHAPES[2], "documents", torch.float16),
-    (SHAPES[2], "causal", torch.float32),
-    (SHAPES[3], "window", torch.float32),
+    (SHAPES[0], "documents", PLAIN, torch.float32),
+    (SHAPES[0], "window", PLAIN, torch.float16),
+    (SHAPES[0], "documents", CAPPED, torch.float16),
+    (SHAPES[0], "causal", (0.3, None), torch.float32),
+    (SHAPES[1], "causal", PLAIN, torch.float32),
+    (SHAPES[1], "window", CAPPED, torch.float32),
+    (SHAPES[2], "documents", PLAIN, torch.float16),
+    (SHAPES[2], "causal", PLAIN, torch.float32),
+    (SHAPES[3], "window", PLAIN, torch.float32),
+    (SHAPES[4], "window", CAPPED, torch.float32),
 ]
 if CUDA:
-    CASES += [(x, case, torch.bfloat16) for x in SHAPES for case in ("causal", "documents")]
+    CASES += [
+        (x, case, how, torch.bfloat16)
+        for x in SHAPES
+        for case in ("causal", "documents")
+        for how in (PLAIN, CAPPED)
+    ]
 
 
-@pytest.mark.parametrize(("given", "case", "dtype"), CASES, ids=str)
-def test_values_and_gradients_err_no_more_than_plain_torch(given, case, dtype):
+@pytest.mark.parametrize(("given", "case", "how", "dtype"), CASES, ids=str)
+def test_values_and_gradients_err_no_more_than_plain_torch(given, case, how, dtype):
     shape, rank, ranks = given
     b, h, kv, s, hd = shape
     first, until = (x.to(DEVICE) for x in keys_of(s, ContextGroup("", rank, ranks), case, b))
@@ -94,16 +106,18 @@ def test_values_and_gradients_err_no_more_than_plain_torch(given, case, dtype):
     )
     mask, spans = part_mask(first, until, s), make_part_spans(first, until, s)
     wide = [x.double() for x in (q, k, v)]
-    exact = value_and_grads(attention_reference, wide, dy.double(), mask)
-    plain = value_and_grads(attention_reference, (q, k, v), dy, mask)
-    fused = value_and_grads(part_attention, (q, k, v), dy, spans)
+    by_torch = lambda *given: attention_reference(*given, *how)
+    by_kernel = lambda *given: part_attention(*given, *how)
+    exact = value_and_grads(by_torch, wide, dy.double(), mask)
+    plain = value_and_grads(by_torch, (q, k, v), dy, mask)
+    fused = value_and_grads(by_kernel, (q, k, v), dy, spans)
     for found, other, truth in zip(fused, plain, exact, strict=True):
         error = lambda x, truth=truth: (x.double() - truth).norm().item()
         assert found.dtype == other.dtype and found.shape == other.shape
         slack = 4 * torch.finfo(dtype).eps * truth.norm().item()
         assert error(found) <= error(other) + slack
     assert fused[0].transpose(1, 2).is_contiguous()  # so o_proj needs no copy
-    again = value_and_grads(part_attention, (q, k, v), dy, spans)
+    again = value_and_grads(by_kernel, (q, k, v), dy, spans)
     assert all(torch.equal(x, y) for x, y in zip(fused, again, strict=True))
 
 

@@ -40,6 +40,14 @@ _LLAMA3 = dict(
 
 _QWEN3_MOE: dict[str, Any] = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
 
+# transformers applies these in training mode; fastlora's base has no dropout.
+_NO_DROPOUT = dict(attention_dropout=0.0, residual_dropout=0.0)
+
+# Phi-3's default, 32000, is outside of the vocabulary.
+_PHI3 = dict(pad_token_id=0)
+# Caps that change most scores and logits of these models.
+_GEMMA: dict[str, Any] = dict(attn_logit_softcapping=1.5, final_logit_softcapping=3.0)
+
 # Windows (5) and dynamic's context (16) are short, so that 24 tokens pass both.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama1": _family("llama", num_key_value_heads=4),
@@ -100,10 +108,85 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qwen3", head_dim=16, tie_word_embeddings=True, pad_token_id=0, **_rope("default", 1e6)
     ),
     "smollm3": _family("smollm3", num_hidden_layers=4, **_rope("default", 2e6)),
+    "olmo2": _family("olmo2", num_key_value_heads=4, **_rope("default", 5e5)),
+    # The window is in the first layer, whose RoPE has another theta than the second layer's.
+    "olmo3": _family(
+        "olmo3",
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=5,
+        rope_parameters={
+            "full_attention": dict(
+                rope_type="yarn",
+                rope_theta=5e5,
+                factor=4.0,
+                original_max_position_embeddings=32,
+                beta_fast=8.0,
+            ),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gemma2": _family("gemma2", head_dim=16, sliding_window=5, query_pre_attn_scalar=9, **_GEMMA),
+    "gemma3": _family(
+        "gemma3_text",
+        num_hidden_layers=3,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=5,
+        final_logit_softcapping=3.0,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
     "mixtral": _family("mixtral", sliding_window=5, num_local_experts=4, **_rope("default", 1e6)),
     "qwen3_moe": _family("qwen3_moe", head_dim=16, **_QWEN3_MOE, **_rope("default", 1e6)),
     "qwen3_moe_mixed": _family(
         "qwen3_moe", num_hidden_layers=3, mlp_only_layers=[1], **_QWEN3_MOE, norm_topk_prob=True
+    ),
+    "ministral": _family(
+        "ministral",
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["full_attention", "sliding_attention"],
+    ),
+    "internlm3": _family("internlm3", attention_bias=True, mlp_bias=True, head_dim=8),
+    "seed_oss": _family("seed_oss", head_dim=8, **_NO_DROPOUT),
+    "cwm": _family("cwm", head_dim=8, sliding_window=5, **_rope("llama3", 1e6, **_LLAMA3)),
+    "ernie4_5": _family("ernie4_5", head_dim=8),
+    "helium": _family("helium", head_dim=8),
+    "granite": _family(
+        "granite",
+        attention_bias=True,
+        embedding_multiplier=3.3,
+        attention_multiplier=0.21,
+        residual_multiplier=0.7,
+        logits_scaling=1.7,
+    ),
+    "granite4": _family(
+        "granitemoehybrid",
+        shared_intermediate_size=56,
+        num_local_experts=0,
+        position_embedding_type="rope",
+        layer_types=["attention"] * 2,
+        mamba_n_heads=4,
+        embedding_multiplier=3.3,
+        attention_multiplier=0.21,
+        residual_multiplier=0.7,
+        logits_scaling=1.7,
+    ),
+    "phi3": _family("phi3", sliding_window=5, **_PHI3),
+    # Phi-4-mini: six of eight dimensions are rotated, and 24 tokens pass LongRoPE's trained 16.
+    "phi4_mini": _family(
+        "phi3",
+        tie_word_embeddings=True,
+        original_max_position_embeddings=16,
+        **_rope(
+            "longrope",
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.2, 1.5],
+            long_factor=[1.1, 2.5, 7.0],
+        ),
+        **_PHI3,
     ),
 }
 
@@ -135,7 +218,7 @@ def make_checkpoint(
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**kwargs), dtype=torch.float32
         )
-    _randomise(model, seed)
+    randomise(model, seed)
     model.to(dtype).save_pretrained(folder, **save_kwargs)
     # Read back rather than returned: .to(bfloat16) above rounded the rotary tables as well.
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
@@ -146,6 +229,9 @@ def respell(folder: Path) -> None:
     path = folder / "config.json"
     raw = json.loads(path.read_text())
     rope = raw.pop("rope_parameters")
+    if "full_attention" in rope:  # settings by layer type
+        rope, sliding = rope["full_attention"], rope["sliding_attention"]
+        raw["rope_local_base_freq"] = sliding["rope_theta"]
     raw["rope_theta"] = rope.pop("rope_theta")
     raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
     raw["torch_dtype"] = raw.pop("dtype")
@@ -162,9 +248,10 @@ def mapped_from(tensor: torch.Tensor) -> str:
     return ""
 
 
-def _randomise(model: PreTrainedModel, seed: int) -> None:
+def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
+    one = 0 if "gemma" in model.config.model_type else 1  # Gemma's norms multiply with 1 + weight
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         with torch.no_grad():
-            p.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise)
+            p.copy_(one + 0.2 * noise if name.endswith("norm.weight") else 0.25 * noise)

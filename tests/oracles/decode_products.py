@@ -21,6 +21,8 @@ class Case:
     ranks: tuple[int, ...] = (16,)  # 0: that part has no adapter
     norm: bool = False
     gated: bool = False
+    gelu: bool = False
+    wide_norm: bool = False  # the norm is in float32
     residual: bool = False
     gain: bool = False
     bias: bool = False
@@ -66,7 +68,8 @@ def make(case: Case, b: int, dtype: torch.dtype) -> Product:
                 bias=random(n, seed=10 * i + 5).to(DEVICE) if case.bias and i != 1 else None,
             )
         )
-    norm = random(case.columns, seed=7).to(DEVICE, dtype) if case.norm else None
-    product = prepare_product(parts, b, norm=norm, eps=1e-5, gated=case.gated)
+    norm_dtype = torch.float32 if case.wide_norm else dtype
+    norm = random(case.columns, seed=7).to(DEVICE, norm_dtype) if case.norm else None
+    product = prepare_product(parts, b, norm=norm, eps=1e-5, gated=case.gated, gelu=case.gelu)
     assert product is not None
     return product

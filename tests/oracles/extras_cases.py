@@ -42,6 +42,8 @@ EXTRAS_CASES = {
     "LoRA on embed_tokens": (U, dict(target_modules=[*Q, "embed_tokens"])),
     "LoRA on lm_head": (U, dict(target_modules=[*Q, "lm_head"])),
     "LoRA on both": (U, dict(target_modules=[*Q, *ENDS], lora_alpha=7)),
+    "LoRA on both, Granite": ("granite", dict(target_modules=[*Q, *ENDS])),
+    "save both ends, Granite": ("granite", dict(target_modules=Q, modules_to_save=ENDS)),
     "LoRA on both, regex": (U, dict(target_modules=r".*(v_proj|embed_tokens|lm_head)")),
     "LoRA on both, patterns": (
         U,

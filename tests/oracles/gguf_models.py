@@ -19,9 +19,27 @@ QWEN2_WORDS = (
 # does: windows that the texts fit into, and mixtures that divide by the chosen experts' sum.
 _COMPUTED: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 100},
+    "ministral": {"sliding_window": 100},
+    "cwm": {"sliding_window": 100},
+    "phi3": {"sliding_window": 100},
+    # llama.cpp's context is at least 256 tokens, and decides between LongRoPE's factors.
+    "phi4_mini": {"original_max_position_embeddings": 256, "max_position_embeddings": 512},
     "mixtral": {"sliding_window": 100},
     "qwen2_window": {"sliding_window": 100},
     "qwen3_moe": {"norm_topk_prob": True},
+    "olmo3": {
+        "rope_parameters": {
+            "full_attention": dict(
+                rope_type="yarn",
+                rope_theta=1e4,
+                factor=4.0,
+                original_max_position_embeddings=32,
+            ),
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        }
+    },
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3": {"query_pre_attn_scalar": 16},
 }
 
 # "mlp.experts" has parameters, not modules.

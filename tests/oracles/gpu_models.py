@@ -25,6 +25,16 @@ FAMILIES = {
     "mistral": {"head_dim": 64, "sliding_window": 100},
     "qwen2": {},
     "qwen3": {"head_dim": 64},
+    # Windows in three of four layers and in every other one; heads of 64 and 256.
+    "olmo3": {"sliding_window": 100},
+    "gemma2": {
+        "head_dim": 256,
+        "sliding_window": 100,
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+    },
+    "gemma3": {"head_dim": 256, "sliding_window": 100},
     # 256 and 96 are multiples of 8: in bf16 these take torch's grouped kernel, in fp32 the loop.
     "mixtral": {"sliding_window": 100, "num_local_experts": 8},
     "qwen3_moe": {
@@ -32,6 +42,19 @@ FAMILIES = {
         "num_experts": 16,
         "num_experts_per_tok": 4,
         "moe_intermediate_size": 96,
+    },
+    "helium": {"head_dim": 64},  # of those that differ from Llama in a field only
+    # Smaller scores than those of the tiny checkpoint, because heads are larger.
+    "granite": {"attention_multiplier": 0.1},
+    "phi4_mini": {
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,
+            "short_factor": [1.0 + 0.1 * i for i in range(24)],
+            "long_factor": [1.0 + 0.5 * i for i in range(24)],
+        },
+        "original_max_position_embeddings": 128,  # prompts of 100 and of 256 tokens take other sets
     },
 }
 # Three projections, the router and the experts. The experts' ranks are 8 and 4.

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from fastlora.model import Model
 from fastlora.models.decoder import position_tables
 from fastlora.models.layer import decoder_layer
-from fastlora.models.projections import layer_spec
+from fastlora.models.layer_spec import layer_spec
 from oracles.trees import token_ids
 
 
@@ -29,7 +29,8 @@ class Layer:
             for name, lora in model.adapter["layers"][0].items()
         }
         key = torch.tensor(3) if drop else None
-        self.args = (at.cos, at.sin, at.masks["full_attention"], key)
+        kind = config.layer_types[0]
+        self.args = (*at.tables[kind], at.masks[kind], key)
         self.params, self.spec = model.base["layers"][0], layer_spec(model.spec, 0)
 
     def run(self, level: str, layer: Any = decoder_layer, chunks: int = 1) -> Tensor:

@@ -1,5 +1,9 @@
 """Arguments that mean the same to fastlora.lora and to peft.LoraConfig."""
 
+from typing import Any
+
+from oracles.checkpoints import FAMILIES
+
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 # Arguments that mean the same to fastlora.lora and to peft.LoraConfig, over two layers.
@@ -64,4 +68,45 @@ FASTLORA_ONLY_INITS = {
     "loftq, 4 bits": dict(init_lora_weights="loftq"),
 }
 
-FORWARD = "llama2"  # the family of the cases; the others are run with "seven names"
+FORWARD = "llama2"  # the family of the cases; the others are run with `every_projection`
+
+# Phi-3's: q, k and v are one layer, and so are gate and up.
+FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
+def every_projection(family: str) -> dict[str, Any]:
+    """The arguments of the test that runs for every family."""
+    own = {"phi3": FOUR, "granitemoehybrid": [*SEVEN[:4], "input_linear", "output_linear"]}
+    return dict(r=4, target_modules=own.get(FAMILIES[family]["model_type"], SEVEN))
+
+
+# Name -> (family, arguments that mean the same to fastlora.lora and to peft.LoraConfig).
+FUSED_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "fused: all-linear": ("phi3", dict(r=3, lora_alpha=5, target_modules="all-linear")),
+    "fused: regex": ("phi4_mini", dict(r=4, target_modules=r".*\.1\..*(qkv|gate_up)_proj")),
+    "fused: dropout": ("phi3", dict(r=4, target_modules=FOUR, lora_dropout=0.3)),
+    "fused: patterns, rslora": (
+        "phi4_mini",
+        dict(
+            r=4,
+            target_modules=FOUR,
+            rank_pattern={"qkv_proj": 7},
+            alpha_pattern={"1.mlp.gate_up_proj": 3},
+            use_rslora=True,
+        ),
+    ),
+    "fused: lora_bias": ("phi3", dict(r=4, target_modules=FOUR, lora_bias=True)),
+    "fused: DoRA": ("phi3", dict(r=4, lora_alpha=8, target_modules=FOUR, use_dora=True)),
+    "fused: pissa": (
+        "phi3",
+        dict(r=4, lora_alpha=8, target_modules=FOUR, init_lora_weights="pissa"),
+    ),
+    "fused: save qkv_proj": (
+        "phi3",
+        dict(r=4, target_modules=["gate_up_proj"], modules_to_save=["0.self_attn.qkv_proj"]),
+    ),
+    "fused: parameters": (
+        "phi3",
+        dict(r=4, target_modules=["o_proj"], target_parameters=["qkv_proj.weight"]),
+    ),
+}

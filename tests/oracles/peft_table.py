@@ -35,7 +35,14 @@ from oracles.combining import COMBINE_CASES, combine_difference
 from oracles.expert_cases import EXPERT_CASES
 from oracles.extras_cases import EXTRAS_CASES
 from oracles.pairs import read_pair
-from oracles.peft_cases import ADAPTER_CASES, FASTLORA_ONLY_INITS, FORWARD, SEVEN
+from oracles.peft_cases import (
+    ADAPTER_CASES,
+    FASTLORA_ONLY_INITS,
+    FORWARD,
+    FUSED_CASES,
+    SEVEN,
+    every_projection,
+)
 from oracles.peft_side import export_difference, import_difference, step_difference
 from oracles.qat import WIDE, torchao_difference
 from oracles.unknown_to_peft import UNKNOWN_TO_PEFT
@@ -57,7 +64,9 @@ def arguments() -> Iterator[Row]:
     for case, settings in ADAPTER_CASES.items():
         yield Row(FORWARD, case, adapter(FORWARD, settings))
     for family in DENSE:
-        yield Row(family, "seven names", adapter(family, ADAPTER_CASES["seven names"]))
+        yield Row(family, "every projection", adapter(family, every_projection(family)))
+    for case, (family, settings) in FUSED_CASES.items():
+        yield Row(family, case, adapter(family, settings))
     for case, (family, settings) in EXPERT_CASES.items():
         yield Row(family, f"{case} (experts)", adapter(family, settings))
     for case, (family, settings) in EXTRAS_CASES.items():

@@ -203,6 +203,36 @@ def llama2(folder: Path, modern: bool = False, config: dict | None = None, **mor
     return write_folder(folder, sentencepiece_like(modern), tokenizer_config, config)
 
 
+GEMMA = """{{ bos_token }}{% for message in messages %}
+{%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+{{- '<start_of_turn>' + role + '\\n' + message['content'] | trim + '<end_of_turn>\\n' }}
+{%- endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
+
+
+def gemma(folder: Path, model_type: str = "gemma3_text", **more) -> Path:
+    """Gemma's layout: <pad> <eos> <bos> <unk>, no space in front, a word with its space."""
+    raw = sentencepiece_like(modern=False)
+    names = {"<unk>": "<pad>", "<s>": "<eos>", "</s>": "<bos>"}
+    vocab = {names.get(t, t): i for t, i in raw["model"]["vocab"].items()}
+    turns = ("<unk>", "<start_of_turn>", "<end_of_turn>")
+    vocab |= {t: len(vocab) + i for i, t in enumerate(turns)}
+    raw["model"] |= {"vocab": vocab, "unk_token": "<unk>"}
+    raw["added_tokens"] = [added(t, vocab[t]) for t in ("<pad>", "<eos>", "<bos>", *turns)]
+    raw["normalizer"] = json.loads(normalizers.Replace(" ", "▁").__getstate__())
+    split = pre_tokenizers.Split(" ", behavior="merged_with_previous")
+    raw["pre_tokenizer"] = json.loads(split.__getstate__())
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    raw["decoder"] = json.loads(decoders.Sequence(steps).__getstate__())
+    raw["post_processor"] = bos_in_front("<bos>", vocab["<bos>"])
+    tokenizer_config = {
+        "tokenizer_class": "GemmaTokenizer",
+        **{f"{x}_token": f"<{x}>" for x in ("bos", "eos", "pad", "unk")},
+        "chat_template": GEMMA,
+        **more,
+    }
+    return write_folder(folder, raw, tokenizer_config, {"model_type": model_type})
+
+
 def smollm2(folder: Path) -> Path:
     raw = byte_level("<|endoftext|>", "<|im_start|>", "<|im_end|>")
     digits = {"type": "Digits", "individual_digits": True}
@@ -288,6 +318,8 @@ FOLDERS = {
     "llama2, defaults": lambda f: llama2(f, bos_token="<s>", unk_token="<unk>", pad_token="<pad>"),
     "llama2, modern": lambda f: llama2(f, modern=True, tokenizer_class="PreTrainedTokenizerFast"),
     "mistral": lambda f: llama2(f, config={"model_type": "mistral"}),
+    "gemma": gemma,
+    "gemma, class unnamed": lambda f: gemma(f, "gemma3", tokenizer_class=None),
     "smollm2": smollm2,
     "scattered": scattered,
     "scattered, told twice": lambda f: scattered(f, additional_special_tokens=["<one>"]),

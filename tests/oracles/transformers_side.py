@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.models.rope_tables import depends_on_length
 from oracles.pairs import Pair
 from oracles.trees import token_ids
 
@@ -35,12 +36,13 @@ def padding(side: str, t: int = 24) -> Tensor:
 def padded(pair: Pair, side: str) -> float:
     """Real positions of a padded batch, against transformers' batch with the same positions.
 
-    With dynamic RoPE, transformers takes the base from the longest row of the batch, fastlora from
-    each row, so that rows do not depend on each other. Then transformers reads row by row.
+    With dynamic RoPE and LongRoPE, transformers takes the angles from the longest row of the batch,
+    fastlora from each row, so that rows do not depend on each other. Then transformers reads row by
+    row.
     """
     ids, mask = token_ids(3, 24, vocab_size=96), padding(side)
     ours = pair.model(ids, attention_mask=mask)[mask.bool()]
-    if pair.model.spec.config.rope_parameters.rope_type == "dynamic":
+    if depends_on_length(pair.model.spec.config):
         alone = [pair.theirs(row[m.bool()][None])[0] for row, m in zip(ids, mask, strict=True)]
         return difference(ours, torch.cat(alone))
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -122,11 +124,12 @@ def theirs(one: Pair, ids: Tensor, mask: Tensor | None = None, **how: Any) -> Te
 def greedy_difference(one: Pair) -> float:
     """Share of greedy ids that differ from transformers', over single prompts and a padded batch.
 
-    With dynamic RoPE rows of transformers depend on the longest row, so only single prompts run.
+    With dynamic RoPE and LongRoPE rows of transformers depend on the longest row, so only single
+    prompts run.
     """
     how: dict[str, Any] = dict(max_new_tokens=NEW, eos_token_id=())
     batches = [(prompt(1, t), None) for t in (1, 9)]
-    if one.model.spec.config.rope_parameters.rope_type != "dynamic":
+    if not depends_on_length(one.model.spec.config):
         batches.append((prompt(3, 12), left_padding(12, 7, 3)))
     same = [
         one.model.generate(ids, attention_mask=mask, **how)

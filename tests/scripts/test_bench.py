@@ -231,3 +231,21 @@ def {}(a, b):
     in_place = kernel.format("in_place", "x = x + 1", "b")
     assert read_back(races + other + in_place) == ["races"]
     sys.modules.pop("layer_kernels")
+
+
+def test_a_family_is_compared_by_its_share_of_the_floor(scripts):
+    families = import_module("families")
+    llama = dict(setting="none", ms=100.0, spread_ms=1.0, peak_gib=3.0, floor_ms=60.0)
+    good = families.line("gemma2-2b", "none", llama | {"floor_ms": 55.0}, llama)
+    bad = families.line("gemma2-2b", "none", llama | {"floor_ms": 50.0}, llama)
+    assert "55%" in good and "0.92  meets the bar" in good and "0.83  below 0.9" in bad
+    assert "failed: ['x']" in families.line("gemma2-2b", "none", {"error": ["x"]}, llama)
+
+
+def test_a_window_lowers_the_floor(scripts):
+    measuring = import_module("measuring")
+    raw = measuring.SHAPES["gemma3-1b"]
+    wide = raw | {"sliding_window": 8192}
+    assert measuring.floor_ms(raw, 1, 8192) < measuring.floor_ms(wide, 1, 8192)
+    full = raw | {"layer_types": ["full_attention"] * 26}
+    assert measuring.floor_ms(wide, 1, 8192) == pytest.approx(measuring.floor_ms(full, 1, 8192))

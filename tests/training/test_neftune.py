@@ -48,6 +48,17 @@ def test_only_calls_with_a_seed_have_noise(model):
     assert torch.equal(call(noisy, 1), call(noisy, torch.tensor(1)))
 
 
+def test_granites_multiplier_scales_the_noise_as_in_transformers(pair):
+    """There NEFTune is a hook on embed_tokens, whose result the model multiplies."""
+    model, ids = pair("granite").model, token_ids(2, 9, vocab_size=96)
+    noisy = dataclasses.replace(model.spec, neftune_alpha=5.0)
+    _, found = FL.forward(None, model.base, noisy, ids, seed=1, capture=["embed"])
+    key, lengths = torch.tensor(1), torch.full((2, 1), 9)
+    rows = torch.nn.functional.embedding(ids, model.base["embed_tokens"])
+    expected = 3.3 * with_noise(rows, 5.0, key, lengths)
+    torch.testing.assert_close(found["embed"], expected)
+
+
 def test_padding_and_packing_do_not_change_the_size(model, monkeypatch):
     seen = []
     monkeypatch.setattr(decoder, "with_noise", lambda x, *rest: seen.append(rest[2]) or x)

@@ -22,7 +22,7 @@ from fastlora.arguments import (
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.names import projection_path
-from fastlora.models.params import PROJECTIONS, Adapter, LayerAdapter
+from fastlora.models.params import LINEARS, Adapter, LayerAdapter
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
 
@@ -135,7 +135,7 @@ def _adapter_problems(adapter: Adapter) -> list[str]:
 def _target_problems(lora: LoraConfig) -> list[str]:
     """Adapted tensors that no method combines."""
     problems = []
-    names = sorted({t.name for targets in lora.targets for t in targets} - {*PROJECTIONS})
+    names = sorted({t.name for targets in lora.targets for t in targets} - {*LINEARS})
     if names:  # PEFT's add_weighted_adapter refuses them as well (model.py:719)
         problems.append(
             f"adapts {names}, target_parameters of a mixture of experts: merge it into the base"

@@ -30,7 +30,7 @@ from fastlora.adapters.targets import with_targets
 from fastlora.arguments import check_arguments, method_problems, settings_from
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
-from fastlora.models.params import PROJECTIONS, Adapter, LayerAdapter, LoRA
+from fastlora.models.params import LINEARS, Adapter, LayerAdapter, LoRA
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Target
 from fastlora.models.state import ModelState, StateT, require_adapter
@@ -144,11 +144,11 @@ def combine(
 
 
 def _parts(models: Sequence[ModelState], weights: Sequence[float]) -> list[dict[str, list[_Part]]]:
-    """For each layer: projection -> parts of the models that adapt it, in PROJECTIONS order."""
+    """For each layer: projection -> parts of the models that adapt it, in LINEARS order."""
     wide = torch.promote_types(_widest_dtype(models), torch.float32)
     layers = []
     for i in range(models[0].spec.config.num_hidden_layers):
-        by_name: dict[str, list[_Part]] = {name: [] for name in PROJECTIONS}
+        by_name: dict[str, list[_Part]] = {name: [] for name in LINEARS}
         for model, weight in zip(models, weights, strict=True):
             settings, adapter = require_adapter(model)
             for target in settings.targets[i]:

@@ -11,19 +11,30 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fastlora.models.attention import attention_output, queries_keys_values
+from fastlora.models.attention import (
+    add_residual,
+    attention_output,
+    layer_norm,
+    plain_attention,
+    queries_keys_values,
+)
 from fastlora.models.decoder import Positions, position_tables
+from fastlora.models.embedding import scaled
+from fastlora.models.layer_spec import LayerSpec, layer_spec
+from fastlora.models.mlp import down_name, gated
 from fastlora.models.params import Base, LayerParams
-from fastlora.models.projections import LayerSpec, layer_spec, project
+from fastlora.models.projections import project
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState
-from fastlora.ops.attention.attention import attention
 from fastlora.ops.loss.ignore import IGNORE
-from fastlora.ops.rms_norm import rms_norm
 from fastlora.runtime.layer_fetching import resident
 
-# Projection -> an earlier one that multiplies the same input.
-SHARED_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+# Projection -> the one under whose name `layer_inputs` has its input.
+SHARED_INPUT = {
+    **dict.fromkeys(("k_proj", "v_proj", "qkv_proj"), "q_proj"),
+    **dict.fromkeys(("up_proj", "gate_up_proj", "input_linear"), "gate_proj"),
+    "output_linear": "down_proj",
+}
 
 # For each batch: projection -> its inputs at the counted tokens, in at least float32.
 Inputs = Iterator[dict[str, Float[Tensor, "n _"]]]
@@ -39,18 +50,18 @@ def layer_inputs(
 ) -> tuple[dict[str, Float[Tensor, "b t _"]], Float[Tensor, "b t d"]]:
     """(the inputs of q_proj, o_proj, gate_proj and down_proj, the layer's output), of the base.
 
-    k_proj and v_proj have q_proj's input, up_proj has gate_proj's.
+    SHARED_INPUT has the other projections.
     """
-    normed = rms_norm(x, params["input_layernorm"], spec.rms_norm_eps)
+    inside = layer_norm(x, params, spec.norms.attention_in, spec)
     q, k, v = queries_keys_values(x, params, {}, cos, sin, spec, None)
-    heads = attention(q, k, v, mask, deterministic=spec.deterministic)
-    x = x + attention_output(heads, params, {}, spec, None)
-    middle = rms_norm(x, params["post_attention_layernorm"], spec.rms_norm_eps)
-    gate, up = project(middle, ("gate_proj", "up_proj"), params, {}, spec, None)
-    gated = F.silu(gate) * up
-    out = x + project(gated, ("down_proj",), params, {}, spec, None)[0]
-    inputs = {"q_proj": normed, "o_proj": heads.transpose(1, 2).flatten(2)}
-    return inputs | {"gate_proj": middle, "down_proj": gated}, out
+    heads = plain_attention(q, k, v, mask, spec)
+    x = add_residual(x, attention_output(heads, params, {}, spec, None), spec)
+    middle = layer_norm(x, params, spec.norms.mlp_in, spec)
+    hidden = gated(middle, params, {}, spec, None)
+    (down,) = project(hidden, (down_name(params),), params, {}, spec, None)
+    out = add_residual(x, layer_norm(down, params, spec.norms.mlp_out, spec), spec)
+    inputs = {"q_proj": inside, "o_proj": heads.transpose(1, 2).flatten(2)}
+    return inputs | {"gate_proj": middle, "down_proj": hidden}, out
 
 
 class BatchState(NamedTuple):
@@ -71,11 +82,11 @@ def embed_batches(
         batches: on the base's device.
         use_label_mask: tokens with label -100 do not count either, in batches with labels.
     """
-    return [_embed(model.base, batch, use_label_mask) for batch in batches]
+    return [_embed(model.base, model.spec, batch, use_label_mask) for batch in batches]
 
 
-def _embed(base: Base, batch: Batch, use_label_mask: bool) -> BatchState:
-    x = F.embedding(batch["input_ids"], resident(base["embed_tokens"]))
+def _embed(base: Base, spec: Spec, batch: Batch, use_label_mask: bool) -> BatchState:
+    x = scaled(F.embedding(batch["input_ids"], resident(base["embed_tokens"])), spec)
     counted = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
     if use_label_mask and "labels" in batch:
         counted = counted & (batch["labels"] != IGNORE)
@@ -103,10 +114,10 @@ def run_to_end(inputs: Inputs) -> None:
 def _run_layer(model: ModelState, states: list[BatchState], i: int, params: LayerParams) -> Inputs:
     spec, mask_type = layer_spec(model.spec, i), model.spec.config.layer_types[i]
     for n, (x, batch, counted) in enumerate(states):
-        x = x.to(params["input_layernorm"].device)
+        x = x.to(model.base["norm"].device)
         positions = batch_positions(model.spec, batch, x.dtype)
         mask = positions.masks[mask_type]
-        inputs, out = layer_inputs(x, params, positions.cos, positions.sin, mask, spec)
+        inputs, out = layer_inputs(x, params, *positions.tables[mask_type], mask, spec)
         states[n] = BatchState(out.cpu(), batch, counted)
         dtype = torch.promote_types(x.dtype, torch.float32)
         yield {name: y[counted].to(dtype) for name, y in inputs.items()}

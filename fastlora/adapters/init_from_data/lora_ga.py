@@ -19,12 +19,12 @@ from fastlora.adapters.init_from_data.layer_inputs import (
 )
 from fastlora.adapters.init_from_data.settings import InitSettings, with_initial_factors
 from fastlora.functional import trained_labels
-from fastlora.models.attention import attention_block
+from fastlora.models.attention import add_residual, attention_block
 from fastlora.models.decoder import Positions
-from fastlora.models.head import head
+from fastlora.models.head import divided, head
+from fastlora.models.layer_spec import layer_spec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import Base, LoRA
-from fastlora.models.projections import layer_spec
 from fastlora.models.spec import Spec, Target
 from fastlora.models.state import Batch, ModelState, StateT, require_adapter
 from fastlora.ops.loss.ignore import IGNORE
@@ -92,10 +92,11 @@ def _head_gradient(x: Tensor, base: Base, spec: Spec, batch: Batch) -> Float[Ten
     next_labels = F.pad(trained_labels(batch)[:, 1:], (0, 1), value=IGNORE)
 
     def loss(x: Float[Tensor, "b t d"]) -> Float[Tensor, ""]:
-        normed = rms_norm(x, base["norm"], spec.config.rms_norm_eps)
-        logp = linear_logprobs(
-            normed.flatten(0, 1), head(None, base, spec)["weight"], next_labels.flatten()
-        )
+        normed = rms_norm(x, base["norm"], spec.config.rms_norm_eps, spec.config.norm_kind)
+        rows = divided(normed.flatten(0, 1), spec)
+        weight = head(None, base, spec)["weight"]
+        cap = spec.config.logit_cap
+        logp = linear_logprobs(rows, weight, next_labels.flatten(), cap=cap)
         return -logp.sum() / (next_labels != IGNORE).sum().clamp(min=1)
 
     return value_and_grad(loss)(x)[1]
@@ -107,9 +108,11 @@ def _output_times_dy(
     """<layer(x), dy>: its gradients are those of the loss, because dy is the loss's by layer(x)."""
     params = dict(base["layers"][i])
     params |= {n: {**params[n], "weight": w} for n, w in leaves["weights"].items()}
-    static, mask = layer_spec(spec, i), positions.masks[spec.config.layer_types[i]]
+    static, layer_type = layer_spec(spec, i), spec.config.layer_types[i]
+    tables, mask = positions.tables[layer_type], positions.masks[layer_type]
     x = leaves["x"]
-    x = x + attention_block(x, params, {}, positions.cos, positions.sin, mask, static, None)
+    attended = attention_block(x, params, {}, *tables, mask, static, None)
+    x = add_residual(x, attended, static)
     y = mlp_block(x, params, {}, static, None)
     dtype = torch.promote_types(y.dtype, torch.float32)
     return (y.to(dtype) * dy.to(dtype)).sum()

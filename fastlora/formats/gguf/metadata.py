@@ -11,9 +11,9 @@ from fastlora.errors import raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import GGUF
 from fastlora.models.families.registry import family_of
-from fastlora.models.names import projection_bias
-from fastlora.models.params import PROJECTIONS
-from fastlora.models.rope_tables import rope_frequencies
+from fastlora.models.names import linear_names, projection_bias
+from fastlora.models.params import LINEARS
+from fastlora.models.rope_tables import layer_rope, longrope_length, rope_frequencies
 
 # Values of a key: bool, int (uint32), float (float32), text, or a list of one of these.
 Metadata = dict[str, Any]
@@ -29,14 +29,19 @@ def architecture(config: LlamaConfig) -> GGUF:
     if found is None:
         raise ValueError(f"llama.cpp has no architecture for model_type {config.model_type!r}.")
     cure = "Use save_pretrained_merged, whose folder transformers and vLLM read."
-    problems = [*_rope_problems(config, found), *_layer_problems(config, found)]
+    problems = [
+        *_rope_problems(config, found),
+        *_layer_problems(config, found),
+        *_scale_problems(config, found),
+    ]
     raise_problems(ValueError, "llama.cpp cannot run this model:", problems, cure)
     return found
 
 
 def model_metadata(config: LlamaConfig) -> Metadata:
     """Key -> value, for all settings but the tokenizer's."""
-    arch, rope = architecture(config).arch, config.rope_parameters
+    gguf, rope = architecture(config), config.rope_parameters
+    arch = gguf.arch
     settings: Metadata = {
         "vocab_size": config.vocab_size,
         "context_length": context_length(config),
@@ -48,10 +53,22 @@ def model_metadata(config: LlamaConfig) -> Metadata:
         "attention.key_length": config.head_dim,
         "attention.value_length": config.head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.dimension_count": config.head_dim,
+        "rope.dimension_count": config.rope_dim,
         "rope.freq_base": float(rope.rope_theta),
     }
-    settings |= _rope_scaling(config)
+    settings |= _rope_scaling(config) | _window_settings(config, gguf)
+    caps = {
+        "attn_logit_softcapping": config.attention_cap,
+        "final_logit_softcapping": config.logit_cap,
+    }
+    settings |= {name: float(cap) for name, cap in caps.items() if cap is not None}
+    if gguf.multipliers:
+        settings |= {
+            "attention.scale": float(config.attention_scale or config.head_dim**-0.5),
+            "embedding_scale": float(config.embedding_scale or 1.0),
+            "residual_scale": float(config.residual_scale),
+            "logit_scale": float(config.logit_divisor),
+        }
     if config.num_local_experts:
         settings |= {
             "expert_count": config.num_local_experts,
@@ -61,14 +78,29 @@ def model_metadata(config: LlamaConfig) -> Metadata:
     return {"general.architecture": arch, **{f"{arch}.{k}": v for k, v in settings.items()}}
 
 
-def rope_factors(config: LlamaConfig) -> Tensor | None:
-    """Divisors of RoPE's frequencies [head_dim / 2] in float32, if they are written as a tensor;
-    else None."""
+def _window_settings(config: LlamaConfig, gguf: GGUF) -> Metadata:
+    """The window, and which layers have it."""
+    if config.sliding_window is None or not gguf.windows:
+        return {}
+    return {
+        "attention.sliding_window": config.sliding_window,
+        "attention.sliding_window_pattern": [x == "sliding_attention" for x in config.layer_types],
+        "rope.freq_base_swa": float(layer_rope(config, "sliding_attention").rope_theta),
+    }
+
+
+def rope_factors(config: LlamaConfig) -> dict[str, Tensor]:
+    """Name in the file -> divisors of RoPE's frequencies [rope_dim / 2] in float32, for those that
+    are written as tensors."""
+    rope = config.rope_parameters
+    if rope.rope_type == "longrope":
+        sets = {"short": rope.short_factor, "long": rope.long_factor}
+        return {f"rope_factors_{name}.weight": torch.tensor(x) for name, x in sets.items()}
     if not _as_factors(config):
-        return None
-    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
-    unscaled = 1.0 / config.rope_parameters.rope_theta**exponents
-    return (unscaled / _frequencies(config)[0]).to(torch.float32)
+        return {}
+    exponents = torch.arange(0, config.rope_dim, 2, dtype=torch.float64) / config.rope_dim
+    unscaled = 1.0 / rope.rope_theta**exponents
+    return {"rope_freqs.weight": (unscaled / _frequencies(config)[0]).to(torch.float32)}
 
 
 def _as_factors(config: LlamaConfig) -> bool:
@@ -89,9 +121,14 @@ def _rope_scaling(config: LlamaConfig) -> Metadata:
     rope = config.rope_parameters
     if rope.rope_type == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.factor)}
-    if rope.rope_type != "yarn":
+    if rope.rope_type not in ("yarn", "longrope"):
         return {}
     _, attention_factor = _frequencies(config)
+    if rope.rope_type == "longrope":
+        return {
+            "rope.scaling.attn_factor": attention_factor,
+            "rope.scaling.original_context_length": rope.original_max_position_embeddings,
+        }
     if _as_factors(config):
         return {"rope.scaling.attn_factor": attention_factor}
     # llama.cpp multiplies this with its own factor.
@@ -105,26 +142,34 @@ def _rope_scaling(config: LlamaConfig) -> Metadata:
 
 
 def _frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
-    """RoPE's frequencies [head_dim / 2] in float64, and its factor on cos and sin."""
+    """RoPE's frequencies [rope_dim / 2] in float64, and its factor on cos and sin."""
     scaled, factor = rope_frequencies(config, torch.zeros(1, 1, dtype=torch.int64), torch.float64)
     return scaled.flatten(), factor
 
 
 def context_length(config: LlamaConfig) -> int:
     """The longest input that llama.cpp computes as the model does."""
-    # No architecture that we write has sliding windows. Up to its width, a window changes nothing.
-    limits = (config.max_position_embeddings, config.sliding_window)
-    return min(n for n in limits if n is not None)
+    if config.sliding_window is None or architecture(config).windows:
+        return config.max_position_embeddings
+    # Up to its width, a window changes nothing.
+    return min(config.max_position_embeddings, config.sliding_window)
 
 
 def context_notes(config: LlamaConfig) -> list[str]:
-    """A sentence if llama.cpp's context is shorter than the model's."""
-    length = context_length(config)
+    """Sentences on lengths at which llama.cpp computes another model."""
+    length, notes = context_length(config), []
+    if (trained := longrope_length(config)) is not None:
+        notes.append(
+            f"With a context of more than {trained:,} tokens llama.cpp takes LongRoPE's long"
+            " factors for texts of every length; the model takes them for longer texts only. Set a"
+            f" context of at most {trained:,} if your texts fit."
+        )
     if length == config.max_position_embeddings:
-        return []
+        return notes
     return [
+        *notes,
         f"llama.cpp has no sliding window for this architecture. The file says that its context is"
-        f" {length:,} tokens, the width of the window, and is exact up to there."
+        f" {length:,} tokens, the width of the window, and is exact up to there.",
     ]
 
 
@@ -132,11 +177,17 @@ def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
     rope, problems = config.rope_parameters, []
     if rope.rope_type == "dynamic":
         problems.append("rope_type 'dynamic': llama.cpp has no RoPE that depends on the length")
+    elif rope.rope_type == "longrope" and not gguf.length_factors:
+        problems.append(
+            f"rope_type 'longrope': architecture {gguf.arch!r} reads no factors by length"
+        )
     elif _as_factors(config) and not gguf.rope_factors:
         problems.append(
             f"rope_type {rope.rope_type!r} with these settings: architecture {gguf.arch!r} reads no"
             " factors of frequencies"
         )
+    if gguf.windows and config.sliding_window is not None:
+        problems += _sliding_rope_problems(config, gguf)
     interval = gguf.no_rope_interval
     layers = range(config.num_hidden_layers)
     expected = tuple(int(interval is None or (i + 1) % interval != 0) for i in layers)
@@ -149,11 +200,47 @@ def _rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
     return problems
 
 
+def _sliding_rope_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
+    sliding = layer_rope(config, "sliding_attention")
+    theta = gguf.sliding_theta or config.rope_parameters.rope_theta
+    if sliding.rope_type == "default" and sliding.rope_theta == theta:
+        return []
+    return [
+        f"RoPE of sliding layers is {sliding.rope_type!r} with theta {sliding.rope_theta:g}:"
+        f" architecture {gguf.arch!r} has 'default' with theta {theta:g} there"
+    ]
+
+
+def _scale_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
+    """Caps and scales of attention and logits."""
+    problems = []
+    for name, cap, has in (
+        ("attn_logit_softcapping", config.attention_cap, gguf.score_cap),
+        ("final_logit_softcapping", config.logit_cap, gguf.head_cap),
+    ):
+        if cap is not None and not has:
+            problems.append(f"{name} is {cap:g}: architecture {gguf.arch!r} has no such cap")
+        if cap is None and gguf.score_cap:
+            problems.append(f"{name} is null: architecture {gguf.arch!r} always has this cap")
+    if config.attention_scale is None or gguf.multipliers:
+        return problems
+    by_width = config.num_hidden_layers == gguf.scaled_by_width
+    expected = config.hidden_size // config.num_attention_heads if by_width else config.head_dim
+    if not math.isclose(config.attention_scale, expected**-0.5, rel_tol=1e-6):
+        problems.append(
+            f"query_pre_attn_scalar is {config.attention_scale**-2:g}: architecture {gguf.arch!r}"
+            f" computes with {expected}"
+        )
+    return problems
+
+
 def _layer_problems(config: LlamaConfig, gguf: GGUF) -> list[str]:
-    biased = [n for n in PROJECTIONS if projection_bias(config, n) and n not in gguf.biases]
+    biased = [
+        n for n in linear_names(config) if projection_bias(config, n) and n not in gguf.biases
+    ]
     # A mixture's layers have no MLP, so no bias there.
     if all(config.sparse_layers):
-        biased = [n for n in biased if PROJECTIONS[n] != "mlp"]
+        biased = [n for n in biased if LINEARS[n] != "mlp"]
     problems = [f"bias of {n}: architecture {gguf.arch!r} adds none" for n in biased]
     q = config.num_attention_heads * config.head_dim
     if not gguf.any_head_dim and q != config.hidden_size:

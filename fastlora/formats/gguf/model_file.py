@@ -116,8 +116,8 @@ def model_tensors(model: ModelState) -> tuple[list[FileTensor], Metadata]:
         return merged[name]() if name in merged else tensors[name]
 
     listed = list(file_tensors(config, gguf, compute))
-    if (factors := rope_factors(config)) is not None:
-        listed.append(FileTensor("rope_freqs.weight", tuple(factors.shape), lambda: factors))
+    for name, factors in rope_factors(config).items():
+        listed.append(FileTensor(name, tuple(factors.shape), lambda factors=factors: factors))
     return listed, model_metadata(config)
 
 

@@ -69,6 +69,9 @@ def adds_prefix_space(raw: Mapping[str, Any]) -> tuple[bool, list[str]]:
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     prepend = {"type": "Prepend", "prepend": SPACE}
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    # Gemma's splits at spaces, of which its normaliser leaves none.
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"}
+    pre = None if pre is not None and split.items() <= pre.items() and steps == [replace] else pre
     if pre is None and steps in ([replace], [prepend, replace]):
         return steps[0] == prepend, []
     metaspace = {"type": "Metaspace", "replacement": SPACE, "split": False}

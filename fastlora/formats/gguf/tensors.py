@@ -11,6 +11,7 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.families.family import GGUF
 from fastlora.models.names import base_tensors, expert_matrices, projection_path
 from fastlora.models.params import EXPERTS
+from fastlora.ops.rms_norm import norm_factor
 
 # The matrices of one expert, as llama.cpp's table of names spells them.
 _EXPERT_NAMES = ("gate_proj", "up_proj", "down_proj")
@@ -76,7 +77,8 @@ def _expert_tensors(
 def file_rows(
     config: LlamaConfig, gguf: GGUF, name: str, x: Float[Tensor, "d_out *rest"]
 ) -> Float[Tensor, "d_out *rest"]:
-    """The rows of a tensor in the file's order: those of q and k move if RoPE turns neighbours.
+    """A tensor as the file has it: the rows of q and k move if only llama.cpp turns neighbours, and
+    the weights of norms that multiply with 1 + weight are written as 1 + weight.
 
     Within each head, rows i and i + head_dim / 2 become rows 2 i and 2 i + 1.
 
@@ -86,8 +88,11 @@ def file_rows(
         name: on disk: "model.layers.0.self_attn.q_proj.weight".
         x: weight, bias, or the B of an adapter.
     """
-    if not gguf.rope_of_neighbours or not _is_rotated(name):
+    if config.norm_kind == "one_plus" and name.endswith("norm.weight"):
+        return norm_factor(x, "one_plus")
+    if gguf.rope_of_neighbours == config.rope_of_neighbours or not _is_rotated(name):
         return x
+    assert gguf.rope_of_neighbours, f"{gguf.arch} does not turn neighbours, but {name} needs it"
     halves = x.unflatten(0, (-1, 2, config.head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
 

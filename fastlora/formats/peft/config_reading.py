@@ -6,17 +6,20 @@ fields that change the computation, and an adapter must never be loaded with ano
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from fastlora.adapters.extras import token_indices
 from fastlora.adapters.init.methods import factor_problems
 from fastlora.adapters.lora_arguments import MAX_PATTERN_CHARS
 from fastlora.adapters.patterns import as_tuple, names_or_regex
-from fastlora.adapters.targets import resolve_targets
+from fastlora.adapters.targets import resolve_targets, with_targets
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.families.registry import family_of
 from fastlora.models.spec import LoraConfig
+from fastlora.models.wrapped_names import text_name, wrapped_name
 
 _NULL = type(None)
 
@@ -121,7 +124,14 @@ def config_from_peft(raw: Mapping[str, Any], config: LlamaConfig, file: str) -> 
     )
     heading = f"{file} does not fit this model:"
     # Not strict: what PEFT ignores with or without a warning is not an error here.
-    lora = resolve_targets(settings, config, heading, error=CheckpointError, strict=False)
+    resolve = partial(resolve_targets, settings, config, heading, error=CheckpointError)
+    if config.wrapper is None:
+        lora = resolve(strict=False)
+    else:
+        # The file's names and patterns are for the modules of the whole model; ours have others.
+        lora = resolve(strict=False, spoken=wrapped_name)
+        copied = tuple(text_name(name) or name for name in lora.modules_to_save)
+        lora = replace(with_targets(lora, lora.targets), modules_to_save=copied)
     init = lora.init_lora_weights
     problems = factor_problems(lora, config, init) if init in REPEATABLE_INITS else []
     raise_problems(CheckpointError, heading, problems)
@@ -180,7 +190,8 @@ def _unsupported(raw: Mapping[str, Any], config: LlamaConfig) -> list[str]:
         problems.append(f"task_type={task!r:.200}: expected 'CAUSAL_LM'.")
     if (init := raw.get("init_lora_weights", True)) not in _NEUTRAL_INITS + REPEATABLE_INITS:
         problems.append(_init_problem(init))
-    if raw.get("target_modules") is None and not family_of(config).peft_has_default:
+    no_default = config.wrapper is not None or not family_of(config).peft_has_default
+    if raw.get("target_modules") is None and no_default:
         problems.append(
             f"target_modules=None: PEFT has no default for {config.model_type!r}; name them."
         )

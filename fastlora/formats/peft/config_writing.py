@@ -7,9 +7,16 @@ from typing import Any
 
 from fastlora.adapters.extras import EDGE_MODULES
 from fastlora.models.config import LlamaConfig
-from fastlora.models.names import EMBED_TOKENS, is_mixture, layer_targets, projection_path
-from fastlora.models.params import EXPERTS, PROJECTIONS, ROUTER, TARGETS
+from fastlora.models.names import (
+    EMBED_TOKENS,
+    is_mixture,
+    layer_targets,
+    module_names,
+    projection_path,
+)
+from fastlora.models.params import EXPERTS, LINEARS, ROUTER, TARGETS
 from fastlora.models.spec import LoraConfig, Spec, Target
+from fastlora.models.wrapped_names import OTHER_MODULES, wrapped_name
 
 # The version whose fields are written. An older PEFT ignores fields that it does not know, with a
 # warning (PeftConfigMixin.from_peft_type).
@@ -47,41 +54,58 @@ def peft_config(spec: Spec, lora: LoraConfig) -> dict[str, Any]:
     """
     parameters = _target_names(spec.config, lora, parameters=True)
     indices = _token_indices(lora)
-    return _PEFT_DEFAULTS | {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": spec.name_or_path or None,
-        "revision": spec.revision,
-        # PEFT's save_pretrained writes true; is_trainable=True of from_pretrained overrides it.
-        "inference_mode": True,
-        "r": lora.r,
-        "lora_alpha": lora.lora_alpha,
-        "lora_dropout": lora.lora_dropout,
-        "bias": lora.bias,
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "target_modules": _target_names(spec.config, lora, parameters=False),
-        "modules_to_save": _modules_to_save(lora),
-        "rank_pattern": _patterns(spec.config, lora, lambda t: t.r, lora.r),
-        "alpha_pattern": _patterns(spec.config, lora, lambda t: t.lora_alpha, lora.lora_alpha),
-        # The target names already say which layers are adapted.
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "lora_bias": lora.lora_bias,
-        "target_parameters": parameters or None,
-        "ensure_weight_tying": bool(lora.extras.tied),
-        "trainable_token_indices": indices or None,
-    }
+    # Bare names match modules of a vision tower too.
+    others = {} if spec.config.wrapper is None else {"exclude_modules": OTHER_MODULES}
+    return (
+        _PEFT_DEFAULTS
+        | others
+        | {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": spec.name_or_path or None,
+            "revision": spec.revision,
+            # PEFT's save_pretrained writes true; is_trainable=True of from_pretrained overrides it.
+            "inference_mode": True,
+            "r": lora.r,
+            "lora_alpha": lora.lora_alpha,
+            "lora_dropout": lora.lora_dropout,
+            "bias": lora.bias,
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+            "target_modules": _target_names(spec.config, lora, parameters=False),
+            "modules_to_save": _modules_to_save(spec.config, lora),
+            "rank_pattern": _patterns(spec.config, lora, lambda t: t.r, lora.r),
+            "alpha_pattern": _patterns(spec.config, lora, lambda t: t.lora_alpha, lora.lora_alpha),
+            # The target names already say which layers are adapted.
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "lora_bias": lora.lora_bias,
+            "target_parameters": parameters or None,
+            "ensure_weight_tying": bool(lora.extras.tied),
+            "trainable_token_indices": indices or None,
+        }
+    )
 
 
-def _modules_to_save(lora: LoraConfig) -> list[str] | None:
-    """The user's names. As in PEFT, a tied pair with one trained copy is named by the embedding."""
+def _in_peft(config: LlamaConfig, module: str) -> str:
+    """A module's name in the model that PEFT adapts."""
+    return module if config.wrapper is None else wrapped_name(module)
+
+
+def _modules_to_save(config: LlamaConfig, lora: LoraConfig) -> list[str] | None:
+    """The user's names. As in PEFT, a tied pair with one trained copy is named by the embedding.
+
+    Of a text model beside a vision tower, the full names of the modules: the user's ends of names
+    may match modules of the tower.
+    """
     names = list(lora.modules_to_save)
     if lora.extras.tied and EMBED_TOKENS in lora.extras.replaced:
         names = [n for n in names if not any(m.endswith(n) for m in EDGE_MODULES)]
         names.append("model.embed_tokens")
+    if config.wrapper is not None:
+        names = [_in_peft(config, m) for m in module_names(config) if m.endswith((*names, " "))]
     return names or None
 
 
@@ -119,7 +143,7 @@ def _parameter(config: LlamaConfig, name: str) -> str | None:
     """
     if name in EXPERTS:
         return name
-    of_mlp = name == ROUTER or (is_mixture(config) and PROJECTIONS[name] == "mlp")
+    of_mlp = name == ROUTER or (is_mixture(config) and LINEARS[name] == "mlp")
     return f"{name}.weight" if of_mlp else None
 
 
@@ -137,11 +161,13 @@ def _target_names(config: LlamaConfig, lora: LoraConfig, *, parameters: bool) ->
         short = parameter or name
         # A bare name in target_modules matches every layer that has the projection.
         everywhere = len(layers) == layers_with[name]
-        names += [short] if everywhere else [_full_name(i, name, short) for i in layers]
+        full = lambda i, name=name, short=short: _in_peft(config, _full_name(i, name, short))
+        names += [short] if everywhere else [full(i) for i in layers]
     if parameters:
         return names
     # Of a tied pair only the embedding is named; ensure_weight_tying adds the head.
-    return names + [m for m in edge_targets(lora) if not (lora.extras.tied and m == "lm_head")]
+    edges = [m for m in edge_targets(lora) if not (lora.extras.tied and m == "lm_head")]
+    return names + [_in_peft(config, m) for m in edges]
 
 
 def _full_name(layer: int, name: str, short: str) -> str:

@@ -30,6 +30,7 @@ from fastlora.models.params import (
     LoRA,
 )
 from fastlora.models.spec import LoraConfig, Target
+from fastlora.models.wrapped_names import text_name, wrapped_name
 
 # Field of an adapter record -> the last part of its key.
 _LINEAR_KEYS = {
@@ -113,6 +114,28 @@ def peft_state_dict(adapter: Adapter, lora: LoraConfig) -> dict[str, Tensor]:
     if not lora.extras.tied:
         return tensors
     return tensors | {key: repeated(tensors) for key, repeated in tied_copies(lora).items()}
+
+
+def in_wrapper(key: str) -> str:
+    """PEFT's key of a tensor, for a text model beside a vision tower."""
+    return PREFIX + wrapped_name(key.removeprefix(PREFIX))
+
+
+def out_of_wrapper(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """(the text model's tensors under the keys of a text model alone, problems).
+
+    An adapter of the vision tower is a problem: without it the model would compute something else.
+    """
+    names = {key: text_name(key.removeprefix(PREFIX)) for key in tensors}
+    others = [key for key, name in names.items() if name is None]
+    problems = []
+    if others:
+        problems.append(
+            f"other part  {others[0]}, ...: {len(others)} tensors are not of the text model; train"
+            " with target_modules of the text model only"
+        )
+    found = {f"{PREFIX}{name}": tensors[key] for key, name in names.items() if name is not None}
+    return found, problems
 
 
 def tied_copies(lora: LoraConfig) -> dict[str, Callable[[Mapping[str, Tensor]], Tensor]]:

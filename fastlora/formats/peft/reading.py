@@ -22,7 +22,13 @@ from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.base_tensors import take_base_tensors, vocabulary_size
 from fastlora.formats.peft.config_reading import REPEATABLE_INITS, config_from_peft
 from fastlora.formats.peft.expert_layout import PREFIX, fuse_adapter, unpack_experts
-from fastlora.formats.peft.names import adapter_shapes, map_named, named_leaves, tensor_problems
+from fastlora.formats.peft.names import (
+    adapter_shapes,
+    map_named,
+    named_leaves,
+    out_of_wrapper,
+    tensor_problems,
+)
 from fastlora.formats.peft.writing import CONFIG_FILE, WEIGHTS_FILE
 from fastlora.models.config import LlamaConfig
 from fastlora.models.init_offset import with_offset
@@ -127,6 +133,9 @@ def _read_contents(folder: Path, base_config: LlamaConfig) -> _Contents:
     raw = read_json(_existing_file(folder, CONFIG_FILE))
     path = _existing_file(folder, WEIGHTS_FILE)
     tensors, problems = _canonical_keys(read_safetensors(path))
+    if base_config.wrapper is not None:
+        tensors, other_problems = out_of_wrapper(tensors)
+        problems += other_problems
     v, vocabulary_problems = vocabulary_size(tensors, base_config)
     config, tied = replace(base_config, vocab_size=v), base_config.tie_word_embeddings
     # trainable_token_indices may name rows that only the file's vocabulary has.

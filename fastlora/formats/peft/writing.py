@@ -18,7 +18,7 @@ from fastlora.checkpoints.tensors import read_json, write_json, write_safetensor
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.base_tensors import base_problem, base_tensors_out
 from fastlora.formats.peft.config_writing import edge_targets, peft_config, targets_by_name
-from fastlora.formats.peft.names import peft_state_dict, tensor_problems
+from fastlora.formats.peft.names import in_wrapper, peft_state_dict, tensor_problems
 from fastlora.models.params import DTYPES
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Spec
@@ -65,7 +65,10 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     path = writable_folder(folder, model.spec)
     path.mkdir(parents=True, exist_ok=True)
     config = peft_config(model.spec, lora)
-    write_safetensors(path / WEIGHTS_FILE, tensors | base_tensors_out(model.spec, model.base))
+    tensors |= base_tensors_out(model.spec, model.base)
+    if model.spec.config.wrapper is not None:
+        tensors = {in_wrapper(key): x for key, x in tensors.items()}
+    write_safetensors(path / WEIGHTS_FILE, tensors)
     # If writing fails from here on, the new weights must not be left beside other settings.
     if (path / CONFIG_FILE).is_file() and _differs(path / CONFIG_FILE, config):
         (path / CONFIG_FILE).unlink()

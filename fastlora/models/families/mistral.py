@@ -11,6 +11,7 @@ from fastlora.models.families.family import (
 
 MISTRAL = Family(
     name="mistral",
+    models="Mistral",
     defaults=dict(
         num_key_value_heads=8, max_position_embeddings=131072, bos_token_id=1, eos_token_id=2
     ),

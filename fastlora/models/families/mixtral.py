@@ -13,6 +13,7 @@ from fastlora.models.families.family import (
 
 MIXTRAL = Family(
     name="mixtral",
+    models="Mixtral",
     defaults=dict(
         num_key_value_heads=8,
         max_position_embeddings=131072,

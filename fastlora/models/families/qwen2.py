@@ -4,6 +4,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, QKV_BIASES, Family, 
 
 QWEN2 = Family(
     name="qwen2",
+    models="Qwen2, Qwen2.5",
     defaults=dict(num_key_value_heads=32),
     fixed={**ALL_ROPE, "attention_bias": True, "mlp_bias": False},
     o_proj_bias=False,

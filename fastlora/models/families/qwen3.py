@@ -4,6 +4,7 @@ from fastlora.models.families.family import ALL_ROPE, GGUF, Family, TokenizerCla
 
 QWEN3 = Family(
     name="qwen3",
+    models="Qwen3",
     defaults=dict(num_key_value_heads=32, head_dim=128),
     fixed={**ALL_ROPE, "mlp_bias": False},
     qk_norm=True,

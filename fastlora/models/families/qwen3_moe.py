@@ -11,6 +11,7 @@ from fastlora.models.families.family import (
 
 QWEN3_MOE = Family(
     name="qwen3_moe",
+    models="Qwen3-MoE",
     defaults=dict(
         num_key_value_heads=4,
         num_experts=128,

@@ -4,6 +4,7 @@ from fastlora.models.families.family import GGUF, Family
 
 SMOLLM3 = Family(
     name="smollm3",
+    models="SmolLM3",
     defaults=dict(
         num_key_value_heads=4,
         rope_theta=2e6,

@@ -42,7 +42,8 @@ def make_spans(first: Int[Tensor, "b t"]) -> Spans:
 # head_dim -> the longest rows for which our kernels take less time than cuDNN's, in causal
 # attention without spans. On longer rows ours take up to 8 % (64) and 28 % (128) more (H100,
 # attention-lengths-2026-11-27 in scripts/bench/results.jsonl).
-_LONGEST_FASTEST = {64: 8192, 128: 2048}
+# Head size 256 is not measured: there our kernels run only where cuDNN's cannot.
+_LONGEST_FASTEST = {64: 8192, 128: 2048, 256: 0}
 
 
 def kernel_supports(dtype: torch.dtype, heads: int, head_dim: int, t: int) -> bool:
@@ -61,13 +62,15 @@ def kernel_is_faster(head_dim: int, t: int) -> bool:
 
 # ── op and derivative ─────────────────────────────────────────────────────────────────────
 torch.library.define(
-    "fastlora::flash_attention", "(Tensor q, Tensor k, Tensor v, Tensor? first) -> (Tensor, Tensor)"
+    "fastlora::flash_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor? first, float? scale=None, float? cap=None)"
+    " -> (Tensor, Tensor)",
 )
 
 torch.library.define(
     "fastlora::flash_attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? first,"
-    " Tensor? last, Tensor? cos, Tensor? sin) -> Tensor",
+    " Tensor? last, Tensor? cos, Tensor? sin, float? scale=None, float? cap=None) -> Tensor",
 )
 
 
@@ -86,26 +89,26 @@ def _flash_attention_backward(*args):
 
 
 @torch.library.register_fake("fastlora::flash_attention")
-def _(q, k, v, first):
+def _(q, k, v, first, scale=None, cap=None):
     b, h, t, hd = q.shape
     out = q.new_empty(b, t, h, hd).transpose(1, 2)
     return out, q.new_empty(b, h, t, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastlora::flash_attention_backward")
-def _(dout, q, k, v, out, lse, first, last, cos, sin):
+def _(dout, q, k, v, out, lse, first, last, cos, sin, scale=None, cap=None):
     b, h, t, hd = q.shape
     return q.new_empty(b, t, (h + 2 * k.shape[1]) * hd)
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joint, q, k, v, cos, sin, first, last):
-        ctx.joint = joint is not None
+    def forward(ctx, joint, q, k, v, cos, sin, first, last, scale, cap):
+        ctx.joint, ctx.scale_and_cap = joint is not None, (scale, cap)
         # We save rotated q and k, so the backward pass need not rotate them again.
         if cos is not None:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        out, lse = torch.ops.fastlora.flash_attention(q, k, v, first)
+        out, lse = torch.ops.fastlora.flash_attention(q, k, v, first, scale, cap)
         ctx.save_for_backward(q, k, v, out, lse, first, last, cos, sin)
         return out
 
@@ -117,13 +120,13 @@ class _FlashAttention(torch.autograd.Function):
                 " with torch.func, which runs the reference."
             )
         kept = ctx.saved_tensors
-        grads = torch.ops.fastlora.flash_attention_backward(dout, *kept)
+        grads = torch.ops.fastlora.flash_attention_backward(dout, *kept, *ctx.scale_and_cap)
         if ctx.joint:  # the placeholder takes the gradients of q, k and v as one tensor
-            return grads, *[None] * 7
+            return grads, *[None] * 9
         b, t, _ = grads.shape
         heads = [x.shape[1] for x in kept[:3]]
         parts = grads.view(b, t, sum(heads), -1).transpose(1, 2).split(heads, 1)
-        return None, *parts, *[None] * 4
+        return None, *parts, *[None] * 6
 
 
 # ── public function ───────────────────────────────────────────────────────────────────────
@@ -134,6 +137,8 @@ def flash_attention(
     rope: tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]] | None,
     spans: Spans | None,
     joint: Float[Tensor, "b t w"] | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "b h t hd"]:
     """softmax(R q (R k)' / sqrt(hd)) v over each query's span, where R is RoPE's rotation.
 
@@ -147,10 +152,14 @@ def flash_attention(
         spans: the keys that each query sees; None: all keys up to its own position.
         joint: the placeholder for q, k and v side by side from `joint_lora_linears`, or None. If
             given, it receives their gradients as one tensor, and q, k and v receive none.
+        scale: factor of the scores; None: 1 / sqrt(hd).
+        cap: scores s become cap * tanh(s / cap); None: they stay.
 
     Raises:
         RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     cos, sin = rope if rope is not None else (None, None)
     first, last = spans if spans is not None else (None, None)
-    return _FlashAttention.apply(joint, q, k, v, cos, sin, first, last)  # pyright: ignore
+    return _FlashAttention.apply(  # pyright: ignore
+        joint, q, k, v, cos, sin, first, last, scale, cap
+    )

@@ -30,12 +30,14 @@ from fastlora.ops.dispatch import precision
 # we skip the clamping, which saves a tenth of the time; 32-bit offsets within a row save another
 # tenth (attention-tiles-2026-11-27 in scripts/bench/results.jsonl). 1.4426950408 is log2(e). The
 # running maximum starts at -3e38 and not at -inf: a row that sees no key in its first blocks would
-# otherwise compute -inf - -inf = NaN.
+# otherwise compute -inf - -inf = NaN. With CAPPED, a score s becomes cap * tanh(s / cap), and
+# `scores` holds the tanh.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
-    q_ptr, k_ptr, v_ptr, first_ptr, until_ptr, out_ptr, lse_ptr, t, s, heads, scale,
+    q_ptr, k_ptr, v_ptr, first_ptr, until_ptr, out_ptr, lse_ptr, t, s, heads, scale, cap,
     q_token, k_token, v_token,
     GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
+    CAPPED: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -63,7 +65,7 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     best = tl.full((BM,), -3e38, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     out = tl.zeros((BM, D), tl.float32)
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
         low = begin if stretch == 0 else unmasked if stretch == 1 else diagonal
         high = unmasked if stretch == 0 else diagonal if stretch == 1 else end
@@ -73,6 +75,8 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
                 key = tl.minimum(key, s - 1)
             k = tl.load(k_at + key[None, :] * k_token + d[:, None])
             scores = tl.dot(q, k, input_precision=PRECISION)
+            if CAPPED:  # tanh(scale * score / cap)
+                scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
             if stretch != 1:
                 number = (start + j)[None, :]
                 seen = (number <= until[:, None]) & (number >= first[:, None])
@@ -94,11 +98,12 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 
 @triton.jit
-def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
+def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, first_ptr, until_ptr, cos_ptr, sin_ptr,
     delta_ptr, dq_ptr,
-    t, s, heads, scale, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
+    t, s, heads, scale, cap, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
     GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +133,7 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
     at = (row * heads + head) * t + here
     tl.store(delta_ptr + at, delta, mask=query < t)
     lse = tl.load(lse_ptr + at)
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     dq = tl.zeros((BM, D), tl.float32)
     for stretch in tl.static_range(0 if SPANS else 1, 3):  # pyright: ignore
         low = begin if stretch == 0 else unmasked if stretch == 1 else diagonal
@@ -140,6 +145,8 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
             k = tl.load(k_at + key[:, None] * k_token + d[None, :])
             v = tl.load(v_at + key[:, None] * v_token + d[None, :])
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            if CAPPED:  # tanh(scale * score / cap)
+                scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
             dweights = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             # At most 1: scores of 1e9 round by more than 100, and 2**128 is infinite in float32.
             exponent = tl.minimum(scores * factor - lse[:, None], 0.0, tl.PropagateNan.ALL)
@@ -149,6 +156,8 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
                 seen = (number <= until[:, None]) & (number >= first[:, None])
                 weights = tl.where(seen, weights, 0.0)
             dscores = weights * (dweights - delta[:, None])  # pyright: ignore
+            if CAPPED:
+                dscores *= 1 - scores * scores
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)
     dq *= scale  # dscores is the gradient of scale * q k'
     there = (query < t)[:, None]
@@ -170,8 +179,9 @@ def _query_gradient_kernel(  # noqa: PLR0915  (no helpers, see above)
 def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, since_ptr, cos_ptr, sin_ptr,
     dk_ptr, dv_ptr,
-    t, s, heads, scale, q_token, k_token, v_token, dout_token, dkv_token, table_row,
+    t, s, heads, scale, cap, q_token, k_token, v_token, dout_token, dkv_token, table_row,
     GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -196,7 +206,7 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
         rest = (tl.load(last_ptr + row * s + top) + 1) // BM * BM
         end = tl.load(last_ptr + row * s + bottom) + 1
     rest = tl.maximum(rest, unmasked)
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     dk = tl.zeros((BN, D), tl.float32)
     dv = tl.zeros((BN, D), tl.float32)
     for member in range(GROUP):
@@ -217,6 +227,8 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
                 lse = tl.load(lse_ptr + at + query)
                 delta = tl.load(delta_ptr + at + query)
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                if CAPPED:  # tanh(scale * score / cap)
+                    scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
                 dweights = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
                 exponent = tl.minimum(scores * factor - lse[None, :], 0.0, tl.PropagateNan.ALL)
                 weights = tl.exp2(exponent)
@@ -226,6 +238,8 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
                     weights = tl.where(seen, weights, 0.0)
                 dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 dscores = weights * (dweights - delta[None, :])
+                if CAPPED:
+                    dscores *= 1 - scores * scores
                 dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dk *= scale  # dscores is the gradient of scale * q k'
     there = (key < s)[:, None]
@@ -247,8 +261,9 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # head_dim -> (queries, keys, warps, pipeline stages, register limit per thread) of each kernel's
-# tile: the fastest on an H100. On cards with less than 160 KB of shared memory per block,
-# `_SMALL_CARD_TILES` replaces two tiles of head_dim 128: the fastest that fit in 99 KB.
+# tile: the fastest on an H100; those of 256 are not measured, and
+# were chosen because their programs spill no registers. On cards with less than 160 KB of
+# shared memory per block, `_SMALL_CARD_TILES` replaces tiles: the fastest that fit in 99 KB.
 _TILES = {
     64: {
         "forward": (64, 64, 4, 3, 128),
@@ -260,9 +275,22 @@ _TILES = {
         "queries": (128, 32, 8, 3, 128),
         "keys": (32, 64, 4, 3, None),
     },
+    256: {
+        "forward": (128, 64, 8, 2, None),
+        "queries": (128, 32, 8, 2, None),
+        "keys": (64, 32, 8, 2, None),
+    },
 }
 
-_SMALL_CARD_TILES = {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)}
+_SMALL_CARD_TILES = {
+    64: {},
+    128: {"forward": (64, 64, 4, 2, None), "queries": (64, 32, 4, 2, None)},
+    256: {
+        "forward": (32, 32, 4, 2, None),
+        "queries": (32, 32, 4, 1, None),
+        "keys": (32, 32, 4, 1, None),
+    },
+}
 
 
 def tile(
@@ -277,9 +305,8 @@ def tile(
         shared: bytes of shared memory per block on the card.
         s: the number of keys; None: t.
     """
-    wide = 128 if head_dim > 64 else 64
-    small = wide == 128 and shared < 160 * 1024
-    chosen = _TILES[wide] | (_SMALL_CARD_TILES if small else {})
+    wide = next(size for size in _TILES if size >= head_dim)
+    chosen = _TILES[wide] | (_SMALL_CARD_TILES[wide] if shared < 160 * 1024 else {})
     bm, bn, warps, stages, registers = chosen[which]
     even = all(n % size == 0 for n in (t, s or t) for size in (bm, bn))
     how = dict(BM=bm, BN=bn, EVEN=even, STAGES=stages, num_warps=warps)
@@ -302,7 +329,10 @@ def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
 
 
 def _by_cudnn(
-    q: Float[Tensor, "b h t hd"], k: Float[Tensor, "b kv t hd"], v: Float[Tensor, "b kv t hd"]
+    q: Float[Tensor, "b h t hd"],
+    k: Float[Tensor, "b kv t hd"],
+    v: Float[Tensor, "b kv t hd"],
+    scale: float | None,
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]] | None:
     """The result of `flash_forward` from cuDNN's kernel, or None if cuDNN does not support it."""
     shared = q.shape[1] != k.shape[1]
@@ -310,8 +340,13 @@ def _by_cudnn(
     if not torch.backends.cuda.can_use_cudnn_attention(params):
         return None
     op = torch.ops.aten._scaled_dot_product_cudnn_attention
-    out, lse, *_ = op(q, k, v, None, True, 0.0, True)
+    out, lse, *_ = op(q, k, v, None, True, 0.0, True, scale=scale)
     return _by_token(out), lse.view(q.shape[:3]) * 1.4426950408889634
+
+
+def _scale_and_cap(head_dim: int, scale: float | None, cap: float | None) -> tuple[float, float]:
+    """The numbers that the kernels get; they do not read the second if there is no cap."""
+    return 1 / math.sqrt(head_dim) if scale is None else scale, 1.0 if cap is None else cap
 
 
 def flash_forward(
@@ -319,27 +354,32 @@ def flash_forward(
     k: Float[Tensor, "b kv s hd"],
     v: Float[Tensor, "b kv s hd"],
     first: Int[Tensor, "b t"] | None,
+    scale: float | None = None,
+    cap: float | None = None,
     until: Int[Tensor, "b t"] | None = None,
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]]:
     """(attention, lse): the result in q.dtype, and the log2 of each query's sum of exponentials.
 
     The result is a view of [b, t, h, hd]; lse is float32. `first` (int32) holds the first key that
-    each query sees; None means all keys up to its own position. `until` (int32) holds the last one;
-    None: its own position, and s is t. `until` needs `first`.
+    each query sees; None means all keys up to its own position. `scale` and `cap` are those of
+    `flash_attention`. `until` (int32) holds the last key; None: the query's own position, and s is
+    t. `until` needs `first`.
     """
     (b, h, t, hd), (kv, s) = q.shape, k.shape[1:3]
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
     # cuDNN takes 258 us and our kernel 321 us for the shapes of 8B (4 x 2048 tokens); for the
     # shapes of 1B, 190 and 174 us (H100, attention-lengths-2026-11-27 in
     # scripts/bench/results.jsonl).
-    if hd == 128 and first is None and q.is_cuda and (result := _by_cudnn(q, k, v)) is not None:
+    cudnn = hd == 128 and first is None and cap is None and q.is_cuda
+    if cudnn and (result := _by_cudnn(q, k, v, scale)) is not None:
         return result
     out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
     bm, _, how = _tile("forward", q, s)
     _forward_kernel[(b * h, triton.cdiv(t, bm))](
         q, k, v, q if first is None else first, q if until is None else until, out, lse, t, s, h,
-        1 / math.sqrt(hd), q.stride(2), k.stride(2), v.stride(2),
+        *_scale_and_cap(hd, scale, cap), q.stride(2), k.stride(2), v.stride(2),
         GROUP=h // kv, D=hd, SPANS=first is not None, PART=until is not None,  # pyright: ignore
+        CAPPED=cap is not None,  # pyright: ignore
         PRECISION=precision(q.dtype), **how,  # pyright: ignore
     )  # fmt: skip
     return out.transpose(1, 2), lse
@@ -356,18 +396,20 @@ def flash_backward(
     last: Int[Tensor, "b t"] | None,
     cos: Float[Tensor, "#b t hd"] | None,
     sin: Float[Tensor, "#b t hd"] | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "b t w"]:
     """The gradients of all heads of q, then of k, then of v, side by side, in q.dtype.
 
     If cos and sin are given, q and k are already rotated, and the result holds the gradients of the
     unrotated q and k. `last` (int32) holds the last query that sees each key; it is required if
-    `first` is given.
+    `first` is given. `scale` and `cap` are those of the forward pass.
     """
     (b, h, t, hd), kv = q.shape, k.shape[1]
     grads = q.new_empty(b, t, (h + 2 * kv) * hd)
     parts = grads.split([h * hd, kv * hd, kv * hd], 2)
     spans = None if first is None else (first, last)
-    _write_gradients(parts, dout, (q, k, v, out), lse, spans, None, cos, sin)
+    _write_gradients(parts, dout, (q, k, v, out), lse, spans, None, (cos, sin), (scale, cap))
     return grads
 
 
@@ -382,16 +424,19 @@ def part_backward(
     until: Int[Tensor, "b t"],
     since: Int[Tensor, "b s"],
     last: Int[Tensor, "b s"],
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> tuple[Float[Tensor, "b t w"], Float[Tensor, "b s u"]]:
     """(gradients of all heads of q, those of k and then of v side by side), in q.dtype.
 
     All spans are int32: the first and the last key of each query, the first and the last query of
-    each key.
+    each key. `scale` and `cap` are those of the forward pass.
     """
     (b, h, t, hd), (kv, s) = q.shape, k.shape[1:3]
     dq, dkv = q.new_empty(b, t, h * hd), q.new_empty(b, s, 2 * kv * hd)
     parts = (dq, *dkv.split(kv * hd, 2))
-    _write_gradients(parts, dout, (q, k, v, out), lse, (first, last), (until, since), None, None)
+    spans, part = (first, last), (until, since)
+    _write_gradients(parts, dout, (q, k, v, out), lse, spans, part, (None, None), (scale, cap))
     return dq, dkv
 
 
@@ -402,20 +447,21 @@ def _write_gradients(
     lse: Tensor,
     spans: tuple[Tensor | None, Tensor | None] | None,
     part: tuple[Tensor, Tensor] | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
+    rope: tuple[Tensor | None, Tensor | None],
+    scale_and_cap: tuple[float | None, float | None],
 ) -> None:
     """Write dq [b, t, h hd], and dk and dv [b, s, kv hd], which have one stride of tokens."""
     q, k, v, out, dout = (_by_token(x) for x in (*kept, dout))
-    (b, h, t, hd), (kv, s), (dq, dk, dv) = q.shape, k.shape[1:3], grads
+    (b, h, t, hd), (kv, s), (dq, dk, dv), (cos, sin) = q.shape, k.shape[1:3], grads, rope
+    cap = scale_and_cap[1]
     delta = torch.empty_like(lse)
     # The kernel does not read pointers of features that are off, so q stands in for them.
     tables = (q if cos is None else cos.contiguous(), q if sin is None else sin.contiguous())
     table_row = t * hd if cos is not None and cos.shape[0] > 1 else 0
     (first, last), (until, since) = spans or (q, q), part or (q, q)
     static = dict(GROUP=h // kv, D=hd, SPANS=spans is not None, PART=part is not None)
-    static |= dict(ROPE=cos is not None, PRECISION=precision(q.dtype))
-    sizes = (t, s, h, 1 / math.sqrt(hd), q.stride(2), k.stride(2), v.stride(2))
+    static |= dict(CAPPED=cap is not None, ROPE=cos is not None, PRECISION=precision(q.dtype))
+    sizes = (t, s, h, *_scale_and_cap(hd, *scale_and_cap), q.stride(2), k.stride(2), v.stride(2))
     bm, _, how = _tile("queries", q, s)
     _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
         q, k, v, out, dout, lse, first, until, *tables, delta, dq,

@@ -56,21 +56,23 @@ def part_mask(
 # ── op and derivative ─────────────────────────────────────────────────────────────────────
 torch.library.define(
     "fastlora::part_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor until) -> (Tensor, Tensor)",
+    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor until, float? scale=None,"
+    " float? cap=None) -> (Tensor, Tensor)",
 )
 
 torch.library.define(
     "fastlora::part_attention_backward",
     "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor first,"
-    " Tensor until, Tensor since, Tensor last) -> (Tensor, Tensor)",
+    " Tensor until, Tensor since, Tensor last, float? scale=None, float? cap=None)"
+    " -> (Tensor, Tensor)",
 )
 
 
 @torch.library.impl("fastlora::part_attention", "CompositeExplicitAutograd")
-def _part_attention(*args):
+def _part_attention(q, k, v, first, until, scale=None, cap=None):
     from fastlora.ops.attention.flash_kernel import flash_forward  # noqa: PLC0415  imports triton
 
-    return flash_forward(*args)
+    return flash_forward(q, k, v, first, scale, cap, until)
 
 
 @torch.library.impl("fastlora::part_attention_backward", "CompositeExplicitAutograd")
@@ -81,22 +83,23 @@ def _part_attention_backward(*args):
 
 
 @torch.library.register_fake("fastlora::part_attention")
-def _(q, k, v, first, until):
+def _(q, k, v, first, until, scale=None, cap=None):
     b, h, t, hd = q.shape
     out = q.new_empty(b, t, h, hd).transpose(1, 2)
     return out, q.new_empty(b, h, t, dtype=torch.float32)
 
 
 @torch.library.register_fake("fastlora::part_attention_backward")
-def _(dout, q, k, v, out, lse, first, until, since, last):
+def _(dout, q, k, v, out, lse, first, until, since, last, scale=None, cap=None):
     (b, h, t, hd), (kv, s) = q.shape, k.shape[1:3]
     return q.new_empty(b, t, h * hd), q.new_empty(b, s, 2 * kv * hd)
 
 
 class _PartAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, first, until, since, last):
-        out, lse = torch.ops.fastlora.part_attention(q, k, v, first, until)
+    def forward(ctx, q, k, v, first, until, since, last, scale, cap):
+        ctx.scale_and_cap = scale, cap
+        out, lse = torch.ops.fastlora.part_attention(q, k, v, first, until, scale, cap)
         ctx.save_for_backward(q, k, v, out, lse, first, until, since, last)
         return out
 
@@ -108,11 +111,12 @@ class _PartAttention(torch.autograd.Function):
                 " fastlora.functional without context parallel, with torch.func."
             )
         kept = ctx.saved_tensors
-        dq, dkv = torch.ops.fastlora.part_attention_backward(dout, *kept)
+        how = ctx.scale_and_cap
+        dq, dkv = torch.ops.fastlora.part_attention_backward(dout, *kept, *how)
         (h, kv), hd = (x.shape[1] for x in kept[:2]), kept[0].shape[3]
         dq = dq.unflatten(2, (h, hd)).transpose(1, 2)
         dk, dv = dkv.unflatten(2, (2 * kv, hd)).transpose(1, 2).split([kv, kv], 1)
-        return dq, dk, dv, *[None] * 4
+        return dq, dk, dv, *[None] * 6
 
 
 def part_attention(
@@ -120,6 +124,8 @@ def part_attention(
     k: Float[Tensor, "b kv s hd"],
     v: Float[Tensor, "b kv s hd"],
     spans: PartSpans,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "b h t hd"]:
     """softmax(q k' / sqrt(hd)) v over each query's span of keys.
 
@@ -131,8 +137,10 @@ def part_attention(
         k: all keys, rotated; each key head serves h / kv query heads.
         v: values, with as many heads as k.
         spans: the keys that each query sees.
+        scale: factor of the scores; None: 1 / sqrt(hd).
+        cap: scores s become cap * tanh(s / cap); None: they stay.
 
     Raises:
         RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
-    return _PartAttention.apply(q, k, v, *spans)  # pyright: ignore[reportReturnType]
+    return _PartAttention.apply(q, k, v, *spans, scale, cap)  # pyright: ignore[reportReturnType]

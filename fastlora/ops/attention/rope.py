@@ -5,6 +5,30 @@ from jaxtyping import Float
 from torch import Tensor
 
 
+def in_halves(x: Float[Tensor, "*n hd"], dim: int, neighbours: bool) -> Float[Tensor, "*n hd"]:
+    """x with the dimensions of each head in the order in which `apply_rope` pairs them.
+
+    Queries and keys in the same new order have the same products, so attention does not change.
+
+        dim 4 of 8                [0 1 2 3 4 5 6 7] -> [0 1 4 5 2 3 6 7]
+        neighbours, dim 8 of 8    [0 1 2 3 4 5 6 7] -> [0 2 4 6 1 3 5 7]
+
+    Args:
+        x: queries or keys.
+        dim: RoPE rotates the first `dim` dimensions. The tables have an angle of 0 for the others.
+        neighbours: whether its pairs are dimensions 2 i and 2 i + 1, and not i and i + dim / 2.
+    """
+    rotated, rest = x[..., :dim], x[..., dim:]
+    if neighbours:
+        halves = (rotated[..., 0::2], rotated[..., 1::2])
+    elif dim < x.shape[-1]:
+        halves = rotated.chunk(2, -1)
+    else:
+        return x
+    first, second = rest.chunk(2, -1)
+    return torch.cat((halves[0], first, halves[1], second), dim=-1)
+
+
 def apply_rope(
     x: Float[Tensor, "b n t hd"], cos: Float[Tensor, "#b t hd"], sin: Float[Tensor, "#b t hd"]
 ) -> Float[Tensor, "b n t hd"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastlora.ops.attention.rope import apply_rope
 from fastlora.ops.dispatch import Kernels, use_kernel
+from fastlora.ops.soft_cap import soft_cap
 
 
 def decode_attention_reference(
@@ -29,6 +30,8 @@ def decode_attention_reference(
     v_cache: Float[Tensor, "b kv S hd"],
     lengths: Int[Tensor, "b"],
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "b h hd"]:
     """The specification: softmax in at least float32, weights rounded to v.dtype.
 
@@ -47,8 +50,9 @@ def decode_attention_reference(
     seen = index <= last[:, None]
     if window is not None:
         seen &= index > last[:, None] - window
-    scores = q.reshape(b, kv, h // kv, hd) @ k_cache.transpose(-1, -2) / math.sqrt(hd)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    scores = q.reshape(b, kv, h // kv, hd) @ k_cache.transpose(-1, -2)
+    scores = scores / math.sqrt(hd) if scale is None else scores * scale
+    scores = soft_cap(scores.to(torch.promote_types(q.dtype, torch.float32)), cap)
     weights = scores.masked_fill(~seen[:, None, None], -math.inf).softmax(-1).to(v.dtype)
     return (weights @ v_cache).reshape(b, h, hd)
 
@@ -56,7 +60,7 @@ def decode_attention_reference(
 def decode_kernel_serves(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether the kernel has this dtype and head size."""
     known = dtype in (torch.bfloat16, torch.float16, torch.float32)
-    return known and head_dim % 16 == 0 and head_dim <= 128
+    return known and head_dim % 16 == 0 and head_dim <= 256
 
 
 def decode_kernel_supports(
@@ -84,6 +88,8 @@ def decode_attention(
     v_cache: Float[Tensor, "b kv S hd"],
     lengths: Int[Tensor, "b"],
     window: int | None,
+    scale: float | None = None,
+    cap: float | None = None,
     *,
     kernels: Kernels = "auto",
 ) -> Float[Tensor, "b h hd"]:
@@ -103,12 +109,15 @@ def decode_attention(
         lengths: how many tokens each row holds already, in [0, S). A larger number counts as
             S - 1, so that a slot without a running row cannot write outside its cache.
         window: how many keys a token sees at most, including its own; None: all.
+        scale: factor of the scores; None: 1 / sqrt(hd).
+        cap: scores s become cap * tanh(s / cap); None: they stay.
         kernels: "auto": the Triton kernel on CUDA if `decode_kernel_supports` the tensors;
             "torch": the reference; "triton": the kernel, on the CPU in Triton's interpreter.
     """
     if not (use_kernel(q, kernels) and decode_kernel_supports(q, k_cache, v_cache)):
-        given = (q, k, v, cos, sin, k_cache, v_cache, lengths, window)
+        given = (q, k, v, cos, sin, k_cache, v_cache, lengths, window, scale, cap)
         return decode_attention_reference(*given)
     from fastlora.ops.decode.attention_kernel import decode_forward  # noqa: PLC0415  imports triton
 
-    return decode_forward(q, k, v, cos, sin, k_cache, v_cache, lengths, window)
+    given = (q, k, v, cos, sin, k_cache, v_cache, lengths, window)
+    return decode_forward(*given, scale=scale, cap=cap)

@@ -44,14 +44,14 @@ from fastlora.ops.dispatch import precision
 # _join_kernel we do not call it: the next kernel would then take registers and shared memory from
 # this one (8B, 32 x 2,048 tokens: 74 us instead of 68).
 @triton.jit(do_not_specialize=["window"])
-def _part_kernel(  # noqa: PLR0915  (no helpers, as in swiglu_kernel.py)
+def _part_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, as in swiglu_kernel.py)
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, lengths_ptr, parts_ptr,
     lse_ptr, out_ptr,
-    S, window, scale, q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row, cache_row,
+    S, window, scale, cap, q_row, q_head, k_row, k_head, v_row, v_head, cos_row, sin_row, cache_row,
     cache_head,
     KV: tl.constexpr, GROUP: tl.constexpr, HD: tl.constexpr, D: tl.constexpr, M: tl.constexpr,
-    ROPE: tl.constexpr, PDL: tl.constexpr, SINGLE: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, CAPPED: tl.constexpr, PDL: tl.constexpr, SINGLE: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_wait()  # pyright: ignore
@@ -86,7 +86,7 @@ def _part_kernel(  # noqa: PLR0915  (no helpers, as in swiglu_kernel.py)
     end = tl.minimum(begin + share, n)
     cache_at = row * cache_row + head * cache_head
     k_at, v_at = k_cache_ptr + cache_at + d[None, :], v_cache_ptr + cache_at + d[None, :]
-    factor = scale * 1.4426950408889634
+    factor = (cap if CAPPED else scale) * 1.4426950408889634
     best = tl.full((M,), -3e38, tl.float32)
     total = tl.zeros((M,), tl.float32)
     out = tl.zeros((M, D), tl.float32)
@@ -98,6 +98,8 @@ def _part_kernel(  # noqa: PLR0915  (no helpers, as in swiglu_kernel.py)
         k = tl.load(k_at + at, mask=there, other=0.0)
         v = tl.load(v_at + at, mask=there, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if CAPPED:  # tanh(scale * score / cap)
+            scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
         scores = tl.where(seen[None, :], scores, -float("inf"))
         better = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2((scores - better[:, None]) * factor)
@@ -112,6 +114,8 @@ def _part_kernel(  # noqa: PLR0915  (no helpers, as in swiglu_kernel.py)
         tl.store(k_cache_ptr + new_at, k_new, mask=real)
         tl.store(v_cache_ptr + new_at, v_new, mask=real)
     own = tl.sum(q.to(tl.float32) * k_new.to(tl.float32)[None, :], 1)
+    if CAPPED:
+        own = 1 - 2 / (1 + tl.exp2(own * (2.8853900817779268 * scale / cap)))
     own = tl.where(first, own, -float("inf"))
     better = tl.maximum(best, own)
     weight = tl.exp2((own - better) * factor)
@@ -223,10 +227,14 @@ def decode_forward(
     lengths: Int[Tensor, "b"],
     window: int | None,
     how: Tile | None = None,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Tensor, "b h hd"]:
     """`decode_attention` through the kernels, for tensors that `decode_kernel_supports`.
 
-    `how` replaces the tile that `tile` chooses (for tests and measurements).
+    `how` replaces the tile that `tile` chooses (for tests and measurements). `scale` and `cap` are
+    those of `decode_attention`.
     """
     (b, h, hd), (kv, S) = q.shape, k_cache.shape[1:3]
     seen = S if window is None else min(window, S)
@@ -244,10 +252,12 @@ def decode_forward(
     static |= dict(launch_pdl=True) if how.pdl else {}
     _part_kernel[(b * kv, how.splits)](
         q, k, v, cos, sin, k_cache, v_cache, lengths, parts, lse, out,
-        S, seen, 1 / math.sqrt(hd), *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        S, seen, 1 / math.sqrt(hd) if scale is None else scale, 1.0 if cap is None else cap,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         cos.stride(0), sin.stride(0), *k_cache.stride()[:2],  # pyright: ignore
         M=max(16, triton.next_power_of_2(group)), ROPE=rotates, STAGES=how.stages,  # pyright: ignore
-        SINGLE=single, PRECISION=precision(q.dtype), num_warps=how.warps, **static,  # pyright: ignore
+        CAPPED=cap is not None, SINGLE=single, PRECISION=precision(q.dtype),  # pyright: ignore
+        num_warps=how.warps, **static,  # pyright: ignore
     )  # fmt: skip
     if not single:
         _join_kernel[(b * h,)](

@@ -4,7 +4,7 @@
 Up to three matrices of one input are one product, with what surrounds them in a decoder layer:
 
     x -> RMSNorm (if `norm` is given) -> each matrix with its low-rank term, gain and bias
-      -> silu(first) * second (if `gated`) -> + residual (if given)
+      -> silu(first) * second (if `gated`; gelu if `gelu`) -> + residual (if given)
 
 The reference is the specification. decode_product runs it, or the kernels that linear_launch.py
 chooses from; prompt_product runs torch's matrix products. Nothing here has a gradient.
@@ -20,6 +20,7 @@ from fastlora.ops.dispatch import Kernels, use_kernel
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Weight, shape_of
 from fastlora.ops.rms_norm import rms_norm
+from fastlora.ops.swiglu.swiglu import gate_product
 
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
@@ -29,7 +30,8 @@ def product_reference(
     """The specification, in x.dtype: one result for each part, or one in all if gated."""
     kind = x.dtype
     if product.norm is not None:
-        x = rms_norm(x, product.norm.to(kind), product.eps)
+        narrow = product.norm.dtype == kind
+        x = rms_norm(x, product.norm, product.eps, "narrow" if narrow else "wide")
     sizes = [shape_of(w)[0] for w in product.weights]
     ys = [F.linear(x, dense(w, kind).to(kind)) for w in product.weights]
     if product.a is not None and product.b is not None:
@@ -41,7 +43,7 @@ def product_reference(
     if product.bias is not None:
         ys = [y + v.to(kind) for y, v in zip(ys, product.bias.split(sizes), strict=True)]
     if product.gated:
-        ys = [F.silu(ys[0]) * ys[1]]
+        ys = [gate_product(*ys, gelu=product.gelu)]
     return tuple(ys) if residual is None else tuple(y + residual for y in ys)
 
 
@@ -88,7 +90,10 @@ def prompt_product(
         residual: added to each result.
     """
     if product.norm is not None:
-        x = F.rms_norm(x, x.shape[-1:], product.norm, product.eps)
+        if product.norm.dtype == x.dtype:
+            x = F.rms_norm(x, x.shape[-1:], product.norm, product.eps)
+        else:
+            x = rms_norm(x, product.norm, product.eps, "wide")
     sizes = [shape_of(w)[0] for w in product.weights]
     absent = (None,) * len(sizes)
     low = absent if product.a is None else (x @ product.a.t()).chunk(len(sizes), -1)
@@ -102,7 +107,9 @@ def prompt_product(
     ys = [y if g is None else y * g for y, g in zip(ys, gains, strict=True)]
     ys = [(y if v is None else y + v).to(x.dtype) for y, v in zip(ys, biases, strict=True)]
     if product.gated:
-        ys = [F.silu(ys[0], inplace=True).mul_(ys[1])]
+        gate, up = ys
+        gate = F.gelu(gate, approximate="tanh") if product.gelu else F.silu(gate, inplace=True)
+        ys = [gate.mul_(up)]
     if residual is not None and first is None:
         ys = [y + residual for y in ys]
     return tuple(ys)

@@ -30,11 +30,13 @@ def vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     out_ptr, low_ptr, clear_ptr, eps, scaling0, scaling1, scaling2,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     A_ROWS: tl.constexpr, CLEAR: tl.constexpr, EMPTY: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     COPIES: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """One row x [K]. GATED: silu(W0 x) * (W1 x). Else W0 x, W1 x and W2 x one after the other."""
+    """One row x [K]. GATED: silu(W0 x) * (W1 x), with GELU gelu(W0 x) * (W1 x). Else W0 x, W1 x and
+    W2 x one after the other."""
     program = tl.program_id(0)
     row, k, rank = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, max(R, 1))
     STEP: tl.constexpr = 2 * BN if GATED else BN
@@ -165,7 +167,10 @@ def vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
             if GATED:
                 total_u += tl.load(bias_ptr + N0 + at + row, mask=here, other=0.0)
         if GATED:
-            total *= tl.sigmoid(total) * total_u
+            gate = total
+            if GELU:  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
+                gate = 1.5957691216057308 * (total + 0.044715 * total * total * total)
+            total *= tl.sigmoid(gate) * total_u
         if RESIDUAL:
             total += residual
         tl.store(out_ptr + at + row, total.to(out_ptr.dtype.element_ty), mask=here)
@@ -177,7 +182,8 @@ def matrix_kernel(  # noqa: C901, PLR0912, PLR0915
     out_ptr, low_ptr, clear_ptr, batch, eps, scaling0, scaling1, scaling2,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     A_ROWS: tl.constexpr, CLEAR: tl.constexpr, EMPTY: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -286,7 +292,10 @@ def matrix_kernel(  # noqa: C901, PLR0912, PLR0915
             if GATED:
                 z += tl.load(bias_ptr + N0 + at, mask=row < end - first, other=0.0)[:, None]
         if GATED:
-            y *= tl.sigmoid(y) * z
+            gate = y
+            if GELU:  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
+                gate = 1.5957691216057308 * (y + 0.044715 * y * y * y)
+            y *= tl.sigmoid(gate) * z
         out_at = batch.to(tl.int64) * before + lane.to(tl.int64) * width + (first + row)[:, None]
         if RESIDUAL:
             residual = tl.load(residual_ptr + out_at, mask=here & (lane < batch), other=0.0)

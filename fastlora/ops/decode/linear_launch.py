@@ -190,8 +190,9 @@ def _constants(
     fixed: dict[str, Any] = dict(
         K=columns, N0=n0, N1=n1, N2=n2, R=rank, A_ROWS=rank * len(sizes),
         CLEAR=cleared, EMPTY=EMPTY, NORM=product.norm is not None,
-        GATED=product.gated, GAIN=product.gain is not None, BIAS=product.bias is not None,
-        RESIDUAL=residual, BN=tile.rows, BK=bk, BC=_CLEARED, num_warps=tile.warps,
+        GATED=product.gated, GELU=product.gelu, GAIN=product.gain is not None,
+        BIAS=product.bias is not None, RESIDUAL=residual, BN=tile.rows, BK=bk, BC=_CLEARED,
+        num_warps=tile.warps,
         enable_fp_fusion=True,  # triton 3.10 has another default
     )  # fmt: skip
     if tile.registers:

@@ -32,9 +32,11 @@ def step_inputs_reference(
     embedding: Float[Tensor, "v d"],
     cos: Float[Tensor, "s hd"],
     sin: Float[Tensor, "s hd"],
+    scale: float | None = None,
 ) -> StepInputs:
     """The specification of `step_inputs`."""
-    return StepInputs(F.embedding(token, embedding), cos[lengths], sin[lengths])
+    x = F.embedding(token, embedding)
+    return StepInputs(x if scale is None else x * scale, cos[lengths], sin[lengths])
 
 
 def chosen_logprobs(logits: Float[Tensor, "b v"], token: Int[Tensor, "b"]) -> Float[Tensor, "b"]:
@@ -75,6 +77,7 @@ def step_inputs(
     embedding: Float[Tensor, "v d"],
     cos: Float[Tensor, "s hd"],
     sin: Float[Tensor, "s hd"],
+    scale: float | None = None,
     *,
     kernels: Kernels = "auto",
 ) -> StepInputs:
@@ -86,15 +89,16 @@ def step_inputs(
         embedding: in any dtype.
         cos: cosines of positions 0, 1, ...
         sin: sines of positions 0, 1, ...
+        scale: factor of the embedding, a number in its dtype; None: 1.
         kernels: "auto", "triton" or "torch", as in ops/dispatch.py. Tensors that are not contiguous
             take the reference.
     """
     adjacent = all(x.is_contiguous() for x in (token, lengths, embedding, cos, sin))
     if not (use_kernel(embedding, kernels) and adjacent):
-        return step_inputs_reference(token, lengths, embedding, cos, sin)
+        return step_inputs_reference(token, lengths, embedding, cos, sin, scale)
     from fastlora.ops.decode.next_token_kernel import launch_inputs  # noqa: PLC0415  imports triton
 
-    return StepInputs(*launch_inputs(token, lengths, embedding, cos, sin))
+    return StepInputs(*launch_inputs(token, lengths, embedding, cos, sin, scale=scale))
 
 
 @torch.no_grad()

@@ -30,7 +30,8 @@ _COPIED = 1024  # elements of an embedding row for one program
 @triton.jit
 def inputs_kernel(
     token_ptr, lengths_ptr, embedding_ptr, cos_ptr, sin_ptr, x_ptr, cos_out_ptr, sin_out_ptr,
-    d, s, HD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    d, s, scale, SCALED: tl.constexpr, HD: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A block of one row's embedding row. The first program also copies its angles."""
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -47,6 +48,8 @@ def inputs_kernel(
         tl.store(cos_out_ptr + row * HD + j, cos, mask=j < HD)
         tl.store(sin_out_ptr + row * HD + j, sin, mask=j < HD)
     x = tl.load(embedding_ptr + token * d + i, mask=i < d, other=0.0)
+    if SCALED:
+        x = (x.to(tl.float32) * scale).to(x.dtype)
     tl.store(x_ptr + row * d + i, x, mask=i < d)
 
 
@@ -140,14 +143,17 @@ def launch_inputs(
     cos: Float[Tensor, "s hd"],
     sin: Float[Tensor, "s hd"],
     pdl: bool | None = None,
+    *,
+    scale: float | None = None,
 ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "b hd"], Float[Tensor, "b hd"]]:
-    """`step_inputs` through the kernel. `pdl`: None: if the GPU can."""
+    """`step_inputs` through the kernel, with its `scale`. `pdl`: None: if the GPU can."""
     b, d, (s, hd) = len(token), embedding.shape[1], cos.shape
     x, cos_out, sin_out = embedding.new_empty(b, d), cos.new_empty(b, hd), sin.new_empty(b, hd)
     block = min(_COPIED, triton.next_power_of_2(d))
     inputs_kernel[(b, triton.cdiv(d, block))](
         token, lengths, embedding, cos, sin, x, cos_out, sin_out, d, s,
-        HD=hd, WIDTH=triton.next_power_of_2(hd), BLOCK=block, num_warps=4, **_pdl(x, pdl),
+        1.0 if scale is None else scale, SCALED=scale is not None, HD=hd,
+        WIDTH=triton.next_power_of_2(hd), BLOCK=block, num_warps=4, **_pdl(x, pdl),
     )  # fmt: skip
     return x, cos_out, sin_out
 

@@ -18,7 +18,8 @@ def packed_matrix_kernel(  # noqa: C901, PLR0912, PLR0915
     out_ptr, low_ptr, clear_ptr, batch, eps, scaling0, scaling1, scaling2,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     A_ROWS: tl.constexpr, CLEAR: tl.constexpr, EMPTY: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, ROUND: tl.constexpr, SHUFFLE: tl.constexpr,
     TABLE: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
@@ -186,7 +187,10 @@ def packed_matrix_kernel(  # noqa: C901, PLR0912, PLR0915
             if GATED:
                 z += tl.load(bias_ptr + N0 + at, mask=row < end - first, other=0.0)[:, None]
         if GATED:
-            y *= tl.sigmoid(y) * z
+            gate = y
+            if GELU:  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
+                gate = 1.5957691216057308 * (y + 0.044715 * y * y * y)
+            y *= tl.sigmoid(gate) * z
         out_at = batch.to(tl.int64) * before + lane.to(tl.int64) * width + (first + row)[:, None]
         if RESIDUAL:
             residual = tl.load(residual_ptr + out_at, mask=here & (lane < batch), other=0.0)

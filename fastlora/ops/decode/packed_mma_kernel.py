@@ -30,7 +30,8 @@ def packed_mma_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_
     out_ptr, low_ptr, clear_ptr, eps, scaling0, scaling1, scaling2,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     A_ROWS: tl.constexpr, CLEAR: tl.constexpr, EMPTY: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, COPIES: tl.constexpr,
     FILL: tl.constexpr, READ: tl.constexpr, READ_NUMBERS: tl.constexpr, READ_FLOATS: tl.constexpr,
     STEP: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr, TILES: tl.constexpr,
@@ -296,7 +297,12 @@ def packed_mma_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_
                         if GATED:
                             total_u += tl.load(bias_ptr + N0 + out_row, mask=inside, other=0.0)
                     if GATED:
-                        total *= tl.sigmoid(total) * total_u
+                        gate = total
+                        if (
+                            GELU
+                        ):  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
+                            gate = 1.5957691216057308 * (total + 0.044715 * total * total * total)
+                        total *= tl.sigmoid(gate) * total_u
                     if RESIDUAL:
                         kept = tl.load(residual_ptr + out_row, mask=inside, other=0.0)
                         total += kept.to(tl.float32)

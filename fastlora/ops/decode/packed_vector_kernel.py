@@ -24,7 +24,8 @@ def packed_vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see line
     out_ptr, low_ptr, clear_ptr, eps, scaling0, scaling1, scaling2,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     A_ROWS: tl.constexpr, CLEAR: tl.constexpr, EMPTY: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr, NESTED: tl.constexpr, DOT8: tl.constexpr, LOAD8: tl.constexpr,
     TABLE: tl.constexpr,
     COPIES: tl.constexpr,
@@ -287,7 +288,10 @@ def packed_vector_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see line
             if GATED:
                 total_u += tl.load(bias_ptr + N0 + at + row, mask=here, other=0.0)
         if GATED:
-            total *= tl.sigmoid(total) * total_u
+            gate = total
+            if GELU:  # x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x**3)) is GELU's tanh form
+                gate = 1.5957691216057308 * (total + 0.044715 * total * total * total)
+            total *= tl.sigmoid(gate) * total_u
         if RESIDUAL:
             total += residual
         tl.store(out_ptr + at + row, total.to(out_ptr.dtype.element_ty), mask=here)

@@ -53,6 +53,7 @@ class Product(NamedTuple):
     norm: Float[Tensor, "d_in"] | None  # RMSNorm's weight
     eps: float
     gated: bool
+    gelu: bool  # the gate's activation is GELU's tanh form, and not SiLU
     # A x, written by the kernel (linear_kernel.py); None without low-rank terms.
     low: Int[Tensor, "words"] | None
     # Zeros between launches: how many programs of split_kernel have added to a tile of rows; None
@@ -68,6 +69,7 @@ def prepare_product(
     norm: Float[Tensor, "d_in"] | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    gelu: bool = False,
 ) -> Product | None:
     """A product for `b` rows, or None if the kernels do not support it.
 
@@ -78,9 +80,11 @@ def prepare_product(
     Args:
         parts: one to three matrices of one input; two if gated.
         b: number of rows.
-        norm: weight of an RMSNorm before the product.
+        norm: factor of an RMSNorm before the product, in the weights' dtype. With dense weights it
+            may also be in float32; the normalised value is then multiplied before it is rounded.
         eps: of the RMSNorm.
         gated: whether the result is silu(first) * second.
+        gelu: if gated, gelu(first) * second, with the tanh form of GELU.
     """
     weights = tuple(part.weight for part in parts)
     if not (_supports(weights) and 1 <= b <= MAX_BATCH):
@@ -90,6 +94,9 @@ def prepare_product(
     if any(x.dtype != kind or x.ndim != 2 for x in factors):
         return None
     if gated and (len(parts) != 2 or shape_of(weights[0]) != shape_of(weights[1])):
+        return None
+    # The kernels of 4-bit weights read the norm in the dtype of x.
+    if norm is not None and norm.dtype != kind and not isinstance(weights[0], Tensor):
         return None
     ranks = [part.a.shape[0] for part in parts if part.a is not None]
     if max(ranks, default=0) > MAX_RANK:
@@ -107,6 +114,7 @@ def prepare_product(
         norm=norm,
         eps=eps,
         gated=gated,
+        gelu=gelu,
         low=low,
         counts=_counts(weights, b, gated),
         launches={},

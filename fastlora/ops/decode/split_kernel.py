@@ -22,7 +22,8 @@ def split_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_kerne
     out_ptr, low_ptr, clear_ptr, sums_ptr, counts_ptr, batch, eps, scaling0, scaling1, scaling2,
     K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, R: tl.constexpr,
     A_ROWS: tl.constexpr, CLEAR: tl.constexpr, EMPTY: tl.constexpr, NORM: tl.constexpr,
-    GATED: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr, GELU: tl.constexpr, GAIN: tl.constexpr, BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     BATCH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip

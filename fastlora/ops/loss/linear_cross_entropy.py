@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference, transforms_active
 from fastlora.ops.loss.ignore import IGNORE
+from fastlora.ops.soft_cap import soft_cap
 
 # Logits per chunk: 256 MiB in 16 bits. At v = 128,256 this gives 1,024 rows, whose products run at
 # 734 (forward) and 809 TFLOP/s (backward); with 512 rows they run at 671 and 771 (H100, d = 2048).
@@ -58,26 +59,44 @@ def label_logprobs_and_grad(
 
 
 def label_logprobs_and_grad_kernel(
-    logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"]
+    logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"], cap: float | None = None
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """`label_logprobs_and_grad` in one Triton kernel; overwrites the logits with the gradient."""
+    """`label_logprobs_and_grad` in one Triton kernel; overwrites the logits with the gradient.
+
+    With `cap` the log-probabilities are those of cap * tanh(logits / cap), and the derivative is by
+    the logits themselves.
+    """
     from fastlora.ops.loss.softmax_kernel import (  # noqa: PLC0415  imports triton
         logprobs_and_dlogits_,
     )
 
-    return logprobs_and_dlogits_(logits, labels, IGNORE)
+    return logprobs_and_dlogits_(logits, labels, IGNORE, cap)
 
 
 # ── frozen head ───────────────────────────────────────────────────────────────────────────
 def chunk_logprobs(
-    h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
+    h: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, "n"],
+    cap: float | None = None,
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
-    """`label_logprobs` of the logits h W' of a chunk of rows."""
-    return label_logprobs(h @ weight.t(), labels)
+    """`label_logprobs` of the logits h W' of a chunk of rows, after their soft cap."""
+    return label_logprobs(_capped(h @ weight.t(), cap), labels)
+
+
+def _capped(logits: Float[Tensor, "n v"], cap: float | None) -> Float[Tensor, "n v"]:
+    """The logits after their soft cap. With a cap they are in at least float32, and not rounded to
+    the dtype of the product again."""
+    if cap is None:
+        return logits
+    return soft_cap(logits.to(torch.promote_types(logits.dtype, torch.float32)), cap)
 
 
 def linear_logprobs_reference(
-    h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
+    h: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, "n"],
+    cap: float | None = None,
 ) -> Float[Tensor, "n"]:
     """The specification, differentiable in h and weight any number of times.
 
@@ -85,28 +104,37 @@ def linear_logprobs_reference(
     """
     rows = rows_per_chunk(weight.shape[0])
     chunks = zip(h.split(rows), labels.split(rows), strict=True)
-    return torch.cat([chunk_logprobs(x, weight, y)[0] for x, y in chunks])
+    return torch.cat([chunk_logprobs(x, weight, y, cap)[0] for x, y in chunks])
 
 
 def chunk_value_and_grad(
-    h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
+    h: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, "n"],
+    cap: float | None = None,
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
     """(log-probability of each row's label, its derivative by the row of h, in h.dtype)."""
-    logp, dlogits = label_logprobs_and_grad(h @ weight.t(), labels)
-    return logp, dlogits @ weight
+    capped = _capped(h @ weight.t(), cap)
+    logp, dlogits = label_logprobs_and_grad(capped, labels)
+    if cap is not None:  # d (cap tanh(z / cap)) / dz = 1 - tanh(z / cap)**2
+        dlogits = dlogits * (1 - (capped / cap).square())
+    return logp, dlogits.to(h.dtype) @ weight
 
 
 def chunk_value_and_grad_kernel(
-    h: Float[Tensor, "n d"], weight: Float[Tensor, "v d"], labels: Int[Tensor, "n"]
+    h: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    labels: Int[Tensor, "n"],
+    cap: float | None = None,
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n d"]]:
     """`chunk_value_and_grad` with one Triton kernel for the softmax and its gradient."""
-    logp, dlogits = label_logprobs_and_grad_kernel(h @ weight.t(), labels)
+    logp, dlogits = label_logprobs_and_grad_kernel(h @ weight.t(), labels, cap)
     return logp, dlogits @ weight
 
 
 class _LinearLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h, weight, labels, value, value_and_grad):
+    def forward(ctx, h, weight, labels, value, value_and_grad, cap):
         rows = rows_per_chunk(weight.shape[0])
         logp = h.new_empty(h.shape[0], dtype=torch.promote_types(h.dtype, torch.float32))
         # d logp_i / d h_i of each row i: [n, d] in h.dtype, all that the backward pass needs.
@@ -114,9 +142,9 @@ class _LinearLogprobs(torch.autograd.Function):
         for start in range(0, h.shape[0], rows):
             here = slice(start, start + rows)
             if unit is None:
-                logp[here] = value(h[here], weight, labels[here])[0]
+                logp[here] = value(h[here], weight, labels[here], cap)[0]
             else:
-                logp[here], unit[here] = value_and_grad(h[here], weight, labels[here])
+                logp[here], unit[here] = value_and_grad(h[here], weight, labels[here], cap)
         if unit is not None:
             ctx.save_for_backward(unit)
         return logp
@@ -130,7 +158,7 @@ class _LinearLogprobs(torch.autograd.Function):
                 "fastlora.functional with torch.func, which runs the reference."
             )
         (unit,) = ctx.saved_tensors
-        return (dlogp[:, None] * unit).to(unit.dtype), None, None, None, None
+        return (dlogp[:, None] * unit).to(unit.dtype), None, None, None, None, None
 
 
 def linear_logprobs(
@@ -139,6 +167,7 @@ def linear_logprobs(
     labels: Int[Tensor, "n"],
     value: Callable = chunk_logprobs,
     value_and_grad: Callable = chunk_value_and_grad,
+    cap: float | None = None,
 ) -> Float[Tensor, "n"]:
     """log softmax(h W')[i, labels[i]] of each row i in at least float32; 0 if the label is -100.
 
@@ -152,13 +181,14 @@ def linear_logprobs(
         labels: in [0, v), or -100.
         value: `chunk_logprobs` or its compiled form.
         value_and_grad: `chunk_value_and_grad`, its compiled form, or `chunk_value_and_grad_kernel`.
+        cap: logits z become cap * tanh(z / cap); None: they stay.
 
     Raises:
         RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     if needs_reference(weight):
-        return linear_logprobs_reference(h, weight, labels)
-    return _LinearLogprobs.apply(h, weight, labels, value, value_and_grad)  # pyright: ignore
+        return linear_logprobs_reference(h, weight, labels, cap)
+    return _LinearLogprobs.apply(h, weight, labels, value, value_and_grad, cap)  # pyright: ignore
 
 
 # ── trained head ──────────────────────────────────────────────────────────────────────────

@@ -17,7 +17,10 @@ from torch import Tensor
 
 # ── kernel: one program per row ───────────────────────────────────────────────────────────
 @triton.jit
-def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: tl.constexpr):
+def _logprob_kernel(
+    z_ptr, label_ptr, logp_ptr, V, cap, CAPPED: tl.constexpr, IGNORE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # rows * V passes 2**31 at 16,744 rows of 128,256
     z_ptr += row * V
     wide = logp_ptr.dtype.element_ty
@@ -26,11 +29,15 @@ def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: 
     # Read the label's logit now, because the second pass overwrites it. The reductions of the first
     # pass are barriers between this load and those stores.
     chosen = tl.load(z_ptr + tl.where(ignored, 0, label)).to(wide)
+    if CAPPED:  # cap * tanh(z / cap)
+        chosen = cap * (1 - 2 / (1 + tl.exp(chosen * (2 / cap))))
     top = tl.full((), float("-inf"), wide)
     total = tl.full((), 0.0, wide)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + column, mask=column < V, other=float("-inf")).to(wide)
+        if CAPPED:  # behind the last column -cap would count
+            z = tl.where(column < V, cap * (1 - 2 / (1 + tl.exp(z * (2 / cap)))), -float("inf"))
         new = tl.maximum(top, tl.max(z, 0))
         total = total * tl.exp(top - new) + tl.sum(tl.exp(z - new), 0)
         top = new
@@ -39,7 +46,11 @@ def _logprob_kernel(z_ptr, label_ptr, logp_ptr, V, IGNORE: tl.constexpr, BLOCK: 
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(z_ptr + column, mask=column < V, other=float("-inf")).to(wide)
-        dz = tl.where(column == label, 1.0, 0.0) - tl.exp(z - lse)
+        slope = 1.0
+        if CAPPED:
+            tanh = 1 - 2 / (1 + tl.exp(z * (2 / cap)))
+            z, slope = cap * tanh, 1 - tanh * tanh
+        dz = (tl.where(column == label, 1.0, 0.0) - tl.exp(z - lse)) * slope
         dz = tl.where(ignored, 0.0, dz)
         tl.store(z_ptr + column, dz.to(z_ptr.dtype.element_ty), mask=column < V)
 
@@ -58,7 +69,7 @@ def block_and_warps(vocab_size: int) -> tuple[int, int]:
 
 
 def logprobs_and_dlogits_(
-    logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"], ignore: int
+    logits: Float[Tensor, "n v"], labels: Int[Tensor, "n"], ignore: int, cap: float | None = None
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n v"]]:
     """(log-probabilities in at least float32, d logp / d logits in the logits' dtype).
 
@@ -68,9 +79,13 @@ def logprobs_and_dlogits_(
         logits: contiguous; overwritten.
         labels: in [0, v), or `ignore`.
         ignore: the label of rows to skip.
+        cap: the log-probabilities are those of cap * tanh(logits / cap); None: of the logits.
     """
     n, v = logits.shape
     logp = logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32))
     block, warps = block_and_warps(v)
-    _logprob_kernel[(n,)](logits, labels, logp, v, ignore, BLOCK=block, num_warps=warps)  # pyright: ignore
+    _logprob_kernel[(n,)](
+        logits, labels, logp, v, 1.0 if cap is None else cap,
+        CAPPED=cap is not None, IGNORE=ignore, BLOCK=block, num_warps=warps,  # pyright: ignore
+    )  # fmt: skip
     return logp, logits

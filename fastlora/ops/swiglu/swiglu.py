@@ -1,5 +1,5 @@
 """SwiGLU over adapted gate and up: h = silu(g + s_g xA_g B_g') * (u + s_u xA_u B_u'), and h A' for
-the down projection's LoRA.
+the down projection's LoRA. With gelu=True it is GeGLU: the tanh form of GELU takes SiLU's place.
 
 Here g and u are the base products of the gate and up projections, and xA_g and xA_u are their
 inputs times A' (Shazeer 2020, arXiv:2002.05202; Hu et al. 2021, arXiv:2106.09685). With DoRA each
@@ -17,6 +17,13 @@ from torch import Tensor
 from fastlora.ops.dispatch import rank_tile
 
 
+def gate_product(
+    gate: Float[Tensor, "*n f"], up: Float[Tensor, "*n f"], *, gelu: bool
+) -> Float[Tensor, "*n f"]:
+    """silu(gate) * up, or gelu(gate) * up with the tanh form of GELU."""
+    return (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
+
+
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
 def lora_swiglu_reference(
     g: Float[Tensor, "*n f"],
@@ -29,13 +36,14 @@ def lora_swiglu_reference(
     gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
+    gelu: bool = False,
 ) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
     """(h, h A' or None), differentiable in every tensor any number of times."""
     gate = g + scaling_g * F.linear(gate_x_a, b_g)
     up = u + scaling_u * F.linear(up_x_a, b_u)
     if gains is not None:
         gate, up = (gains[0] * gate).to(g.dtype), (gains[1] * up).to(u.dtype)
-    h = F.silu(gate) * up
+    h = gate_product(gate, up, gelu=gelu)
     return h, None if a is None else F.linear(h, a)
 
 
@@ -47,13 +55,13 @@ def lora_swiglu_reference(
 torch.library.define(
     "fastlora::lora_swiglu",
     "(Tensor g, Tensor u, Tensor gate_x_a, Tensor up_x_a, Tensor b_g, Tensor b_u, Tensor? gains,"
-    " float scaling_g, float scaling_u) -> Tensor",
+    " float scaling_g, float scaling_u, bool gelu=False) -> Tensor",
 )
 
 torch.library.define(
     "fastlora::lora_swiglu_backward",
     "(Tensor(a!) dh, Tensor? dh_a, Tensor? a, Tensor g, Tensor u, Tensor gate_x_a, Tensor up_x_a,"
-    " Tensor b_g, Tensor b_u, Tensor? gains, float scaling_g, float scaling_u)"
+    " Tensor b_g, Tensor b_u, Tensor? gains, float scaling_g, float scaling_u, bool gelu=False)"
     " -> (Tensor, Tensor, Tensor)",
 )
 
@@ -73,12 +81,12 @@ def _lora_swiglu_backward(*args):
 
 
 @torch.library.register_fake("fastlora::lora_swiglu")
-def _(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u):
+def _(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu=False):
     return torch.empty_like(g)
 
 
 @torch.library.register_fake("fastlora::lora_swiglu_backward")
-def _(dh, dh_a, a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u):
+def _(dh, dh_a, a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu=False):
     ranks = [gate_x_a.shape[1], up_x_a.shape[1], 0 if a is None else a.shape[0]]
     sums = g.new_empty((3, g.shape[1], rank_tile(*ranks)), dtype=torch.float32)
     return torch.empty_like(u), sums, sums.new_empty((2, g.shape[1]))
@@ -86,12 +94,12 @@ def _(dh, dh_a, a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u
 
 class _LoRASwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, g, u, gate_x_a, up_x_a, b_g, b_u, a, gains, scaling_g, scaling_u):
+    def forward(ctx, g, u, gate_x_a, up_x_a, b_g, b_u, a, gains, scaling_g, scaling_u, gelu):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, u, gate_x_a, up_x_a, b_g, b_u, a, gains)
-        ctx.scalings = scaling_g, scaling_u
+        ctx.scalings, ctx.gelu = (scaling_g, scaling_u), gelu
         op = torch.ops.fastlora.lora_swiglu
-        h = op(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u)
+        h = op(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu)
         return h, None if a is None else torch.mm(h, a.t())
 
     @staticmethod
@@ -111,7 +119,7 @@ class _LoRASwiGLU(torch.autograd.Function):
         dg = dg.contiguous() if tracing else dg.clone(memory_format=torch.contiguous_format)
         used_a = None if dh_a is None else a
         du, sums, dgains = torch.ops.fastlora.lora_swiglu_backward(
-            dg, dh_a, used_a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, *ctx.scalings
+            dg, dh_a, used_a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, *ctx.scalings, ctx.gelu
         )
         part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
         dgate_x_a, dup_x_a = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
@@ -120,7 +128,7 @@ class _LoRASwiGLU(torch.autograd.Function):
         db_g, db_u = db_g.contiguous(), db_u.contiguous()
         da = None if dh_a is None else part(2, a.shape[0], a).t().contiguous()
         dgains = None if gains is None else dgains
-        return dg, du, dgate_x_a, dup_x_a, db_g, db_u, da, dgains, None, None
+        return dg, du, dgate_x_a, dup_x_a, db_g, db_u, da, dgains, None, None, None
 
 
 # ── 3. public functions ───────────────────────────────────────────────────────────────────
@@ -146,6 +154,8 @@ def lora_swiglu(
     gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
+    *,
+    gelu: bool = False,
 ) -> tuple[Float[Tensor, "*n f"], Float[Tensor, "*n r_a"] | None]:
     """(h, h A' or None), in g.dtype. Runs a Triton kernel. All inputs but `gains` have g.dtype.
 
@@ -161,13 +171,15 @@ def lora_swiglu(
         gains: DoRA's m / n of gate and of up, in float32; None without DoRA.
         scaling_g: factor of gate's low-rank term (alpha / r).
         scaling_u: factor of up's low-rank term.
+        gelu: the gate's activation is GELU's tanh form, and not SiLU.
 
     Raises:
         RuntimeError: in the backward pass, if it is run with create_graph=True.
     """
     flat = lambda x: x.reshape(-1, x.shape[-1])
+    x_a = flat(gate_x_a), flat(up_x_a)
     h, h_a = _LoRASwiGLU.apply(  # pyright: ignore
-        flat(g), flat(u), flat(gate_x_a), flat(up_x_a), b_g, b_u, a, gains, scaling_g, scaling_u
+        flat(g), flat(u), *x_a, b_g, b_u, a, gains, scaling_g, scaling_u, gelu
     )
     n = g.shape[:-1]
     return h.view(*n, -1), None if h_a is None else h_a.view(*n, -1)

@@ -24,8 +24,8 @@ from fastlora.ops.dispatch import precision, rank_tile
 def _swiglu_kernel(
     g_ptr, u_ptr, gate_x_a_ptr, up_x_a_ptr, b_g_ptr, b_u_ptr, gains_ptr, h_ptr,
     n, f, r_g, r_u, stride_gate_x_a, stride_up_x_a, scaling_g, scaling_u,
-    HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_GAINS: tl.constexpr, GELU: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
     column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
@@ -46,17 +46,21 @@ def _swiglu_kernel(
     if HAS_GAINS:
         g *= tl.load(gains_ptr + column, mask=column < f, other=0.0)
         u *= tl.load(gains_ptr + f + column, mask=column < f, other=0.0)
-    h = g * tl.sigmoid(g) * u
+    # h = g sigmoid(z) u: SiLU, or GELU's tanh form with z = 2 sqrt(2 / pi) (g + 0.044715 g**3)
+    z = g
+    if GELU:
+        z = 1.5957691216057308 * (g + 0.044715 * g * g * g)
+    h = g * tl.sigmoid(z) * u
     tl.store(h_ptr + at, h.to(h_ptr.dtype.element_ty), mask=here)
 
 
 @triton.jit
-def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
+def _swiglu_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
     dh_ptr, dh_a_ptr, a_ptr, g_ptr, u_ptr, gate_x_a_ptr, up_x_a_ptr, b_g_ptr, b_u_ptr, gains_ptr,
     du_ptr, sums_ptr, dgains_ptr,
     n, f, r_g, r_u, r_a, stride_dh_a, stride_gate_x_a, stride_up_x_a, scaling_g, scaling_u, chunk,
-    HAS_A: tl.constexpr, HAS_GAINS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_A: tl.constexpr, HAS_GAINS: tl.constexpr, GELU: tl.constexpr, R: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     number = tl.program_id(0) * BN + tl.arange(0, BN)
     column, k, k_t = number[None, :], tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
@@ -95,8 +99,13 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0915  (no helpers, see above)
         if HAS_GAINS:  # the gains' gradients below need the sums without the gains
             sum_g, sum_u = g, u
             g, u = g * gain_g, u * gain_u
-        sigmoid = tl.sigmoid(g)
-        dg = dh * u * sigmoid * (1 + g * (1 - sigmoid))
+        if GELU:
+            sigmoid = tl.sigmoid(1.5957691216057308 * (g + 0.044715 * g * g * g))
+            slope = 1.5957691216057308 * (1 + 0.134145 * g * g)  # dz / dg
+            dg = dh * u * sigmoid * (1 + g * (1 - sigmoid) * slope)
+        else:
+            sigmoid = tl.sigmoid(g)
+            dg = dh * u * sigmoid * (1 + g * (1 - sigmoid))
         du = dh * g * sigmoid
         if HAS_GAINS:
             dgain_g += tl.sum(dg * sum_g, 0)
@@ -146,10 +155,12 @@ def swiglu(
     gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
+    gelu: bool = False,
 ) -> Float[Tensor, "n f"]:
     """silu(g + s_g xA_g B_g') * (u + s_u xA_u B_u') in g.dtype, computed in float32.
 
-    If `gains` (float32) is given, each of the two sums is multiplied with its gain.
+    If `gains` (float32) is given, each of the two sums is multiplied with its gain. With `gelu` the
+    tanh form of GELU takes SiLU's place.
     """
     (n, f), (bm, bn, warps) = g.shape, _FORWARD
     h, r_g, r_u = torch.empty_like(g), gate_x_a.shape[1], up_x_a.shape[1]
@@ -157,7 +168,7 @@ def swiglu(
         g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(),
         g if gains is None else gains, h,
         n, f, r_g, r_u, gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u,
-        HAS_GAINS=gains is not None, R=rank_tile(r_g, r_u), BM=bm, BN=bn,  # pyright: ignore
+        HAS_GAINS=gains is not None, GELU=gelu, R=rank_tile(r_g, r_u), BM=bm, BN=bn,  # pyright: ignore
         PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return h
@@ -176,6 +187,7 @@ def swiglu_backward_(
     gains: Float[Tensor, "2 f"] | None,
     scaling_g: float,
     scaling_u: float,
+    gelu: bool = False,
 ) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"], Float[Tensor, "2 f"]]:
     """(du, sums, dgains); overwrites dh, which must be contiguous, with dg.
 
@@ -202,7 +214,7 @@ def swiglu_backward_(
         du, sums, dgains,
         n, f, r_g, r_u, r_a, 0 if dh_a is None else dh_a.stride(0),
         gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u, chunk,
-        HAS_A=a is not None, HAS_GAINS=given, R=r, BM=bm, BN=bn, STAGES=stages,  # pyright: ignore
+        HAS_A=a is not None, HAS_GAINS=given, GELU=gelu, R=r, BM=bm, BN=bn, STAGES=stages,  # pyright: ignore
         PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return du, sums.sum(0), dgains.sum(0)

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.models.levels import kept_elements, layer_levels, mlp_chunks, offload_levels
-from fastlora.models.names import EDGE_WEIGHTS
-from fastlora.models.params import is_quantized
+from fastlora.models.names import EDGE_WEIGHTS, linear_names
+from fastlora.models.params import GATE_UP, is_quantized
 from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
@@ -152,4 +152,5 @@ def _swiglu_is_fused(model: ModelState) -> bool:
         return False
     ranks = [{t.name: t.r for t in targets} for targets in lora.targets]
     fits = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
-    return all(fits(r.get("gate_proj")) and fits(r.get("up_proj")) for r in ranks)
+    names = [n for n in linear_names(model.spec.config) if n in GATE_UP]
+    return all(fits(r.get(name)) for r in ranks for name in names)

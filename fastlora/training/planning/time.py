@@ -4,8 +4,8 @@ Time is the sum of three quotients: operations of matrix products, operations of
 bytes that all other code reads and writes, each divided by its rate.
 """
 
-from fastlora.models.names import projection_shape
-from fastlora.models.params import PROJECTIONS, is_quantized
+from fastlora.models.names import linear_names, projection_shape
+from fastlora.models.params import LINEARS, is_quantized
 from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState
 from fastlora.training.planning.memory import levels_of
@@ -23,10 +23,10 @@ def step_seconds(
     H200."""
     config, tokens = model.spec.config, batch_size * seq_length
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    sizes = {name: _numel(projection_shape(config, name)) for name in PROJECTIONS}
+    sizes = {name: _numel(projection_shape(config, name)) for name in linear_names(config)}
     q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
-    attention_weights = sum(n for name, n in sizes.items() if PROJECTIONS[name] == "self_attn")
-    gate_up, all_weights = sizes["gate_proj"] + sizes["up_proj"], sum(sizes.values())
+    attention_weights = sum(n for name, n in sizes.items() if LINEARS[name] == "self_attn")
+    gate_up, all_weights = 2 * f * d, sum(sizes.values())
     attention = 2 * seq_length * q  # operations per token and forward pass: half of the square
 
     # Per token, except dequantised, which is per step. The head: two products and the logits.
@@ -63,7 +63,7 @@ def forward_seconds(model: ModelState, batch_size: int, seq_length: int) -> floa
     """Seconds of all layers' forward passes, which the transfers of a sharded base hide behind."""
     config, tokens = model.spec.config, batch_size * seq_length
     item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    weights = sum(_numel(projection_shape(config, name)) for name in PROJECTIONS)
+    weights = sum(_numel(projection_shape(config, name)) for name in linear_names(config))
     q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
     # A third of what `step_seconds` counts elementwise for forward and backward pass.
     moved = tokens * (4 * d + 4 / 3 * (q + kv) + 11 / 3 * f) * item
