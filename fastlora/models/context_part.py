@@ -86,7 +86,7 @@ def context_part(
 def context_problems(
     adapter: Any, context: Any, adapter_ids: Any, add: Any, inputs_embeds: Any
 ) -> list[str]:
-    """What a call with `context` does not support, by name."""
+    """The arguments that a call with `context` does not support, by name."""
     if not isinstance(context, ContextGroup):
         return [f"context={describe(context)}: expected the result of fastlora.context_group"]
     stacked = not isinstance(adapter, PerExample) and stack_size(adapter) is not None

@@ -82,7 +82,7 @@ def row_logprobs(
 def part_logprobs(
     adapter: Adapter | None, base: Base, spec: Spec, part: ContextPart, seed: Seed
 ) -> Float[Tensor, "b t"]:
-    """Log-probabilities of the labels that follow this rank's tokens; 0 where there is none.
+    """Log-probabilities of the labels that follow this rank's tokens; 0 without a label.
 
     The arguments are those of `row_logprobs`, with `part` in place of the inputs.
     """
