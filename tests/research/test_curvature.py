@@ -87,7 +87,7 @@ def fixed_norms(monkeypatch) -> Callable[[], None]:
             norms[key] = row_norms(weight, *rest)
         return norms[key]
 
-    return lambda: monkeypatch.setattr("fastlora.models.projections.row_norms", fixed)
+    return lambda: monkeypatch.setattr("fastlora.models.dora_products.row_norms", fixed)
 
 
 @pytest.mark.parametrize("name", ["dropout", "DoRA", "experts", "NF4"])
