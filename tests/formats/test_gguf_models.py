@@ -1,10 +1,13 @@
 """GGUF files of every family. Oracle: llama.cpp, in xllamacpp."""
 
+from dataclasses import replace
+
 import gguf
 import pytest
 
 import fastlora
 from fastlora.formats.gguf import verify
+from fastlora.models.families.registry import family_of
 from oracles.checkpoints import FAMILIES
 from oracles.gguf_models import adapted, model_of, tokenizer_of
 from oracles.trees import token_ids
@@ -13,7 +16,6 @@ from oracles.wrapped import make_wrapped
 REFUSED = {
     "dynamic": "rope_type 'dynamic'",
     "qwen3_moe_mixed": "layers without experts",
-    "granite4": "no architecture for model_type 'granitemoehybrid'",
 }
 
 
@@ -77,6 +79,7 @@ TWO_ROPES = {
         ("qwen3", dict(rope_parameters=YARN | dict(attention_factor=1.3))),
         ("smollm3", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=4.0))),
         ("mistral", dict(rope_parameters=LLAMA3)),
+        ("granite4", dict(rope_parameters=LLAMA3, attention_bias=True)),
     ],
 )
 def test_scaled_rope(family, config, tokenizer, tmp_path):
@@ -92,6 +95,7 @@ def test_scaled_rope(family, config, tokenizer, tmp_path):
         ("qwen3", dict(alpha_pattern={"q_proj": 3.0}, target_modules=("q_proj", "lm_head"))),
         ("llama2", dict(init_lora_weights="pissa", layers_to_transform=[1])),
         ("mixtral", dict(rank_pattern={"experts.down_proj": 2}, lora_alpha=5)),
+        ("granite4", dict(rank_pattern={"input_linear": 7}, init_lora_weights="pissa")),
     ],
 )
 def test_every_scaling_of_an_adapter_is_in_its_file(family, settings, tokenizer, tmp_path):
@@ -125,6 +129,19 @@ def test_models_that_llama_cpp_computes_otherwise_are_refused(
         model.save_gguf(tmp_path / "m.gguf", tokenizer)
     with pytest.raises(ValueError, match=message):
         adapted(model).save_gguf_adapter(tmp_path / "a.gguf")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_families_without_an_architecture_are_refused(tokenizer, tmp_path, monkeypatch):
+    without = lambda config: replace(family_of(config), gguf=None)
+    monkeypatch.setattr("fastlora.formats.gguf.metadata.family_of", without)
+    model = model_of("llama2", tmp_path / "base", len(tokenizer))
+    for save in (
+        lambda: model.save_gguf(tmp_path / "m.gguf", tokenizer),
+        lambda: adapted(model).save_gguf_adapter(tmp_path / "a.gguf"),
+    ):
+        with pytest.raises(ValueError, match="no architecture for model_type 'llama'"):
+            save()
     assert not list(tmp_path.glob("*.gguf"))
 
 

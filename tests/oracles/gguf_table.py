@@ -16,8 +16,10 @@ DTYPES = ("f32", "bf16", "f16", "q8_0", "q4_0")
 # Rows that fill blocks of 32, so that all matrices are quantised.
 SIZES = dict(hidden_size=96, intermediate_size=96)
 MIXTURE = dict(moe_intermediate_size=32)
-# Families whose heads fill hidden_size, or whose lists of factors have the length for their heads.
-NARROW = {name: dict(hidden_size=32) for name in ("helium", "phi4_mini")}
+# Families whose heads fill hidden_size, or whose lists of factors have the length for their heads,
+# and one with another name for intermediate_size.
+OWN = {name: dict(hidden_size=32) for name in ("helium", "phi4_mini")}
+OWN["granite4"] = dict(shared_intermediate_size=96)
 
 
 def main() -> None:
@@ -34,7 +36,7 @@ def row(family: str, folder: Path) -> list[str]:
     """The cells of a family; one that says why, if llama.cpp does not compute it."""
     tokenizer = tokenizer_of(folder / "tokenizer")
     sizes = SIZES | (MIXTURE if family.startswith("qwen3_moe") else {})
-    sizes |= NARROW.get(family, {})
+    sizes |= OWN.get(family, {})
     model = adapted(model_of(family, folder / "base", len(tokenizer), **sizes))
     try:
         merged = [

@@ -20,7 +20,13 @@ from fastlora.formats.gguf.output import check_one_adapter, output_file
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.report import GGUFReport, Verification
 from fastlora.formats.gguf.sentencepiece import GGML_MODEL
-from fastlora.formats.gguf.tensors import FileTensor, expert_parts, file_names, file_rows
+from fastlora.formats.gguf.tensors import (
+    FileTensor,
+    expert_parts,
+    file_names,
+    file_rows,
+    row_parts,
+)
 from fastlora.formats.gguf.verify import verify_adapter
 from fastlora.formats.gguf.write import write_gguf
 from fastlora.models.config import LlamaConfig
@@ -145,7 +151,8 @@ def _tensors(
                 continue
             name = f"{projection_path(i, target.name)}.weight"
             b = file_rows(config, gguf, name, record.b * folded)
-            yield from _pair(in_file(name), record.a, b)
+            for part, rows in row_parts(gguf, name, len(b)):
+                yield from _pair(in_file(part), record.a, b[rows])
     if (head := lora.extras.lm_head) is not None:
         record = adapter.get("lm_head")
         assert isinstance(record, LoRA), record

@@ -110,7 +110,7 @@ def model_tensors(model: ModelState) -> tuple[list[FileTensor], Metadata]:
     config, tensors, merged = merged_tensors(model, wide)
     gguf = architecture(config)
 
-    # Experts' gates and ups come from one tensor, one after the other.
+    # Gates and ups, of experts and of some MLPs, come from one tensor, one after the other.
     @lru_cache(maxsize=1)
     def compute(name: str) -> Tensor:
         return merged[name]() if name in merged else tensors[name]

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file: their names, the order of rows, and experts in parts."""
+"""The tensors of a GGUF file: their names, the order of rows, and matrices in parts."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -50,14 +50,14 @@ def file_tensors(
         compute: name on disk -> the tensor.
     """
     name_in_file = file_names(config, gguf)
+    in_file_order = lambda name: file_rows(config, gguf, name, compute(name))
     for name, shape in base_tensors(config).items():
         if name.endswith(EXPERTS):
             yield from _expert_tensors(config, name, name_in_file, compute)
             continue
-        rows = lambda x, name=name: file_rows(config, gguf, name, x)
-        yield FileTensor(
-            name_in_file(name), shape, lambda name=name, rows=rows: rows(compute(name))
-        )
+        for part, rows in row_parts(gguf, name, shape[0]):
+            computed = lambda name=name, rows=rows: in_file_order(name)[rows]
+            yield FileTensor(name_in_file(part), (rows.stop - rows.start, *shape[1:]), computed)
 
 
 def _expert_tensors(
@@ -95,6 +95,32 @@ def file_rows(
     assert gguf.rope_of_neighbours, f"{gguf.arch} does not turn neighbours, but {name} needs it"
     halves = x.unflatten(0, (-1, 2, config.head_dim // 2))
     return halves.transpose(1, 2).flatten(0, 2)
+
+
+def row_parts(gguf: GGUF, name: str, d_out: int) -> list[tuple[str, slice]]:
+    """The tensors of the file that one tensor of the model becomes; of most it is one.
+
+    "model.layers.3.shared_mlp.input_linear.weight" with 2 f rows of Granite 4
+    ->  [("model.layers.3.mlp.gate_proj.weight", slice(0, f)),
+         ("model.layers.3.mlp.up_proj.weight", slice(f, 2 * f))]
+
+    Args:
+        gguf: the model's architecture.
+        name: on disk.
+        d_out: rows of the tensor.
+
+    Returns:
+        (a name on disk, which has a name in the file; rows).
+    """
+    *prefix, module, kind = name.split(".")
+    parts = dict(gguf.parts).get(module)
+    if parts is None:
+        return [(name, slice(0, d_out))]
+    layer, rows = int(prefix[2]), d_out // len(parts)
+    return [
+        (f"{projection_path(layer, part)}.{kind}", slice(i * rows, (i + 1) * rows))
+        for i, part in enumerate(parts)
+    ]
 
 
 def _is_rotated(name: str) -> bool:

@@ -92,6 +92,8 @@ class GGUF(NamedTuple):
     sliding_theta: float | None = None
     head_cap: bool = False  # it caps logits; with `score_cap` also scores, and then always both
     score_cap: bool = False
+    # (a projection, the projections whose names its rows get in the file, in equal parts).
+    parts: tuple[tuple[str, tuple[str, ...]], ...] = ()
     # With so many layers its scores are scaled by hidden_size / num_attention_heads, else by
     # head_dim. None: always by head_dim.
     scaled_by_width: int | None = None

@@ -3,7 +3,7 @@
 Its model_type, granitemoehybrid, also has mixtures of experts and Mamba layers, which are refused.
 """
 
-from fastlora.models.families.family import ALL_ROPE, Family, TokenizerClass
+from fastlora.models.families.family import ALL_ROPE, GGUF, QKV_BIASES, Family, TokenizerClass
 
 GRANITE4 = Family(
     name="granitemoehybrid",
@@ -36,4 +36,13 @@ GRANITE4 = Family(
     shared_mlp=True,
     tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
     peft_has_default=False,
+    # Without Mamba layers and experts llama.cpp's converter writes it as Granite 3, too.
+    gguf=GGUF(
+        "granite",
+        rope_of_neighbours=True,
+        rope_factors=True,
+        biases=(*QKV_BIASES, "o_proj"),
+        multipliers=True,
+        parts=(("input_linear", ("gate_proj", "up_proj")), ("output_linear", ("down_proj",))),
+    ),
 )
