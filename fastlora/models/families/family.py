@@ -138,9 +138,8 @@ class Family:
     rope_type_names: tuple[tuple[str, str], ...] = ()  # (a name of its files, ours)
     # One linear layer, qkv_proj, for q, k and v, and one, gate_up_proj, for gate and up.
     fused_projections: bool = False
-    shared_mlp: bool = (
-        False  # its MLP is shared_mlp.input_linear, for gate and up, and output_linear
-    )
+    # Its MLP is shared_mlp.input_linear, for gate and up, and shared_mlp.output_linear.
+    shared_mlp: bool = False
     only: tuple[tuple[str, Any], ...] = ()  # (field, the only supported value)
     layer_type_names: tuple[tuple[str, str], ...] = ()  # (a name of its files, ours)
     # True: the sliding window belongs to the layers without RoPE. False: to the layers from
