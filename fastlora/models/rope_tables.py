@@ -57,17 +57,11 @@ def rope_tables(
     # In bfloat16 an angle at position 1,000 would be off by up to 4 radians.
     angles = position_ids.to(wide)[..., None] * frequencies
     cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
-    # Dimensions that are not rotated (ops/attention/rope.in_halves).
-    still = (0, (config.head_dim - config.rope_dim) // 2)
-    cos, sin = F.pad(cos, still, value=1.0), F.pad(sin, still)
+    if config.rope_dim < config.head_dim:  # some are not rotated (ops/attention/rope.in_halves)
+        still = (0, (config.head_dim - config.rope_dim) // 2)
+        cos, sin = F.pad(cos, still, value=1.0), F.pad(sin, still)
     # Hugging Face's layout: dimension i is rotated together with dimension i + hd / 2.
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((sin, sin), dim=-1).to(dtype)
-
-
-def depends_on_length(config: LlamaConfig) -> bool:
-    """Whether a position's angles depend on the length of its sequence."""
-    types = {layer_rope(config, x).rope_type for x in config.layer_types}
-    return not types.isdisjoint(("dynamic", "longrope"))
 
 
 def longrope_length(config: LlamaConfig) -> int | None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.models.rope_tables import depends_on_length
+from fastlora.models.config import LlamaConfig
+from fastlora.models.rope_tables import layer_rope
 from oracles.pairs import Pair
 from oracles.trees import token_ids
 
@@ -24,6 +25,12 @@ def difference(ours: Tensor, theirs: Tensor) -> float:
 def prompts(pair: Pair, t: int) -> float:
     ids = token_ids(2, t, vocab_size=96)
     return difference(pair.model(ids), pair.theirs(ids))
+
+
+def depends_on_length(config: LlamaConfig) -> bool:
+    """Whether a position's angles depend on the length of its sequence."""
+    types = {layer_rope(config, x).rope_type for x in config.layer_types}
+    return not types.isdisjoint(("dynamic", "longrope"))
 
 
 def padding(side: str, t: int = 24) -> Tensor:

@@ -1,22 +1,13 @@
 """Ministral (8B-2410): Mistral whose layers may have different windows."""
 
-from fastlora.models.families.family import (
-    ALL_ROPE,
-    GGUF,
-    NO_BIAS,
-    ONE_WINDOW,
-    Family,
-    TokenizerClass,
-)
+from dataclasses import replace
 
-MINISTRAL = Family(
+from fastlora.models.families.mistral import MISTRAL
+
+MINISTRAL = replace(
+    MISTRAL,
     name="ministral",
     models="Ministral 8B (2410)",
-    defaults=dict(
-        num_key_value_heads=8, max_position_embeddings=131072, bos_token_id=1, eos_token_id=2
-    ),
-    fixed={**ALL_ROPE, **NO_BIAS, **ONE_WINDOW},
-    tokenizer_class=TokenizerClass("PreTrainedTokenizerFast", ignores_declared=True),
+    same_layer_types=False,
     peft_has_default=False,
-    gguf=GGUF("llama", rope_of_neighbours=True, rope_factors=True),
 )
