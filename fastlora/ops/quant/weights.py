@@ -21,6 +21,8 @@ BLOCK = 64  # values per absmax; the choice of QLoRA and PEFT
 
 NESTED_BLOCK = 256  # absmax values per nested scale
 
+LARGEST_E4M3 = 448.0  # the largest finite number of torch.float8_e4m3fn
+
 
 # The 16 levels of bitsandbytes 0.50.2. Its kernels support only these.
 LEVELS = {

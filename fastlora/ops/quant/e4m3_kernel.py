@@ -1,0 +1,111 @@
+"""Triton kernels that quantise rows to e4m3 and transpose matrices of bytes."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from fastlora.ops.quant.weights import LARGEST_E4M3
+
+# ── kernels ───────────────────────────────────────────────────────────────────────────────
+
+
+# One program for each row, which it walks through twice. It reads the row from memory once: at the
+# second time the row comes from the L2 cache.
+@triton.jit
+def _quantize_rows_kernel(
+    ys, strides, widths, factors_ptr, out_ptr, scale_ptr, stride_out,
+    HAS_FACTORS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    first = 0
+    for i in tl.static_range(len(ys)):
+        for start in range(0, widths[i], BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            here = column < widths[i]
+            y = tl.load(
+                ys[i] + row * strides[i] + column,
+                mask=here,
+                other=0.0,
+                eviction_policy="evict_last",
+            ).to(tl.float32)
+            if HAS_FACTORS:
+                y *= tl.load(factors_ptr + first + column, mask=here, other=0.0).to(tl.float32)
+            largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
+        first += widths[i]
+    # A row of zeros gets the smallest scale, and its values stay zeros.
+    amax = tl.maximum(tl.max(largest, 0), 1e-30, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(scale_ptr + row, amax / LARGEST)
+    inverse = LARGEST / amax
+    first = 0
+    for i in tl.static_range(len(ys)):
+        for start in range(0, widths[i], BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            here = column < widths[i]
+            y = tl.load(
+                ys[i] + row * strides[i] + column,
+                mask=here,
+                other=0.0,
+                eviction_policy="evict_first",
+            ).to(tl.float32)
+            if HAS_FACTORS:
+                y *= tl.load(factors_ptr + first + column, mask=here, other=0.0).to(tl.float32)
+            at = out_ptr + row * stride_out + first + column
+            tl.store(at, (y * inverse).to(out_ptr.dtype.element_ty), mask=here)
+        first += widths[i]
+
+
+@triton.jit
+def _transpose_kernel(
+    x_ptr, out_ptr, rows, columns, stride_out, BM: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(1) * BM + tl.arange(0, BM)
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    at = row[:, None].to(tl.int64) * columns + column[None, :]
+    x = tl.load(x_ptr + at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0)
+    at = column[:, None].to(tl.int64) * stride_out + row[None, :]
+    here = (column < columns)[:, None] & (row < rows)[None, :]
+    tl.store(out_ptr + at, tl.trans(x), mask=here)
+
+
+# ── launchers ─────────────────────────────────────────────────────────────────────────────
+# Columns of an iteration, warps.
+_ROWS_TILE = (4096, 8)
+
+# Rows, columns, warps.
+_TRANSPOSE_TILE = (128, 128, 8)
+
+
+def quantize_rows(
+    ys: Sequence[Float[Tensor, "n _"]],
+    factors: Float[Tensor, "d"] | None,
+    dtype: torch.dtype = torch.float8_e4m3fn,
+    tile: tuple[int, int] = _ROWS_TILE,
+) -> tuple[Tensor, Float[Tensor, "n"]]:
+    """(values [n, d], a scale for each row) of the ys side by side, times one factor per column.
+
+    The ys are [n, d_i] with adjacent columns; their rows may be apart. `dtype` is for tests.
+    """
+    n, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
+    out = torch.empty(n, sum(widths), dtype=dtype, device=ys[0].device)
+    scales = torch.empty(n, dtype=torch.float32, device=ys[0].device)
+    block = min(tile[0], triton.next_power_of_2(max(widths)))
+    _quantize_rows_kernel[(n,)](
+        tuple(ys), tuple(y.stride(0) for y in ys), widths,
+        scales if factors is None else factors, out, scales, out.stride(0),
+        HAS_FACTORS=factors is not None, LARGEST=LARGEST_E4M3, BLOCK=block, num_warps=tile[1],  # pyright: ignore
+    )  # fmt: skip
+    return out, scales
+
+
+def transpose_into(x: Tensor, out: Tensor, tile: tuple[int, int, int] = _TRANSPOSE_TILE) -> None:
+    """Write x' [d_in, d_out], of one byte for each element, to `out`, whose rows may be apart."""
+    (rows, columns), (bm, bn, warps) = x.shape, tile
+    _transpose_kernel[(triton.cdiv(columns, bn), triton.cdiv(rows, bm))](
+        x.view(torch.uint8), out.view(torch.uint8), rows, columns, out.stride(0),
+        BM=bm, BN=bn, num_warps=warps,  # pyright: ignore
+    )  # fmt: skip
