@@ -18,6 +18,7 @@ from torch import Tensor
 from fastlora.ops.quant.e4m3_kernel import quantize_rows, transpose_into
 
 N, LAYERS, STEP_MS, SETS = 8192, 32, 470.7, 3
+ROWS = 1024  # of which errors are computed
 E4M3, BF16 = torch.float8_e4m3fn, torch.bfloat16
 # Forward: (name, number in a layer, d_out, d_in).
 FORWARD = [("q, o", 2, 4096, 4096), ("k, v", 2, 1024, 4096), ("gate, up", 2, 14336, 4096),
@@ -134,10 +135,9 @@ def products(sums: dict[str, float]) -> None:
             x8, scale = quantize_rows([x], None)
             sets.append((x, w, x8, scale, w8, w_scale))
         x, w, x8, scale, w8, w_scale = sets[0]
-        rows = slice(0, 1024)
-        exact = x[rows].double() @ w.double().t()
-        emulated = x8[rows].float() * scale[rows, None] @ (w8.float() * w_scale[:, None]).t()
-        of = lambda y, e=exact: f"{float((y[rows].double() - e).norm() / e.norm()):.2e}"
+        exact = x[:ROWS].double() @ w.double().t()
+        emulated = x8[:ROWS].float() * scale[:ROWS, None] @ (w8.float() * w_scale[:, None]).t()
+        of = lambda y, e=exact: f"{float((y[:ROWS].double() - e).norm() / e.norm()):.2e}"
         plain = timed(lambda x, w, *_: torch.mm(x, w.t()), sets)
         fast = timed(lambda x, w, *q: product(*q, True), sets)
         slow = timed(lambda x, w, *q: product(*q, False), sets)
@@ -145,8 +145,8 @@ def products(sums: dict[str, float]) -> None:
         errors = [of(torch.mm(x, w.t())), of(product(*q, True)), of(product(*q, False))]
         # Of the product alone: against the same rounded operands multiplied in float64.
         rounded = (
-            x8[rows].double()
-            * scale[rows, None].double()
+            x8[:ROWS].double()
+            * scale[:ROWS, None].double()
             @ (w8.double() * w_scale.double()[:, None]).t()
         )
         row(name, f"{plain:.1f}", f"{fast:.1f}", f"{slow:.1f}", *errors, of(emulated.to(BF16)))
