@@ -12,8 +12,10 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
+from fastlora.ops.linear.fp8 import fp8_linear
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+from fastlora.ops.quant.e4m3 import quantize_rows
+from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
@@ -54,11 +56,14 @@ torch.library.define(
 
 @torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd")
 def _lora_linear(x, x_a, weight, bias, b, scaling):
+    matrix = from_parts(weight)
+    if isinstance(matrix, WeightFP8):
+        return fp8_linear(quantize_rows([x]), matrix, bias, x_a, b, scaling, x.dtype)
     if bias is None:  # with beta = 0 torch ignores the first argument
         y = torch.addmm(x_a.new_empty(1), x_a, b.t(), beta=0, alpha=scaling)
     else:
         y = torch.addmm(bias, x_a, b.t(), alpha=scaling)
-    return y.addmm_(x, dense(from_parts(weight), x.dtype).t())
+    return y.addmm_(x, dense(matrix, x.dtype).t())
 
 
 @torch.library.register_fake("fastlora::lora_linear")

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.linear.fp8 import fp8_input_gradient
 from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
 from fastlora.ops.linear.lora import lora_linear, lora_linear_reference, scaled_product
 from fastlora.ops.linear.masked_lora import (
@@ -29,7 +30,8 @@ from fastlora.ops.linear.masked_lora import (
     masked_x_a_reference,
 )
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+from fastlora.ops.quant.e4m3 import quantize_rows
+from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
 
 class Branch(NamedTuple):
@@ -104,11 +106,16 @@ def _sum_of_products(ys, matrices, parts):
     """y_1 M_1 + y_2 M_2 + ..., in y's dtype; each product is added in float32 and rounded once.
 
     `parts[i]` is the number of tensors of M_i in `matrices`, more than 1 if M_i is quantised. A
-    quantised matrix is dequantised for its product and then freed.
+    quantised matrix is dequantised for its product and then freed. Those in e4m3 come first,
+    because their sum is one product, which cannot add to an existing tensor.
     """
-    total = None
-    for y, matrix in zip(ys, _in_groups(matrices, parts), strict=True):
-        wide = dense(from_parts(matrix), y.dtype)
+    terms = [*zip(ys, map(from_parts, _in_groups(matrices, parts)), strict=True)]
+    in_fp8 = [(y, matrix) for y, matrix in terms if isinstance(matrix, WeightFP8)]
+    total = fp8_input_gradient(*zip(*in_fp8, strict=True)) if in_fp8 else None
+    for y, matrix in terms:
+        if isinstance(matrix, WeightFP8):
+            continue
+        wide = dense(matrix, y.dtype)
         total = torch.mm(y, wide) if total is None else total.addmm_(y, wide)
     return total
 
@@ -142,10 +149,15 @@ class _LoRALinears(torch.autograd.Function):
             x_a = None if a is None else torch.mm(x, a.t())
         else:
             x_a = torch.ops.fastlora.masked_x_a(x, a, keys, *segments)
-        ys = []
+        ys, rows = [], None
+        if all(isinstance(from_parts(weight), WeightFP8) for weight in matrices):
+            rows = quantize_rows([x])
         each = zip(matrices, biases_or_none, _columns(x_a, bs), scalings, strict=True)
         for weight, bias, (b, columns), scaling in each:
-            if b is None:
+            if rows is not None:
+                low_rank = (columns, b, 1.0 if scaling is None else scaling)
+                ys.append(torch.ops.fastlora.fp8_linear(*rows, weight, bias, *low_rank, x.dtype))
+            elif b is None:
                 ys.append(_frozen(x, weight, bias))
             else:
                 op = torch.ops.fastlora.lora_linear

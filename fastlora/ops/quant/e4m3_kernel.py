@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.quant.weights import LARGEST_E4M3
+from fastlora.ops.quant.e4m3 import CARRY, LEAST_POWER
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -18,7 +18,7 @@ from fastlora.ops.quant.weights import LARGEST_E4M3
 @triton.jit
 def _quantize_rows_kernel(
     ys, strides, widths, factors_ptr, out_ptr, scale_ptr, stride_out,
-    HAS_FACTORS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -37,10 +37,11 @@ def _quantize_rows_kernel(
                 y *= tl.load(factors_ptr + first + column, mask=here, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
         first += widths[i]
-    # A row of zeros gets the smallest scale, and its values stay zeros.
-    amax = tl.maximum(tl.max(largest, 0), 1e-30, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(scale_ptr + row, amax / LARGEST)
-    inverse = LARGEST / amax
+    # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py).
+    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+    power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)
+    tl.store(scale_ptr + row, (power << 23).to(tl.float32, bitcast=True))
+    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
     first = 0
     for i in tl.static_range(len(ys)):
         for start in range(0, widths[i], BLOCK):
@@ -97,7 +98,7 @@ def quantize_rows(
     _quantize_rows_kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
         scales if factors is None else factors, out, scales, out.stride(0),
-        HAS_FACTORS=factors is not None, LARGEST=LARGEST_E4M3, BLOCK=block, num_warps=tile[1],  # pyright: ignore
+        HAS_FACTORS=factors is not None, CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block, num_warps=tile[1],  # pyright: ignore
     )  # fmt: skip
     return out, scales
 

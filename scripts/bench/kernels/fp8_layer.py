@@ -87,6 +87,10 @@ def passes(sums: dict[str, float], tiles: bool) -> None:
         named = f"{'+'.join(map(str, widths))}{' x factors' if scaled else ''}"
         row(named, f"{us:.1f}", rate(3 * N * sum(widths), us), f"{error:.2e}")
         sums[f"quantise {kind}"] = sums.get(f"quantise {kind}", 0) + number * us
+        if scaled:  # as stored, in float32
+            wide = [(ys, f.float()) for ys, f in sets]
+            us = timed(quantize_rows, wide)
+            row("  factors in float32", f"{us:.1f}", rate(3 * N * sum(widths), us))
         if tiles:
             for tile in ROW_TILES:
                 us = timed(lambda ys, f, t=tile: quantize_rows(ys, f, E4M3, t), sets)
