@@ -115,7 +115,7 @@ def _side_by_side(matrices: Sequence[Tensor]) -> tuple[Float[Tensor, "d_in n"], 
 
 
 # ── op ────────────────────────────────────────────────────────────────────────────────────
-# For layers that share their input's rounded rows (lora_group.py). Ops of a single layer round their
+# For layers that share their input's rounded rows (lora_group.py). Ops of a single layer round its
 # input themselves.
 torch.library.define(
     "fastlora::fp8_linear",

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
-from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
 from fastlora.ops.linear.fp8 import fp8_linear
+from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.linear.fp8 import fp8_input_gradient, fp8_linear
 from fastlora.ops.linear.frozen import frozen_linear_reference
 from fastlora.ops.linear.group_products import (
     Groups,
@@ -26,7 +27,6 @@ from fastlora.ops.linear.group_products import (
     product,
     product_reference,
 )
-from fastlora.ops.linear.fp8 import fp8_input_gradient, fp8_linear
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of

@@ -98,7 +98,8 @@ def quantize_rows(
     _quantize_rows_kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
         scales if factors is None else factors, out, scales, out.stride(0),
-        HAS_FACTORS=factors is not None, CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block, num_warps=tile[1],  # pyright: ignore
+        HAS_FACTORS=factors is not None, CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block,  # pyright: ignore
+        num_warps=tile[1],  # pyright: ignore
     )  # fmt: skip
     return out, scales
 
