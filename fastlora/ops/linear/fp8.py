@@ -98,7 +98,7 @@ def _scaled_mm(
         scale_a=x_scale[:, None],
         scale_b=w_scale[None],
         out_dtype=torch.bfloat16,
-        use_fast_accum=False,
+        use_fast_accum=True,
     )
 
 
