@@ -4,15 +4,18 @@ Oracle: torch.func, which runs the references. They round what the ops round for
 gradients unrounded (ops/linear/frozen.py).
 """
 
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
+from fastlora.errors import CheckpointError
 from fastlora.model import Model
 from fastlora.models.params import is_quantized
 from fastlora.ops.quant.e4m3 import quantize_matrix
@@ -165,4 +168,70 @@ def test_merged_folders_hold_the_original_or_the_rounded_matrices(
     twin = dense_twin(model)
     if base == "original":
         twin = replace(twin, base=load(dense_folder()).base)
-    assert same_bits(load(tmp_path / "out").base, fastlora.merge(twin).base)
+    wanted = tree_map(lambda x: x.bfloat16(), fastlora.merge(twin).base)  # files are in 16 bits
+    assert same_bits(load(tmp_path / "out").base, wanted)
+
+
+# ── refusals ──────────────────────────────────────────────────────────────────────────────
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(base_precision="int8"), "base_precision='int8': expected 'checkpoint' or 'fp8'"),
+        (dict(base_precision="fp8", load_in_4bit=True), "choose one of them"),
+    ],
+)
+def test_impossible_arguments_are_refused(given, message, dense_folder):
+    with pytest.raises(ValueError, match=message):
+        load(dense_folder(), **given)
+
+
+@pytest.mark.parametrize("shard", [None, "host"])
+def test_mixtures_and_quantised_checkpoints_are_refused_before_weights_are_read(
+    shard, dense_folder, quantised_folder, monkeypatch
+):
+    fail = lambda *args, **kwargs: pytest.fail("weights were read")
+    monkeypatch.setattr("fastlora.checkpoints.reading.entry_tensors", fail)
+    for folder, message in (
+        (dense_folder("qwen3_moe"), "qwen3_moe is a mixture of experts"),
+        (quantised_folder("int8"), r"projections \(model\.layers\.0.*8 bits already"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(folder, base_precision="fp8", shard=shard)
+
+
+def test_matrices_with_nan_are_named(dense_folder, tmp_path):
+    shutil.copytree(dense_folder(), tmp_path / "bad")
+    tensors = load_file(tmp_path / "bad" / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][3, 4] = torch.nan
+    save_file(tensors, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN"):
+        load(tmp_path / "bad", base_precision="fp8")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(qat_scheme="int8"), "qat_scheme='int8': this base is already quantised"),
+        (dict(modules_to_save=["up_proj"], target_modules=["q_proj"]), "up_proj.* is quantised"),
+        (
+            dict(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 2}),
+            "would quantise the base again",
+        ),
+    ],
+)
+def test_settings_that_need_a_base_in_16_bits_are_refused(settings, message, dense_folder):
+    base = load(dense_folder(), base_precision="fp8")
+    with pytest.raises(ValueError, match=message):
+        fastlora.lora(base, r=2, **settings)
+
+
+def test_loftq_fits_the_rounding_error(dense_folder):
+    base, plain = load(dense_folder(), base_precision="fp8"), load(dense_folder())
+    model = fastlora.lora(base, r=8, init_lora_weights="loftq")
+    errors = [
+        sum(float((x - y).square().sum()) for x, y in zip(*pair, strict=True))
+        for of in (fastlora.merge(model), dense_twin(base))
+        for pair in [[[*weights(m).values()] for m in (of, plain)]]
+    ]
+    assert errors[0] < 0.7 * errors[1]
