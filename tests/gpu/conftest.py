@@ -19,7 +19,7 @@ import torch
 from oracles.checkpoints import make_checkpoint
 from oracles.gpu_models import FAMILIES, SIZES, Row
 
-PARTS = ("kernels", "training", *FAMILIES, "offload")
+PARTS = ("kernels", "training", *FAMILIES, "offload", "fp8")
 PARTS_4BIT = ("4bit-training", "4bit-llama3.2", "4bit-qwen2")
 START = time.time()
 
