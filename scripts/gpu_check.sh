@@ -2,8 +2,8 @@
 # Run the checks of tests/gpu on a CUDA GPU, which CI does not have. Each prints rows of a law, its
 # value and its limit. With OUT set, the rows are also written to $OUT/gpu_rows_<process>.txt.
 #   bash scripts/gpu_check.sh [PART...]
-# Parts: kernels, training, offload, fp8, 4bit-training, 4bit-llama3.2, 4bit-qwen2, and each family of
-# tests/oracles/gpu_models.py, such as llama3.2 or gemma2. Without PART all of them run in one
+# Parts: kernels, training, offload, fp8, 4bit-training, 4bit-llama3.2, 4bit-qwen2, and each family
+# of tests/oracles/gpu_models.py, such as llama3.2 or gemma2. Without PART all of them run in one
 # process. Several processes with different parts may share one GPU: they need a core each, because
 # most of the time is compilation. Needs torch, transformers, peft, bitsandbytes and pytest.
 set -euo pipefail

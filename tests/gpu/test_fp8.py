@@ -53,7 +53,8 @@ def kernels() -> Iterator[Row]:
 
 def products() -> Iterator[Row]:
     """The error of products beside float32 arithmetic, for shapes of 1B and 8B and one row."""
-    for n, d_out, d_in in ((2048, 4096, 4096), (1000, 14336, 4096), (1, 512, 2048), (2048, 704, 256)):  # fmt: skip
+    shapes = [(2048, 4096, 4096), (1000, 14336, 4096), (1, 512, 2048), (2048, 704, 256)]
+    for n, d_out, d_in in shapes:
         x, w = drawn(n, d_in).bfloat16(), 0.02 * drawn(d_out, d_in, seed=1)
         rows, weight = quantize_rows([x]), quantize_matrix(w)
         exact = x.double() @ w.double().t()
@@ -125,15 +126,11 @@ def memory(folder: Any) -> Iterator[Row]:
         torch.cuda.reset_peak_memory_stats()
         model, _ = fastlora.load(str(folder), base_precision=precision, device="cuda")
         layers = sum(x.nbytes for x in tree_leaves(model.base["layers"]))
-        largest = max(
-            2 * x.numel() for x in tree_leaves(model.base["layers"]) + [model.base["embed_tokens"]]
-        )
+        whole = sum(x.nbytes for x in tree_leaves(model.base))
+        largest = 2 * max(x.numel() for x in tree_leaves(model.base))
         peak = torch.cuda.max_memory_allocated() - before
-        yield (
-            f"{precision}: bytes while loading over the base's and two matrices'",
-            (peak / (sum(x.nbytes for x in tree_leaves(model.base)) + 2 * largest)),
-            1.1,
-        )
+        name = f"{precision}: bytes while loading over the base's and two matrices'"
+        yield name, peak / (whole + 2 * largest), 1.1
         used[precision] = layers
         del model
     yield "bytes of the layers over those in bf16", used["fp8"] / used["checkpoint"], 0.52
