@@ -135,7 +135,8 @@ def memory(folder: Any) -> Iterator[Row]:
         del model
     yield "bytes of the layers over those in bf16", used["fp8"] / used["checkpoint"], 0.52
     model = models(folder)
-    batch = dict.fromkeys(("input_ids", "labels"), tokens(model, 1, 48))
+    ids = tokens(model, 1, 48)
+    batch = {"input_ids": ids, "labels": ids}
     for policy in POLICIES:
         kept: list[Tensor] = []
         pack = lambda x, kept=kept: kept.append(x) or x

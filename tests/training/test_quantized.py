@@ -48,8 +48,9 @@ def test_the_demo_over_fp8_follows_the_curve_of_bf16(request):
         )
         assert base.base["norm"].dtype == torch.bfloat16
         _, history = fastlora.train(
-            fastlora.lora(base, r=16), tokenizer, rows, batch_size=4, learning_rate=2e-3, too_long="truncate",
+            fastlora.lora(base, r=16), tokenizer, rows, batch_size=4, learning_rate=2e-3,
             max_steps=200 if request.config.getoption("--full") else 12, progress=False,
+            too_long="truncate",
         )  # fmt: skip
         losses.append(torch.tensor(history.losses).unfold(0, 10, 1).mean(1))
     plain, rounded = losses

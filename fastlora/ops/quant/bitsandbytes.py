@@ -71,7 +71,7 @@ def quantize_4bit(
     return Weight4bit(packed.flatten(), state.code, form, absmax)
 
 
-def dequantize_by_bitsandbytes(weight: Quantized) -> Float[Tensor, "d_out d_in"]:
+def dequantize_by_bitsandbytes(weight: Weight4bit | Weight8bit) -> Float[Tensor, "d_out d_in"]:
     """The matrix that bitsandbytes computes: in `form`'s dtype, or in float32 from 8 bits."""
     functional = bitsandbytes()
     if isinstance(weight, Weight8bit):

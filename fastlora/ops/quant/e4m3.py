@@ -104,7 +104,9 @@ def quantize_matrix(weight: Float[Tensor, "d_out d_in"]) -> WeightFP8:
     """
     rows = len(weight) if weight.is_cuda else max(1, _CHUNK // max(1, weight.shape[1]))
     pieces = [quantize_rows([piece]) for piece in weight.detach().split(rows)]
-    values, scale = (torch.cat(x) if len(x) > 1 else x[0] for x in zip(*pieces, strict=True))
+    values, scale = pieces[0]
+    if len(pieces) > 1:
+        values, scale = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1))
     return WeightFP8(values.view(torch.uint8), scale)
 
 

@@ -23,7 +23,7 @@ def _quantize_rows_kernel(
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
     first = 0
-    for i in tl.static_range(len(ys)):
+    for i in tl.static_range(len(ys)):  # pyright: ignore
         for start in range(0, widths[i], BLOCK):
             column = start + tl.arange(0, BLOCK)
             here = column < widths[i]
@@ -38,12 +38,12 @@ def _quantize_rows_kernel(
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
         first += widths[i]
     # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py).
-    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)
+    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)  # pyright: ignore
     power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)
     tl.store(scale_ptr + row, (power << 23).to(tl.float32, bitcast=True))
     inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
     first = 0
-    for i in tl.static_range(len(ys)):
+    for i in tl.static_range(len(ys)):  # pyright: ignore
         for start in range(0, widths[i], BLOCK):
             column = start + tl.arange(0, BLOCK)
             here = column < widths[i]

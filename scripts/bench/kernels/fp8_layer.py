@@ -66,7 +66,7 @@ def power_of_two_scales(w: Tensor) -> Tensor:
     return torch.exp2(torch.ceil(torch.log2(w.float().abs().amax(1) / 448)))
 
 
-def product(x8: Tensor, scale: Tensor, w8: Tensor, w_scale: Tensor, fast: bool) -> Tensor:
+def product(fast: bool, x8: Tensor, scale: Tensor, w8: Tensor, w_scale: Tensor) -> Tensor:
     return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         x8, w8.t(), scale_a=scale[:, None], scale_b=w_scale[None, :], out_dtype=BF16,
         use_fast_accum=fast,
@@ -147,10 +147,10 @@ def products(sums: dict[str, float]) -> None:
         emulated = x8[:ROWS].float() * scale[:ROWS, None] @ (w8.float() * w_scale[:, None]).t()
         of = lambda y, e=exact: f"{float((y[:ROWS].double() - e).norm() / e.norm()):.2e}"
         plain = timed(lambda x, w, *_: torch.mm(x, w.t()), sets)
-        fast = timed(lambda x, w, *q: product(*q, True), sets)
-        slow = timed(lambda x, w, *q: product(*q, False), sets)
+        fast = timed(lambda x, w, *q: product(True, *q), sets)
+        slow = timed(lambda x, w, *q: product(False, *q), sets)
         q = (x8, scale, w8, w_scale)
-        errors = [of(torch.mm(x, w.t())), of(product(*q, True)), of(product(*q, False))]
+        errors = [of(torch.mm(x, w.t())), of(product(True, *q)), of(product(False, *q))]
         # Of the product alone: against the same rounded operands multiplied in float64.
         rounded = (
             x8[:ROWS].double()
@@ -158,7 +158,7 @@ def products(sums: dict[str, float]) -> None:
             @ (w8.double() * w_scale.double()[:, None]).t()
         )
         row(name, f"{plain:.1f}", f"{fast:.1f}", f"{slow:.1f}", *errors, of(emulated.to(BF16)))
-        alone = [of(product(*q, f), rounded) for f in (True, False)]
+        alone = [of(product(f, *q), rounded) for f in (True, False)]
         row("  beyond the rounding", "", "", "", "", *alone, of(emulated.to(BF16), rounded))
         way = "forward" if "forward" in name else "gradient"
         for kind, us in (("bf16", plain), ("fp8 fast", fast), ("fp8 slow", slow)):
