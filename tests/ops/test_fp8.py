@@ -14,7 +14,6 @@ from fastlora.ops.linear.lora_group import Branch, joint_lora_linears, lora_line
 from fastlora.ops.linear.stacked_lora import StackedBranch, stacked_linears
 from fastlora.ops.quant.dequantize import dequantize
 from fastlora.ops.quant.e4m3 import (
-    E4M3,
     quantize_matrix,
     quantize_rows,
     quantize_rows_reference,
@@ -22,7 +21,7 @@ from fastlora.ops.quant.e4m3 import (
     rounds_to,
     row_scales,
 )
-from fastlora.ops.quant.weights import WeightFP8, from_parts, parts
+from fastlora.ops.quant.weights import E4M3, WeightFP8, from_parts, parts
 
 GEN = torch.Generator()
 SCALING = 1.5

@@ -19,8 +19,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
-from fastlora.ops.quant.e4m3 import E4M3, Rows, quantize_rows
-from fastlora.ops.quant.weights import WeightFP8
+from fastlora.ops.quant.e4m3 import Rows, quantize_rows
+from fastlora.ops.quant.weights import E4M3, WeightFP8
 
 # ── plain functions ───────────────────────────────────────────────────────────────────────
 

@@ -16,16 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
-from fastlora.ops.quant.weights import WeightFP8
-
-E4M3 = torch.float8_e4m3fn
-
-# Added to a float32's bits, this carries into the exponent if the mantissa exceeds 1.75, which is
-# that of 448 = 1.75 * 2**8.
-CARRY = 0x1FFFFF
-
-# Biased exponent of the smallest scale, 2**-100, which rows of zeros have.
-LEAST_POWER = 27
+from fastlora.ops.quant.weights import CARRY, E4M3, LEAST_POWER, WeightFP8
 
 Rows = tuple[Float[Tensor, "n d"], Float[Tensor, "n"]]
 

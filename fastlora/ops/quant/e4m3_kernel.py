@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.quant.e4m3 import CARRY, LEAST_POWER
+from fastlora.ops.quant.weights import CARRY, LEAST_POWER
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 

@@ -23,6 +23,15 @@ BLOCK = 64  # values per absmax; the choice of QLoRA and PEFT
 NESTED_BLOCK = 256  # absmax values per nested scale
 
 
+E4M3 = torch.float8_e4m3fn
+
+# Added to a float32's bits, this carries into the exponent if the mantissa exceeds 1.75, which is
+# that of 448 = 1.75 * 2**8.
+CARRY = 0x1FFFFF
+
+# Biased exponent of the smallest scale, 2**-100, which rows of zeros have.
+LEAST_POWER = 27
+
 # The 16 levels of bitsandbytes 0.50.2. Its kernels support only these.
 LEVELS = {
     "nf4": (
