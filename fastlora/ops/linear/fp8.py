@@ -79,7 +79,7 @@ def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
 def _multiplies_fp8(x: Tensor, w: Tensor, dtype: torch.dtype) -> bool:
     """Whether the GPU's fp8 products run: their results are in bf16, and all widths of operands
     multiples of 16."""
-    if not (x.is_cuda and dtype == torch.bfloat16 and triton_installed()):
+    if not (x.is_cuda and dtype == torch.bfloat16 and len(x) and triton_installed()):
         return False
     return _has_fp8_products(x.device.index) and not any(n % 16 for n in (*x.shape[1:], *w.shape))
 

@@ -94,6 +94,8 @@ def quantize_rows(
     n, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
     out = torch.empty(n, sum(widths), dtype=dtype, device=ys[0].device)
     scales = torch.empty(n, dtype=torch.float32, device=ys[0].device)
+    if n == 0:
+        return out, scales
     block = min(tile[0], triton.next_power_of_2(max(widths)))
     _quantize_rows_kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
