@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
 from fastlora.ops.linear.group_products import Groups
@@ -209,6 +210,24 @@ def test_products_err_no_more_than_in_float32_arithmetic(layout, dtype):
     found = by_op(lambda x, m, b: lora_linears(x, m, b)[1], *args)
     for ours, exact in zip(found, formula(*args), strict=True):
         assert ours.dtype == dtype and relative(ours, exact) < 3 * torch.finfo(dtype).eps
+
+
+class Count(TorchDispatchMode):
+    """How often `quantize_rows` runs."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found += func is torch.ops.fastlora.quantize_rows.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_common_input_is_rounded_once(layout):
+    x, matrices, branches, _ = drawn(layout)
+    with Count() as count:
+        lora_linears(x.requires_grad_(), matrices, branches)
+    assert count.found == 1
 
 
 def test_layers_of_one_input_equal_single_layers_forward():

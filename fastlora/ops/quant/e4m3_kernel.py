@@ -60,6 +60,36 @@ def _quantize_rows_kernel(
         first += widths[i]
 
 
+# The same with the whole row in registers.
+@triton.jit
+def _quantize_whole_rows_kernel(
+    ys, strides, widths, factors_ptr, out_ptr, scale_ptr, stride_out,
+    HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column, kept, amax, first = tl.arange(0, BLOCK), (), 0.0, 0
+    for i in tl.static_range(len(ys)):  # pyright: ignore
+        here = column < widths[i]
+        y = tl.load(ys[i] + row * strides[i] + column, mask=here, other=0.0)
+        if HAS_FACTORS:  # powers of two, so exact in bf16 too
+            factors = tl.load(factors_ptr + first + column, mask=here, other=0.0)
+            y = y * factors.to(y.dtype)
+        kept = kept + (y,)
+        largest = tl.max(tl.abs(y).to(tl.float32), 0)
+        amax = tl.maximum(amax, largest, propagate_nan=tl.PropagateNan.ALL)
+        first += widths[i]
+    bits = amax.to(tl.int32, bitcast=True)  # pyright: ignore
+    power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)
+    tl.store(scale_ptr + row, (power << 23).to(tl.float32, bitcast=True))
+    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
+    first = 0
+    for i in tl.static_range(len(ys)):  # pyright: ignore
+        at = out_ptr + row * stride_out + first + column
+        y = kept[i].to(tl.float32) * inverse
+        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=column < widths[i])
+        first += widths[i]
+
+
 @triton.jit
 def _transpose_kernel(
     x_ptr, out_ptr, rows, columns, stride_out, BM: tl.constexpr, BN: tl.constexpr
@@ -97,7 +127,10 @@ def quantize_rows(
     if n == 0:
         return out, scales
     block = min(tile[0], triton.next_power_of_2(max(widths)))
-    _quantize_rows_kernel[(n,)](
+    kernel = _quantize_rows_kernel
+    if tile[0] == 0:
+        kernel, block = _quantize_whole_rows_kernel, triton.next_power_of_2(max(widths))
+    kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
         scales if factors is None else factors, out, scales, out.stride(0),
         HAS_FACTORS=factors is not None, CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block,  # pyright: ignore
