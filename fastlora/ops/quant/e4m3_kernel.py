@@ -74,7 +74,7 @@ def _quantize_whole_rows_kernel(
         if HAS_FACTORS:  # powers of two, so exact in bf16 too
             factors = tl.load(factors_ptr + first + column, mask=here, other=0.0)
             y = y * factors.to(y.dtype)
-        kept = kept + (y,)
+        kept = kept + (y,)  # noqa: RUF005  Triton has no other way
         largest = tl.max(tl.abs(y).to(tl.float32), 0)
         amax = tl.maximum(amax, largest, propagate_nan=tl.PropagateNan.ALL)
         first += widths[i]
