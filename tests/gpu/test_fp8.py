@@ -42,7 +42,7 @@ def kernels() -> Iterator[Row]:
             x[0], x[1, 3], x[2] = 0, 3e4, x[2] * 1e-3
             x = x.to(dtype)
             factors = torch.exp2((torch.arange(sum(widths), device="cuda") % 7 - 12).float())
-            for by in (None, factors):
+            for by in (None, factors.split(widths)):
                 found, scale = quantize_rows(x.split(widths, 1), by)
                 wanted, scales = quantize_rows_reference([x], by)
                 off = (found.view(torch.uint8) != wanted.view(torch.uint8)).sum()
@@ -65,8 +65,7 @@ def products() -> Iterator[Row]:
         other = quantize_matrix(w.flip(0)[: d_out // 2])
         dys = [drawn(n, d_out, seed=2).bfloat16(), drawn(n, d_out // 2, seed=3).bfloat16()]
         exact = dys[0].double() @ w.double() + dys[1].double() @ w.flip(0)[: d_out // 2].double()
-        factors = torch.cat([weight.scale, other.scale])
-        values, scale = quantize_rows(dys, factors)
+        values, scale = quantize_rows(dys, [weight.scale, other.scale])
         side = torch.cat([x.values.view(torch.float8_e4m3fn).float() for x in (weight, other)])
         emulated = (values.float() * scale[:, None]) @ side
         ours = fp8_input_gradient(dys, [weight, other])

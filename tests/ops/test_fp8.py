@@ -86,7 +86,8 @@ def test_rows_that_are_not_finite_stay_so():
 
 def test_several_tensors_are_quantised_as_one_with_factors_of_the_columns():
     x, factors = new(5, 24, dtype=torch.float32), torch.exp2(torch.arange(24) % 5 - 9.0)
-    values, scale = quantize_rows(x.split([4, 12, 8], 1), factors)
+    widths = [4, 12, 8]
+    values, scale = quantize_rows(x.split(widths, 1), factors.split(widths))
     wanted = quantize_rows_reference([x * factors])
     assert torch.equal(values.view(torch.uint8), wanted[0].view(torch.uint8))
     assert torch.equal(scale, wanted[1])
@@ -104,7 +105,8 @@ def test_kernel_gives_the_references_bits(kind, dtype):
     x = (ROWS[kind]() / 8).to(dtype)
     factors = torch.exp2(torch.arange(57) % 5 - 2.0)
     pieces = [x, x.flip(1).repeat(1, 2)[:, 1:25]]  # rows of the second are apart
-    for ys, by in (([x], None), ([x], factors[:33]), (pieces, factors), (pieces, None)):
+    cut = factors.split([33, 24])
+    for ys, by in (([x], None), ([x], cut[:1]), (pieces, cut), (pieces, None)):
         scaled, scale = e4m3_kernel.quantize_rows(ys, by, torch.float32, (16, 4))
         values, wanted = quantize_rows_reference(ys, by)
         assert torch.equal(scale, wanted)
@@ -114,10 +116,9 @@ def test_kernel_gives_the_references_bits(kind, dtype):
 def test_kernel_transposes_every_byte():
     from fastlora.ops.quant import e4m3_kernel
 
-    x = torch.randint(0, 256, (37, 50), dtype=torch.uint8, generator=GEN)
-    out = torch.zeros(50, 60, dtype=torch.uint8)
-    e4m3_kernel.transpose_into(x, out[:, 7:44], (16, 32, 4))
-    assert torch.equal(out[:, 7:44], x.t()) and not out[:, :7].any() and not out[:, 44:].any()
+    matrices = [torch.randint(0, 256, (n, 50), dtype=torch.uint8, generator=GEN) for n in (37, 20)]
+    out, ones = e4m3_kernel.side_by_side(matrices, (16, 32, 4))
+    assert torch.equal(out, torch.cat(matrices).t()) and torch.equal(ones, torch.ones(50))
 
 
 # ── matrices ──────────────────────────────────────────────────────────────────────────────

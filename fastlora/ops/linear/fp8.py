@@ -41,11 +41,12 @@ def fp8_input_gradient(
 ) -> Float[Tensor, "n d_in"]:
     """The sum of dy_i W_i, in dy's dtype. The dys side by side are rounded with one scale a row."""
     dtype = dys[0].dtype
-    factors = [weight.scale for weight in weights]
-    values, scale = quantize_rows(dys, factors[0] if len(factors) == 1 else torch.cat(factors))
+    values, scale = quantize_rows(dys, [weight.scale for weight in weights])
     if _multiplies_fp8(values, weights[0].values, dtype):
-        turned, ones = _side_by_side([weight.values for weight in weights])
-        return _scaled_mm(values, turned, scale, ones)
+        from fastlora.ops.quant.e4m3_kernel import side_by_side  # noqa: PLC0415  imports triton
+
+        turned, ones = side_by_side([weight.values for weight in weights])
+        return _scaled_mm(values, turned.view(E4M3), scale, ones)
     wide = _exact_dtype(dtype)
     w = torch.cat([weight.values.view(E4M3).to(wide) for weight in weights])
     return torch.mm(values.to(wide).mul_(scale.to(wide)[:, None]), w).to(dtype)
@@ -100,18 +101,6 @@ def _scaled_mm(
         out_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-
-
-def _side_by_side(matrices: Sequence[Tensor]) -> tuple[Float[Tensor, "d_in n"], Tensor]:
-    """([M_1', M_2', ...] in e4m3, ones [d_in])."""
-    from fastlora.ops.quant.e4m3_kernel import transpose_into  # noqa: PLC0415  imports triton
-
-    first, d_in = 0, matrices[0].shape[1]
-    out = matrices[0].new_empty(d_in, sum(len(m) for m in matrices))
-    for m in matrices:
-        transpose_into(m, out[:, first : first + len(m)])
-        first += len(m)
-    return out.view(E4M3), torch.ones(d_in, device=out.device)
 
 
 # ── op ────────────────────────────────────────────────────────────────────────────────────

@@ -29,13 +29,13 @@ def row_scales(amax: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
 
 
 def quantize_rows_reference(
-    ys: Sequence[Float[Tensor, "n _"]], factors: Float[Tensor, "d"] | None = None
+    ys: Sequence[Float[Tensor, "n _"]], factors: Sequence[Float[Tensor, "_"]] | None = None
 ) -> Rows:
     """The specification."""
     x = ys[0] if len(ys) == 1 else torch.cat([*ys], 1)
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if factors is not None:
-        x = x * factors
+        x = x * (factors[0] if len(factors) == 1 else torch.cat([*factors]))
     scale = row_scales(x.abs().amax(1).float())
     return (x / scale[:, None]).to(E4M3), scale
 
@@ -51,7 +51,7 @@ def rounded_rows(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
 
 # ── 2. op ─────────────────────────────────────────────────────────────────────────────────
 torch.library.define(
-    "fastlora::quantize_rows", "(Tensor[] ys, Tensor? factors) -> (Tensor, Tensor)"
+    "fastlora::quantize_rows", "(Tensor[] ys, Tensor[]? factors) -> (Tensor, Tensor)"
 )
 
 
@@ -72,14 +72,16 @@ def _(ys, factors):
 
 # ── 3. public functions ───────────────────────────────────────────────────────────────────
 def quantize_rows(
-    ys: Sequence[Float[Tensor, "n _"]], factors: Float[Tensor, "d"] | None = None
+    ys: Sequence[Float[Tensor, "n _"]], factors: Sequence[Float[Tensor, "_"]] | None = None
 ) -> Rows:
     """(values [n, d] in e4m3, scale [n] in float32) of the ys side by side. No gradient flows.
 
     Args:
         ys: of one dtype, on one device. Neither their rows nor they themselves need be adjacent.
-        factors: of the columns, float32; multiplied before the rows are rounded.
+        factors: of the columns of each y, powers of two in float32; multiplied before the rows are
+            rounded.
     """
+    factors = None if factors is None else [*factors]
     return torch.ops.fastlora.quantize_rows([*ys], factors)
 
 

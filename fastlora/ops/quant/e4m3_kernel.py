@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from fastlora.ops.quant.weights import CARRY, LEAST_POWER
@@ -17,7 +17,7 @@ from fastlora.ops.quant.weights import CARRY, LEAST_POWER
 # second time the row comes from the L2 cache.
 @triton.jit
 def _quantize_rows_kernel(
-    ys, strides, widths, factors_ptr, out_ptr, scale_ptr, stride_out,
+    ys, strides, widths, factors, out_ptr, scale_ptr, stride_out,
     HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -34,7 +34,7 @@ def _quantize_rows_kernel(
                 eviction_policy="evict_last",
             ).to(tl.float32)
             if HAS_FACTORS:
-                y *= tl.load(factors_ptr + first + column, mask=here, other=0.0).to(tl.float32)
+                y *= tl.load(factors[i] + column, mask=here, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
         first += widths[i]
     # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py).
@@ -54,7 +54,7 @@ def _quantize_rows_kernel(
                 eviction_policy="evict_first",
             ).to(tl.float32)
             if HAS_FACTORS:
-                y *= tl.load(factors_ptr + first + column, mask=here, other=0.0).to(tl.float32)
+                y *= tl.load(factors[i] + column, mask=here, other=0.0).to(tl.float32)
             at = out_ptr + row * stride_out + first + column
             tl.store(at, (y * inverse).to(out_ptr.dtype.element_ty), mask=here)
         first += widths[i]
@@ -63,7 +63,7 @@ def _quantize_rows_kernel(
 # The same with the whole row in registers.
 @triton.jit
 def _quantize_whole_rows_kernel(
-    ys, strides, widths, factors_ptr, out_ptr, scale_ptr, stride_out,
+    ys, strides, widths, factors, out_ptr, scale_ptr, stride_out,
     HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -72,8 +72,7 @@ def _quantize_whole_rows_kernel(
         here = column < widths[i]
         y = tl.load(ys[i] + row * strides[i] + column, mask=here, other=0.0)
         if HAS_FACTORS:  # powers of two, so exact in bf16 too
-            factors = tl.load(factors_ptr + first + column, mask=here, other=0.0)
-            y = y * factors.to(y.dtype)
+            y = y * tl.load(factors[i] + column, mask=here, other=0.0).to(y.dtype)
         kept = kept + (y,)  # noqa: RUF005  Triton has no other way
         largest = tl.max(tl.abs(y).to(tl.float32), 0)
         amax = tl.maximum(amax, largest, propagate_nan=tl.PropagateNan.ALL)
@@ -92,7 +91,7 @@ def _quantize_whole_rows_kernel(
 
 @triton.jit
 def _transpose_kernel(
-    x_ptr, out_ptr, rows, columns, stride_out, BM: tl.constexpr, BN: tl.constexpr
+    x_ptr, out_ptr, ones_ptr, rows, columns, stride_out, BM: tl.constexpr, BN: tl.constexpr
 ):  # fmt: skip
     row = tl.program_id(1) * BM + tl.arange(0, BM)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
@@ -101,6 +100,9 @@ def _transpose_kernel(
     at = column[:, None].to(tl.int64) * stride_out + row[None, :]
     here = (column < columns)[:, None] & (row < rows)[None, :]
     tl.store(out_ptr + at, tl.trans(x), mask=here)
+    if tl.program_id(1) == 0:
+        ones = tl.full((BN,), 1.0, tl.float32)
+        tl.store(ones_ptr + column, ones, mask=column < columns)
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
@@ -113,11 +115,11 @@ _TRANSPOSE_TILE = (128, 128, 8)
 
 def quantize_rows(
     ys: Sequence[Float[Tensor, "n _"]],
-    factors: Float[Tensor, "d"] | None,
+    factors: Sequence[Float[Tensor, "_"]] | None,
     dtype: torch.dtype = torch.float8_e4m3fn,
     tile: tuple[int, int] = _ROWS_TILE,
 ) -> tuple[Tensor, Float[Tensor, "n"]]:
-    """(values [n, d], a scale for each row) of the ys side by side, times one factor per column.
+    """(values [n, d], a scale for each row) of the ys side by side, each times its factors.
 
     The ys are [n, d_i] with adjacent columns; their rows may be apart. `dtype` is for tests.
     """
@@ -132,17 +134,23 @@ def quantize_rows(
         kernel, block = _quantize_whole_rows_kernel, triton.next_power_of_2(max(widths))
     kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
-        scales if factors is None else factors, out, scales, out.stride(0),
+        tuple(factors or ()), out, scales, out.stride(0),
         HAS_FACTORS=factors is not None, CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block,  # pyright: ignore
         num_warps=tile[1],  # pyright: ignore
     )  # fmt: skip
     return out, scales
 
 
-def transpose_into(x: Tensor, out: Tensor, tile: tuple[int, int, int] = _TRANSPOSE_TILE) -> None:
-    """Write x' [d_in, d_out], of one byte for each element, to `out`, whose rows may be apart."""
-    (rows, columns), (bm, bn, warps) = x.shape, tile
-    _transpose_kernel[(triton.cdiv(columns, bn), triton.cdiv(rows, bm))](
-        x.view(torch.uint8), out.view(torch.uint8), rows, columns, out.stride(0),
-        BM=bm, BN=bn, num_warps=warps,  # pyright: ignore
-    )  # fmt: skip
+def side_by_side(
+    matrices: Sequence[UInt8[Tensor, "_ d_in"]], tile: tuple[int, int, int] = _TRANSPOSE_TILE
+) -> tuple[UInt8[Tensor, "d_in d_out"], Float[Tensor, "d_in"]]:
+    """([M_1', M_2', ...] in one matrix, ones), of matrices of bytes."""
+    (d_in,), (bm, bn, warps), first = {m.shape[1] for m in matrices}, tile, 0
+    out = matrices[0].new_empty(d_in, sum(len(m) for m in matrices))
+    ones = torch.empty(d_in, dtype=torch.float32, device=out.device)
+    for m in matrices:
+        _transpose_kernel[(triton.cdiv(d_in, bn), triton.cdiv(len(m), bm))](
+            m, out[:, first:], ones, len(m), d_in, out.stride(0), BM=bm, BN=bn, num_warps=warps,  # pyright: ignore
+        )  # fmt: skip
+        first += len(m)
+    return out, ones

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastlora.ops.quant.e4m3_kernel import quantize_rows, transpose_into
+from fastlora.ops.quant.e4m3_kernel import quantize_rows, side_by_side
 
 N, LAYERS, STEP_MS, SETS = 8192, 32, 470.7, 3
 ROWS = 1024  # of which errors are computed
@@ -85,18 +85,18 @@ def passes(sums: dict[str, float], tiles: bool) -> None:
         for _ in range(SETS):
             ys = [torch.randn(N, w, device="cuda", dtype=BF16) for w in widths]
             f = torch.randint(-9, -5, (sum(widths),), device="cuda").float().exp2().to(BF16)
-            sets.append((ys, f if scaled else None))
+            sets.append((ys, f.split(widths) if scaled else None))
         kind = "gradients" if scaled else "inputs"
         us = timed(quantize_rows, sets)
         ys, f = sets[0]
-        whole = torch.cat(ys, 1).double() * (1 if f is None else f.double())
+        whole = torch.cat(ys, 1).double() * (1 if f is None else torch.cat(f).double())
         q, s = quantize_rows(ys, f)
         error = float((q.double() * s.double()[:, None] - whole).norm() / whole.norm())
         named = f"{'+'.join(map(str, widths))}{' x factors' if scaled else ''}"
         row(named, f"{us:.1f}", rate(3 * N * sum(widths), us), f"{error:.2e}")
         sums[f"quantise {kind}"] = sums.get(f"quantise {kind}", 0) + number * us
         if scaled:  # as stored, in float32
-            wide = [(ys, f.float()) for ys, f in sets]
+            wide = [(ys, [x.float() for x in f]) for ys, f in sets]
             us = timed(quantize_rows, wide)
             row("  factors in float32", f"{us:.1f}", rate(3 * N * sum(widths), us))
         if tiles:
@@ -115,22 +115,14 @@ def transpositions(sums: dict[str, float], tiles: bool) -> None:
         sets = []
         for _ in range(SETS):
             ws = [torch.randint(0, 200, (p, d_in), device="cuda", dtype=torch.uint8) for p in parts]
-            sets.append((ws, torch.empty(d_in, sum(parts), device="cuda", dtype=torch.uint8)))
-
-        def run(ws: list[Tensor], out: Tensor, tile: tuple[int, int, int] | None = None) -> None:
-            first = 0
-            for w in ws:
-                piece = out[:, first : first + len(w)]
-                transpose_into(w, piece) if tile is None else transpose_into(w, piece, tile)
-                first += len(w)
-
-        us, size = timed(run, sets), 2 * sum(parts) * d_in
-        ws, out = sets[0]
-        right = "right" if torch.equal(out, torch.cat(ws).t()) else "WRONG"
+            sets.append((ws,))
+        us, size = timed(side_by_side, sets), 2 * sum(parts) * d_in
+        (ws,) = sets[0]
+        right = "right" if torch.equal(side_by_side(ws)[0], torch.cat(ws).t()) else "WRONG"
         row(name, f"{us:.1f}", rate(size, us), right)
         sums["transpose W"] = sums.get("transpose W", 0) + us
         for tile in TRANSPOSE_TILES if tiles else ():
-            us = timed(lambda ws, out, t=tile: run(ws, out, t), sets)
+            us = timed(lambda ws, t=tile: side_by_side(ws, t), sets)
             row(f"  tile {tile}", f"{us:.1f}", rate(size, us))
 
 
