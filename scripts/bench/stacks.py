@@ -5,7 +5,7 @@
     python scripts/bench/stacks.py --cases tiny:64 tiny-nf4:64 --adapters 3
 
 A case is SHAPE:TOKENS or SHAPE-nf4:TOKENS. Every adapter has a row of this many random tokens.
-A step is forward, backward and fused AdamW, with a parameter group for each adapter. It is measured
+A step is forward, backward and fused AdamW, an optimizer for each adapter. It is measured
 four times, each in a new process: one adapter or a stack (`functional.stack`), plain and recorded
 in a CUDA graph as a whole. "gradient" is the same without AdamW. The time of n single steps is n
 times that of one. Medians of --steps after --warm.
@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 import fastlora
 from fastlora import functional as FL
 from fastlora.runtime.cuda_graph import CUDAGraphed
+from fastlora.training.optimizers import step_together
 
 CASES = ("1b:512", "1b:128", "8b-nf4:256")
 
@@ -108,9 +109,9 @@ def functions(
     leaves, structure = tree_flatten(adapter)
     leaves = [leaf.clone() for leaf in leaves]
     parts = [[leaf] if n == 1 else [*leaf] for leaf in leaves]  # the slices are views
-    groups = [{"params": [part[i] for part in parts], "lr": 2e-4} for i in range(n)]
     device = base["norm"].device
-    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda", capturable=graph)
+    settings: Any = dict(lr=2e-4, fused=device.type == "cuda", capturable=graph)
+    optimizers = [torch.optim.AdamW([part[i] for part in parts], **settings) for i in range(n)]
     ids = torch.randint(
         spec.config.vocab_size, (n, tokens), generator=torch.Generator().manual_seed(0)
     )
@@ -124,8 +125,9 @@ def functions(
         for part, grad in zip(parts, gradient(batch), strict=True):
             for x, g in zip(part, [grad] if n == 1 else grad, strict=True):
                 x.grad = g
-        optimizer.step()
-        optimizer.zero_grad()
+        step_together(optimizers)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         return batch["labels"]
 
     return gradient, step, batch
