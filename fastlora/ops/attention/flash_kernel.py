@@ -277,7 +277,7 @@ _TILES = {
     256: {
         "forward": (128, 64, 8, 2, None),
         "queries": (128, 32, 8, 2, None),
-        "keys": (32, 64, 8, 2, None),
+        "keys": (32, 64, 8, 3, None),
     },
 }
 
