@@ -60,35 +60,6 @@ def _quantize_rows_kernel(
         first += widths[i]
 
 
-# The same with the whole row in registers.
-@triton.jit
-def _quantize_whole_rows_kernel(
-    ys, strides, widths, factors, out_ptr, scale_ptr, stride_out,
-    HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column, kept, amax, first = tl.arange(0, BLOCK), (), 0.0, 0
-    for i in tl.static_range(len(ys)):  # pyright: ignore
-        here = column < widths[i]
-        y = tl.load(ys[i] + row * strides[i] + column, mask=here, other=0.0)
-        if HAS_FACTORS:  # powers of two, so exact in bf16 too
-            y = y * tl.load(factors[i] + column, mask=here, other=0.0).to(y.dtype)
-        kept = kept + (y,)  # noqa: RUF005  Triton has no other way
-        largest = tl.max(tl.abs(y).to(tl.float32), 0)
-        amax = tl.maximum(amax, largest, propagate_nan=tl.PropagateNan.ALL)
-        first += widths[i]
-    bits = amax.to(tl.int32, bitcast=True)  # pyright: ignore
-    power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)
-    tl.store(scale_ptr + row, (power << 23).to(tl.float32, bitcast=True))
-    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
-    first = 0
-    for i in tl.static_range(len(ys)):  # pyright: ignore
-        at = out_ptr + row * stride_out + first + column
-        y = kept[i].to(tl.float32) * inverse
-        tl.store(at, y.to(out_ptr.dtype.element_ty), mask=column < widths[i])
-        first += widths[i]
-
-
 @triton.jit
 def _transpose_kernel(
     x_ptr, out_ptr, ones_ptr, rows, columns, stride_out, BM: tl.constexpr, BN: tl.constexpr
@@ -121,21 +92,23 @@ def quantize_rows(
 ) -> tuple[Tensor, Float[Tensor, "n"]]:
     """(values [n, d], a scale for each row) of the ys side by side, each times its factors.
 
-    The ys are [n, d_i] with adjacent columns; their rows may be apart. `dtype` is for tests.
+    The ys are [n, d_i]; of those whose columns are not adjacent a copy is made. The factors are
+    powers of two. `dtype` is for tests.
     """
+    ys = [y if y.stride(1) == 1 else y.contiguous() for y in ys]
     n, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
     out = torch.empty(n, sum(widths), dtype=dtype, device=ys[0].device)
     scales = torch.empty(n, dtype=torch.float32, device=ys[0].device)
     if n == 0:
         return out, scales
     block = min(tile[0], triton.next_power_of_2(max(widths)))
-    kernel = _quantize_rows_kernel
-    if tile[0] == 0:
-        kernel, block = _quantize_whole_rows_kernel, triton.next_power_of_2(max(widths))
-    kernel[(n,)](
+    # Powers of two are exact in bf16 too, which takes half the bytes: 14,336 + 14,336 columns take
+    # 264 us, and 352 us with factors in float32 (H200, 8,192 rows, fp8-layer-2026-11-30).
+    factors = [x.to(torch.bfloat16) for x in factors or ()]
+    _quantize_rows_kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
-        tuple(factors or ()), out, scales, out.stride(0),
-        HAS_FACTORS=factors is not None, CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block,  # pyright: ignore
+        tuple(factors), out, scales, out.stride(0),
+        HAS_FACTORS=bool(factors), CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block,  # pyright: ignore
         num_warps=tile[1],  # pyright: ignore
     )  # fmt: skip
     return out, scales
