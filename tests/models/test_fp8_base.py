@@ -17,6 +17,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora.errors import CheckpointError
 from fastlora.model import Model
+from fastlora.models import attention
 from fastlora.models.params import is_quantized
 from fastlora.ops.quant.e4m3 import quantize_matrix
 from fastlora.ops.quant.weights import WeightFP8
@@ -90,6 +91,23 @@ def test_recomputation_changes_no_bit(policy, fp8):
     model = fp8(lora_dropout=0.2)
     wanted = value_and_gradient(model.with_spec(recompute="none"), 5)
     assert same_bits(value_and_gradient(model.with_spec(recompute=policy), 5), wanted)
+
+
+def test_attentions_and_swiglus_kernels_give_the_same_gradients(dense_folder, monkeypatch):
+    """Attention's kernel returns dq, dk and dv in one tensor, which is rounded as three are."""
+    pytest.importorskip("triton")
+    for name in ("kernel_supports", "kernel_is_faster"):  # of heads of 8, in the interpreter
+        monkeypatch.setattr(f"fastlora.models.attention.flash.{name}", lambda *_: True)
+    monkeypatch.setattr("fastlora.models.decoder.kernel_supports", lambda *_: True)
+    model = adapted(load(dense_folder("llama2"), base_precision="fp8"), r=4)
+    joint, real = [], attention.joint_lora_linears
+    count = lambda *args: joint.append(args) or real(*args)
+    monkeypatch.setattr(attention, "joint_lora_linears", count)
+    wanted = value_and_gradient(model.with_spec(kernels="torch"))
+    found = value_and_gradient(model.with_spec(kernels="triton", recompute="none"))
+    assert len(joint) == model.spec.config.num_hidden_layers
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-4, atol=1e-4)
+    assert relative_error(found[1], wanted[1]) < 2e-2
 
 
 @pytest.mark.compile
