@@ -26,7 +26,8 @@ from fastlora.ops.quant.weights import WeightFP8
 from oracles.gpu_models import Row, together, tokens
 
 pytestmark = [pytest.mark.gpu, pytest.mark.part("fp8")]
-POLICIES: list[Any] = ["none", "selective", 0.4, "full", "offload"]
+# Each policy is compiled, which takes most of the time.
+POLICIES: list[Any] = ["none", "selective", "full", "offload"]
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -74,8 +75,25 @@ def products() -> Iterator[Row]:
 
 
 def models(folder: Any, **settings: Any) -> Model:
+    """A model whose projections are an eighth of the checkpoint's.
+
+    In the checkpoint's random layers softmax and SiLU are saturated, so that rounding changes a
+    gradient by as much as the gradient itself: in bf16 by 30 %, in fp8 by 100 %. In these models it
+    does by 1 % and 5 %.
+    """
     base, _ = fastlora.load(str(folder), base_precision="fp8", device="cuda")
-    return fastlora.lora(base, r=8, lora_alpha=16, init_lora_weights=False, **settings)
+    model = fastlora.lora(base, r=8, lora_alpha=16, init_lora_weights=False, **settings)
+
+    def smaller(x: Any) -> Any:
+        if not isinstance(x, dict):
+            return x
+        return x | {"weight": x["weight"]._replace(scale=x["weight"].scale / 8)}
+
+    layers = tuple({n: smaller(x) for n, x in layer.items()} for layer in model.base["layers"])
+    base: Any = model.base | {"layers": layers, "norm": model.base["norm"] / 16}
+    # DoRA's magnitudes are the lengths of W's rows.
+    adapter = tree_map(lambda x: x / (8 if x.dim() == 1 else 4), model.adapter)
+    return replace(model, base=base, adapter=adapter)
 
 
 def wide(model: Model) -> Model:
@@ -103,14 +121,14 @@ def gradients(folder: Any, name: str, **settings: Any) -> Iterator[Row]:
         run(wide(model).with_spec(**plain)),
         run(model.with_spec(**plain)),
     )
-    yield f"{name} loss, eager, off float32's", float((value - loss).abs() / loss), 0.02
+    yield f"{name} loss, eager, off float32's", float((value - loss).abs() / loss), 0.005
     error = together(eager, exact)
-    yield f"{name} gradient, eager, off float32's", error, 0.3
-    for policy in POLICIES:
+    yield f"{name} gradient, eager, off float32's", error, 0.1
+    for policy in POLICIES if not settings else ("none", "full"):
         value, found = run(model.with_spec(compile=True, recompute=policy))
-        yield f"{name} loss, {policy}, off float32's", float((value - loss).abs() / loss), 0.02
+        yield f"{name} loss, {policy}, off float32's", float((value - loss).abs() / loss), 0.005
         ratio = together(found, exact) / error
-        yield f"{name} gradient, {policy}, over the eager error", ratio, 1.3
+        yield f"{name} gradient, {policy}, over the eager error", ratio, 1.2
     if not settings:
         func = torch.func.grad(lambda a: FL.loss(a, model.base, model.spec, batch))(model.adapter)
         yield "torch.func.grad over the eager error", together(func, exact) / error, 1.1
@@ -136,7 +154,7 @@ def memory(folder: Any) -> Iterator[Row]:
     model = models(folder)
     ids = tokens(model, 1, 48)
     batch = {"input_ids": ids, "labels": ids}
-    for policy in POLICIES:
+    for policy in ("none", "full"):
         kept: list[Tensor] = []
         pack = lambda x, kept=kept: kept.append(x) or x
         adapter = tree_map(lambda x: x.detach().requires_grad_(), model.adapter)
