@@ -10,10 +10,16 @@ All arguments of fastlora.lora and fastlora.train are options. Exit codes are in
 pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps of a run in order.
 """
 
+# ruff: noqa: E402  the call must come before the import of torch
+
 import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
+
+from finetuning.bytecode import keep_bytecode
+
+keep_bytecode()
 
 import torch
 from finetuning.ending import OTHER_BITS, exit_code

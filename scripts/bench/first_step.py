@@ -13,8 +13,10 @@ it ended, both after the start of Python, and its thread. Parts overlap, because
 threads run at the same time, and imports contain other imports. The rows, as results.py describes
 them, are also written to $OUT/first_step.jsonl.
 
-The first lines measure this machine's files: the time to open and read a file of a package, and to
-ask for its size, in one thread and in eight.
+The first lines say how this machine imports: the time to read a file of a package, and to import
+sympy (470 files) with and without bytecode. If a package was installed without bytecode and Python
+may not write it, every process compiles all files again. --keep-bytecode FOLDER has the processes
+keep it there.
 """
 
 import argparse
@@ -26,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -41,10 +42,13 @@ def main() -> None:
     parser.add_argument("--model", default="auto", help='a checkpoint\'s folder or "demo"')
     parser.add_argument("--warm", type=int, default=2, help="runs with full caches")
     parser.add_argument("--compile", action="store_true", help="compiled regions also on the CPU")
-    parser.add_argument("--no-files", action="store_true", help="do not measure files")
+    parser.add_argument("--keep-bytecode", type=Path, metavar="FOLDER")
+    parser.add_argument("--no-files", action="store_true", help="without the first lines")
     args = parser.parse_args()
     if not args.no_files:
-        print_files()
+        print_imports()
+    if args.keep_bytecode:
+        keep_bytecode(args.keep_bytecode)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = checkpoint(folder) if args.model == "auto" else args.model
@@ -126,27 +130,42 @@ def note(found: dict, cache: str) -> None:
     append(Path(out) / "first_step.jsonl", row("python scripts/bench/first_step.py", figures))
 
 
-def print_files(number: int = 400) -> None:
-    """Time of an open and of a stat, for the files of a package that torch imports."""
+def keep_bytecode(folder: Path) -> None:
+    """Have the processes that this one starts write and read bytecode in a folder."""
+    os.environ["PYTHONPYCACHEPREFIX"] = str(folder.resolve())
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
+
+def print_imports(number: int = 400) -> None:
+    """Time to read files, and to import a package with and without bytecode."""
     spec = importlib.util.find_spec("sympy")
-    if spec is None or not spec.submodule_search_locations:
+    if spec is None or spec.origin is None:
         return
-    files = sorted(Path(spec.submodule_search_locations[0]).rglob("*.py"))
-    parts = [files[i * number : (i + 1) * number] for i in range(3)]
-    read = lambda path: path.read_bytes()
-    for title, work, which, threads in (
-        ("open and read, first time", read, parts[0], 1),
-        ("open and read, again", read, parts[0], 1),
-        ("open and read, first time, 8 threads", read, parts[1], 8),
-        ("open and read, again, 8 threads", read, parts[1], 8),
-        ("stat, first time", os.stat, parts[2], 1),
-        ("stat, again", os.stat, parts[2], 1),
-    ):
+    cached = importlib.util.cache_from_source(spec.origin)
+    print(f"Python writes bytecode: {not sys.dont_write_bytecode}, prefix {sys.pycache_prefix}")
+    print(
+        f"beside sympy there is bytecode: {Path(cached).exists()}, the folder can be written: ",
+        end="",
+    )
+    print(os.access(Path(spec.origin).parent, os.W_OK))
+    files = sorted(Path(spec.origin).parent.rglob("*.py"))[:number]
+    for title in ("open and read, first time", "open and read, again"):
         begin = time.perf_counter()
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(work, which))
-        each = (time.perf_counter() - begin) / len(which)
+        for file in files:
+            file.read_bytes()
+        each = (time.perf_counter() - begin) / len(files)
         print(f"{title:44s} {1e3 * each:7.3f} ms a file", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        kept = plain | {"PYTHONPYCACHEPREFIX": folder}
+        for title, environment in (
+            ("import sympy, this environment", dict(os.environ)),
+            ("import sympy, no bytecode yet", kept),
+            ("import sympy, with bytecode", kept),
+        ):
+            begin = time.perf_counter()
+            subprocess.run([sys.executable, "-c", "import sympy"], env=environment, check=True)
+            print(f"{title:44s} {time.perf_counter() - begin:7.2f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import runpy
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from functools import wraps
 from importlib.machinery import PathFinder
@@ -47,6 +48,10 @@ FUNCTIONS = {
     "torch._inductor.compile_fx": ("compile_fx_inner",),
     "torch._dynamo.convert_frame": ("_compile",),
     "torch._functorch.aot_autograd": ("aot_module_simplified",),
+    "torch._inductor.runtime.triton_heuristics": ("CachingAutotuner.benchmark_all_configs",),
+    "torch._inductor.codecache": ("torch_key",),
+    "torch._inductor.async_compile": ("maybe_warm_pool",),
+    "triton.runtime.cache": ("triton_key",),
 }
 LAST = "optimizer_step"
 
@@ -69,8 +74,7 @@ class Watch:
                 if name in MODULES:
                     marks.append((f"import {name}", thread(), begin, time.time()))
                 for function in FUNCTIONS.get(name, ()):
-                    if hasattr(module, function):
-                        setattr(module, function, noted(getattr(module, function)))
+                    note_calls(module, function)
                 if COMPILE and name == "fastlora.adapters.create":
                     module.lora = compiling(module.lora)
 
@@ -78,7 +82,15 @@ class Watch:
         return spec
 
 
-def noted(function: Callable[..., Any]) -> Callable[..., Any]:
+def note_calls(module: Any, name: str) -> None:
+    """Replace a function, or the method of a class ("Class.method"), if the module has it."""
+    *owner, name = name.split(".")
+    owner = getattr(module, owner[0], None) if owner else module
+    if hasattr(owner, name):
+        setattr(owner, name, noted(getattr(owner, name), name))
+
+
+def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
     """The function, which notes its first eight calls."""
     calls = 0
 
@@ -90,9 +102,9 @@ def noted(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         finally:
-            if calls <= 8:
-                marks.append((f"{function.__name__}()", thread(), begin, time.time()))
-            if function.__name__ == LAST:
+            if calls <= 8 or name == "benchmark_all_configs":
+                marks.append((f"{name}()", thread(), begin, time.time()))
+            if name == LAST:
                 write()
 
     return wrapper
@@ -113,6 +125,7 @@ def write() -> None:
     counts: dict[str, Any] = {f"dynamo: {n}": round(v, 2) for v, n in times[:16]}
     for kind in ("stats", "aot_autograd", "inductor"):
         counts[kind] = dict(counters[kind])
+    counts["files in the cache"] = files_by_suffix()
     found = {
         "torch": torch.__version__,
         "total_s": end - STARTED,
@@ -122,6 +135,12 @@ def write() -> None:
     Path(MARKS).write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
+
+
+def files_by_suffix() -> dict[str, int]:
+    """Files in Inductor's cache: .best_config are tiles that need not be measured again."""
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    return dict(Counter(path.suffix for path in folder.rglob("*") if path.is_file()))
 
 
 def compiling(lora: Callable[..., Any]) -> Callable[..., Any]:

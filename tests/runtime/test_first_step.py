@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastlora.runtime import first_step
-from fastlora.runtime.first_step import imports_of_first_step
+from fastlora.runtime.first_step import preparing_first_step
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_inductor_is_imported_for_compiled_models_only(imported):
         (True, ["torch._dynamo", "torch._inductor.compile_fx"]),
     ):
         imported.clear()
-        with imports_of_first_step(compile, CPU):
+        with preparing_first_step(compile, CPU):
             pass
         assert [name for name, _ in imported] == names
         assert all(thread.startswith("fastlora-imports") for _, thread in imported)
@@ -45,7 +45,7 @@ def test_an_error_of_the_block_does_not_wait(monkeypatch):
         end.wait(60)
 
     monkeypatch.setattr(first_step, "import_module", slow)
-    with pytest.raises(KeyError), imports_of_first_step(False, CPU):
+    with pytest.raises(KeyError), preparing_first_step(False, CPU):
         begun.wait(60)
         raise KeyError("row")
     assert not end.is_set()
@@ -57,7 +57,7 @@ def test_an_import_that_fails_is_left_to_its_user(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(first_step, "import_module", fail)
-    with imports_of_first_step(True, CPU):
+    with preparing_first_step(True, CPU):
         pass
 
 
@@ -66,11 +66,11 @@ def test_the_modules_exist():
     code = """
         import sys
         import torch
-        from fastlora.runtime.first_step import imports_of_first_step
+        from fastlora.runtime.first_step import preparing_first_step
 
         names = ("torch._dynamo", "torch._inductor.compile_fx")
         before = [name in sys.modules for name in names]
-        with imports_of_first_step(True, torch.device("cpu")):
+        with preparing_first_step(True, torch.device("cpu")):
             pass
         print(before, [name in sys.modules for name in names])
     """
