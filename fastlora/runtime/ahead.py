@@ -17,7 +17,7 @@ def imports(names: Iterable[str]) -> list[Callable[[], object]]:
     return [partial(import_module, name) for name in names]
 
 
-def ahead(tasks: Iterable[Callable[[], object]]) -> threading.Thread:
+def ahead(tasks: Iterable[Callable[[], object]]) -> "Ahead":
     """Start a thread that runs tasks one after the other.
 
     An error ends its task only: the code that needs the result will do the work itself, and then
@@ -26,31 +26,45 @@ def ahead(tasks: Iterable[Callable[[], object]]) -> threading.Thread:
     because a child would wait forever for the locks of modules that are being imported.
     """
     _register_fork()
-    thread = _Ahead(tasks)
+    thread = Ahead(tasks)
     thread.start()
     return thread
 
 
-class _Ahead(threading.Thread):
+class Ahead(threading.Thread):
+    """A thread that `ahead` starts."""
+
     def __init__(self, tasks: Iterable[Callable[[], object]]) -> None:
         super().__init__(name="fastlora-ahead")
-        self._tasks = list(tasks)
+        self._tasks, self._done = list(tasks), threading.Event()
 
     def run(self) -> None:
-        for task in self._tasks:
-            if not threading.main_thread().is_alive():
-                return
-            with suppress(Exception):
-                task()
+        """Run the tasks."""
+        try:
+            for task in self._tasks:
+                if not threading.main_thread().is_alive():
+                    return
+                with suppress(Exception):
+                    task()
+        finally:
+            self._done.set()
+
+    def wait(self) -> None:
+        """Wait until the tasks are done.
+
+        After a Ctrl-C in `join`, Python 3.11 believes that the thread has ended, and tears down the
+        interpreter while it runs.
+        """
+        self._done.wait()
 
 
 @cache
 def _register_fork() -> None:
     if hasattr(os, "register_at_fork"):  # not on Windows
-        os.register_at_fork(before=_wait)
+        os.register_at_fork(before=_wait_for_all)
 
 
-def _wait() -> None:
+def _wait_for_all() -> None:
     for thread in threading.enumerate():
-        if isinstance(thread, _Ahead) and thread is not threading.current_thread():
-            thread.join()
+        if isinstance(thread, Ahead) and thread is not threading.current_thread():
+            thread.wait()

@@ -56,7 +56,7 @@ def preparing_first_step(compile: Compile, device: torch.device) -> Iterator[Non
         tasks.append(partial(_compute_cache_keys, device))
     thread = ahead(tasks)
     yield
-    thread.join()
+    thread.wait()
 
 
 def _compute_cache_keys(device: torch.device) -> None:

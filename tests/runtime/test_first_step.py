@@ -1,40 +1,49 @@
-"""Modules that the first step needs are imported while data are read."""
+"""What the first step needs is prepared in a thread while data are read."""
 
+import json
 import subprocess
 import sys
 import textwrap
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastlora.runtime import first_step
-from fastlora.runtime.first_step import preparing_first_step
+from fastlora.runtime import ahead, first_step
+from fastlora.runtime.first_step import DYNAMO, INDUCTOR, preparing_first_step
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def imported(monkeypatch) -> list[tuple[str, str]]:
-    """A list that gets (module, thread) of every import, which do nothing."""
-    found: list[tuple[str, str]] = []
-    note = lambda name: found.append((name, threading.current_thread().name))
-    monkeypatch.setattr(first_step, "import_module", note)
+def tasks(monkeypatch) -> list[str]:
+    """A list that gets the tasks of the thread, which do nothing: modules and functions."""
+    found: list[str] = []
+    monkeypatch.setattr(ahead, "import_module", found.append)
+    for name in ("_start_compilers", "_compute_cache_keys"):
+        monkeypatch.setattr(first_step, name, partial(lambda name, _: found.append(name), name))
     return found
 
 
-def test_inductor_is_imported_for_compiled_models_only(imported):
-    for compile, names in (
-        ("auto", ["torch._dynamo"]),
-        (False, ["torch._dynamo"]),
-        (True, ["torch._dynamo", "torch._inductor.compile_fx"]),
-    ):
-        imported.clear()
-        with preparing_first_step(compile, CPU):
+def test_inductor_is_prepared_for_compiled_models_only(tasks):
+    everything = {*DYNAMO, *INDUCTOR, "_start_compilers", "_compute_cache_keys"}
+    settings = (("auto", CPU), (False, CPU), (True, CPU), (False, CUDA), ("auto", CUDA))
+    for compile, device in settings:
+        tasks.clear()
+        with preparing_first_step(compile, device):
             pass
-        assert [name for name, _ in imported] == names
-        assert all(thread.startswith("fastlora-imports") for _, thread in imported)
+        whole = compile is True or (compile == "auto" and device == CUDA)
+        assert {*tasks} == (everything if whole else {*DYNAMO})
+        assert tasks[0] == "torch._dynamo"
+
+
+def test_the_imports_of_load_are_those_of_a_compiled_model(tasks):
+    first_step.begin_imports()
+    ahead._wait_for_all()
+    assert tasks == [*DYNAMO, *INDUCTOR]
 
 
 def test_an_error_of_the_block_does_not_wait(monkeypatch):
@@ -44,7 +53,7 @@ def test_an_error_of_the_block_does_not_wait(monkeypatch):
         begun.set()
         end.wait(60)
 
-    monkeypatch.setattr(first_step, "import_module", slow)
+    monkeypatch.setattr(ahead, "import_module", slow)
     with pytest.raises(KeyError), preparing_first_step(False, CPU):
         begun.wait(60)
         raise KeyError("row")
@@ -52,30 +61,66 @@ def test_an_error_of_the_block_does_not_wait(monkeypatch):
     end.set()
 
 
-def test_an_import_that_fails_is_left_to_its_user(monkeypatch):
-    def fail(name: str) -> None:
-        raise ImportError(name)
+# A run until its rows are read. Prints the imports: [module, thread, whether the other one runs].
+RUN = """
+    import json, sys, threading
+    import torch
+    import fastlora
+    from fastlora.runtime.first_step import DYNAMO, INDUCTOR
+    from fastlora.training import loop
 
-    monkeypatch.setattr(first_step, "import_module", fail)
-    with preparing_first_step(True, CPU):
-        pass
+    seen = []
+
+    class Watch:
+        def find_spec(self, name, path=None, target=None):
+            names = [thread.name for thread in threading.enumerate()]
+            seen.append((name, threading.current_thread().name, "fastlora-ahead" in names))
+
+    def end(*_):
+        missing = [name for name in (*DYNAMO, *INDUCTOR) if name not in sys.modules]
+        print(json.dumps([seen, missing]))
+        raise SystemExit
+
+    model, tokenizer = fastlora.load("demo", device="cpu")
+    model = fastlora.lora(model, r=2).with_spec(compile=True)
+    sys.meta_path.insert(0, Watch())
+    loop.make_learner = end
+    rows = [{"text": "def add(a, b): return a + b"}] * 20
+    fastlora.train(model, tokenizer, rows, max_steps=1, batch_size=1, progress=False)
+"""
 
 
-def test_the_modules_exist():
-    """In a process of its own, where torch._dynamo is not imported yet."""
-    code = """
-        import sys
-        import torch
-        from fastlora.runtime.first_step import preparing_first_step
+def test_the_main_thread_imports_no_part_of_torch_meanwhile():
+    """Else two threads could be in one circular import, and see modules that are not complete."""
+    command = [sys.executable, "-c", textwrap.dedent(RUN)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not ran.returncode, ran.stderr[-3000:]
+    seen, missing = json.loads(ran.stdout.splitlines()[-1])
+    assert not missing
+    own = [name for name, thread, running in seen if running and thread == "MainThread"]
+    assert not [name for name in own if name.split(".")[0] in ("torch", "sympy", "triton")]
+    others = {name for name, thread, _ in seen if thread == "fastlora-ahead"}
+    assert {"torch._dynamo", "torch._inductor.compile_fx", "sympy"} <= others
 
-        names = ("torch._dynamo", "torch._inductor.compile_fx")
-        before = [name in sys.modules for name in names]
-        with preparing_first_step(True, torch.device("cpu")):
-            pass
-        print(before, [name in sys.modules for name in names])
-    """
-    root = Path(__file__).parents[2]
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True
-    )
-    assert ran.stdout.strip() == "[False, False] [True, True]", ran.stderr
+
+def test_compilers_start_if_the_cache_is_empty(monkeypatch, tmp_path):
+    import torch._inductor.async_compile as async_compile
+
+    started: list[int] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(1))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    first_step._start_compilers(CPU)  # its kernels are C++, which other processes do not compile
+    assert not started
+    first_step._start_compilers(CUDA)
+    assert started
+    (tmp_path / "aotautograd").mkdir()
+    first_step._start_compilers(CUDA)
+    assert len(started) == 1
+
+
+def test_cache_keys_are_those_that_inductor_computes(fresh_dynamo):
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    first_step._compute_cache_keys(CPU)
+    before = torch_key(), CacheBase.get_system()
+    assert before == (torch_key(), CacheBase.get_system())
