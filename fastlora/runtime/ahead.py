@@ -11,6 +11,8 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
 
+from fastlora.runtime.garbage import collection_paused
+
 
 def imports(names: Iterable[str]) -> list[Callable[[], object]]:
     """Tasks of `ahead` that import modules."""
@@ -41,13 +43,17 @@ class Ahead(threading.Thread):
     def run(self) -> None:
         """Run the tasks."""
         try:
-            for task in self._tasks:
-                if not threading.main_thread().is_alive():
-                    return
-                with suppress(Exception):
-                    task()
+            with collection_paused():  # what is imported stays
+                self._run()
         finally:
             self._done.set()
+
+    def _run(self) -> None:
+        for task in self._tasks:
+            if not threading.main_thread().is_alive():
+                return
+            with suppress(Exception):
+                task()
 
     def wait(self) -> None:
         """Wait until the tasks are done.

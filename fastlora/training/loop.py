@@ -10,7 +10,7 @@ To change the loop, copy `_run_steps`.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -25,6 +25,7 @@ from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
 from fastlora.runtime.first_step import preparing_first_step
+from fastlora.runtime.garbage import old_objects_kept
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.common_run import (
@@ -330,7 +331,9 @@ def _run_steps(
     with bar, closing(run.batches_after(records)) as batches:
         started = perf_counter()
         for step, micro_batches in zip(range(done + 1, run.steps + 1), batches, strict=False):
-            record = optimizer_step(run, learner, step, micro_batches)
+            # The first step compiles, and the collector would look at all of Inductor repeatedly.
+            with old_objects_kept() if step == done + 1 else nullcontext():
+                record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started
             record = step_cost(learner.model, micro_batches, seconds) | record

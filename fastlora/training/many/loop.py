@@ -6,7 +6,7 @@ by rounding only. When a run ends, the next pass has a new stack without it.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from fastlora.models.state import Batch
 from fastlora.ops.dispatch import refuse_transforms
+from fastlora.runtime.garbage import old_objects_kept
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save, evaluation_is_due
 from fastlora.training.common_run import refuse_ranks
@@ -99,11 +100,14 @@ def _run_passes(
     stack = None
     with tqdm(total=total, disable=not progress, unit="step") as bar:
         while active:
-            started = perf_counter()
-            if stack is None or stack.n != len(active):
+            started, changed = perf_counter(), stack is None or stack.n != len(active)
+            if changed:
                 stack = None  # its memory is free before the next one is made
                 stack = make_stack([s.learner for s in active], active[0].run.settings)
-            taken = _take_steps(stack, active, started)
+            assert stack is not None
+            # The first step of a stack compiles, as in training/loop.py.
+            with old_objects_kept() if changed else nullcontext():
+                taken = _take_steps(stack, active, started)
             taken, ended = _after_steps(stack, active, taken)
             ended += ended_by(ending, taken, ended)
             if progress:
