@@ -80,7 +80,7 @@ def first_step(model: str, folder: Path, number: int, compile: bool) -> dict:
     rows, marks = folder / "rows.jsonl", folder / f"marks-{number}.json"
     if not rows.exists():
         sys.path.insert(0, str(HERE / "whole_job"))
-        from compare import write_rows  # noqa: PLC0415  from the folder above
+        from compare import write_rows  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
 
         write_rows(rows)
     output = str(folder / f"run-{number}")

@@ -121,7 +121,7 @@ def write() -> None:
     from torch._dynamo.utils import compile_times, counters  # noqa: PLC0415
 
     names, values = compile_times(repr="csv", aggregate=True)
-    times = sorted(((float(v), n) for n, v in zip(names, values, strict=True)), reverse=True)
+    times = sorted(((float(str(v)), n) for n, v in zip(names, values, strict=True)), reverse=True)
     counts: dict[str, Any] = {f"dynamo: {n}": round(v, 2) for v, n in times[:16]}
     for kind in ("stats", "aot_autograd", "inductor"):
         counts[kind] = dict(counters[kind])

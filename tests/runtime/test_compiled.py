@@ -286,7 +286,7 @@ def test_inductors_settings_hold_for_the_backward_graph_and_only_while_it_compil
     class Users(CustomGraphPass):
         seen: ClassVar[list[tuple[Any, ...]]] = []
 
-        def __call__(self, graph: torch.fx.graph.Graph) -> None:
+        def __call__(self, graph: torch.fx.Graph) -> None:
             self.seen.append(settings())
 
         def uuid(self) -> str:

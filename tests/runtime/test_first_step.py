@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from fastlora.runtime import ahead, first_step
+from fastlora.runtime.compiled import Compile
 from fastlora.runtime.first_step import DYNAMO, INDUCTOR, preparing_first_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,8 +31,8 @@ def tasks(monkeypatch) -> list[str]:
 
 def test_inductor_is_prepared_for_compiled_models_only(tasks):
     everything = {*DYNAMO, *INDUCTOR, "_start_compilers", "_compute_cache_keys"}
-    settings = (("auto", CPU), (False, CPU), (True, CPU), (False, CUDA), ("auto", CUDA))
-    for compile, device in settings:
+    settings: list[tuple[Compile, torch.device]] = [("auto", CPU), (False, CPU), (True, CPU)]
+    for compile, device in [*settings, (False, CUDA), ("auto", CUDA)]:
         tasks.clear()
         with preparing_first_step(compile, device):
             pass
