@@ -23,12 +23,12 @@ def collection_paused() -> Iterator[None]:
 
 
 @contextmanager
-def old_objects_kept() -> Iterator[None]:
-    """Collect only objects that are made during the block.
+def old_objects_kept(wanted: bool = True) -> Iterator[None]:
+    """Collect only objects that are made during the block, if that is wanted.
 
     If the caller has frozen objects, this does nothing, because thawing would thaw those too.
     """
-    if gc.get_freeze_count():
+    if not wanted or gc.get_freeze_count():
         yield
         return
     gc.freeze()

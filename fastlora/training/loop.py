@@ -10,7 +10,7 @@ To change the loop, copy `_run_steps`.
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -331,8 +331,7 @@ def _run_steps(
     with bar, closing(run.batches_after(records)) as batches:
         started = perf_counter()
         for step, micro_batches in zip(range(done + 1, run.steps + 1), batches, strict=False):
-            # The first step compiles, and the collector would look at all of Inductor repeatedly.
-            with old_objects_kept() if step == done + 1 else nullcontext():
+            with old_objects_kept(step == done + 1):  # the first step compiles
                 record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started

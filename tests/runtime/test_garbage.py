@@ -62,6 +62,13 @@ def test_only_new_objects_are_collected_in_the_first_step():
     assert old() is None and not gc.get_freeze_count()
 
 
+def test_old_objects_are_collected_in_later_steps():
+    old = weakref.ref(Node())
+    with old_objects_kept(False):
+        gc.collect()
+    assert old() is None
+
+
 def test_objects_that_the_caller_froze_stay_frozen():
     gc.freeze()
     frozen = gc.get_freeze_count()

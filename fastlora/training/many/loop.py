@@ -6,7 +6,7 @@ by rounding only. When a run ends, the next pass has a new stack without it.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -105,8 +105,7 @@ def _run_passes(
                 stack = None  # its memory is free before the next one is made
                 stack = make_stack([s.learner for s in active], active[0].run.settings)
             assert stack is not None
-            # The first step of a stack compiles, as in training/loop.py.
-            with old_objects_kept() if changed else nullcontext():
+            with old_objects_kept(changed):  # the first step of a stack compiles
                 taken = _take_steps(stack, active, started)
             taken, ended = _after_steps(stack, active, taken)
             ended += ended_by(ending, taken, ended)
