@@ -10,18 +10,22 @@ All arguments of fastlora.lora and fastlora.train are options. Exit codes are in
 pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps of a run in order.
 """
 
-# ruff: noqa: E402  the call must come before the import of torch
+
 
 import dataclasses
+import gc
 import sys
 from pathlib import Path
 from typing import Any
 
 from finetuning.bytecode import keep_bytecode
 
-keep_bytecode()
+if __name__ == "__main__":
+    keep_bytecode()
+    gc.disable()  # until `imports_kept`
 
 import torch
+from finetuning.collector import imports_kept
 from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast
 from finetuning.held_out import data_of, described, heldout_loss, prompts_of
@@ -84,7 +88,8 @@ def run(args: Any) -> int:
 
     if not resumes(args):
         on_first_rank(make_room, args.output)
-    model, history = fastlora.train(model, tokenizer, data, **given, **settings)
+    with imports_kept():
+        model, history = fastlora.train(model, tokenizer, data, **given, **settings)
     on_first_rank(note_options, args.output, dataclasses.asdict(args))
 
     print(f"\nafter {len(history.steps)} steps", end="")

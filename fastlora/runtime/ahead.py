@@ -11,8 +11,6 @@ from contextlib import suppress
 from functools import cache, partial
 from importlib import import_module
 
-from fastlora.runtime.garbage import collection_paused
-
 
 def imports(names: Iterable[str]) -> list[Callable[[], object]]:
     """Tasks of `ahead` that import modules."""
@@ -43,17 +41,13 @@ class Ahead(threading.Thread):
     def run(self) -> None:
         """Run the tasks."""
         try:
-            with collection_paused():  # what is imported stays
-                self._run()
+            for task in self._tasks:
+                if not threading.main_thread().is_alive():
+                    return
+                with suppress(Exception):
+                    task()
         finally:
             self._done.set()
-
-    def _run(self) -> None:
-        for task in self._tasks:
-            if not threading.main_thread().is_alive():
-                return
-            with suppress(Exception):
-                task()
 
     def wait(self) -> None:
         """Wait until the tasks are done.

@@ -25,7 +25,6 @@ from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
 from fastlora.runtime.first_step import preparing_first_step
-from fastlora.runtime.garbage import old_objects_kept
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.common_run import (
@@ -331,8 +330,7 @@ def _run_steps(
     with bar, closing(run.batches_after(records)) as batches:
         started = perf_counter()
         for step, micro_batches in zip(range(done + 1, run.steps + 1), batches, strict=False):
-            with old_objects_kept(step == done + 1):  # the first step compiles
-                record = optimizer_step(run, learner, step, micro_batches)
+            record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started
             record = step_cost(learner.model, micro_batches, seconds) | record

@@ -57,4 +57,5 @@ def test_nothing_changes_where_python_keeps_bytecode(package, tmp_path):
 
 def test_a_prefix_of_the_user_stays(package, tmp_path):
     chosen = str(tmp_path / "chosen")
-    assert prefix(package, tmp_path / "cache", PYTHONPYCACHEPREFIX=chosen) == chosen
+    more = {"PYTHONPYCACHEPREFIX": chosen, "PYTHONDONTWRITEBYTECODE": "1"}
+    assert prefix(package, tmp_path / "cache", **more) == chosen

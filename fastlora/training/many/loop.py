@@ -15,7 +15,6 @@ from tqdm import tqdm
 
 from fastlora.models.state import Batch
 from fastlora.ops.dispatch import refuse_transforms
-from fastlora.runtime.garbage import old_objects_kept
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save, evaluation_is_due
 from fastlora.training.common_run import refuse_ranks
@@ -100,13 +99,11 @@ def _run_passes(
     stack = None
     with tqdm(total=total, disable=not progress, unit="step") as bar:
         while active:
-            started, changed = perf_counter(), stack is None or stack.n != len(active)
-            if changed:
+            started = perf_counter()
+            if stack is None or stack.n != len(active):
                 stack = None  # its memory is free before the next one is made
                 stack = make_stack([s.learner for s in active], active[0].run.settings)
-            assert stack is not None
-            with old_objects_kept(changed):  # the first step of a stack compiles
-                taken = _take_steps(stack, active, started)
+            taken = _take_steps(stack, active, started)
             taken, ended = _after_steps(stack, active, taken)
             ended += ended_by(ending, taken, ended)
             if progress:
