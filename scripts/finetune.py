@@ -10,8 +10,6 @@ All arguments of fastlora.lora and fastlora.train are options. Exit codes are in
 pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps of a run in order.
 """
 
-
-
 import dataclasses
 import gc
 import sys
@@ -20,7 +18,7 @@ from typing import Any
 
 from finetuning.bytecode import keep_bytecode
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # before torch is imported
     keep_bytecode()
     gc.disable()  # until `imports_kept`
 
