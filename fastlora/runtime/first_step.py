@@ -38,7 +38,9 @@ def begin_imports() -> None:
 
 
 @contextmanager
-def preparing_first_step(compile: Compile, device: torch.device) -> Iterator[None]:
+def preparing_first_step(
+    compile: Compile, device: torch.device, compilers: bool = True
+) -> Iterator[None]:
     """Prepare the first step in a thread while the block runs. The end of the block waits for it.
 
     The block itself should not import parts of torch: two threads in one circular import may see
@@ -47,11 +49,13 @@ def preparing_first_step(compile: Compile, device: torch.device) -> Iterator[Non
     Args:
         compile: the model's setting.
         device: of the model.
+        compilers: start compiler processes, if they may be needed. Of several ranks, the first one
+            compiles, and the others read its cache.
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
     if compiles(compile, device):
         tasks += imports(INDUCTOR[:1])
-        tasks.append(partial(_start_compilers, device))
+        tasks += [partial(_start_compilers, device)] if compilers else []
         tasks += imports(INDUCTOR[1:])
         tasks.append(partial(_compute_cache_keys, device))
     thread = ahead(tasks)

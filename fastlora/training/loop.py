@@ -278,7 +278,7 @@ def train(
         objective = objective_of(loss, model)
         with (
             ranks.first_on_node("encoding"),
-            preparing_first_step(model.spec.compile, model.base["norm"].device),
+            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.is_first),
         ):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)

@@ -41,6 +41,14 @@ def test_inductor_is_prepared_for_compiled_models_only(tasks):
         assert tasks[0] == "torch._dynamo"
 
 
+def test_only_the_first_rank_starts_compilers(tasks):
+    for first in (True, False):
+        tasks.clear()
+        with preparing_first_step(True, CPU, first):
+            pass
+        assert ("_start_compilers" in tasks) == first and "_compute_cache_keys" in tasks
+
+
 def test_the_imports_of_load_are_those_of_a_compiled_model(tasks):
     first_step.begin_imports()
     ahead._wait_for_all()
