@@ -22,7 +22,7 @@ from fastlora.arguments import (
 from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
 from fastlora.checkpoints.reading import read_base
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
-from fastlora.distributed.launch import launched, own_device
+from fastlora.distributed.launch import own_device
 from fastlora.distributed.mesh import SHARD, shard_problem
 from fastlora.distributed.reading import load_sharded
 from fastlora.errors import CheckpointError, raise_problems
@@ -34,7 +34,6 @@ from fastlora.models.rope_json import rope_scaling_problems
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.devices import device_problem
-from fastlora.runtime.first_step import begin_imports
 from fastlora.text.tokenizer import Tokenizer
 
 _RULES = {
@@ -131,9 +130,6 @@ def load(
     if isinstance(rope_scaling, dict):
         problems += rope_scaling_problems(rope_scaling)
     raise_problems(ValueError, "fastlora.load cannot use these arguments:", problems)
-    # Not for several ranks: torch.distributed, which they import now, and dynamo import each other.
-    if torch.device(device).type == "cuda" and shard is None and launched() is None:
-        begin_imports()
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     name, adapter_folder = os.fspath(model_name), None
     # This look-up is of the argument itself. A base that is missing is one that the adapter names.

@@ -36,18 +36,22 @@ class Ahead(threading.Thread):
 
     def __init__(self, tasks: Iterable[Callable[[], object]]) -> None:
         super().__init__(name="fastlora-ahead")
-        self._tasks, self._done = list(tasks), threading.Event()
+        self._tasks, self._done, self._stopped = list(tasks), threading.Event(), False
 
     def run(self) -> None:
         """Run the tasks."""
         try:
             for task in self._tasks:
-                if not threading.main_thread().is_alive():
+                if self._stopped or not threading.main_thread().is_alive():
                     return
                 with suppress(Exception):
                     task()
         finally:
             self._done.set()
+
+    def stop(self) -> None:
+        """End the thread after the task that it is in. Does not wait."""
+        self._stopped = True
 
     def wait(self) -> None:
         """Wait until the tasks are done.

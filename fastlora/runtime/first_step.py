@@ -16,10 +16,13 @@ import torch
 from fastlora.runtime.ahead import ahead, imports
 from fastlora.runtime.compiled import Compile, compiles
 
-DYNAMO = ("torch._dynamo",)
+# sympy is half of dynamo.
+DYNAMO = ("sympy", "torch._dynamo")
 
 # With what Inductor imports on its first use, also if it finds all graphs in its cache.
 INDUCTOR = (
+    "torch._functorch.aot_autograd",
+    "torch._inductor.codecache",
     "torch._inductor.compile_fx",
     "torch._dynamo.repro.after_dynamo",
     "torch._dynamo.backends.inductor",
@@ -32,9 +35,23 @@ INDUCTOR = (
 )
 
 
-def begin_imports() -> None:
-    """Start to import what the first step of a compiled model needs. Does not wait."""
-    ahead(imports((*DYNAMO, *INDUCTOR)))
+@contextmanager
+def importing_compiler(wanted: bool) -> Iterator[None]:
+    """Import dynamo and Inductor in a thread while the block runs.
+
+    The end of the block waits for the module that is being imported, and leaves the others to the
+    first step: code of the caller that follows may import parts of torch itself.
+
+    Args:
+        wanted: else nothing is imported.
+    """
+    thread = ahead(imports((*DYNAMO, *INDUCTOR))) if wanted else None
+    try:
+        yield
+    finally:
+        if thread is not None:
+            thread.stop()
+            thread.wait()
 
 
 @contextmanager
@@ -54,12 +71,15 @@ def preparing_first_step(
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
     if compiles(compile, device):
-        tasks += imports(INDUCTOR[:1])
         tasks += [partial(_start_compilers, device)] if compilers else []
-        tasks += imports(INDUCTOR[1:])
+        tasks += imports(INDUCTOR)
         tasks.append(partial(_compute_cache_keys, device))
     thread = ahead(tasks)
-    yield
+    try:
+        yield
+    except BaseException:
+        thread.stop()
+        raise
     thread.wait()
 
 

@@ -49,6 +49,17 @@ def test_tasks_run_in_order_in_another_thread():
     assert seen == [(0, False), (1, False), (2, False)]
 
 
+def test_a_thread_that_is_stopped_ends_after_its_task():
+    begun, end = threading.Event(), threading.Event()
+    seen: list[int] = []
+    thread = ahead([begun.set, lambda: end.wait(60), lambda: seen.append(1)])
+    begun.wait(60)
+    thread.stop()
+    end.set()
+    thread.wait()
+    assert not seen
+
+
 def test_an_error_reaches_nobody_and_later_tasks_run(capfd, tmp_path, monkeypatch):
     """The code that needs the module gets the error again."""
     (tmp_path / "fastlora_broken.py").write_text("raise OSError('disk')")

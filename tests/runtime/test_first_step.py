@@ -5,15 +5,19 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+from fastlora.checkpoints import reading
+from fastlora.checkpoints.hub import DEMO
 from fastlora.runtime import ahead, first_step
 from fastlora.runtime.compiled import Compile
-from fastlora.runtime.first_step import DYNAMO, INDUCTOR, preparing_first_step
+from fastlora.runtime.first_step import DYNAMO, INDUCTOR, importing_compiler, preparing_first_step
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -38,7 +42,7 @@ def test_inductor_is_prepared_for_compiled_models_only(tasks):
             pass
         whole = compile is True or (compile == "auto" and device == CUDA)
         assert {*tasks} == (everything if whole else {*DYNAMO})
-        assert tasks[0] == "torch._dynamo"
+        assert tasks[:2] == ["sympy", "torch._dynamo"]
 
 
 def test_only_the_first_rank_starts_compilers(tasks):
@@ -49,16 +53,52 @@ def test_only_the_first_rank_starts_compilers(tasks):
         assert ("_start_compilers" in tasks) == first and "_compute_cache_keys" in tasks
 
 
-def test_the_imports_of_load_are_those_of_a_compiled_model(tasks):
-    first_step.begin_imports()
-    ahead._wait_for_all()
-    assert tasks == [*DYNAMO, *INDUCTOR]
-
-
-def test_an_error_of_the_block_does_not_wait(monkeypatch):
+def test_imports_stop_at_the_end_of_the_block(monkeypatch):
+    """Code of the caller that follows may import parts of torch itself."""
+    names: list[str] = []
     begun, end = threading.Event(), threading.Event()
 
     def slow(name: str) -> None:
+        names.append(name)
+        begun.set()
+        end.wait(60)
+
+    monkeypatch.setattr(ahead, "import_module", slow)
+    with importing_compiler(False):
+        pass
+    with pytest.raises(KeyError), importing_compiler(True):
+        begun.wait(60)
+        threading.Timer(0.1, end.set).start()
+        raise KeyError
+    assert names == ["sympy"] and end.is_set()
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_the_compiler_is_imported_only_while_dense_weights_are_read_to_a_gpu(
+    load_in_4bit, monkeypatch
+):
+    """bitsandbytes imports dynamo in the main thread."""
+    wanted: list[bool] = []
+
+    @contextmanager
+    def note(value: bool) -> Iterator[None]:
+        wanted.append(value)
+        yield
+
+    monkeypatch.setattr(reading, "importing_compiler", note)
+    monkeypatch.setattr(reading, "read_checked", lambda checked, device: (checked.config, {}))
+    for device in ("cpu", "cuda"):
+        reading.read_base(DEMO, device=device, quantize=load_in_4bit)
+    assert wanted == [False, not load_in_4bit]
+
+
+def test_an_error_of_the_block_does_not_wait(monkeypatch):
+    """And the thread ends after the module that it imports."""
+    names: list[str] = []
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(name: str) -> None:
+        names.append(name)
         begun.set()
         end.wait(60)
 
@@ -68,6 +108,8 @@ def test_an_error_of_the_block_does_not_wait(monkeypatch):
         raise KeyError("row")
     assert not end.is_set()
     end.set()
+    ahead._wait_for_all()
+    assert names == ["sympy"]
 
 
 # A run until its rows are read. Prints the imports: [module, thread, whether the other one runs].
