@@ -11,7 +11,6 @@ pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps
 """
 
 import dataclasses
-import gc
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,8 @@ from finetuning.bytecode import keep_bytecode
 
 if __name__ == "__main__":  # before torch is imported
     keep_bytecode()
-    gc.disable()  # until `imports_kept`
 
 import torch
-from finetuning.collector import imports_kept
 from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast
 from finetuning.held_out import data_of, described, heldout_loss, prompts_of
@@ -87,8 +84,7 @@ def run(args: Any) -> int:
 
     if not resumes(args):
         on_first_rank(make_room, args.output)
-    with imports_kept():
-        model, history = fastlora.train(model, tokenizer, data, **given, **settings)
+    model, history = fastlora.train(model, tokenizer, data, **given, **settings)
     on_first_rank(note_options, args.output, dataclasses.asdict(args))
 
     print(f"\nafter {len(history.steps)} steps", end="")

@@ -7,5 +7,4 @@ repeat.py    options from a run.json, and what differs when its run is repeated
 forecast.py  what fastlora.plan predicts, as text
 ending.py    exit codes
 bytecode.py  Python's bytecode of torch, kept if it is not kept beside torch
-collector.py Python's garbage collector, which leaves imported objects alone
 """
