@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetuning.bytecode import keep_bytecode
+
+if __name__ == "__main__":  # before torch is imported
+    keep_bytecode()
+
 import torch
 from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast

@@ -38,6 +38,7 @@ from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.dequantize import dequantize
 from fastlora.ops.quant.e4m3 import quantize_matrix
 from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit, WeightFP8
+from fastlora.runtime.first_step import importing_compiler
 
 # What projections can be quantised to while they are read: `load_in_4bit` and `base_precision`.
 Precision = Literal["nf4", "fp8"]
@@ -71,7 +72,11 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
-    return read_checked(checked, device)
+    # bitsandbytes imports dynamo too and our kernels import Triton, in this thread; two threads must
+    # not be in one circle.
+    dense = not (checked.stored or checked.to_quantize)
+    with importing_compiler(dense and torch.device(device).type == "cuda"):
+        return read_checked(checked, device)
 
 
 def read_checked(checked: "CheckedBase", device: torch.device | str) -> tuple[LlamaConfig, Base]:

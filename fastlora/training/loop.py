@@ -24,7 +24,7 @@ from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
-from fastlora.runtime.first_step import imports_of_first_step
+from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.common_run import (
@@ -278,7 +278,7 @@ def train(
         objective = objective_of(loss, model)
         with (
             ranks.first_on_node("encoding"),
-            imports_of_first_step(model.spec.compile, model.base["norm"].device),
+            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.is_first),
         ):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)
