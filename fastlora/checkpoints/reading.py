@@ -72,8 +72,8 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
-    # bitsandbytes imports dynamo too, and our kernels Triton, in this thread; two threads must not be
-    # in one circle.
+    # In this thread bitsandbytes imports dynamo, and our kernels Triton; two threads must not be in
+    # one circle.
     dense = not (checked.stored or checked.to_quantize)
     with importing_compiler(dense and torch.device(device).type == "cuda"):
         return read_checked(checked, device)
