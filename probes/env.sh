@@ -1,0 +1,1 @@
+export ROOT=/tmp/work/bf; . /tmp/work/env.sh
