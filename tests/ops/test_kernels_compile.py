@@ -27,6 +27,7 @@ bm, bn, warps, stages = swiglu_kernel._BACKWARD
 SWIGLU = dict(R=16, BM=bm, BN=bn, PRECISION="tf32")
 of_forward, of_backward = masked_lora_kernel._FORWARD, masked_lora_kernel._BACKWARD
 THREE = dict(RANKS=(16, 16, 8), SLOTS=(0, 2, -1), R=16, PRECISION="tf32")
+BACKWARD = dict(THREE, BM=of_backward[0], BN=of_backward[1], HALF=64)
 
 FLASH = {
     "forward": flash._forward_kernel,
@@ -67,13 +68,13 @@ KERNELS = [
     ),
     (
         masked_lora_kernel._masked_x_a_kernel,
-        dict(THREE, BM=of_forward[0], BK=of_forward[1]),
-        of_forward[2],
+        dict(THREE, BM=of_forward[0], HALF=64),
+        of_forward[1],
     ),
     *(
         (
             masked_lora_kernel._masked_x_a_backward_kernel,
-            dict(THREE, NEEDS_X=needs_x, NEEDS_A=needs_a, BM=of_backward[0], BN=of_backward[1]),
+            dict(BACKWARD, NEEDS_X=needs_x, NEEDS_A=needs_a),
             of_backward[2],
         )
         for needs_x, needs_a in ((True, True), (True, False), (False, True))

@@ -1,0 +1,195 @@
+"""Triton kernels of `masked_x_a`: the product of x, under one mask per A, with each A', and its
+gradients.
+
+A mask is a pure function of (key, row, column), so each tile recomputes its part of the mask,
+forward and backward. No masked copy of x is written, read or kept. The hash is that of dropout.py,
+line by line, in wrapping int32 arithmetic. The hash takes most of the time, not memory traffic:
+about twelve integer operations per element and mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fastlora.ops.dispatch import precision, rank_tile
+
+# ── kernels ───────────────────────────────────────────────────────────────────────────────
+
+
+# The kernels use no helper functions; swiglu_kernel.py says why. As int32, -1640531535 is
+# 0x9E3779B1 and -2147483648 is 2**31. A segment without a mask has the limit -2147483648, so no
+# hash value is below it and every element is kept.
+@triton.jit
+def _masked_x_a_kernel(
+    x_ptr, a_ptr, keys_ptr, x_a_ptr, n, d, columns, stride_x, threshold, scale,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    segment = tl.program_id(0)
+    first, rank, slot = 0, 0, 0
+    for i in tl.static_range(len(RANKS)):  # pyright: ignore
+        first += tl.where(i < segment, RANKS[i], 0)
+        rank += tl.where(i == segment, RANKS[i], 0)
+        slot += tl.where(i == segment, SLOTS[i], 0)
+    limit = tl.where(slot >= 0, threshold, -2147483648)
+    row = (tl.program_id(1) * BM + tl.arange(0, BM))[:, None]
+    far, k = row.to(tl.int64), tl.arange(0, R)[None, :]  # n * d may exceed 2**31
+    key = tl.load(keys_ptr + slot, mask=slot >= 0, other=0)
+    # The low 32 bits are the key, the high ones the first row (dropout.from_row).
+    of_row = (row + (key >> 32).to(tl.int32)) ^ key.to(tl.int32)
+    of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
+    of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
+    of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
+    x_a = tl.zeros((BM, R), tl.float32)
+    for start in range(0, d, BK):
+        number = start + tl.arange(0, BK)
+        column, column_t = number[None, :], number[:, None]
+        x = tl.load(x_ptr + far * stride_x + column, mask=(row < n) & (column < d), other=0.0)
+        taken = (k < rank) & (column_t < d)
+        a = tl.load(a_ptr + (first + k) * d + column_t, mask=taken, other=0.0)
+        bits = of_row + column * -1640531535
+        bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x21F0AAAD
+        bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x735A2D97
+        bits = bits ^ ((bits >> 15) & 0x1FFFF)
+        seen = tl.where((bits ^ -2147483648) >= limit, x, 0.0)
+        x_a += tl.dot(seen, a, input_precision=PRECISION)
+    x_a *= tl.where(slot >= 0, scale, 1.0)
+    at, inside = far * columns + first + k, (row < n) & (k < rank)
+    tl.store(x_a_ptr + at, x_a.to(x_a_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
+    dx_ptr, x_ptr, dx_a_ptr, a_ptr, keys_ptr, sums_ptr,
+    n, d, columns, stride_x, stride_dx_a, threshold, scale, chunk,
+    RANKS: tl.constexpr, SLOTS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
+    R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    column = (tl.program_id(0) * BN + tl.arange(0, BN))[None, :]
+    k, k_t = tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
+    of_column = column * -1640531535
+    matrices, sums, first = (), (), 0
+    for i in tl.static_range(len(RANKS)):  # pyright: ignore
+        taken = (k_t < RANKS[i]) & (column < d)
+        matrices += (tl.load(a_ptr + (first + k_t) * d + column, mask=taken, other=0.0),)
+        sums += (tl.zeros((R, BN), tl.float32),)
+        first += RANKS[i]
+    for start in range(0, chunk, BM):
+        row = (tl.program_id(1) * chunk + start + tl.arange(0, BM))[:, None]
+        far, here = row.to(tl.int64), (row < n) & (column < d)
+        if NEEDS_A:
+            x = tl.load(x_ptr + far * stride_x + column, mask=here, other=0.0)
+        if NEEDS_X:
+            dx = tl.load(dx_ptr + far * d + column, mask=here, other=0.0).to(tl.float32)
+        new_sums, offset = (), 0
+        for i in tl.static_range(len(RANKS)):  # pyright: ignore
+            inside = (row < n) & (k < RANKS[i])
+            dx_a = tl.load(dx_a_ptr + far * stride_dx_a + offset + k, mask=inside, other=0.0)
+            limit, factor, of_row = -2147483648, 1.0, row
+            if SLOTS[i] >= 0:
+                limit, factor = threshold, scale
+                key = tl.load(keys_ptr + SLOTS[i])
+                of_row = (row + (key >> 32).to(tl.int32)) ^ key.to(tl.int32)
+            of_row = (of_row ^ ((of_row >> 16) & 0xFFFF)) * 0x21F0AAAD
+            of_row = (of_row ^ ((of_row >> 15) & 0x1FFFF)) * 0x735A2D97
+            of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
+            bits = of_row + of_column
+            bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x21F0AAAD
+            bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x735A2D97
+            bits = bits ^ ((bits >> 15) & 0x1FFFF)
+            keep = (bits ^ -2147483648) >= limit
+            if NEEDS_X:
+                product = tl.dot(dx_a, matrices[i], input_precision=PRECISION)
+                dx += tl.where(keep, product * factor, 0.0)
+            if NEEDS_A:
+                seen = tl.where(keep, x, 0.0)
+                da = tl.dot(tl.trans(dx_a), seen, input_precision=PRECISION)
+                new_sums += (sums[i] + da * factor,)
+            offset += RANKS[i]
+        if NEEDS_X:  # no other program reads these elements of dx
+            tl.store(dx_ptr + far * d + column, dx.to(dx_ptr.dtype.element_ty), mask=here)
+        if NEEDS_A:
+            sums = new_sums
+    if NEEDS_A:
+        begin, offset = tl.program_id(1).to(tl.int64) * columns * d, 0
+        for i in tl.static_range(len(RANKS)):  # pyright: ignore
+            at, taken = begin + (offset + k_t) * d + column, (k_t < RANKS[i]) & (column < d)
+            tl.store(sums_ptr + at, sums[i], mask=taken)
+            offset += RANKS[i]
+
+
+# ── launchers ─────────────────────────────────────────────────────────────────────────────
+# Programs for the same rows of x and different A are adjacent in the grid, so that all but the
+# first read x from the L2 cache. (rows, columns, warps) of a tile, and the number of row chunks
+# over which the backward kernel sums: the three inputs of a 1B layer take 266 µs forward and 594 µs
+# backward on an H100. Forward with (64, 64, 4) they take 350 µs, backward with (32, 64, 8) and 16
+# chunks 724 µs (masked-lora-tiles-2026-11-27 in scripts/bench/results.jsonl).
+_FORWARD, _BACKWARD = (64, 128, 4), (32, 64, 4)
+
+_CHUNKS = 32
+
+
+def _static(
+    dtype: torch.dtype, ranks: list[int], slots: list[int], p: float
+) -> tuple[int, float, dict]:
+    """(threshold that dropout.py compares hashes with, 1 / (1 - p), compile-time arguments)."""
+    how = dict(RANKS=tuple(ranks), SLOTS=tuple(slots), R=rank_tile(*ranks))
+    return int(p * 2**32) - 2**31, 1.0 / (1.0 - p), how | dict(PRECISION=precision(dtype))
+
+
+def masked_x_a_fused(
+    x: Float[Tensor, "n d"],
+    a: Float[Tensor, "r d"],
+    keys: Int[Tensor, "k"],
+    ranks: list[int],
+    slots: list[int],
+    p: float,
+) -> Float[Tensor, "n r"]:
+    """All x A_i' side by side in x.dtype, summed in float32.
+
+    For A_i, x is masked with keys[slots[i]], whose high word is the first row of the mask; if
+    slots[i] is -1, x is not masked.
+    """
+    (n, d), (bm, bk, warps) = x.shape, _FORWARD
+    x = x if x.stride(1) == 1 else x.contiguous()
+    x_a = x.new_empty(n, a.shape[0])
+    threshold, scale, static = _static(x.dtype, ranks, slots, p)
+    _masked_x_a_kernel[(len(ranks), triton.cdiv(n, bm))](
+        x, a.contiguous(), keys, x_a, n, d, a.shape[0], x.stride(0), threshold, scale,
+        **static, BM=bm, BK=bk, num_warps=warps,  # pyright: ignore
+    )  # fmt: skip
+    return x_a
+
+
+def masked_x_a_backward_(
+    dx: Float[Tensor, "n d"] | None,
+    x: Float[Tensor, "n d"],
+    dx_a: Float[Tensor, "n r"],
+    a: Float[Tensor, "r d"],
+    keys: Int[Tensor, "k"],
+    ranks: list[int],
+    slots: list[int],
+    p: float,
+    needs_a: bool,
+) -> Float[Tensor, "_ d"]:
+    """dA in a.dtype, summed in float32; no rows if `needs_a` is False.
+
+    Adds x's gradient to dx, which must be contiguous, unless dx is None.
+    """
+    (n, d), (bm, bn, warps) = x.shape, _BACKWARD
+    x = x if x.stride(1) == 1 else x.contiguous()
+    dx_a = dx_a if dx_a.stride(1) == 1 else dx_a.contiguous()
+    assert dx is None or dx.is_contiguous()
+    chunk = triton.cdiv(triton.cdiv(n, _CHUNKS), bm) * bm
+    chunks, columns = triton.cdiv(n, chunk), a.shape[0] if needs_a else 0
+    sums = torch.empty((chunks, columns, d), dtype=torch.float32, device=x.device)
+    threshold, scale, static = _static(x.dtype, ranks, slots, p)
+    _masked_x_a_backward_kernel[(triton.cdiv(d, bn), chunks)](
+        x if dx is None else dx, x, dx_a, a.contiguous(), keys, sums,
+        n, d, columns, x.stride(0), dx_a.stride(0), threshold, scale, chunk,
+        **static, NEEDS_X=dx is not None, NEEDS_A=needs_a,  # pyright: ignore
+        BM=bm, BN=bn, num_warps=warps,  # pyright: ignore
+    )  # fmt: skip
+    return sums.sum(0).to(a.dtype)
