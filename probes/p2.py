@@ -83,7 +83,7 @@ def gradients(shape, d, kv):
             dx_a = torch.cat(each, 1) if len(each) > 1 else each[0]
             return dx_a, [sp(y.t(), c) for y, c in zip(dys, cols)]
 
-        new = lambda dy, bs, x_a: low.low_rank_gradients(dy, bs, x_a, starts, [0.5] * len(bs))
+        new = lambda dy, bs, x_a: low.low_rank_gradients_fused(dy, bs, x_a, starts, [0.5] * len(bs))
         row(f"{name}: dxA and dB, now", now, make, gb(N * m))
         for tile, programs in (((64, 256, 8, 3), 264), ((64, 256, 8, 3), 132), ((64, 128, 4, 3), 396),
                                ((64, 128, 4, 3), 264), ((64, 256, 4, 3), 264), ((128, 128, 8, 3), 264)):

@@ -8,7 +8,7 @@ for widths, ranks, dt in (((300,70,64),(16,8,3),torch.float32),((128,),(20,),tor
     x_a=torch.randn(n,sum(ranks),generator=g).to(dt); starts=[10]
     for w in widths[:-1]: starts.append(starts[-1]+w)
     s=[0.5+i for i in range(len(widths))]
-    dx_a,db=K.low_rank_gradients(dy,bs,x_a,starts,s)
+    dx_a,db=K.low_rank_gradients_fused(dy,bs,x_a,starts,s)
     o=0;p=0
     for w,r,st,b,sc in zip(widths,ranks,starts,bs,s):
         e=sc*dy[:,st:st+w].double()@b.double()

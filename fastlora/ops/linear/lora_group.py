@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
-from fastlora.ops.linear.lora import lora_linear, lora_linear_reference, scaled_product
+from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
+from fastlora.ops.linear.low_rank_gradients import layer_gradients
 from fastlora.ops.linear.masked_lora import (
     Masks,
     Segments,
@@ -131,11 +132,12 @@ class _LoRALinears(torch.autograd.Function):
         Args:
             ctx: autograd's context.
             inputs: x; all A as one matrix, or None; the masks' keys and segments, or None; the
-                weights as one matrix, or None; `joint`; one scaling per branch, None without B; the
-                number of parts of each weight; whether each branch has a bias; then the tensors:
-                the parts of all weights, the biases, the Bs.
+                weights as one matrix, or None; `fused`; `joint`; one scaling per branch, None
+                without B; the number of parts of each weight; whether each branch has a bias; then
+                the tensors: the parts of all weights, the biases, the Bs.
         """
-        x, a, keys, segments, fused_weight, joint, scalings, weights, biases, *tensors = inputs
+        x, a, keys, segments, fused_weight, fused, joint, *rest = inputs
+        scalings, weights, biases, *tensors = rest
         ctx.set_materialize_grads(False)
         matrices, biases_or_none, bs = _by_branch(tensors, scalings, weights, biases)
         if keys is None:
@@ -150,7 +152,7 @@ class _LoRALinears(torch.autograd.Function):
             else:
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
-        ctx.static = segments, joint, scalings, weights, biases
+        ctx.static = segments, fused, joint, scalings, weights, biases
         ctx.save_for_backward(None if a is None else x, a, keys, fused_weight, x_a, *tensors)
         if not joint:
             return *ys, x_a
@@ -163,9 +165,9 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, a, keys, fused_weight, x_a, *tensors = ctx.saved_tensors
-        segments, joint, scalings, weights, biases = ctx.static
+        segments, fused, joint, scalings, weights, biases = ctx.static
         matrices, _, bs = _by_branch(tensors, scalings, weights, biases)
-        needs_x, needs_a, _, _, _, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_a, _, _, _, _, _, _, _, _, *needs = ctx.needs_input_grad
         *dys, dx_a = gradients
         dy_all = None
         if joint:
@@ -179,17 +181,8 @@ class _LoRALinears(torch.autograd.Function):
             dys = dy_all.split([dy.shape[1] for dy in dys], 1)
         # x_a's gradient: from the low-rank terms of the branches and, if the caller also uses x_a
         # (the SwiGLU kernel does), from there.
-        with_lora = [
-            (dy, b, columns, scaling)
-            for dy, (b, columns), scaling in zip(dys, _columns(x_a, bs), scalings, strict=True)
-            if scaling is not None
-        ]
-        if with_lora:
-            each = [
-                torch.zeros_like(columns) if dy is None else scaled_product(dy, b, scaling)
-                for dy, b, columns, scaling in with_lora
-            ]
-            from_branches = torch.cat(each, 1) if len(each) > 1 else each[0]
+        from_branches, dbs = _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused)
+        if from_branches is not None:
             dx_a = from_branches if dx_a is None else dx_a + from_branches
         dx_a_term = dx_a if keys is None else None  # with masks, add_gradients adds it below
         terms = ([dy_all], [[fused_weight]]) if one_product else (dys, matrices)
@@ -204,11 +197,7 @@ class _LoRALinears(torch.autograd.Function):
             dy.sum(0) if needed and dy is not None else None
             for dy, needed in zip(bias_dys, needs[sum(weights) :], strict=False)
         ]
-        dbs = [
-            None if dy is None else scaled_product(dy.t(), columns, scaling)
-            for dy, _, columns, scaling in with_lora
-        ]
-        return dx, da, *[None] * 7, *(None for _ in range(sum(weights))), *dbiases, *dbs
+        return dx, da, *[None] * 8, *(None for _ in range(sum(weights))), *dbiases, *dbs
 
 
 def _by_branch(tensors, scalings, weights, biases):
@@ -218,6 +207,21 @@ def _by_branch(tensors, scalings, weights, biases):
     matrices = [take(n) for n in weights]
     biases_or_none = [rest.pop(0) if present else None for present in biases]
     return matrices, biases_or_none, [None if s is None else rest.pop(0) for s in scalings]
+
+
+def _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused):
+    """(the gradient of x_a by the branches' low-rank terms, dB of each branch that has a B).
+
+    (None, []) if no branch has one.
+    """
+    widths = [shape_of(from_parts(m))[0] for m in matrices]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    with_lora = [i for i, b in enumerate(bs) if b is not None]
+    if not with_lora:
+        return None, []
+    chosen = [[each[i] for i in with_lora] for each in (dys, starts, bs, scalings)]
+    of_dys, of_starts, of_bs, of_scalings = chosen
+    return layer_gradients(of_dys, dy_all, of_starts, of_bs, x_a, of_scalings, fused=fused)
 
 
 def _frozen(x, weight, bias):
@@ -249,6 +253,8 @@ def lora_linears(
     branches: Sequence[Branch],
     masks: Masks | None = None,
     fused_weight: Float[Tensor, "d_out d_in"] | None = None,
+    *,
+    fused: bool = False,
 ) -> Outputs:
     """(x_a, one y per branch), in x.dtype. All tensors but those of quantised weights have x.dtype.
 
@@ -264,8 +270,9 @@ def lora_linears(
             support it, autograd keeps a masked copy of x for each A with a mask.
         fused_weight: one matrix of which the branches' weights are consecutive rows, if there is
             one. The weights' part of x's gradient is then one product.
+        fused: whether Triton kernels may run. `masks` says it for those of dropout.
     """
-    return _linears(x, matrices, branches, masks, fused_weight, joint=False)[:2]
+    return _linears(x, matrices, branches, masks, fused_weight, fused=fused, joint=False)[:2]
 
 
 def joint_lora_linears(
@@ -274,6 +281,8 @@ def joint_lora_linears(
     branches: Sequence[Branch],
     masks: Masks | None,
     fused_weight: Float[Tensor, "d_out d_in"] | None,
+    *,
+    fused: bool = False,
 ) -> tuple[list[Float[Tensor, "*n _"]], Float[Tensor, "*n d_out"] | None]:
     """(the ys of `lora_linears`, a placeholder for all ys side by side, or None).
 
@@ -284,7 +293,7 @@ def joint_lora_linears(
 
     The arguments are those of `lora_linears`.
     """
-    _, ys, joint = _linears(x, matrices, branches, masks, fused_weight, joint=True)
+    _, ys, joint = _linears(x, matrices, branches, masks, fused_weight, fused=fused, joint=True)
     return ys, joint
 
 
@@ -295,6 +304,7 @@ def _linears(
     masks: Masks | None,
     fused_weight: Tensor | None,
     *,
+    fused: bool,
     joint: bool,
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     frozen = [part for branch in branches for part in parts(branch.weight)]
@@ -318,6 +328,7 @@ def _linears(
         keys,
         segments,
         fused_weight,
+        fused,
         joint,
         tuple(None if branch.b is None else branch.scaling for branch in branches),
         tuple(len(parts(branch.weight)) for branch in branches),

@@ -107,10 +107,10 @@ _TILE = (64, 256, 8, 3)  # rows, columns, warps, pipeline stages
 _PROGRAMS = 264  # about two for each multiprocessor of an H100
 
 
-def low_rank_gradients(
+def low_rank_gradients_fused(
     dy: Float[Tensor, "n _"],
     bs: list[Float[Tensor, "_ _"]],
-    x_a: Float[Tensor, "n r"],
+    x_a: Float[Tensor, "n _"],
     starts: list[int],
     scalings: list[float],
 ) -> tuple[Float[Tensor, "n r"], Float[Tensor, "_"]]:
