@@ -26,7 +26,7 @@ from fastlora.ops.dropout import HALF, limit_of
 def _masked_x_a_kernel(
     x_ptr, a_ptr, keys_ptr, x_a_ptr, n, d, columns, stride_x, threshold, scale,
     RANKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-    HALF: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     first, rank, slot = 0, 0, 0
@@ -45,7 +45,7 @@ def _masked_x_a_kernel(
     of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
     x_a = tl.zeros((BM, R), tl.float32)
     lane = tl.arange(0, HALF)
-    for start in range(0, d, 2 * HALF):
+    for start in tl.range(0, d, 2 * HALF, num_stages=STAGES):  # pyright: ignore
         bits = of_row + (start // 2 + lane[None, :]) * -1640531535
         bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x21F0AAAD
         bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x735A2D97
@@ -69,7 +69,7 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
     n, d, columns, stride_x, stride_dx_a, threshold, scale, chunk,
     RANKS: tl.constexpr, SLOTS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # BN hashes, which are those of BN columns and of the columns HALF behind them.
     number = tl.program_id(0) * BN
@@ -86,7 +86,7 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
         low_sums += (tl.zeros((R, BN), tl.float32),)
         high_sums += (tl.zeros((R, BN), tl.float32),)
         first += RANKS[i]
-    for start in range(0, chunk, BM):
+    for start in tl.range(0, chunk, BM, num_stages=STAGES):  # pyright: ignore
         row = (tl.program_id(1) * chunk + start + tl.arange(0, BM))[:, None]
         far = row.to(tl.int64)
         low_in, high_in = (row < n) & (low < d), (row < n) & (high < d)
@@ -148,7 +148,7 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
 # over which the backward kernel sums: the three inputs of a 1B layer take 266 µs forward and 594 µs
 # backward on an H100. Forward with (64, 64, 4) they take 350 µs, backward with (32, 64, 8) and 16
 # chunks 724 µs (masked-lora-tiles-2026-11-27 in scripts/bench/results.jsonl).
-_FORWARD, _BACKWARD = (64, 4), (32, 32, 4)
+_FORWARD, _BACKWARD = (32, 4, None), (32, 32, 4, 3)
 
 _CHUNKS = 32
 
@@ -174,13 +174,13 @@ def masked_x_a_fused(
     For A_i, x is masked with keys[slots[i]], whose high word is the first row of the mask; if
     slots[i] is -1, x is not masked.
     """
-    (n, d), (bm, warps) = x.shape, _FORWARD
+    (n, d), (bm, warps, stages) = x.shape, _FORWARD
     x = x if x.stride(1) == 1 else x.contiguous()
     x_a = x.new_empty(n, a.shape[0])
     threshold, scale, static = _static(x.dtype, ranks, slots, p)
     _masked_x_a_kernel[(len(ranks), triton.cdiv(n, bm))](
         x, a.contiguous(), keys, x_a, n, d, a.shape[0], x.stride(0), threshold, scale,
-        **static, BM=bm, HALF=HALF, num_warps=warps,  # pyright: ignore
+        **static, BM=bm, HALF=HALF, STAGES=stages, num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return x_a
 
@@ -200,7 +200,7 @@ def masked_x_a_backward_(
 
     Adds x's gradient to dx, which must be contiguous, unless dx is None.
     """
-    (n, d), (bm, bn, warps) = x.shape, _BACKWARD
+    (n, d), (bm, bn, warps, stages) = x.shape, _BACKWARD
     x = x if x.stride(1) == 1 else x.contiguous()
     dx_a = dx_a if dx_a.stride(1) == 1 else dx_a.contiguous()
     assert dx is None or dx.is_contiguous()
@@ -212,6 +212,6 @@ def masked_x_a_backward_(
         x if dx is None else dx, x, dx_a, a.contiguous(), keys, sums,
         n, d, columns, x.stride(0), dx_a.stride(0), threshold, scale, chunk,
         **static, NEEDS_X=dx is not None, NEEDS_A=needs_a,  # pyright: ignore
-        BM=bm, BN=bn, HALF=HALF, num_warps=warps,  # pyright: ignore
+        BM=bm, BN=bn, HALF=HALF, STAGES=stages, num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return sums.sum(0).to(a.dtype)
