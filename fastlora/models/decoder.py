@@ -32,7 +32,7 @@ from fastlora.models.stacks import (
     scaled_layer,
 )
 from fastlora.ops.attention.flash import Spans, kernel_supports, make_spans
-from fastlora.ops.cast import cast, matrices_of
+from fastlora.ops.cast import cast, cast_layers, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
@@ -146,11 +146,13 @@ def hidden_states(
     tables = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
     masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
-    adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
     stash = _stash(spec, x)
     fetched = open_pass(base["layers"])  # None: all layers are on the device
+    # The stash casts a layer's matrices again, and a stack's are scaled first.
+    together = stash is None and fetched is None and rows is None
+    adapters = _adapters(adapter, spec, x.dtype, together=together)
     for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
         x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
@@ -159,7 +161,6 @@ def hidden_states(
             # twice the compile time, and would save the dx of q, k and v in one layer.
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
             x = attach_to_graph(x) if trained else x
-        # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
         mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)
@@ -177,6 +178,14 @@ def hidden_states(
     norm = (config.rms_norm_eps, config.norm_kind)
     x = _run(rms_norm, (base["norm"],), norm, use_compiled, x)
     return taps.at("norm", x)
+
+
+def _adapters(
+    adapter: Adapter | None, spec: Spec, dtype: torch.dtype, *, together: bool
+) -> Sequence[LayerAdapter]:
+    """Every layer's adapter; with `together` all of them cast, unless they are fake quantised."""
+    adapters = layer_adapters(adapter, spec.config)
+    return cast_layers(adapters, dtype) if together and spec.qat_scheme is None else adapters
 
 
 def _levels(
