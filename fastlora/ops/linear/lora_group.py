@@ -29,6 +29,7 @@ from fastlora.ops.linear.masked_lora import (
     kernel_supports,
     masked_x_a_reference,
 )
+from fastlora.ops.linear.times_a import times_a
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
 
@@ -141,7 +142,7 @@ class _LoRALinears(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         matrices, biases_or_none, bs = _by_branch(tensors, scalings, weights, biases)
         if keys is None:
-            x_a = None if a is None else torch.mm(x, a.t())
+            x_a = None if a is None else times_a(x, a)
         else:
             x_a = torch.ops.fastlora.masked_x_a(x, a, keys, *segments)
         ys = []

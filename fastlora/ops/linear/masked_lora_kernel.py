@@ -26,7 +26,7 @@ from fastlora.ops.dropout import HALF, limit_of
 def _masked_x_a_kernel(
     x_ptr, a_ptr, keys_ptr, x_a_ptr, n, d, columns, stride_x, threshold, scale,
     RANKS: tl.constexpr, SLOTS: tl.constexpr, R: tl.constexpr, BM: tl.constexpr,
-    HALF: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    HALF: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     segment = tl.program_id(0)
     first, rank, slot = 0, 0, 0
@@ -45,7 +45,7 @@ def _masked_x_a_kernel(
     of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
     x_a = tl.zeros((BM, R), tl.float32)
     lane = tl.arange(0, HALF)
-    for start in tl.range(0, d, 2 * HALF, num_stages=STAGES):  # pyright: ignore
+    for start in range(0, d, 2 * HALF):
         bits = of_row + (start // 2 + lane[None, :]) * -1640531535
         bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x21F0AAAD
         bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x735A2D97
@@ -69,11 +69,16 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
     n, d, columns, stride_x, stride_dx_a, threshold, scale, chunk,
     RANKS: tl.constexpr, SLOTS: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_A: tl.constexpr,
     R: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HALF: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAIR: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # BN hashes, which are those of BN columns and of the columns HALF behind them.
-    number = tl.program_id(0) * BN
-    begin = tl.multiple_of(number // HALF * 2 * HALF + number % HALF, BN)
+    # With PAIR, a program has the columns of BN hashes in both halves of a block, "low" and "high".
+    # Without, "low" are those in one of the halves, and BN is HALF.
+    if PAIR:
+        number, shift = tl.program_id(0) * BN, 16
+        begin = tl.multiple_of(number // HALF * 2 * HALF + number % HALF, BN)
+    else:
+        number, shift = tl.program_id(0) // 2 * BN, 16 - tl.program_id(0) % 2 * 16
+        begin = tl.program_id(0) * BN
     lane = tl.arange(0, BN)[None, :]
     low, high = begin + lane, begin + HALF + lane
     k, k_t = tl.arange(0, R)[None, :], tl.arange(0, R)[:, None]
@@ -82,20 +87,23 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
     for i in tl.static_range(len(RANKS)):  # pyright: ignore
         at, taken = a_ptr + (first + k_t) * d, k_t < RANKS[i]
         low_a += (tl.load(at + low, mask=taken & (low < d), other=0.0),)
-        high_a += (tl.load(at + high, mask=taken & (high < d), other=0.0),)
         low_sums += (tl.zeros((R, BN), tl.float32),)
-        high_sums += (tl.zeros((R, BN), tl.float32),)
+        if PAIR:
+            high_a += (tl.load(at + high, mask=taken & (high < d), other=0.0),)
+            high_sums += (tl.zeros((R, BN), tl.float32),)
         first += RANKS[i]
-    for start in tl.range(0, chunk, BM, num_stages=STAGES):  # pyright: ignore
+    for start in range(0, chunk, BM):
         row = (tl.program_id(1) * chunk + start + tl.arange(0, BM))[:, None]
         far = row.to(tl.int64)
         low_in, high_in = (row < n) & (low < d), (row < n) & (high < d)
         if NEEDS_A:
             low_x = tl.load(x_ptr + far * stride_x + low, mask=low_in, other=0.0)
-            high_x = tl.load(x_ptr + far * stride_x + high, mask=high_in, other=0.0)
+            if PAIR:
+                high_x = tl.load(x_ptr + far * stride_x + high, mask=high_in, other=0.0)
         if NEEDS_X:
             low_dx = tl.load(dx_ptr + far * d + low, mask=low_in, other=0.0).to(tl.float32)
-            high_dx = tl.load(dx_ptr + far * d + high, mask=high_in, other=0.0).to(tl.float32)
+            if PAIR:
+                high_dx = tl.load(dx_ptr + far * d + high, mask=high_in, other=0.0).to(tl.float32)
         new_low, new_high, offset = (), (), 0
         for i in tl.static_range(len(RANKS)):  # pyright: ignore
             inside = (row < n) & (k < RANKS[i])
@@ -112,24 +120,27 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
             bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x21F0AAAD
             bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x735A2D97
             bits = bits ^ ((bits >> 15) & 0x1FFFF)
-            low_keep, high_keep = (bits << 16) >= limit, bits >= limit
+            low_keep, high_keep = (bits << shift) >= limit, bits >= limit
             if NEEDS_X:
                 low_product = tl.dot(dx_a, low_a[i], input_precision=PRECISION)
                 low_dx += tl.where(low_keep, low_product * factor, 0.0)
-                high_product = tl.dot(dx_a, high_a[i], input_precision=PRECISION)
-                high_dx += tl.where(high_keep, high_product * factor, 0.0)
+                if PAIR:
+                    high_product = tl.dot(dx_a, high_a[i], input_precision=PRECISION)
+                    high_dx += tl.where(high_keep, high_product * factor, 0.0)
             if NEEDS_A:
                 across = tl.trans(dx_a)
                 low_seen = tl.where(low_keep, low_x, 0.0)
                 low_da = tl.dot(across, low_seen, input_precision=PRECISION)
-                high_seen = tl.where(high_keep, high_x, 0.0)
-                high_da = tl.dot(across, high_seen, input_precision=PRECISION)
                 new_low += (low_sums[i] + low_da * factor,)
-                new_high += (high_sums[i] + high_da * factor,)
+                if PAIR:
+                    high_seen = tl.where(high_keep, high_x, 0.0)
+                    high_da = tl.dot(across, high_seen, input_precision=PRECISION)
+                    new_high += (high_sums[i] + high_da * factor,)
             offset += RANKS[i]
         if NEEDS_X:  # no other program reads these elements of dx
             tl.store(dx_ptr + far * d + low, low_dx.to(dx_ptr.dtype.element_ty), mask=low_in)
-            tl.store(dx_ptr + far * d + high, high_dx.to(dx_ptr.dtype.element_ty), mask=high_in)
+            if PAIR:
+                tl.store(dx_ptr + far * d + high, high_dx.to(dx_ptr.dtype.element_ty), mask=high_in)
         if NEEDS_A:
             low_sums, high_sums = new_low, new_high
     if NEEDS_A:
@@ -138,17 +149,22 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
             place = (tl.program_id(1).to(tl.int64) * columns + offset + k_t) * d
             taken = k_t < RANKS[i]
             tl.store(sums_ptr + place + low, low_sums[i], mask=taken & (low < d))
-            tl.store(sums_ptr + place + high, high_sums[i], mask=taken & (high < d))
+            if PAIR:
+                tl.store(sums_ptr + place + high, high_sums[i], mask=taken & (high < d))
             offset += RANKS[i]
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # Programs for the same rows of x and different A are adjacent in the grid, so that all but the
-# first read x from the L2 cache. (rows, columns, warps) of a tile, and the number of row chunks
-# over which the backward kernel sums: the three inputs of a 1B layer take 266 µs forward and 594 µs
-# backward on an H100. Forward with (64, 64, 4) they take 350 µs, backward with (32, 64, 8) and 16
-# chunks 724 µs (masked-lora-tiles-2026-11-27 in scripts/bench/results.jsonl).
-_FORWARD, _BACKWARD = (32, 4, None), (32, 32, 4, 3)
+# first read x from the L2 cache. (rows, warps) of a forward tile; (rows, hashes, pairs, warps) of
+# a backward tile for one A and for several; and the number of row chunks over which the backward
+# kernel sums. With one A, reading and writing take most of the time, and tiles of 64 columns in one
+# piece are faster than pairs of 32. On an H200 the four inputs of a 1B layer take 144 us forward and
+# 441 us backward; with a hash for each element they took 171 and 468 us
+# (h200-masked-lora-2026-11-30 in scripts/bench/results.jsonl).
+_FORWARD = (32, 4)
+
+_BACKWARD = {"one": (32, 64, False, 4), "several": (32, 32, True, 4)}
 
 _CHUNKS = 32
 
@@ -174,13 +190,13 @@ def masked_x_a_fused(
     For A_i, x is masked with keys[slots[i]], whose high word is the first row of the mask; if
     slots[i] is -1, x is not masked.
     """
-    (n, d), (bm, warps, stages) = x.shape, _FORWARD
+    (n, d), (bm, warps) = x.shape, _FORWARD
     x = x if x.stride(1) == 1 else x.contiguous()
     x_a = x.new_empty(n, a.shape[0])
     threshold, scale, static = _static(x.dtype, ranks, slots, p)
     _masked_x_a_kernel[(len(ranks), triton.cdiv(n, bm))](
         x, a.contiguous(), keys, x_a, n, d, a.shape[0], x.stride(0), threshold, scale,
-        **static, BM=bm, HALF=HALF, STAGES=stages, num_warps=warps,  # pyright: ignore
+        **static, BM=bm, HALF=HALF, num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return x_a
 
@@ -200,7 +216,8 @@ def masked_x_a_backward_(
 
     Adds x's gradient to dx, which must be contiguous, unless dx is None.
     """
-    (n, d), (bm, bn, warps, stages) = x.shape, _BACKWARD
+    n, d = x.shape
+    bm, bn, pair, warps = _BACKWARD["one" if len(ranks) == 1 else "several"]
     x = x if x.stride(1) == 1 else x.contiguous()
     dx_a = dx_a if dx_a.stride(1) == 1 else dx_a.contiguous()
     assert dx is None or dx.is_contiguous()
@@ -208,10 +225,11 @@ def masked_x_a_backward_(
     chunks, columns = triton.cdiv(n, chunk), a.shape[0] if needs_a else 0
     sums = torch.empty((chunks, columns, d), dtype=torch.float32, device=x.device)
     threshold, scale, static = _static(x.dtype, ranks, slots, p)
-    _masked_x_a_backward_kernel[(triton.cdiv(d, 2 * HALF) * (HALF // bn), chunks)](
+    blocks = triton.cdiv(d, 2 * HALF) * (HALF // bn) if pair else triton.cdiv(d, bn)
+    _masked_x_a_backward_kernel[(blocks, chunks)](
         x if dx is None else dx, x, dx_a, a.contiguous(), keys, sums,
         n, d, columns, x.stride(0), dx_a.stride(0), threshold, scale, chunk,
         **static, NEEDS_X=dx is not None, NEEDS_A=needs_a,  # pyright: ignore
-        BM=bm, BN=bn, HALF=HALF, STAGES=stages, num_warps=warps,  # pyright: ignore
+        BM=bm, BN=bn, HALF=HALF, PAIR=pair, num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return sums.sum(0).to(a.dtype)

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.linear.times_a import times_a
+
 
 def gate_product(
     gate: Float[Tensor, "*n f"], up: Float[Tensor, "*n f"], *, gelu: bool
@@ -99,7 +101,7 @@ class _LoRASwiGLU(torch.autograd.Function):
         ctx.scalings, ctx.gelu = (scaling_g, scaling_u), gelu
         op = torch.ops.fastlora.lora_swiglu
         h = op(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu)
-        return h, None if a is None else torch.mm(h, a.t())
+        return h, None if a is None else times_a(h, a)
 
     @staticmethod
     def backward(ctx, dh, dh_a):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -138,8 +138,8 @@ def _swiglu_sums_kernel(
 ):  # fmt: skip
     # The sum over the chunks in a fixed order; da is written transposed.
     row, k = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, R)[None, :]
-    size, at, kind = f.to(tl.int64) * R, row * R + k, db_g_ptr.dtype.element_ty
-    which = tl.program_id(1)
+    size, at, which = f.to(tl.int64) * R, row * R + k, tl.program_id(1)
+    kind = db_g_ptr.dtype.element_ty
     total = tl.zeros((ROWS, R), tl.float32)
     for chunk in tl.static_range(CHUNKS):  # pyright: ignore
         total += tl.load(sums_ptr + (3 * chunk + which) * size + at, mask=row < f, other=0.0)
