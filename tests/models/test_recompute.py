@@ -108,8 +108,10 @@ def test_unadapted_projections_are_recomputed_like_the_others(level, pair, fresh
     more = count(graphs(layer, level)[1], *products)
     torch._dynamo.reset()
     more -= count(graphs(layer, "none")[1], *products)
-    plain = sum(AGAIN[level].values()) - AGAIN[level].get("q", 0)  # q_proj is a custom op
-    assert more == plain
+    # q_proj is a custom op; under dropout without kernels its x A' is a plain product.
+    x_a = 1 if level in ("attention", "full") else 0
+    plain = sum(AGAIN[level].values()) - AGAIN[level].get("q", 0)
+    assert more == plain + x_a
 
 
 @pytest.mark.compile

@@ -152,15 +152,15 @@ def _swiglu_sums_kernel(
 
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
-# Tiles measured on an H100 with 8192 rows and r = 16. Forward, (BM, BN, warps): 139 µs for f = 8192
-# and 239 µs for f = 14336, where the two low-rank terms and Inductor's SwiGLU take 245 and 419 µs;
-# other tiles take 142 to 169 µs for f = 8192. Backward, (BM, BN, warps, pipeline stages): 256 µs in
-# a step of 1B; 331 µs without STAGES, which makes Triton prefetch only the operands of tl.dot;
-# Inductor's kernel and the products take about 472 µs. (32, 128, 4, 3) takes 242 µs, but spills
-# 6 KB of registers per thread on sm_80 and needs 150 KB of shared memory in float32
-# (swiglu-kernel-2026-11-26 and swiglu-stages-2026-11-27 in scripts/bench/results.jsonl). With
-# DoRA's gains, and in float32, STAGES is not measured, so Triton chooses.
-_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4, 3)
+# Tiles measured with 8192 rows and r = 16. Forward, (BM, BN, warps), f = 8192 on an H200: 130 µs;
+# (64, 64, 4) takes 154, (64, 128, 8) 142, (128, 64, 8) 230 (h200-swiglu-2026-11-30). Backward,
+# (BM, BN, warps, pipeline stages): 256 µs in a step of 1B on an H100; 331 µs without STAGES, which
+# makes Triton prefetch only the operands of tl.dot; Inductor's kernel and the products take about
+# 472 µs. (32, 128, 4, 3) takes 242 µs, but spills 6 KB of registers per thread on sm_80 and needs
+# 150 KB of shared memory in float32 (swiglu-kernel-2026-11-26 and swiglu-stages-2026-11-27 in
+# scripts/bench/results.jsonl). With DoRA's gains, and in float32, STAGES is not measured, so Triton
+# chooses.
+_FORWARD, _BACKWARD = (32, 128, 4), (32, 64, 4, 3)
 
 _CHUNKS = 8
 

@@ -1,1 +1,0 @@
-export ROOT=/tmp/work/bf; . /tmp/work/env.sh
