@@ -104,8 +104,8 @@ def _sums_kernel(
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
 # (rows, columns, warps, pipeline stages) of a tile, and about how many programs there are. With
 # 8,192 rows and r = 16 on an H200, o or down of 1B take 17 us (as two products 25), q, k and v 25
-# (57); those of 8B 32 (43) and 47 (84). (64, 256, 8, 3) with 132 programs is 5 us faster for q, k and v
-# of 8B, but needs 117 KB of shared memory (h200-low-rank-gradients-2026-11-30 in
+# (57); those of 8B 32 (43) and 47 (84). (64, 256, 8, 3) with 132 programs is 5 us faster for q, k
+# and v of 8B, but needs 117 KB of shared memory (h200-low-rank-gradients-2026-11-30 in
 # scripts/bench/results.jsonl).
 _TILE, _PROGRAMS = (64, 128, 4, 3), 264
 
