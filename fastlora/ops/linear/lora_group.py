@@ -220,9 +220,11 @@ def _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused):
     with_lora = [i for i, b in enumerate(bs) if b is not None]
     if not with_lora:
         return None, []
-    chosen = [[each[i] for i in with_lora] for each in (dys, starts, bs, scalings)]
-    of_dys, of_starts, of_bs, of_scalings = chosen
-    return layer_gradients(of_dys, dy_all, of_starts, of_bs, x_a, of_scalings, fused=fused)
+    chosen = lambda each: [each[i] for i in with_lora]
+    of_bs, of_scalings = chosen(bs), chosen(scalings)
+    return layer_gradients(
+        chosen(dys), dy_all, chosen(starts), of_bs, x_a, of_scalings, fused=fused
+    )
 
 
 def _frozen(x, weight, bias):

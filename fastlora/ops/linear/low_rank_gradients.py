@@ -98,7 +98,7 @@ def layer_gradients(
     scalings: Sequence[float],
     *,
     fused: bool,
-) -> tuple[Float[Tensor, "n r"], list[Float[Tensor, "_ _"] | None]]:
+) -> tuple[Float[Tensor, "n r"], Sequence[Float[Tensor, "_ _"] | None]]:
     """(all dxA_i side by side, every dB_i or None), by the kernel if it may run and supports them.
 
     Args:

@@ -45,12 +45,12 @@ def _masked_x_a_kernel(
     of_row = of_row ^ ((of_row >> 15) & 0x1FFFF)
     x_a = tl.zeros((BM, R), tl.float32)
     lane = tl.arange(0, HALF)
-    for start in range(0, d, 2 * HALF):
+    for start in range(0, d, 2 * HALF):  # pyright: ignore
         bits = of_row + (start // 2 + lane[None, :]) * -1640531535
         bits = (bits ^ ((bits >> 16) & 0xFFFF)) * 0x21F0AAAD
         bits = (bits ^ ((bits >> 15) & 0x1FFFF)) * 0x735A2D97
         bits = bits ^ ((bits >> 15) & 0x1FFFF)
-        for half in tl.static_range(2):
+        for half in tl.static_range(2):  # pyright: ignore
             number = start + half * HALF + lane
             column, column_t = number[None, :], number[:, None]
             x = tl.load(x_ptr + far * stride_x + column, mask=(row < n) & (column < d), other=0.0)
