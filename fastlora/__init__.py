@@ -13,6 +13,7 @@ A run, from a checkpoint to an adapter on disk:
 `add_tokens` extends the vocabulary and `initialize` sets the adapter from data. `load_adapter`
 reads an adapter; `combine`, `disable`, `merge` and `quantize` make another model of one.
 `find_learning_rate` tries rates before a run. `gathered` makes a sharded base whole.
+`context_group` names the ranks that have rows together.
 `generate_many` continues many prompts, which join a running batch as others end.
 `functional` and `value_and_grad` are the pure functions below these: adapter first, for torch.func.
 `losses` holds dpo, orpo, kto, simpo, dft, distill and grpo, and the records for `train(loss=...)`.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from fastlora.adapters.edits.quantization import quantize
     from fastlora.adapters.edits.vocabulary import add_tokens
     from fastlora.adapters.init_from_data.dispatch import initialize
+    from fastlora.distributed.context_parallel import context_group
     from fastlora.distributed.sharded_base import gathered
     from fastlora.errors import CheckpointError
     from fastlora.formats.peft.reading import load_adapter
@@ -57,6 +59,7 @@ _HOMES = {
     "Tokenizer": "fastlora.text.tokenizer",
     "add_tokens": "fastlora.adapters.edits.vocabulary",
     "combine": "fastlora.adapters.edits.combining",
+    "context_group": "fastlora.distributed.context_parallel",
     "disable": "fastlora.adapters.edits.combining",
     "find_learning_rate": "fastlora.training.rate_range",
     "gathered": "fastlora.distributed.sharded_base",
@@ -82,6 +85,7 @@ __all__ = [
     "Tokenizer",
     "add_tokens",
     "combine",
+    "context_group",
     "disable",
     "find_learning_rate",
     "functional",

@@ -38,9 +38,10 @@ from torch import Tensor
 from fastlora.arguments import FLAG
 from fastlora.errors import raise_problems
 from fastlora.models.capture_checks import checked_inputs, needed_entries
+from fastlora.models.context_part import context_part, context_problems
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
 from fastlora.models.input_checks import entry_problems
-from fastlora.models.outputs import row_logits, row_logprobs
+from fastlora.models.outputs import part_logprobs, row_logits, row_logprobs
 from fastlora.models.params import Adapter, Base
 from fastlora.models.positions import segment_starts
 from fastlora.models.spec import Spec
@@ -48,6 +49,7 @@ from fastlora.models.stacking import stack as stack
 from fastlora.models.stacking import unstack as unstack
 from fastlora.models.stacks import stack_size
 from fastlora.models.state import Batch, Seed
+from fastlora.ops.attention.context_group import ContextGroup
 from fastlora.ops.loss.ignore import IGNORE
 from fastlora.runtime.per_example import PerExample
 
@@ -180,10 +182,14 @@ def loss_sum(
     adapter_ids: AdapterIds = None,
     seed: Seed = None,
     first_row: Int[Tensor, ""] | None = None,
+    context: ContextGroup | None = None,
     add: Added | None = None,
     inputs_embeds: Embeds | None = None,
 ) -> tuple[Float[Tensor, ""], Int[Tensor, ""]]:
     """(sum of -log p over the trained tokens, their number), for gradient accumulation.
+
+    With `context` both are of this rank's part of every row; add them, and the gradients, over the
+    ranks.
 
     Args:
         adapter: the trained tensors, or a stack of adapters; None computes the base model.
@@ -195,6 +201,10 @@ def loss_sum(
         first_row: of a part of a larger batch, the number of its first token in that batch: rows
             before it times their padded length. The part then has the dropout masks and the noise
             that it has in the larger batch. Not with a stack; None: 0.
+        context: the result of `fastlora.context_group`: its ranks have every row together, and all
+            of them must make this call with the same batch, of whole rows. Not with a stack, by
+            example, under torch.func, in a CUDA graph, or with add and inputs_embeds. None: this
+            process runs whole rows.
         add: as `forward`.
         inputs_embeds: as `forward`; the batch then has no input_ids.
 
@@ -202,6 +212,9 @@ def loss_sum(
         ValueError: as `token_logprobs`, and for missing or unknown entries of the batch.
     """
     model, how = (adapter, base, spec), (seed, adapter_ids, add, inputs_embeds)
+    if context is not None:
+        logp, following = _own_logprobs(model, batch, context, first_row, *how)
+        return -logp.sum(), (following != IGNORE).sum()
     logp, labels = _batch_logprobs("functional.loss_sum", model, batch, *how, first_row=first_row)
     return -logp.sum(), (labels[:, 1:] != IGNORE).sum()
 
@@ -295,6 +308,26 @@ def _batch_logprobs(
     if isinstance(adapter, PerExample) or stack_size(adapter) is not None:
         raise ValueError(f"{function} takes first_row for one adapter, and not by example")
     return row_logprobs(adapter, base, spec, inputs, seed, first_row), labels
+
+
+def _own_logprobs(
+    model: tuple[AnyAdapter, Base, Spec],
+    batch: Batch,
+    context: ContextGroup,
+    first_row: Int[Tensor, ""] | None,
+    seed: Seed,
+    adapter_ids: AdapterIds,
+    *places: Any,
+) -> tuple[Float[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """(log-probabilities of the labels that follow this rank's tokens, these labels)."""
+    function, (adapter, base, spec) = "functional.loss_sum", model
+    raise_problems(ValueError, f"{function} cannot use this batch:", entry_problems(batch))
+    problems = context_problems(adapter, context, adapter_ids, *places)
+    raise_problems(ValueError, f"{function} with context cannot do this:", problems)
+    assert not isinstance(adapter, PerExample)
+    inputs = checked_inputs(function, model, batch, seed, None)
+    part = context_part(inputs, trained_labels(batch), context, first_row)
+    return part_logprobs(adapter, base, spec, part, seed), part.following
 
 
 def trained_labels(batch: Batch) -> Int[Tensor, "b t"]:

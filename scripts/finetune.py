@@ -15,6 +15,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetuning.bytecode import keep_bytecode
+
+if __name__ == "__main__":  # before torch is imported
+    keep_bytecode()
+
 import torch
 from finetuning.ending import OTHER_BITS, exit_code
 from finetuning.forecast import forecast
@@ -71,7 +76,8 @@ def run(args: Any) -> int:
         return 0
 
     before = None
-    if heldout and args.loss == "sft":
+    # A row that several ranks have together may not fit one of them.
+    if heldout and args.loss == "sft" and args.context_parallel == 1:
         before = heldout_loss(model, tokenizer, heldout, args)
         print(f"\nbefore: held-out loss {before:.3f} nats per token")
     show_samples(model, tokenizer, heldout, args)

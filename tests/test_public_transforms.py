@@ -202,6 +202,7 @@ def test_compiled_values_and_gradients_are_the_plain_ones(name, shallow, fresh_d
 REFUSED: dict[str, Callable[..., Any]] = {
     "fastlora.add_tokens": fastlora.add_tokens,
     "fastlora.combine": fastlora.combine,
+    "fastlora.context_group": fastlora.context_group,
     "fastlora.find_learning_rate": fastlora.find_learning_rate,
     "fastlora.gathered": fastlora.gathered,
     "fastlora.generate_many": fastlora.generate_many,

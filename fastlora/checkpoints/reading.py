@@ -37,6 +37,7 @@ from fastlora.models.params import Base
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.dequantize import dequantize
 from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit
+from fastlora.runtime.first_step import importing_compiler
 
 
 def read_base(
@@ -67,7 +68,10 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
-    return read_checked(checked, device)
+    # bitsandbytes imports dynamo too, in this thread; two threads must not be in one circle.
+    dense = not (checked.stored or checked.to_4bit)
+    with importing_compiler(dense and torch.device(device).type == "cuda"):
+        return read_checked(checked, device)
 
 
 def read_checked(checked: "CheckedBase", device: torch.device | str) -> tuple[LlamaConfig, Base]:

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.distributed.agreement import check_agreement, gather_json, shared_gpus
+from fastlora.distributed.context_parallel import context_group
 from fastlora.distributed.process_group import (
     MEET_SECONDS,
     Groups,
@@ -29,6 +30,7 @@ from fastlora.distributed.process_group import (
 )
 from fastlora.distributed.ranks import ALONE, Ranks
 from fastlora.errors import raise_problems
+from fastlora.ops.attention.context_group import ContextGroup
 
 # NCCL's own default. The first step of a large model compiles for one or two minutes.
 STEP_SECONDS = 600.0
@@ -56,7 +58,14 @@ class Group(Ranks):
 
     several = True
 
-    def __init__(self, groups: Groups, device: torch.device, *, lockstep: bool = False) -> None:
+    def __init__(
+        self,
+        groups: Groups,
+        device: torch.device,
+        *,
+        lockstep: bool = False,
+        context: ContextGroup | None = None,
+    ) -> None:
         """Learn who the other ranks are.
 
         Args:
@@ -64,11 +73,13 @@ class Group(Ranks):
             device: of the model.
             lockstep: every rank must run the same number of passes, because the passes themselves
                 send: a base that is sharded over ranks does.
+            context: the ranks that have rows together with this one.
 
         Raises:
             ValueError: two ranks use one GPU.
         """
         self.groups, self.device, self.lockstep = groups, device, lockstep
+        self.context = context
         self.rank, self.count = dist.get_rank(groups.host), dist.get_world_size(groups.host)
         every = gather_json(groups, this_process(device), "fastlora.train", MEET_SECONDS)
         groups.waits.who = [
@@ -236,7 +247,9 @@ def _words(number: int) -> tuple[int, int]:
 
 
 @contextmanager
-def joined(device: torch.device, *, lockstep: bool = False) -> Iterator[Ranks]:
+def joined(
+    device: torch.device, *, lockstep: bool = False, context_parallel: int = 1
+) -> Iterator[Ranks]:
     """The ranks of a run; a process that is alone is `ALONE`.
 
     If the block raises, the other ranks stop too, at their next wait.
@@ -244,13 +257,18 @@ def joined(device: torch.device, *, lockstep: bool = False) -> Iterator[Ranks]:
     Args:
         device: of the model.
         lockstep: see `Group`.
+        context_parallel: ranks that have rows together.
     """
     if not needs_group():
         yield ALONE
         return
     groups, ended = open_groups(device), False
     try:
-        yield Group(groups, device, lockstep=lockstep)
+        # Ranks that do not agree would wait for each other in groups of other sizes.
+        facts = {"context_parallel": context_parallel}
+        check_agreement(groups, facts, "this run", MEET_SECONDS)
+        context = context_group(context_parallel, device) if context_parallel > 1 else None
+        yield Group(groups, device, lockstep=lockstep, context=context)
         ended = True
     except BaseException as error:
         groups.waits.failed(error)

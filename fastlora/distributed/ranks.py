@@ -7,6 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.attention.context_group import ContextGroup
+
 
 class Ranks:
     """The processes of a run, seen from one of them. `data_parallel.Group` has more than one."""
@@ -17,6 +19,33 @@ class Ranks:
     """Whether there is a process group, which may be of one rank."""
     lockstep: bool = False
     """Whether every rank must run the same number of passes."""
+    context: ContextGroup | None = None
+    """The ranks that have rows together with this one; None: rows are whole."""
+
+    @property
+    def row_ranks(self) -> int:
+        """How many ranks have a row together."""
+        return 1 if self.context is None else self.context.ranks
+
+    @property
+    def data_count(self) -> int:
+        """Among how many ranks, or groups that have rows together, sequences are dealt."""
+        return self.count // self.row_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """The number of this rank, or of its group, in [0, data_count)."""
+        return self.rank // self.row_ranks
+
+    @property
+    def passes_send(self) -> bool:
+        """Whether a pass waits for other ranks."""
+        return self.lockstep or self.context is not None
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this rank counts the tokens of its rows: one of those that have them together."""
+        return self.context is None or self.context.rank == 0
 
     @property
     def is_first(self) -> bool:

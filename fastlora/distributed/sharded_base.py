@@ -16,8 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastlora.distributed.flat_layer import Layout, layout_of, pack, unpack
-from fastlora.models.names import EDGE_WEIGHTS
-from fastlora.models.params import Base, LayerParams
+from fastlora.models.params import LayerParams
 from fastlora.models.state import StateT
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.layer_fetching import (
@@ -212,19 +211,6 @@ def shard_matrix(shards: Shards, key: str, matrix: Tensor) -> ShardedMatrix:
     """An embedding or head of which each rank keeps its part."""
     layout = layout_of(matrix, shards.ranks)
     return ShardedMatrix(shards, key, layout, shards.kept(layout, matrix))
-
-
-def shard_base(base: Base, shards: Shards) -> Base:
-    """A base that is on the device, with its bytes kept by `shards`. The given base is unchanged.
-
-    For a base that `load` should never hold whole, see reading.py.
-    """
-    layers: Any = base["layers"]
-    sharded: Any = {**base, "layers": shard_layers(shards, len(layers), lambda i: layers[i])}
-    for key in [k for k in EDGE_WEIGHTS if k in base]:
-        sharded[key] = shard_matrix(shards, key, base[key])
-    sharded["norm"] = base["norm"].to(shards.source.device)
-    return sharded
 
 
 def gathered(model: StateT) -> StateT:

@@ -20,7 +20,9 @@ from fastlora.models.params import (
 from fastlora.models.projections import group_arguments, project
 from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
+from fastlora.ops.attention.context_group import gather_keys_values
 from fastlora.ops.attention.flash import Spans, flash_attention
+from fastlora.ops.attention.part_attention import PartSpans, part_attention
 from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import joint_lora_linears
@@ -173,11 +175,18 @@ def attention_block(
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
-    mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
+    mask: Bool[Tensor, "#b 1 t s"] | Spans | PartSpans | None,
     spec: LayerSpec,
     key: Int[Tensor, "..."] | None,
 ) -> Float[Tensor, "b t d"]:
-    """norm(o(attention(norm(x)))), which the caller adds to x; each norm if the layer has it."""
+    """norm(o(attention(norm(x)))), which the caller adds to x; each norm if the layer has it.
+
+    s is t, except in context parallel.
+    """
+    if spec.context is not None:
+        heads = _attention_over_ranks(x, params, adapter, cos, sin, mask, spec, key)
+        return attention_output(heads, params, adapter, spec, key)
+    assert not isinstance(mask, PartSpans)
     # Spans are made only for the Triton kernels. Plain causal attention may be faster by SDPA.
     if isinstance(mask, Spans) or (mask is None and _use_flash(x, spec)):
         # These kernels rotate q and k themselves.
@@ -188,6 +197,26 @@ def attention_block(
         q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
         heads = plain_attention(q, k, v, mask, spec)
     return attention_output(heads, params, adapter, spec, key)
+
+
+def _attention_over_ranks(
+    x: Float[Tensor, "b t d"],
+    params: LayerParams,
+    adapter: LayerAdapter,
+    cos: Float[Tensor, "#b t hd"],
+    sin: Float[Tensor, "#b t hd"],
+    mask: Bool[Tensor, "#b 1 t s"] | Spans | PartSpans | None,
+    spec: LayerSpec,
+    key: Int[Tensor, "..."] | None,
+) -> Float[Tensor, "b h t hd"]:
+    """Attention of this rank's queries over the keys of all ranks that have the rows."""
+    assert spec.context is not None
+    q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
+    k, v = gather_keys_values(k, v, spec.context)
+    if isinstance(mask, PartSpans):
+        return part_attention(q, k, v, mask, *_scale_and_cap(spec))
+    assert isinstance(mask, Tensor)
+    return plain_attention(q, k, v, mask, spec)
 
 
 def rotated_attention(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastlora.models.capture import Taps
 from fastlora.models.config import LlamaConfig
+from fastlora.models.context_part import ContextPart, part_noise, part_tables
 from fastlora.models.embedding import embed, noise_scale
 from fastlora.models.examples import ExampleRows, example_records
 from fastlora.models.fetched_layer import run_layer
@@ -82,6 +83,16 @@ def _rope_tables(
     return tables_by_type(config, position_ids, lengths, dtype)
 
 
+def _tables(
+    spec: Spec, x: Tensor, input_ids: Tensor, masked: tuple, fused: bool, part: ContextPart | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(RoPE's tables, masks) by layer type; `masked`: attention_mask, positions, segments."""
+    if part is not None:
+        return part_tables(part, spec.config, _windows(spec.config), x.dtype, fused)
+    tables = _rope_tables(spec.config, input_ids, x.dtype, *masked)
+    return tables, attention_masks(spec, x, masked[0], masked[2], fused)
+
+
 def _windows(config: LlamaConfig) -> dict[str, int | None]:
     """The layer types of a model -> their sliding window; None: all earlier tokens."""
     windows = {"full_attention": None, "sliding_attention": config.sliding_window}
@@ -108,6 +119,7 @@ def hidden_states(
     examples: ExampleRows | None = None,
     inputs_embeds: Float[Tensor, "b t d"] | None = None,
     taps: Taps | None = None,
+    part: ContextPart | None = None,
 ) -> Float[Tensor, "b t d"]:
     """The final norm's output, in the base's dtype: the input of the head.
 
@@ -129,30 +141,31 @@ def hidden_states(
         inputs_embeds: the input of the first layer, without noise, in any floating-point dtype.
             Of input_ids then only the shape is read. None: input_ids are embedded.
         taps: captures and adds tensors; None: nothing.
+        part: of rows with tokens on other ranks; gives all that follows input_ids. None: whole.
     """
     config, taps = spec.config, taps or Taps()
+    masked = (attention_mask, position_ids, segment_ids)
     # Trained copies take the originals' places in the tree, so no layer needs to know of them.
     base = with_replaced(base, adapter, tied=spec.extras.tied)
     if inputs_embeds is None:
         x = embed(input_ids, adapter, base, spec)
-        masked = (attention_mask, position_ids, segment_ids)
-        x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows)
+        x = _noisy(x, spec, input_ids, *masked, seed, first_row, rows, part)
     else:
         x = inputs_embeds.to(base["embed_tokens"].dtype)
     x = taps.at("embed", x)
     use_compiled = compiles(spec.compile, x.device) and not transforms_active()
     # Only a compiled backward pass uses the single product of fused weights.
     backward = use_compiled and torch.is_grad_enabled()
-    tables = _rope_tables(config, input_ids, x.dtype, attention_mask, position_ids, segment_ids)
     fused = use_kernel(x, spec.kernels)
-    masks = attention_masks(spec, x, attention_mask, segment_ids, fused)
+    tables, masks = _tables(spec, x, input_ids, masked, fused, part)
+    first_row, context = (first_row, None) if part is None else (part.first_rows, part.group)
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
-    stash = _stash(spec, x)
-    fetched = open_pass(base["layers"])  # None: all layers are on the device
+    # `fetched` is None if all layers are on the device.
+    stash, fetched = _stash(spec, x), open_pass(base["layers"])
     # The stash casts a layer's matrices again, and a stack's are scaled first.
-    together = stash is None and fetched is None and rows is None
-    adapters = _adapters(adapter, spec, x.dtype, together=together)
+    alone = any(x is not None for x in (stash, fetched, rows, spec.qat_scheme))
+    adapters = cast_layers(layer_adapters(adapter, config), None if alone else x.dtype)
     for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
         x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
@@ -170,7 +183,8 @@ def hidden_states(
         # Dropout masks, a stack's groups and those of examples are of all rows.
         whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
-        static = layer_spec(spec, i, fused=fused, stacked=rows is not None), level, chunks
+        how: Any = {"fused": fused, "stacked": rows is not None, "context": context}
+        static = layer_spec(spec, i, **how), level, chunks
         layer, rest, static = taps.layer(i, rest, static)
         how = partial(_run, layer), static, use_compiled
         x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))
@@ -178,14 +192,6 @@ def hidden_states(
     norm = (config.rms_norm_eps, config.norm_kind)
     x = _run(rms_norm, (base["norm"],), norm, use_compiled, x)
     return taps.at("norm", x)
-
-
-def _adapters(
-    adapter: Adapter | None, spec: Spec, dtype: torch.dtype, *, together: bool
-) -> Sequence[LayerAdapter]:
-    """Every layer's adapter; with `together` all of them cast, unless they are fake quantised."""
-    adapters = layer_adapters(adapter, spec.config)
-    return cast_layers(adapters, dtype) if together and spec.qat_scheme is None else adapters
 
 
 def _levels(
@@ -207,17 +213,20 @@ def _noisy(
     seed: int | Int[Tensor, "..."] | None,
     first_row: Int[Tensor, ""] | None,
     rows: StackRows | None,
+    part: ContextPart | None,
 ) -> Float[Tensor, "b t d"]:
     """The embedded tokens with NEFTune's noise, if the spec asks for it and there is a seed."""
     if spec.neftune_alpha is None or seed is None:
         return x
+    key, alpha = seed_tensor(seed, x.device), spec.neftune_alpha * noise_scale(spec.config)
+    if part is not None:
+        return part_noise(x, part, alpha, key)
     if position_ids is None:
         position_ids = positions(input_ids, attention_mask, segment_ids)
     lengths = sequence_lengths(position_ids, segment_ids)
-    key = seed_tensor(seed, x.device)
     if rows is not None:
         key, first_row = row_keys(key, rows, input_ids.shape[1])
-    return with_noise(x, spec.neftune_alpha * noise_scale(spec.config), key, lengths, first_row)
+    return with_noise(x, alpha, key, lengths, first_row)
 
 
 def attention_masks(
@@ -293,11 +302,11 @@ def layer_keys(
     spec: Spec,
     seed: int | Int[Tensor, "..."] | None,
     device: torch.device,
-    first_row: Int[Tensor, ""] | None = None,
+    first_row: Int[Tensor, "*pieces"] | None = None,
     rows: StackRows | None = None,
     t: int = 0,
 ) -> Sequence[Int[Tensor, "..."] | None]:
-    """One dropout key per layer, or one per layer and row of a stack; Nones without dropout.
+    """One dropout key per layer, or also per row of a stack or first row; Nones without dropout.
 
     All keys are folded at once: that takes some ten kernel launches instead of ten per layer.
     """
@@ -308,7 +317,9 @@ def layer_keys(
         of_rows, first_rows = row_keys(key, rows, t)
         layers = torch.arange(n, device=device)[:, None]
         return from_row(fold(of_rows, layers), first_rows).unbind()
-    return from_row(fold(key, torch.arange(n, device=device)), first_row).unbind()
+    keys = fold(key, torch.arange(n, device=device))
+    pieces = first_row is not None and first_row.dim() == 1
+    return from_row(keys[:, None] if pieces else keys, first_row).unbind()
 
 
 def dropout_key(

@@ -72,7 +72,7 @@ def masked_for_head(
     parts: Head,
     spec: Spec,
     key: Int[Tensor, "..."] | None,
-    first_row: Int[Tensor, ""] | None = None,
+    first_row: Int[Tensor, "*pieces"] | None = None,
 ) -> Float[Tensor, "*n d"]:
     """The input of the head's A: `hidden` under a dropout mask, or `hidden` itself.
 
@@ -81,7 +81,7 @@ def masked_for_head(
         parts: the result of `head`.
         spec: the model's.
         key: the result of `decoder.dropout_key`.
-        first_row: as in `decoder.hidden_states`.
+        first_row: as in `dropout.dropout`.
     """
     if key is None or "lora" not in parts or spec.lora is None:
         return hidden

@@ -46,7 +46,7 @@ def head_logprobs(
     spec: Spec,
     labels: Int[Tensor, "n"],
     key: Int[Tensor, "..."] | None,
-    first_row: Int[Tensor, ""] | None = None,
+    first_row: Int[Tensor, "*pieces"] | None = None,
 ) -> Float[Tensor, "n"]:
     """log softmax(logits)[i, labels[i]] of each row i in at least float32; 0 if the label is -100.
 
@@ -56,7 +56,7 @@ def head_logprobs(
         spec: the model's.
         labels: in [0, v), or -100.
         key: the result of `decoder.dropout_key`.
-        first_row: as in `decoder.hidden_states`.
+        first_row: as in `dropout.dropout`.
 
     Raises:
         ValueError: spec.kernels is "triton" on a device that runs no Triton kernels.
@@ -91,7 +91,7 @@ def _trained_head(
     labels: Int[Tensor, "n"],
     key: Int[Tensor, ""] | None,
     kernel: bool,
-    first_row: Int[Tensor, ""] | None,
+    first_row: Int[Tensor, "*pieces"] | None,
 ) -> Float[Tensor, "n"]:
     value, value_and_grad = _regions(spec, hidden, label_logprobs, label_logprobs_and_grad)
     if kernel:
@@ -106,7 +106,7 @@ def head_logprobs_and_entropy(
     spec: Spec,
     labels: Int[Tensor, "n"],
     key: Int[Tensor, "..."] | None,
-    first_row: Int[Tensor, ""] | None = None,
+    first_row: Int[Tensor, "*pieces"] | None = None,
 ) -> tuple[Float[Tensor, "n"], Float[Tensor, "n"]]:
     """(`head_logprobs`, entropy of softmax(logits) of each row in nats; 0 if the label is -100).
 
@@ -122,7 +122,7 @@ def _flat_head(
     model_head: Head,
     spec: Spec,
     key: Int[Tensor, "..."] | None,
-    first_row: Int[Tensor, ""] | None,
+    first_row: Int[Tensor, "*pieces"] | None,
 ) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], list[Tensor]]:
     """(logits of rows and the head's tensors, the tensors with rows, those of the head).
 

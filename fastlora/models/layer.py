@@ -24,6 +24,7 @@ from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.mlp import mlp_block
 from fastlora.models.params import LayerAdapter, LayerParams
 from fastlora.ops.attention.flash import Spans
+from fastlora.ops.attention.part_attention import PartSpans
 from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.layer_fetching import taken
 
@@ -38,6 +39,7 @@ _ATTENTION_OPS = {
     aten._softmax.default,
     aten._safe_softmax.default,
     torch.ops.fastlora.flash_attention.default,
+    torch.ops.fastlora.part_attention.default,
 }
 
 _LINEAR_OPS = {
@@ -51,6 +53,9 @@ _LINEAR_OPS = {
     aten.addmm.default,
 }
 
+
+# Keys and values that come from other ranks (context parallel) are kept at no level: they are those
+# of whole rows. The backward pass gathers them again.
 
 # Kept at every level: DoRA's norms, x A' (ops/linear/times_a.py says why), and which experts each
 # token goes to (12 bytes per expert). If the choice were recomputed, a compiled graph might round
@@ -127,7 +132,7 @@ def decoder_layer(
     adapter: LayerAdapter,
     cos: Float[Tensor, "#b t hd"],
     sin: Float[Tensor, "#b t hd"],
-    mask: Bool[Tensor, "#b 1 t t"] | Spans | None,
+    mask: Bool[Tensor, "#b 1 t s"] | Spans | PartSpans | None,
     key: Int[Tensor, "..."] | None,
     spec: LayerSpec,
     level: str,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fastlora.models.config import Activation, NormKind
 from fastlora.models.norms import LayerNorms, layer_norms
 from fastlora.models.spec import Spec
+from fastlora.ops.attention.context_group import ContextGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,7 @@ class LayerSpec:
     num_experts_per_tok: int
     norm_topk_prob: bool
     fused: bool  # whether Triton kernels run
+    context: ContextGroup | None  # the ranks that have rows together
     replaced: tuple[str, ...]  # tensors that are trained copies: their gradients change the graph
 
     @property
@@ -39,7 +41,14 @@ class LayerSpec:
         return self.rope_dim == self.head_dim and not self.rope_of_neighbours
 
 
-def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = False) -> LayerSpec:
+def layer_spec(
+    spec: Spec,
+    layer: int,
+    *,
+    fused: bool = False,
+    stacked: bool = False,
+    context: ContextGroup | None = None,
+) -> LayerSpec:
     """The part of `spec` that a layer depends on.
 
     Args:
@@ -48,6 +57,7 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         fused: whether Triton kernels run.
         stacked: whether the layer runs a stack of adapters, in which B contains the scalings. One
             graph then serves all scalings.
+        context: the ranks that have rows together; None: rows are whole.
     """
     config, lora, prefix = spec.config, spec.lora, f"model.layers.{layer}."
     copies = [name for name in spec.extras.replaced if name.startswith(prefix)]
@@ -75,5 +85,6 @@ def layer_spec(spec: Spec, layer: int, *, fused: bool = False, stacked: bool = F
         num_experts_per_tok=config.num_experts_per_tok if config.sparse_layers[layer] else 0,
         norm_topk_prob=config.norm_topk_prob,
         fused=fused,
+        context=context,
         replaced=tuple(name.removeprefix(prefix) for name in copies),
     )

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from fastlora.models.capture import Taps
 from fastlora.models.capture_checks import taps_of
+from fastlora.models.context_part import ContextPart
 from fastlora.models.decoder import dropout_key, hidden_states
 from fastlora.models.each_row import Inputs
 from fastlora.models.examples import ExampleRows
@@ -76,6 +77,21 @@ def row_logprobs(
     of_head = head_logprobs_and_entropy if entropy else head_logprobs
     result = of_head(hidden.flatten(0, 1), model_head, spec, following, key, first_row)
     return tree_map(lambda x: F.pad(x.view(labels.shape)[:, :-1], (1, 0)), result)
+
+
+def part_logprobs(
+    adapter: Adapter | None, base: Base, spec: Spec, part: ContextPart, seed: Seed
+) -> Float[Tensor, "b t"]:
+    """Log-probabilities of the labels that follow this rank's tokens; 0 without a label.
+
+    The arguments are those of `row_logprobs`, with `part` in place of the inputs.
+    """
+    base = base if adapter is not None else unpark_originals(base)
+    hidden = hidden_states(adapter, base, spec, part.input_ids, seed=seed, part=part)
+    key, rows = dropout_key(spec, seed, hidden.device), hidden.flatten(0, 1)
+    labels, first_rows = part.following.flatten(), part.first_rows
+    found = head_logprobs(rows, head(adapter, base, spec), spec, labels, key, first_rows)
+    return found.view(part.following.shape)
 
 
 def _hidden(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlora.models.dora_products import dora_linear, dora_scale, scaled_rows
 from fastlora.models.examples import example_project
+from fastlora.models.fake_quantised import fake_quantised
 from fastlora.models.fused_qkv import QKV
 from fastlora.models.init_offset import b_with_offset
 from fastlora.models.layer_spec import LayerSpec
@@ -27,7 +28,6 @@ from fastlora.ops.dropout import dropout, fold, from_row, key_and_row
 from fastlora.ops.linear.lora import lora_linear
 from fastlora.ops.linear.lora_group import Branch, lora_linears
 from fastlora.ops.linear.masked_lora import Masks
-from fastlora.ops.linear.qat import qat_linear
 
 # Number folded into a layer's dropout key, so that every projection has its own mask.
 _DROPOUT_SALT = {name: salt for salt, name in enumerate(TARGETS)}
@@ -59,7 +59,7 @@ def project(
     # add the products of x with W and with A and B, which costs less.
     if spec.qat_scheme is not None:
         parts = _projection_parts(names, params, adapter, scalings)
-        return [_fake_quantised(x, *part, spec.qat_scheme) for part in parts]
+        return [fake_quantised(x, *part, spec.qat_scheme) for part in parts]
     if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
     fused_weight = params.get("qkv") if names == QKV else None
@@ -157,9 +157,13 @@ def a_matrices(
     # The keys of all names are the same tensor for all calls in a layer, so a compiled layer
     # computes them once, in one launch.
     layer_key, first_row = key_and_row(key)
-    keys = fold(layer_key, torch.arange(len(_DROPOUT_SALT), device=key.device))
-    keys = from_row(keys, first_row)
-    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, spec.fused)
+    keys = torch.arange(len(_DROPOUT_SALT), device=key.device)
+    if key.dim() == 1:  # of pieces of rows: their keys differ by the first row only
+        layer_key, keys = layer_key[:1], keys[:, None]
+    keys = from_row(fold(layer_key, keys), first_row)
+    # The kernels take one first row.
+    fused = spec.fused and key.dim() == 0
+    return matrices, Masks(keys, tuple(slots), spec.lora_dropout, fused)
 
 
 def _with_masked_base(
@@ -222,23 +226,3 @@ def _add_bias_or_magnitude(
     if isinstance(lora, PreparedDoRA):
         return scaled_rows(y, lora.gain, linear.get("bias"))
     return (y + scaling * lora.bias).to(y.dtype) if isinstance(lora, BiasedLoRA) else y
-
-
-def _fake_quantised(
-    x: Float[Tensor, "b t d_in"],
-    linear: Linear,
-    lora: AdapterRecord | None,
-    scaling: float,
-    scheme: str,
-) -> Float[Tensor, "b t d_out"]:
-    """One projection as it would compute after merging and quantising."""
-    weight, bias = linear["weight"], linear.get("bias")
-    assert isinstance(weight, Tensor), "lora() refuses qat_scheme over a quantised base"
-    if lora is None:  # merging does not change it, but it is quantised too
-        return qat_linear(x, weight, bias, None, None, None, scaling, scheme)
-    if isinstance(lora, BiasedLoRA):  # merging adds this bias to the base's
-        wide = torch.promote_types(lora.bias.dtype, torch.float32)
-        lora_bias = scaling * lora.bias.to(wide)
-        bias = (lora_bias if bias is None else bias + lora_bias).to(x.dtype)
-    magnitude = lora.magnitude if isinstance(lora, DoRA) else None
-    return qat_linear(x, weight, bias, lora.a, lora.b, magnitude, scaling, scheme)

@@ -61,11 +61,15 @@ def cast(adapter: LayerTensors, dtype: torch.dtype) -> LayerTensors:
     }
 
 
-def cast_layers(adapters: Sequence[LayerTensors], dtype: torch.dtype) -> Sequence[LayerTensors]:
-    """`cast` of every layer's adapter, all in one launch for each 64 matrices.
+def cast_layers(
+    adapters: Sequence[LayerTensors], dtype: torch.dtype | None
+) -> Sequence[LayerTensors]:
+    """`cast` of every layer's adapter, all in one launch for each 64 matrices; None: no change.
 
     The gradients of all layers are cast when the last of them is there.
     """
+    if dtype is None:
+        return adapters
     named = {f"{i} {name}": x for i, layer in enumerate(adapters) for name, x in layer.items()}
     made = cast(named, dtype)
     if made is named:

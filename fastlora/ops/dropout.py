@@ -138,17 +138,20 @@ def uniform(
 def dropout(
     x: Float[Tensor, "*n d"],
     p: float,
-    key: Int[Tensor, ""] | None,
-    first_row: Int[Tensor, ""] | None = None,
+    key: Int[Tensor, "*#k"] | None,
+    first_row: Int[Tensor, "*#k"] | None = None,
 ) -> Float[Tensor, "*n d"]:
     """Zero a share p of x and scale the rest by 1 / (1 - p). Returns x if key is None or p is 0.
 
     The share is p rounded to 2**-16, the factor that of p itself. `key` and `first_row` are those
-    of `keep_mask`.
+    of `keep_mask`. Several first rows are those of equal pieces of x's rows, in their order.
     """
     if key is None or p == 0.0:
         return x
-    rows, columns = math.prod(x.shape[:-1]), x.shape[-1]
+    pieces = 1 if first_row is None else first_row.numel()
+    if first_row is not None:
+        key = key.expand(first_row.shape)
+    rows, columns = math.prod(x.shape[:-1]) // pieces, x.shape[-1]
     keep = keep_mask(key, rows, columns, p, x.device, first_row).view(x.shape)
     return torch.where(keep, x / (1.0 - p), 0.0)
 

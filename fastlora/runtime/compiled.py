@@ -130,18 +130,34 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
     All our graphs contain one, and torch caches these only on request (pytorch#149751 found it
     safe). With this and the `cache_hash` of layer.py, a second process traces a layer and compiles
-    nothing. We add the source of our ops to the cache key: a graph contains only their names, and
-    would otherwise still be used after their code has changed.
+    nothing.
     """
     from torch._inductor.compile_fx import compile_fx  # noqa: PLC0415  half a second
 
-    tag = torch.compiler.config.cache_key_tag + _source_of_ops()
     with (
         torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),  # pyright: ignore
-        torch.compiler.config.patch(cache_key_tag=tag),  # pyright: ignore
         _no_advice_about_checkpoints(),
     ):
-        return compile_fx(graph, inputs)
+        return compile_fx(graph, inputs, config_patches=_settings())
+
+
+def _settings() -> dict[str, Any]:
+    """Inductor's settings for our graphs. compile_fx applies them to the backward graph too.
+
+    aot_inductor.metadata: puts the source of our ops into the key of each cached graph. A graph
+        contains only their names, and would otherwise still be used after their code has changed.
+        Ordinary compilation reads nothing else from it. torch.compiler.config.cache_key_tag is not
+        suitable: it is also part of the key of a kernel's best tile, and backward graphs and
+        compiler processes do not see it when they are compiled, so that the next process searched
+        for other keys, found none and measured those tiles again.
+    dynamic_scale_rblock: off. It adds a second tile to some reductions, and every process measures
+        again which is faster (pytorch#189121). The two sum in different order, so two runs could
+        differ in their last bits.
+    """
+    from torch._inductor import config  # noqa: PLC0415  half a second
+
+    metadata = config.aot_inductor.metadata | {"fastlora.ops": _source_of_ops()}
+    return {"aot_inductor.metadata": metadata, "dynamic_scale_rblock": False}
 
 
 @contextmanager

@@ -1,39 +1,108 @@
-"""Modules of torch that only the first training step needs, imported while data are read.
+"""What the first training step needs from torch, prepared in a thread while data are read.
 
 Every torch.optim optimizer imports torch._dynamo when it is made, and the first compiled layer
-imports Inductor. Together they are some 1,500 files: 1.6 s where the files are cached, 8 s on a GPU
-machine with slow files.
+imports Inductor. Together they are some 1,500 files, which take 1.6 s, or 5 to 9 s if Python has to
+compile them because it may not keep their bytecode. Inductor then hashes all source files of torch
+and Triton's library for its cache keys, 0.4 s, and starts processes for Triton's compiler.
 """
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
+from functools import partial
+from pathlib import Path
 
 import torch
 
+from fastlora.runtime.ahead import ahead, imports
 from fastlora.runtime.compiled import Compile, compiles
+
+# sympy is half of dynamo.
+DYNAMO = ("sympy", "torch._dynamo")
+
+# With what Inductor imports on its first use, also if it finds all graphs in its cache.
+INDUCTOR = (
+    "torch._functorch.aot_autograd",
+    "torch._inductor.codecache",
+    "torch._inductor.compile_fx",
+    "torch._dynamo.repro.after_dynamo",
+    "torch._dynamo.backends.inductor",
+    "torch.distributed.tensor.experimental",
+    "torch.export._trace",
+    "torch._inductor.codegen.cuda_combined_scheduling",
+    "torch._inductor.codegen.wrapper_fxir",
+    "torch._inductor.codegen.cpp_wrapper_gpu",
+    "torch._functorch._aot_autograd.subclass_codegen",
+)
 
 
 @contextmanager
-def imports_of_first_step(compile: Compile, device: torch.device) -> Iterator[None]:
-    """Import the modules in a thread while the block runs. The end of the block waits for them.
+def importing_compiler(wanted: bool) -> Iterator[None]:
+    """Import dynamo and Inductor in a thread while the block runs.
 
-    The block itself should not import them: two threads in one circular import may see modules that
-    are not complete. An import that fails is left to the code that needs the module. If the block
-    raises, the error is not kept waiting.
+    The end of the block waits for the module that is being imported, and leaves the others to the
+    first step: code of the caller that follows may import parts of torch itself.
+
+    Args:
+        wanted: else nothing is imported.
+    """
+    thread = ahead(imports((*DYNAMO, *INDUCTOR))) if wanted else None
+    try:
+        yield
+    finally:
+        if thread is not None:
+            thread.stop()
+            thread.wait()
+
+
+@contextmanager
+def preparing_first_step(
+    compile: Compile, device: torch.device, compilers: bool = True
+) -> Iterator[None]:
+    """Prepare the first step in a thread while the block runs. The end of the block waits for it.
+
+    The block itself should not import parts of torch: two threads in one circular import may see
+    modules that are not complete. If the block raises, the error is not kept waiting.
 
     Args:
         compile: the model's setting.
         device: of the model.
+        compilers: start compiler processes, if they may be needed. Of several ranks, the first one
+            compiles, and the others read its cache.
     """
-    inductor = ("torch._inductor.compile_fx",) if compiles(compile, device) else ()
-    pool = ThreadPoolExecutor(1, "fastlora-imports")
+    tasks: list[Callable[[], object]] = imports(DYNAMO)
+    if compiles(compile, device):
+        tasks += [partial(_start_compilers, device)] if compilers else []
+        tasks += imports(INDUCTOR)
+        tasks.append(partial(_compute_cache_keys, device))
+    thread = ahead(tasks)
     try:
-        for name in ("torch._dynamo", *inductor):
-            pool.submit(import_module, name)
         yield
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
+        thread.stop()
         raise
-    pool.shutdown()
+    thread.wait()
+
+
+def _compute_cache_keys(device: torch.device) -> None:
+    """Hash torch's and Triton's files. Inductor keeps both results for the process."""
+    from torch._inductor.codecache import CacheBase, torch_key  # noqa: PLC0415  half a second
+
+    torch_key()
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # get_system asks for the properties of the current one
+            CacheBase.get_system()
+    else:
+        CacheBase.get_system()
+
+
+def _start_compilers(device: torch.device) -> None:
+    """Start Inductor's compiler processes, unless its cache seems to have the graphs.
+
+    They need as long as this process to import torch, and until they are ready Inductor compiles
+    one kernel after the other.
+    """
+    from torch._inductor.async_compile import maybe_warm_pool  # noqa: PLC0415  half a second
+    from torch._inductor.runtime.cache_dir_utils import cache_dir  # noqa: PLC0415
+
+    if device.type == "cuda" and not (Path(cache_dir()) / "aotautograd").is_dir():
+        maybe_warm_pool()

@@ -24,9 +24,16 @@ from fastlora.training.run_record import json_settings, versions
 from fastlora.training.signals import StopRequest
 
 
-def joined_ranks(model: ModelState) -> AbstractContextManager[Ranks]:
-    """The ranks that train this model with this process, for a `with` block."""
-    return joined(model.base["norm"].device, lockstep=is_collective(model.base))
+def joined_ranks(model: ModelState, context_parallel: int = 1) -> AbstractContextManager[Ranks]:
+    """The ranks that train this model with this process, for a `with` block.
+
+    Raises:
+        ValueError: rows are shared by `context_parallel` ranks, and ranks do not divide into such
+            groups.
+    """
+    device = model.base["norm"].device
+    lockstep = is_collective(model.base)
+    return joined(device, lockstep=lockstep, context_parallel=context_parallel)
 
 
 def refuse_ranks(what: str) -> None:
@@ -41,7 +48,8 @@ def refuse_ranks(what: str) -> None:
 def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> Run:
     """The run with its ranks, and with the split of micro-batches between them.
 
-    A micro-batch has batch_size sequences for each rank. A run that resumes on another number of
+    A micro-batch has batch_size sequences for each rank, or for each group of ranks that have rows
+    together. A run that resumes on another number of
     ranks keeps the micro-batches that it had.
 
     Args:
@@ -61,13 +69,13 @@ def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> R
         )
     if ranks.several and s.clip_per_example is not None:
         raise ValueError("clip_per_example: private runs train on one rank; start one process")
-    rows, before = s.batch_size * ranks.count, _rows_before(checkpoint)
+    rows, before = s.batch_size * ranks.data_count, _rows_before(checkpoint)
     # A process alone takes over what several ranks began, but not a run with another batch_size.
     if before is not None and before[0] % s.batch_size == 0 and (ranks.several or before[1] > 1):
         rows = before[0]
     if not ranks.several and rows == s.batch_size:
         return run
-    given = (ranks.rank, ranks.count, rows, s.batch_size, s.gradient_accumulation_steps)
+    given = (ranks.data_rank, ranks.data_count, rows, s.batch_size, s.gradient_accumulation_steps)
     return run._replace(ranks=ranks, split=split_for(*given), masked=is_masked(spec))
 
 

@@ -44,7 +44,8 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
     lora, adapter = require_adapter(model)
     settings = {f.name: getattr(run.settings, f.name) for f in fields(run.settings)}
     # max_steps and num_epochs count by the number of steps that they lead to, which is below.
-    for name in ("max_steps", "num_epochs", *_WATCHING):
+    # How many ranks have a row together changes a run by rounding only.
+    for name in ("max_steps", "num_epochs", "context_parallel", *_WATCHING):
         del settings[name]
     settings["batch_size"] = run.rows  # the number of ranks changes a run by rounding only
     settings["max_grad_norm"] = run.settings.max_grad_norm or None  # 0 and None mean the same

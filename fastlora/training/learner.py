@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Generic
+from typing import Any, Generic
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +17,7 @@ from fastlora.models.names import linear_names, projection_shape
 from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
+from fastlora.ops.attention.context_group import ContextGroup
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
@@ -46,9 +47,19 @@ class Learner(Generic[StateT]):
 
 
 def make_learner(
-    model: StateT, settings: Settings, objective: Objective | None = None
+    model: StateT,
+    settings: Settings,
+    objective: Objective | None = None,
+    context: ContextGroup | None = None,
 ) -> Learner[StateT]:
-    """A learner over copies of the adapter's tensors; the given model is not written to."""
+    """A learner over copies of the adapter's tensors; the given model is not written to.
+
+    Args:
+        model: with an adapter.
+        settings: of the run.
+        objective: what is minimised; None: the mean of -log p.
+        context: the ranks that have rows together with this one; None: rows are whole.
+    """
     _, adapter = require_adapter(model)
     # Copies: the optimizer updates its tensors in place.
     copies = tree_map(lambda x: x.detach().clone(), adapter)
@@ -64,7 +75,10 @@ def make_learner(
         warn_of_noise(settings, model)
         loss_and_grad = value_and_grad(row_means, per_example=True)
     elif objective is None:
-        loss_and_grad = value_and_grad(micro_batch_loss, cuda_graph=cuda_graph)
+        of_batch = micro_batch_loss
+        if context is not None:
+            of_batch = partial(micro_batch_loss, context=context)
+        loss_and_grad = value_and_grad(of_batch, cuda_graph=cuda_graph)
     else:
         loss_and_grad = value_and_grad(partial(micro_batch_loss, objective=objective))
     trained = replace(model, adapter=copies)
@@ -79,17 +93,20 @@ def micro_batch_loss(
     scale: Float[Tensor, ""],
     seed: Seed,
     first_row: Int[Tensor, ""] | None = None,
+    context: ContextGroup | None = None,
     objective: Objective | None = None,
 ) -> Float[Tensor, ""]:
     """The sum of -log p over a micro-batch's trained tokens, or the sum that `objective` takes over
-    its items, times `scale`. `first_row` is that of `loss_sum`; objectives do not take it.
+    its items, times `scale`. `first_row` and `context` are those of `loss_sum`; objectives do not
+    take them.
 
     The mean over the step's tokens is taken after the backward pass: the gradient of a mean over
     131,072 tokens is so small that float16 would lose its digits.
     """
     if objective is not None:
         return objective.loss_sum(adapter, base, spec, batch, seed) * scale
-    return loss_sum(adapter, base, spec, batch, seed=seed, first_row=first_row)[0] * scale
+    how: dict[str, Any] = dict(seed=seed, first_row=first_row, context=context)
+    return loss_sum(adapter, base, spec, batch, **how)[0] * scale
 
 
 # Parameters of a layer times tokens of a micro-batch. Below this, the GPU waits for the host: on an
@@ -105,6 +122,8 @@ def should_use_cuda_graph(spec: Spec, device: str, settings: Settings) -> bool:
     """
     # Without packing, lengths differ from batch to batch. "offload" copies to the host.
     if device != "cuda" or not settings.packing or spec.recompute == "offload":
+        return False
+    if settings.context_parallel > 1:  # a recorded step does not send
         return False
     if any(spec.config.sparse_layers) or spec.extras != Extras() or spec.qat_scheme is not None:
         return False

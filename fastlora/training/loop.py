@@ -24,7 +24,7 @@ from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
-from fastlora.runtime.first_step import imports_of_first_step
+from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.common_run import (
@@ -111,6 +111,7 @@ def train(
     early_stopping: int | Ending | Sequence[int | None] | None = None,
     clip_per_example: float | None = None,
     noise_multiplier: float | None = None,
+    context_parallel: int = 1,
     resume: Resume | Sequence[Resume] = False,
     seed: int | Sequence[int] = 3407,
     log: Log | None = None,
@@ -217,6 +218,7 @@ def train(
             Needs packing=False. `history.epsilon(delta)` is the privacy of the adapter alone.
         noise_multiplier: standard deviation of the noise over clip_per_example; 0: no privacy. The
             noise depends on `seed`, which must stay secret.
+        context_parallel: ranks that have each row together, if rows do not fit one card.
         resume: True continues from the newest complete checkpoint in `output_dir`, "auto" does so
             if there is one and else starts a run, a path continues from that checkpoint. Its files
             must have the SHA-256 that they had when it was saved. If the newest is damaged, the
@@ -267,7 +269,7 @@ def train(
     folder = None if given["output_dir"] is None else Path(given["output_dir"])
 
     with ExitStack() as after:
-        ranks = after.enter_context(joined_ranks(model))
+        ranks = after.enter_context(joined_ranks(model, settings.context_parallel))
         # Every rank reads checkpoints; the first one writes, and shows the bar.
         found, (folder, progress) = folder, (folder, progress) if ranks.is_first else (None, False)
         after.enter_context(output_lock(folder))
@@ -276,11 +278,11 @@ def train(
         objective = objective_of(loss, model)
         with (
             ranks.first_on_node("encoding"),
-            imports_of_first_step(model.spec.compile, model.base["norm"].device),
+            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.is_first),
         ):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)
-        learner = make_learner(model, settings, objective)
+        learner = make_learner(model, settings, objective, ranks.context)
         checkpoint = checkpoint_to_resume(given["resume"], found)
         run = shared_run(run, ranks, learner.spec, checkpoint)
         # Training changes none of it, so it is computed once for all checkpoints.
@@ -333,7 +335,7 @@ def _run_steps(
             record = optimizer_step(run, learner, step, micro_batches)
             # optimizer_step ends with a read from the device, so all its work is done here.
             record["seconds"] = seconds = perf_counter() - started
-            record = step_cost(learner.model, micro_batches, seconds) | record
+            record = step_cost(learner.model, micro_batches, seconds, run.ranks.row_ranks) | record
             records.append(with_position(record, run, records))
             ends = evaluate_and_save(run, learner, records, identity, folder, best)
             if progress:

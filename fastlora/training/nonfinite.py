@@ -43,12 +43,16 @@ def nonfinite_cause(
     """
     if is_collective(learner.model.base):
         return _NOT_SEARCHED
+    shared = ranks.context is not None  # a whole row may not fit this card
+    batches, seeds = ([], []) if shared else (batches, seeds)
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
     if cause := ranks.first_text(_forward_cause(noisy, batches, seeds)):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):
             return f"the gradient of {name} is not finite, though the forward pass is"
+    if shared:
+        return "no tensor of the model; sequences that ranks have together are not searched"
     return "no tensor and no sequence could be found that it comes from"
 
 
@@ -58,8 +62,11 @@ def nonfinite_cause_of_batches(
     """As `nonfinite_cause`, for a loss without gradient and dropout."""
     if is_collective(model.base):
         return _NOT_SEARCHED
-    batches = list(batches)
+    shared = ranks.context is not None
+    batches = [] if shared else list(batches)
     cause = ranks.first_text(_forward_cause(model, batches, [None] * len(batches)))
+    if shared and not cause:
+        return "no tensor of the model; sequences that ranks have together are not searched"
     return cause or "the mean of finite losses"
 
 

@@ -138,6 +138,24 @@ def updates(
 
     Waits for the device once for all of them.
     """
+    figures = queue_updates(optimizers, learning_rates, losses, norms)
+    return finish_updates(optimizers, figures)
+
+
+def queue_updates(
+    optimizers: Sequence[torch.optim.Optimizer],
+    learning_rates: Sequence[float] | Float[Tensor, "n"],
+    losses: Float[Tensor, "n"],
+    norms: Float[Tensor, "n"],
+) -> Float[Tensor, "n 2"]:
+    """The part of `updates` that does not wait for the device.
+
+    With fused optimizers it may be recorded in a CUDA graph. Learning rates are then a float32
+    tensor on the device, and the state of every leaf exists.
+
+    Returns:
+        Losses and norms in float64, for `finish_updates`.
+    """
     figures = torch.stack([losses.double(), norms.double()], 1)
     skipped = (~figures.isfinite().all(1)).float().unbind()
     for optimizer, rate, skip in zip(optimizers, learning_rates, skipped, strict=True):
@@ -145,17 +163,51 @@ def updates(
             group["lr"] = rate * group.get(_RATIO, 1.0)
         count_update(optimizer)
         # The kernel reads `found_inf` on the device, so the host need not wait before the update.
-        if _is_fused(optimizer):
+        if is_fused(optimizer):
             of_adamw: Any = optimizer
             of_adamw.grad_scale, of_adamw.found_inf = None, skip
+    step_together([optimizer for optimizer in optimizers if is_fused(optimizer)])
+    return figures
+
+
+def step_together(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """A step of each. While a CUDA graph is recorded, each step is a branch of the graph.
+
+    Most tensors of an adapter are smaller than the part of a tensor that a block of AdamW's kernel
+    updates, and a launch has 30 tensors, so that one optimizer leaves most of a GPU idle.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        for optimizer in optimizers:
             optimizer.step()
+        return
+    here = torch.cuda.current_stream()
+    branches = [torch.cuda.Stream() for _ in optimizers]
+    for optimizer, branch in zip(optimizers, branches, strict=True):
+        branch.wait_stream(here)
+        with torch.cuda.stream(branch):
+            optimizer.step()
+    for branch in branches:
+        here.wait_stream(branch)
+
+
+def finish_updates(
+    optimizers: Sequence[torch.optim.Optimizer], figures: Float[Tensor, "n 2"]
+) -> list[tuple[float, float]]:
+    """Apply the gradients that no kernel has applied, if they are finite; clears all gradients.
+
+    Waits for the device.
+
+    Returns:
+        Each optimizer's loss and norm.
+    """
     values = [(loss, norm) for loss, norm in figures.tolist()]
     for optimizer, pair in zip(optimizers, values, strict=True):
         _finish_update(optimizer, all(map(math.isfinite, pair)))
     return values
 
 
-def _is_fused(optimizer: torch.optim.Optimizer) -> bool:
+def is_fused(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether one kernel updates all leaves and reads on the device whether it may."""
     return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
 
 
@@ -163,7 +215,7 @@ def _finish_update(optimizer: torch.optim.Optimizer, finite: bool) -> None:
     """Apply the gradients if they are finite and no kernel has done so."""
     if not finite:
         count_update(optimizer, -1)
-    elif not _is_fused(optimizer):  # others may not read `found_inf`
+    elif not is_fused(optimizer):  # others may not read `found_inf`
         optimizer.step()
     optimizer.zero_grad()
 

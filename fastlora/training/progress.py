@@ -34,8 +34,10 @@ def card_peak(name: str) -> float | None:
     return next((peak for regex, peak in _PEAKS.items() if re.search(regex, name)), None)
 
 
-def step_cost(model: ModelState, micro_batches: Sequence[Batch], seconds: float) -> Record:
-    """The tokens, memory and share of the peak of a step, for its record.
+def step_cost(
+    model: ModelState, micro_batches: Sequence[Batch], seconds: float, cards: int = 1
+) -> Record:
+    """The tokens, memory and share of the peak of a step, for its record. `cards` share its rows.
 
     Returns:
         "read_tokens": tokens that the model read, trained or not, without padding. On CUDA also
@@ -51,7 +53,7 @@ def step_cost(model: ModelState, micro_batches: Sequence[Batch], seconds: float)
     peak = card_peak(torch.cuda.get_device_name(norm.device))
     if peak is not None and norm.itemsize == 2 and seconds > 0:
         operations = sum(step_operations(model.spec.config, *count) for count in counts)
-        cost["peak_share"] = round(operations / (seconds * peak), 4)
+        cost["peak_share"] = round(operations / (seconds * peak * cards), 4)
     return cost
 
 

@@ -28,6 +28,7 @@ from fastlora.data.examples import TRAIN_ON, Example
 from fastlora.data.long_rows import TOO_LONG
 from fastlora.data.row_forms import COLUMNS
 from fastlora.data.sources import DATA
+from fastlora.distributed.context_parallel import context_problem
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
 from fastlora.losses.loss_argument import LOSS, loss_problems
@@ -102,6 +103,7 @@ class Settings:
     early_stopping: int | None = setting(optional(_COUNT))
     clip_per_example: float | None = setting(optional(_RATE))
     noise_multiplier: float | None = setting(optional(number(low=0, high=1e6)))
+    context_parallel: int = setting(_COUNT)
     seed: int = setting(RANDOM_SEED)
 
 
@@ -164,6 +166,7 @@ def train_problems(
     problems += loss_problems(settings)
     problems += log_problems(log, output_dir)
     problems += private_problems(settings, data, model)
+    problems += _context_problems(settings)
     # The remaining checks look into the model.
     if isinstance(model, ModelState):
         problems += _model_problems(settings, model)
@@ -212,6 +215,24 @@ def _companion_problems(
     return problems + _keeping_problems(settings, eval_data, output_dir)
 
 
+def _context_problems(settings: Settings) -> list[str]:
+    """Why the ranks that there are cannot train on rows that several of them have together."""
+    ranks = settings.context_parallel
+    if not _COUNT.accepts(ranks) or ranks == 1:
+        return []
+    problem = context_problem(ranks)
+    problems = [problem] if problem else []
+    if not (isinstance(settings.loss, str) and settings.loss == "sft"):
+        problems.append(
+            f'context_parallel={ranks} with a loss other than "sft": other losses need whole rows'
+        )
+    if settings.clip_per_example is not None:
+        problems.append(
+            f"context_parallel={ranks} with clip_per_example: gradients of examples need whole rows"
+        )
+    return problems
+
+
 def _keeping_problems(settings: Settings, eval_data: Any, output_dir: Any) -> list[str]:
     """Arguments that choose checkpoints or end a run early, without those that they need."""
     problems = []
@@ -258,8 +279,8 @@ def mask_problems(settings: Settings, model: ModelState) -> list[str]:
     """Refuse packing if an attention mask [b, t, t] of one byte an element would exceed 8 GiB.
 
     Where the attention kernels run, no such mask is built. They need a GPU, 16-bit weights and a
-    head size of 64 or 128. Elsewhere a model that was loaded at a context of 131,072 tokens would
-    ask for 16 GiB a sequence.
+    head size of 64, 128 or 256. Elsewhere a model that was loaded at a context of 131,072 tokens
+    would ask for 16 GiB a sequence.
     """
     if settings.packing is not True or not _COUNT.accepts(settings.batch_size):
         return []
@@ -268,7 +289,8 @@ def mask_problems(settings: Settings, model: ModelState) -> list[str]:
     if kernel_supports(norm.dtype, *heads, length) and use_kernel(norm, model.spec.kernels):
         return []
     # bool elements of one byte; the mask has one entry for all heads.
-    gib = settings.batch_size * length**2 / 2**30
+    ranks = settings.context_parallel if _COUNT.accepts(settings.context_parallel) else 1
+    gib = settings.batch_size * length**2 / ranks / 2**30
     if gib <= _LARGEST_MASK_GIB:
         return []
     return [

@@ -264,7 +264,8 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
 def _eval_sum(run: Run, model: ModelState, batch: Batch) -> tuple[Tensor, Tensor]:
     """(sum of the losses of a batch, their number)."""
     if run.objective is None:
-        return loss_sum(model.adapter, model.base, model.spec, batch)
+        context = run.ranks.context
+        return loss_sum(model.adapter, model.base, model.spec, batch, context=context)
     _, adapter = require_adapter(model)
     total = run.objective.loss_sum(adapter, model.base, model.spec, batch, None)
     return total, torch.tensor(run.objective.count(batch), device=total.device)
@@ -272,15 +273,15 @@ def _eval_sum(run: Run, model: ModelState, batch: Batch) -> tuple[Tensor, Tensor
 
 def _eval_passes(run: Run) -> int:
     """The most batches of eval_data that a rank has."""
-    return -(-len(run.eval_sequences) // (run.settings.batch_size * run.ranks.count))
+    return -(-len(run.eval_sequences) // (run.settings.batch_size * run.ranks.data_count))
 
 
 def _eval_batches(run: Run, model: ModelState, first: int | None = None) -> Iterator[Batch]:
     """The batches of eval_data that this rank runs, or another one, in the order given, each on the
     device when it is due."""
     size, count = run.settings.batch_size, len(run.eval_sequences)
-    first = run.ranks.rank if first is None else first
-    spans = list(spans_of(count, size, 0))[first :: run.ranks.count]
+    first = run.ranks.data_rank if first is None else first
+    spans = list(spans_of(count, size, 0))[first :: run.ranks.data_count]
     for batch in run.batches(run.eval_sequences, size, seed=None, spans=spans):
         yield _to_device(model, batch)
 

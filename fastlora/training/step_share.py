@@ -72,20 +72,20 @@ class GroupShare(StepShare):
     def compiling_in_turn(self, learner: Learner) -> Iterator[None]:
         """On the first step the first rank of a node compiles; the others read its cache.
 
-        Over a sharded base they cannot wait, because the passes need all ranks.
+        They cannot wait if the passes need other ranks.
         """
         device = learner.model.base["norm"].device
         first = not self._group.compiled and compiles(learner.model.spec.compile, device)
         self._group.compiled = True
-        if not first or self._group.lockstep:
+        if not first or self._group.passes_send:
             yield
             return
         with self._group.first_on_node("compilation"):
             yield
 
     def any_rank(self, overflows: bool) -> bool:
-        """Whether the passes are run again; on all ranks alike if the passes need all ranks."""
-        if not self._group.lockstep:
+        """Whether the passes are run again; on all ranks alike if the passes need others."""
+        if not self._group.passes_send:
             return overflows
         flag = torch.tensor(float(overflows), device=self._group.device)
         return bool(self._group.sums([flag])[0])
@@ -123,4 +123,6 @@ def begin_step(run: Run, micro_batches: Sequence[Batch]) -> StepShare:
     counts = [*map(count, own)]
     if not isinstance(run.ranks, Group):
         return StepShare(tokens, counts)
+    if not run.ranks.counts_rows:
+        return GroupShare(run.ranks, 0, [0] * len(counts), 0)
     return GroupShare(run.ranks, tokens, counts, read_tokens(own))

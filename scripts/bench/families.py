@@ -5,8 +5,9 @@
 
 Each shape runs in a new process, as in bench.py, which has the same arguments. "of floor" is the
 time of the arithmetic alone (`measuring.floor_ms`) over the step's. "ratio" is this share over that
-of Llama's step of similar width. The bar that the project has set itself is 0.9. The table goes to
-stdout, and the rows, as results.py describes them, to $OUT/families.jsonl.
+of a Llama's step: of similar width, for Gemma 3 1B of the same sizes. The bar that the project has
+set itself is 0.9. The table goes to stdout, and the rows, as results.py describes them, to
+$OUT/families.jsonl.
 """
 
 import argparse
@@ -19,8 +20,8 @@ import measuring
 import results
 from random_checkpoint import write_checkpoint
 
-# Shape -> Llama's shape that it is compared with.
-BESIDE = {"gemma2-2b": "1b", "gemma3-1b": "1b", "olmo3-7b": "8b"}
+# Shape -> the Llama that it is compared with.
+BESIDE = {"gemma2-2b": "1b", "gemma3-1b": "gemma3-1b-llama", "olmo3-7b": "8b"}
 BAR = 0.9
 
 
@@ -35,7 +36,7 @@ def measured(shape: str, setting: str, args: argparse.Namespace) -> dict[str, An
 
 def line(shape: str, setting: str, row: dict[str, Any], llama: dict[str, Any]) -> str:
     """One row of the table."""
-    start = f"{shape:>12}{setting:>12}"
+    start = f"{shape:>16}{setting:>12}"
     if "error" in row or "error" in llama:
         return f"{start}   failed: {row.get('error') or llama.get('error')}"
     share, other = row["floor_ms"] / row["ms"], llama["floor_ms"] / llama["ms"]
@@ -54,7 +55,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="compile cache that all processes share")
     args = parser.parse_args()
     titles = f"{'ms':>9}{'spread':>8}{'GiB':>8}{'of floor':>10}{'ratio':>9}"
-    print(f"{'shape':>12}{'recompute':>12}{titles}")
+    print(f"{'shape':>16}{'recompute':>12}{titles}")
     for setting in args.settings:
         args.cuda_graph = setting != "offload"
         done: dict[str, dict[str, Any]] = {}

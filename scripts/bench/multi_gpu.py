@@ -14,6 +14,7 @@ products    what matrix products lose while all_gathers run beside them
 bf16, nf4   8B, 4 x 2048 tokens a rank. Data parallel from 1 rank to all; sharded, and with 4 or
             more ranks hybrid, with 0, 1 and 2 layers gathered ahead; peaks beside `plan`; a trace
 70b         70B in NF4, 1 x 2048 tokens, sharded over all ranks, with 0 and 1 layers ahead
+context     one row of 65,536 tokens of 1B in bf16: by one rank, and by all ranks together
 kill        a rank is killed, torchrun starts all again, the run ends with the same bits
 """
 
@@ -34,7 +35,7 @@ os.environ |= dict(
 import torch
 
 HERE = Path(__file__).resolve()
-PARTS = ("bandwidth", "products", "bf16", "nf4", "70b", "kill")
+PARTS = ("bandwidth", "products", "bf16", "nf4", "70b", "context", "kill")
 
 
 def main() -> None:
@@ -61,6 +62,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="fewer than the shape's")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--row", type=int, default=65536, help="tokens of context's row")
+    parser.add_argument("--row-shape", default="1b", help="of context's model")
     parser.add_argument("--runs", type=int, default=5, help="timed steps; of 70B at most 2")
     parser.add_argument("--recompute", default="selective")
     parser.add_argument("--recompute-70b", default="full")
@@ -73,8 +76,8 @@ def arguments() -> argparse.Namespace:
 def options(args: argparse.Namespace) -> list[str]:
     """The command line of a part."""
     given = ["--tiny"] if args.tiny else []
-    names = ("shape", "layers", "batch", "length", "runs", "recompute", "recompute_70b", "out")
-    for name in names:
+    names = ("shape", "layers", "batch", "length", "row", "row_shape", "runs", "recompute")
+    for name in (*names, "recompute_70b", "out"):
         if getattr(args, name) is not None:
             given += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     return given
@@ -104,6 +107,7 @@ def note(out: Path, **row: Any) -> None:
 def work(args: argparse.Namespace) -> None:
     """In a rank: the parts that were asked for."""
     from several_gpus.bench import Bench  # noqa: PLC0415
+    from several_gpus.context import context  # noqa: PLC0415
     from several_gpus.steps import Sizes, steps  # noqa: PLC0415
     from several_gpus.wire import bandwidth, products  # noqa: PLC0415
 
@@ -120,11 +124,13 @@ def work(args: argparse.Namespace) -> None:
     shape = "tiny" if args.tiny else args.shape
     recompute = "selective" if args.tiny else args.recompute_70b
     of_70b = sizes._replace(batch=1, runs=min(2, sizes.runs), recompute=recompute)
+    of_row = sizes._replace(length=args.row if not args.tiny else 64, runs=1)
     run = {
         "bandwidth": lambda: bandwidth(bench, args.tiny),
         "products": lambda: products(bench, args.tiny),
         "bf16": lambda: steps(bench, shape, False, sizes),
         "nf4": lambda: steps(bench, shape, True, sizes),
+        "context": lambda: context(bench, "tiny" if args.tiny else args.row_shape, of_row),
         "70b": lambda: steps(bench, "tiny" if args.tiny else "70b", True, of_70b, False),
     }
     for part in args.parts:

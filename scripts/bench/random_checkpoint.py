@@ -134,6 +134,15 @@ _OLMO3 = _COMMON | dict(
     rms_norm_eps=1e-6,
 )
 
+# A Llama with the sizes of Gemma 3 1B, which is narrower than any Llama.
+_NARROW = _GEMMA3 | dict(
+    model_type="llama",
+    architectures=["LlamaForCausalLM"],
+    sliding_window=None,
+    query_pre_attn_scalar=None,
+    tie_word_embeddings=True,
+)
+
 # Llama 3.2 1B, Llama 3.2 3B, Llama 3.1 8B, two mixtures of experts, and the models above.
 SHAPES: dict[str, dict[str, Any]] = {
     "1b": _shape(2048, 8192, 16, 32, 64, True, 32.0),
@@ -143,6 +152,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "8x7b": _MIXTRAL,
     "gemma2-2b": _GEMMA,
     "gemma3-1b": _GEMMA3,
+    "gemma3-1b-llama": _NARROW,
     "olmo3-7b": _OLMO3,
 }
 

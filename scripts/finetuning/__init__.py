@@ -6,4 +6,5 @@ toml.py      resolved options as TOML
 repeat.py    options from a run.json, and what differs when its run is repeated
 forecast.py  what fastlora.plan predicts, as text
 ending.py    exit codes
+bytecode.py  Python's bytecode of torch, kept if it is not kept beside torch
 """

@@ -9,6 +9,8 @@ def forecast(model: fastlora.Model, options: Any) -> str:
     """Memory and time of a step under the chosen recompute policy, and the best policy."""
     if model.base["norm"].device.type != "cuda":
         return "plan: predictions are for CUDA; this run is on the CPU"
+    if options.context_parallel > 1:
+        return "plan: rows that several ranks have together are not covered"
     length = model.spec.max_seq_length
     try:
         plan = fastlora.plan(model, options.batch_size, length, optimizer=options.optimizer)

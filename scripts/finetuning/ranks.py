@@ -40,7 +40,10 @@ def resumes(options: Any) -> bool:
 def step_size(options: Any) -> str:
     """How many sequences a step has, for people: twice the ranks are twice the sequences."""
     launch = launched()
-    ranks = 1 if launch is None else launch.ranks
+    together = options.context_parallel
+    ranks = (1 if launch is None else launch.ranks) // together or 1
     numbers = (ranks, options.batch_size, options.gradient_accumulation_steps)
     total = numbers[0] * numbers[1] * numbers[2]
-    return "a step: {} ranks x {} sequences x {} micro-batches = ".format(*numbers) + f"{total}"
+    who = "ranks" if together == 1 else f"groups of {together} ranks"
+    text = "a step: {} {} x {} sequences x {} micro-batches = {}"
+    return text.format(ranks, who, *numbers[1:], total)

@@ -1,10 +1,10 @@
 """The ranks' server: imports torch and fastlora once, then forks the ranks of every job.
 
 A job is a line of JSON on stdin: {"law": name, "ranks": N, "arguments": {...}, "scratch": folder,
-"restarts": 0, "seconds": 60}. The answer on stdout is {"ranks": [{"exit": ..., "result": ...,
-"text": ...}, ...], "attempts": ...}. Each rank gets torchrun's environment, and like torchrun the
-server ends all ranks when one has failed, and starts them again if the job allows restarts. With
-one rank there is no such environment.
+"restarts": 0, "seconds": 60}. A law that is not in laws.py is "file.name". The answer on stdout is
+{"ranks": [{"exit": ..., "result": ..., "text": ...}, ...], "attempts": ...}. Each rank gets
+torchrun's environment, and like torchrun the server ends all ranks when one has failed, and starts
+them again if the job allows restarts. With one rank there is no such environment.
 """
 
 import importlib
@@ -38,7 +38,8 @@ def _run(job: dict[str, Any], rank: int, attempt: int, port: int) -> NoReturn:
         place |= dict(LOCAL_WORLD_SIZE=job["ranks"], TORCHELASTIC_RESTART_COUNT=attempt)
         os.environ |= {name: str(x) for name, x in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
     try:
-        law = getattr(importlib.import_module("distributed.laws"), job["law"])
+        *file, name = job["law"].split(".")
+        law = getattr(importlib.import_module(f"distributed.{(file or ['laws'])[0]}"), name)
         result = law(scratch, **job["arguments"])
         (scratch / f"{rank}.json").write_text(json.dumps(result))
     except SystemExit as error:

@@ -12,22 +12,18 @@ import fastlora
 from fastlora import Sketch
 from fastlora import functional as FL
 from fastlora.distributed.host_shards import HostCopies
-from fastlora.distributed.sharded_base import Shards, shard_base
 from fastlora.models.capture import place_names
 from fastlora.models.fused_qkv import QKV
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.weights import Weight8bit
 from fastlora.runtime import compiled
+from oracles.host_bases import in_host_memory
 from oracles.pairs import adapted, read_tiny
 from oracles.trees import same_bits, token_ids
 
 IDS = token_ids(4, 9, vocab_size=24)
 BATCH = {"input_ids": IDS, "labels": IDS}
 POLICIES = ("none", "selective", 0.4, "full")
-
-
-def in_host_memory(model: Any) -> Any:
-    return replace(model, base=shard_base(model.base, Shards(HostCopies(torch.device("cpu")))))
 
 
 def step(model: Any) -> Any:

@@ -1,7 +1,5 @@
 """A layer as one run of bytes, and the base in host memory of a single process."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -9,11 +7,11 @@ from torch.utils._pytree import tree_leaves
 import fastlora
 from fastlora.distributed.flat_layer import ALIGN, layout_of, pack, unpack
 from fastlora.distributed.host_shards import HostCopies
-from fastlora.distributed.sharded_base import Shards, shard_base
 from fastlora.models import decoder
 from fastlora.models.fused_qkv import QKV, fused_qkv
 from fastlora.runtime import host_offload, layer_fetching
 from fastlora.runtime.host_offload import HostStash
+from oracles.host_bases import in_host_memory
 from oracles.sharding_laws import BATCH, Passes, step
 from oracles.trees import same_bits
 
@@ -72,10 +70,6 @@ def test_q_k_and_v_lie_side_by_side_only_if_they_did(pair, fused):
 
 
 # ── host memory, one process ──────────────────────────────────────────────────────────────
-
-
-def in_host_memory(model):
-    return replace(model, base=shard_base(model.base, Shards(HostCopies(torch.device("cpu")))))
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2])

@@ -1,7 +1,6 @@
 """A base in pinned host memory: the bits of a base on the GPU, no wait of the host, two layers."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,13 @@ from torch.utils._pytree import tree_leaves
 
 import fastlora
 from fastlora import functional as FL
-from fastlora.distributed.host_shards import HostCopies, pinned
-from fastlora.distributed.sharded_base import Shards, shard_base
+from fastlora.distributed.host_shards import pinned
 from fastlora.model import Model
 from oracles.gpu_models import Row, adapted, tokens
+from oracles.host_bases import in_host_memory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.part("offload")]
 POLICIES: list[Any] = ["none", "selective", 0.4, "full", "offload"]
-
-
-def in_host_memory(model: Model) -> Model:
-    device = model.base["norm"].device
-    return replace(model, base=shard_base(model.base, Shards(HostCopies(device))))
 
 
 def gradient(model: Model) -> Any:

@@ -1,6 +1,7 @@
-"""Inductor's kernels of this process: none reads back what it stored.
+"""Inductor's kernels of these checks: none reads back what it stored.
 
-conftest.py runs this module last, so that it sees what every other test of the process compiled.
+conftest.py runs this module last, so that it sees what every other test of the process compiled;
+with several processes, scripts/gpu_check.sh runs it after all of them.
 """
 
 from collections.abc import Iterator

@@ -4,6 +4,7 @@ import math
 import tempfile
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 import fastlora
 from fastlora.checkpoints.hub import DEMO
 from fastlora.data.rows import read_rows
+from fastlora.runtime.cuda_graph import CUDAGraphed
+from fastlora.training.many import stack as stacks
 from oracles.checkpoints import make_checkpoint
 from oracles.gpu_models import SIZES, Row, relative
 
@@ -31,6 +34,32 @@ def training() -> Iterator[Row]:
     yield "training: last loss over the first", history.losses[-1] / history.losses[0], 0.95
     # Fused attention may add in another order every run; the update is some 2 % of the adapter.
     yield "training: resumed against whole", relative(resumed.adapter, whole.adapter), 1e-2
+
+
+def several_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Row]:
+    """Three runs in one pass: gradient and update replayed from CUDA graphs, and without graphs."""
+    model, tokenizer = fastlora.load("demo", max_seq_length=128, device="cuda")
+    runs = [fastlora.lora(model, r=4 * i, random_state=i) for i in (1, 2, 3)]
+    rows, rates = read_rows(DEMO / "train.jsonl")[:200], [2e-3, 1e-3, 5e-4]
+    given: dict[str, Any] = dict(max_steps=8, batch_size=1, packing=True, progress=False)
+    given["learning_rate"] = rates
+    recordings, real = [], CUDAGraphed._record
+    note = lambda *args: recordings.append(1) or real(*args)
+    monkeypatch.setattr(CUDAGraphed, "_record", note)
+    recorded, histories = fastlora.train(runs, tokenizer, rows, **given)
+    yield "several runs: recordings of gradient and update", abs(len(recordings) - 2), 0
+    monkeypatch.setattr(stacks, "should_use_cuda_graph", lambda *given: False)
+    queued, others = fastlora.train(runs, tokenizer, rows, **given)
+    for i, (ours, theirs) in enumerate(zip(recorded, queued, strict=True)):
+        # A rate is a float32 tensor in a graph and a Python number otherwise.
+        yield f"run {i}, graphs against none: adapter", relative(ours.adapter, theirs.adapter), 1e-2
+        first, second = torch.tensor([histories[i].losses, others[i].losses])
+        yield f"run {i}, graphs against none: losses", float((first / second - 1).abs().max()), 1e-2
+        yield f"run {i}: last loss over the first", float(first[-1] / first[0]), 0.99
+
+
+def test_several_runs_are_the_same_from_graphs(check, monkeypatch):
+    check(several_runs(monkeypatch))
 
 
 def test_training_lowers_the_loss_and_resumes(check):

@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora import functional as FL
 from fastlora.models import decoder
-from fastlora.models.decoder import dropout_key, hidden_states, position_tables, requires_grad
+from fastlora.models.decoder import dropout_key, hidden_states, position_tables
+from fastlora.models.graph_input import requires_grad
 from fastlora.models.head import head
 from fastlora.ops.attention.flash import Spans
 from oracles.pairs import adapted

@@ -4,7 +4,7 @@ import itertools
 import logging
 from collections import namedtuple
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
 import pytest
@@ -268,6 +268,38 @@ def test_cached_graphs_are_used_only_with_the_same_source_of_our_ops(monkeypatch
     assert compile(one) == {"autograd_cache_hit": 1}
     assert compile(other) == {"autograd_cache_miss": 1}
     assert torch.compiler.config.cache_key_tag == before
+
+
+@pytest.mark.compile
+def test_inductors_settings_hold_for_the_backward_graph_and_only_while_it_compiles(fresh_dynamo):
+    """Inductor compiles it in the first backward pass. A pass of the user's runs as before.
+
+    The tag is part of the key of a kernel's best tile, which compiler processes use without ours.
+    """
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    def settings() -> tuple[Any, ...]:
+        tag = torch.compiler.config.cache_key_tag
+        return config.dynamic_scale_rblock, "fastlora.ops" in config.aot_inductor.metadata, tag
+
+    class Users(CustomGraphPass):
+        seen: ClassVar[list[tuple[Any, ...]]] = []
+
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            self.seen.append(settings())
+
+        def uuid(self) -> str:
+            return str(uuid4())
+
+    before = settings()
+    assert not before[1]
+    with config.patch(post_grad_custom_post_pass=Users()):
+        x = torch.ones(3, requires_grad=True)
+        y = torch.compile(lambda x: x.sin() + 2, backend=compiled.backend)(x)
+        assert settings() == before
+        y.sum().backward()
+    assert Users.seen == [(False, True, before[2])] * 2 and settings() == before
 
 
 def test_the_cache_key_changes_with_a_file_in_a_sub_folder(tmp_path):

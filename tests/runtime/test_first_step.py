@@ -1,81 +1,177 @@
-"""Modules that the first step needs are imported while data are read."""
+"""What the first step needs is prepared in a thread while data are read."""
 
+import json
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from fastlora.runtime import first_step
-from fastlora.runtime.first_step import imports_of_first_step
+from fastlora.checkpoints import reading
+from fastlora.checkpoints.hub import DEMO
+from fastlora.runtime import ahead, first_step
+from fastlora.runtime.compiled import Compile
+from fastlora.runtime.first_step import DYNAMO, INDUCTOR, importing_compiler, preparing_first_step
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def imported(monkeypatch) -> list[tuple[str, str]]:
-    """A list that gets (module, thread) of every import, which do nothing."""
-    found: list[tuple[str, str]] = []
-    note = lambda name: found.append((name, threading.current_thread().name))
-    monkeypatch.setattr(first_step, "import_module", note)
+def tasks(monkeypatch) -> list[str]:
+    """A list that gets the tasks of the thread, which do nothing: modules and functions."""
+    found: list[str] = []
+    monkeypatch.setattr(ahead, "import_module", found.append)
+    for name in ("_start_compilers", "_compute_cache_keys"):
+        monkeypatch.setattr(first_step, name, partial(lambda name, _: found.append(name), name))
     return found
 
 
-def test_inductor_is_imported_for_compiled_models_only(imported):
-    for compile, names in (
-        ("auto", ["torch._dynamo"]),
-        (False, ["torch._dynamo"]),
-        (True, ["torch._dynamo", "torch._inductor.compile_fx"]),
-    ):
-        imported.clear()
-        with imports_of_first_step(compile, CPU):
+def test_inductor_is_prepared_for_compiled_models_only(tasks):
+    everything = {*DYNAMO, *INDUCTOR, "_start_compilers", "_compute_cache_keys"}
+    settings: list[tuple[Compile, torch.device]] = [("auto", CPU), (False, CPU), (True, CPU)]
+    for compile, device in [*settings, (False, CUDA), ("auto", CUDA)]:
+        tasks.clear()
+        with preparing_first_step(compile, device):
             pass
-        assert [name for name, _ in imported] == names
-        assert all(thread.startswith("fastlora-imports") for _, thread in imported)
+        whole = compile is True or (compile == "auto" and device == CUDA)
+        assert {*tasks} == (everything if whole else {*DYNAMO})
+        assert tasks[:2] == ["sympy", "torch._dynamo"]
 
 
-def test_an_error_of_the_block_does_not_wait(monkeypatch):
+def test_only_the_first_rank_starts_compilers(tasks):
+    for first in (True, False):
+        tasks.clear()
+        with preparing_first_step(True, CPU, first):
+            pass
+        assert ("_start_compilers" in tasks) == first and "_compute_cache_keys" in tasks
+
+
+def test_imports_stop_at_the_end_of_the_block(monkeypatch):
+    """Code of the caller that follows may import parts of torch itself."""
+    names: list[str] = []
     begun, end = threading.Event(), threading.Event()
 
     def slow(name: str) -> None:
+        names.append(name)
         begun.set()
         end.wait(60)
 
-    monkeypatch.setattr(first_step, "import_module", slow)
-    with pytest.raises(KeyError), imports_of_first_step(False, CPU):
+    monkeypatch.setattr(ahead, "import_module", slow)
+    with importing_compiler(False):
+        pass
+    with pytest.raises(KeyError), importing_compiler(True):
+        begun.wait(60)
+        threading.Timer(0.1, end.set).start()
+        raise KeyError
+    assert names == ["sympy"] and end.is_set()
+
+
+@pytest.mark.parametrize("load_in_4bit", [False, True])
+def test_the_compiler_is_imported_only_while_dense_weights_are_read_to_a_gpu(
+    load_in_4bit, monkeypatch
+):
+    """bitsandbytes imports dynamo in the main thread."""
+    wanted: list[bool] = []
+
+    @contextmanager
+    def note(value: bool) -> Iterator[None]:
+        wanted.append(value)
+        yield
+
+    monkeypatch.setattr(reading, "importing_compiler", note)
+    monkeypatch.setattr(reading, "read_checked", lambda checked, device: (checked.config, {}))
+    for device in ("cpu", "cuda"):
+        reading.read_base(DEMO, device=device, quantize=load_in_4bit)
+    assert wanted == [False, not load_in_4bit]
+
+
+def test_an_error_of_the_block_does_not_wait(monkeypatch):
+    """And the thread ends after the module that it imports."""
+    names: list[str] = []
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(name: str) -> None:
+        names.append(name)
+        begun.set()
+        end.wait(60)
+
+    monkeypatch.setattr(ahead, "import_module", slow)
+    with pytest.raises(KeyError), preparing_first_step(False, CPU):
         begun.wait(60)
         raise KeyError("row")
     assert not end.is_set()
     end.set()
+    ahead._wait_for_all()
+    assert names == ["sympy"]
 
 
-def test_an_import_that_fails_is_left_to_its_user(monkeypatch):
-    def fail(name: str) -> None:
-        raise ImportError(name)
+# A run until its rows are read. Prints the imports: [module, thread, whether the other one runs].
+RUN = """
+    import json, sys, threading
+    import torch
+    import fastlora
+    from fastlora.runtime.first_step import DYNAMO, INDUCTOR
+    from fastlora.training import loop
 
-    monkeypatch.setattr(first_step, "import_module", fail)
-    with imports_of_first_step(True, CPU):
-        pass
+    seen = []
+
+    class Watch:
+        def find_spec(self, name, path=None, target=None):
+            names = [thread.name for thread in threading.enumerate()]
+            seen.append((name, threading.current_thread().name, "fastlora-ahead" in names))
+
+    def end(*_):
+        missing = [name for name in (*DYNAMO, *INDUCTOR) if name not in sys.modules]
+        print(json.dumps([seen, missing]))
+        raise SystemExit
+
+    model, tokenizer = fastlora.load("demo", device="cpu")
+    model = fastlora.lora(model, r=2).with_spec(compile=True)
+    sys.meta_path.insert(0, Watch())
+    loop.make_learner = end
+    rows = [{"text": "def add(a, b): return a + b"}] * 20
+    fastlora.train(model, tokenizer, rows, max_steps=1, batch_size=1, progress=False)
+"""
 
 
-def test_the_modules_exist():
-    """In a process of its own, where torch._dynamo is not imported yet."""
-    code = """
-        import sys
-        import torch
-        from fastlora.runtime.first_step import imports_of_first_step
+def test_the_main_thread_imports_no_part_of_torch_meanwhile():
+    """Else two threads could be in one circular import, and see modules that are not complete."""
+    command = [sys.executable, "-c", textwrap.dedent(RUN)]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not ran.returncode, ran.stderr[-3000:]
+    seen, missing = json.loads(ran.stdout.splitlines()[-1])
+    assert not missing
+    own = [name for name, thread, running in seen if running and thread == "MainThread"]
+    assert not [name for name in own if name.split(".")[0] in ("torch", "sympy", "triton")]
+    others = {name for name, thread, _ in seen if thread == "fastlora-ahead"}
+    assert {"torch._dynamo", "torch._inductor.compile_fx", "sympy"} <= others
 
-        names = ("torch._dynamo", "torch._inductor.compile_fx")
-        before = [name in sys.modules for name in names]
-        with imports_of_first_step(True, torch.device("cpu")):
-            pass
-        print(before, [name in sys.modules for name in names])
-    """
-    root = Path(__file__).parents[2]
-    ran = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=root, capture_output=True, text=True
-    )
-    assert ran.stdout.strip() == "[False, False] [True, True]", ran.stderr
+
+def test_compilers_start_if_the_cache_is_empty(monkeypatch, tmp_path):
+    import torch._inductor.async_compile as async_compile
+
+    started: list[int] = []
+    monkeypatch.setattr(async_compile, "maybe_warm_pool", lambda: started.append(1))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    first_step._start_compilers(CPU)  # its kernels are C++, which other processes do not compile
+    assert not started
+    first_step._start_compilers(CUDA)
+    assert started
+    (tmp_path / "aotautograd").mkdir()
+    first_step._start_compilers(CUDA)
+    assert len(started) == 1
+
+
+def test_cache_keys_are_those_that_inductor_computes(fresh_dynamo):
+    from torch._inductor.codecache import CacheBase, torch_key
+
+    first_step._compute_cache_keys(CPU)
+    before = torch_key(), CacheBase.get_system()
+    assert before == (torch_key(), CacheBase.get_system())

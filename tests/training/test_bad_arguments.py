@@ -56,6 +56,7 @@ TRAIN = {
     "neftune_alpha": {"None", "a float"},
     "clip_per_example": {"None", "a float"},
     "noise_multiplier": {"None", "a float"},
+    "context_parallel": set(),
     "resume": {"a text", "a flag"},
     "seed": set(),
     "log": {"None"},

@@ -25,16 +25,19 @@ from fastlora.ops.dispatch import precision
 # of blocks: blocks in which spans begin (only with SPANS), blocks that all rows of the tile see,
 # and blocks in which spans end. Only the first and the last stretch need a mask. Indices beyond the
 # last token are clamped to it; the mask hides such keys, and results of such queries are not
-# stored. If the tile divides the length (EVEN), we skip the clamping, which saves a tenth of the
-# time; 32-bit offsets within a row save another tenth (attention-tiles-2026-11-27 in
-# scripts/bench/results.jsonl). 1.4426950408 is log2(e). The running maximum starts at -3e38 and not
-# at -inf: a row that sees no key in its first blocks would otherwise compute -inf - -inf = NaN.
-# With CAPPED, a score s becomes cap * tanh(s / cap), and `scores` holds the tanh.
+# stored. With PART the queries are a part of the row: they see keys up to `until`, and the query
+# `since` is the first that sees a key (part_attention.py). If the tile divides the length (EVEN),
+# we skip the clamping, which saves a tenth of the time; 32-bit offsets within a row save another
+# tenth (attention-tiles-2026-11-27 in scripts/bench/results.jsonl). 1.4426950408 is log2(e). The
+# running maximum starts at -3e38 and not at -inf: a row that sees no key in its first blocks would
+# otherwise compute -inf - -inf = NaN. With CAPPED, a score s becomes cap * tanh(s / cap), and
+# `scores` holds the tanh.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
-    q_ptr, k_ptr, v_ptr, first_ptr, out_ptr, lse_ptr, t, heads, scale, cap, q_token, k_token,
-    v_token,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, first_ptr, until_ptr, out_ptr, lse_ptr, t, s, heads, scale, cap,
+    q_token, k_token, v_token,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
+    CAPPED: tl.constexpr,
     EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -44,14 +47,18 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     here = tl.minimum(query, t - 1)
     token = (row * t + here)[:, None]
     q = tl.load(q_ptr + token * q_token + (head * D + d)[None, :])
-    k_at = k_ptr + row * t * k_token + (head // GROUP) * D
-    v_at = v_ptr + row * t * v_token + (head // GROUP) * D
+    k_at = k_ptr + row * s * k_token + (head // GROUP) * D
+    v_at = v_ptr + row * s * v_token + (head // GROUP) * D
     begin, unmasked, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
-    first = tl.zeros((BM,), tl.int32)
+    first, until, bottom = tl.zeros((BM,), tl.int32), query, end - 1
+    if PART:
+        until = tl.load(until_ptr + row * t + here)
+        diagonal = tl.load(until_ptr + row * t + top) // BN * BN
+        end = tl.load(until_ptr + row * t + bottom) + 1
     if SPANS:
         first = tl.load(first_ptr + row * t + here)
         begin = tl.load(first_ptr + row * t + top) // BN * BN
-        unmasked = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
+        unmasked = tl.cdiv(tl.load(first_ptr + row * t + bottom), BN) * BN
         unmasked = tl.minimum(unmasked, diagonal)
     # Online softmax in base 2: `best` is each query's largest score so far, times log2(e), and
     # `total` the sum of 2**(score - best). A new maximum rescales `total` and `out`.
@@ -65,14 +72,14 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
         for start in tl.range(low, high, BN, num_stages=STAGES):  # pyright: ignore
             key = start + j
             if stretch == 2 and not EVEN:
-                key = tl.minimum(key, t - 1)
+                key = tl.minimum(key, s - 1)
             k = tl.load(k_at + key[None, :] * k_token + d[:, None])
             scores = tl.dot(q, k, input_precision=PRECISION)
             if CAPPED:  # tanh(scale * score / cap)
                 scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
             if stretch != 1:
                 number = (start + j)[None, :]
-                seen = (number <= query[:, None]) & (number >= first[:, None])
+                seen = (number <= until[:, None]) & (number >= first[:, None])
                 scores = tl.where(seen, scores, -float("inf"))
             better = tl.maximum(best, tl.max(scores, 1) * factor)
             weights = tl.exp2(scores * factor - better[:, None])
@@ -92,9 +99,11 @@ def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
 
 @triton.jit
 def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
-    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, first_ptr, cos_ptr, sin_ptr, delta_ptr, dq_ptr,
-    t, heads, scale, cap, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, out_ptr, dout_ptr, lse_ptr, first_ptr, until_ptr, cos_ptr, sin_ptr,
+    delta_ptr, dq_ptr,
+    t, s, heads, scale, cap, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -106,14 +115,18 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
     q = tl.load(q_ptr + token * q_token + column)
     out = tl.load(out_ptr + token * out_token + column)
     dout = tl.load(dout_ptr + token * dout_token + column)
-    k_at = k_ptr + row * t * k_token + (head // GROUP) * D
-    v_at = v_ptr + row * t * v_token + (head // GROUP) * D
+    k_at = k_ptr + row * s * k_token + (head // GROUP) * D
+    v_at = v_ptr + row * s * v_token + (head // GROUP) * D
     begin, unmasked, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
-    first = tl.zeros((BM,), tl.int32)
+    first, until, bottom = tl.zeros((BM,), tl.int32), query, end - 1
+    if PART:
+        until = tl.load(until_ptr + row * t + here)
+        diagonal = tl.load(until_ptr + row * t + top) // BN * BN
+        end = tl.load(until_ptr + row * t + bottom) + 1
     if SPANS:
         first = tl.load(first_ptr + row * t + here)
         begin = tl.load(first_ptr + row * t + top) // BN * BN
-        unmasked = tl.cdiv(tl.load(first_ptr + row * t + end - 1), BN) * BN
+        unmasked = tl.cdiv(tl.load(first_ptr + row * t + bottom), BN) * BN
         unmasked = tl.minimum(unmasked, diagonal)
     # The softmax's gradient is weights * (dweights - delta), with delta = sum(weights * dweights).
     delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
@@ -128,7 +141,7 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
         for start in tl.range(low, high, BN, num_stages=STAGES):  # pyright: ignore
             key = start + j
             if stretch == 2 and not EVEN:
-                key = tl.minimum(key, t - 1)
+                key = tl.minimum(key, s - 1)
             k = tl.load(k_at + key[:, None] * k_token + d[None, :])
             v = tl.load(v_at + key[:, None] * v_token + d[None, :])
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -140,7 +153,7 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
             weights = tl.exp2(exponent)  # pyright: ignore
             if stretch != 1:
                 number = (start + j)[None, :]
-                seen = (number <= query[:, None]) & (number >= first[:, None])
+                seen = (number <= until[:, None]) & (number >= first[:, None])
                 weights = tl.where(seen, weights, 0.0)
             dscores = weights * (dweights - delta[:, None])  # pyright: ignore
             if CAPPED:
@@ -164,9 +177,11 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
 
 @triton.jit
 def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see above)
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, cos_ptr, sin_ptr, dk_ptr, dv_ptr,
-    t, heads, scale, cap, q_token, k_token, v_token, dout_token, dkv_token, table_row,
-    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, CAPPED: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr, last_ptr, since_ptr, cos_ptr, sin_ptr,
+    dk_ptr, dv_ptr,
+    t, s, heads, scale, cap, q_token, k_token, v_token, dout_token, dkv_token, table_row,
+    GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
+    CAPPED: tl.constexpr,
     ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -175,17 +190,21 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
     top = tl.program_id(1) * BN
     row, kv_head = (tl.program_id(0) // kv_heads).to(tl.int64), tl.program_id(0) % kv_heads
     key, d, i = top + tl.arange(0, BN), tl.arange(0, D), tl.arange(0, BM)
-    here = tl.minimum(key, t - 1)
-    token, column = (row * t + here)[:, None], (kv_head * D + d)[None, :]
+    here = tl.minimum(key, s - 1)
+    token, column = (row * s + here)[:, None], (kv_head * D + d)[None, :]
     k, v = tl.load(k_ptr + token * k_token + column), tl.load(v_ptr + token * v_token + column)
     # The stretches of queries are [diagonal, unmasked), [unmasked, rest) and [rest, end).
     diagonal, unmasked = top // BM * BM, tl.cdiv(top + BN, BM) * BM
-    last = tl.full((BN,), t - 1, tl.int32)
+    since, last, bottom = key, tl.full((BN,), t - 1, tl.int32), tl.minimum(top + BN, s) - 1
     rest, end = t // BM * BM, t
+    if PART:
+        since = tl.load(since_ptr + row * s + here)
+        diagonal = tl.load(since_ptr + row * s + top) // BM * BM
+        unmasked = tl.cdiv(tl.load(since_ptr + row * s + bottom), BM) * BM
     if SPANS:
-        last = tl.load(last_ptr + row * t + here)
-        rest = (tl.load(last_ptr + row * t + top) + 1) // BM * BM
-        end = tl.load(last_ptr + row * t + tl.minimum(top + BN, t) - 1) + 1
+        last = tl.load(last_ptr + row * s + here)
+        rest = (tl.load(last_ptr + row * s + top) + 1) // BM * BM
+        end = tl.load(last_ptr + row * s + bottom) + 1
     rest = tl.maximum(rest, unmasked)
     factor = (cap if CAPPED else scale) * 1.4426950408889634
     dk = tl.zeros((BN, D), tl.float32)
@@ -215,7 +234,7 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
                 weights = tl.exp2(exponent)
                 if stretch != 1:
                     number = (start + i)[None, :]
-                    seen = (number >= key[:, None]) & (number <= last[:, None])
+                    seen = (number >= since[:, None]) & (number <= last[:, None])
                     weights = tl.where(seen, weights, 0.0)
                 dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision=PRECISION)
                 dscores = weights * (dweights - delta[None, :])
@@ -223,9 +242,9 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
                     dscores *= 1 - scores * scores
                 dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)
     dk *= scale  # dscores is the gradient of scale * q k'
-    there = (key < t)[:, None]
+    there = (key < s)[:, None]
     kind = dk_ptr.dtype.element_ty
-    number = (row * t + key)[:, None]
+    number = (row * s + key)[:, None]
     tl.store(dv_ptr + number * dkv_token + kv_head * D + d[None, :], dv.to(kind), mask=there)
     dk_at = dk_ptr + number * dkv_token + kv_head * D
     if ROPE:
@@ -242,9 +261,8 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
 
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
 # head_dim -> (queries, keys, warps, pipeline stages, register limit per thread) of each kernel's
-# tile: the fastest on an H100; those of 256 are not measured, and
-# were chosen because their programs spill no registers. On cards with less than 160 KB of
-# shared memory per block, `_SMALL_CARD_TILES` replaces tiles: the fastest that fit in 99 KB.
+# tile: the fastest on an H100, and on an H200 for 256. On cards with less than 160 KB of shared
+# memory per block, `_SMALL_CARD_TILES` replaces tiles: the fastest that fit in 99 KB.
 _TILES = {
     64: {
         "forward": (64, 64, 4, 3, 128),
@@ -259,7 +277,7 @@ _TILES = {
     256: {
         "forward": (128, 64, 8, 2, None),
         "queries": (128, 32, 8, 2, None),
-        "keys": (64, 32, 8, 2, None),
+        "keys": (32, 64, 8, 3, None),
     },
 }
 
@@ -274,28 +292,31 @@ _SMALL_CARD_TILES = {
 }
 
 
-def tile(which: str, head_dim: int, t: int, shared: int) -> tuple[int, int, dict]:
+def tile(
+    which: str, head_dim: int, t: int, shared: int, s: int | None = None
+) -> tuple[int, int, dict]:
     """(queries per tile, keys per tile, compile-time arguments) of a kernel.
 
     Args:
         which: the kernel: "forward", "queries" (dq) or "keys" (dk and dv).
         head_dim: head size.
-        t: row length.
+        t: row length, or the number of queries.
         shared: bytes of shared memory per block on the card.
+        s: the number of keys; None: t.
     """
     wide = next(size for size in _TILES if size >= head_dim)
     chosen = _TILES[wide] | (_SMALL_CARD_TILES[wide] if shared < 160 * 1024 else {})
     bm, bn, warps, stages, registers = chosen[which]
-    even = t % bm == 0 and t % bn == 0
+    even = all(n % size == 0 for n in (t, s or t) for size in (bm, bn))
     how = dict(BM=bm, BN=bn, EVEN=even, STAGES=stages, num_warps=warps)
     return bm, bn, how if registers is None else how | dict(maxnreg=registers)
 
 
-def _tile(which: str, q: Float[Tensor, "b h t hd"]) -> tuple[int, int, dict]:
+def _tile(which: str, q: Float[Tensor, "b h t hd"], s: int) -> tuple[int, int, dict]:
     shared = 0
     if q.is_cuda:
         shared = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
-    return tile(which, q.shape[3], q.shape[2], shared)
+    return tile(which, q.shape[3], q.shape[2], shared, s)
 
 
 def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
@@ -329,19 +350,21 @@ def _scale_and_cap(head_dim: int, scale: float | None, cap: float | None) -> tup
 
 def flash_forward(
     q: Float[Tensor, "b h t hd"],
-    k: Float[Tensor, "b kv t hd"],
-    v: Float[Tensor, "b kv t hd"],
+    k: Float[Tensor, "b kv s hd"],
+    v: Float[Tensor, "b kv s hd"],
     first: Int[Tensor, "b t"] | None,
     scale: float | None = None,
     cap: float | None = None,
+    until: Int[Tensor, "b t"] | None = None,
 ) -> tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t"]]:
     """(attention, lse): the result in q.dtype, and the log2 of each query's sum of exponentials.
 
     The result is a view of [b, t, h, hd]; lse is float32. `first` (int32) holds the first key that
     each query sees; None means all keys up to its own position. `scale` and `cap` are those of
-    `flash_attention`.
+    `flash_attention`. `until` (int32) holds the last key; None: the query's own position, and s is
+    t. `until` needs `first`.
     """
-    (b, h, t, hd), kv = q.shape, k.shape[1]
+    (b, h, t, hd), (kv, s) = q.shape, k.shape[1:3]
     q, k, v = _by_token(q), _by_token(k), _by_token(v)
     # cuDNN takes 258 us and our kernel 321 us for the shapes of 8B (4 x 2048 tokens); for the
     # shapes of 1B, 190 and 174 us (H100, attention-lengths-2026-11-27 in
@@ -350,11 +373,12 @@ def flash_forward(
     if cudnn and (result := _by_cudnn(q, k, v, scale)) is not None:
         return result
     out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
-    bm, _, how = _tile("forward", q)
+    bm, _, how = _tile("forward", q, s)
     _forward_kernel[(b * h, triton.cdiv(t, bm))](
-        q, k, v, q if first is None else first, out, lse, t, h, *_scale_and_cap(hd, scale, cap),
-        q.stride(2), k.stride(2), v.stride(2),
-        GROUP=h // kv, D=hd, SPANS=first is not None, CAPPED=cap is not None,  # pyright: ignore
+        q, k, v, q if first is None else first, q if until is None else until, out, lse, t, s, h,
+        *_scale_and_cap(hd, scale, cap), q.stride(2), k.stride(2), v.stride(2),
+        GROUP=h // kv, D=hd, SPANS=first is not None, PART=until is not None,  # pyright: ignore
+        CAPPED=cap is not None,  # pyright: ignore
         PRECISION=precision(q.dtype), **how,  # pyright: ignore
     )  # fmt: skip
     return out.transpose(1, 2), lse
@@ -381,27 +405,71 @@ def flash_backward(
     `first` is given. `scale` and `cap` are those of the forward pass.
     """
     (b, h, t, hd), kv = q.shape, k.shape[1]
-    q, k, v, out, dout = (_by_token(x) for x in (q, k, v, out, dout))
     grads = q.new_empty(b, t, (h + 2 * kv) * hd)
-    dq, dk, dv = grads.split([h * hd, kv * hd, kv * hd], 2)
+    parts = grads.split([h * hd, kv * hd, kv * hd], 2)
+    spans = None if first is None else (first, last)
+    _write_gradients(parts, dout, (q, k, v, out), lse, spans, None, (cos, sin), (scale, cap))
+    return grads
+
+
+def part_backward(
+    dout: Float[Tensor, "b h t hd"],
+    q: Float[Tensor, "b h t hd"],
+    k: Float[Tensor, "b kv s hd"],
+    v: Float[Tensor, "b kv s hd"],
+    out: Float[Tensor, "b h t hd"],
+    lse: Float[Tensor, "b h t"],
+    first: Int[Tensor, "b t"],
+    until: Int[Tensor, "b t"],
+    since: Int[Tensor, "b s"],
+    last: Int[Tensor, "b s"],
+    scale: float | None = None,
+    cap: float | None = None,
+) -> tuple[Float[Tensor, "b t w"], Float[Tensor, "b s u"]]:
+    """(gradients of all heads of q, those of k and then of v side by side), in q.dtype.
+
+    All spans are int32: the first and the last key of each query, the first and the last query of
+    each key. `scale` and `cap` are those of the forward pass.
+    """
+    (b, h, t, hd), (kv, s) = q.shape, k.shape[1:3]
+    dq, dkv = q.new_empty(b, t, h * hd), q.new_empty(b, s, 2 * kv * hd)
+    parts = (dq, *dkv.split(kv * hd, 2))
+    spans, part = (first, last), (until, since)
+    _write_gradients(parts, dout, (q, k, v, out), lse, spans, part, (None, None), (scale, cap))
+    return dq, dkv
+
+
+def _write_gradients(
+    grads: tuple[Tensor, ...],
+    dout: Tensor,
+    kept: tuple[Tensor, ...],
+    lse: Tensor,
+    spans: tuple[Tensor | None, Tensor | None] | None,
+    part: tuple[Tensor, Tensor] | None,
+    rope: tuple[Tensor | None, Tensor | None],
+    scale_and_cap: tuple[float | None, float | None],
+) -> None:
+    """Write dq [b, t, h hd], and dk and dv [b, s, kv hd], which have one stride of tokens."""
+    q, k, v, out, dout = (_by_token(x) for x in (*kept, dout))
+    (b, h, t, hd), (kv, s), (dq, dk, dv), (cos, sin) = q.shape, k.shape[1:3], grads, rope
+    cap = scale_and_cap[1]
     delta = torch.empty_like(lse)
-    spans, rope = first is not None, cos is not None
     # The kernel does not read pointers of features that are off, so q stands in for them.
     tables = (q if cos is None else cos.contiguous(), q if sin is None else sin.contiguous())
     table_row = t * hd if cos is not None and cos.shape[0] > 1 else 0
-    static = dict(GROUP=h // kv, D=hd, SPANS=spans, CAPPED=cap is not None)
-    static |= dict(ROPE=rope, PRECISION=precision(q.dtype))
-    sizes = (t, h, *_scale_and_cap(hd, scale, cap), q.stride(2), k.stride(2), v.stride(2))
-    bm, _, how = _tile("queries", q)
+    (first, last), (until, since) = spans or (q, q), part or (q, q)
+    static = dict(GROUP=h // kv, D=hd, SPANS=spans is not None, PART=part is not None)
+    static |= dict(CAPPED=cap is not None, ROPE=cos is not None, PRECISION=precision(q.dtype))
+    sizes = (t, s, h, *_scale_and_cap(hd, *scale_and_cap), q.stride(2), k.stride(2), v.stride(2))
+    bm, _, how = _tile("queries", q, s)
     _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
-        q, k, v, out, dout, lse, first if spans else q, *tables, delta, dq,
-        *sizes, out.stride(2), dout.stride(2), grads.stride(1), table_row,
+        q, k, v, out, dout, lse, first, until, *tables, delta, dq,
+        *sizes, out.stride(2), dout.stride(2), dq.stride(1), table_row,
         **static, **how,
     )  # fmt: skip
-    _, bn, how = _tile("keys", q)
-    _key_value_gradient_kernel[(b * kv, triton.cdiv(t, bn))](
-        q, k, v, dout, lse, delta, last if spans else q, *tables, dk, dv,
-        *sizes, dout.stride(2), grads.stride(1), table_row,
+    _, bn, how = _tile("keys", q, s)
+    _key_value_gradient_kernel[(b * kv, triton.cdiv(s, bn))](
+        q, k, v, dout, lse, delta, last, since, *tables, dk, dv,
+        *sizes, dout.stride(2), dk.stride(1), table_row,
         **static, **how,
     )  # fmt: skip
-    return grads

@@ -21,7 +21,8 @@ from fastlora.ops.dropout import dropout, key_and_row
 class Masks(NamedTuple):
     """The dropout masks of several A that share one input."""
 
-    keys: Int[Tensor, "k"]  # on x's device; results of dropout.from_row
+    # On x's device; results of dropout.from_row. With keys for pieces of x, each mask has several.
+    keys: Int[Tensor, "k *pieces"]
     slots: tuple[int, ...]  # for each A, the index of its mask's key; -1: no mask
     p: float  # share of x that is dropped
     fused: bool  # whether Triton kernels may run
@@ -44,11 +45,13 @@ def masked_x_a_reference(
     return torch.cat([F.linear(_masked(x, masks.p, key), a) for a, key in pairs], -1)
 
 
-def _masked(x: Float[Tensor, "*n d"], p: float, key: Int[Tensor, ""] | None):
+def _masked(x: Float[Tensor, "*n d"], p: float, key: Int[Tensor, "*pieces"] | None):
     return x if key is None else dropout(x, p, *key_and_row(key))
 
 
-def _key_of_each(keys: Int[Tensor, "k"], slots: tuple[int, ...]) -> list[Int[Tensor, ""] | None]:
+def _key_of_each(
+    keys: Int[Tensor, "k *pieces"], slots: tuple[int, ...]
+) -> list[Int[Tensor, "*pieces"] | None]:
     return [None if slot < 0 else keys[slot] for slot in slots]
 
 

@@ -169,6 +169,11 @@ def _joint_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for name in ("clip_per_example", "noise_multiplier")
         if first[name] is not None
     ]
+    if first["context_parallel"] != 1:
+        problems.append(
+            f"context_parallel={describe(first['context_parallel'])}: several models are trained on"
+            " one rank"
+        )
     folders = [
         os.path.abspath(row["output_dir"]) for row in rows if PATH.accepts(row["output_dir"])
     ]

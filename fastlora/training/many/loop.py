@@ -31,6 +31,7 @@ from fastlora.training.many.figures import pass_figures
 from fastlora.training.many.prepare import RunState, prepare_runs
 from fastlora.training.many.stack import RunStack, make_stack
 from fastlora.training.many.step import evaluate_runs, step_runs
+from fastlora.training.many.update import StackUpdate
 from fastlora.training.positions import figures, with_position
 from fastlora.training.progress import step_cost
 from fastlora.training.run_record import json_settings
@@ -96,14 +97,16 @@ def _run_passes(
     _finish(ended_before(states, ending), tokenizer)
     active = [state for state in states if state.trained is None]
     total = max((state.run.steps - len(state.records) for state in active), default=0)
-    stack = None
+    stack = update = None
     with tqdm(total=total, disable=not progress, unit="step") as bar:
         while active:
             started = perf_counter()
-            if stack is None or stack.n != len(active):
-                stack = None  # its memory is free before the next one is made
+            if stack is None or update is None or stack.n != len(active):
+                stack = update = None  # their memory is free before the next ones are made
                 stack = make_stack([s.learner for s in active], active[0].run.settings)
-            taken = _take_steps(stack, active, started)
+                optimizers = [s.learner.optimizer for s in active]
+                update = StackUpdate(stack, optimizers, graphed=stack.graphed)
+            taken = _take_steps(stack, update, active, started)
             taken, ended = _after_steps(stack, active, taken)
             ended += ended_by(ending, taken, ended)
             if progress:
@@ -123,10 +126,12 @@ def _has_ended(state: RunState) -> bool:
     return early or len(state.records) == state.run.steps
 
 
-def _take_steps(stack: RunStack, active: Sequence[RunState], started: float) -> list[RunState]:
+def _take_steps(
+    stack: RunStack, update: StackUpdate, active: Sequence[RunState], started: float
+) -> list[RunState]:
     """One step of each run; returns the runs whose step was finite."""
     micro_batches: list[list[Batch]] = [next(state.batches) for state in active]
-    results = step_runs(stack, active, micro_batches)
+    results = step_runs(stack, update, active, micro_batches)
     # step_runs ends with a read from the device, so all its work is done here.
     seconds, taken = perf_counter() - started, []
     for state, batches, result in zip(active, micro_batches, results, strict=True):

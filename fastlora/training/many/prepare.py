@@ -11,7 +11,7 @@ from typing import Any
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
 from fastlora.models.state import Batch
-from fastlora.runtime.first_step import imports_of_first_step
+from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.finished import tokenizer_bytes
 from fastlora.training.history import Record
@@ -70,7 +70,7 @@ def prepare_runs(
         FileNotFoundError, CheckpointError, ValueError, OSError: as `train`.
     """
     model = own[0].model
-    with imports_of_first_step(model.spec.compile, model.base["norm"].device):
+    with preparing_first_step(model.spec.compile, model.base["norm"].device):
         runs = _runs(own, tokenizer, progress, after)
     states = []
     for number, (given, run) in enumerate(zip(own, runs, strict=True)):

@@ -42,6 +42,7 @@ class RunStack:
     own: list[list[Tensor | None]]  # of each leaf: each run's tensor; None: it has no such target
     copies: tuple[list[Tensor], list[Tensor]]  # views of `leaves`, and the runs' tensors
     loss_and_grad: Callable[..., tuple[Tensor, dict[str, Any]]]  # stack_loss and its gradient
+    graphed: bool  # whether loss_and_grad is replayed from a CUDA graph
 
     @property
     def n(self) -> int:
@@ -109,6 +110,7 @@ def make_stack(learners: Sequence[Learner], settings: Settings) -> RunStack:
         own,
         (views, tensors),
         value_and_grad(stack_loss, cuda_graph=graphed),
+        graphed,
     )
 
 

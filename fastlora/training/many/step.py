@@ -16,9 +16,8 @@ from fastlora.training.history import Record
 from fastlora.training.many.batches import Joined, join
 from fastlora.training.many.prepare import RunState
 from fastlora.training.many.stack import RunStack, run_losses
+from fastlora.training.many.update import StackUpdate, leaf_norms
 from fastlora.training.nonfinite import nonfinite_cause
-from fastlora.training.optimizers import updates
-from fastlora.training.parameter_groups import update_differences
 from fastlora.training.run import Run
 from fastlora.training.step import FLOAT16_SCALES, dropout_seed, nonfinite_error, rate_of_step
 
@@ -26,15 +25,19 @@ Seeds = Sequence[Int[Tensor, "n"] | None]  # of each micro-batch: one for each r
 
 
 def step_runs(
-    stack: RunStack, runs: Sequence[RunState], micro_batches: Sequence[Sequence[Batch]]
+    stack: RunStack,
+    update: StackUpdate,
+    runs: Sequence[RunState],
+    micro_batches: Sequence[Sequence[Batch]],
 ) -> list[Record | FloatingPointError]:
     """The next step of each run: writes to its adapter and optimizer, and to the stack.
 
     As `step.optimizer_step` does for one run: the loss is the mean over a run's own tokens, the
-    gradient is clipped by its own norm. Reads from the device twice for all runs.
+    gradient is clipped by its own norm.
 
     Args:
         stack: of these runs, in this order.
+        update: of this stack.
         runs: before the step.
         micro_batches: of each run. A run with fewer than another has no rows in the last ones.
 
@@ -51,20 +54,13 @@ def step_runs(
     limits = [run.run.settings.max_grad_norm or math.inf for run in runs]
     limit = torch.tensor(limits, dtype=wide, device=device)
     sums, scales, gradient = _sums_and_gradient(stack, joined, seeds)
-    inverse = 1 / (scales * tokens)
-    norms = _leaf_norms(gradient) * inverse  # [leaves, n]
-    norm = vector_norm(norms, dim=0)
-    clipping = (limit / (norm + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
-    _set_gradients(stack, [g * _column(inverse * clipping, g) for g in gradient])
     rates = [rate_of_step(run.run.settings, run.step, run.run.steps) for run in runs]
-    before = [leaf.clone() for leaf in stack.leaves]
-    optimizers = [run.learner.optimizer for run in runs]
-    values = updates(optimizers, rates, sums / tokens, norm)
-    stack.refresh()
-    moved = update_differences(stack.leaves, before)
-    by_group = _by_group(stack, {"grad_norm": norms, "update_norm": _leaf_norms(moved)})
+    done = update(gradient, sums, scales, tokens, limit, rates)
+    norms = {"grad_norm": done.of_gradient, "update_norm": done.of_change}
+    by_group = _by_group(stack, norms)
     results: list[Record | FloatingPointError] = []
-    for i, (run, (loss, size)) in enumerate(zip(runs, values, strict=True)):
+    figures_of = zip(runs, done.losses, done.norms, strict=True)
+    for i, (run, loss, size) in enumerate(figures_of):
         if math.isfinite(loss) and math.isfinite(size):
             figures = dict(loss=loss, learning_rate=rates[i], tokens=counts[i], grad_norm=size)
             results.append({"step": run.step} | figures | by_group[i])
@@ -109,7 +105,7 @@ def _sums_and_gradient(
         sums, gradient = _pass(stack, joined, seeds, scales)
         if scale is None:
             break
-        overflows = sums.isfinite() & ~vector_norm(_leaf_norms(gradient), dim=0).isfinite()
+        overflows = sums.isfinite() & ~vector_norm(leaf_norms(gradient), dim=0).isfinite()
         if not bool(overflows.any()):
             break
         scales = torch.where(overflows, scale, scales)
@@ -133,24 +129,6 @@ def _pass(
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _leaf_norms(tensors: Sequence[Tensor]) -> Float[Tensor, "leaves n"]:
-    """The norm of each run's part of each tensor; padding is zero."""
-    return torch.stack([vector_norm(x.flatten(1), dim=1) for x in tensors])
-
-
-def _column(values: Float[Tensor, "n"], like: Tensor) -> Tensor:
-    """One value for each run, to multiply a leaf of the stack with."""
-    return values.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
-
-
-def _set_gradients(stack: RunStack, scaled: Sequence[Tensor]) -> None:
-    """The `.grad` of each run's tensors."""
-    for parts, own in zip(stack.parts(scaled), stack.own, strict=True):
-        for part, leaf in zip(parts, own, strict=True):
-            if part is not None and leaf is not None:
-                leaf.grad = part.to(leaf.dtype).contiguous()
 
 
 def _gradient_of(stack: RunStack, run: RunState, i: int, gradient: list[Tensor]) -> list[Tensor]:

@@ -1,0 +1,98 @@
+"""The update of a stack: recorded in a CUDA graph it gives what it gives without one.
+
+Here the recorded function is run again in place of a replay, with torch's fused AdamW for the CPU.
+tests/gpu/test_training.py replays a real graph.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from fastlora.runtime import cuda_graph
+from fastlora.runtime.cuda_graph import CUDAGraphed
+from fastlora.runtime.tree import leaves
+from fastlora.training.learner import make_learner
+from fastlora.training.many.stack import RunStack, make_stack
+from fastlora.training.many.update import StackUpdate
+from oracles.pairs import adapted
+from oracles.training_runs import settings
+from oracles.trees import relative_error, same_bits
+
+ADAPTERS = (dict(r=2, target_modules=["q_proj", "up_proj"]), dict(r=4, target_modules=["q_proj"]))
+RATES = ([1e-2, 3e-3], [2e-2, 0.0], [5e-3, 1e-2], [1e-3, 1e-3])
+
+
+def made(base, *, graphed: bool) -> tuple[RunStack, StackUpdate]:
+    learners = [
+        make_learner(adapted(base, seed=i, **a), settings()) for i, a in enumerate(ADAPTERS)
+    ]
+    optimizers = [adamw(x.optimizer, fused=True) for x in learners]
+    stack = make_stack(learners, settings())
+    return stack, StackUpdate(stack, optimizers, graphed=graphed)
+
+
+def adamw(like: torch.optim.Optimizer, *, fused: bool) -> torch.optim.Optimizer:
+    groups = [group | {"fused": fused} for group in like.param_groups]
+    return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+
+
+def state(stack: RunStack, update: StackUpdate) -> list[Tensor]:
+    own = [x for row in stack.own for x in row if x is not None]
+    moments = [dict(o.state[x]) for o in update.optimizers for x in own if x in o.state]
+    return [*stack.leaves, *own, *tree_leaves(moments)]
+
+
+def replayed_by_running(stack: RunStack, update: StackUpdate):
+    """A `_capture` whose replay runs the function again. Recording it changes nothing."""
+
+    def capture(self, run):
+        before = [x.clone() for x in state(stack, update)]
+        results = tree_map(lambda x: torch.full_like(x, math.nan), run())
+        for x, old in zip(state(stack, update), before, strict=True):
+            x.copy_(old)
+
+        def replay():
+            for old, new in zip(leaves(results), leaves(run()), strict=True):
+                old.copy_(new)
+
+        return replay, results
+
+    return capture
+
+
+def step(stack: RunStack, update: StackUpdate, i: int):
+    """Update i; at the third one, run 1 has a gradient that is not finite."""
+    gen = torch.Generator().manual_seed(i)
+    gradient = [torch.randn(x.shape, generator=gen) for x in stack.leaves]
+    if i == 2:
+        gradient[0][1, 0, 0] = math.inf
+    ones, limits = torch.ones(2), torch.tensor([0.5, math.inf])
+    return update(gradient, ones * (i + 1), ones, ones * 3, limits, RATES[i])
+
+
+def test_a_recorded_update_equals_a_queued_one(base, monkeypatch):
+    monkeypatch.setattr(cuda_graph, "_check_devices", lambda given: None)
+    plain, recorded = made(base, graphed=False), made(base, graphed=True)
+    monkeypatch.setattr(CUDAGraphed, "_capture", replayed_by_running(*recorded))
+    for i in range(4):
+        before = [x.clone() for row in recorded[0].own for x in row[1:] if x is not None]
+        expected, found = step(*plain, i), step(*recorded, i)
+        assert found.losses == expected.losses and found.norms == expected.norms
+        assert same_bits(found.of_gradient, expected.of_gradient)
+        # A rate is a float32 tensor in a graph and a Python number otherwise.
+        assert relative_error(state(*recorded), state(*plain)) < 1e-6
+        after = [x for row in recorded[0].own for x in row[1:] if x is not None]
+        still = i == 2 or RATES[i][1] == 0.0
+        assert same_bits(after, before) == still
+        assert math.isinf(found.norms[1]) == (i == 2) and math.isfinite(found.norms[0])
+    run = recorded[1].run
+    assert isinstance(run, CUDAGraphed) and len(run.calls) == 1
+
+
+def test_an_optimizer_that_waits_for_the_device_is_not_recorded(base):
+    stack, update = made(base, graphed=True)
+    slow = adamw(update.optimizers[1], fused=False)
+    update = StackUpdate(stack, [update.optimizers[0], slow], graphed=True)
+    assert not update.graphed and not isinstance(update.run, CUDAGraphed)
