@@ -104,7 +104,7 @@ def _joint_heads(
         return *_heads(x, params, adapter, spec, key), None
     inputs = layer_norm(x, params, spec.norms.attention_in, spec)
     arguments = group_arguments(QKV, params, adapter, spec, key)
-    ys, joint = joint_lora_linears(inputs, *arguments, params.get("qkv"))
+    ys, joint = joint_lora_linears(inputs, *arguments, params.get("qkv"), fused=spec.fused)
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
     return q, k, v, joint
 

@@ -33,7 +33,7 @@ from fastlora.models.stacks import (
     scaled_layer,
 )
 from fastlora.ops.attention.flash import Spans, kernel_supports, make_spans
-from fastlora.ops.cast import cast, matrices_of
+from fastlora.ops.cast import cast, cast_layers, matrices_of
 from fastlora.ops.dispatch import transforms_active, use_kernel
 from fastlora.ops.dropout import fold, from_row
 from fastlora.ops.rms_norm import rms_norm
@@ -159,11 +159,13 @@ def hidden_states(
     fused = use_kernel(x, spec.kernels)
     tables, masks = _tables(spec, x, input_ids, masked, fused, part)
     first_row, context = (first_row, None) if part is None else (part.first_rows, part.group)
-    adapters = layer_adapters(adapter, config)
     keys = layer_keys(spec, seed, x.device, first_row, rows, input_ids.shape[1])
     factors = factor_tensors(spec, x.device) if rows is not None else None
-    stash = _stash(spec, x)
-    fetched = open_pass(base["layers"])  # None: all layers are on the device
+    # `fetched` is None if all layers are on the device.
+    stash, fetched = _stash(spec, x), open_pass(base["layers"])
+    # The stash casts a layer's matrices again, and a stack's are scaled first.
+    alone = any(x is not None for x in (stash, fetched, rows, spec.qat_scheme))
+    adapters = cast_layers(layer_adapters(adapter, config), None if alone else x.dtype)
     for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
         x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
@@ -172,7 +174,6 @@ def hidden_states(
             # twice the compile time, and would save the dx of q, k and v in one layer.
             trained = bool(adapters[i]) if examples else requires_grad(adapters[i])
             x = attach_to_graph(x) if trained else x
-        # Casting layer by layer lets the GPU start on layer 0 while the host casts the others.
         mask, (cos, sin) = masks[config.layer_types[i]], tables[config.layer_types[i]]
         lora, copies = _records(adapters[i], spec, i, x.dtype, rows, factors)
         lora = lora if examples is None else example_records(lora, examples, i)

@@ -44,7 +44,6 @@ _ATTENTION_OPS = {
 
 _LINEAR_OPS = {
     torch.ops.fastlora.lora_linear.default,
-    torch.ops.fastlora.masked_x_a.default,
     torch.ops.fastlora.quantized_linear.default,
     torch.ops.fastlora.fp8_linear.default,
     torch.ops.fastlora.grouped_linear.default,
@@ -59,10 +58,15 @@ _LINEAR_OPS = {
 # Keys and values that come from other ranks (context parallel) are kept at no level: they are those
 # of whole rows. The backward pass gathers them again.
 
-# Kept at every level: DoRA's norms, and which experts each token goes to (12 bytes per expert). If
-# the choice were recomputed, a compiled graph might round the logits differently and send a token
-# that is near a tie to another expert in the backward pass.
-_ALWAYS_KEPT = {aten.topk.default, torch.ops.fastlora.row_norms.default}
+# Kept at every level: DoRA's norms, x A' (ops/linear/times_a.py says why), and which experts each
+# token goes to (12 bytes per expert). If the choice were recomputed, a compiled graph might round
+# the logits differently and send a token that is near a tie to another expert in the backward pass.
+_ALWAYS_KEPT = {
+    aten.topk.default,
+    torch.ops.fastlora.row_norms.default,
+    torch.ops.fastlora.times_a.default,
+    torch.ops.fastlora.masked_x_a.default,
+}
 
 _KEPT = {
     "selective": _ATTENTION_OPS | _LINEAR_OPS | _ALWAYS_KEPT,

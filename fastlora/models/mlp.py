@@ -195,7 +195,7 @@ def _fused_mlp(
     a = a_with_offset(down, linear)
     h, x_a = lora_swiglu(g, u, gate_x_a, up_x_a, b_g, b_u, a, scales, s_g, s_u, gelu=gelu)
     assert x_a is not None
-    return adapted_linear(h, None, x_a, linear, down, scalings[name])
+    return adapted_linear(h, None, x_a, linear, down, scalings[name], fused=spec.fused)
 
 
 def _dora_scales(

@@ -63,7 +63,8 @@ def project(
     if key is not None and any(isinstance(adapter.get(name), DoRA) for name in names):
         return [_with_masked_base(x, name, params, adapter, spec, key) for name in names]
     fused_weight = params.get("qkv") if names == QKV else None
-    _, ys = lora_linears(x, *group_arguments(names, params, adapter, spec, key), fused_weight)
+    arguments = group_arguments(names, params, adapter, spec, key)
+    _, ys = lora_linears(x, *arguments, fused_weight, fused=spec.fused)
     return [
         _add_bias_or_magnitude(y, params[name], adapter[name], scalings[name])
         if name in adapter
@@ -180,7 +181,7 @@ def _with_masked_base(
     layer_key, first_row = key_and_row(key)
     dropped = dropout(x, spec.lora_dropout, fold(layer_key, _DROPOUT_SALT[name]), first_row)
     x_a, scaling = F.linear(dropped, lora.a), dict(spec.scalings)[name]
-    return adapted_linear(x, dropped, x_a, linear, lora, scaling)
+    return adapted_linear(x, dropped, x_a, linear, lora, scaling, fused=spec.fused)
 
 
 def adapted_linear(
@@ -190,6 +191,8 @@ def adapted_linear(
     linear: Linear,
     lora: AdapterRecord,
     scaling: float,
+    *,
+    fused: bool = False,
 ) -> Float[Tensor, "*n d_out"]:
     """One projection with its low-rank term, in x.dtype.
 
@@ -200,13 +203,13 @@ def adapted_linear(
         linear: the frozen layer.
         lora: its adapter.
         scaling: factor of the low-rank term.
+        fused: whether Triton kernels may run.
     """
     if isinstance(lora, DoRA):
         gain = dora_scale(linear, lora, scaling)
         return dora_linear(x, dropped, x_a, linear, lora, gain, scaling)
-    y = lora_linear(
-        x, x_a, linear["weight"], linear.get("bias"), b_with_offset(lora, linear), scaling
-    )
+    weight, bias, b = linear["weight"], linear.get("bias"), b_with_offset(lora, linear)
+    y = lora_linear(x, x_a, weight, bias, b, scaling, fused=fused)
     return _add_bias_or_magnitude(y, linear, lora, scaling)
 
 

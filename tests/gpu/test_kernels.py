@@ -14,6 +14,10 @@ from fastlora.ops.attention.rope import apply_rope
 from fastlora.ops.decode.norm import norm_rows
 from fastlora.ops.dropout import keep_mask
 from fastlora.ops.linear.experts import grouped_lora_linear, grouped_lora_linear_reference
+from fastlora.ops.linear.low_rank_gradients import (
+    low_rank_gradients,
+    low_rank_gradients_reference,
+)
 from fastlora.ops.linear.masked_lora import Masks, Segments, masked_x_a_reference
 from fastlora.ops.loss.linear_cross_entropy import (
     chunk_value_and_grad,
@@ -153,6 +157,46 @@ def dropped() -> Iterator[Row]:
         yield f"{law}: elements and rows of another mask", float(wrong), 0
 
 
+def low_rank() -> Iterator[Row]:
+    """dxA and dB in one pass over dy, against fp64, over plain torch's error; equal bits twice."""
+    gen = torch.Generator().manual_seed(0)
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).cuda()
+    sizes = (
+        (8192, (2048, 512, 512), (16, 16, 16)),
+        (8192, (4096,), (16,)),
+        (1001, (130, 700), (3, 16)),
+        (5, (7, 300, 64), (1, 8, 4)),
+    )
+    for n, widths, ranks in sizes:
+        wide = [new(n, sum(widths) + 8), new(n, sum(ranks))]
+        bs = [new(w, r) for w, r in zip(widths, ranks, strict=True)]
+        starts = [8 + sum(widths[:i]) for i in range(len(widths))]
+        law = f"low_rank_gradients {n} x {widths}, ranks {ranks}"
+
+        def run(
+            fn: Callable,
+            dtype: torch.dtype,
+            wide: list = wide,
+            bs: list = bs,
+            starts: list = starts,
+        ) -> list[Tensor]:
+            dy, x_a, *of = (t.to(dtype) for t in [*wide, *bs])
+            dx_a, dbs = fn(dy, of, x_a, starts, [0.5, 2.0, 1.5][: len(of)])
+            return [dx_a, *dbs]
+
+        exact = run(low_rank_gradients_reference, torch.float64)
+        for dtype in (torch.bfloat16, torch.float16):
+            plain, fused = (
+                run(f, dtype) for f in (low_rank_gradients_reference, low_rank_gradients)
+            )
+            errors = zip(fused, plain, exact, strict=True)
+            ratio = max(relative(x, e) / relative(p, e) for x, p, e in errors)
+            yield f"{law}, {dtype}", ratio, 1.2
+            again = run(low_rank_gradients, dtype)
+            different = sum(int((x != y).sum()) for x, y in zip(fused, again, strict=True))
+            yield f"{law}, {dtype}: elements that differ in a second run", different, 0
+
+
 def flash() -> Iterator[Row]:
     """Attention and its gradients, rotation included, against fp64, over plain torch's error.
 
@@ -229,7 +273,7 @@ def norms() -> Iterator[Row]:
 
 @pytest.mark.parametrize(
     "rows",
-    [grouped, swiglu, dropped, flash, capped_loss, norms],
+    [grouped, swiglu, dropped, low_rank, flash, capped_loss, norms],
     ids=lambda rows: rows.__name__,
 )
 def test_kernel_errs_no_more_than_plain_torch(rows, check):

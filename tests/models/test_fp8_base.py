@@ -101,7 +101,7 @@ def test_attentions_and_swiglus_kernels_give_the_same_gradients(dense_folder, mo
     monkeypatch.setattr("fastlora.models.decoder.kernel_supports", lambda *_: True)
     model = adapted(load(dense_folder("llama2"), base_precision="fp8"), r=4)
     joint, real = [], attention.joint_lora_linears
-    count = lambda *args: joint.append(args) or real(*args)
+    count = lambda *args, **how: joint.append(args) or real(*args, **how)
     monkeypatch.setattr(attention, "joint_lora_linears", count)
     wanted = value_and_gradient(model.with_spec(kernels="torch"))
     found = value_and_gradient(model.with_spec(kernels="triton", recompute="none"))

@@ -108,10 +108,23 @@ def test_unadapted_projections_are_recomputed_like_the_others(level, pair, fresh
     more = count(graphs(layer, level)[1], *products)
     torch._dynamo.reset()
     more -= count(graphs(layer, "none")[1], *products)
-    # q_proj is a custom op; its x A' is a plain product.
+    # q_proj is a custom op; under dropout without kernels its x A' is a plain product.
     x_a = 1 if level in ("attention", "full") else 0
     plain = sum(AGAIN[level].values()) - AGAIN[level].get("q", 0)
     assert more == plain + x_a
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize("level", LEVELS)
+def test_narrow_products_are_never_recomputed_nor_swiglu_for_them(level, drop, pair, fresh_dynamo):
+    """Under dropout the gradient of down's A needs SwiGLU's result itself."""
+    model = adapted(pair("llama_head_dim").model, r=4, lora_dropout=0.1)
+    layer = Layer(model, drop=drop)
+    layer.spec = replace(layer.spec, fused=True)
+    _, graph = graphs(layer, level)
+    assert count(graph, "times_a", "masked_x_a") == 0
+    assert count(graph, "fastlora.lora_swiglu") == (drop and level != "none")
 
 
 def most_wide_elements(graph: fx.Graph, width: int) -> int:

@@ -5,7 +5,7 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastlora.models.params import ExpertLoRA, LoRA
-from fastlora.ops.cast import cast
+from fastlora.ops.cast import cast, cast_layers
 
 
 def normal(*shape, dtype=torch.float32):
@@ -86,3 +86,13 @@ def test_compiled_gradient_equals_eager(fresh_dynamo):
     run = torch.compile(cast, fullgraph=True, backend="aot_eager")
     ours, expected = (value_and_grads(LAYER, how, torch.bfloat16) for how in (run, cast))
     torch.testing.assert_close(tree_leaves(ours), tree_leaves(expected), rtol=0, atol=0)
+
+
+def test_layers_together_equal_each_layer():
+    layers = [LAYER, {}, {"q_proj": LoRA(normal(2, 3), normal(4, 2))}]
+    each = lambda layers, dtype: [cast(layer, dtype) for layer in layers]
+    ours, theirs = (value_and_grads(layers, how, torch.float64) for how in (cast_layers, each))
+    assert [list(x) for x in ours[0]] == [list(x) for x in layers]
+    for mine, expected in zip(tree_leaves(ours), tree_leaves(theirs), strict=True):
+        assert mine.dtype == expected.dtype and torch.equal(mine, expected)
+    assert cast_layers(layers, torch.float32) is layers

@@ -40,6 +40,10 @@ def test_rows_and_columns_drop_equal_shares(dim):
 
 NEIGHBOURS = {
     "next column": lambda m: (m[:, 1:], m[:, :-1]),
+    "other half of the hash": lambda m: (
+        m.view(N, -1, 2, 64)[:, :, 0],
+        m.view(N, -1, 2, 64)[:, :, 1],
+    ),
     "next row": lambda m: (m[1:], m[:-1]),
     "diagonal": lambda m: (m[1:, 1:], m[:-1, :-1]),
     "256 columns apart": lambda m: (m[:, 256:], m[:, :256]),
@@ -91,7 +95,8 @@ def test_hash_is_one_to_one_and_each_input_bit_flips_half_the_output_bits():
 @pytest.mark.parametrize("p", [0.0, 0.05, 0.5, 0.93])
 @pytest.mark.parametrize("seed", [0, 1, -3, 12345, 2**31 + 5, 2**32 - 1, 2**40 + 77])
 def test_mask_equals_the_algorithm_in_unbounded_integers(seed, p):
-    """int32 products must wrap as the algorithm's unsigned 32-bit products do."""
+    """int32 products must wrap as the algorithm's unsigned 32-bit products do. Columns j and j + 64
+    have the two halves of one hash, as signed 16-bit numbers."""
     word = 0xFFFFFFFF
 
     def mixed(x: int) -> int:
@@ -99,11 +104,15 @@ def test_mask_equals_the_algorithm_in_unbounded_integers(seed, p):
         x = ((x ^ x >> 15) * 0x735A2D97) & word
         return x ^ x >> 15
 
+    def kept(row: int, column: int) -> bool:
+        block, half, number = column // 128, column // 64 % 2, column % 64
+        bits = mixed((row + (64 * block + number) * 0x9E3779B1) & word)
+        # As a signed number, v is (v ^ 0x8000) - 2**15.
+        return ((bits >> 16 if half else bits & 0xFFFF) ^ 0x8000) >= round(p * 2**16)
+
     rows = [mixed((i ^ seed) & word) for i in range(9)]
-    wanted = [
-        [mixed((r + j * 0x9E3779B1) & word) >= int(p * 2**32) for j in range(70)] for r in rows
-    ]
-    assert torch.equal(mask(seed, p, 9, 70), torch.tensor(wanted))
+    wanted = [[kept(r, j) for j in range(200)] for r in rows]
+    assert torch.equal(mask(seed, p, 9, 200), torch.tensor(wanted))
 
 
 def test_kept_values_are_scaled_and_others_are_zero():

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.linear.fp8 import fp8_linear
 from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
+from fastlora.ops.linear.low_rank_gradients import layer_gradients
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
@@ -71,32 +72,24 @@ def _(x, x_a, weight, bias, b, scaling):
     return x.new_empty(x.shape[0], shape_of(from_parts(weight))[0])
 
 
-def scaled_product(
-    x: Float[Tensor, "n k"], y: Float[Tensor, "k m"], scaling: float
-) -> Float[Tensor, "n m"]:
-    """scaling * x y in one launch, scaled before the product is rounded."""
-    return torch.addmm(y[:1], x, y, beta=0, alpha=scaling)  # with beta = 0 torch ignores y[:1]
-
-
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):
         # A variable argument list on purpose. If no input requires a gradient, dynamo compares the
         # number of parameters with the number of arguments, and if they are equal it assumes that
         # forward has no ctx (torch 2.11 and 2.13).
-        x, x_a, bias, b, scaling, *weight = inputs
+        x, x_a, bias, b, scaling, fused, *weight = inputs
         ctx.save_for_backward(x_a, b, *weight)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.fused = scaling, fused
         return torch.ops.fastlora.lora_linear(x, x_a, list(weight), bias, b, scaling)
 
     @staticmethod
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_a, b, *weight = ctx.saved_tensors
         dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
-        dx_a = scaled_product(dy, b, ctx.scaling)
-        db = scaled_product(dy.t(), x_a, ctx.scaling) if ctx.needs_input_grad[3] else None
+        dx_a, (db,) = layer_gradients([dy], None, [0], [b], x_a, [ctx.scaling], fused=ctx.fused)
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
-        return dx, dx_a, dbias, db, None, *(None for _ in weight)  # the weight is frozen
+        return dx, dx_a, dbias, db, None, None, *(None for _ in weight)  # the weight is frozen
 
 
 # ── 3. public function ────────────────────────────────────────────────────────────────────
@@ -107,6 +100,8 @@ def lora_linear(
     bias: Float[Tensor, "d_out"] | None,
     b: Float[Tensor, "d_out r"],
     scaling: float,
+    *,
+    fused: bool = False,
 ) -> Float[Tensor, "*n d_out"]:
     """The adapted projection in x.dtype. All tensors but those of a quantised weight have x.dtype.
 
@@ -117,9 +112,10 @@ def lora_linear(
         bias: the base layer's bias, or None; receives a gradient if it requires one.
         b: LoRA's B.
         scaling: factor of the low-rank term (alpha / r).
+        fused: whether Triton kernels may run.
     """
     if needs_reference(*parts(weight)):
         return lora_linear_reference(x, x_a, weight, bias, b, scaling)
     flat, flat_x_a = x.reshape(-1, x.shape[-1]), x_a.reshape(-1, x_a.shape[-1])
-    y = _LoRALinear.apply(flat, flat_x_a, bias, b, scaling, *parts(weight))
+    y = _LoRALinear.apply(flat, flat_x_a, bias, b, scaling, fused, *parts(weight))
     return y.view(*x.shape[:-1], shape_of(weight)[0])  # pyright: ignore

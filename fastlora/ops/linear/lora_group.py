@@ -10,7 +10,6 @@ summed, RMSNorm's backward pass would have to read four gradient tensors instead
 """
 
 from collections.abc import Callable, Sequence
-from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -19,9 +18,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
-from fastlora.ops.linear.fp8 import fp8_input_gradient
 from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
-from fastlora.ops.linear.lora import lora_linear, lora_linear_reference, scaled_product
+from fastlora.ops.linear.input_gradient import input_gradient
+from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
+from fastlora.ops.linear.low_rank_gradients import layer_gradients
 from fastlora.ops.linear.masked_lora import (
     Masks,
     Segments,
@@ -29,7 +29,7 @@ from fastlora.ops.linear.masked_lora import (
     kernel_supports,
     masked_x_a_reference,
 )
-from fastlora.ops.quant.dequantize import dense
+from fastlora.ops.linear.times_a import times_a
 from fastlora.ops.quant.e4m3 import quantize_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
@@ -95,41 +95,7 @@ def _columns(x_a, bs):
     return pairs
 
 
-# ── 2. op and derivative ──────────────────────────────────────────────────────────────────
-torch.library.define(
-    "fastlora::sum_of_products", "(Tensor[] ys, Tensor[] matrices, int[] parts) -> Tensor"
-)
-
-
-@torch.library.impl("fastlora::sum_of_products", "CompositeExplicitAutograd")
-def _sum_of_products(ys, matrices, parts):
-    """y_1 M_1 + y_2 M_2 + ..., in y's dtype; each product is added in float32 and rounded once.
-
-    `parts[i]` is the number of tensors of M_i in `matrices`, more than 1 if M_i is quantised. A
-    quantised matrix is dequantised for its product and then freed. Those in e4m3 come first,
-    because their sum is one product, which cannot add to an existing tensor.
-    """
-    terms = [*zip(ys, map(from_parts, _in_groups(matrices, parts)), strict=True)]
-    in_fp8 = [(y, matrix) for y, matrix in terms if isinstance(matrix, WeightFP8)]
-    total = fp8_input_gradient(*zip(*in_fp8, strict=True)) if in_fp8 else None
-    for y, matrix in terms:
-        if isinstance(matrix, WeightFP8):
-            continue
-        wide = dense(matrix, y.dtype)
-        total = torch.mm(y, wide) if total is None else total.addmm_(y, wide)
-    return total
-
-
-@torch.library.register_fake("fastlora::sum_of_products")
-def _(ys, matrices, parts):
-    return ys[0].new_empty(ys[0].shape[0], shape_of(from_parts(matrices[: parts[0]]))[1])
-
-
-def _in_groups(tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Sequence[Tensor]]:
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [tensors[end - size : end] for end, size in zip(ends, sizes, strict=True)]
-
-
+# ── 2. derivative ─────────────────────────────────────────────────────────────────────────
 class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *inputs):  # a variable argument list: see _LoRALinear
@@ -138,15 +104,16 @@ class _LoRALinears(torch.autograd.Function):
         Args:
             ctx: autograd's context.
             inputs: x; all A as one matrix, or None; the masks' keys and segments, or None; the
-                weights as one matrix, or None; `joint`; one scaling per branch, None without B; the
-                number of parts of each weight; whether each branch has a bias; then the tensors:
-                the parts of all weights, the biases, the Bs.
+                weights as one matrix, or None; `fused`; `joint`; one scaling per branch, None
+                without B; the number of parts of each weight; whether each branch has a bias; then
+                the tensors: the parts of all weights, the biases, the Bs.
         """
-        x, a, keys, segments, fused_weight, joint, scalings, weights, biases, *tensors = inputs
+        x, a, keys, segments, fused_weight, fused, joint, *rest = inputs
+        scalings, weights, biases, *tensors = rest
         ctx.set_materialize_grads(False)
         matrices, biases_or_none, bs = _by_branch(tensors, scalings, weights, biases)
         if keys is None:
-            x_a = None if a is None else torch.mm(x, a.t())
+            x_a = None if a is None else times_a(x, a)
         else:
             x_a = torch.ops.fastlora.masked_x_a(x, a, keys, *segments)
         ys, rows = [], None
@@ -162,7 +129,7 @@ class _LoRALinears(torch.autograd.Function):
             else:
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
-        ctx.static = segments, joint, scalings, weights, biases
+        ctx.static = segments, fused, joint, scalings, weights, biases
         ctx.save_for_backward(None if a is None else x, a, keys, fused_weight, x_a, *tensors)
         if not joint:
             return *ys, x_a
@@ -175,9 +142,9 @@ class _LoRALinears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, a, keys, fused_weight, x_a, *tensors = ctx.saved_tensors
-        segments, joint, scalings, weights, biases = ctx.static
+        segments, fused, joint, scalings, weights, biases = ctx.static
         matrices, _, bs = _by_branch(tensors, scalings, weights, biases)
-        needs_x, needs_a, _, _, _, _, _, _, _, *needs = ctx.needs_input_grad
+        needs_x, needs_a, _, _, _, _, _, _, _, _, *needs = ctx.needs_input_grad
         *dys, dx_a = gradients
         dy_all = None
         if joint:
@@ -191,21 +158,15 @@ class _LoRALinears(torch.autograd.Function):
             dys = dy_all.split([dy.shape[1] for dy in dys], 1)
         # x_a's gradient: from the low-rank terms of the branches and, if the caller also uses x_a
         # (the SwiGLU kernel does), from there.
-        with_lora = [
-            (dy, b, columns, scaling)
-            for dy, (b, columns), scaling in zip(dys, _columns(x_a, bs), scalings, strict=True)
-            if scaling is not None
-        ]
-        if with_lora:
-            each = [
-                torch.zeros_like(columns) if dy is None else scaled_product(dy, b, scaling)
-                for dy, b, columns, scaling in with_lora
-            ]
-            from_branches = torch.cat(each, 1) if len(each) > 1 else each[0]
+        from_branches, dbs = _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused)
+        if from_branches is not None:
             dx_a = from_branches if dx_a is None else dx_a + from_branches
         dx_a_term = dx_a if keys is None else None  # with masks, add_gradients adds it below
-        terms = ([dy_all], [[fused_weight]]) if one_product else (dys, matrices)
-        dx = _input_gradient(dx_a_term, a, *terms) if needs_x else None
+        if one_product and fused_weight is not None:
+            dys_of_x, of_x = [dy_all], [[fused_weight]]
+        else:
+            dys_of_x, of_x = dys, matrices
+        dx = input_gradient(dx_a_term, a, dys_of_x, of_x) if needs_x else None
         if keys is None or dx_a is None:
             da = torch.mm(dx_a.t(), x) if needs_a and dx_a is not None else None
         else:
@@ -216,11 +177,7 @@ class _LoRALinears(torch.autograd.Function):
             dy.sum(0) if needed and dy is not None else None
             for dy, needed in zip(bias_dys, needs[sum(weights) :], strict=False)
         ]
-        dbs = [
-            None if dy is None else scaled_product(dy.t(), columns, scaling)
-            for dy, _, columns, scaling in with_lora
-        ]
-        return dx, da, *[None] * 7, *(None for _ in range(sum(weights))), *dbiases, *dbs
+        return dx, da, *[None] * 8, *(None for _ in range(sum(weights))), *dbiases, *dbs
 
 
 def _by_branch(tensors, scalings, weights, biases):
@@ -232,26 +189,28 @@ def _by_branch(tensors, scalings, weights, biases):
     return matrices, biases_or_none, [None if s is None else rest.pop(0) for s in scalings]
 
 
+def _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused):
+    """(the gradient of x_a by the branches' low-rank terms, dB of each branch that has a B).
+
+    (None, []) if no branch has one.
+    """
+    widths = [shape_of(from_parts(m))[0] for m in matrices]
+    starts = [sum(widths[:i]) for i in range(len(widths))]
+    with_lora = [i for i, b in enumerate(bs) if b is not None]
+    if not with_lora:
+        return None, []
+    chosen = lambda each: [each[i] for i in with_lora]
+    of_bs, of_scalings = chosen(bs), chosen(scalings)
+    return layer_gradients(
+        chosen(dys), dy_all, chosen(starts), of_bs, x_a, of_scalings, fused=fused
+    )
+
+
 def _frozen(x, weight, bias):
     """The base product alone. A quantised weight needs the op that recompute policies know."""
     if len(weight) > 1:
         return torch.ops.fastlora.quantized_linear(x, weight, bias)
     return torch.mm(x, weight[0].t()) if bias is None else torch.addmm(bias, x, weight[0].t())
-
-
-def _input_gradient(dx_a, a, dys, matrices):
-    """dxA A + sum of dy_i W_i over the terms that are not None; None if there are no terms.
-
-    Differentiable if create_graph=True.
-    """
-    terms = [(dx_a, [a])] if dx_a is not None else []
-    terms += [(dy, m) for dy, m in zip(dys, matrices, strict=True) if dy is not None]
-    if not terms:
-        return None
-    if torch.is_grad_enabled():  # create_graph=True, but the raw op has no derivative
-        return reduce(torch.add, (torch.mm(y, dense(from_parts(m), y.dtype)) for y, m in terms))
-    flat, sizes = [x for _, m in terms for x in m], [len(m) for _, m in terms]
-    return torch.ops.fastlora.sum_of_products([y for y, _ in terms], flat, sizes)
 
 
 # ── 3. public functions ───────────────────────────────────────────────────────────────────
@@ -261,6 +220,8 @@ def lora_linears(
     branches: Sequence[Branch],
     masks: Masks | None = None,
     fused_weight: Float[Tensor, "d_out d_in"] | None = None,
+    *,
+    fused: bool = False,
 ) -> Outputs:
     """(x_a, one y per branch), in x.dtype. All tensors but those of quantised weights have x.dtype.
 
@@ -276,8 +237,9 @@ def lora_linears(
             support it, autograd keeps a masked copy of x for each A with a mask.
         fused_weight: one matrix of which the branches' weights are consecutive rows, if there is
             one. The weights' part of x's gradient is then one product.
+        fused: whether Triton kernels may run. `masks` says it for those of dropout.
     """
-    return _linears(x, matrices, branches, masks, fused_weight, joint=False)[:2]
+    return _linears(x, matrices, branches, masks, fused_weight, fused=fused, joint=False)[:2]
 
 
 def joint_lora_linears(
@@ -286,6 +248,8 @@ def joint_lora_linears(
     branches: Sequence[Branch],
     masks: Masks | None,
     fused_weight: Float[Tensor, "d_out d_in"] | None,
+    *,
+    fused: bool = False,
 ) -> tuple[list[Float[Tensor, "*n _"]], Float[Tensor, "*n d_out"] | None]:
     """(the ys of `lora_linears`, a placeholder for all ys side by side, or None).
 
@@ -296,7 +260,7 @@ def joint_lora_linears(
 
     The arguments are those of `lora_linears`.
     """
-    _, ys, joint = _linears(x, matrices, branches, masks, fused_weight, joint=True)
+    _, ys, joint = _linears(x, matrices, branches, masks, fused_weight, fused=fused, joint=True)
     return ys, joint
 
 
@@ -307,6 +271,7 @@ def _linears(
     masks: Masks | None,
     fused_weight: Tensor | None,
     *,
+    fused: bool,
     joint: bool,
 ) -> tuple[Tensor | None, list[Tensor], Tensor | None]:
     frozen = [part for branch in branches for part in parts(branch.weight)]
@@ -330,6 +295,7 @@ def _linears(
         keys,
         segments,
         fused_weight,
+        fused,
         joint,
         tuple(None if branch.b is None else branch.scaling for branch in branches),
         tuple(len(parts(branch.weight)) for branch in branches),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from fastlora.ops.dispatch import rank_tile
+from fastlora.ops.linear.times_a import times_a
 
 
 def gate_product(
@@ -62,7 +62,7 @@ torch.library.define(
     "fastlora::lora_swiglu_backward",
     "(Tensor(a!) dh, Tensor? dh_a, Tensor? a, Tensor g, Tensor u, Tensor gate_x_a, Tensor up_x_a,"
     " Tensor b_g, Tensor b_u, Tensor? gains, float scaling_g, float scaling_u, bool gelu=False)"
-    " -> (Tensor, Tensor, Tensor)",
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -87,9 +87,10 @@ def _(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu=False)
 
 @torch.library.register_fake("fastlora::lora_swiglu_backward")
 def _(dh, dh_a, a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu=False):
-    ranks = [gate_x_a.shape[1], up_x_a.shape[1], 0 if a is None else a.shape[0]]
-    sums = g.new_empty((3, g.shape[1], rank_tile(*ranks)), dtype=torch.float32)
-    return torch.empty_like(u), sums, sums.new_empty((2, g.shape[1]))
+    f, new = g.shape[1], g.new_empty
+    da = new((0 if a is None else a.shape[0], f))
+    dbs = new((f, gate_x_a.shape[1])), new((f, up_x_a.shape[1]))
+    return torch.empty_like(u), *dbs, da, new((2, f), dtype=torch.float32)
 
 
 class _LoRASwiGLU(torch.autograd.Function):
@@ -100,7 +101,7 @@ class _LoRASwiGLU(torch.autograd.Function):
         ctx.scalings, ctx.gelu = (scaling_g, scaling_u), gelu
         op = torch.ops.fastlora.lora_swiglu
         h = op(g, u, gate_x_a, up_x_a, b_g, b_u, gains, scaling_g, scaling_u, gelu)
-        return h, None if a is None else torch.mm(h, a.t())
+        return h, None if a is None else times_a(h, a)
 
     @staticmethod
     def backward(ctx, dh, dh_a):  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -118,15 +119,11 @@ class _LoRASwiGLU(torch.autograd.Function):
         tracing = torch.compiler.is_compiling()
         dg = dg.contiguous() if tracing else dg.clone(memory_format=torch.contiguous_format)
         used_a = None if dh_a is None else a
-        du, sums, dgains = torch.ops.fastlora.lora_swiglu_backward(
+        du, db_g, db_u, da, dgains = torch.ops.fastlora.lora_swiglu_backward(
             dg, dh_a, used_a, g, u, gate_x_a, up_x_a, b_g, b_u, gains, *ctx.scalings, ctx.gelu
         )
-        part = lambda i, rank, like: sums[i, :, :rank].to(like.dtype)
         dgate_x_a, dup_x_a = torch.mm(dg, b_g) * scaling_g, torch.mm(du, b_u) * scaling_u
-        db_g, db_u = part(0, b_g.shape[1], b_g), part(1, b_u.shape[1], b_u)
-        # torch's fused AdamW needs gradients with the parameters' layout, which is contiguous.
-        db_g, db_u = db_g.contiguous(), db_u.contiguous()
-        da = None if dh_a is None else part(2, a.shape[0], a).t().contiguous()
+        da = None if dh_a is None else da
         dgains = None if gains is None else dgains
         return dg, du, dgate_x_a, dup_x_a, db_g, db_u, da, dgains, None, None, None
 

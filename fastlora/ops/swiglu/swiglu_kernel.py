@@ -131,16 +131,36 @@ def _swiglu_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see a
         tl.store(dgains_ptr + at + f, dgain_u, mask=number < f)
 
 
+@triton.jit
+def _swiglu_sums_kernel(
+    sums_ptr, db_g_ptr, db_u_ptr, da_ptr, f, r_g, r_u, r_a,
+    HAS_A: tl.constexpr, CHUNKS: tl.constexpr, R: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    # The sum over the chunks in a fixed order; da is written transposed.
+    row, k = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None], tl.arange(0, R)[None, :]
+    size, at, which = f.to(tl.int64) * R, row * R + k, tl.program_id(1)
+    kind = db_g_ptr.dtype.element_ty
+    total = tl.zeros((ROWS, R), tl.float32)
+    for chunk in tl.static_range(CHUNKS):  # pyright: ignore
+        total += tl.load(sums_ptr + (3 * chunk + which) * size + at, mask=row < f, other=0.0)
+    if which == 0:
+        tl.store(db_g_ptr + row * r_g + k, total.to(kind), mask=(row < f) & (k < r_g))
+    elif which == 1:
+        tl.store(db_u_ptr + row * r_u + k, total.to(kind), mask=(row < f) & (k < r_u))
+    elif HAS_A:
+        tl.store(da_ptr + k * f + row, total.to(kind), mask=(row < f) & (k < r_a))
+
+
 # ── launchers ─────────────────────────────────────────────────────────────────────────────
-# Tiles measured on an H100 with 8192 rows and r = 16. Forward, (BM, BN, warps): 139 µs for f = 8192
-# and 239 µs for f = 14336, where the two low-rank terms and Inductor's SwiGLU take 245 and 419 µs;
-# other tiles take 142 to 169 µs for f = 8192. Backward, (BM, BN, warps, pipeline stages): 256 µs in
-# a step of 1B; 331 µs without STAGES, which makes Triton prefetch only the operands of tl.dot;
-# Inductor's kernel and the products take about 472 µs. (32, 128, 4, 3) takes 242 µs, but spills
-# 6 KB of registers per thread on sm_80 and needs 150 KB of shared memory in float32
-# (swiglu-kernel-2026-11-26 and swiglu-stages-2026-11-27 in scripts/bench/results.jsonl). With
-# DoRA's gains, and in float32, STAGES is not measured, so Triton chooses.
-_FORWARD, _BACKWARD = (64, 64, 4), (32, 64, 4, 3)
+# Tiles measured with 8192 rows and r = 16. Forward, (BM, BN, warps), f = 8192 on an H200: 130 µs;
+# (64, 64, 4) takes 154, (64, 128, 8) 142, (128, 64, 8) 230 (h200-swiglu-2026-11-30). Backward,
+# (BM, BN, warps, pipeline stages): 256 µs in a step of 1B on an H100; 331 µs without STAGES, which
+# makes Triton prefetch only the operands of tl.dot; Inductor's kernel and the products take about
+# 472 µs. (32, 128, 4, 3) takes 242 µs, but spills 6 KB of registers per thread on sm_80 and needs
+# 150 KB of shared memory in float32 (swiglu-kernel-2026-11-26 and swiglu-stages-2026-11-27 in
+# scripts/bench/results.jsonl). With DoRA's gains, and in float32, STAGES is not measured, so Triton
+# chooses.
+_FORWARD, _BACKWARD = (32, 128, 4), (32, 64, 4, 3)
 
 _CHUNKS = 8
 
@@ -188,11 +208,17 @@ def swiglu_backward_(
     scaling_g: float,
     scaling_u: float,
     gelu: bool = False,
-) -> tuple[Float[Tensor, "n f"], Float[Tensor, "3 f r"], Float[Tensor, "2 f"]]:
-    """(du, sums, dgains); overwrites dh, which must be contiguous, with dg.
+) -> tuple[
+    Float[Tensor, "n f"],
+    Float[Tensor, "f r_g"],
+    Float[Tensor, "f r_u"],
+    Float[Tensor, "r_a f"],
+    Float[Tensor, "2 f"],
+]:
+    """(du, dB_g, dB_u, dA, dgains); overwrites dh, which must be contiguous, with dg.
 
-    The gradient of h is dh + dh_a A. dg and du have the dtype of g and u. `sums` holds dB_g, dB_u
-    and dA' in float32, padded to `rank_tile` columns. `dgains` is float32; zeros without gains.
+    The gradient of h is dh + dh_a A. All have the dtype of g but dgains, which is float32. dA has
+    no rows without `a`; dgains are zeros without gains. Sums are in float32.
     """
     (n, f), (bm, bn, warps, stages) = g.shape, _BACKWARD
     if gains is not None or g.dtype == torch.float32:
@@ -217,4 +243,10 @@ def swiglu_backward_(
         HAS_A=a is not None, HAS_GAINS=given, GELU=gelu, R=r, BM=bm, BN=bn, STAGES=stages,  # pyright: ignore
         PRECISION=precision(g.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
-    return du, sums.sum(0), dgains.sum(0)
+    db_g, db_u = g.new_empty(f, r_g), g.new_empty(f, r_u)
+    da, rows = g.new_empty(r_a, f), 64
+    _swiglu_sums_kernel[(triton.cdiv(f, rows), 3 if r_a else 2)](
+        sums, db_g, db_u, da, f, r_g, r_u, r_a,
+        HAS_A=r_a > 0, CHUNKS=chunks, R=r, ROWS=rows, num_warps=2,  # pyright: ignore
+    )  # fmt: skip
+    return du, db_g, db_u, da, dgains.sum(0)

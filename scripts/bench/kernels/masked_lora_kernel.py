@@ -15,10 +15,10 @@ from fastlora.ops.linear import masked_lora_kernel
 
 N, R = 8192, 16
 INPUTS = {"q, k, v": (2048, 3), "gate, up": (2048, 2), "down": (8192, 1)}
-# (rows, columns, warps), chunks
-BACKWARD = [((32, 64, 4), 32), ((32, 64, 4), 64), ((32, 64, 8), 32), ((32, 128, 4), 32)]
-BACKWARD += [((64, 64, 4), 32), ((32, 64, 8), 16), ((32, 128, 4), 16)]
-FORWARD = [(64, 64, 4), (64, 128, 4), (64, 128, 8), (32, 128, 4), (64, 256, 4), (128, 128, 8)]
+# (rows, hashes, pairs, warps), chunks
+BACKWARD = [((32, 64, False, 4), 32), ((32, 32, True, 4), 32), ((32, 32, True, 4), 16)]
+BACKWARD += [((32, 64, True, 8), 32), ((32, 64, True, 4), 32), ((64, 32, True, 8), 32)]
+FORWARD = [(32, 4), (64, 4), (64, 8), (128, 8)]  # (rows, warps)
 
 
 def main() -> None:
@@ -35,7 +35,8 @@ def main() -> None:
             )
             print(f"{name:<10}forward  {tile}: {timed(run, [()])}", flush=True)
     for tile, (name, (d, segments)) in product(BACKWARD, INPUTS.items()):
-        (masked_lora_kernel._BACKWARD, masked_lora_kernel._CHUNKS), shape = tile, (R * segments, d)
+        kind, shape = "one" if segments == 1 else "several", (R * segments, d)
+        masked_lora_kernel._BACKWARD[kind], masked_lora_kernel._CHUNKS = tile
         x, a, dx = new(N, d), new(*shape), new(N, d)
         dx_a, keys = new(N, R * segments), torch.arange(segments, device="cuda")
         static = ([R] * segments, [*range(segments)], 0.05)
