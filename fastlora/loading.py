@@ -16,11 +16,12 @@ from fastlora.arguments import (
     argument_problems,
     describe,
     instance,
+    one_of,
     optional,
     whole_number,
 )
 from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
-from fastlora.checkpoints.reading import read_base
+from fastlora.checkpoints.reading import Precision, read_base
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
 from fastlora.distributed.launch import own_device
 from fastlora.distributed.mesh import SHARD, shard_problem
@@ -47,6 +48,7 @@ _RULES = {
         f"'auto', a torch dtype or its name: {', '.join(DTYPES)}",
     ),
     "load_in_4bit": FLAG,
+    "base_precision": one_of("checkpoint", "fp8"),
     "rope_scaling": optional(instance(dict, "a dict with rope_type, factor, ...")),
     "shard": SHARD,
     **HUB_RULES,
@@ -59,6 +61,7 @@ def load(
     max_seq_length: int | None = None,
     dtype: torch.dtype | str = "auto",
     load_in_4bit: bool = False,
+    base_precision: str = "checkpoint",
     device: torch.device | str = "auto",
     rope_scaling: dict[str, Any] | None = None,
     shard: Any = None,
@@ -82,6 +85,14 @@ def load(
             bitsandbytes, one tensor at a time on the device. Embedding, head and norms keep their
             dtype. A checkpoint that bitsandbytes has quantised to 4 or 8 bits is recognised and
             never quantised again.
+        base_precision: "fp8" quantises the projections to e4m3 with one scale per row, one tensor
+            at a time on the device, and rounds the inputs and gradients of their products so, too
+            (ops/linear/fp8.py). Adapters, embedding, head, norms and everything between the
+            products keep their dtype. It is faster in bfloat16 on GPUs with fp8 products (compute
+            capability 8.9 and higher) and takes half of the base's memory; elsewhere the same
+            values are multiplied in the model's dtype. "checkpoint": as the files are, or as
+            load_in_4bit says. An adapter's folder does not record it: give it again when you load
+            the adapter. Not for mixtures of experts and quantised checkpoints.
         device: "auto" is CUDA if there is one, else the CPU. In a process that torchrun started,
             "auto" and "cuda" are cuda:LOCAL_RANK, which becomes CUDA's current device.
         rope_scaling: replaces the checkpoint's RoPE scaling; keys as in config.json. A key that
@@ -105,7 +116,8 @@ def load(
         The model and its tokenizer. The tokenizer is None if the folder has no tokenizer.json.
 
     Raises:
-        ValueError: an argument of a wrong type or value; lists all of them.
+        ValueError: an argument of a wrong type or value; lists all of them. Or the model does not
+            support load_in_4bit or base_precision.
         ModuleNotFoundError: load_in_4bit without bitsandbytes.
         FileNotFoundError: the folder, the repository, or a file in it does not exist.
         PermissionError: the repository is gated.
@@ -115,11 +127,13 @@ def load(
     refuse_transforms("fastlora.load")
     given = {"model_name": model_name, "max_seq_length": max_seq_length, "dtype": dtype}
     given |= {"load_in_4bit": load_in_4bit, "rope_scaling": rope_scaling, "token": token}
-    given |= {"shard": shard}
+    given |= {"shard": shard, "base_precision": base_precision}
     given |= {"revision": revision, "cache_dir": cache_dir, "local_files_only": local_files_only}
     problems = argument_problems({name: (value, _RULES[name]) for name, value in given.items()})
     if type(device) is str and device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if load_in_4bit is True and base_precision == "fp8":
+        problems.append('load_in_4bit=True and base_precision="fp8": choose one of them')
     if not problems and (problem := shard_problem(shard)):
         problems.append(problem)
     if problem := device_problem(device, types=("cpu", "cuda")):
@@ -144,7 +158,8 @@ def load(
         folder, adapter_folder = find_folder(name, revision=revision, **hub), folder
     # Before the weights: a broken tokenizer.json then fails before gigabytes are read.
     tokenizer = _tokenizer(folder, adapter_folder)
-    config, base = _read_base(folder, device, shard, dtype, rope_scaling, load_in_4bit)
+    precision = "nf4" if load_in_4bit else "fp8" if base_precision == "fp8" else None
+    config, base = _read_base(folder, device, shard, dtype, rope_scaling, precision)
     spec = Spec(
         config=config,
         name_or_path=name,
@@ -162,7 +177,7 @@ def _read_base(
     shard: Any,
     dtype: torch.dtype | str,
     rope_scaling: dict[str, Any] | None,
-    quantize: bool,
+    quantize: Precision | None,
 ) -> tuple[LlamaConfig, Base]:
     """Config and base of a folder, with `load`'s arguments."""
     wanted = None if dtype == "auto" else DTYPES[str(dtype).removeprefix("torch.")]

@@ -3,6 +3,7 @@
     python scripts/bench.py --shape 1b                   # every recompute policy, and the peers
     python scripts/bench.py --shape 8b --recompute none full --peers hf --out rows.jsonl
     python scripts/bench.py --shape 8b --load-in-4bit --batch 2 --peers unsloth-gc liger-gc
+    python scripts/bench.py --shape 8b --base-precision fp8 --recompute none --cuda-graph --peers
     python scripts/bench.py --shape 1b --targets q_proj v_proj --recompute none --peers unsloth
 
 Each setting runs in a new process. Every step sees the same random tokens. Steps run back to
@@ -10,8 +11,9 @@ back, as in training, and CUDA events time them. The table gives the median of -
 "spread" is the slowest step minus the fastest.
 
 Peers: transformers + PEFT ("hf"), the same compiled ("hf-compile"), with Liger's kernels ("liger"),
-and Unsloth ("unsloth", which needs a tokenizer in the checkpoint folder). A name with "-gc" uses
-gradient checkpointing. "probe" is scripts/bench/probe.py: the same step in plain compiled PyTorch.
+and Unsloth ("unsloth", which needs a tokenizer in the checkpoint folder; "unsloth-fp8" over its
+base in fp8). A name with "-gc" uses gradient checkpointing. "probe" is scripts/bench/probe.py: the
+same step in plain compiled PyTorch.
 
 With --cuda-graph, fastlora's step is recorded once and replayed
 (value_and_grad(cuda_graph=True)); "offload" cannot be recorded. The peak then covers the whole

@@ -34,7 +34,11 @@ OPTIONS = {
 def main() -> None:
     given = arguments()
     model, tokenizer = fastlora.load(
-        given.model, device=given.device, dtype=given.load_dtype, load_in_4bit=given.load_in_4bit
+        given.model,
+        device=given.device,
+        dtype=given.load_dtype,
+        load_in_4bit=given.load_in_4bit,
+        base_precision=given.base_precision,
     )
     if tokenizer is None and given.format in ("gguf", "ollama"):
         sys.exit(f"{given.model} has no tokenizer.json, which --format {given.format} needs.")
@@ -105,8 +109,9 @@ def arguments() -> argparse.Namespace:
         "--verify", action="store_true", help="gguf, gguf-adapter: compare with llama.cpp's results"
     )
     add("--pre", help="gguf and ollama: llama.cpp's pre-tokenizer, if it has none for this one")
-    add("--base", default="auto", help='merged from 4 bits: "original", "dequantized", a folder')
+    add("--base", default="auto", help='of a quantised base: "original", "dequantized", a folder')
     add("--load-in-4bit", action="store_true", help="the adapter was trained over a 4-bit base")
+    add("--base-precision", default="checkpoint", help='"fp8": it was trained over a base in e4m3')
     add("--load-dtype", default="auto", help="dtype of the base in memory")
     add("--device", default="cpu", help="device that merges; the CPU usually has more memory")
     given = parser.parse_args()

@@ -112,6 +112,7 @@ def load_base(args: Any) -> tuple[fastlora.Model, fastlora.Tokenizer]:
         dtype=args.dtype,
         max_seq_length=args.max_seq_length,
         load_in_4bit=args.load_in_4bit,
+        base_precision=args.base_precision,
     )
     if tokenizer is None:
         raise ValueError(f"{args.model} has no tokenizer.json; training on text needs one.")

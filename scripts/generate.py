@@ -15,7 +15,8 @@ import fastlora
 def main() -> None:
     given = arguments()
     dtype = "auto" if torch.cuda.is_available() else "float32"  # bfloat16 is slow on most CPUs
-    model, tokenizer = fastlora.load(given.model, dtype=dtype, load_in_4bit=given.load_in_4bit)
+    how = {"load_in_4bit": given.load_in_4bit, "base_precision": given.base_precision}
+    model, tokenizer = fastlora.load(given.model, dtype=dtype, **how)
     if tokenizer is None:
         raise SystemExit(f"{given.model} has no tokenizer.json; generating text needs one.")
     messages = [{"role": "user", "content": given.prompt}]
@@ -43,6 +44,7 @@ def arguments() -> argparse.Namespace:
     add("prompt")
     add("--model", default="demo", help='"demo", a model or adapter folder, or a Hub id')
     add("--load-in-4bit", action="store_true", help="quantise the base to NF4")
+    add("--base-precision", default="checkpoint", help='"fp8": quantise the base to e4m3')
     add("--system", help="system message")
     add("--plain", action="store_true", help="continue the prompt, without chat template")
     add("--max-new-tokens", type=int, default=128)

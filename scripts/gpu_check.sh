@@ -3,9 +3,9 @@
 # value and its limit. With OUT set, the rows are also written to $OUT/gpu_rows_<process>.txt.
 #   bash scripts/gpu_check.sh [PART...]
 #   PROCESSES=16 bash scripts/gpu_check.sh [PART...]   # needs pytest-xdist, and a core for each
-# Parts: kernels, training, offload, 4bit-training, 4bit-llama3.2, 4bit-qwen2, and each family of
-# tests/oracles/gpu_models.py, such as llama3.2 or gemma2. Without PART all of them run. Most of the
-# time is compilation. Needs torch, transformers, peft, bitsandbytes and pytest.
+# Parts: kernels, training, offload, fp8, 4bit-training, 4bit-llama3.2, 4bit-qwen2, and each family
+# of tests/oracles/gpu_models.py, such as llama3.2 or gemma2. Without PART all of them run. Most of
+# the time is compilation. Needs torch, transformers, peft, bitsandbytes and pytest.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 - <<'PYTHON'

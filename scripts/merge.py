@@ -13,7 +13,10 @@ import fastlora
 def main() -> None:
     given = arguments()
     model, tokenizer = fastlora.load(
-        given.adapter, device=given.device, load_in_4bit=given.load_in_4bit
+        given.adapter,
+        device=given.device,
+        load_in_4bit=given.load_in_4bit,
+        base_precision=given.base_precision,
     )
     report = model.save_pretrained_merged(
         given.output, tokenizer, save_method=given.save_method, base=given.base
@@ -22,7 +25,7 @@ def main() -> None:
     if report:
         print(
             f"the adapter was added to the {report.base} weights; the logits of the folder differ"
-            f" by at most {report.logit_difference:.3g} from the 4-bit model's"
+            f" by at most {report.logit_difference:.3g} from the model's"
         )
 
 
@@ -35,7 +38,8 @@ def arguments() -> argparse.Namespace:
     add("output", type=Path, help="folder to write")
     add("--save-method", default="merged_16bit", choices=("merged_16bit", "merged_4bit", "lora"))
     add("--load-in-4bit", action="store_true", help="the adapter was trained over a 4-bit base")
-    add("--base", default="auto", help='with --load-in-4bit: "original", "dequantized", a folder')
+    add("--base-precision", default="checkpoint", help='"fp8": it was trained over a base in e4m3')
+    add("--base", default="auto", help='of these two: "original", "dequantized", or a folder')
     add("--device", default="cpu", help="device that merges; the CPU usually has more memory")
     return parser.parse_args()
 

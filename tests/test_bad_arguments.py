@@ -75,6 +75,7 @@ def calls(pair, tmp_path_factory) -> dict[str, Call]:
                 max_seq_length=NOT_A_COUNT,
                 dtype=(None, 5, "no such", (), "int8", torch.int64, {}),
                 load_in_4bit=NOT_A_FLAG,
+                base_precision=(None, 5, "int8", "", (), True, STRANGER),
                 device=(None, 5.5, (), "no such", "cpu:x", "meta", "cuda:99", {}, ""),
                 rope_scaling=(5, "linear", (), STRANGER, {"rope_type": "no such"}),
                 cache_dir=NOT_A_PATH[1:],

@@ -4,10 +4,10 @@ Names, shapes, dtypes and quantised weights are checked from headers (weight_fil
 bnb_reading.py); only then are tensors read.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from fastlora.checkpoints.bnb_reading import quantized_problems, read_quantized
 from fastlora.checkpoints.expert_layout import Piece, pieces
 from fastlora.checkpoints.tensors import DTYPES, Entry, entry_tensors, read_json
 from fastlora.checkpoints.weight_files import check_entries, resolve_tied_head, scan
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, raise_problems
 from fastlora.models.config import LlamaConfig
 from fastlora.models.config_json import config_from_json
 from fastlora.models.fused_qkv import fuse_qkv
@@ -36,8 +36,12 @@ from fastlora.models.names import (
 from fastlora.models.params import Base
 from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.dequantize import dequantize
-from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit
+from fastlora.ops.quant.e4m3 import quantize_matrix
+from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit, WeightFP8
 from fastlora.runtime.first_step import importing_compiler
+
+# What projections can be quantised to while they are read: `load_in_4bit` and `base_precision`.
+Precision = Literal["nf4", "fp8"]
 
 
 def read_base(
@@ -46,7 +50,7 @@ def read_base(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     rope_scaling: dict[str, Any] | None = None,
-    quantize: bool = False,
+    quantize: Precision | None = None,
 ) -> tuple[LlamaConfig, Base]:
     """Read config and weights of a folder in Hugging Face layout: `check_base`, then all tensors.
 
@@ -59,7 +63,7 @@ def read_base(
         device: where the tensors go. On the CPU, dense tensors whose dtype does not change are
             views of the memory-mapped files.
         rope_scaling: as in `config_from_json`.
-        quantize: quantise the projections to 4 bits; `load`'s `load_in_4bit`.
+        quantize: the projections' new precision; None: that of the files.
 
     Raises:
         FileNotFoundError: config.json or the weights do not exist.
@@ -68,8 +72,9 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
-    # bitsandbytes imports dynamo too, in this thread; two threads must not be in one circle.
-    dense = not (checked.stored or checked.to_4bit)
+    # In this thread bitsandbytes imports dynamo, and our kernels Triton; two threads must not be in
+    # one circle.
+    dense = not (checked.stored or checked.to_quantize)
     with importing_compiler(dense and torch.device(device).type == "cuda"):
         return read_checked(checked, device)
 
@@ -99,14 +104,15 @@ class CheckedBase:
     dense: Mapping[str, Entry]
     parts: Mapping[str, Piece]  # key in the file -> which tensor of the model, and where in it
     stored: Mapping[str, StoredWeight]  # in 4 or 8 bits
-    to_4bit: Mapping[str, torch.dtype]  # name -> dtype, of the projections to be quantised now
+    to_quantize: Mapping[str, torch.dtype]  # name -> dtype, of the projections to be quantised now
+    precision: Precision | None  # that they get
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a dense tensor after it is read."""
         return self.dtype or DTYPES[self.dense[name].dtype]
 
-    def quantized(self, name: str, tensor: Tensor) -> Weight4bit:
-        """A tensor of `to_4bit` in 4 bits.
+    def quantized(self, name: str, tensor: Tensor) -> Weight4bit | WeightFP8:
+        """A tensor of `to_quantize` in its new precision.
 
         Raises:
             CheckpointError: the tensor holds NaN or infinity.
@@ -115,7 +121,7 @@ class CheckedBase:
             raise CheckpointError(
                 f"{self.folder}: {name} holds NaN or infinity; download it again."
             )
-        return quantize_4bit(tensor)
+        return quantize_matrix(tensor) if self.precision == "fp8" else quantize_4bit(tensor)
 
 
 def check_base(
@@ -123,7 +129,7 @@ def check_base(
     *,
     dtype: torch.dtype | None = None,
     rope_scaling: dict[str, Any] | None = None,
-    quantize: bool = False,
+    quantize: Precision | None = None,
 ) -> CheckedBase:
     """Read config.json and the headers of the weights, and check everything.
 
@@ -180,20 +186,23 @@ def _checked_weights(
     entries: Mapping[str, Entry],
     config: LlamaConfig,
     dtype: torch.dtype | None,
-    quantize: bool,
+    quantize: Precision | None,
 ) -> CheckedBase:
-    """Check all entries. `quantize` changes no checkpoint in which any projection is quantised."""
+    """Check all entries. "nf4" changes no checkpoint in which any projection is quantised."""
     dense, stored = split_quantized(entries)
     parts = {n: part for n, part in pieces(config, entries.keys()).items() if n not in stored}
     matrices = {n: s for n, s in base_tensors(config).items() if n in quantizable(config)}
     # Dense and quantised weights are checked together, so that one error lists all problems.
     wrong = quantized_problems(stored, matrices)
     check_entries(folder, dense, {name: part.shape for name, part in parts.items()}, wrong)
-    to_4bit = {}
+    to_quantize = {}
     projections = projection_weights(config)
+    if quantize == "fp8":
+        _check_fp8(folder, config, [n for n in projections if n in stored])
     if quantize and not any(n in stored for n in projections):
-        to_4bit = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
-        check_quantizable(config, to_4bit.values())
+        to_quantize = {n: dtype or DTYPES[dense[n].dtype] for n in projections}
+        if quantize == "nf4":
+            check_quantizable(config, to_quantize.values())
     return CheckedBase(
         folder=folder,
         config=config,
@@ -201,8 +210,29 @@ def _checked_weights(
         dense=dense,
         parts=parts,
         stored=stored,
-        to_4bit=to_4bit,
+        to_quantize=to_quantize,
+        precision=quantize,
     )
+
+
+def _check_fp8(folder: Path, config: LlamaConfig, stored: Sequence[str]) -> None:
+    """Check that a model's projections can be quantised to e4m3; `stored` are quantised already.
+
+    Raises:
+        ValueError: a mixture of experts, or a checkpoint with quantised projections.
+    """
+    problems = []
+    if any(config.sparse_layers):
+        problems.append(
+            f"{config.model_type} is a mixture of experts, whose grouped products are not computed"
+            ' in fp8; load it with base_precision="checkpoint"'
+        )
+    if stored:
+        problems.append(
+            f"{folder}: {len(stored)} projections ({stored[0]}, ...) are in 4 or 8 bits already;"
+            ' load the checkpoint in 16 bits, or this one with base_precision="checkpoint"'
+        )
+    raise_problems(ValueError, 'base_precision="fp8" cannot be used:', problems)
 
 
 def _read_weights(checked: CheckedBase, device: torch.device | str) -> dict[str, Weight]:
@@ -214,7 +244,7 @@ def _read_weights(checked: CheckedBase, device: torch.device | str) -> dict[str,
     config, dtype = checked.config, checked.dtype
 
     def convert(name: str, tensor: Tensor) -> Weight:
-        return checked.quantized(name, tensor) if name in checked.to_4bit else tensor
+        return checked.quantized(name, tensor) if name in checked.to_quantize else tensor
 
     tensors = _read_dense(checked.dense, checked.parts, config, device, dtype, convert)
     tensors |= read_quantized(checked.stored, device=device)

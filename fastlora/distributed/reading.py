@@ -1,9 +1,9 @@
 """Reads a sharded base: each rank reads the bytes that it keeps, and no others.
 
 A rank reads the rows of each stored tensor that its part of a layer overlaps, so no tensor is whole
-anywhere. Only `load_in_4bit` needs whole matrices, because double quantisation subtracts the mean
-of all scales of a matrix. Matrix k is read and quantised by rank k mod S, and its bytes are sent to
-the ranks that keep them.
+anywhere. Only matrices that are quantised now are read whole, because double quantisation subtracts
+the mean of all scales of a matrix. Matrix k is read and quantised by rank k mod S, and its bytes
+are sent to the ranks that keep them.
 """
 
 from collections.abc import Mapping
@@ -33,7 +33,7 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.names import EDGE_WEIGHTS, NORM, base_tensors, layer_tensors
 from fastlora.models.params import Base, LayerParams
 from fastlora.ops.quant.dequantize import dequantize
-from fastlora.ops.quant.weights import NESTED_BLOCK, NestedAbsmax, Weight4bit, empty_form
+from fastlora.ops.quant.weights import NESTED_BLOCK, NestedAbsmax, Weight4bit, WeightFP8, empty_form
 
 
 class Stored(NamedTuple):
@@ -44,7 +44,7 @@ class Stored(NamedTuple):
 
 
 # id of a tensor on the device "meta" -> the file's tensor, or a small tensor with its values. The
-# tensors of `to_4bit` have none.
+# tensors of `to_quantize` have none.
 Sources = dict[int, Stored | Tensor]
 
 
@@ -76,10 +76,13 @@ def load_sharded(
 
 def base_bytes(checked: CheckedBase) -> int:
     """Bytes of a whole base, from shapes alone."""
-    in_4bit, total = {*checked.to_4bit, *checked.stored}, 0
+    total, in_4bit = 0, 0.516
     for name, shape in base_tensors(checked.config).items():
         numel = torch.Size(shape).numel()
-        item = 0.516 if name in in_4bit else checked.dtype_of(name).itemsize
+        if name in checked.to_quantize:
+            item = 1.0 if checked.precision == "fp8" else in_4bit
+        else:
+            item = in_4bit if name in checked.stored else checked.dtype_of(name).itemsize
         total += round(numel * item)
     return total
 
@@ -122,10 +125,10 @@ class _Reader:
 
     def layer(self, i: int) -> tuple[Layout, UInt8[Tensor, "n"]]:
         """(layout, this rank's part where it is kept) of layer i."""
-        tree, sources, to_4bit = self._described_layer(i)
-        fused = self.device.type == "cuda" and not (self.described or to_4bit)
+        tree, sources, to_quantize = self._described_layer(i)
+        fused = self.device.type == "cuda" and not (self.described or to_quantize)
         layout = layout_of(tree, self.shards.ranks, fused=fused)
-        part = self._quantized(layout, tree, to_4bit) if to_4bit else None
+        part = self._quantized(layout, tree, to_quantize) if to_quantize else None
         return layout, self._part(layout, tree, sources, part)
 
     def matrix(self, key: str) -> ShardedMatrix:
@@ -160,13 +163,13 @@ class _Reader:
         entry, dtype = self.checked.dense[name], self.checked.dtype_of(name)
         return torch.empty(entry.shape, dtype=dtype, device="meta"), Stored(entry, dtype)
 
-    def _described_layer(self, i: int) -> tuple[LayerParams, Sources, dict[str, Weight4bit]]:
+    def _described_layer(self, i: int) -> tuple[LayerParams, Sources, dict[str, Any]]:
         """(the layer on the device "meta", its sources, the weights to be quantised by name)."""
-        tree, sources, to_4bit = LayerParams(), Sources(), dict[str, Weight4bit]()
+        tree, sources, to_quantize = LayerParams(), Sources(), dict[str, Any]()
         for path, (name, shape) in layer_tensors(self.checked.config, i).items():
-            if name in self.checked.to_4bit:
-                leaf: Any = described_nf4(shape, self.checked.to_4bit[name])
-                to_4bit[name] = leaf
+            if name in self.checked.to_quantize:
+                leaf: Any = self._described_quantized(shape, self.checked.to_quantize[name])
+                to_quantize[name] = leaf
             elif name in self.checked.stored:
                 leaf, of_parts = self.described[name]
                 sources |= {
@@ -179,7 +182,14 @@ class _Reader:
                 tree[path[0]] = leaf
             else:
                 tree.setdefault(path[0], {})[path[1]] = leaf
-        return tree, sources, to_4bit
+        return tree, sources, to_quantize
+
+    def _described_quantized(self, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        """What `CheckedBase.quantized` makes of a matrix, on the device "meta"."""
+        if self.checked.precision == "nf4":
+            return described_nf4(shape, dtype)
+        values = torch.empty(shape, dtype=torch.uint8, device="meta")
+        return WeightFP8(values, torch.empty(shape[0], device="meta"))
 
     def _part(
         self, layout: Layout, tree: Any, sources: Sources, part: UInt8[Tensor, "n"] | None
@@ -230,13 +240,13 @@ class _Reader:
         return per_row * dtype.itemsize
 
     def _quantized(
-        self, layout: Layout, tree: LayerParams, to_4bit: Mapping[str, Weight4bit]
+        self, layout: Layout, tree: LayerParams, to_quantize: Mapping[str, Any]
     ) -> UInt8[Tensor, "n"]:
-        """This rank's part of a layer with the weights of `to_4bit`; all other bytes are 0."""
+        """This rank's part of a layer with the weights of `to_quantize`; all other bytes are 0."""
         whole = torch.zeros(layout.size, dtype=torch.uint8, device=self.device)
         pairs = zip(layout.slot_of_leaf, tree_leaves(tree), strict=True)
         places = {id(x): layout.slots[n] for n, x in pairs}
-        for name, blank in to_4bit.items():
+        for name, blank in to_quantize.items():
             mine = self.dealt % self.shards.ranks == self.shards.rank
             self.dealt += 1
             if not mine:

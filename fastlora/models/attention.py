@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fastlora.models.fused_qkv import QKV
+from fastlora.models.fused_qkv import QKV, one_gradient
 from fastlora.models.layer_spec import LayerSpec
 from fastlora.models.norms import normed
 from fastlora.models.params import (
@@ -84,8 +84,8 @@ def _joint_heads(
 
     Attention's backward kernel writes its three results into one buffer, which the fused product of
     q, k and v then reads. Otherwise Inductor takes 74 us per layer of 1B at 4 x 2048 tokens to
-    rotate them back and to copy them together (H100). This needs fused weights, and products whose
-    results go to attention unchanged.
+    rotate them back and to copy them together (H100). This needs weights whose input gradient is
+    one product (fused, or in e4m3), and products whose results go to attention unchanged.
     """
     # DoRA and lora_bias change the products afterwards, and norms follow them in Qwen3, another
     # order of dimensions in Helium. The ops of
@@ -100,11 +100,11 @@ def _joint_heads(
         parts = split_qkv(joint.detach(), spec)  # their gradient comes by `joint` alone
         q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in parts)
         return q, k, v, joint
-    if "qkv" not in params or not unchanged:
+    if not unchanged or not one_gradient(params):
         return *_heads(x, params, adapter, spec, key), None
     inputs = layer_norm(x, params, spec.norms.attention_in, spec)
     arguments = group_arguments(QKV, params, adapter, spec, key)
-    ys, joint = joint_lora_linears(inputs, *arguments, params["qkv"], fused=spec.fused)
+    ys, joint = joint_lora_linears(inputs, *arguments, params.get("qkv"), fused=spec.fused)
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
     return q, k, v, joint
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import projection_path
 from fastlora.models.params import LayerParams
-from fastlora.ops.quant.weights import Weight
+from fastlora.ops.quant.weights import Weight, WeightFP8
 
 QKV = ("q_proj", "k_proj", "v_proj")
 
@@ -55,6 +55,13 @@ def fused_qkv(params: LayerParams) -> Float[Tensor, "d_out d_in"] | None:
     # A view made here would not pass a gradient on to three separate leaves.
     dense = all(isinstance(w, Tensor) and not w.requires_grad for w in weights)
     return _as_one(weights) if dense else None
+
+
+def one_gradient(params: LayerParams) -> bool:
+    """Whether one product gives the input gradient of q, k and v: they are one matrix in memory, or
+    in e4m3 (ops/linear/fp8.py)."""
+    of_fp8 = lambda name: name in params and isinstance(params[name]["weight"], WeightFP8)
+    return "qkv" in params or all(map(of_fp8, QKV))
 
 
 def with_fused_qkv(params: LayerParams) -> LayerParams:

@@ -45,6 +45,7 @@ _ATTENTION_OPS = {
 _LINEAR_OPS = {
     torch.ops.fastlora.lora_linear.default,
     torch.ops.fastlora.quantized_linear.default,
+    torch.ops.fastlora.fp8_linear.default,
     torch.ops.fastlora.grouped_linear.default,
     torch.ops.fastlora.stacked_linear.default,
     torch.ops.fastlora.stacked_product.default,

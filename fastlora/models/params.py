@@ -183,10 +183,10 @@ class Adapter(TypedDict):
     tokens: NotRequired[dict[str, Float[Tensor, "_ d"]]]  # "embed_tokens", "lm_head" -> rows
 
 
-def is_quantized(base: Base) -> bool:
-    """Whether any projection is in 4 or 8 bits."""
+def is_quantized(base: Base, kind: Any = Quantized) -> bool:
+    """Whether any projection is in 4 or 8 bits, or in that record of ops/quant/weights.py."""
     linears = (p[n] for p in described(base)["layers"] for n in LINEARS if n in p)
-    return any(isinstance(linear["weight"], Quantized) for linear in linears)
+    return any(isinstance(linear["weight"], kind) for linear in linears)
 
 
 def first_nonfinite(tensors: Mapping[str, Any]) -> str | None:

@@ -31,7 +31,9 @@ def step_of(args: argparse.Namespace) -> Step:
 
 
 def ours(args: argparse.Namespace) -> Step:
-    model, _ = fastlora.load(str(args.folder), load_in_4bit=args.load_in_4bit)
+    model, _ = fastlora.load(
+        str(args.folder), load_in_4bit=args.load_in_4bit, base_precision=args.base_precision
+    )
     model = fastlora.lora(
         model,
         recompute=float(args.one) if args.one[0].isdigit() else args.one,
@@ -130,6 +132,7 @@ def _unsloth(args: argparse.Namespace) -> Any:
         load_in_4bit=args.load_in_4bit,
         dtype=torch.bfloat16,
         local_files_only=True,
+        **({"load_in_fp8": True} if "-fp8" in args.one else {}),
     )
     return of_unsloth.get_peft_model(
         model,

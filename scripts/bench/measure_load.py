@@ -50,7 +50,7 @@ def main() -> None:
 
 def ours(args: argparse.Namespace) -> Any:
     wanted = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    quantize = args.load_in_4bit
+    quantize = "nf4" if args.load_in_4bit else None
     return read_base(args.folder, dtype=wanted, device=args.device, quantize=quantize)[1]
 
 

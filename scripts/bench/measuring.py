@@ -26,6 +26,7 @@ from fastlora.models.names import layer_targets, projection_shape
 from fastlora.models.params import EXPERTS, PROJECTIONS
 
 SIZES = ("shape", "batch", "seq", "documents", "rank", "dropout", "kernels", "layers")
+SIZES += ("base_precision",)
 OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph", "deterministic")
 OURS = ("cuda_graph", "deterministic")  # options that the peers do not have
 # bf16 operations per second. A product of two 8192 x 8192 matrices reaches 778 to 790 TFLOP/s on
@@ -119,7 +120,7 @@ def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict
     """The figures of one setting, or {"setting", "error"} if its process failed."""
     command = [sys.executable, __file__, "--one", setting, "--folder", str(folder)]
     for name in SIZES:
-        command += [f"--{name}", str(getattr(args, name))]
+        command += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     command += ["--targets", *args.targets, "--steps", str(args.steps), "--warm", str(args.warm)]
     command += [f"--{n.replace('_', '-')}" for n in OPTIONS if getattr(args, n)]
     with tempfile.TemporaryDirectory() as cold:  # an empty compile cache: the first step is cold
@@ -140,7 +141,7 @@ def command_of(setting: str, args: argparse.Namespace) -> str:
     words = ["python scripts/bench.py"]
     for name in SIZES:
         if name == "shape" or getattr(args, name) != parser.get_default(name):
-            words += [f"--{name}", str(getattr(args, name))]
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     if args.targets != list(PROJECTIONS):
         words += ["--targets", *args.targets]
     ours = not is_peer(setting)
@@ -158,6 +159,8 @@ def facts(args: argparse.Namespace) -> dict:
     options |= {n: getattr(args, n) for n in more if getattr(args, n)}
     if args.targets != list(PROJECTIONS):
         options["targets"] = args.targets
+    if args.base_precision != "checkpoint":
+        options["base_precision"] = args.base_precision
     versions = {"torch": torch.__version__, "card": torch.cuda.get_device_name()}
     return {n: getattr(args, n) for n in ("shape", "batch", "seq", "rank", "kernels")} | (
         options | versions
@@ -187,6 +190,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layers", type=int, default=0, help="0: as in the shape")
     parser.add_argument("--folder", type=Path, help="an existing checkpoint")
+    parser.add_argument(
+        "--base-precision", choices=["checkpoint", "fp8"], default="checkpoint", help="fastlora's"
+    )
     for name in OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")
 

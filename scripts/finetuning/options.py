@@ -45,6 +45,7 @@ _OWN: dict[str, tuple[Any, Any, str]] = {
     "output": (Path, Path("runs/adapter"), "PEFT folder to write, with checkpoints and run.json"),
     "dtype": (str | None, None, "of the base; default: the checkpoint's, on the CPU float32"),
     "load_in_4bit": (bool, False, "QLoRA: the base in NF4"),
+    "base_precision": (str, "checkpoint", '"fp8": the base in e4m3, products in fp8'),
     "max_seq_length": (int | None, None, "default: 2048, or the model's if it is shorter"),
     "resume": (bool, False, "continue from the newest checkpoint in --output, if there is one"),
     "log": (tuple[str, ...], ("jsonl",), '"jsonl", "tensorboard", "wandb", "trackio"'),

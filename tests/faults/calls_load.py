@@ -111,7 +111,7 @@ def cases() -> Iterator[Case]:
         _load,
         dict(model_name=(None, *PATH, "no/such/folder", "./no-such", "x" * 5000), dtype=_DTYPE)
         | dict(max_seq_length=COUNT, load_in_4bit=FLAG, device=_DEVICE, rope_scaling=_ROPE)
-        | dict(local_files_only=FLAG)
+        | dict(local_files_only=FLAG, base_precision=(None, *CHOICE))
         | hub,
     )
     folders = (None, *PATH, "./no-such", "x" * 5000)

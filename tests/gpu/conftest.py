@@ -19,7 +19,7 @@ import torch
 from oracles.checkpoints import make_checkpoint
 from oracles.gpu_models import FAMILIES, SIZES, Row
 
-PARTS = ("kernels", "training", *FAMILIES, "offload")
+PARTS = ("kernels", "training", *FAMILIES, "offload", "fp8")
 PARTS_4BIT = ("4bit-training", "4bit-llama3.2", "4bit-qwen2")
 # GPU_CHECK_START: when the first of several processes began.
 START = float(os.environ.get("GPU_CHECK_START") or time.time())

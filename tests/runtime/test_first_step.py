@@ -73,11 +73,11 @@ def test_imports_stop_at_the_end_of_the_block(monkeypatch):
     assert names == ["sympy"] and end.is_set()
 
 
-@pytest.mark.parametrize("load_in_4bit", [False, True])
+@pytest.mark.parametrize("precision", [None, "nf4", "fp8"])
 def test_the_compiler_is_imported_only_while_dense_weights_are_read_to_a_gpu(
-    load_in_4bit, monkeypatch
+    precision, monkeypatch
 ):
-    """bitsandbytes imports dynamo in the main thread."""
+    """bitsandbytes imports dynamo in the main thread, and the kernels of fp8 import Triton."""
     wanted: list[bool] = []
 
     @contextmanager
@@ -88,8 +88,8 @@ def test_the_compiler_is_imported_only_while_dense_weights_are_read_to_a_gpu(
     monkeypatch.setattr(reading, "importing_compiler", note)
     monkeypatch.setattr(reading, "read_checked", lambda checked, device: (checked.config, {}))
     for device in ("cpu", "cuda"):
-        reading.read_base(DEMO, device=device, quantize=load_in_4bit)
-    assert wanted == [False, not load_in_4bit]
+        reading.read_base(DEMO, device=device, quantize=precision)
+    assert wanted == [False, precision is None]
 
 
 def test_an_error_of_the_block_does_not_wait(monkeypatch):

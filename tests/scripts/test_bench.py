@@ -62,7 +62,7 @@ def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
     measuring.add_step_arguments(parser)
     given = "--shape 8b --layers 3 --batch 1 --seq 512 --rank 8 --targets q_proj v_proj".split()
     given += "--dropout 0.1 --kernels torch --use-dora --lora-bias --load-in-4bit".split()
-    given += "--documents 128 --cuda-graph --deterministic".split()
+    given += "--documents 128 --cuda-graph --deterministic --base-precision fp8".split()
     args = parser.parse_args(given)
     for name, value in vars(args).items():
         assert name == "folder" or value != parser.get_default(name), f"{name}: give it a value"

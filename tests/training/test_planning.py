@@ -15,7 +15,7 @@ from fastlora.model import Model
 from fastlora.models.config_json import config_from_json
 from fastlora.models.names import base_from_tensors, base_tensors, projection_weights
 from fastlora.models.spec import Spec
-from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
+from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, WeightFP8, empty_form
 from fastlora.training.planning.memory import peak_bytes
 from fastlora.training.planning.plan import CHOICES, plan
 from fastlora.training.planning.time import step_seconds
@@ -34,6 +34,7 @@ MEASURED: dict[str, int | None] = {
     "2026-11-26-8b": None,
     "2026-11-26-peers-1b": 0,
     "2026-11-26-peers-8b": 0,
+    "2026-11-30-8b-fp8": 0,
 }
 SHAPES = {
     "1b": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, head_dim=64),
@@ -50,8 +51,14 @@ def in_4bit(shape: tuple[int, ...]) -> Weight4bit:
     return Weight4bit(new(32 * blocks, torch.uint8), new(16), form, absmax)
 
 
+def in_fp8(shape: tuple[int, ...]) -> WeightFP8:
+    """The same of a matrix in e4m3."""
+    values = torch.empty(shape, dtype=torch.uint8, device="meta")
+    return WeightFP8(values, torch.empty(shape[0], device="meta"))
+
+
 @cache
-def shaped(name: str, *, quantised: bool = False) -> Model:
+def shaped(name: str, *, quantised: bool = False, fp8: bool = False) -> Model:
     """A Llama of a real size, none of whose weights are there."""
     config = config_from_json(
         dict(
@@ -65,10 +72,11 @@ def shaped(name: str, *, quantised: bool = False) -> Model:
             **SHAPES[name],
         )
     )
-    packed = {*projection_weights(config)} if quantised else set()
+    packed = {*projection_weights(config)} if quantised or fp8 else set()
+    record = in_fp8 if fp8 else in_4bit
     new = lambda shape: torch.empty(shape, dtype=torch.bfloat16, device="meta")
     tensors: dict[str, Any] = {
-        n: in_4bit(s) if n in packed else new(s) for n, s in base_tensors(config).items()
+        n: record(s) if n in packed else new(s) for n, s in base_tensors(config).items()
     }
     spec = Spec(config=config, name_or_path=name, max_seq_length=131072)
     model = Model(spec=spec, base=base_from_tensors(config, tensors))
@@ -86,8 +94,8 @@ ROWS = rows()
 
 @pytest.mark.parametrize(("run", "row"), ROWS, ids=[f"{f} {r['setting']}" for f, r in ROWS])
 def test_predictions_are_near_the_measurements(run, row):
-    quantised = row.get("load_in_4bit", False)
-    model = shaped(row["shape"], quantised=quantised)
+    quantised, fp8 = row.get("load_in_4bit", False), row.get("base_precision") == "fp8"
+    model = shaped(row["shape"], quantised=quantised, fp8=fp8)
     setting: Any = float(row["setting"]) if row["setting"][0].isdigit() else row["setting"]
     b, t = row.get("batch", 4), row.get("seq", 2048)
     if (held := MEASURED[run]) is not None:

@@ -1,5 +1,6 @@
-"""Training over a base in 4 bits."""
+"""Training over a base in 4 bits, and over one in e4m3."""
 
+import torch
 from torch.utils._pytree import tree_leaves
 
 import fastlora
@@ -35,3 +36,22 @@ def test_the_demo_in_4_bits_learns_nearly_as_well():
         losses.append(history.eval_losses)
     (early, dense), (_, packed) = losses
     assert dense < early - 0.03 and abs(packed - dense) < 0.05
+
+
+def test_the_demo_over_fp8_follows_the_curve_of_bf16(request):
+    """Every mean of ten losses within 1 %. With --full 200 steps, else 12."""
+    steps = 200 if request.config.getoption("--full") else 12
+    rows, losses = read_rows(DEMO / "train.jsonl")[: 20 * steps], []
+    for precision in ("checkpoint", "fp8"):
+        base, tokenizer = fastlora.load(
+            "demo", max_seq_length=64, device="cpu", base_precision=precision
+        )
+        assert base.base["norm"].dtype == torch.bfloat16
+        _, history = fastlora.train(
+            fastlora.lora(base, r=16), tokenizer, rows, batch_size=4, learning_rate=2e-3,
+            max_steps=steps, progress=False, too_long="truncate",
+        )  # fmt: skip
+        losses.append(torch.tensor(history.losses).unfold(0, 10, 1).mean(1))
+    plain, rounded = losses
+    assert plain[-1] < plain[0] - 0.2  # it learns
+    assert not plain.equal(rounded) and bool(((rounded - plain).abs() <= 0.01 * plain).all())

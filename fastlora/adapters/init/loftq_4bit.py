@@ -38,7 +38,7 @@ def fit_quantization_error(spec: Spec, base: Base, adapter: Adapter) -> tuple[Sp
     except (FileNotFoundError, CheckpointError) as error:
         raise type(error)(
             f"init_lora_weights='loftq' needs the matrices in 16 bits: {error} Load that checkpoint"
-            " from its folder with load_in_4bit=True."
+            ' from its folder with load_in_4bit=True or base_precision="fp8".'
         ) from error
 
     def fitted(layer: int, t: Target, record: AdapterRecord) -> AdapterRecord:

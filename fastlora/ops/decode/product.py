@@ -11,7 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.dispatch import rank_tile
-from fastlora.ops.quant.weights import NestedAbsmax, Weight, Weight4bit, Weight8bit, shape_of
+from fastlora.ops.quant.weights import (
+    NestedAbsmax,
+    Weight,
+    Weight4bit,
+    Weight8bit,
+    WeightFP8,
+    shape_of,
+)
 
 MAX_BATCH = 64
 MAX_RANK = 512  # 256, and as much again for an initial offset
@@ -131,7 +138,10 @@ def _counts(weights: tuple[Weight, ...], b: int, gated: bool) -> Int[Tensor, "ti
 def _supports(weights: tuple[Weight, ...]) -> bool:
     if len({shape_of(w)[1] for w in weights}) != 1 or len({_dtype(w) for w in weights}) != 1:
         return False
-    if any(isinstance(w, Weight8bit) for w in weights) or len({type(w) for w in weights}) != 1:
+    if (
+        any(isinstance(w, Weight8bit | WeightFP8) for w in weights)
+        or len({type(w) for w in weights}) != 1
+    ):
         return False
     if _dtype(weights[0]) not in (torch.float32, torch.bfloat16, torch.float16):
         return False
@@ -160,7 +170,7 @@ def _alike(weights: list[Weight4bit]) -> bool:
 def _dtype(weight: Weight) -> torch.dtype:
     if isinstance(weight, Weight4bit):
         return weight.form.dtype
-    return weight.scale.dtype if isinstance(weight, Weight8bit) else weight.dtype
+    return weight.scale.dtype if isinstance(weight, Weight8bit | WeightFP8) else weight.dtype
 
 
 def _device(weight: Weight) -> torch.device:

@@ -4,6 +4,8 @@ For a quantised W, each op dequantises the matrix, multiplies, and frees it. The
 the quantised bytes and dequantises again. These are custom ops because torch.compile must not look
 inside: its partitioner would keep the forward pass's dense matrix for the backward pass, which
 takes 16 bits per element and not 4.
+
+With a matrix in e4m3 nothing is dequantised, and x is rounded too (fp8.py).
 """
 
 import torch
@@ -12,15 +14,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.linear.fp8 import fp8_input_gradient, fp8_linear
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+from fastlora.ops.quant.e4m3 import quantize_rows, rounded_rows
+from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
 def frozen_linear_reference(
     x: Float[Tensor, "*n d_in"], weight: Weight, bias: Float[Tensor, "d_out"] | None
 ) -> Float[Tensor, "*n d_out"]:
-    """The specification, differentiable any number of times; autograd keeps the dense matrix."""
+    """The specification, differentiable any number of times; autograd keeps the dense matrix.
+
+    With a weight in e4m3 x is rounded too. Its derivative is that of the unrounded product: the
+    op's backward pass also rounds the gradient.
+    """
+    x = rounded_rows(x) if isinstance(weight, WeightFP8) else x
     return F.linear(x, dense(weight, x.dtype), bias)
 
 
@@ -34,12 +43,18 @@ torch.library.define("fastlora::quantized_mm", "(Tensor y, Tensor[] weight) -> T
 
 @torch.library.impl("fastlora::quantized_linear", "CompositeExplicitAutograd")
 def _quantized_linear(x, weight, bias):
-    return F.linear(x, dense(from_parts(weight), x.dtype), bias)
+    matrix = from_parts(weight)
+    if isinstance(matrix, WeightFP8):
+        return fp8_linear(quantize_rows([x]), matrix, bias, None, None, 1.0, x.dtype)
+    return F.linear(x, dense(matrix, x.dtype), bias)
 
 
 @torch.library.impl("fastlora::quantized_mm", "CompositeExplicitAutograd")
 def _quantized_mm(y, weight):
-    return torch.mm(y, dense(from_parts(weight), y.dtype))
+    matrix = from_parts(weight)
+    if isinstance(matrix, WeightFP8):
+        return fp8_input_gradient([y], [matrix])
+    return torch.mm(y, dense(matrix, y.dtype))
 
 
 @torch.library.register_fake("fastlora::quantized_linear")

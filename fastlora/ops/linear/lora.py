@@ -11,10 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.linear.fp8 import fp8_linear
 from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
 from fastlora.ops.linear.low_rank_gradients import layer_gradients
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+from fastlora.ops.quant.e4m3 import quantize_rows
+from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
 
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
@@ -55,11 +57,14 @@ torch.library.define(
 
 @torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd")
 def _lora_linear(x, x_a, weight, bias, b, scaling):
+    matrix = from_parts(weight)
+    if isinstance(matrix, WeightFP8):
+        return fp8_linear(quantize_rows([x]), matrix, bias, x_a, b, scaling, x.dtype)
     if bias is None:  # with beta = 0 torch ignores the first argument
         y = torch.addmm(x_a.new_empty(1), x_a, b.t(), beta=0, alpha=scaling)
     else:
         y = torch.addmm(bias, x_a, b.t(), alpha=scaling)
-    return y.addmm_(x, dense(from_parts(weight), x.dtype).t())
+    return y.addmm_(x, dense(matrix, x.dtype).t())
 
 
 @torch.library.register_fake("fastlora::lora_linear")
@@ -82,7 +87,9 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_a, b, *weight = ctx.saved_tensors
         dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
-        dx_a, (db,) = layer_gradients([dy], None, [0], [b], x_a, [ctx.scaling], fused=ctx.fused)
+        dx_a, (db,) = layer_gradients(
+            [dy], None, [dy.shape[1]], [b], x_a, [ctx.scaling], fused=ctx.fused
+        )
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dx_a, dbias, db, None, None, *(None for _ in weight)  # the weight is frozen
 

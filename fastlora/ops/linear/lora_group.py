@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.linear.fp8 import fp8_input_gradient
 from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
 from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
 from fastlora.ops.linear.low_rank_gradients import layer_gradients
@@ -31,7 +32,8 @@ from fastlora.ops.linear.masked_lora import (
 )
 from fastlora.ops.linear.times_a import times_a
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+from fastlora.ops.quant.e4m3 import quantize_rows
+from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
 
 class Branch(NamedTuple):
@@ -106,11 +108,16 @@ def _sum_of_products(ys, matrices, parts):
     """y_1 M_1 + y_2 M_2 + ..., in y's dtype; each product is added in float32 and rounded once.
 
     `parts[i]` is the number of tensors of M_i in `matrices`, more than 1 if M_i is quantised. A
-    quantised matrix is dequantised for its product and then freed.
+    quantised matrix is dequantised for its product and then freed. Those in e4m3 come first,
+    because their sum is one product, which cannot add to an existing tensor.
     """
-    total = None
-    for y, matrix in zip(ys, _in_groups(matrices, parts), strict=True):
-        wide = dense(from_parts(matrix), y.dtype)
+    terms = [*zip(ys, map(from_parts, _in_groups(matrices, parts)), strict=True)]
+    in_fp8 = [(y, matrix) for y, matrix in terms if isinstance(matrix, WeightFP8)]
+    total = fp8_input_gradient(*zip(*in_fp8, strict=True)) if in_fp8 else None
+    for y, matrix in terms:
+        if isinstance(matrix, WeightFP8):
+            continue
+        wide = dense(matrix, y.dtype)
         total = torch.mm(y, wide) if total is None else total.addmm_(y, wide)
     return total
 
@@ -145,10 +152,15 @@ class _LoRALinears(torch.autograd.Function):
             x_a = None if a is None else times_a(x, a)
         else:
             x_a = torch.ops.fastlora.masked_x_a(x, a, keys, *segments)
-        ys = []
+        ys, rows = [], None
+        if all(isinstance(from_parts(weight), WeightFP8) for weight in matrices):
+            rows = quantize_rows([x])
         each = zip(matrices, biases_or_none, _columns(x_a, bs), scalings, strict=True)
         for weight, bias, (b, columns), scaling in each:
-            if b is None:
+            if rows is not None:
+                low_rank = (columns, b, 1.0 if scaling is None else scaling)
+                ys.append(torch.ops.fastlora.fp8_linear(*rows, weight, bias, *low_rank, x.dtype))
+            elif b is None:
                 ys.append(_frozen(x, weight, bias))
             else:
                 op = torch.ops.fastlora.lora_linear
@@ -182,7 +194,9 @@ class _LoRALinears(torch.autograd.Function):
             dys = dy_all.split([dy.shape[1] for dy in dys], 1)
         # x_a's gradient: from the low-rank terms of the branches and, if the caller also uses x_a
         # (the SwiGLU kernel does), from there.
-        from_branches, dbs = _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused)
+        widths = [shape_of(from_parts(m))[0] for m in matrices]
+        low_rank = dys, dy_all, widths, bs, x_a, scalings
+        from_branches, dbs = layer_gradients(*low_rank, fused=fused)
         if from_branches is not None:
             dx_a = from_branches if dx_a is None else dx_a + from_branches
         dx_a_term = dx_a if keys is None else None  # with masks, add_gradients adds it below
@@ -208,23 +222,6 @@ def _by_branch(tensors, scalings, weights, biases):
     matrices = [take(n) for n in weights]
     biases_or_none = [rest.pop(0) if present else None for present in biases]
     return matrices, biases_or_none, [None if s is None else rest.pop(0) for s in scalings]
-
-
-def _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused):
-    """(the gradient of x_a by the branches' low-rank terms, dB of each branch that has a B).
-
-    (None, []) if no branch has one.
-    """
-    widths = [shape_of(from_parts(m))[0] for m in matrices]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    with_lora = [i for i, b in enumerate(bs) if b is not None]
-    if not with_lora:
-        return None, []
-    chosen = lambda each: [each[i] for i in with_lora]
-    of_bs, of_scalings = chosen(bs), chosen(scalings)
-    return layer_gradients(
-        chosen(dys), dy_all, chosen(starts), of_bs, x_a, of_scalings, fused=fused
-    )
 
 
 def _frozen(x, weight, bias):

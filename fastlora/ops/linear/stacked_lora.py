@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.linear.fp8 import fp8_input_gradient, fp8_linear
 from fastlora.ops.linear.frozen import frozen_linear_reference
 from fastlora.ops.linear.group_products import (
     Groups,
@@ -27,7 +28,8 @@ from fastlora.ops.linear.group_products import (
     product_reference,
 )
 from fastlora.ops.quant.dequantize import dense
-from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
+from fastlora.ops.quant.e4m3 import quantize_rows
+from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
 
 
 class StackedBranch(NamedTuple):
@@ -76,21 +78,27 @@ torch.library.define(
 
 @torch.library.impl("fastlora::stacked_linear", "CompositeExplicitAutograd")
 def _stacked_linear(x, x_a, weight, bias, b, offsets, order):
+    matrix, y = from_parts(weight), each_group(x_a, b, offsets, order)
+    if isinstance(matrix, WeightFP8):
+        return y.add_(fp8_linear(quantize_rows([x]), matrix, bias, None, None, 1.0, x.dtype))
     # The base product adds to the low-rank term in its epilogue, so no second [m, d_out] exists.
-    y = each_group(x_a, b, offsets, order)
     if bias is not None:
         y.add_(bias)
-    return y.addmm_(x, dense(from_parts(weight), x.dtype).t())
+    return y.addmm_(x, dense(matrix, x.dtype).t())
 
 
 @torch.library.impl("fastlora::stacked_input_gradient", "CompositeExplicitAutograd")
 def _stacked_input_gradient(dx_a, a, offsets, order, ys, matrices, parts):
     """dxA[i] A[g] + the sum of y_j W_j, in one buffer; `parts` as in lora_group.py."""
     total, rest = each_group(dx_a, a.mT, offsets, order), list(matrices)
+    in_fp8 = []
     for y, count in zip(ys, parts, strict=True):
-        matrix, rest = rest[:count], rest[count:]
-        total.addmm_(y, dense(from_parts(matrix), y.dtype))
-    return total
+        matrix, rest = from_parts(rest[:count]), rest[count:]
+        if isinstance(matrix, WeightFP8):
+            in_fp8.append((y, matrix))
+        else:
+            total.addmm_(y, dense(matrix, y.dtype))
+    return total.add_(fp8_input_gradient(*zip(*in_fp8, strict=True))) if in_fp8 else total
 
 
 @torch.library.register_fake("fastlora::stacked_linear")

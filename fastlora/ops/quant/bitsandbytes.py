@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.quant.e4m3 import rounds_to
 from fastlora.ops.quant.weights import (
     BLOCK,
     NESTED_BLOCK,
@@ -18,6 +19,7 @@ from fastlora.ops.quant.weights import (
     Quantized,
     Weight4bit,
     Weight8bit,
+    WeightFP8,
     empty_form,
     quant_type,
 )
@@ -69,7 +71,7 @@ def quantize_4bit(
     return Weight4bit(packed.flatten(), state.code, form, absmax)
 
 
-def dequantize_by_bitsandbytes(weight: Quantized) -> Float[Tensor, "d_out d_in"]:
+def dequantize_by_bitsandbytes(weight: Weight4bit | Weight8bit) -> Float[Tensor, "d_out d_in"]:
     """The matrix that bitsandbytes computes: in `form`'s dtype, or in float32 from 8 bits."""
     functional = bitsandbytes()
     if isinstance(weight, Weight8bit):
@@ -106,8 +108,10 @@ def comes_from(weight: Quantized, matrix: Float[Tensor, "d_out d_in"]) -> bool:
     """Whether the dense matrix, once quantised, gives the bytes of `weight`.
 
     Compares the first 2**20 values of a 4-bit matrix and all values of an 8-bit matrix, with small
-    tolerances.
+    tolerances, and of a matrix in e4m3 all values with its rounding error.
     """
+    if isinstance(weight, WeightFP8):
+        return rounds_to(matrix, weight)
     flat = matrix.flatten()[:_COMPARED_VALUES]
     if isinstance(weight, Weight8bit):
         numbers = matrix.to(torch.float32) * (127 / weight.scale.clamp(min=1e-30))[:, None]

@@ -19,6 +19,7 @@ from fastlora.ops.quant.weights import (
     Weight,
     Weight4bit,
     Weight8bit,
+    WeightFP8,
     from_parts,
     parts,
 )
@@ -29,6 +30,11 @@ def dequantize_reference(weight: Quantized, dtype: torch.dtype) -> Float[Tensor,
     """The specification: float32 products, rounded to the record's dtype, then to `dtype`."""
     if isinstance(weight, Weight8bit):  # like bitsandbytes, not / 127, which rounds differently
         return (weight.values * weight.scale[:, None] * (1 / 127)).to(dtype)
+    if isinstance(weight, WeightFP8):
+        # In bf16 the product is exact too, and the float32 matrix is not made.
+        wide = dtype if dtype in (torch.bfloat16, torch.float64) else torch.float32
+        values = weight.values.view(torch.float8_e4m3fn).to(wide)
+        return values.mul_(weight.scale.to(wide)[:, None]).to(dtype)
     rows, columns, block, _ = weight.form.shape
     numbers = torch.stack([weight.packed >> 4, weight.packed & 15], -1).flatten()[: rows * columns]
     scales = _absmax(weight).repeat_interleave(block)[: rows * columns]
@@ -52,7 +58,7 @@ torch.library.define("fastlora::dequantize", "(Tensor[] weight, ScalarType dtype
 def _dequantize(weight, dtype):
     record = from_parts(weight)
     assert not isinstance(record, Tensor)
-    if isinstance(record, Weight8bit):
+    if isinstance(record, Weight8bit | WeightFP8):
         return dequantize_reference(record, dtype)
     if record.packed.is_cuda and triton_installed():
         from fastlora.ops.quant import dequantize_kernel  # noqa: PLC0415  imports triton
@@ -76,7 +82,7 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_
     """The matrix in `dtype`, a new tensor on the weight's device. No gradient flows.
 
     The bits are those of bitsandbytes 0.50.2 (dequantize_4bit, int8_vectorwise_dequant), converted
-    to `dtype`.
+    to `dtype`. Of e4m3 they are values * scale, which bfloat16, float32 and float64 hold exactly.
 
     Args:
         weight: 4 or 8 bits.

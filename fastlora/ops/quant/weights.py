@@ -4,7 +4,8 @@ NF4 and FP4 (Dettmers et al. 2023, arXiv:2305.14314, section 3): a matrix, in ro
 split into blocks of 64 values. Each block stores its largest magnitude (absmax), and one 4-bit
 index per value into 16 levels between -1 and 1. With double quantisation the absmax values are
 themselves stored as 8-bit indices, in blocks of 256, around their mean. LLM.int8
-(arXiv:2208.07339) stores int8 values and one scale per row.
+(arXiv:2208.07339) stores int8 values and one scale per row, e4m3 (e4m3.py) 8-bit floating-point
+numbers and one scale per row.
 
 Records hold only tensors, so trees of parameters can contain them.
 """
@@ -21,6 +22,15 @@ BLOCK = 64  # values per absmax; the choice of QLoRA and PEFT
 
 NESTED_BLOCK = 256  # absmax values per nested scale
 
+
+E4M3 = torch.float8_e4m3fn
+
+# Added to a float32's bits, this carries into the exponent if the mantissa exceeds 1.75, which is
+# that of 448 = 1.75 * 2**8.
+CARRY = 0x1FFFFF
+
+# Biased exponent of the smallest scale, 2**-100, which rows of zeros have.
+LEAST_POWER = 27
 
 # The 16 levels of bitsandbytes 0.50.2. Its kernels support only these.
 LEVELS = {
@@ -64,17 +74,28 @@ class Weight8bit(NamedTuple):
     scale: Float[Tensor, "d_out"]
 
 
-Quantized = Weight4bit | Weight8bit
+class WeightFP8(NamedTuple):
+    """A matrix in e4m3 with one scale per row, a power of two: values * scale.
+
+    `values` holds the bytes of torch.float8_e4m3fn, a dtype for which torch has neither isfinite
+    nor equal, and NumPy no counterpart.
+    """
+
+    values: UInt8[Tensor, "d_out d_in"]
+    scale: Float[Tensor, "d_out"]
+
+
+Quantized = Weight4bit | Weight8bit | WeightFP8
 
 
 # The weight of a frozen linear layer. A dense weight is a tensor [d_out, d_in].
-Weight = Tensor | Weight4bit | Weight8bit
+Weight = Tensor | Weight4bit | Weight8bit | WeightFP8
 
 
 def shape_of(weight: Weight) -> tuple[int, int]:
     """The matrix's shape: (d_out, d_in)."""
     of = weight.form if isinstance(weight, Weight4bit) else weight
-    of = of.values if isinstance(of, Weight8bit) else of
+    of = of.values if isinstance(of, Weight8bit | WeightFP8) else of
     return of.shape[0], of.shape[1]
 
 
@@ -87,7 +108,7 @@ def parts(weight: Weight) -> list[Tensor]:
     """The tensors of a weight, as a flat list for an op's argument:
 
     dense                    [weight]
-    8 bits                   [values, scale]
+    int8, e4m3               [values, scale], of another dtype each
     4 bits                   [packed, levels, form, absmax]
     4 bits, nested absmax    [packed, levels, form, values, scale, code, offset]
     """
@@ -99,12 +120,12 @@ def parts(weight: Weight) -> list[Tensor]:
 
 
 def from_parts(tensors: Sequence[Tensor]) -> Weight:
-    """The inverse of `parts`. The number of tensors determines the kind of weight."""
+    """The inverse of `parts`. Their number, and the first one's dtype, determine the kind."""
     match len(tensors):
         case 1:
             return tensors[0]
         case 2:
-            return Weight8bit(*tensors)
+            return (WeightFP8 if tensors[0].dtype == torch.uint8 else Weight8bit)(*tensors)
         case 4:
             return Weight4bit(*tensors)
         case 7:

@@ -16,6 +16,7 @@ from fastlora.models.params import GATE_UP, is_quantized
 from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
+from fastlora.ops.quant.weights import WeightFP8
 from fastlora.ops.swiglu.swiglu import kernel_supports
 from fastlora.runtime.layer_fetching import described
 
@@ -102,7 +103,9 @@ def peak_bytes(
     # In a layer's backward pass: three hidden states, the SwiGLU kernel's partial sums, and one
     # dequantised matrix; then the gradients of gate and up, and the recomputed activations.
     backward = 3 * tokens * d * item + 8 * 3 * f * 16 * 4 + 2 * layer
-    backward += f * d * item if is_quantized(model.base) else 0
+    in_fp8 = is_quantized(model.base, WeightFP8)
+    # In e4m3: W of gate and up, transposed, and their gradients side by side.
+    backward += 2 * f * d if in_fp8 else f * d * item if is_quantized(model.base) else 0
     gradients = 0
     for i, level in reversed([*enumerate(levels)]):
         gradients += sum(x.nbytes for x in adapters[i])
@@ -110,7 +113,7 @@ def peak_bytes(
         mlp_gradients = (2 if fused else 4) * f * chunk * item
         recomputed = kept_at_selective - kept[i] if level not in ("none", "selective") else 0
         recomputed -= 2 * f * (tokens - chunk) * item
-        in_layer = backward + mlp_gradients + recomputed
+        in_layer = backward + mlp_gradients + recomputed + (2 * f * chunk if in_fp8 else 0)
         peak = max(peak, gradients + sum(kept[: i + 1]) + in_layer)
     return round(always + peak)
 
