@@ -87,7 +87,9 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx, dy):  # pyright: ignore[reportIncompatibleMethodOverride]
         x_a, b, *weight = ctx.saved_tensors
         dx = backward_product(dy, *weight) if ctx.needs_input_grad[0] else None
-        dx_a, (db,) = layer_gradients([dy], None, [0], [b], x_a, [ctx.scaling], fused=ctx.fused)
+        dx_a, (db,) = layer_gradients(
+            [dy], None, [dy.shape[1]], [b], x_a, [ctx.scaling], fused=ctx.fused
+        )
         dbias = dy.sum(0) if ctx.needs_input_grad[2] else None
         return dx, dx_a, dbias, db, None, None, *(None for _ in weight)  # the weight is frozen
 

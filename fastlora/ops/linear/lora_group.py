@@ -158,7 +158,9 @@ class _LoRALinears(torch.autograd.Function):
             dys = dy_all.split([dy.shape[1] for dy in dys], 1)
         # x_a's gradient: from the low-rank terms of the branches and, if the caller also uses x_a
         # (the SwiGLU kernel does), from there.
-        from_branches, dbs = _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused)
+        widths = [shape_of(from_parts(m))[0] for m in matrices]
+        low_rank = dys, dy_all, widths, bs, x_a, scalings
+        from_branches, dbs = layer_gradients(*low_rank, fused=fused)
         if from_branches is not None:
             dx_a = from_branches if dx_a is None else dx_a + from_branches
         dx_a_term = dx_a if keys is None else None  # with masks, add_gradients adds it below
@@ -187,23 +189,6 @@ def _by_branch(tensors, scalings, weights, biases):
     matrices = [take(n) for n in weights]
     biases_or_none = [rest.pop(0) if present else None for present in biases]
     return matrices, biases_or_none, [None if s is None else rest.pop(0) for s in scalings]
-
-
-def _low_rank(dys, dy_all, matrices, bs, x_a, scalings, fused):
-    """(the gradient of x_a by the branches' low-rank terms, dB of each branch that has a B).
-
-    (None, []) if no branch has one.
-    """
-    widths = [shape_of(from_parts(m))[0] for m in matrices]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    with_lora = [i for i, b in enumerate(bs) if b is not None]
-    if not with_lora:
-        return None, []
-    chosen = lambda each: [each[i] for i in with_lora]
-    of_bs, of_scalings = chosen(bs), chosen(scalings)
-    return layer_gradients(
-        chosen(dys), dy_all, chosen(starts), of_bs, x_a, of_scalings, fused=fused
-    )
 
 
 def _frozen(x, weight, bias):

@@ -7,6 +7,7 @@ dy_i and splits its sums, so that it takes another launch to clear and one to ad
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Float
@@ -92,24 +93,35 @@ def low_rank_gradients(
 def layer_gradients(
     dys: Sequence[Float[Tensor, "n _"] | None],
     side_by_side: Float[Tensor, "n _"] | None,
-    starts: Sequence[int],
-    bs: Sequence[Float[Tensor, "_ _"]],
-    x_a: Float[Tensor, "n _"],
-    scalings: Sequence[float],
+    widths: Sequence[int],
+    bs: Sequence[Float[Tensor, "_ _"] | None],
+    x_a: Float[Tensor, "n _"] | None,
+    scalings: Sequence[float | None],
     *,
     fused: bool,
-) -> tuple[Float[Tensor, "n r"], Sequence[Float[Tensor, "_ _"] | None]]:
+) -> tuple[Float[Tensor, "n r"] | None, Sequence[Float[Tensor, "_ _"] | None]]:
     """(all dxA_i side by side, every dB_i or None), by the kernel if it may run and supports them.
 
+    (None, []) if no layer has a low-rank term.
+
     Args:
-        dys: every dy_i. One that is None has zeros in dxA, and None in place of its dB.
-        side_by_side: a tensor with all dy_i among its columns, or None if there is none.
-        starts: the first column of each dy_i in it.
-        bs: every B_i.
-        x_a: all xA_i side by side; further columns are not read.
-        scalings: every s_i.
+        dys: the gradient of each layer's output. A layer in which it is None has zeros in dxA, and
+            None in place of dB.
+        side_by_side: these gradients as consecutive columns of one tensor, or None.
+        widths: the columns of each.
+        bs: each layer's B; None without a low-rank term, for which the result has no entry.
+        x_a: the xA_i of the layers with B, side by side; further columns are not read.
+        scalings: each layer's s.
         fused: whether Triton kernels may run.
     """
+    ends = accumulate(widths)
+    each = zip(
+        dys, [end - w for end, w in zip(ends, widths, strict=True)], bs, scalings, strict=True
+    )
+    chosen = [(dy, start, b, s) for dy, start, b, s in each if b is not None and s is not None]
+    if not chosen or x_a is None:
+        return None, []
+    dys, starts, bs, scalings = zip(*chosen, strict=True)
     given = [y for y in dys if y is not None]
     fused = fused and len(given) == len(bs) and not torch.is_grad_enabled()
     if fused and kernel_supports(given[0].dtype, *(b.shape[1] for b in bs)):

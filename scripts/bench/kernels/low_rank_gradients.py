@@ -35,7 +35,7 @@ def main() -> None:
 
             def products(dy: Tensor, x_a: Tensor, widths=widths, bs=bs, scalings=scalings):
                 dys = dy.split(widths, 1)
-                return layer_gradients(dys, None, [], bs, x_a, scalings, fused=False)
+                return layer_gradients(dys, None, widths, bs, x_a, scalings, fused=False)
 
             def one_pass(dy: Tensor, x_a: Tensor, bs=bs, starts=starts, scalings=scalings):
                 return kernel.low_rank_gradients_fused(dy, bs, x_a, starts, scalings)
