@@ -15,7 +15,7 @@ from fastlora.generation import cache, engine, step_graph
 from fastlora.generation.engine import Engine, RowSettings
 from fastlora.generation.sampling import Sampling
 from fastlora.model import Model
-from oracles.gpu_models import Row, adapted, families, tokens
+from oracles.gpu_models import MIXTURES, Row, adapted, families, tokens
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +71,8 @@ def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """Ids that differ, in fp32, where rounding does not decide between tokens."""
     model = adapted(folder, "float32")
     plain = model.with_spec(kernels="torch")
+    # In a mixture an expert's products have another number of rows in a batch, and sum otherwise.
+    largest = 3e-4 if family in MIXTURES else 1e-4
     for name, sampling in SAMPLINGS.items():
         replayed = run(model, sampling)
         # A draw may fall between two sums of probabilities that differ by rounding.
@@ -97,7 +99,7 @@ def laws(family: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
         batch, single = scored(model, sampling), scored(model, sampling, rows=1, slots=1)
         if sampling.temperature == 0:
             yield f"{family} {name}, batch against single", differing(batch[0][:1], single[0]), 0
-        yield f"{family} {name}, batch against single, scores", apart(batch, single), 1e-4
+        yield f"{family} {name}, batch against single, scores", apart(batch, single), largest
     ids = tokens(model, 2, PROMPT)
     out, logprobs = model.generate(
         ids, max_new_tokens=NEW, temperature=1.0, seed=0, eos_token_id=(), return_logprobs=True
