@@ -57,7 +57,7 @@ def peak_bytes(
 ) -> int:
     """The most memory that torch will have allocated in a training step, in bytes.
 
-    Base, adapter and optimizer are included. Of a base that is sharded over ranks or in host
+    Base, adapters and optimizer are included. Of a base that is sharded over ranks or in host
     memory, the layer that runs and the next one are on the device, and the head during the loss.
 
     Args:
@@ -81,7 +81,8 @@ def peak_bytes(
     always = kept_base + _OTHER_BYTES
     # A part that waits in host memory is copied to the device before it is gathered.
     layer = base.layer * (1 + (1 / shard if host and shard > 1 else 0)) if fetched else 0
-    always += sum(x.nbytes for leaves in adapters for x in leaves)
+    # The adapter that is trained is a copy; the given one stays in the caller's model.
+    always += 2 * sum(x.nbytes for leaves in adapters for x in leaves)
     always += MOMENT_BYTES[optimizer] * parameters
 
     levels, fused = levels_of(model, recompute, tokens), _swiglu_is_fused(model)
