@@ -150,7 +150,7 @@ def queue_updates(
 ) -> Float[Tensor, "n 2"]:
     """The part of `updates` that does not wait for the device.
 
-    With fused optimizers it may be recorded in a CUDA graph. Learning rates are then a float32
+    If all optimizers are recordable, a CUDA graph may record it. Learning rates are then a float32
     tensor on the device, and the state of every leaf exists.
 
     Returns:
@@ -209,6 +209,14 @@ def finish_updates(
 def is_fused(optimizer: torch.optim.Optimizer) -> bool:
     """Whether one kernel updates all leaves and reads on the device whether it may."""
     return isinstance(optimizer, torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
+
+
+def is_recordable(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a CUDA graph may record an update: fused, and not a user's.
+
+    The host counts the updates of a user's optimizer, and may run hooks that the user has set.
+    """
+    return is_fused(optimizer) and not is_custom(optimizer)
 
 
 def _finish_update(optimizer: torch.optim.Optimizer, finite: bool) -> None:

@@ -5,6 +5,7 @@ tests/gpu/test_training.py replays a real graph.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastlora.runtime import cuda_graph
 from fastlora.runtime.cuda_graph import CUDAGraphed
 from fastlora.runtime.tree import leaves
+from fastlora.training.custom_optimizer import build, updates_begun
 from fastlora.training.learner import make_learner
 from fastlora.training.many.stack import RunStack, make_stack
 from fastlora.training.many.update import StackUpdate
@@ -96,3 +98,15 @@ def test_an_optimizer_that_waits_for_the_device_is_not_recorded(base):
     slow = adamw(update.optimizers[1], fused=False)
     update = StackUpdate(stack, [update.optimizers[0], slow], graphed=True)
     assert not update.graphed and not isinstance(update.run, CUDAGraphed)
+
+
+def test_fused_optimizers_of_users_count_their_applied_updates(base):
+    """A replay would not count on the host."""
+    stack, update = made(base, graphed=False)
+    make = partial(torch.optim.AdamW, lr=0.0, fused=True)
+    users = [build(make, [dict(g) for g in x.param_groups]) for x in update.optimizers]
+    update = StackUpdate(stack, users, graphed=True)
+    assert not update.graphed
+    for i in range(3):
+        step(stack, update, i)
+    assert [*map(updates_begun, users)] == [3, 2]  # the gradient of run 1 was not finite once

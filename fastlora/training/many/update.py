@@ -16,7 +16,7 @@ from torch.linalg import vector_norm
 
 from fastlora.runtime.cuda_graph import CUDAGraphed
 from fastlora.training.many.stack import RunStack
-from fastlora.training.optimizers import finish_updates, is_fused, queue_updates
+from fastlora.training.optimizers import finish_updates, is_recordable, queue_updates
 from fastlora.training.parameter_groups import update_differences
 
 
@@ -40,11 +40,11 @@ class StackUpdate:
         Args:
             stack: of the runs.
             optimizers: of the runs, over their own tensors.
-            graphed: replay the update from a CUDA graph. Has no effect if an optimizer waits for
-                the device, as all but fused AdamW do.
+            graphed: replay the update from a CUDA graph. Has no effect unless all optimizers are
+                our fused AdamW: others wait for the device, or count updates on the host.
         """
         self.optimizers = optimizers
-        self.graphed = graphed and all(map(is_fused, optimizers))
+        self.graphed = graphed and all(map(is_recordable, optimizers))
         queue = partial(_queue, stack, optimizers)
         self.run = CUDAGraphed(queue) if self.graphed else queue
         if self.graphed:
@@ -76,7 +76,8 @@ class StackUpdate:
         """
         given: Sequence[float] | Tensor = rates
         if self.graphed:  # a recording would keep numbers as constants
-            given = torch.tensor(rates, dtype=torch.float32, device=sums.device)
+            # Without waiting: the gradient is still being computed.
+            given = torch.tensor(rates, dtype=torch.float32).to(sums.device, non_blocking=True)
         figures, of_gradient, of_change = self.run(gradient, sums, scales, tokens, limits, given)
         values = figures.tolist()
         losses, norms = [x for x, _ in values], [x for _, x in values]
@@ -100,7 +101,7 @@ def _queue(
     clipping = (limits / (norms + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
     _set_gradients(stack, [g * _column(inverse * clipping, g) for g in gradient])
     figures = queue_updates(optimizers, rates, sums / tokens, norms)
-    if not all(map(is_fused, optimizers)):
+    if not all(map(is_recordable, optimizers)):
         finish_updates(optimizers, figures)
     for optimizer in optimizers:
         optimizer.zero_grad()
