@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from fastlora.arguments import Rule, check_arguments, whole_number
+from fastlora.distributed.launch import launched, own_device
 from fastlora.distributed.mesh import world_size
 from fastlora.distributed.process_group import start_group
 from fastlora.errors import raise_problems
@@ -43,10 +44,11 @@ def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
 
     Args:
         ranks: that have each row together; a divisor of the number of all ranks.
-        device: of the model.
+        device: of the model. "cuda" is cuda:LOCAL_RANK, as in `load`.
 
     Raises:
-        ValueError: the ranks do not divide into such groups, or an argument is wrong.
+        ValueError: the ranks do not divide into such groups, there is neither a process group nor a
+            launcher, or an argument is wrong.
     """
     refuse_transforms("fastlora.context_group")
     check_arguments(
@@ -55,8 +57,10 @@ def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
         device=(device, Rule(lambda x: device_problem(x) is None, "a device of torch")),
     )
     problem = context_problem(ranks)
+    if not problem and not dist.is_initialized() and launched() is None:
+        problem = f"{ranks=}: no launcher has started this process; leave context out"
     raise_problems(ValueError, "fastlora.context_group:", [problem] if problem else [])
-    device = torch.device(device)
+    device = own_device(torch.device(device))
     start_group(device)
     made = _MADE.setdefault(dist.group.WORLD, {})
     if (ranks, device.type) not in made:

@@ -11,6 +11,7 @@ import torch
 
 import fastlora
 from fastlora import functional as FL
+from fastlora.distributed import context_parallel
 from fastlora.models.context_part import context_problems
 from fastlora.ops.attention.context_group import ContextGroup
 from oracles.checkpoints import make_checkpoint
@@ -153,6 +154,27 @@ def test_ranks_that_do_not_divide_into_groups_are_refused(results):
         text = "context_parallel=3: the 2 ranks do not divide into groups of 3"
         assert text in of_function and text in of_train
         assert "rank 1 has another context_parallel: 2; rank 0 has 1" in of_two
+
+
+def test_a_process_that_no_launcher_has_started_has_no_group(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ValueError, match="no launcher has started this process"):
+        fastlora.context_group(1, "cpu")
+
+
+def test_the_group_of_a_gpu_without_index_is_started_on_the_gpu_of_the_rank(monkeypatch):
+    """NCCL's process group is refused without an index."""
+    for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    def start(device: torch.device) -> None:
+        raise KeyError(str(device))
+
+    monkeypatch.setattr(context_parallel, "start_group", start)
+    with pytest.raises(KeyError, match="cuda:1"):
+        fastlora.context_group(2, "cuda")
 
 
 @pytest.fixture
