@@ -24,6 +24,9 @@ from fastlora.training.learner import Learner
 # The ranks of a sharded base must run the same passes, but only one of them may have found NaN.
 _NOT_SEARCHED = "its cause is not searched for, because the base is sharded over ranks"
 
+# Context parallel: a whole row may not fit this card.
+_ROWS_NOT_SEARCHED = "sequences that several ranks have together are not searched"
+
 
 def nonfinite_cause(
     learner: Learner,
@@ -43,16 +46,17 @@ def nonfinite_cause(
     """
     if is_collective(learner.model.base):
         return _NOT_SEARCHED
-    shared = ranks.context is not None  # a whole row may not fit this card
+    shared = ranks.context is not None
     batches, seeds = ([], []) if shared else (batches, seeds)
     noisy = replace(learner.model, spec=learner.spec)  # with the noise of NEFTune, as in the step
     if cause := ranks.first_text(_forward_cause(noisy, batches, seeds)):
         return cause
     for name, grad in zip(learner.leaves, gradient, strict=True):
         if not bool(grad.isfinite().all()):
-            return f"the gradient of {name} is not finite, though the forward pass is"
+            known = _ROWS_NOT_SEARCHED if shared else "the forward pass is finite"
+            return f"the gradient of {name} is not finite; {known}"
     if shared:
-        return "no tensor of the model; sequences that ranks have together are not searched"
+        return f"base and adapter are finite; {_ROWS_NOT_SEARCHED}"
     return "no tensor and no sequence could be found that it comes from"
 
 
@@ -66,7 +70,7 @@ def nonfinite_cause_of_batches(
     batches = [] if shared else list(batches)
     cause = ranks.first_text(_forward_cause(model, batches, [None] * len(batches)))
     if shared and not cause:
-        return "no tensor of the model; sequences that ranks have together are not searched"
+        return f"base and adapter are finite; {_ROWS_NOT_SEARCHED}"
     return cause or "the mean of finite losses"
 
 

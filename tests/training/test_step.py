@@ -14,12 +14,15 @@ import transformers
 import fastlora
 from fastlora.data.batches import batches
 from fastlora.data.encoding import encode_rows
+from fastlora.distributed.ranks import Ranks
 from fastlora.formats.peft.names import peft_state_dict
+from fastlora.ops.attention.context_group import ContextGroup
 from fastlora.training import learner, step
 from fastlora.training.loop import train
+from fastlora.training.nonfinite import nonfinite_cause
 from fastlora.training.step import learning_rate_factor
 from oracles.pairs import adapted
-from oracles.training_runs import QUIET, ROWS
+from oracles.training_runs import QUIET, ROWS, settings
 from oracles.trees import relative_error, same_bits
 
 
@@ -221,3 +224,14 @@ def test_a_float16_gradient_that_overflows_is_taken_again_in_a_smaller_scale(
     monkeypatch.setattr(step, "FLOAT16_SCALES", (1.0,))
     with pytest.raises(FloatingPointError, match=r"the gradient of .*lora_"):
         train(next(half(folder, 3000.0)), tokenizer, ROWS, **run)
+
+
+def test_a_forward_pass_that_was_not_searched_is_not_called_finite(model):
+    """Ranks that have rows together do not run whole rows to search for a cause."""
+    of_run, ranks = learner.make_learner(model, settings()), Ranks()
+    gradient = [torch.full_like(x, math.nan) for x in of_run.leaves.values()]
+    assert "the forward pass is finite" in nonfinite_cause(of_run, [], [], gradient)
+    ranks.context = ContextGroup("", 0, 2)
+    cause = nonfinite_cause(of_run, [], [], gradient, ranks)
+    assert "the gradient of" in cause and "have together are not searched" in cause
+    assert "forward pass" not in cause
