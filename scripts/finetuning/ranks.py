@@ -40,10 +40,9 @@ def resumes(options: Any) -> bool:
 def step_size(options: Any) -> str:
     """How many sequences a step has, for people: twice the ranks are twice the sequences."""
     launch = launched()
-    together = options.context_parallel
-    ranks = (1 if launch is None else launch.ranks) // together or 1
-    numbers = (ranks, options.batch_size, options.gradient_accumulation_steps)
-    total = numbers[0] * numbers[1] * numbers[2]
+    together = max(options.context_parallel, 1)  # train refuses less than 1
+    groups = (1 if launch is None else launch.ranks) // together or 1
+    size, parts = options.batch_size, options.gradient_accumulation_steps
     who = "ranks" if together == 1 else f"groups of {together} ranks"
-    text = "a step: {} {} x {} sequences x {} micro-batches = {}"
-    return text.format(ranks, who, *numbers[1:], total)
+    step = f"{groups} {who} x {size} sequences x {parts} micro-batches"
+    return f"a step: {step} = {groups * size * parts}"

@@ -196,6 +196,7 @@ def test_a_file_that_is_streamed_is_not_divided(quick, rows, tmp_path, monkeypat
         (("--config", "CONFIG"), "has colour: expected options"),
         (("--r", "0"), "r=0"),
         (("--learning-rate", "-1"), "learning_rate=-1"),
+        (("--context-parallel", "0"), "context_parallel=0"),
     ],
 )
 def test_unusable_arguments_end_with_code_2(
