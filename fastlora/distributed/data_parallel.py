@@ -224,12 +224,16 @@ class Group(Ranks):
         """Wait until all ranks are here."""
         gather_json(self.groups, None, what, MEET_SECONDS)
 
+    @property
+    def leads_node(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return self.rank == self.node_leader
+
     @contextmanager
     def first_on_node(self, what: str) -> Iterator[None]:
         """Run the block on the first rank of each machine, then on its other ranks."""
-        is_first = self.rank == self.node_leader
         name = f"{what} on node {self.node_leader}"
-        done = self.groups.waits.first(name, is_first, MEET_SECONDS)
+        done = self.groups.waits.first(name, self.leads_node, MEET_SECONDS)
         try:
             yield
         finally:

@@ -52,6 +52,11 @@ class Ranks:
         """Whether this process writes files, logs and shows the bar."""
         return self.rank == 0
 
+    @property
+    def leads_node(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return True
+
     def agree(self, facts: Mapping[str, Any], what: str = "this run") -> None:
         """Raise a ValueError if a fact differs between ranks."""
 

@@ -66,8 +66,8 @@ def preparing_first_step(
     Args:
         compile: the model's setting.
         device: of the model.
-        compilers: start compiler processes, if they may be needed. Of several ranks, the first one
-            compiles, and the others read its cache.
+        compilers: start compiler processes, if they may be needed. Of the ranks of a machine only
+            the first one should, because the others read its cache.
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
     if compiles(compile, device):

@@ -277,8 +277,8 @@ def train(
         # data that are streamed, it is the first block.
         objective = objective_of(loss, model)
         with (
+            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.leads_node),
             ranks.first_on_node("encoding"),
-            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.is_first),
         ):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)

@@ -6,18 +6,22 @@ import sys
 import textwrap
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
+import fastlora
 from fastlora.checkpoints import reading
 from fastlora.checkpoints.hub import DEMO
+from fastlora.distributed.data_parallel import Group
+from fastlora.distributed.ranks import Ranks
 from fastlora.runtime import ahead, first_step
 from fastlora.runtime.compiled import Compile
 from fastlora.runtime.first_step import DYNAMO, INDUCTOR, importing_compiler, preparing_first_step
+from fastlora.training import loop
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
@@ -51,6 +55,35 @@ def test_only_the_first_rank_starts_compilers(tasks):
         with preparing_first_step(True, CPU, first):
             pass
         assert ("_start_compilers" in tasks) == first and "_compute_cache_keys" in tasks
+
+
+def test_a_rank_imports_while_it_waits_for_the_first_one_of_its_machine(monkeypatch):
+    order: list[str] = []
+    ranks = object.__new__(Group)
+    ranks.rank, ranks.node_leader = 9, 8
+
+    @contextmanager
+    def turn(what: str) -> Iterator[None]:
+        order.append(what)
+        yield
+
+    @contextmanager
+    def preparing(compile: Compile, device: torch.device, compilers: bool) -> Iterator[None]:
+        order.append(f"imports, compilers: {compilers}")
+        yield
+
+    def end(*_: object) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(ranks, "first_on_node", turn)
+    monkeypatch.setattr(loop, "preparing_first_step", preparing)
+    monkeypatch.setattr(loop, "joined_ranks", lambda *_: nullcontext(ranks))
+    monkeypatch.setattr(loop, "prepare_run", end)
+    base, tokenizer = fastlora.load("demo", device="cpu")
+    with pytest.raises(KeyError):
+        fastlora.train(fastlora.lora(base, r=2), tokenizer, ["a"], max_steps=1, progress=False)
+    assert order == ["imports, compilers: False", "encoding"]
+    assert Ranks().leads_node
 
 
 def test_imports_stop_at_the_end_of_the_block(monkeypatch):
