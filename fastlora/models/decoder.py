@@ -164,8 +164,8 @@ def hidden_states(
     # `fetched` is None if all layers are on the device.
     stash, fetched = _stash(spec, x), open_pass(base["layers"])
     # The stash casts a layer's matrices again, and a stack's are scaled first.
-    alone = any(x is not None for x in (stash, fetched, rows, spec.qat_scheme))
-    adapters = cast_layers(layer_adapters(adapter, config), None if alone else x.dtype)
+    by_layer = any(x is not None for x in (stash, fetched, rows, spec.qat_scheme))
+    adapters = cast_layers(layer_adapters(adapter, config), None if by_layer else x.dtype)
     for i, level in enumerate(_levels(spec, stash, input_ids.numel(), x)):
         x = taps.at(f"layers.{i}.in", x)
         if use_compiled and torch.is_grad_enabled() and not x.requires_grad:
@@ -183,8 +183,8 @@ def hidden_states(
         # Dropout masks, a stack's groups and those of examples are of all rows.
         whole = keys[i] is not None or rows is not None or examples is not None
         chunks = mlp_chunks(config, i, level, input_ids.numel(), whole=whole)
-        how: Any = {"fused": fused, "stacked": rows is not None, "context": context}
-        static = layer_spec(spec, i, **how), level, chunks
+        of_layer = layer_spec(spec, i, fused=fused, stacked=rows is not None, context=context)
+        static = of_layer, level, chunks
         layer, rest, static = taps.layer(i, rest, static)
         how = partial(_run, layer), static, use_compiled
         x = taps.after(i, run_layer(fetched, i, rest, how, x, stash, copies))

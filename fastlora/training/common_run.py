@@ -28,8 +28,7 @@ def joined_ranks(model: ModelState, context_parallel: int = 1) -> AbstractContex
     """The ranks that train this model with this process, for a `with` block.
 
     Raises:
-        ValueError: rows are shared by `context_parallel` ranks, and ranks do not divide into such
-            groups.
+        ValueError: two ranks use one GPU, or ranks have other values of `context_parallel`.
     """
     device = model.base["norm"].device
     lockstep = is_collective(model.base)
@@ -49,8 +48,7 @@ def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> R
     """The run with its ranks, and with the split of micro-batches between them.
 
     A micro-batch has batch_size sequences for each rank, or for each group of ranks that have rows
-    together. A run that resumes on another number of
-    ranks keeps the micro-batches that it had.
+    together. A run that resumes on another number of ranks keeps the micro-batches that it had.
 
     Args:
         run: as one process would do it.
