@@ -72,8 +72,8 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
-    # In this thread bitsandbytes imports dynamo, and our kernels Triton; two threads must not be in
-    # one circle.
+    # To quantise, this thread imports dynamo (bitsandbytes) or Triton (our kernels). Two threads
+    # must not be in one circular import.
     dense = not (checked.stored or checked.to_quantize)
     with importing_compiler(dense and torch.device(device).type == "cuda"):
         return read_checked(checked, device)
@@ -105,7 +105,7 @@ class CheckedBase:
     parts: Mapping[str, Piece]  # key in the file -> which tensor of the model, and where in it
     stored: Mapping[str, StoredWeight]  # in 4 or 8 bits
     to_quantize: Mapping[str, torch.dtype]  # name -> dtype, of the projections to be quantised now
-    precision: Precision | None  # that they get
+    precision: Precision | None  # the new precision of the projections in `to_quantize`
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a dense tensor after it is read."""

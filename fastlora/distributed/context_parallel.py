@@ -43,7 +43,7 @@ def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
     loss and of the adapter's gradient, and the sum over the ranks is that of the batch.
 
     Args:
-        ranks: that have each row together; a divisor of the number of all ranks.
+        ranks: how many ranks have each row together; a divisor of the number of all ranks.
         device: of the model. "cuda" is cuda:LOCAL_RANK, as in `load`.
 
     Raises:

@@ -27,7 +27,7 @@ from fastlora.runtime.per_example import PerExample
 
 
 class ContextPart(NamedTuple):
-    """Of a batch of rows of s tokens, of which this rank has t, in two pieces of each row."""
+    """This rank's part of a batch of rows of s tokens: two pieces of each row, t tokens in all."""
 
     group: ContextGroup
     input_ids: Int[Tensor, "b t"]

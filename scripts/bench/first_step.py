@@ -127,7 +127,8 @@ def note(found: dict, cache: str) -> None:
 
     figures = {f"{part}_s": round(end - begin, 2) for part, _, begin, end in found["marks"]}
     figures |= {"total_s": round(found["total_s"], 2), "cache": cache}
-    append(Path(out) / "first_step.jsonl", row("python scripts/bench/first_step.py", figures))
+    command = f"python scripts/bench/first_step.py {' '.join(sys.argv[1:])}".strip()
+    append(Path(out) / "first_step.jsonl", row(command, figures))
 
 
 def keep_bytecode(folder: Path) -> None:
