@@ -6,7 +6,8 @@ tensor by tensor, so that a resumed run has the same bits as an uninterrupted on
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -184,10 +185,27 @@ def step_together(optimizers: Sequence[torch.optim.Optimizer]) -> None:
     branches = [torch.cuda.Stream() for _ in optimizers]
     for optimizer, branch in zip(optimizers, branches, strict=True):
         branch.wait_stream(here)
-        with torch.cuda.stream(branch):
+        with torch.cuda.stream(branch), _capturable(optimizer):
             optimizer.step()
     for branch in branches:
         here.wait_stream(branch)
+
+
+@contextmanager
+def _capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Set the groups' "capturable", which torch asks for while a CUDA graph is recorded.
+
+    Not for longer, because torch warns of it in steps that are not recorded. Fused kernels are the
+    same with it.
+    """
+    before = [group["capturable"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, value in zip(optimizer.param_groups, before, strict=True):
+            group["capturable"] = value
 
 
 def finish_updates(

@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace) -> Measured:
         fastlora.lora(model, r=args.rank, recompute=args.recompute, random_state=i)
         for i in range(n)
     ]
-    gradient, step, batch = functions(adapted, tokens, args.graph)
+    gradient, step, batch = functions(adapted, tokens)
     figures = {}
     for name, function in (("gradient_ms", gradient), ("ms", step)):
         memory(device)
@@ -101,7 +101,7 @@ def memory(device: torch.device) -> float:
 
 
 def functions(
-    models: list[Any], tokens: int, graph: bool
+    models: list[Any], tokens: int
 ) -> tuple[Callable[[Batch], Any], Callable[[Batch], Any], Batch]:
     """(the gradient of a batch, the same and AdamW's update, a batch with a row for each model)."""
     base, n = models[0].base, len(models)
@@ -110,7 +110,7 @@ def functions(
     leaves = [leaf.clone() for leaf in leaves]
     parts = [[leaf] if n == 1 else [*leaf] for leaf in leaves]  # the slices are views
     device = base["norm"].device
-    settings: Any = dict(lr=2e-4, fused=device.type == "cuda", capturable=graph)
+    settings: Any = dict(lr=2e-4, fused=device.type == "cuda")
     optimizers = [torch.optim.AdamW([part[i] for part in parts], **settings) for i in range(n)]
     ids = torch.randint(
         spec.config.vocab_size, (n, tokens), generator=torch.Generator().manual_seed(0)

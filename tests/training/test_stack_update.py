@@ -5,7 +5,9 @@ tests/gpu/test_training.py replays a real graph.
 """
 
 import math
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import Mock
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from fastlora.training.custom_optimizer import build, updates_begun
 from fastlora.training.learner import make_learner
 from fastlora.training.many.stack import RunStack, make_stack
 from fastlora.training.many.update import StackUpdate
+from fastlora.training.optimizers import step_together
 from oracles.pairs import adapted
 from oracles.training_runs import settings
 from oracles.trees import relative_error, same_bits
@@ -110,3 +113,25 @@ def test_fused_optimizers_of_users_count_their_applied_updates(base):
     for i in range(3):
         step(stack, update, i)
     assert [*map(updates_begun, users)] == [3, 2]  # the gradient of run 1 was not finite once
+
+
+def test_optimizers_are_capturable_only_while_a_graph_is_recorded(base, monkeypatch):
+    """torch refuses to record others, and warns of these in steps that are not recorded."""
+    stack, update = made(base, graphed=True)
+    assert update.graphed
+    seen: list[bool] = []
+    for optimizer in update.optimizers:
+        note = lambda opt, *_: seen.extend(group["capturable"] for group in opt.param_groups)
+        optimizer.register_step_pre_hook(note)
+    monkeypatch.setattr(cuda_graph, "_check_devices", lambda given: None)
+    step(stack, update, 0)  # the first call runs plainly
+    assert seen and not any(seen)
+    seen.clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock)
+    monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    step_together(update.optimizers)
+    assert seen and all(seen)
+    assert not any(group["capturable"] for opt in update.optimizers for group in opt.param_groups)

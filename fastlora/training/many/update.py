@@ -47,10 +47,6 @@ class StackUpdate:
         self.graphed = graphed and all(map(is_recordable, optimizers))
         queue = partial(_queue, stack, optimizers)
         self.run = CUDAGraphed(queue) if self.graphed else queue
-        if self.graphed:
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["capturable"] = True  # torch asks for it; its fused kernels are the same
 
     @torch.no_grad()
     def __call__(
