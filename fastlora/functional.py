@@ -38,7 +38,7 @@ from torch import Tensor
 from fastlora.arguments import FLAG
 from fastlora.errors import raise_problems
 from fastlora.models.capture_checks import checked_inputs, needed_entries
-from fastlora.models.context_part import context_part, context_problems
+from fastlora.models.context_part import context_part, context_problems, padding_problems
 from fastlora.models.each_row import AdapterIds, Inputs, for_each_row
 from fastlora.models.input_checks import entry_problems
 from fastlora.models.outputs import part_logprobs, row_logits, row_logprobs
@@ -202,9 +202,10 @@ def loss_sum(
             before it times their padded length. The part then has the dropout masks and the noise
             that it has in the larger batch. Not with a stack; None: 0.
         context: the result of `fastlora.context_group`: its ranks have every row together, and all
-            of them must make this call with the same batch, of whole rows. Not with a stack, by
-            example, under torch.func, in a CUDA graph, or with add and inputs_embeds. None: this
-            process runs whole rows.
+            of them must make this call with the same batch, of whole rows. Padding must be at the
+            ends of rows or documents; an attention_mask is read from the device to check it. Not
+            with a stack, by example, under torch.func, in a CUDA graph, or with add and
+            inputs_embeds. None: this process runs whole rows.
         add: as `forward`.
         inputs_embeds: as `forward`; the batch then has no input_ids.
 
@@ -326,6 +327,8 @@ def _own_logprobs(
     raise_problems(ValueError, f"{function} with context cannot do this:", problems)
     assert not isinstance(adapter, PerExample)
     inputs = checked_inputs(function, model, batch, seed, None)
+    problems = padding_problems(inputs.get("attention_mask"), inputs.get("segment_ids"))
+    raise_problems(ValueError, f"{function} with context cannot do this:", problems)
     part = context_part(inputs, trained_labels(batch), context, first_row)
     return part_logprobs(adapter, base, spec, part, seed), part.following
 

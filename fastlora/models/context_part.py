@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora.arguments import describe
 from fastlora.models.config import LlamaConfig
 from fastlora.models.neftune import with_noise
-from fastlora.models.positions import first_seen, positions, sequence_lengths
+from fastlora.models.positions import first_seen, positions, segment_starts, sequence_lengths
 from fastlora.models.rope_tables import tables_by_type
 from fastlora.models.stacks import stack_size
 from fastlora.ops.attention.context_group import ContextGroup, own_tokens
@@ -102,6 +102,28 @@ def context_problems(
         "your own torch.compile: layers are compiled already": torch.compiler.is_compiling(),
     }
     return [problem for problem, is_so in found.items() if is_so]
+
+
+def padding_problems(
+    mask: Int[Tensor, "b s"] | None, segments: Int[Tensor, "b s"] | None
+) -> list[str]:
+    """Padding between the real tokens of a document: the keys of a query are then not one span.
+
+    Reads from the device if there is a mask.
+    """
+    if mask is None:
+        return []
+    real, t = mask.bool(), mask.shape[1]
+    begins = real & ~F.pad(real[:, :-1], (1, 0))
+    if segments is not None:
+        begins |= real & segment_starts(segments)
+    # Runs of real tokens up to each token, less those before its document.
+    runs = begins.cumsum(1)
+    first = first_seen(t, None, segments, mask.device).expand_as(runs)
+    before = (runs - begins.long()).gather(1, first)
+    if not bool((real & (runs - before > 1)).any()):
+        return []
+    return ["attention_mask is 0 between real tokens: padding must be at the ends of a document"]
 
 
 def _documents(

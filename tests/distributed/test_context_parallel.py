@@ -12,7 +12,7 @@ import torch
 import fastlora
 from fastlora import functional as FL
 from fastlora.distributed import context_parallel
-from fastlora.models.context_part import context_problems
+from fastlora.models.context_part import context_problems, padding_problems
 from fastlora.ops.attention.context_group import ContextGroup
 from oracles.checkpoints import make_checkpoint
 from oracles.trees import stacked
@@ -202,6 +202,20 @@ def test_calls_that_need_whole_rows_are_refused_by_name(tiny, batch):
         torch.func.grad(call)(tiny.adapter)
     (problem,) = context_problems(tiny.adapter, SimpleNamespace(ranks=2), None, None, None)
     assert "expected the result of fastlora.context_group" in problem
+
+
+def test_padding_between_real_tokens_is_refused(tiny, batch):
+    """Whole rows pass over such keys; the keys of a part's query are one span."""
+    mask, segments = torch.ones_like(batch["input_ids"]), torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
+    mask[0, 3] = 0
+    group, model = ContextGroup("none", 0, 2), (tiny.adapter, tiny.base, tiny.spec)
+    with pytest.raises(ValueError, match="attention_mask is 0 between real tokens"):
+        FL.loss_sum(*model, batch | {"attention_mask": mask}, context=group)
+    assert not padding_problems(mask, segments)  # it is the end of a document
+    mask[0, [0, 7]] = 0
+    assert padding_problems(mask, None) and not padding_problems(mask, segments)
+    mask[0, 5] = 0
+    assert padding_problems(mask, segments)
 
 
 def test_a_cuda_graph_is_refused(tiny, batch, monkeypatch):
