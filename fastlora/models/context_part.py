@@ -105,9 +105,11 @@ def context_problems(
 
 
 def padding_problems(
-    mask: Int[Tensor, "b s"] | None, segments: Int[Tensor, "b s"] | None
+    mask: Int[Tensor, "b s"] | None,
+    segments: Int[Tensor, "b s"] | None,
+    labels: Int[Tensor, "b s"],
 ) -> list[str]:
-    """Padding between the real tokens of a document: the keys of a query are then not one span.
+    """Padding that is read, or predicts a trained label: its query's keys are not one span.
 
     Reads from the device if there is a mask.
     """
@@ -121,9 +123,16 @@ def padding_problems(
     runs = begins.cumsum(1)
     first = first_seen(t, None, segments, mask.device).expand_as(runs)
     before = (runs - begins.long()).gather(1, first)
-    if not bool((real & (runs - before > 1)).any()):
-        return []
-    return ["attention_mask is 0 between real tokens: padding must be at the ends of a document"]
+    runs, following = runs - before, F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    found = {
+        "attention_mask is 0 between real tokens: padding must be at the ends of a document": (
+            real & (runs > 1)
+        ),
+        "labels after padding are trained: they must be -100 there": (
+            ~real & (runs > 0) & (following != IGNORE)
+        ),
+    }
+    return [problem for problem, where in found.items() if bool(where.any())]
 
 
 def _documents(

@@ -204,18 +204,29 @@ def test_calls_that_need_whole_rows_are_refused_by_name(tiny, batch):
     assert "expected the result of fastlora.context_group" in problem
 
 
-def test_padding_between_real_tokens_is_refused(tiny, batch):
+def test_padding_that_is_read_or_trained_is_refused(tiny, batch):
     """Whole rows pass over such keys; the keys of a part's query are one span."""
+    none = torch.full_like(batch["labels"], -100)
     mask, segments = torch.ones_like(batch["input_ids"]), torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2]])
     mask[0, 3] = 0
     group, model = ContextGroup("none", 0, 2), (tiny.adapter, tiny.base, tiny.spec)
     with pytest.raises(ValueError, match="attention_mask is 0 between real tokens"):
         FL.loss_sum(*model, batch | {"attention_mask": mask}, context=group)
-    assert not padding_problems(mask, segments)  # it is the end of a document
+    assert not padding_problems(mask, segments, none)  # it is the end of a document
     mask[0, [0, 7]] = 0
-    assert padding_problems(mask, None) and not padding_problems(mask, segments)
+    assert padding_problems(mask, None, none) and not padding_problems(mask, segments, none)
     mask[0, 5] = 0
-    assert padding_problems(mask, segments)
+    assert padding_problems(mask, segments, none)
+
+    mask[0] = torch.tensor([0, 0, 1, 1, 1, 0, 0, 0])  # before padding, padding sees itself only
+    labels = torch.where(mask == 0, -100, batch["labels"])
+    assert not padding_problems(mask, None, labels)
+    labels[0, 5] = 1  # the last real token predicts it
+    assert not padding_problems(mask, None, labels)
+    labels[0, 6] = 1
+    with pytest.raises(ValueError, match="labels after padding are trained"):
+        call = batch | {"attention_mask": mask, "labels": labels}
+        FL.loss_sum(*model, call, context=group)
 
 
 def test_a_cuda_graph_is_refused(tiny, batch, monkeypatch):
