@@ -203,9 +203,9 @@ def loss_sum(
             that it has in the larger batch. Not with a stack; None: 0.
         context: the result of `fastlora.context_group`: its ranks have every row together, and all
             of them must make this call with the same batch, of whole rows. Padding must be at the
-            ends of rows or documents, with labels of -100; an attention_mask is read from the device to check it. Not
-            with a stack, by example, under torch.func, in a CUDA graph, or with add and
-            inputs_embeds. None: this process runs whole rows.
+            ends of rows or documents, with labels of -100; an attention_mask is read from the
+            device to check it. Not with a stack, by example, under torch.func, in a CUDA graph, or
+            with add and inputs_embeds. None: this process runs whole rows.
         add: as `forward`.
         inputs_embeds: as `forward`; the batch then has no input_ids.
 
@@ -327,11 +327,8 @@ def _own_logprobs(
     raise_problems(ValueError, f"{function} with context cannot do this:", problems)
     assert not isinstance(adapter, PerExample)
     inputs = checked_inputs(function, model, batch, seed, None)
-    labels, padding = (
-        trained_labels(batch),
-        (inputs.get("attention_mask"), batch.get("segment_ids")),
-    )
-    problems = padding_problems(*padding, labels)
+    labels, mask = trained_labels(batch), inputs.get("attention_mask")
+    problems = padding_problems(mask, inputs.get("segment_ids"), labels)
     raise_problems(ValueError, f"{function} with context cannot do this:", problems)
     part = context_part(inputs, labels, context, first_row)
     return part_logprobs(adapter, base, spec, part, seed), part.following
