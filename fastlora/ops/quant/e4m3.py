@@ -6,7 +6,9 @@ largest finite number of e4m3. With powers of two, values * scale is exact in bf
 gradient times the scales of W's rows. Any other scale would round no better: e4m3's relative steps
 are the same at all sizes, down to 2**-15 of a row's largest magnitude.
 
-The reference is the specification. The op runs e4m3_kernel.py on CUDA, with the same bits.
+The reference is the specification. The op runs e4m3_kernel.py on CUDA, with the same bits for
+finite rows. An infinite element becomes NaN in the reference, but 448 times the row's scale in the
+kernel, because the GPU's conversion to e4m3 saturates.
 """
 
 from collections.abc import Sequence
