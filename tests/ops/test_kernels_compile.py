@@ -42,6 +42,7 @@ def masked_backward(which, static, needs_x, needs_a):
 
 
 ROWS = dict(CARRY=0x1FFFFF, LEAST_POWER=27, BLOCK=4096)
+ROWS |= dict(INFINITE=0x7F800000, NOT_A_NUMBER=0x7FC00000)
 # Tuples of PIECES elements.
 TUPLES = {"ys": "*bf16", "strides": "i32", "widths": "i32", "factors": "*bf16"}
 OTHER = {
