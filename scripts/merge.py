@@ -39,7 +39,7 @@ def arguments() -> argparse.Namespace:
     add("--save-method", default="merged_16bit", choices=("merged_16bit", "merged_4bit", "lora"))
     add("--load-in-4bit", action="store_true", help="the adapter was trained over a 4-bit base")
     add("--base-precision", default="checkpoint", help='"fp8": it was trained over a base in e4m3')
-    add("--base", default="auto", help='of these two: "original", "dequantized", or a folder')
+    add("--base", default="auto", help='of a quantised base: "original", "dequantized", a folder')
     add("--device", default="cpu", help="device that merges; the CPU usually has more memory")
     return parser.parse_args()
 

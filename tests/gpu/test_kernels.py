@@ -166,6 +166,7 @@ def low_rank() -> Iterator[Row]:
         (8192, (4096,), (16,)),
         (1001, (130, 700), (3, 16)),
         (5, (7, 300, 64), (1, 8, 4)),
+        (1, (300, 64), (8, 4)),
     )
     for n, widths, ranks in sizes:
         wide = [new(n, sum(widths) + 8), new(n, sum(ranks))]

@@ -80,8 +80,17 @@ def test_rows_that_are_not_finite_stay_so():
         x = torch.ones(2, 4)
         x[0, 1] = bad
         values, scale = quantize_rows([x])
-        back = values.float() * scale[:, None]
-        assert not back[0].isfinite().all() and back[1].equal(x[1])
+        assert scale[0].isnan() and (values[1].float() * scale[1]).equal(x[1])
+
+
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
+def test_kernels_scale_of_a_row_that_is_not_finite_is_nan(bad):
+    from fastlora.ops.quant import e4m3_kernel
+
+    x = torch.ones(3, 40)
+    x[0, 33] = bad
+    _, scale = e4m3_kernel.quantize_rows([x], None, torch.float32, (16, 4))
+    assert scale[0].isnan() and scale[1:].equal(row_scales(torch.ones(2)))
 
 
 def test_several_tensors_are_quantised_as_one_with_factors_of_the_columns():

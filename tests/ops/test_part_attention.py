@@ -6,10 +6,11 @@ a GPU the kernels run in Triton's interpreter, in fp32 and fp16.
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.models.positions import first_seen
 from fastlora.ops.attention.attention import attention_reference
-from fastlora.ops.attention.context_group import ContextGroup, own_tokens
+from fastlora.ops.attention.context_group import ContextGroup, own_tokens, tokens_of_ranks
 from fastlora.ops.attention.part_attention import (
     make_part_spans,
     part_attention,
@@ -57,6 +58,29 @@ def test_spans_equal_the_mask_by_query_and_by_key(case, rank, ranks):
     if case == "causal":
         assert mask[0].equal(whole[own_tokens(t, ContextGroup("", rank, ranks), CPU)])
     assert all(x.dtype == torch.int32 and x.is_contiguous() for x in spans)
+
+
+class Called(TorchDispatchMode):
+    """The names of the ops that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_tokens_of_ranks_are_found_without_an_index_tensor():
+    """An index tensor would be copied to the GPU, for which the host waits, in every layer."""
+    ranks, s = 3, 24
+    x = torch.randn(2, 2, s, 5, generator=torch.Generator().manual_seed(0))
+    with Called() as called:
+        found = tokens_of_ranks(x, ranks)
+    own = [x[:, :, own_tokens(s, ContextGroup("", r, ranks), CPU)] for r in range(ranks)]
+    assert found.flatten(3, 4).equal(torch.stack(own))
+    assert "aten.stack.default" in called.names and "aten.index.Tensor" not in called.names
 
 
 # (b, query heads, key heads, tokens of the row, head size), rank, ranks. Pieces shorter than a

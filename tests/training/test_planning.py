@@ -99,9 +99,11 @@ def test_predictions_are_near_the_measurements(run, row):
     setting: Any = float(row["setting"]) if row["setting"][0].isdigit() else row["setting"]
     b, t = row.get("batch", 4), row.get("seq", 2048)
     if (held := MEASURED[run]) is not None:
+        # The benchmark steps the model's adapter itself, in float32; `train` steps a copy of it.
+        held -= 4
         peak = peak_bytes(model, setting, b, t) + held * model.num_parameters(trainable=True)
-        assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.05)
-    assert 1e3 * step_seconds(model, setting, b, t) == pytest.approx(row["ms"], rel=0.15)
+        assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.01)
+    assert 1e3 * step_seconds(model, setting, b, t) == pytest.approx(row["ms"], rel=0.05)
 
 
 def test_the_measured_rows_cover_both_models():

@@ -39,6 +39,18 @@ def own_tokens(tokens: int, group: ContextGroup, device: torch.device) -> Tensor
     return torch.cat((pieces[group.rank], pieces[2 * group.ranks - 1 - group.rank]))
 
 
+def tokens_of_ranks(
+    x: Float[Tensor, "p b s w"], ranks: int
+) -> Float[Tensor, "{ranks} p b 2 s//(2*{ranks}) w"]:
+    """For each rank the two pieces of its tokens. s is a multiple of 2 * ranks.
+
+    With a list of indices the host would wait for the GPU.
+    """
+    pieces = x.unflatten(2, (2 * ranks, -1))
+    of = lambda r: torch.stack((pieces[:, :, r], pieces[:, :, 2 * ranks - 1 - r]), 2)
+    return torch.stack([of(r) for r in range(ranks)])
+
+
 # ── ops ───────────────────────────────────────────────────────────────────────────────────
 # The tensors are [p, b, tokens, w]: p is 2, for keys and values, and w is of all heads. Ops that
 # nothing looks into, because torch's compiler may then neither split nor reorder them.
@@ -62,9 +74,7 @@ def _gather_tokens(x: Tensor, ranks: int, group: str) -> Tensor:
 @torch.library.impl("fastlora::scatter_tokens", "CompositeExplicitAutograd")
 def _scatter_tokens(x: Tensor, ranks: int, group: str) -> Tensor:
     p, b, s, w = x.shape
-    pieces = x.reshape(p, b, 2 * ranks, s // (2 * ranks), w)
-    of_ranks = [pieces[:, :, [r, 2 * ranks - 1 - r]] for r in range(ranks)]
-    parts = torch.empty_like(sent := torch.stack(of_ranks))
+    parts = torch.empty_like(sent := tokens_of_ranks(x, ranks))
     _c10d().all_to_all_single(parts.view(-1), sent.view(-1), group=_resolved(group))
     total = parts[0].to(torch.promote_types(x.dtype, torch.float32))
     for part in parts[1:]:

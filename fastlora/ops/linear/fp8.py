@@ -1,8 +1,9 @@
 """Products with a frozen matrix in e4m3, whose other operand is rounded to e4m3 too, row by row
 (ops/quant/e4m3.py): y = Q(x) W', and for the gradient of x, Q(dy * scales of W's rows) W8.
 
-On GPUs with fp8 products (sm_89 and newer) bf16 operands are multiplied in e4m3. Otherwise the
-rounded values are multiplied in the dtype of x, which holds them exactly.
+On GPUs with fp8 products (sm_89 and newer) bf16 operands whose widths are multiples of 16 are
+multiplied in e4m3. Otherwise the rounded values are multiplied in the dtype of x, which holds them
+exactly, or in float32 if x is in float16, which does not.
 
 fp8 products need both operands contiguous along the summed dimension, so for the gradient W8 is
 transposed into a scratch matrix first. Several matrices of one input are transposed side by side:

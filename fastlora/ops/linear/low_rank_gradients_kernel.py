@@ -76,7 +76,7 @@ def _sums_kernel(
         for i in tl.static_range(len(WIDTHS)):  # pyright: ignore
             total = tl.zeros((ROWS, R), tl.float32)
             for _ in tl.static_range((WIDTHS[i] + BN - 1) // BN):  # pyright: ignore
-                at = (block * n.to(tl.int64) + row) * R + k
+                at = (block * tl.cast(n, tl.int64) + row) * R + k
                 total += tl.load(dx_a_parts_ptr + at, mask=row < n, other=0.0)
                 block += 1
             total *= s_0 if i == 0 else s_1 if i == 1 else s_2

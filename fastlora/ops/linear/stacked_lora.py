@@ -89,7 +89,7 @@ def _stacked_linear(x, x_a, weight, bias, b, offsets, order):
 
 @torch.library.impl("fastlora::stacked_input_gradient", "CompositeExplicitAutograd")
 def _stacked_input_gradient(dx_a, a, offsets, order, ys, matrices, parts):
-    """dxA[i] A[g] + the sum of y_j W_j, in one buffer; `parts` as in lora_group.py."""
+    """dxA[i] A[g] + the sum of y_j W_j, in one buffer; `parts` as in input_gradient.py."""
     total, rest = each_group(dx_a, a.mT, offsets, order), list(matrices)
     in_fp8 = []
     for y, count in zip(ys, parts, strict=True):

@@ -6,7 +6,11 @@ largest finite number of e4m3. With powers of two, values * scale is exact in bf
 gradient times the scales of W's rows. Any other scale would round no better: e4m3's relative steps
 are the same at all sizes, down to 2**-15 of a row's largest magnitude.
 
-The reference is the specification. The op runs e4m3_kernel.py on CUDA, with the same bits.
+A row with an infinite element or NaN has the scale NaN, so that no product hides an overflow: e4m3
+has no infinity, and a GPU's conversion to it gives 448.
+
+The reference is the specification. The op runs e4m3_kernel.py on CUDA, with the same bits for
+finite rows.
 """
 
 from collections.abc import Sequence
@@ -16,7 +20,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
-from fastlora.ops.quant.weights import CARRY, E4M3, LEAST_POWER, WeightFP8
+from fastlora.ops.quant.weights import (
+    CARRY,
+    E4M3,
+    INFINITE,
+    LEAST_POWER,
+    NOT_A_NUMBER,
+    WeightFP8,
+)
 
 Rows = tuple[Float[Tensor, "n d"], Float[Tensor, "n"]]
 
@@ -24,8 +35,10 @@ Rows = tuple[Float[Tensor, "n d"], Float[Tensor, "n"]]
 # ── 1. reference ──────────────────────────────────────────────────────────────────────────
 def row_scales(amax: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
     """The scales of rows with these largest magnitudes (float32)."""
-    power = ((amax.view(torch.int32) + CARRY) >> 23) - 8
-    return (power.clamp(min=LEAST_POWER) << 23).view(torch.float32)
+    bits = amax.view(torch.int32)
+    power = ((bits + CARRY) >> 23) - 8
+    scale = power.clamp(min=LEAST_POWER) << 23
+    return torch.where(bits >= INFINITE, NOT_A_NUMBER, scale).view(torch.float32)
 
 
 def quantize_rows_reference(
@@ -96,7 +109,8 @@ def quantize_matrix(weight: Float[Tensor, "d_out d_in"]) -> WeightFP8:
         weight: without NaN and infinity.
     """
     rows = len(weight) if weight.is_cuda else max(1, _CHUNK // max(1, weight.shape[1]))
-    pieces = [quantize_rows([piece]) for piece in weight.detach().split(rows)]
+    with torch.cuda.device_of(weight):  # Triton launches kernels on the current device
+        pieces = [quantize_rows([piece]) for piece in weight.detach().split(rows)]
     values, scale = pieces[0]
     if len(pieces) > 1:
         values, scale = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1))

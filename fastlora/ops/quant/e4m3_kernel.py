@@ -8,7 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from fastlora.ops.quant.weights import CARRY, LEAST_POWER
+from fastlora.ops.quant.weights import CARRY, INFINITE, LEAST_POWER, NOT_A_NUMBER
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -18,7 +18,8 @@ from fastlora.ops.quant.weights import CARRY, LEAST_POWER
 @triton.jit
 def _quantize_rows_kernel(
     ys, strides, widths, factors, out_ptr, scale_ptr, stride_out,
-    HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr,
+    INFINITE: tl.constexpr, NOT_A_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -37,10 +38,12 @@ def _quantize_rows_kernel(
                 y *= tl.load(factors[i] + column, mask=here, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
         first += widths[i]
-    # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py).
-    bits = tl.max(largest, 0).to(tl.int32, bitcast=True)  # pyright: ignore
-    power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)
-    tl.store(scale_ptr + row, (power << 23).to(tl.float32, bitcast=True))
+    # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py). Bits of
+    # magnitudes are ordered as they are, and tl.max of floats would pass over NaN.
+    bits = tl.max(largest.to(tl.int32, bitcast=True), 0)  # pyright: ignore
+    power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)  # pyright: ignore
+    scale = tl.where(bits >= INFINITE, NOT_A_NUMBER, power << 23)  # pyright: ignore
+    tl.store(scale_ptr + row, scale.to(tl.float32, bitcast=True))
     inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
     first = 0
     for i in tl.static_range(len(ys)):  # pyright: ignore
@@ -108,8 +111,9 @@ def quantize_rows(
     _quantize_rows_kernel[(n,)](
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
         tuple(factors), out, scales, out.stride(0),
-        HAS_FACTORS=bool(factors), CARRY=CARRY, LEAST_POWER=LEAST_POWER, BLOCK=block,  # pyright: ignore
-        num_warps=tile[1],  # pyright: ignore
+        HAS_FACTORS=bool(factors), CARRY=CARRY, LEAST_POWER=LEAST_POWER,  # pyright: ignore
+        INFINITE=INFINITE, NOT_A_NUMBER=NOT_A_NUMBER,  # pyright: ignore
+        BLOCK=block, num_warps=tile[1],  # pyright: ignore
     )  # fmt: skip
     return out, scales
 

@@ -32,6 +32,9 @@ CARRY = 0x1FFFFF
 # Biased exponent of the smallest scale, 2**-100, which rows of zeros have.
 LEAST_POWER = 27
 
+# The bits of float32's infinity and NaN. Those of a magnitude are larger only if it is NaN.
+INFINITE, NOT_A_NUMBER = 0x7F800000, 0x7FC00000
+
 # The 16 levels of bitsandbytes 0.50.2. Its kernels support only these.
 LEVELS = {
     "nf4": (
