@@ -59,10 +59,7 @@ class Ahead(threading.Thread):
         After a Ctrl-C in `join`, Python 3.11 believes that the thread has ended, and tears down the
         interpreter while it runs.
         """
-        # In short parts: Python handles a signal between two of its instructions, so one that comes
-        # just before a wait is handled only after it.
-        while not self._done.wait(0.1):
-            pass
+        self._done.wait()
 
 
 @cache

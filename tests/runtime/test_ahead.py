@@ -114,7 +114,9 @@ def test_a_child_of_fork_can_import_a_module_that_was_being_imported():
 
 
 def test_ctrl_c_ends_the_process_after_the_task_that_runs():
+    # A process that a shell has started in the background ignores SIGINT, and so do its children.
     code = """
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         thread = ahead(imports(map(slow, "abcdefghij")))
         time.sleep(0.2)
         print(folder, flush=True)
