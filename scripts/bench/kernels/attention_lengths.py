@@ -10,11 +10,10 @@ refuses.
 """
 
 import argparse
-import statistics
-from collections.abc import Callable
 from functools import partial
 
 import torch
+from graph_timing import timed
 from torch import Tensor
 
 from fastlora.ops.attention import flash_kernel
@@ -23,26 +22,6 @@ from fastlora.ops.attention.flash_kernel import flash_backward, flash_forward
 
 HEADS, TOKENS = {64: (32, 8), 128: (32, 8), 256: (8, 4)}, 8192
 aten = torch.ops.aten
-
-
-def timed(fn: Callable[[], object], times: int) -> float:
-    """Microseconds per call: the median of 5 replays of a graph with `times` calls."""
-    fn()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            fn()
-    graph.replay()
-    found = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(1e3 * begin.elapsed_time(end) / times)
-    return statistics.median(found)
 
 
 def drawn(b: int, t: int, hd: int) -> list[Tensor]:
@@ -65,7 +44,7 @@ def cudnn(drawn: list[Tensor], times: int) -> tuple[float, float] | None:
     given = (dy, q, k, v, out, lse, seed, offset, None, cum_q, cum_k, max_q, max_k, 0.0)
     back = lambda: aten._scaled_dot_product_cudnn_attention_backward(*given, True)
     try:
-        return timed(run, times), timed(back, times)
+        return timed([run] * times), timed([back] * times)
     except RuntimeError:
         return None
 
@@ -78,8 +57,8 @@ def ours(
     first, last = where or (None, None)
     out, lse = flash_forward(q, k, v, first, None, cap)
     given = (dy, q, k, v, out, lse, first, last, table, table, None, cap)
-    forward = timed(lambda: flash_forward(q, k, v, first, None, cap), times)
-    return forward, timed(lambda: flash_backward(*given), times)
+    forward = timed([lambda: flash_forward(q, k, v, first, None, cap)] * times)
+    return forward, timed([lambda: flash_backward(*given)] * times)
 
 
 # (queries, keys, warps, stages) to try for each kernel of head size 256.

@@ -9,12 +9,11 @@ alone, and without a mask. "bandwidth" is the time in which 4 TB/s reads all key
 """
 
 import argparse
-import statistics
-from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from graph_timing import timed
 from torch import Tensor
 
 from fastlora.ops.decode.attention_kernel import Tile, decode_forward
@@ -27,27 +26,6 @@ CASES = [
     (16, 2048, 4096, False), (32, 512, 1024, False), (32, 2048, 4096, False),
     (32, 2048, 4096, True), (128, 1024, 2048, False),
 ]  # fmt: skip
-
-
-def timed(calls: list[Callable[[], object]]) -> float:
-    """Microseconds per call: the median of 5 replays of a graph with all calls."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    found = []
-    for _ in range(5):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        found.append(1e3 * begin.elapsed_time(end) / len(calls))
-    return statistics.median(found)
 
 
 def drawn(b: int, tokens: int, s: int, hd: int, ragged: bool) -> tuple[list[Tensor], list[list]]:

@@ -8,11 +8,12 @@ gradient; (3) products with one scale per row beside bf16; (4) the sum and the s
 With TILES, other tiles of the two kernels are timed too. Errors are relative, against float64.
 """
 
-import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from graph_timing import timed
 from torch import Tensor
 
 from fastlora.ops.quant.e4m3_kernel import quantize_rows, side_by_side
@@ -32,24 +33,9 @@ TRANSPOSE_TILES = [(64, 64, 4), (64, 128, 4), (128, 64, 4), (128, 128, 4), (128,
                    (256, 64, 8), (64, 256, 8)]  # fmt: skip
 
 
-def timed(fn: Callable, sets: list[tuple]) -> float:
-    """Median time of a call in us, in a CUDA graph of 12 calls, so that the host counts nothing.
-    The sets of inputs alternate so that the L2 cache holds none of them."""
-    for s in sets:
-        fn(*s)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(CALLS):
-            fn(*sets[i % len(sets)])
-    times = []
-    for _ in range(6):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end) / CALLS)
-    return statistics.median(times)
+def over(fn: Callable, sets: list[tuple]) -> float:
+    """Microseconds per call; the sets of inputs alternate, so that the L2 cache holds none."""
+    return timed([partial(fn, *sets[i % len(sets)]) for i in range(CALLS)])
 
 
 def row(*cells: object) -> None:
@@ -85,7 +71,7 @@ def passes(sums: dict[str, float], tiles: bool) -> None:
             f = torch.randint(-9, -5, (sum(widths),), device="cuda").float().exp2()
             sets.append((ys, f.split(widths) if scaled else None))
         kind = "gradients" if scaled else "inputs"
-        us = timed(quantize_rows, sets)
+        us = over(quantize_rows, sets)
         ys, f = sets[0]
         whole = torch.cat(ys, 1).double() * (1 if f is None else torch.cat(f).double())
         q, s = quantize_rows(ys, f)
@@ -95,7 +81,7 @@ def passes(sums: dict[str, float], tiles: bool) -> None:
         sums[f"quantise {kind}"] = sums.get(f"quantise {kind}", 0) + number * us
         if tiles:
             for tile in ROW_TILES:
-                us = timed(lambda ys, f, t=tile: quantize_rows(ys, f, E4M3, t), sets)
+                us = over(lambda ys, f, t=tile: quantize_rows(ys, f, E4M3, t), sets)
                 row(f"  tile {tile}", f"{us:.1f}", rate(3 * N * sum(widths), us))
         del sets, ys, whole, q, s
 
@@ -107,13 +93,13 @@ def transpositions(sums: dict[str, float], tiles: bool) -> None:
         for _ in range(SETS):
             ws = [torch.randint(0, 200, (p, d_in), device="cuda", dtype=torch.uint8) for p in parts]
             sets.append((ws,))
-        us, size = timed(side_by_side, sets), 2 * sum(parts) * d_in
+        us, size = over(side_by_side, sets), 2 * sum(parts) * d_in
         (ws,) = sets[0]
         right = "right" if torch.equal(side_by_side(ws)[0], torch.cat(ws).t()) else "WRONG"
         row(name, f"{us:.1f}", rate(size, us), right)
         sums["transpose W"] = sums.get("transpose W", 0) + us
         for tile in TRANSPOSE_TILES if tiles else ():
-            us = timed(lambda ws, t=tile: side_by_side(ws, t), sets)
+            us = over(lambda ws, t=tile: side_by_side(ws, t), sets)
             row(f"  tile {tile}", f"{us:.1f}", rate(size, us))
 
 
@@ -134,9 +120,9 @@ def products(sums: dict[str, float]) -> None:
         exact = x[:ROWS].double() @ w.double().t()
         emulated = x8[:ROWS].float() * scale[:ROWS, None] @ (w8.float() * w_scale[:, None]).t()
         of = lambda y, e=exact: f"{float((y[:ROWS].double() - e).norm() / e.norm()):.2e}"
-        plain = timed(lambda x, w, *_: torch.mm(x, w.t()), sets)
-        fast = timed(lambda x, w, *q: product(True, *q), sets)
-        slow = timed(lambda x, w, *q: product(False, *q), sets)
+        plain = over(lambda x, w, *_: torch.mm(x, w.t()), sets)
+        fast = over(lambda x, w, *q: product(True, *q), sets)
+        slow = over(lambda x, w, *q: product(False, *q), sets)
         q = (x8, scale, w8, w_scale)
         errors = [of(torch.mm(x, w.t())), of(product(True, *q)), of(product(False, *q))]
         # Of the product alone: against the same rounded operands multiplied in float64.
