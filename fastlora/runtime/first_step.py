@@ -1,4 +1,4 @@
-"""What the first training step needs from torch, prepared in a thread while data are read.
+"""A thread prepares the first training step while data are read.
 
 Every torch.optim optimizer imports torch._dynamo when it is made, and the first compiled layer
 imports Inductor. Together they are some 1,500 files, which take 1.6 s, or 5 to 9 s if Python has to
@@ -16,7 +16,7 @@ import torch
 from fastlora.runtime.ahead import ahead, imports
 from fastlora.runtime.compiled import Compile, compiles
 
-# sympy is half of dynamo.
+# sympy is half of dynamo. As a task of its own it lets a thread that is stopped end sooner.
 DYNAMO = ("sympy", "torch._dynamo")
 
 # With what Inductor imports on its first use, also if it finds all graphs in its cache.

@@ -1,4 +1,4 @@
-"""What the first step needs is prepared in a thread while data are read."""
+"""A thread prepares the first step while data are read."""
 
 import json
 import subprocess
@@ -35,6 +35,21 @@ def tasks(monkeypatch) -> list[str]:
     for name in ("_start_compilers", "_compute_cache_keys"):
         monkeypatch.setattr(first_step, name, partial(lambda name, _: found.append(name), name))
     return found
+
+
+@pytest.fixture
+def slow_imports(monkeypatch) -> tuple[list[str], threading.Event, threading.Event]:
+    """(the modules whose import has begun, set when one has, to be set for imports to end)."""
+    names: list[str] = []
+    begun, end = threading.Event(), threading.Event()
+
+    def slow(name: str) -> None:
+        names.append(name)
+        begun.set()
+        end.wait(60)
+
+    monkeypatch.setattr(ahead, "import_module", slow)
+    return names, begun, end
 
 
 def test_inductor_is_prepared_for_compiled_models_only(tasks):
@@ -86,23 +101,15 @@ def test_a_rank_imports_while_it_waits_for_the_first_one_of_its_machine(monkeypa
     assert Ranks().leads_node
 
 
-def test_imports_stop_at_the_end_of_the_block(monkeypatch):
+def test_imports_stop_at_the_end_of_the_block(slow_imports, monkeypatch):
     """Code of the caller that follows may import parts of torch itself."""
-    names: list[str] = []
-    begun, end = threading.Event(), threading.Event()
-
-    def slow(name: str) -> None:
-        names.append(name)
-        begun.set()
-        end.wait(60)
-
+    names, begun, end = slow_imports
     stop = ahead.Ahead.stop
 
     def stop_and_end_later(thread: ahead.Ahead) -> None:
         stop(thread)
         threading.Timer(0.1, end.set).start()
 
-    monkeypatch.setattr(ahead, "import_module", slow)
     monkeypatch.setattr(ahead.Ahead, "stop", stop_and_end_later)
     with importing_compiler(False):
         pass
@@ -131,17 +138,9 @@ def test_the_compiler_is_imported_only_while_dense_weights_are_read_to_a_gpu(
     assert wanted == [False, precision is None]
 
 
-def test_an_error_of_the_block_does_not_wait(monkeypatch):
+def test_an_error_of_the_block_does_not_wait(slow_imports):
     """And the thread ends after the module that it imports."""
-    names: list[str] = []
-    begun, end = threading.Event(), threading.Event()
-
-    def slow(name: str) -> None:
-        names.append(name)
-        begun.set()
-        end.wait(60)
-
-    monkeypatch.setattr(ahead, "import_module", slow)
+    names, begun, end = slow_imports
     with pytest.raises(KeyError), preparing_first_step(False, CPU):
         begun.wait(60)
         raise KeyError("row")

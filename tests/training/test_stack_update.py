@@ -6,6 +6,7 @@ tests/gpu/test_training.py replays a real graph.
 
 import math
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
 
@@ -35,7 +36,8 @@ def made(base, *, graphed: bool) -> tuple[RunStack, StackUpdate]:
     ]
     optimizers = [adamw(x.optimizer, fused=True) for x in learners]
     stack = make_stack(learners, settings())
-    return stack, StackUpdate(stack, optimizers, graphed=graphed)
+    stack = replace(stack, graphed=graphed)
+    return stack, StackUpdate(stack, optimizers)
 
 
 def adamw(like: torch.optim.Optimizer, *, fused: bool) -> torch.optim.Optimizer:
@@ -99,7 +101,7 @@ def test_a_recorded_update_equals_a_queued_one(base, monkeypatch):
 def test_an_optimizer_that_waits_for_the_device_is_not_recorded(base):
     stack, update = made(base, graphed=True)
     slow = adamw(update.optimizers[1], fused=False)
-    update = StackUpdate(stack, [update.optimizers[0], slow], graphed=True)
+    update = StackUpdate(stack, [update.optimizers[0], slow])
     assert not update.graphed and not isinstance(update.run, CUDAGraphed)
 
 
@@ -108,7 +110,7 @@ def test_fused_optimizers_of_users_count_their_applied_updates(base):
     stack, update = made(base, graphed=False)
     make = partial(torch.optim.AdamW, lr=0.0, fused=True)
     users = [build(make, [dict(g) for g in x.param_groups]) for x in update.optimizers]
-    update = StackUpdate(stack, users, graphed=True)
+    update = StackUpdate(replace(stack, graphed=True), users)
     assert not update.graphed
     for i in range(3):
         step(stack, update, i)

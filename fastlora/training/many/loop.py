@@ -97,17 +97,17 @@ def _run_passes(
     _finish(ended_before(states, ending), tokenizer)
     active = [state for state in states if state.trained is None]
     total = max((state.run.steps - len(state.records) for state in active), default=0)
-    stack = update = None
+    update = None
     with tqdm(total=total, disable=not progress, unit="step") as bar:
         while active:
             started = perf_counter()
-            if stack is None or update is None or stack.n != len(active):
-                stack = update = None  # their memory is free before the next ones are made
-                stack = make_stack([s.learner for s in active], active[0].run.settings)
-                optimizers = [s.learner.optimizer for s in active]
-                update = StackUpdate(stack, optimizers, graphed=stack.graphed)
-            taken = _take_steps(stack, update, active, started)
-            taken, ended = _after_steps(stack, active, taken)
+            if update is None or update.stack.n != len(active):
+                update = None  # its memory and its stack's are free before the next ones are made
+                learners = [state.learner for state in active]
+                optimizers = [learner.optimizer for learner in learners]
+                update = StackUpdate(make_stack(learners, active[0].run.settings), optimizers)
+            taken = _take_steps(update, active, started)
+            taken, ended = _after_steps(update.stack, active, taken)
             ended += ended_by(ending, taken, ended)
             if progress:
                 bar.set_postfix(pass_figures(taken, len(states)), refresh=False)
@@ -126,12 +126,10 @@ def _has_ended(state: RunState) -> bool:
     return early or len(state.records) == state.run.steps
 
 
-def _take_steps(
-    stack: RunStack, update: StackUpdate, active: Sequence[RunState], started: float
-) -> list[RunState]:
+def _take_steps(update: StackUpdate, active: Sequence[RunState], started: float) -> list[RunState]:
     """One step of each run; returns the runs whose step was finite."""
     micro_batches: list[list[Batch]] = [next(state.batches) for state in active]
-    results = step_runs(stack, update, active, micro_batches)
+    results = step_runs(update, active, micro_batches)
     # step_runs ends with a read from the device, so all its work is done here.
     seconds, taken = perf_counter() - started, []
     for state, batches, result in zip(active, micro_batches, results, strict=True):

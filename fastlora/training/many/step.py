@@ -25,10 +25,7 @@ Seeds = Sequence[Int[Tensor, "n"] | None]  # of each micro-batch: one for each r
 
 
 def step_runs(
-    stack: RunStack,
-    update: StackUpdate,
-    runs: Sequence[RunState],
-    micro_batches: Sequence[Sequence[Batch]],
+    update: StackUpdate, runs: Sequence[RunState], micro_batches: Sequence[Sequence[Batch]]
 ) -> list[Record | FloatingPointError]:
     """The next step of each run: writes to its adapter and optimizer, and to the stack.
 
@@ -36,8 +33,7 @@ def step_runs(
     gradient is clipped by its own norm.
 
     Args:
-        stack: of these runs, in this order.
-        update: of this stack.
+        update: of the stack of these runs, in this order.
         runs: before the step.
         micro_batches: of each run. A run with fewer than another has no rows in the last ones.
 
@@ -45,6 +41,7 @@ def step_runs(
         The figures of each run's step; an error where its loss or gradient is NaN or infinite. Such
         a run's adapter and optimizer are unchanged.
     """
+    stack = update.stack
     device = stack.base["norm"].device
     joined = [_placed(join(column), device) for column in zip_longest(*micro_batches)]
     seeds = _seeds(stack, runs, len(joined))
