@@ -89,7 +89,7 @@ def _sums_kernel(
         for chunk in tl.static_range(CHUNKS):  # pyright: ignore
             part = (chunk * width + number) * R + k
             db += tl.load(db_parts_ptr + part, mask=number < width, other=0.0)
-        # Each dB lies behind the one before it, with as many columns as its rank.
+        # Each dB follows the one before it, with as many columns as its rank.
         begin, factor, rank, to, of_first = 0, 0.0, 0, 0, 0
         for i in tl.static_range(len(WIDTHS)):  # pyright: ignore
             of_branch = number >= of_first

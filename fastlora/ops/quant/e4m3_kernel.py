@@ -39,7 +39,7 @@ def _quantize_rows_kernel(
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
         first += widths[i]
     # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py). Bits of
-    # magnitudes are ordered as they are, and tl.max of floats would pass over NaN.
+    # magnitudes are ordered as they are, and tl.max of floats would ignore NaN.
     bits = tl.max(largest.to(tl.int32, bitcast=True), 0)  # pyright: ignore
     power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)  # pyright: ignore
     scale = tl.where(bits >= INFINITE, NOT_A_NUMBER, power << 23)  # pyright: ignore
