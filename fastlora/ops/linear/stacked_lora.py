@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
-from fastlora.ops.linear.fp8 import fp8_input_gradient, fp8_linear
+from fastlora.ops.linear.fp8 import fp8_linear
 from fastlora.ops.linear.frozen import frozen_linear_reference
 from fastlora.ops.linear.group_products import (
     Groups,
@@ -27,6 +27,7 @@ from fastlora.ops.linear.group_products import (
     product,
     product_reference,
 )
+from fastlora.ops.linear.input_gradient import add_products
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
@@ -90,15 +91,7 @@ def _stacked_linear(x, x_a, weight, bias, b, offsets, order):
 @torch.library.impl("fastlora::stacked_input_gradient", "CompositeExplicitAutograd")
 def _stacked_input_gradient(dx_a, a, offsets, order, ys, matrices, parts):
     """dxA[i] A[g] + the sum of y_j W_j, in one buffer; `parts` as in input_gradient.py."""
-    total, rest = each_group(dx_a, a.mT, offsets, order), list(matrices)
-    in_fp8 = []
-    for y, count in zip(ys, parts, strict=True):
-        matrix, rest = from_parts(rest[:count]), rest[count:]
-        if isinstance(matrix, WeightFP8):
-            in_fp8.append((y, matrix))
-        else:
-            total.addmm_(y, dense(matrix, y.dtype))
-    return total.add_(fp8_input_gradient(*zip(*in_fp8, strict=True))) if in_fp8 else total
+    return add_products(each_group(dx_a, a.mT, offsets, order), ys, matrices, parts)
 
 
 @torch.library.register_fake("fastlora::stacked_linear")
