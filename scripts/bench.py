@@ -21,8 +21,8 @@ With --cuda-graph, fastlora's step is recorded once and replayed
 process, because a graph allocates its memory while it is recorded.
 
 With --chats the steps go through six batches of packed chats of ragged length; "tokens/s" counts
-tokens without padding, and the floor takes each row as one document. With --energy the rows also have the energy of 1,000 tokens in joules, the
-mean power and the clock, from NVML.
+tokens without padding, and the floor takes each row as one document. With --energy the rows also
+have the energy of 1,000 tokens in joules, the mean power and the clock, from NVML.
 
 The last two columns are the speed relative to --against, and the floor's share of the step. The
 floor is the time that the arithmetic alone takes at 790 TFLOP/s; see measuring.floor_ms.
