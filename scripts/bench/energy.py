@@ -61,7 +61,8 @@ def energy(step: Callable[[int], object], step_ms: float, tokens: float, seconds
     """
     try:
         nvml = Nvml()
-        nvml.joules(), nvml.watts(), nvml.sm_mhz()
+        for read in (nvml.joules, nvml.watts, nvml.sm_mhz):
+            read()
     except (OSError, RuntimeError) as error:
         return {"energy": f"not read: {error}"}
     count = max(1, round(1e3 * seconds / step_ms))
