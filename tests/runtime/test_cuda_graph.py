@@ -149,3 +149,46 @@ def test_a_tree_with_other_leaves_keeps_its_containers():
     tree = {"a": [1, (2, 3)], "b": ()}
     assert [*leaves(tree)] == [1, 2, 3]
     assert with_leaves(tree, iter("xyz")) == {"a": ["x", ("y", "z")], "b": ()}
+
+
+def test_a_pool_is_shared_only_while_a_recording_uses_it(monkeypatch):
+    """torch's allocator fails an assertion if a recording asks for a pool that none uses."""
+    pools, live = [], set()
+
+    class Graph:
+        def __init__(self):
+            self.number = len(pools)
+
+        def pool(self):
+            return f"pool {self.number}"
+
+        def replay(self):
+            pass
+
+        def __del__(self):
+            live.discard(self.number)
+
+    class Recording:
+        def __init__(self, graph, pool):
+            assert pool is None or live, "no recording uses this pool"
+            pools.append(pool)
+            live.add(graph.number)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(cuda_graph, "_check_devices", lambda given: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    run, (tree, x) = CUDAGraphed(affine), drawn()
+    for _ in range(3):  # recorded with x where it is
+        run(tree, x)
+    x = drawn(1)[1]
+    for _ in range(3):  # x moved: the only recording is dropped, and another one made
+        run(tree, x)
+    for _ in range(3):
+        run(tree, x, 3.0)  # a second recording beside the first
+    assert pools == [None, None, "pool 1"]
