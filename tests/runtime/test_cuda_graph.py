@@ -6,6 +6,7 @@ shows that on a GPU the bits are the same, and that no step waits for the host.
 
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -151,38 +152,40 @@ def test_a_tree_with_other_leaves_keeps_its_containers():
     assert with_leaves(tree, iter("xyz")) == {"a": ["x", ("y", "z")], "b": ()}
 
 
+class Pools:
+    """torch.cuda.CUDAGraph and torch.cuda.graph without CUDA: which pools recordings ask for."""
+
+    def __init__(self):
+        self.asked, self.live = [], set()
+        pools = self
+
+        class Graph:
+            replay = staticmethod(lambda: None)
+
+            def __init__(self):
+                self.number = len(pools.asked)
+
+            def pool(self):
+                return self.number
+
+            def __del__(self):
+                pools.live.discard(self.number)
+
+        self.Graph = Graph
+
+    @contextmanager
+    def graph(self, graph, pool):
+        assert pool is None or self.live, "torch's allocator: no recording uses this pool"
+        self.asked.append(pool)
+        self.live.add(graph.number)
+        yield
+
+
 def test_a_pool_is_shared_only_while_a_recording_uses_it(monkeypatch):
-    """torch's allocator fails an assertion if a recording asks for a pool that none uses."""
-    pools, live = [], set()
-
-    class Graph:
-        def __init__(self):
-            self.number = len(pools)
-
-        def pool(self):
-            return f"pool {self.number}"
-
-        def replay(self):
-            pass
-
-        def __del__(self):
-            live.discard(self.number)
-
-    class Recording:
-        def __init__(self, graph, pool):
-            assert pool is None or live, "no recording uses this pool"
-            pools.append(pool)
-            live.add(graph.number)
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            pass
-
+    pools = Pools()
     monkeypatch.setattr(cuda_graph, "_check_devices", lambda given: None)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", pools.Graph)
+    monkeypatch.setattr(torch.cuda, "graph", pools.graph)
     run, (tree, x) = CUDAGraphed(affine), drawn()
     for _ in range(3):  # recorded with x where it is
         run(tree, x)
@@ -191,4 +194,4 @@ def test_a_pool_is_shared_only_while_a_recording_uses_it(monkeypatch):
         run(tree, x)
     for _ in range(3):
         run(tree, x, 3.0)  # a second recording beside the first
-    assert pools == [None, None, "pool 1"]
+    assert pools.asked == [None, None, 1]
