@@ -160,10 +160,11 @@ class Pools:
         pools = self
 
         class Graph:
-            replay = staticmethod(lambda: None)
-
             def __init__(self):
                 self.number = len(pools.asked)
+
+            def replay(self):
+                pass
 
             def pool(self):
                 return self.number
