@@ -5,6 +5,7 @@ its activations, or in one layer's backward pass, when the gradients of the laye
 exist.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -71,52 +72,100 @@ def peak_bytes(
         base: of `base_bytes`, if the caller has it already.
     """
     base = base_bytes(model) if base is None else base
-    config, tokens = model.spec.config, batch_size * seq_length
-    item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    adapters = _adapter_by_layer(model)
-    parameters = sum(x.numel() for leaves in adapters for x in leaves)
-    fetched = host or shard > 1
-    whole = base.layers + base.ends
-    kept_base = base.norm + (0 if host else whole / shard)
-    always = kept_base + _OTHER_BYTES
-    # A part that waits in host memory is copied to the device before it is gathered.
-    layer = base.layer * (1 + (1 / shard if host and shard > 1 else 0)) if fetched else 0
-    # The adapter that is trained is a copy; the given one stays in the caller's model.
-    always += 2 * sum(x.nbytes for leaves in adapters for x in leaves)
-    always += MOMENT_BYTES[optimizer] * parameters
-
+    tokens = batch_size * seq_length
     levels, fused = levels_of(model, recompute, tokens), _swiglu_is_fused(model)
     of_level = {level: _kept_bytes(model, level, fused) * tokens for level in {*levels}}
     kept = [of_level[level] for level in levels]
-    kept_at_selective = _kept_bytes(model, "selective", fused) * tokens
+    # A layer that is fetched. A part that waits in host memory is copied to the device before it is
+    # gathered.
+    fetched = base.layer * (1 + (1 / shard if host and shard > 1 else 0))
+    fetched = fetched if host or shard > 1 else 0
+    always = base.norm + (0 if host else (base.layers + base.ends) / shard) + _OTHER_BYTES
+    always += _adapter_bytes(model, optimizer)
     if recompute == "offload":
-        # On the device: one layer's input on its way to the host, and one layer's on its way back.
-        always += tokens * d * item + max(kept)
+        always += _hidden_bytes(model, tokens) + max(kept)
         kept = [0] * len(kept)
-    else:  # copies of A and B in the base's dtype
-        always += sum(
-            x.numel() * item for leaves in adapters for x in leaves if x.element_size() != item
-        )
-    logits = min(tokens, rows_per_chunk(config.vocab_size)) * config.vocab_size * item
-    head = base.head + layer if fetched else 0  # the last layer is still there
-    peak = sum(kept) + logits + 3 * tokens * d * item + head
+    else:
+        always += _copied_bytes(model)
+    head = base.head + fetched if fetched else 0  # the last layer is still there
+    at_loss = sum(kept) + _loss_bytes(model, tokens) + head
+    in_backward = _backward_bytes(model, levels, fused, kept, tokens) + 2 * fetched
+    return round(always + max(at_loss, in_backward))
 
-    # In a layer's backward pass: three hidden states, the SwiGLU kernel's partial sums, and one
-    # dequantised matrix; then the gradients of gate and up, and the recomputed activations.
-    backward = 3 * tokens * d * item + 8 * 3 * f * 16 * 4 + 2 * layer
-    in_fp8 = is_quantized(model.base, WeightFP8)
-    # In e4m3: W of gate and up, transposed, and their gradients side by side.
-    backward += 2 * f * d if in_fp8 else f * d * item if is_quantized(model.base) else 0
-    gradients = 0
+
+def _hidden_bytes(model: ModelState, tokens: int) -> int:
+    """One hidden state of all tokens. "offload" has one layer's input on its way to the host, and
+    what one layer keeps on its way back."""
+    return tokens * model.spec.config.hidden_size * model.base["norm"].element_size()
+
+
+def _adapter_bytes(model: ModelState, optimizer: str) -> float:
+    """The trained adapter, the given one, which stays in the caller's model, and moments."""
+    leaves = [x for layer in _adapter_by_layer(model) for x in layer]
+    parameters = sum(x.numel() for x in leaves)
+    return 2 * sum(x.nbytes for x in leaves) + MOMENT_BYTES[optimizer] * parameters
+
+
+def _copied_bytes(model: ModelState) -> int:
+    """Copies of A and B in the base's dtype, if they are trained in another one."""
+    item = model.base["norm"].element_size()
+    leaves = [x for layer in _adapter_by_layer(model) for x in layer]
+    return sum(x.numel() * item for x in leaves if x.element_size() != item)
+
+
+def _loss_bytes(model: ModelState, tokens: int) -> int:
+    """A chunk of logits, and three hidden states."""
+    vocab, item = model.spec.config.vocab_size, model.base["norm"].element_size()
+    rows = min(tokens, rows_per_chunk(vocab))
+    return rows * vocab * item + 3 * _hidden_bytes(model, tokens)
+
+
+def _backward_bytes(
+    model: ModelState, levels: Sequence[str], fused: bool, kept: Sequence[int], tokens: int
+) -> float:
+    """The most that the backward pass of a layer finds and makes: what this layer and those before
+    it keep, the gradients of this one and of those after it, and the layer's intermediate tensors.
+    """
+    adapters, most, gradients = _adapter_by_layer(model), 0.0, 0
     for i, level in reversed([*enumerate(levels)]):
         gradients += sum(x.nbytes for x in adapters[i])
-        chunk = tokens / mlp_chunks(config, i, level, tokens, whole=False)
-        mlp_gradients = (2 if fused else 4) * f * chunk * item
-        recomputed = kept_at_selective - kept[i] if level not in ("none", "selective") else 0
-        recomputed -= 2 * f * (tokens - chunk) * item
-        in_layer = backward + mlp_gradients + recomputed + (2 * f * chunk if in_fp8 else 0)
-        peak = max(peak, gradients + sum(kept[: i + 1]) + in_layer)
-    return round(always + peak)
+        here = _layer_backward_bytes(model, i, level, fused, kept[i], tokens)
+        most = max(most, gradients + sum(kept[: i + 1]) + here)
+    return most
+
+
+def _layer_backward_bytes(
+    model: ModelState, layer: int, level: str, fused: bool, kept: int, tokens: int
+) -> float:
+    """The intermediate tensors of one layer's backward pass: three hidden states, the SwiGLU
+    kernel's partial sums, one dequantised matrix, the gradients of gate and up, and the recomputed
+    activations.
+
+    Args:
+        model: as `plan`.
+        layer: its number.
+        level: its level.
+        fused: whether the SwiGLU kernel runs.
+        kept: bytes on the device that the layer keeps between its passes.
+        tokens: in the batch.
+    """
+    config, item = model.spec.config, model.base["norm"].element_size()
+    f, matrix = config.intermediate_size, config.intermediate_size * config.hidden_size
+    chunk = tokens / mlp_chunks(config, layer, level, tokens, whole=False)
+    total = (
+        3 * _hidden_bytes(model, tokens)
+        + 8 * 3 * f * 16 * 4
+        + (2 if fused else 4) * f * chunk * item
+    )
+    if is_quantized(model.base, WeightFP8):
+        # In e4m3: W of gate and up, transposed, and their gradients side by side.
+        total += 2 * matrix + 2 * f * chunk
+    elif is_quantized(model.base):
+        total += matrix * item
+    total -= 2 * f * (tokens - chunk) * item
+    if level not in ("none", "selective"):
+        total += _kept_bytes(model, "selective", fused) * tokens - kept
+    return total
 
 
 def _kept_bytes(model: ModelState, level: str, fused: bool) -> int:

@@ -4,6 +4,9 @@ Time is the sum of three quotients: operations of matrix products, operations of
 bytes that all other code reads and writes, each divided by its rate.
 """
 
+from operator import add
+from typing import NamedTuple
+
 from fastlora.models.names import linear_names, projection_shape
 from fastlora.models.params import LINEARS, is_quantized
 from fastlora.models.spec import Recompute
@@ -23,57 +26,105 @@ _FP8_SPEED = 2.2
 _ROUNDED_BYTES_PER_SECOND = 2.33e12
 
 
+class Work(NamedTuple):
+    """What the layers of a model do in a step. Sums of several are sums of their fields."""
+
+    products: float = 0.0
+    """Operations of products with the layers' matrices, per token."""
+    attention: float = 0.0
+    """Operations of attention, per token."""
+    elements: float = 0.0
+    """Elements that all other code reads and writes, per token."""
+    dequantised: float = 0.0
+    """Elements of quantised matrices that are written in 16 bits, per step."""
+    rounded: float = 0.0
+    """Elements of inputs and gradients that are rounded to e4m3, per token."""
+    turned: float = 0.0
+    """Elements of matrices in e4m3 that are transposed, per step."""
+
+
+class Widths(NamedTuple):
+    """Of a layer of a model."""
+
+    d: int
+    f: int
+    q: int
+    kv: int
+    attention_weights: int  # elements of q, k, v and o
+    weights: int  # of all projections
+    attention: int  # operations per token and forward pass: half of the square
+
+    @property
+    def gate_up(self) -> int:
+        """Elements of the matrices of gate and up."""
+        return 2 * self.f * self.d
+
+
 def step_seconds(
     model: ModelState, recompute: Recompute, batch_size: int, seq_length: int
 ) -> float:
     """Seconds of one micro-batch, forward and backward, and the optimizer's step, on an H100 or
     H200."""
-    config, tokens = model.spec.config, batch_size * seq_length
-    item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
+    tokens, widths = batch_size * seq_length, _widths(model, seq_length)
+    total = Work(elements=3 * model.spec.config.vocab_size)  # of the logits
+    for level in levels_of(model, recompute, tokens):
+        for work in (_passes(widths), _recomputation(widths, level)):
+            total = Work(*map(add, total, work))
+    return _seconds(model, total, tokens)
+
+
+def _widths(model: ModelState, seq_length: int) -> Widths:
+    config = model.spec.config
     sizes = {name: _numel(projection_shape(config, name)) for name in linear_names(config)}
     q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
-    attention_weights = sum(n for name, n in sizes.items() if LINEARS[name] == "self_attn")
-    gate_up, all_weights = 2 * f * d, sum(sizes.values())
-    attention = 2 * seq_length * q  # operations per token and forward pass: half of the square
+    in_attention = sum(n for name, n in sizes.items() if LINEARS[name] == "self_attn")
+    d, f = config.hidden_size, config.intermediate_size
+    return Widths(d, f, q, kv, in_attention, sum(sizes.values()), 2 * seq_length * q)
 
-    # Per token, except dequantised and turned, which are per step. The head: two products and the
-    # logits.
-    products, in_attention, elements = 0.0, 0.0, 3 * config.vocab_size
-    dequantised = 0  # elements of quantised matrices
-    rounded = turned = 0  # in e4m3: elements of inputs and gradients; elements that are transposed
-    for level in levels_of(model, recompute, tokens):
-        products += 4 * all_weights
-        in_attention += 3.5 * attention  # five products in the backward pass, two in the forward
-        elements += 12 * d + 4 * (q + kv) + 11 * f
-        dequantised += 2 * all_weights
-        rounded += 4 * d + 2 * (q + kv) + 3 * f
-        turned += all_weights
-        # Recomputation in the backward pass:
-        if level != "none":
-            elements += 4 * d + (2 * (q + kv) if level in ("selective", "mlp") else 3 * q)
-        if level in ("mlp", "attention", "full"):
-            products += 2 * gate_up
-            dequantised += gate_up
-            rounded += d
-            elements += 4 * f
-        if level in ("attention", "full"):
-            products += 2 * attention_weights
-            dequantised += attention_weights
-            rounded += d + q
-        if level == "full":
-            in_attention += attention
-    moved = tokens * elements * item
+
+def _passes(w: Widths) -> Work:
+    """A layer's forward and backward pass, without recomputation."""
+    return Work(
+        products=4 * w.weights,
+        attention=3.5 * w.attention,  # five products in the backward pass, two in the forward
+        elements=12 * w.d + 4 * (w.q + w.kv) + 11 * w.f,
+        dequantised=2 * w.weights,
+        rounded=4 * w.d + 2 * (w.q + w.kv) + 3 * w.f,
+        turned=w.weights,
+    )
+
+
+def _recomputation(w: Widths, level: str) -> Work:
+    """What a layer's backward pass computes again."""
+    work = Work()
+    if level != "none":
+        rope = 2 * (w.q + w.kv) if level in ("selective", "mlp") else 3 * w.q
+        work = Work(elements=4 * w.d + rope)
+    if level in ("mlp", "attention", "full"):
+        mlp = Work(2 * w.gate_up, 0.0, 4 * w.f, w.gate_up, w.d)
+        work = Work(*map(add, work, mlp))
+    if level in ("attention", "full"):
+        matrices = w.attention_weights
+        work = Work(*map(add, work, Work(2 * matrices, 0.0, 0.0, matrices, w.d + w.q)))
+    return work._replace(attention=w.attention) if level == "full" else work
+
+
+def _seconds(model: ModelState, work: Work, tokens: int) -> float:
+    """Seconds of the layers' work and of the head's products."""
+    item = model.base["norm"].element_size()
+    moved = tokens * work.elements * item
     in_fp8 = is_quantized(model.base, WeightFP8)
     if is_quantized(model.base) and not in_fp8:
         # 4 bits and their scales are read, the matrix is written.
-        moved += dequantised * (0.53 + item)
+        moved += work.dequantised * (0.53 + item)
     seconds = (
-        tokens * (products / _rate(in_fp8) + _head_operations(model) / _rate(False))
-        + tokens * in_attention / _ATTENTION_OPERATIONS_PER_SECOND
+        tokens * (work.products / _rate(in_fp8) + _head_operations(model) / _rate(False))
+        + tokens * work.attention / _ATTENTION_OPERATIONS_PER_SECOND
         + moved / _BYTES_PER_SECOND
     )
     if in_fp8:
-        seconds += (tokens * rounded * (item + 1) + 2 * turned) / _ROUNDED_BYTES_PER_SECOND
+        rounded = tokens * work.rounded * (item + 1)
+        seconds += (rounded + 2 * work.turned) / _ROUNDED_BYTES_PER_SECOND
     return seconds
 
 
