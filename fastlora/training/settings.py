@@ -28,7 +28,7 @@ from fastlora.data.examples import TRAIN_ON, Example
 from fastlora.data.long_rows import TOO_LONG
 from fastlora.data.row_forms import COLUMNS
 from fastlora.data.sources import DATA
-from fastlora.distributed.context_parallel import context_problem
+from fastlora.distributed.mesh import group_problem
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
 from fastlora.losses.loss_argument import LOSS, loss_problems
@@ -218,7 +218,7 @@ def _context_problems(settings: Settings) -> list[str]:
     ranks = settings.context_parallel
     if not _COUNT.accepts(ranks) or ranks == 1:
         return []
-    problem = context_problem(ranks)
+    problem = group_problem(f"context_parallel={ranks}", ranks)
     problems = [problem] if problem else []
     if not (isinstance(settings.loss, str) and settings.loss == "sft"):
         problems.append(
