@@ -16,13 +16,15 @@ A rank receives in one step with one micro-batch:
 The transfer of a layer runs beside the computation of the layer before it. Of each transfer, the
 seconds that are longer than that are exposed, and so are embedding, head and the sum. Transfers of
 layers from host memory and between ranks follow each other as in a pipeline: the slower one counts.
-NCCL's blocks take multiprocessors from products, which gain nothing from running beside a gather:
-both together take the sum of their times (h200-x2-products-* in scripts/bench/results.jsonl).
-Copies from host memory take none.
+Inside a machine, and from host memory, copy engines bring the parts, which takes nothing from the
+computation but 1 to 2 % by memory traffic (h200-x2-peer-copies-* in scripts/bench/results.jsonl),
+which is not counted. Between machines NCCL's blocks take multiprocessors from products, which gain
+nothing from running beside a gather: both together take the sum of their times
+(h200-x2-products-*).
 
     exposed = L max(0, t_layer - forward / L) + (L - 1) max(0, t_layer - backward / L)
               + t_layer + t_ends + t_sum
-    lost    = P times the seconds of gathers that run beside layers
+    lost    = P times the seconds of NCCL's gathers that run beside layers
 
 A gather fits beside a layer in bf16 from F / B tokens a rank on, where F is the rate of products:
 the model cancels out. NF4 needs 0.26 of that. On H100: 3,300 tokens with NVLink, 19,000 with one
@@ -132,8 +134,9 @@ def step_cost(
     waits += (layers - 1) * max(0.0, layer - backward / layers)
     exposed = waits + ((layer + sizes.ends * (of_gather + of_copy)) if slower else 0.0)
     exposed += summed / cluster.rate(n) if n > 1 else 0.0
-    beside = max(0.0, (2 * layers - 1) * sizes.layer * of_gather - waits)
-    exposed += products * beside
+    if shard > cluster.devices or host:  # by NCCL
+        beside = (2 * layers - 1) * sizes.layer * of_gather - waits
+        exposed += products * max(0.0, beside)
     return Cost(round(gathered), round(copied), round(summed), exposed)
 
 

@@ -48,6 +48,7 @@ MEASURED: dict[str, int | None] = {
     "2026-11-30-h200": 0,
     "2026-11-30-8b-fp8": 0,
     "2026-11-30-h200-train": 4,
+    "2026-11-30-h200-copies": 4,
     "2026-11-30-h200-host-shards": 4,
 }
 _70B = dict(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, head_dim=128)
@@ -140,7 +141,10 @@ def test_predictions_are_near_the_measurements(run, row):
         assert peak / 2**30 == pytest.approx(row["peak_gib"], rel=0.01)
     computed = step_seconds(model, setting, b, t)
     seconds = transfers(model, b, t, computed, layout, cluster, base)["step_seconds"]
-    assert 1e3 * seconds == pytest.approx(row["ms"], rel=0.08)
+    if "replicated_ms" in row:  # a warm card: only the quotient to the whole base is compared
+        assert seconds / computed == pytest.approx(row["ms"] / row["replicated_ms"], rel=0.02)
+    else:
+        assert 1e3 * seconds == pytest.approx(row["ms"], rel=0.08)
 
 
 def test_the_measured_rows_cover_all_kinds_of_base():

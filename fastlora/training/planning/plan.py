@@ -4,7 +4,7 @@ Predictions are sums over shapes (memory.py, time.py) whose rates are those of k
 The test holds them to tests/data/planning_rows.jsonl: Llama 1B, 8B and 70B, bf16, NF4 and e4m3,
 4 x 2048 and 2 x 2048 tokens, every policy, dropout, adapters on q and v alone, bases sharded over
 two GPUs and in host memory. The largest error of peaks is 1.0 %, that of times on
-H100 and H200 7.4 % in rows of 2026-11-26, since when steps have become faster, and 6.8 % in later
+H100 and H200 7.4 % in rows of 2026-11-26, since when steps have become faster, and 5.9 % in later
 rows. Other lengths and ranks use the same terms and were not measured.
 """
 
