@@ -3,16 +3,19 @@
 GPUs of one machine can read each other's memory over NVLink or PCIe. Copy engines do that beside
 products. NCCL's all-gather instead runs on multiprocessors, which the products then lack: on two
 H200s a step of 8B over a sharded base takes 1.06 times as long as over a whole one with NCCL, and
-1.02 times with copies (`h200-x2-peer-copies-*-2026-11-30` in scripts/bench/results.jsonl).
+1.02 to 1.04 times with copies (`h200-x2-peer-copies-*-2026-11-30` and
+`h200-x2-8b-bf16-copies-*-2026-11-30` in scripts/bench/results.jsonl).
 
 A part is written once, before a rank reads it. So only the first copy of a part needs all ranks.
 
 The parts are in torch's symmetric memory (torch.distributed._symmetric_memory), whose pages stay
-until no rank has them mapped. torch's figures of allocated memory do not count it.
+until no rank has them mapped. torch's figures of allocated memory do not count it (torch 2.11).
 """
 
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +72,8 @@ class PeerCopies:
     def _meet(self, part: UInt8[Tensor, "n"]) -> tuple[list[Tensor], Any]:
         """Wait for all ranks, and map their parts."""
         self.stream.streams.synchronize()  # the part is written before others can read it
-        handle = self._memory.rendezvous(part, self.group)
+        with _without_multicast():
+            handle = self._memory.rendezvous(part, self.group)
         ranks = [rank for rank in range(self.ranks) if rank != self.rank]
         others = {rank: handle.get_buffer(rank, part.shape, part.dtype) for rank in ranks}
         # The entry must not hold `part` itself, or it would never end.
@@ -119,10 +123,33 @@ def _identifier(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
 
+_NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
+
+
+@contextmanager
+def _without_multicast() -> Iterator[None]:
+    """A context in which torch does not make an NVLink multicast object for each part.
+
+    Copies do not use it, and some machines refuse to make it, in which case the rendezvous fails.
+    torch reads the variable in each rendezvous, and has no argument for it.
+    """
+    before = os.environ.get(_NO_MULTICAST)
+    os.environ[_NO_MULTICAST] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[_NO_MULTICAST]
+        if before is not None:
+            os.environ[_NO_MULTICAST] = before
+
+
 def _process_space() -> str:
-    """Processes of one machine whose containers differ cannot pass memory to each other."""
+    """Processes of one machine whose containers differ cannot pass memory to each other.
+
+    torch passes handles of memory through sockets that are files, named by process ids.
+    """
     names = [socket.gethostname()]
-    for space in ("pid", "net"):
+    for space in ("pid", "net", "mnt"):
         try:
             names.append(os.readlink(f"/proc/self/ns/{space}"))
         except OSError:  # not Linux

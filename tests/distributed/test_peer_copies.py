@@ -1,6 +1,7 @@
 """Copies of other ranks' memory: the bytes of a gather, parts that end, and who may read whom."""
 
 import gc
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from fastlora.distributed import peer_copies
 from fastlora.distributed.peer_copies import PeerCopies, Place, ranks_read_peers, reads_all
 
 CPU = torch.device("cpu")
+DISABLE_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 
 
 class SharedMemory:
@@ -19,10 +21,12 @@ class SharedMemory:
     def __init__(self, ranks: int) -> None:
         self.of_ranks: list[Any] = [None] * ranks
         self.meetings = 0
+        self.multicast: set[str | None] = set()
 
     def of(self, rank: int) -> Any:
         def rendezvous(part: torch.Tensor, group: Any) -> Any:
             self.meetings += 1
+            self.multicast.add(os.environ.get(DISABLE_MULTICAST))
             buffer = lambda peer, shape, dtype: self.of_ranks[peer][: shape.numel()].view(dtype)
             return SimpleNamespace(get_buffer=buffer)
 
@@ -50,6 +54,18 @@ def test_the_bytes_are_those_of_all_ranks_in_order(monkeypatch):
         for _ in range(2):
             assert torch.equal(rank.begin(part, 21).wait(), bytes_)
     assert memory.meetings == 3  # of each rank one: only the first copy of a part meets
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_ranks_meet_without_multicast(monkeypatch, before):
+    """Some machines refuse it, and the rendezvous fails. Copies do not use it."""
+    monkeypatch.delenv(DISABLE_MULTICAST, raising=False)
+    if before is not None:
+        monkeypatch.setenv(DISABLE_MULTICAST, before)
+    memory, ranks = three_ranks(monkeypatch)
+    parts = [rank.keep(torch.zeros(4, dtype=torch.uint8)) for rank in ranks]
+    ranks[0].begin(parts[0], 12).wait()
+    assert memory.multicast == {"1"} and os.environ.get(DISABLE_MULTICAST) == before
 
 
 def test_a_part_that_is_dropped_ends(monkeypatch):
