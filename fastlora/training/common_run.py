@@ -62,9 +62,8 @@ def check_part_masks(run: Run, model: ModelState) -> None:
     problem = large_mask(model, s.batch_size, longest, s.context_parallel)
     if problem is not None:
         raise ValueError(
-            f"context_parallel={s.context_parallel} with rows of {longest} tokens at"
-            f" batch_size={s.batch_size} {problem} and each rank; lower batch_size or"
-            " max_seq_length, or use more ranks"
+            f"context_parallel={s.context_parallel}: on each rank, a batch of {s.batch_size} rows"
+            f" of {longest} tokens {problem}; lower batch_size or max_seq_length, or use more ranks"
         )
 
 
