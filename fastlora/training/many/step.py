@@ -178,7 +178,7 @@ def _noise(
 
 def _read(figures: Sequence[Figures]) -> list[Record]:
     """The runs' figures as numbers, with one read from the device for all."""
-    numbers = iter(torch.stack([x.double() for row in figures for x in row.values()]).tolist())
+    numbers = iter(torch.stack([x for row in figures for x in row.values()]).tolist())
     return [{name: next(numbers) for name in row} for row in figures]
 
 
