@@ -22,9 +22,9 @@ which is not counted. Between machines NCCL's blocks take multiprocessors from p
 nothing from running beside a gather: both together take the sum of their times
 (h200-x2-products-*).
 
-    exposed = L max(0, t_layer - forward / L) + (L - 1) max(0, t_layer - backward / L)
+    exposed = (L - 1) (max(0, t_layer - forward / L) + max(0, t_layer - backward / L))
               + t_layer + t_ends + t_sum
-    lost    = P times the seconds of NCCL's gathers that run beside layers
+    lost    = P times the seconds of NCCL's gathers that run beside layers: all but the first one
 
 A gather fits beside a layer in bf16 from F / B tokens a rank on, where F is the rate of products:
 the model cancels out. NF4 needs 0.26 of that. On H100: 3,300 tokens with NVLink, 19,000 with one
@@ -130,12 +130,12 @@ def step_cost(
     of_copy = 1 / shard / HOST_RATES[cluster.link] if host else 0.0
     slower = max(of_gather, of_copy)
     layer, layers = sizes.layer * slower, sizes.layers
-    waits = layers * max(0.0, layer - forward / layers)
-    waits += (layers - 1) * max(0.0, layer - backward / layers)
+    waits = max(0.0, layer - forward / layers) + max(0.0, layer - backward / layers)
+    waits *= layers - 1  # nothing runs beside the first layer's transfer
     exposed = waits + ((layer + sizes.ends * (of_gather + of_copy)) if slower else 0.0)
     exposed += summed / cluster.rate(n) if n > 1 else 0.0
     if shard > cluster.devices or host:  # by NCCL
-        beside = (2 * layers - 1) * sizes.layer * of_gather - waits
+        beside = 2 * (layers - 1) * sizes.layer * of_gather - waits
         exposed += products * max(0.0, beside)
     return Cost(round(gathered), round(copied), round(summed), exposed)
 
