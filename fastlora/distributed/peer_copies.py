@@ -6,7 +6,7 @@ H200s a step of 8B over a sharded base takes 1.06 times as long as over a whole 
 1.02 to 1.04 times with copies (`h200-x2-peer-copies-*-2026-11-30` and
 `h200-x2-8b-bf16-copies-*-2026-11-30` in scripts/bench/results.jsonl).
 
-A part is written once, before a rank reads it. So only the first copy of a part needs all ranks.
+A part is written once, before any rank reads it. So only the first copy of a part needs all ranks.
 
 The parts are in torch's symmetric memory (torch.distributed._symmetric_memory), whose pages stay
 until no rank has them mapped. torch's figures of allocated memory do not count it (torch 2.11).

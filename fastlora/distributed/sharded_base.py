@@ -204,7 +204,8 @@ class ShardedLayers(FetchedLayers):
         """The bytes of each layer as a one-dimensional uint8 DTensor, Shard(0), over a mesh.
 
         torch.distributed.checkpoint writes these, and reads them back on another number of ranks if
-        that number divides the layouts' sizes by 256.
+        that number divides the layouts' sizes by 256. After reading, synchronize the device and
+        call a barrier: other ranks may copy out of this rank's part at any time.
         """
         from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415  0.4 s
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from fastlora.distributed import peer_copies
+from fastlora.distributed.host_shards import HostCopies
 from fastlora.distributed.peer_copies import PeerCopies, Place, ranks_read_peers, reads_all
+from fastlora.distributed.sharded_base import Shards, shard_layers, shard_matrix
+from fastlora.runtime.layer_fetching import bytes_outside_allocator
 
 CPU = torch.device("cpu")
 DISABLE_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
@@ -77,6 +80,17 @@ def test_a_part_that_is_dropped_ends(monkeypatch):
     parts.clear()
     gc.collect()
     assert len(ranks[0]._of_ranks) == 0
+
+
+def test_parts_in_symmetric_memory_are_outside_of_the_allocator(monkeypatch):
+    _, (first, *_) = three_ranks(monkeypatch)
+    for source, ranks in ((first, 3), (HostCopies(CPU), 1)):
+        shards = Shards(source, 0, ranks)
+        layers = shard_layers(shards, 2, lambda i: {"q_proj": {"weight": torch.ones(4, 100)}})
+        head = shard_matrix(shards, "lm_head", torch.ones(7, 50))
+        found = bytes_outside_allocator({"layers": layers, "lm_head": head, "norm": torch.ones(4)})
+        assert found == (layers.kept_bytes + head.part.nbytes if source is first else 0)
+        assert layers.kept_bytes >= 2 * 4 * 100 * 4 / ranks
 
 
 @pytest.fixture
