@@ -1,6 +1,7 @@
 """plan(): predictions against measurements by bench.py, the choice, and refusals."""
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,17 @@ def test_layers_before_the_first_adapter_have_no_backward_pass():
     )
     kept = peak_bytes(every, "none", 4, 2048) - peak_bytes(last, "none", 4, 2048)
     assert kept > 0.7 * (peak_bytes(every, "none", 4, 2048) - peak_bytes(every, "full", 4, 2048))
+
+
+def test_gate_and_up_as_one_matrix_in_4_bits_run_without_the_kernel(pair):
+    model = fastlora.lora(pair("phi3", torch.bfloat16).model, r=2)
+    assert all(layer.fused for layer in layers_of(model, "none", 64))
+    layers = tuple(
+        {**x, "gate_up_proj": {"weight": in_4bit(tuple(x["gate_up_proj"]["weight"].shape))}}
+        for x in model.base["layers"]
+    )
+    packed = replace(model, base={**model.base, "layers": layers})
+    assert not any(layer.fused for layer in layers_of(packed, "none", 64))
 
 
 def test_rounding_in_e4m3_is_a_part_of_both_passes():

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from fastlora.models.levels import layer_levels, offload_levels
 from fastlora.models.names import linear_names
-from fastlora.models.params import FUSED, GATE_UP
+from fastlora.models.params import FUSED, GATE_UP, is_quantized
 from fastlora.models.spec import Recompute, Target
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.swiglu.swiglu import kernel_supports
@@ -69,4 +69,6 @@ def _swiglu_is_fused(model: ModelState, targets: tuple[Target, ...]) -> bool:
     ranks = {target.name: target.r for target in targets}
     fits = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
     names = [n for n in linear_names(model.spec.config) if n in GATE_UP]
-    return all(fits(ranks.get(name)) for name in names)
+    # The kernel reads two tensors: halves of a dense matrix, if gate and up are one layer.
+    readable = len(names) == 2 or not is_quantized(model.base)
+    return readable and all(fits(ranks.get(name)) for name in names)
