@@ -1,6 +1,6 @@
 """Bytes of which each rank holds a part, gathered from all ranks before use.
 
-This is the only file of the wing that calls collectives of sharded bytes: torch 2.13 renames them.
+This is the only file of the wing that calls collectives of sharded bytes.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from fastlora.distributed.host_shards import HostCopies
+from fastlora.distributed.process_group import start_all_gather
 
 
 class Gathers:
@@ -38,11 +39,11 @@ class Gathers:
         assert len(part) * self.ranks == size, (len(part), self.ranks, size)
         flat = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self.host is None:
-            return Gather(flat, _all_gather(flat, part, self.group), None)
+            return Gather(flat, start_all_gather(flat, part, self.group), None)
         copy = self.host.begin(part, len(part))
         with torch.get_device_module(self.device).stream(self.host.stream.copying):
             # On the copy stream, which NCCL's then waits for.
-            work = _all_gather(flat, copy.flat, self.group)
+            work = start_all_gather(flat, copy.flat, self.group)
         return Gather(flat, work, copy.flat)
 
     def keep(self, part: UInt8[Tensor, "n"]) -> UInt8[Tensor, "n"]:
@@ -65,15 +66,11 @@ class Gather:
         return self.flat
 
 
-def _all_gather(out: Tensor, part: Tensor, group: Any) -> Any:
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return gather(out, part, group=group, async_op=True)
-
-
 def summed_parts(whole: UInt8[Tensor, "n"], group: Any) -> UInt8[Tensor, "m"]:
     """This rank's part of the bytes of all ranks, of which one has written a byte, the others 0."""
     ranks = dist.get_world_size(group)
     part = whole.new_empty(len(whole) // ranks)
+    # torch 2.13 renamed the function.
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     scatter(part, whole, group=group)
     return part
