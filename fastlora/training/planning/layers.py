@@ -1,4 +1,4 @@
-"""layers_of(): what the memory and the time of each layer depend on, besides the model's shape."""
+"""layers_of(): the properties of each layer that decide its memory and time, besides its shape."""
 
 from collections.abc import Collection
 from functools import cache

@@ -3,9 +3,9 @@
 Predictions are sums over shapes (memory.py, time.py) whose rates are those of kernels in profiles.
 The test holds them to tests/data/planning_rows.jsonl: Llama 1B, 8B and 70B, bf16, NF4 and e4m3,
 4 x 2048 and 2 x 2048 tokens, every policy, dropout, adapters on q and v alone, bases sharded over
-two GPUs and in host memory. The largest error of peaks is 1.0 %, that of times on
-H100 and H200 7.4 % in rows of 2026-11-26, since when steps have become faster, and 5.9 % in later
-rows. Other lengths and ranks use the same terms and were not measured.
+two GPUs and in host memory. The largest error of peaks is 1.0 %, that of times on H100 and H200
+7.4 % in rows of 2026-11-26 and 5.9 % in later rows, whose steps are faster. Other lengths and ranks
+use the same terms and were not measured.
 """
 
 import re
@@ -112,7 +112,7 @@ def plan(
     that the GPU waits for the host takes longer than predicted.
 
     Args:
-        model: dense, with plain LoRA on projections of its layers.
+        model: dense, with LoRA on projections of its layers, with or without dropout.
         batch_size: sequences in a micro-batch.
         seq_length: tokens in each sequence, padding included.
         memory: of the card: bytes, or a text such as "24GB" or "80GiB"; None: of the CUDA device
