@@ -67,6 +67,7 @@ class PeerCopies:
 
     def keep(self, part: UInt8[Tensor, "n"]) -> UInt8[Tensor, "n"]:
         """A rank's part in memory that the other ranks can read. It must not be written again."""
+        _make_room(len(part), self.device)
         return self._memory.empty(len(part), dtype=torch.uint8, device=self.device).copy_(part)
 
     def _meet(self, part: UInt8[Tensor, "n"]) -> tuple[list[Tensor], Any]:
@@ -122,6 +123,18 @@ def reads_all(places: list[Place | None], device: torch.device) -> bool:
 def _identifier(device: torch.device) -> str:
     return str(torch.cuda.get_device_properties(device).uuid)
 
+
+def _make_room(size: int, device: torch.device) -> None:
+    """Have torch's allocator return cached memory if the device has too little left for a part.
+
+    The allocator does so when an allocation of its own fails, but these are not its own.
+    """
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < size + _ROUNDED_BYTES:
+        torch.cuda.empty_cache()
+
+
+# More than symmetric memory adds to a part by rounding up, and for its signals.
+_ROUNDED_BYTES = 16 * 2**20
 
 _NO_MULTICAST = "TORCH_SYMM_MEM_DISABLE_MULTICAST"
 

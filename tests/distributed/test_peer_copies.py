@@ -71,6 +71,16 @@ def test_ranks_meet_without_multicast(monkeypatch, before):
     assert memory.multicast == {"1"} and os.environ.get(DISABLE_MULTICAST) == before
 
 
+def test_cached_memory_is_returned_if_a_part_would_not_fit(monkeypatch):
+    """torch's allocator does not see that memory beside it is needed."""
+    returned = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**33))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: returned.append(True))
+    for device, size, expected in (("cuda", 2**29, 0), ("cpu", 2**31, 0), ("cuda", 2**30, 1)):
+        peer_copies._make_room(size, torch.device(device, 0))
+        assert len(returned) == expected
+
+
 def test_a_part_that_is_dropped_ends(monkeypatch):
     memory, ranks = three_ranks(monkeypatch)
     parts = [rank.keep(torch.zeros(4, dtype=torch.uint8)) for rank in ranks]
