@@ -127,7 +127,7 @@ def _identifier(device: torch.device) -> str:
 def _make_room(size: int, device: torch.device) -> None:
     """Have torch's allocator return cached memory if the device has too little left for a part.
 
-    The allocator does so when an allocation of its own fails, but these are not its own.
+    The allocator does so only when one of its allocations fails. Parts are not among them.
     """
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < size + _ROUNDED_BYTES:
         torch.cuda.empty_cache()
