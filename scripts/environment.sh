@@ -8,8 +8,11 @@ environment() {
     if [ ! -f "$stamp" ]; then
         rm -rf "$folder"
         python3 -m venv "$folder"
-        "$folder/bin/pip" install --quiet --disable-pip-version-check -r "$2" -c scripts/constraints.txt
+        "$folder/bin/pip" install --quiet --disable-pip-version-check --no-compile \
+            -r "$2" -c scripts/constraints.txt
         "$folder/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+        # On all cores, where pip compiles on one. Some packages have templates that are not Python.
+        "$folder/bin/python" -m compileall -qq -j 0 "$folder"/lib/python*/site-packages >/dev/null || true
         touch "$stamp"
     fi
     PATH="$PWD/$folder/bin:$PATH"

@@ -8,8 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest import runner
 
-from fastlora.runtime import cuda_graph
+from oracles import deep_stack, quick_checks
+
+if quick_checks.hook_is_installed():
+    quick_checks.install()  # before fastlora is imported
 
 # Triton's interpreter runs the kernels where no GPU is. Triton reads this when transformers
 # imports it, so it comes before the imports below.
@@ -19,6 +23,7 @@ from torch import fx
 from torch.utils._pytree import tree_map
 
 from fastlora.model import Model
+from fastlora.runtime import cuda_graph
 from fastlora.runtime.compiled import _region as compiled_regions
 from fastlora.runtime.cuda_graph import CUDAGraphed
 from fastlora.runtime.tree import leaves
@@ -31,6 +36,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """--full: 60 s of streams and 1,000 requests in the server's tests, instead of 1 s and 250, and
     2,000 training steps in test_long_run.py, instead of 90."""
     parser.addoption("--full", action="store_true", help="the long forms of some tests")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m compile` imports only the fifth of the files that has such tests."""
+    if config.option.markexpr == "compile" and collection_path.suffix == ".py":
+        return "mark.compile" not in collection_path.read_text() or None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """Each test, with its fixtures, runs where Python's calls are cheap."""
+    return deep_stack.run(runner.pytest_runtest_protocol, item, nextitem)
 
 
 @pytest.fixture(scope="session")
