@@ -9,7 +9,7 @@ H200s a step of 8B over a sharded base takes 1.06 times as long as over a whole 
 A part is written once, before any rank reads it. So only the first copy of a part needs all ranks.
 
 The parts are in torch's symmetric memory (torch.distributed._symmetric_memory), whose pages stay
-until no rank has them mapped. torch's figures of allocated memory do not count it (torch 2.11).
+until no rank has them mapped. torch's figures of allocated memory do not count it.
 """
 
 import os
@@ -38,12 +38,12 @@ class PeerCopies:
         Args:
             group: the process group of the ranks that hold parts, for which `ranks_read_peers`.
             device: that receives.
-            memory: makes symmetric memory; None: torch's module.
+            memory: in the place of `SymmetricMemory`.
         """
         self.group, self.device = group, device
         self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.stream = CopyStream(device)
-        self._memory = _symmetric_memory() if memory is None else memory
+        self._memory: Any = SymmetricMemory() if memory is None else memory
         # A part -> the parts of all ranks in their order, and the handle that keeps them mapped.
         self._of_ranks = WeakTensorKeyDictionary()
 
@@ -68,7 +68,7 @@ class PeerCopies:
     def keep(self, part: UInt8[Tensor, "n"]) -> UInt8[Tensor, "n"]:
         """A rank's part in memory that the other ranks can read. It must not be written again."""
         _make_room(len(part), self.device)
-        return self._memory.empty(len(part), dtype=torch.uint8, device=self.device).copy_(part)
+        return self._memory.empty(len(part), self.device).copy_(part)
 
     def _meet(self, part: UInt8[Tensor, "n"]) -> tuple[list[Tensor], Any]:
         """Wait for all ranks, and map their parts."""
@@ -170,7 +170,24 @@ def _process_space() -> str:
     return " ".join(names)
 
 
-def _symmetric_memory() -> Any:
-    import torch.distributed._symmetric_memory as memory  # noqa: PLC0415  0.2 s
+class SymmetricMemory:
+    """torch's symmetric memory, an allocation for each tensor.
 
-    return memory
+    `torch.distributed._symmetric_memory.empty` of torch 2.13 takes parts of larger allocations
+    instead, in which `get_buffer` does not find a tensor by itself.
+    """
+
+    def __init__(self) -> None:
+        """Import torch's module."""
+        import torch.distributed._symmetric_memory as memory  # noqa: PLC0415  0.2 s
+
+        self._torch: Any = memory
+
+    def empty(self, size: int, device: torch.device) -> UInt8[Tensor, "n"]:
+        """`size` bytes that other ranks can map."""
+        allocate = self._torch._SymmetricMemory.empty_strided_p2p
+        return allocate((size,), (1,), torch.uint8, device)
+
+    def rendezvous(self, part: UInt8[Tensor, "n"], group: Any) -> Any:
+        """Wait for all ranks of the group; torch's handle of their parts."""
+        return self._torch.rendezvous(part, group)

@@ -10,7 +10,13 @@ import torch
 
 from fastlora.distributed import peer_copies
 from fastlora.distributed.host_shards import HostCopies
-from fastlora.distributed.peer_copies import PeerCopies, Place, ranks_read_peers, reads_all
+from fastlora.distributed.peer_copies import (
+    PeerCopies,
+    Place,
+    SymmetricMemory,
+    ranks_read_peers,
+    reads_all,
+)
 from fastlora.distributed.sharded_base import Shards, shard_layers, shard_matrix
 from fastlora.runtime.layer_fetching import bytes_outside_allocator
 
@@ -33,8 +39,8 @@ class SharedMemory:
             buffer = lambda peer, shape, dtype: self.of_ranks[peer][: shape.numel()].view(dtype)
             return SimpleNamespace(get_buffer=buffer)
 
-        def empty(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-            self.of_ranks[rank] = torch.full((size,), 255, dtype=dtype, device=device)
+        def empty(size: int, device: torch.device) -> torch.Tensor:
+            self.of_ranks[rank] = torch.full((size,), 255, dtype=torch.uint8, device=device)
             return self.of_ranks[rank]
 
         return SimpleNamespace(empty=empty, rendezvous=rendezvous)
@@ -137,3 +143,8 @@ def test_one_rank_that_cannot_read_decides_for_all(monkeypatch, four_gpus):
     monkeypatch.setattr(peer_copies.dist, "all_gather_object", gathered)
     for other in (True, False):
         assert ranks_read_peers(None, torch.device("cuda", 0)) is other
+
+
+def test_torch_has_the_private_functions():
+    with pytest.raises(RuntimeError, match="cpu"):  # it has no symmetric memory
+        SymmetricMemory().empty(4, CPU)
