@@ -52,8 +52,18 @@ FUNCTIONS = {
     "torch._inductor.codecache": ("torch_key",),
     "torch._inductor.async_compile": ("maybe_warm_pool",),
     "triton.runtime.cache": ("triton_key",),
+    "triton.compiler.compiler": ("compile", "CompiledKernel._init_handles"),
+    "triton.runtime.build": ("_build",),
 }
 LAST = "optimizer_step"
+
+# Functions of which every call is noted, under the name of what they compile or load.
+NAMED: dict[str, Callable[[Any], str]] = {
+    "benchmark_all_configs": lambda tuner: tuner.fn.__name__,
+    "compile": lambda source: source.name,
+    "_init_handles": lambda kernel: kernel.name,
+    "_build": lambda name: name,
+}
 
 marks: list[tuple[str, str, float, float]] = []
 
@@ -91,7 +101,7 @@ def note_calls(module: Any, name: str) -> None:
 
 
 def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function, which notes its first eight calls."""
+    """The function, which notes its first eight calls, or each one if it is in NAMED."""
     calls = 0
 
     @wraps(function)
@@ -102,7 +112,10 @@ def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         finally:
-            if calls <= 8 or name == "benchmark_all_configs":
+            if name in NAMED:
+                part = f"{name} {NAMED[name](args[0])}"
+                marks.append((part, thread(), begin, time.time()))
+            elif calls <= 8:
                 marks.append((f"{name}()", thread(), begin, time.time()))
             if name == LAST:
                 write()
@@ -126,6 +139,7 @@ def write() -> None:
     for kind in ("stats", "aot_autograd", "inductor"):
         counts[kind] = dict(counters[kind])
     counts["files in the cache"] = files_by_suffix()
+    counts |= {f"{kind}: calls and seconds": total(kind) for kind in NAMED}
     found = {
         "torch": torch.__version__,
         "total_s": end - STARTED,
@@ -135,6 +149,12 @@ def write() -> None:
     Path(MARKS).write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
+
+
+def total(kind: str) -> tuple[int, float]:
+    """The number of a function's calls, and their seconds, of all threads together."""
+    seconds = [b - a for part, _, a, b in marks if part.startswith(f"{kind} ")]
+    return len(seconds), round(sum(seconds), 2)
 
 
 def files_by_suffix() -> dict[str, int]:
