@@ -4,9 +4,9 @@
     python scripts/bench/first_step.py --model FOLDER --cold 2 --warm 5
     python scripts/bench/first_step.py --model demo --compile      # compiled regions on the CPU
 
-Starts `scripts/finetune.py` in new processes: --cold times with empty compile caches, then --warm
-times with full ones. Without tyro, which finetune.py needs, it starts whole_job/fastlora_job.py. Each
-process ends after its first step.
+Starts `scripts/finetune.py` in new processes: --cold times with empty compile caches, then
+--warm times with full ones. Without tyro, which finetune.py needs, it starts
+whole_job/fastlora_job.py. Each process ends after its first step.
 
 Prints a table for each process: for every part, the second at which it began, the second at which
 it ended, both after the start of Python, and its thread. Parts overlap, because parts of other
