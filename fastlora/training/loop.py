@@ -23,6 +23,7 @@ from fastlora.data.sources import Data
 from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
+from fastlora.models.head_logprobs import loss_launches
 from fastlora.models.state import ModelState
 from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
@@ -275,9 +276,14 @@ def train(
         after.enter_context(output_lock(folder))
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
-        objective = objective_of(loss, model)
+        objective, norm = objective_of(loss, model), model.base["norm"]
         with (
-            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.leads_node),
+            preparing_first_step(
+                model.spec.compile,
+                norm.device,
+                ranks.leads_node,
+                partial(loss_launches, model.spec, norm),
+            ),
             ranks.first_on_node("encoding"),
         ):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)

@@ -45,6 +45,7 @@ FUNCTIONS = {
     "fastlora.training.loop": ("train", "_run_steps"),
     "fastlora.training.step": ("optimizer_step", "_loss_and_gradient", "update"),
     "fastlora.runtime.compiled": ("backend",),
+    "fastlora.runtime.kernels_ahead": ("graph_launches", "compile_launch"),
     "torch._inductor.compile_fx": ("compile_fx_inner",),
     "torch._dynamo.convert_frame": ("_compile",),
     "torch._functorch.aot_autograd": ("aot_module_simplified",),
@@ -61,6 +62,7 @@ LAST = "optimizer_step"
 NAMED: dict[str, Callable[[Any], str]] = {
     "benchmark_all_configs": lambda tuner: tuner.fn.__name__,
     "compile": lambda source: source.name,
+    "compile_launch": lambda launch: launch.kernel.__name__,
     "_init_handles": lambda kernel: kernel.name,
     "_build": lambda name: name,
 }
@@ -113,7 +115,8 @@ def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
             return function(*args, **kwargs)
         finally:
             if name in NAMED:
-                part = f"{name} {NAMED[name](args[0])}"
+                failed = sys.exc_info()[0]
+                part = f"{name} {NAMED[name](args[0])}" + (f" {failed.__name__}" if failed else "")
                 marks.append((part, thread(), begin, time.time()))
             elif calls <= 8:
                 marks.append((f"{name}()", thread(), begin, time.time()))

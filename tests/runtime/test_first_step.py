@@ -83,7 +83,9 @@ def test_a_rank_imports_while_it_waits_for_the_first_one_of_its_machine(monkeypa
         yield
 
     @contextmanager
-    def preparing(compile: Compile, device: torch.device, compilers: bool) -> Iterator[None]:
+    def preparing(
+        compile: Compile, device: torch.device, compilers: bool, launches: object
+    ) -> Iterator[None]:
         order.append(f"imports, compilers: {compilers}")
         yield
 

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.dispatch import precision
+from fastlora.ops.launch import launch
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -375,7 +376,8 @@ def flash_forward(
         return result
     out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
     bm, _, how = _tile("forward", q, s)
-    _forward_kernel[(b * h, triton.cdiv(t, bm))](
+    launch(
+        _forward_kernel, (b * h, triton.cdiv(t, bm)),
         q, k, v, q if first is None else first, q if until is None else until, out, lse, t, s, h,
         *_scale_and_cap(hd, scale, cap), q.stride(2), k.stride(2), v.stride(2),
         GROUP=h // kv, D=hd, SPANS=first is not None, PART=until is not None,  # pyright: ignore
@@ -463,13 +465,15 @@ def _write_gradients(
     static |= dict(CAPPED=cap is not None, ROPE=cos is not None, PRECISION=precision(q.dtype))
     sizes = (t, s, h, *_scale_and_cap(hd, *scale_and_cap), q.stride(2), k.stride(2), v.stride(2))
     bm, _, how = _tile("queries", q, s)
-    _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
+    launch(
+        _query_gradient_kernel, (b * h, triton.cdiv(t, bm)),
         q, k, v, out, dout, lse, first, until, *tables, delta, dq,
         *sizes, out.stride(2), dout.stride(2), dq.stride(1), table_row,
         **static, **how,
     )  # fmt: skip
     _, bn, how = _tile("keys", q, s)
-    _key_value_gradient_kernel[(b * kv, triton.cdiv(s, bn))](
+    launch(
+        _key_value_gradient_kernel, (b * kv, triton.cdiv(s, bn)),
         q, k, v, dout, lse, delta, last, since, *tables, dk, dv,
         *sizes, dout.stride(2), dk.stride(1), table_row,
         **static, **how,

@@ -10,6 +10,7 @@ from typing import Any
 
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
+from fastlora.models.head_logprobs import loss_launches
 from fastlora.models.state import Batch
 from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
@@ -69,8 +70,9 @@ def prepare_runs(
     Raises:
         FileNotFoundError, CheckpointError, ValueError, OSError: as `train`.
     """
-    model = own[0].model
-    with preparing_first_step(model.spec.compile, model.base["norm"].device):
+    model, norm = own[0].model, own[0].model.base["norm"]
+    launches = partial(loss_launches, model.spec, norm)
+    with preparing_first_step(model.spec.compile, norm.device, launches=launches):
         runs = _runs(own, tokenizer, progress, after)
     states = []
     for number, (given, run) in enumerate(zip(own, runs, strict=True)):
