@@ -41,12 +41,12 @@ def compiling_kernels(device: torch.device) -> Iterator[dict[str, Any]]:
         yield _settings(
             lambda graph: threads.extend(start_compiling(graph_launches(graph), device))
         )
+        for thread in threads:
+            thread.wait()
     except BaseException:
         for thread in threads:
             thread.stop()
         raise
-    for thread in threads:
-        thread.wait()
 
 
 def _settings(start: Callable[[torch.fx.Graph], object]) -> dict[str, Any]:

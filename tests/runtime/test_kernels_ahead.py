@@ -6,32 +6,40 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch._inductor import compile_fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import fastlora
 from fastlora import functional as FL
+from fastlora.models.head_logprobs import loss_launches
 from fastlora.ops import launch as launching
 from fastlora.ops.launch import Launch, launch
+from fastlora.ops.loss.linear_cross_entropy import label_logprobs_and_grad_kernel
 from fastlora.runtime import compiled, kernels_ahead
+from fastlora.runtime.kernels_ahead import compiling_kernels
 from oracles.pairs import adapted
 from oracles.trees import token_ids
 
 pytest.importorskip("triton", reason="the kernels' tests need triton: requirements-test.txt has it")
 
 ROOT = Path(__file__).parents[2]
+SHAPES = ShapeEnv()
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 KERNELS = (
     "attention.flash_kernel",
     "linear.low_rank_gradients_kernel",
     "linear.masked_lora_kernel",
+    "loss.softmax_kernel",
     "swiglu.swiglu_kernel",
 )
 
@@ -64,31 +72,27 @@ def always_supported(monkeypatch) -> None:
 
 
 @pytest.fixture
-def planned(monkeypatch) -> list[Launch]:
-    """A list that gets what would be compiled ahead. CPU graphs count as CUDA ones."""
+def ahead(monkeypatch) -> list[Launch]:
+    """A list that gets what is compiled ahead. Graphs on the CPU count as graphs on CUDA."""
     found: list[Launch] = []
-
-    @contextmanager
-    def compiling(device: torch.device) -> Iterator[dict[str, Any]]:
-        yield kernels_ahead._settings(
-            lambda graph: found.extend(kernels_ahead.graph_launches(graph))
-        )
-
-    monkeypatch.setattr(compiled, "compiling_kernels", compiling)
+    monkeypatch.setattr(compiled, "_device", lambda inputs: CUDA)
+    monkeypatch.setattr(kernels_ahead, "compile_launch", lambda launch, _: found.append(launch))
     return found
 
 
 @pytest.fixture
 def eager_inductor(monkeypatch, fresh_dynamo) -> None:
     """Inductor runs its passes, but graphs run as they are: its C++ takes most of the time."""
-    eager = partial(compile_fx.compile_fx, inner_compile=lambda graph, inputs, **_: graph)
+    eager = partial(
+        compile_fx.compile_fx, inner_compile=lambda graph, *_, **__: make_boxed_func(graph)
+    )
     monkeypatch.setattr(compile_fx, "compile_fx", eager)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_every_launch_of_a_layer_is_known_before_inductor_compiles_it(
-    dropout, pair, planned, launched, always_supported, eager_inductor
+    dropout, pair, ahead, launched, always_supported, eager_inductor
 ):
     """With the same types, alignments, numbers and constants: Triton compiles nothing again."""
     model = adapted(pair("llama3.2").model, r=3, lora_dropout=dropout)
@@ -100,7 +104,88 @@ def test_every_launch_of_a_layer_is_known_before_inductor_compiles_it(
     expected = {"_forward_kernel", "_query_gradient_kernel", "_key_value_gradient_kernel"}
     expected |= {"_masked_x_a_backward_kernel"} if dropout else {"_swiglu_backward_kernel"}
     assert expected | {"_parts_kernel", "_sums_kernel"} <= names
-    assert {x.key() for x in planned} == {x.key() for x in launched}
+    of_layers = [x for x in launched if x.kernel.__name__ != "_logprob_kernel"]
+    assert {x.key() for x in ahead} == {x.key() for x in of_layers}
+
+
+def test_the_launch_of_the_loss_is_known(pair, launched):
+    model = pair("llama3.2").model
+    spec, norm = model.with_spec(kernels="triton").spec, model.base["norm"]
+    (known,) = loss_launches(spec, norm)
+    labels = torch.zeros(7, dtype=torch.int64)
+    logits = torch.zeros(7, spec.config.vocab_size, dtype=norm.dtype)
+    label_logprobs_and_grad_kernel(logits, labels, spec.config.logit_cap)
+    assert [x.key() for x in launched] == [known.key()]
+    assert not loss_launches(model.spec, norm)  # on the CPU "auto" runs no kernels
+
+
+def graph_of(n: Any, f: int = 32, r: int = 2) -> torch.fx.Graph:
+    """A graph that calls lora_swiglu on n rows, f columns and rank r."""
+    graph, args = torch.fx.Graph(), []
+    with FakeTensorMode(shape_env=SHAPES):
+        for shape in [(n, f), (n, f), (n, r), (n, r), (f, r), (f, r)]:
+            args.append(graph.placeholder(f"x{len(args)}"))
+            args[-1].meta["val"] = torch.empty(shape)
+    graph.call_function(torch.ops.fastlora.lora_swiglu.default, (*args, None, 1.0, 1.0))
+    return graph
+
+
+def test_symbolic_sizes_are_left_out():
+    assert len(kernels_ahead.graph_launches(graph_of(4))) == 1
+    assert not kernels_ahead.graph_launches(graph_of(SHAPES.create_unbacked_symint()))
+
+
+def test_launches_differ_by_what_triton_compiles_for():
+    launches = lambda *sizes: {x.key() for x in kernels_ahead.graph_launches(graph_of(*sizes))}
+    assert launches(4, 32, 2) == launches(4, 32, 2) != launches(4, 32, 3)
+
+
+def test_the_end_of_the_block_waits_for_kernels(monkeypatch):
+    done = []
+    monkeypatch.setattr(kernels_ahead, "compile_launch", lambda *_: (sleep(0.2), done.append(1)))
+    with compiling_kernels(CUDA) as settings:
+        settings["joint_custom_pre_pass"](graph_of(4))
+        assert not done
+    assert done == [1]
+
+
+def test_an_error_of_the_block_waits_for_no_kernel(monkeypatch):
+    begun, end = threading.Event(), threading.Event()
+    monkeypatch.setattr(kernels_ahead, "compile_launch", lambda *_: (begun.set(), end.wait(60)))
+    with pytest.raises(KeyError), compiling_kernels(CUDA) as settings:
+        settings["joint_custom_pre_pass"](graph_of(4))
+        begun.wait(60)
+        raise KeyError
+    assert not end.is_set()
+    end.set()
+
+
+def test_an_error_of_a_thread_is_left_to_the_launch(monkeypatch):
+    def fail(*_: object) -> None:
+        raise RuntimeError("ptxas")
+
+    monkeypatch.setattr(kernels_ahead, "compile_launch", fail)
+    with compiling_kernels(CUDA) as settings:
+        settings["joint_custom_pre_pass"](graph_of(4))
+
+
+def test_threads_are_at_most_as_many_as_cores(monkeypatch):
+    done = []
+    monkeypatch.setattr(kernels_ahead, "compile_launch", lambda launch, _: done.append(launch))
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
+    launches = [Launch("kernel", (i,), {}) for i in (1, 2, 3, 3)]
+    threads = kernels_ahead.start_compiling(launches, CUDA)
+    for thread in threads:
+        thread.wait()
+    assert len(threads) == 2 and sorted(x.args for x in done) == [(1,), (2,), (3,)]
+
+
+def test_settings_of_the_cpu_and_of_the_user_stay(monkeypatch):
+    with compiling_kernels(CPU) as settings:
+        assert not settings
+    monkeypatch.setattr("torch._inductor.config.joint_custom_pre_pass", lambda graph: None)
+    with compiling_kernels(CUDA) as settings:
+        assert not settings
 
 
 # Ops run on tensors of the CPU, with a driver of an H100 that compiles kernels but runs none.

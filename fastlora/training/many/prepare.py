@@ -10,11 +10,10 @@ from typing import Any
 
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
-from fastlora.models.head_logprobs import loss_launches
 from fastlora.models.state import Batch
-from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.finished import tokenizer_bytes
+from fastlora.training.first_step import preparing_training
 from fastlora.training.history import Record
 from fastlora.training.identity import hash_adapter, run_identity
 from fastlora.training.keeping import Best
@@ -70,9 +69,7 @@ def prepare_runs(
     Raises:
         FileNotFoundError, CheckpointError, ValueError, OSError: as `train`.
     """
-    model, norm = own[0].model, own[0].model.base["norm"]
-    launches = partial(loss_launches, model.spec, norm)
-    with preparing_first_step(model.spec.compile, norm.device, launches=launches):
+    with preparing_training(own[0].model):
         runs = _runs(own, tokenizer, progress, after)
     states = []
     for number, (given, run) in enumerate(zip(own, runs, strict=True)):
