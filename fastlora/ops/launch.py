@@ -60,7 +60,7 @@ def _pointers(args: tuple[Any, ...]) -> tuple[Any, ...]:
 def _pointer(x: Any) -> Any:
     if isinstance(x, tuple):
         return _pointers(x)
-    return Pointer(x.dtype, x.storage_offset() * x.itemsize) if isinstance(x, Tensor) else x
+    return Pointer(x.dtype, int(x.storage_offset()) * x.itemsize) if isinstance(x, Tensor) else x
 
 
 def implement(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -93,7 +93,8 @@ def _call(node: torch.fx.Node) -> tuple[str, list[Any]]:
     """(the op that a node calls, its arguments with FakeTensors); an empty name for other nodes."""
     if node.op != "call_function":
         return "", []
-    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda of: of.meta["val"])
+    given: Any = (node.args, node.kwargs)
+    args, kwargs = torch.fx.map_arg(given, lambda of: of.meta["val"])
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target.name(), [*args, *kwargs.values()]
     # AOTAutograd wraps ops that write to an argument.
