@@ -69,9 +69,14 @@ def _settings(start: Callable[[torch.fx.Graph], object]) -> dict[str, Any]:
 
 
 def start_compiling(launches: Iterable[Launch], device: torch.device) -> list[Ahead]:
-    """Threads that compile the kernels of launches: at most one for each core of this process."""
-    different = {launch.key(): launch for launch in launches}
-    tasks = [partial(compile_launch, launch, device) for launch in different.values()]
+    """Threads that compile the kernels of launches: at most one for each core of this process.
+
+    The longest kernels are first, because Triton takes most time for them.
+    """
+    different = {launch.key(): launch for launch in launches}.values()
+    length = lambda launch: len(launch.kernel.fn.__code__.co_code)
+    longest_first = sorted(different, key=length, reverse=True)
+    tasks = [partial(compile_launch, launch, device) for launch in longest_first]
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return [ahead(tasks[i::cores]) for i in range(min(cores, len(tasks)))]

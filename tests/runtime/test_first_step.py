@@ -29,6 +29,13 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
 
 
+class Kernel:
+    """A stand-in for a kernel of Triton's."""
+
+    @staticmethod
+    def fn() -> None: ...
+
+
 @pytest.fixture
 def tasks(monkeypatch) -> list[str]:
     """A list that gets the tasks of the thread, which do nothing: modules and functions."""
@@ -69,7 +76,7 @@ def test_inductor_is_prepared_for_compiled_models_only(tasks):
 def test_kernels_outside_of_regions_are_compiled_while_rows_are_read(tasks, monkeypatch):
     compiled = threading.Event()
     monkeypatch.setattr(kernels_ahead, "compile_launch", lambda *_: compiled.set())
-    launches = [Launch("kernel", (), {})]
+    launches = [Launch(Kernel, (), {})]
     with preparing_first_step(False, CUDA, launches=lambda: launches):
         pass
     assert not compiled.is_set()

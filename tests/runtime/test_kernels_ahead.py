@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import sleep
@@ -83,10 +84,9 @@ def ahead(monkeypatch) -> list[Launch]:
 @pytest.fixture
 def eager_inductor(monkeypatch, fresh_dynamo) -> None:
     """Inductor runs its passes, but graphs run as they are: its C++ takes most of the time."""
-    eager = partial(
-        compile_fx.compile_fx, inner_compile=lambda graph, *_, **__: make_boxed_func(graph)
-    )
-    monkeypatch.setattr(compile_fx, "compile_fx", eager)
+    inner = lambda graph, *_, **__: make_boxed_func(graph)
+    inductor: Any = compile_fx.compile_fx
+    monkeypatch.setattr(compile_fx, "compile_fx", partial(inductor, inner_compile=inner))
 
 
 @pytest.mark.compile
@@ -169,15 +169,26 @@ def test_an_error_of_a_thread_is_left_to_the_launch(monkeypatch):
         settings["joint_custom_pre_pass"](graph_of(4))
 
 
-def test_threads_are_at_most_as_many_as_cores(monkeypatch):
+@dataclass(frozen=True)
+class Kernel:
+    """What is read of Triton's kernels to sort them."""
+
+    fn: Any
+
+
+def test_threads_are_at_most_as_many_as_cores_and_begin_with_long_kernels(monkeypatch):
     done = []
     monkeypatch.setattr(kernels_ahead, "compile_launch", lambda launch, _: done.append(launch))
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1}, raising=False)
-    launches = [Launch("kernel", (i,), {}) for i in (1, 2, 3, 3)]
-    threads = kernels_ahead.start_compiling(launches, CUDA)
-    for thread in threads:
-        thread.wait()
-    assert len(threads) == 2 and sorted(x.args for x in done) == [(1,), (2,), (3,)]
+    short, long = map(Kernel, (lambda: 1, lambda x: x * x * x + x))
+    launches = [Launch(kernel, (i,), {}) for kernel, i in ((short, 1), (short, 2), (long, 3))]
+    for cores in (1, 2):
+        done.clear()
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: {*range(n)}, raising=False)
+        threads = kernels_ahead.start_compiling([*launches, launches[0]], CUDA)
+        for thread in threads:
+            thread.wait()
+        assert len(threads) == cores and sorted(x.args for x in done) == [(1,), (2,), (3,)]
+        assert cores > 1 or done[0].kernel is long
 
 
 def test_settings_of_the_cpu_and_of_the_user_stay(monkeypatch):
