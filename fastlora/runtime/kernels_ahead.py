@@ -27,8 +27,8 @@ def compiling_kernels(device: torch.device) -> Iterator[dict[str, Any]]:
     """Settings for Inductor with which a graph's kernels are compiled in threads.
 
     The end of the block waits for the threads, because a kernel that is launched meanwhile would be
-    compiled twice. If the block raises, the error is not kept waiting. An error of a thread reaches
-    nobody: the launch will compile the kernel again, and raise it.
+    compiled twice. If the block raises, the error is not kept waiting. Errors of threads are
+    dropped: the launch compiles the kernel again, and raises them.
 
     Args:
         device: of the graph; no kernels are compiled for devices other than CUDA.
