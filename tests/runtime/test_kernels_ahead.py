@@ -24,7 +24,7 @@ import fastlora
 from fastlora import functional as FL
 from fastlora.models.head_logprobs import loss_launches
 from fastlora.ops import launch as launching
-from fastlora.ops.launch import Launch, launch
+from fastlora.ops.launch import Launch, Pointer, implement, launch, launches_of
 from fastlora.ops.loss.linear_cross_entropy import label_logprobs_and_grad_kernel
 from fastlora.runtime import compiled, kernels_ahead
 from fastlora.runtime.kernels_ahead import compiling_kernels
@@ -128,6 +128,28 @@ def graph_of(n: Any, f: int = 32, r: int = 2) -> torch.fx.Graph:
             args[-1].meta["val"] = torch.empty(shape)
     graph.call_function(torch.ops.fastlora.lora_swiglu.default, (*args, None, 1.0, 1.0))
     return graph
+
+
+def test_launches_of_ops_that_an_op_calls_are_found(monkeypatch):
+    monkeypatch.setattr(launching, "_implementations", {})  # it gets the two ops of this test
+    for name in ("outer", "inner"):
+        torch.library.define(f"fastlora_test::{name}", "(Tensor x) -> Tensor")
+        torch.library.register_fake(f"fastlora_test::{name}")(torch.empty_like)
+
+    @implement("fastlora_test::inner")
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        y = torch.empty_like(x)
+        launch("kernel", (1,), x[1:], y, (x, 3), BLOCK=16)
+        return y
+
+    @implement("fastlora_test::outer")
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.fastlora_test.inner(2 * x)
+
+    with FakeTensorMode():
+        (found,) = launches_of(outer, torch.empty(4))
+    at = lambda address: Pointer(torch.float32, address)
+    assert found == Launch("kernel", (at(4), at(0), (at(0), 3)), {"BLOCK": 16})
 
 
 def test_symbolic_sizes_are_left_out():
