@@ -16,8 +16,8 @@ base in fp8). A name with "-gc" uses gradient checkpointing. "probe" is scripts/
 same step in plain compiled PyTorch.
 
 With --cuda-graph, fastlora's step is recorded once and replayed
-(value_and_grad(cuda_graph=True)); "offload" cannot be recorded. The peak then covers the whole
-process, because a graph allocates its memory while it is recorded.
+(value_and_grad(cuda_graph=True)). The peak then covers the whole process, because a graph allocates
+its memory while it is recorded.
 
 The last two columns are the speed relative to --against, and the floor's share of the step. The
 floor is the time that the arithmetic alone takes at 790 TFLOP/s; see measuring.floor_ms.

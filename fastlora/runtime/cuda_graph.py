@@ -107,8 +107,7 @@ class CUDAGraphed:
         except Exception as error:
             raise RuntimeError(
                 "cuda_graph=True: this function cannot be recorded in a CUDA graph. It must not"
-                " wait for the GPU (.item(), bool() of a tensor, a copy from the host), and"
-                ' recompute="offload" does not go together with it.'
+                " wait for the GPU (.item(), bool() of a tensor, a copy from the host)."
             ) from error
         self.pool = graph.pool()
         return graph.replay, results
