@@ -502,18 +502,18 @@ def _write_gradients(
     static |= dict(CAPPED=cap is not None, ROPE=cos is not None, PRECISION=precision(q.dtype))
     sizes = (t, s, h, *_scale_and_cap(hd, *scale_and_cap), q.stride(2), k.stride(2), v.stride(2))
     bm, bn, how = _tile("queries", q, s)
-    flag = dict(DESCRIBED=_takes_descriptors((k, v), how))
-    k_loaded, v_loaded = _described((k, v), bn) if flag["DESCRIBED"] else (k, v)
+    how |= dict(DESCRIBED=_takes_descriptors((k, v), how))
+    k_loaded, v_loaded = _described((k, v), bn) if how["DESCRIBED"] else (k, v)
     _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
         q, k_loaded, v_loaded, out, dout, lse, first, until, *tables, delta, dq,
         *sizes, out.stride(2), dout.stride(2), dq.stride(1), table_row,
-        **static, **how, **flag,
+        **static, **how,
     )  # fmt: skip
     bm, bn, how = _tile("keys", q, s)
-    flag = dict(DESCRIBED=_takes_descriptors((q, dout), how))
-    q_loaded, dout_loaded = _described((q, dout), bm) if flag["DESCRIBED"] else (q, dout)
+    how |= dict(DESCRIBED=_takes_descriptors((q, dout), how))
+    q_loaded, dout_loaded = _described((q, dout), bm) if how["DESCRIBED"] else (q, dout)
     _key_value_gradient_kernel[(b * kv, triton.cdiv(s, bn))](
         q_loaded, k, v, dout_loaded, lse, delta, last, since, *tables, dk, dv,
         *sizes, dout.stride(2), dk.stride(1), table_row,
-        **static, **how, **flag,
+        **static, **how,
     )  # fmt: skip
