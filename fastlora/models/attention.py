@@ -18,7 +18,7 @@ from fastlora.models.params import (
     StackedLoRA,
 )
 from fastlora.models.projections import group_arguments, project
-from fastlora.ops.attention import flash, rotated_qkv
+from fastlora.ops.attention import flash
 from fastlora.ops.attention.attention import attention
 from fastlora.ops.attention.context_group import gather_keys_values
 from fastlora.ops.attention.flash import Spans, flash_attention
@@ -27,7 +27,6 @@ from fastlora.ops.attention.rope import apply_rope, in_halves
 from fastlora.ops.gradient_barrier import gradient_barrier
 from fastlora.ops.linear.lora_group import joint_lora_linears
 
-Rope = tuple[Float[Tensor, "#b t hd"], Float[Tensor, "#b t hd"]]
 Heads = tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b kv t hd"], Float[Tensor, "b kv t hd"]]
 
 
@@ -80,10 +79,8 @@ def _joint_heads(
     adapter: LayerAdapter,
     spec: LayerSpec,
     key: Int[Tensor, "..."] | None,
-    rope: Rope | None,
-) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None, bool]:
-    """(q, k, v, joint, rotated): `_heads`, one tensor whose gradient is dq, dk and dv side by side,
-    or None, and whether q and k are rotated already.
+) -> tuple[Tensor, Tensor, Tensor, Float[Tensor, "b t w"] | None]:
+    """`_heads`, and one tensor whose gradient is dq, dk and dv side by side, or None.
 
     Attention's backward kernel writes its three results into one buffer, which the fused product of
     q, k and v then reads. Otherwise Inductor takes 74 us per layer of 1B at 4 x 2048 tokens to
@@ -102,21 +99,14 @@ def _joint_heads(
         (joint,) = project(inputs, ("qkv_proj",), params, adapter, spec, key)
         parts = split_qkv(joint.detach(), spec)  # their gradient comes by `joint` alone
         q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in parts)
-        return q, k, v, joint, False
+        return q, k, v, joint
     if not unchanged or not one_gradient(params):
-        return *_heads(x, params, adapter, spec, key), None, False
+        return *_heads(x, params, adapter, spec, key), None
     inputs = layer_norm(x, params, spec.norms.attention_in, spec)
     arguments = group_arguments(QKV, params, adapter, spec, key)
-    matrices, branches, masks = arguments
-    ranks = [a.shape[0] for a in matrices]
-    if "qkv" in params and rope is not None:
-        if rotated_qkv.kernel_supports(x.dtype, spec.head_dim, branches, ranks, masks):
-            heads = spec.num_attention_heads, spec.num_key_value_heads
-            given = matrices, branches, masks, params["qkv"], rope, heads
-            return *rotated_qkv.rotated_qkv(inputs, *given, fused=spec.fused), True
     ys, joint = joint_lora_linears(inputs, *arguments, params.get("qkv"), fused=spec.fused)
     q, k, v = (y.unflatten(2, (-1, spec.head_dim)).transpose(1, 2) for y in ys)
-    return q, k, v, joint, False
+    return q, k, v, joint
 
 
 def add_residual(
@@ -200,10 +190,9 @@ def attention_block(
     # Spans are made only for the Triton kernels. Plain causal attention may be faster by SDPA.
     if isinstance(mask, Spans) or (mask is None and _use_flash(x, spec)):
         # These kernels rotate q and k themselves.
+        q, k, v, joint = _joint_heads(x, params, adapter, spec, key)
         rope = (cos, sin) if spec.rope else None
-        q, k, v, joint, rotated = _joint_heads(x, params, adapter, spec, key, rope)
-        how = _scale_and_cap(spec)
-        heads = flash_attention(q, k, v, rope, mask, joint, *how, rotated)
+        heads = flash_attention(q, k, v, rope, mask, joint, *_scale_and_cap(spec))
     else:
         q, k, v = queries_keys_values(x, params, adapter, cos, sin, spec, key)
         heads = plain_attention(q, k, v, mask, spec)

@@ -44,7 +44,6 @@ _ATTENTION_OPS = {
 
 _LINEAR_OPS = {
     torch.ops.fastlora.lora_linear.default,
-    torch.ops.fastlora.rotated_qkv.default,
     torch.ops.fastlora.quantized_linear.default,
     torch.ops.fastlora.fp8_linear.default,
     torch.ops.fastlora.grouped_linear.default,

@@ -104,10 +104,10 @@ def _(dout, q, k, v, out, lse, first, last, cos, sin, scale=None, cap=None):
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, joint, q, k, v, cos, sin, first, last, scale, cap, rotated):
+    def forward(ctx, joint, q, k, v, cos, sin, first, last, scale, cap):
         ctx.joint, ctx.scale_and_cap = joint is not None, (scale, cap)
         # We save rotated q and k, so the backward pass need not rotate them again.
-        if cos is not None and not rotated:
+        if cos is not None:
             q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out, lse = torch.ops.fastlora.flash_attention(q, k, v, first, scale, cap)
         ctx.save_for_backward(q, k, v, out, lse, first, last, cos, sin)
@@ -123,11 +123,11 @@ class _FlashAttention(torch.autograd.Function):
         kept = ctx.saved_tensors
         grads = torch.ops.fastlora.flash_attention_backward(dout, *kept, *ctx.scale_and_cap)
         if ctx.joint:  # the placeholder takes the gradients of q, k and v as one tensor
-            return grads, *[None] * 10
+            return grads, *[None] * 9
         b, t, _ = grads.shape
         heads = [x.shape[1] for x in kept[:3]]
         parts = grads.view(b, t, sum(heads), -1).transpose(1, 2).split(heads, 1)
-        return None, *parts, *[None] * 7
+        return None, *parts, *[None] * 6
 
 
 # ── public function ───────────────────────────────────────────────────────────────────────
@@ -140,7 +140,6 @@ def flash_attention(
     joint: Float[Tensor, "b t w"] | None = None,
     scale: float | None = None,
     cap: float | None = None,
-    rotated: bool = False,
 ) -> Float[Tensor, "b h t hd"]:
     """softmax(R q (R k)' / sqrt(hd)) v over each query's span, where R is RoPE's rotation.
 
@@ -156,8 +155,6 @@ def flash_attention(
             given, it receives their gradients as one tensor, and q, k and v receive none.
         scale: factor of the scores; None: 1 / sqrt(hd).
         cap: scores s become cap * tanh(s / cap); None: they stay.
-        rotated: whether q and k are already rotated by `rope`. The gradients are still those of the
-            unrotated q and k.
 
     Raises:
         RuntimeError: in the backward pass, if it is run with create_graph=True.
@@ -165,5 +162,5 @@ def flash_attention(
     cos, sin = rope if rope is not None else (None, None)
     first, last = spans if spans is not None else (None, None)
     return _FlashAttention.apply(  # pyright: ignore
-        joint, q, k, v, cos, sin, first, last, scale, cap, rotated
+        joint, q, k, v, cos, sin, first, last, scale, cap
     )
