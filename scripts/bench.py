@@ -5,19 +5,24 @@
     python scripts/bench.py --shape 8b --load-in-4bit --batch 2 --peers unsloth-gc liger-gc
     python scripts/bench.py --shape 8b --base-precision fp8 --recompute none --cuda-graph --peers
     python scripts/bench.py --shape 1b --targets q_proj v_proj --recompute none --peers unsloth
+    python scripts/bench.py --shape 1b --chats --warm 6 --recompute none --peers unsloth
+    python scripts/bench.py --shape 1b --energy 5 --recompute none --cuda-graph --peers unsloth
 
 Each setting runs in a new process. Every step sees the same random tokens. Steps run back to
 back, as in training, and CUDA events time them. The table gives the median of --steps after --warm;
 "spread" is the slowest step minus the fastest.
 
 Peers: transformers + PEFT ("hf"), the same compiled ("hf-compile"), with Liger's kernels ("liger"),
-and Unsloth ("unsloth", which needs a tokenizer in the checkpoint folder; "unsloth-fp8" over its
-base in fp8). A name with "-gc" uses gradient checkpointing. "probe" is scripts/bench/probe.py: the
-same step in plain compiled PyTorch.
+and Unsloth ("unsloth"; "unsloth-fp8" over its base in fp8). A name with "-gc" uses gradient
+checkpointing. "probe" is scripts/bench/probe.py: the same step in plain compiled PyTorch.
 
 With --cuda-graph, fastlora's step is recorded once and replayed
 (value_and_grad(cuda_graph=True)). The peak then covers the whole process, because a graph allocates
 its memory while it is recorded.
+
+With --chats the steps go through six batches of packed chats of ragged length; "tokens/s" counts
+tokens without padding, and the floor takes each row as one document. With --energy the rows also
+have the energy of 1,000 tokens in joules, the mean power and the clock, from NVML.
 
 The last two columns are the speed relative to --against, and the floor's share of the step. The
 floor is the time that the arithmetic alone takes at 790 TFLOP/s; see measuring.floor_ms.
@@ -88,7 +93,7 @@ def main() -> None:
         for setting in [*args.recompute, *args.peers]:
             rows.append(in_own_process(setting, folder, args))
             print(rows[-1], flush=True)
-            if args.out:
+            if args.out and "error" not in rows[-1]:
                 results.append(args.out, results.row(command_of(setting, args), rows[-1]))
     print(report(facts(args), rows, args.against or next(iter(args.peers), "")))
 

@@ -20,6 +20,8 @@ class Gathers:
     may be what the layer before used.
     """
 
+    outside_allocator = False
+
     def __init__(self, group: Any, device: torch.device, host: HostCopies | None = None) -> None:
         """Nothing is sent.
 
@@ -38,7 +40,7 @@ class Gathers:
         if self.host is None:
             return Gather(flat, _all_gather(flat, part, self.group), None)
         copy = self.host.begin(part, len(part))
-        with self.host.streams.stream(self.host.copying):
+        with torch.get_device_module(self.device).stream(self.host.stream.copying):
             # On the copy stream, which NCCL's then waits for.
             work = _all_gather(flat, copy.flat, self.group)
         return Gather(flat, work, copy.flat)

@@ -1,9 +1,6 @@
 """Bytes in host memory that are copied to the device before use: streaming of weights.
 
-The memory is pinned, and copies run on a stream beside the compute stream. Memory is allocated on
-the compute stream. Each copy first waits for the work that was queued when it was asked for, so it
-can write to memory that the layer before used. When the compute stream is done with a layer, its
-memory serves the next but one.
+The memory is pinned, so that copy engines read it while the device computes.
 """
 
 import mmap
@@ -15,46 +12,27 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from fastlora.distributed.copy_stream import Copy, CopyStream
+
 
 class HostCopies:
     """Copies from host memory to one device, in the order in which they are asked for."""
 
+    outside_allocator = False  # kept bytes are not on the device
+
     def __init__(self, device: torch.device) -> None:
-        """Make a copy stream.
+        """Make a copy stream to the device that computes."""
+        self.device, self.stream = device, CopyStream(device)
 
-        Args:
-            device: that computes. On the CPU, copies are made at once.
-        """
-        self.device = device
-        self.streams: Any = torch.get_device_module(device)
-        self.copying = self.streams.Stream()
-
-    def begin(self, part: UInt8[Tensor, "n"], size: int) -> "HostCopy":
+    def begin(self, part: UInt8[Tensor, "n"], size: int) -> Copy:
         """Start to copy the `size` bytes of `part` to the device."""
         assert len(part) == size, (len(part), size)
-        flat = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.copying.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copying):
-            flat.copy_(part, non_blocking=True)
-            return HostCopy(flat, self.copying.record_event(), self.streams)
+        return self.stream.begin(size, lambda flat: flat.copy_(part, non_blocking=True))
 
     def keep(self, part: UInt8[Tensor, "n"]) -> UInt8[Tensor, "n"]:
         """The bytes in host memory, pinned if the device is a GPU."""
         host = pinned(len(part)) if self.device.type == "cuda" else torch.empty_like(part)
         return host.copy_(part)
-
-
-class HostCopy:
-    """One copy under way."""
-
-    def __init__(self, flat: UInt8[Tensor, "n"], done: Any, streams: Any) -> None:
-        """The receiving memory, the event after the copy, and torch's module of the device."""
-        self.flat, self.done, self.streams = flat, done, streams
-
-    def wait(self) -> UInt8[Tensor, "n"]:
-        """The bytes, after the compute stream has been told to wait for them."""
-        self.streams.current_stream().wait_event(self.done)
-        return self.flat
 
 
 def pinned(size: int) -> UInt8[Tensor, "n"]:

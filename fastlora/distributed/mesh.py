@@ -13,6 +13,7 @@ import torch.distributed as dist
 from fastlora.arguments import Rule, describe
 from fastlora.distributed.gathered_bytes import Gathers
 from fastlora.distributed.host_shards import HostCopies
+from fastlora.distributed.peer_copies import PeerCopies, ranks_read_peers
 from fastlora.distributed.process_group import start_group
 from fastlora.distributed.sharded_base import Shards
 
@@ -114,7 +115,8 @@ def shards_for(shard: Any, device: torch.device, base_bytes: int) -> Shards:
             return Shards(host)
         mesh = shard_mesh(ranks, device)["shard"]
     group = mesh.get_group()
-    source = Gathers(group, device, host)
+    peers = host is None and ranks_read_peers(group, device)
+    source = PeerCopies(group, device) if peers else Gathers(group, device, host)
     return Shards(source, source.rank, source.ranks, group)
 
 

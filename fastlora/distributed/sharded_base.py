@@ -34,6 +34,8 @@ class Source(Protocol):
 
     device: torch.device
     """That computes."""
+    outside_allocator: bool
+    """Whether kept bytes are on the device, but not in torch's figures of allocated memory."""
 
     def begin(self, part: UInt8[Tensor, "n"], size: int) -> Fetch:
         """Start to bring all `size` bytes to the device, of which `part` is kept here."""
@@ -70,6 +72,10 @@ class Shards:
             self.announce(number)
         return self.source.begin(part, size)
 
+    def outside_allocator(self, parts: Sequence[UInt8[Tensor, "n"]]) -> int:
+        """Bytes of kept parts on the device that torch's figures of allocated memory leave out."""
+        return sum(x.nbytes for x in parts) if self.source.outside_allocator else 0
+
     def kept(self, layout: Layout, tree: Any) -> UInt8[Tensor, "n"]:
         """This rank's part of a tree's bytes, where it is kept."""
         return self.source.keep(pack(layout, tree, self.rank, self.ranks))
@@ -94,6 +100,11 @@ class ShardedMatrix(FetchedMatrix):
         """A tensor of the same shape and dtype on the device "meta"."""
         (slot,) = self.layout.slots
         return torch.empty(slot.shape, dtype=slot.dtype, device="meta")
+
+    @property
+    def outside_allocator(self) -> int:
+        """Bytes on the device that torch's figures of allocated memory leave out."""
+        return self.shards.outside_allocator([self.part])
 
     def fetch(self) -> Tensor:
         """The matrix on the device. If it is sharded over ranks, all must call this."""
@@ -183,6 +194,11 @@ class ShardedLayers(FetchedLayers):
     def kept_bytes(self) -> int:
         """Bytes that this rank keeps."""
         return sum(x.nbytes for x in self.parts)
+
+    @property
+    def outside_allocator(self) -> int:
+        """Bytes on the device that torch's figures of allocated memory leave out."""
+        return self.shards.outside_allocator(self.parts)
 
     def as_dtensors(self, mesh: Any) -> list[Any]:
         """The bytes of each layer as a one-dimensional uint8 DTensor, Shard(0), over a mesh.

@@ -58,7 +58,7 @@ class CUDAGraphed:
         """
         self.fn = fn
         self.calls: OrderedDict[Hashable, _FirstCall | _Recording] = OrderedDict()
-        self.pool: Any = None  # memory that all recordings use, one at a time
+        self.pool: Any = None  # memory that all recordings in `calls` use, one at a time
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """fn(*args, **kwargs). Inside a torch.func transform fn runs without a recording.
@@ -101,8 +101,10 @@ class CUDAGraphed:
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """(a function that replays the launches of `run`, the results that they write to)."""
         graph = torch.cuda.CUDAGraph()
+        # Without a recording the pool is no longer in use, and CUDA's allocator refuses it.
+        in_use = any(isinstance(call, _Recording) for call in self.calls.values())
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool if in_use else None):
                 results = run()
         except Exception as error:
             raise RuntimeError(

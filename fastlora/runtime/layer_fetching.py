@@ -37,6 +37,9 @@ class Fetch(Protocol):
 class FetchedMatrix(ABC):
     """An embedding or head that is not on the device, in the place of its tensor in a base."""
 
+    outside_allocator: int = 0
+    """Bytes on the device that torch's figures of allocated memory leave out."""
+
     @property
     @abstractmethod
     def described(self) -> Tensor:
@@ -60,6 +63,8 @@ class FetchedLayers(ABC, Sequence):
 
     prefetch: int = 1
     """How many layers are on their way while one computes."""
+    outside_allocator: int = 0
+    """Bytes on the device that torch's figures of allocated memory leave out."""
 
     def __init__(self) -> None:
         """Layers of which none is fetched."""
@@ -278,6 +283,13 @@ def described(base: Any) -> Any:
         k: x.described for k, x in base.items() if isinstance(x, FetchedMatrix | FetchedLayers)
     }
     return {**base, **changed} if changed else base
+
+
+def bytes_outside_allocator(base: Any) -> int:
+    """Bytes of a base on its device that torch's figures of allocated memory leave out."""
+    return sum(
+        x.outside_allocator for x in base.values() if isinstance(x, FetchedLayers | FetchedMatrix)
+    )
 
 
 def is_sharded(base: Any) -> bool:

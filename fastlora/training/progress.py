@@ -11,6 +11,7 @@ from fastlora.models.config import LlamaConfig
 from fastlora.models.names import linear_names, projection_shape
 from fastlora.models.params import LINEARS
 from fastlora.models.state import Batch, ModelState
+from fastlora.runtime.layer_fetching import bytes_outside_allocator
 from fastlora.training.history import Record
 
 # Name of a card (a regular expression) -> its 16-bit products with float32 sums, operations per
@@ -41,15 +42,17 @@ def step_cost(
 
     Returns:
         "read_tokens": tokens that the model read, trained or not, without padding. On CUDA also
-        "memory_gib", the peak that torch has allocated, and for 16-bit models on known cards
-        "peak_share", the operations of the step over those that the card could do in its time.
+        "memory_gib", the peak of the memory that torch has allocated, with a base that other ranks
+        read (`PeerCopies`), and for 16-bit models on known cards "peak_share", the operations of
+        the step over those that the card could do in its time.
     """
     counts = [_read_tokens(batch) for batch in micro_batches]
     cost: dict[str, Any] = {"read_tokens": sum(tokens for tokens, _ in counts)}
     norm = model.base["norm"]
     if norm.device.type != "cuda":
         return cost
-    cost["memory_gib"] = round(torch.cuda.max_memory_allocated(norm.device) / 2**30, 3)
+    memory = torch.cuda.max_memory_allocated(norm.device) + bytes_outside_allocator(model.base)
+    cost["memory_gib"] = round(memory / 2**30, 3)
     peak = card_peak(torch.cuda.get_device_name(norm.device))
     if peak is not None and norm.itemsize == 2 and seconds > 0:
         operations = sum(step_operations(model.spec.config, *count) for count in counts)

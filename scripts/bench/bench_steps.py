@@ -1,9 +1,9 @@
 """The training step that scripts/bench.py measures: fastlora's, and each peer's for the same work.
 
 A step is forward, backward and fused AdamW on the adapters. fastlora keeps adapters in fp32, as
-Unsloth does over a 4-bit base; the other peers keep them in bf16. Labels are the input tokens. A
-setting is one of fastlora's recompute policies, a number, "probe", or a peer's name, with "-gc" for
-gradient checkpointing.
+Unsloth does over a 4-bit base; the other peers keep them in bf16. step_batches.py makes the
+batches. A setting is one of fastlora's recompute policies, a number, "probe", or a peer's name,
+with "-gc" for gradient checkpointing.
 """
 
 import argparse
@@ -14,19 +14,21 @@ from typing import Any
 import torch
 from probe import probe_step
 from random_checkpoint import SHAPES
+from step_batches import Batch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 import fastlora
 from fastlora import functional as FL
 
 PEERS = ("hf", "liger", "unsloth")
-Step = Callable[[torch.Tensor], torch.Tensor]  # token ids [batch, seq] -> loss
+Step = Callable[[Batch], torch.Tensor]  # a batch of step_batches.py -> loss
 
 
 def step_of(args: argparse.Namespace) -> Step:
     """Load the model of the setting `args.one` and return its step."""
     if args.one == "probe":
-        return probe_step(SHAPES[args.shape], args.rank, "cuda")
+        probe = probe_step(SHAPES[args.shape], args.rank, "cuda")
+        return lambda batch: probe(batch["input_ids"])
     return peer(args) if args.one.startswith(PEERS) else ours(args)
 
 
@@ -45,14 +47,13 @@ def ours(args: argparse.Namespace) -> Step:
     params = [leaf.clone() for leaf in leaves]
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
     value_and_grad = fastlora.value_and_grad(FL.loss, cuda_graph=args.cuda_graph)
-    steps, packing = 0, packed(args)
+    steps = 0
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def step(batch: Batch) -> torch.Tensor:
         nonlocal steps
         steps += 1  # also the seed of this step's dropout
-        batch = {"input_ids": ids, "labels": ids} | packing
         adapter = tree_unflatten(params, structure)
-        seed = torch.full((), steps, device=ids.device)
+        seed = torch.full((), steps, device=batch["input_ids"].device)
         value, grads = value_and_grad(adapter, model.base, model.spec, batch, seed=seed)
         for param, grad in zip(params, tree_leaves(grads), strict=True):
             param.grad = grad
@@ -61,14 +62,6 @@ def ours(args: argparse.Namespace) -> Step:
         return value
 
     return step
-
-
-def packed(args: argparse.Namespace) -> dict[str, torch.Tensor]:
-    """The segment_ids of packed documents, if --documents is given."""
-    if not args.documents:
-        return {}
-    ids = torch.arange(args.seq, device="cuda") // args.documents
-    return {"segment_ids": ids.repeat(args.batch, 1)}
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -89,8 +82,8 @@ def peer(args: argparse.Namespace) -> Step:
     run = torch.compile(model) if args.one == "hf-compile" else model
     optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
-        loss = run(input_ids=ids, labels=ids).loss
+    def step(batch: Batch) -> torch.Tensor:
+        loss = run(**batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

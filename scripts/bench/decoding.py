@@ -44,7 +44,9 @@ Generate = Callable[[torch.Tensor, int], torch.Tensor]  # (ids [b, t], new token
 
 def ours(args: argparse.Namespace) -> tuple[Generate, Callable[[torch.Tensor], Any]]:
     """(generate, training forward pass) of fastlora."""
-    model, _ = fastlora.load(str(args.folder), load_in_4bit=args.load_in_4bit)
+    model, _ = fastlora.load(
+        str(args.folder), load_in_4bit=args.load_in_4bit, base_precision=args.base_precision
+    )
     model = fastlora.lora(model, r=16, lora_alpha=16)
     generator = torch.Generator("cuda").manual_seed(0)
     noise = lambda x: (
@@ -153,6 +155,7 @@ def in_own_process(setting: str, args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, __file__, "--one", setting, "--folder", str(args.folder)]
     for name in ("shape", "batch", "prompt", "new", "repeat"):
         command += [f"--{name}", str(getattr(args, name))]
+    command += ["--base-precision", args.base_precision]
     command += ["--load-in-4bit"] * args.load_in_4bit + ["--forward"] * args.forward
     command += ["--begun", str(time.time())]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "UNSLOTH_DISABLE_STATISTICS": "1"}
@@ -168,6 +171,7 @@ def command_of(setting: str, args: argparse.Namespace) -> str:
     words = [f"python scripts/bench/decoding.py --shape {args.shape} --batch {args.batch}"]
     words += [f"--prompt {args.prompt} --new {args.new} --repeat {args.repeat}"]
     words += ["--load-in-4bit"] * args.load_in_4bit + ["--forward"] * args.forward
+    words += ["--base-precision fp8"] * (args.base_precision == "fp8")
     words += ["--settings", setting]
     return " ".join(words)
 
@@ -182,6 +186,9 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=256, help="tokens that are generated")
     parser.add_argument("--repeat", type=int, default=5, help="timed calls")
     parser.add_argument("--load-in-4bit", action="store_true")
+    parser.add_argument(
+        "--base-precision", choices=["checkpoint", "fp8"], default="checkpoint", help="fastlora's"
+    )
     parser.add_argument("--forward", action="store_true", help="time a training forward pass too")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=["fastlora"])
     parser.add_argument("--folder", type=Path, help="an existing checkpoint")

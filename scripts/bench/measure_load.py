@@ -1,11 +1,13 @@
 """Time and memory of loading a checkpoint: seconds, largest tensor, peak anonymous host memory.
 
     python scripts/bench/measure_load.py [--folder FOLDER] [--device cpu] [--load-in-4bit] [--peer]
+    python scripts/bench/measure_load.py --shape 8b --device cuda --peer --out rows.jsonl
 
 With --device cuda the script also prints the GPU's peak memory. With --peer it then loads the same
 checkpoint with transformers, and with fastlora once more. Without --folder it first writes a random
-bf16 checkpoint of Llama 3.2 1B's shape (2.5 GB, sharded) to a temporary folder, one layer at a
-time, and deletes it afterwards. Linux only: memory is read from /proc.
+bf16 checkpoint of --shape (1b: 2.5 GB, sharded) to a temporary folder, one layer at a time, and
+deletes it afterwards. Files that were just written are read from the page cache. Linux only: memory
+is read from /proc.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import results
 import torch
 from random_checkpoint import SHAPES, write_checkpoint
 from torch.utils._pytree import tree_leaves
@@ -29,23 +32,35 @@ from fastlora.ops.quant.bitsandbytes import bitsandbytes
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Peak host memory of loading.")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--folder", type=Path, help="an existing checkpoint")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--load-in-4bit", action="store_true")
     parser.add_argument("--peer", action="store_true", help="load with transformers too")
+    parser.add_argument("--out", type=Path, help="append rows as in scripts/bench/results.jsonl")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         if not args.folder:
             args.folder = Path(name)
-            write_checkpoint(SHAPES["1b"], args.folder)
+            write_checkpoint(SHAPES[args.shape], args.folder)
         torch.ones(1, device=args.device)  # exclude the device's start-up from the measurement
         if args.load_in_4bit:
             bitsandbytes()  # exclude its import too
-        measure("fastlora", partial(ours, args), args.device)
+        loads = [("fastlora", ours)]
         if args.peer:
-            measure("transformers", partial(theirs, args), args.device)
-            measure("fastlora", partial(ours, args), args.device)
+            loads += [("transformers", theirs), ("fastlora", ours)]
+        for who, load in loads:
+            figures = measure(who, partial(load, args), args.device)
+            if args.out:
+                results.append(args.out, results.row(command_of(args), {"setting": who} | figures))
+
+
+def command_of(args: argparse.Namespace) -> str:
+    """The command that gives these figures again."""
+    words = [f"python scripts/bench/measure_load.py --shape {args.shape} --device {args.device}"]
+    words += ["--load-in-4bit"] * args.load_in_4bit + ["--peer"] * args.peer
+    return " ".join(words)
 
 
 def ours(args: argparse.Namespace) -> Any:
@@ -67,7 +82,8 @@ def theirs(args: argparse.Namespace) -> Any:
     return dict(model.named_parameters())
 
 
-def measure(who: str, load: Callable[[], Any], device: str) -> None:
+def measure(who: str, load: Callable[[], Any], device: str) -> dict[str, float]:
+    """Load, print the figures and return them."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.empty_cache()
@@ -83,13 +99,17 @@ def measure(who: str, load: Callable[[], Any], device: str) -> None:
         f"{who}: {seconds:.2f} s; weights {sum(sizes) / 1e9:.2f} GB, largest tensor"
         f" {max(sizes) / 1e6:.0f} MB, on {device}"
     )
-    print(f"  peak anonymous host memory beyond the start: {memory.peak / 1e6:.0f} MB")
+    print(f"  peak anonymous host memory beyond the start: {memory.peak / 1e6:.0f} MB", flush=True)
+    figures = {"s": round(seconds, 2), "weights_gb": round(sum(sizes) / 1e9, 3)}
+    figures |= {"host_mb": round(memory.peak / 1e6)}
     if cuda:
         peak, held = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
         print(
             f"  {device}: peak {peak / 1e9:.3f} GB,"
             f" {(peak - held) / 1e6:.0f} MB more than the loaded weights"
         )
+        figures |= {"gpu_peak_gb": round(peak / 1e9, 3), "beyond_mb": round((peak - held) / 1e6)}
+    return figures
 
 
 class PeakAnonymous:

@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 from bench_steps import PEERS, step_of
+from energy import energy
 from random_checkpoint import SHAPES
+from step_batches import real_tokens, step_batches
 
 from fastlora.models.config_json import config_from_json
 from fastlora.models.names import layer_targets, projection_shape
 from fastlora.models.params import EXPERTS, PROJECTIONS
 
 SIZES = ("shape", "batch", "seq", "documents", "rank", "dropout", "kernels", "layers")
-SIZES += ("base_precision",)
-OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph", "deterministic")
+SIZES += ("base_precision", "energy")
+OPTIONS = ("use_dora", "lora_bias", "load_in_4bit", "cuda_graph", "deterministic", "chats")
 OURS = ("cuda_graph", "deterministic")  # options that the peers do not have
 # bf16 operations per second. A product of two 8192 x 8192 matrices reaches 778 to 790 TFLOP/s on
 # these cards.
@@ -40,30 +42,32 @@ def measure(args: argparse.Namespace) -> dict:
     step = step_of(args)
     torch.cuda.synchronize()
     load, of_loading = time.perf_counter() - start, torch.cuda.max_memory_allocated()
-    ids = token_ids(args)
+    batches = step_batches(args)
+    run = lambda i: step(batches[i % len(batches)])
     start = time.perf_counter()
-    losses = [step(ids)]
+    losses = [run(0)]
     torch.cuda.synchronize()
     first = time.perf_counter() - start
-    for _ in range(args.warm):
-        step(ids)
+    for i in range(args.warm):
+        run(i)
     # A CUDA graph allocates its memory during recording, so its peak covers all steps.
     if not args.cuda_graph or is_peer(args.one):
         torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(args.steps + 1)]
     events[0].record()
-    for event in events[1:]:
-        losses.append(step(ids))
+    for i, event in enumerate(events[1:]):
+        losses.append(run(i))
         event.record()
     torch.cuda.synchronize()
     timed = [a.elapsed_time(b) for a, b in pairwise(events)]
     median = statistics.median(timed)
     floor = floor_ms(shape_of(args), args.batch, args.seq)
-    return {
+    tokens = statistics.mean(map(real_tokens, batches))
+    figures = {
         "setting": args.one,
         "ms": round(median, 1),
         "spread_ms": round(max(timed) - min(timed), 1),
-        "tokens_s": round(1e3 * args.batch * args.seq / median),
+        "tokens_s": round(1e3 * tokens / median),
         "floor_ms": round(floor, 1),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
         "reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
@@ -73,18 +77,14 @@ def measure(args: argparse.Namespace) -> dict:
         "first_loss": round(float(losses[0]), 4),
         "last_loss": round(float(losses[-1]), 4),
     }
+    if args.energy:
+        figures |= energy(run, median, tokens, args.energy)
+    return figures
 
 
 def is_peer(setting: str) -> bool:
     """Whether a setting is not one of fastlora's recompute policies."""
     return setting.startswith((*PEERS, "probe"))
-
-
-def token_ids(args: argparse.Namespace) -> torch.Tensor:
-    """Random tokens [batch, seq] on the GPU, the same in every process."""
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = SHAPES[args.shape]["vocab_size"]
-    return torch.randint(0, vocab_size, (args.batch, args.seq), generator=generator).cuda()
 
 
 def shape_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +124,8 @@ def in_own_process(setting: str, folder: Path, args: argparse.Namespace) -> dict
     command += ["--targets", *args.targets, "--steps", str(args.steps), "--warm", str(args.warm)]
     command += [f"--{n.replace('_', '-')}" for n in OPTIONS if getattr(args, n)]
     with tempfile.TemporaryDirectory() as cold:  # an empty compile cache: the first step is cold
-        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cold}
+        env = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cold, "HF_HUB_OFFLINE": "1"}
+        env["UNSLOTH_DISABLE_STATISTICS"] = "1"
         if args.cache:
             env["TORCHINDUCTOR_CACHE_DIR"] = str(args.cache)
         done = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -155,7 +156,7 @@ def command_of(setting: str, args: argparse.Namespace) -> str:
 def facts(args: argparse.Namespace) -> dict:
     """Sizes, options and versions that hold for every setting of a run."""
     options = {n: True for n in OPTIONS if getattr(args, n)}
-    more = ("dropout", "layers", "documents")
+    more = ("dropout", "layers", "documents", "energy")
     options |= {n: getattr(args, n) for n in more if getattr(args, n)}
     if args.targets != list(PROJECTIONS):
         options["targets"] = args.targets
@@ -192,6 +193,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, help="an existing checkpoint")
     parser.add_argument(
         "--base-precision", choices=["checkpoint", "fp8"], default="checkpoint", help="fastlora's"
+    )
+    parser.add_argument(
+        "--energy", type=float, default=0.0, help="run on for so many seconds and read the energy"
     )
     for name in OPTIONS:
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true")

@@ -2,12 +2,14 @@
 
     python scripts/bench/multi_gpu.py                                # all parts, on all GPUs
     python scripts/bench/multi_gpu.py --ranks 2 --parts bandwidth products bf16
+    python scripts/bench/multi_gpu.py --ranks 2 --parts bf16 --nccl  # no copies of peers' memory
     torchrun --nproc-per-node 8 scripts/bench/multi_gpu.py --parts nf4
     python scripts/bench/multi_gpu.py --tiny --ranks 2               # gloo on the CPU: does it run?
 
 Each part is a job of its own, so that one that hangs ends after --seconds and the next goes on.
 Rows are printed and go to $OUT/multi_gpu.jsonl (or --out) as they are measured; the table of all
-parts so far follows each part. "transfers" of a trace are NCCL's kernels (trace_overlap.py).
+parts so far follows each part. "transfers" of a trace are NCCL's kernels, and copies of a MiB or
+more (trace_overlap.py).
 
 bandwidth   all_gather and all_reduce, 1 MiB to 1.7 GiB
 products    what matrix products lose while all_gathers run beside them
@@ -67,6 +69,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=5, help="timed steps; of 70B at most 2")
     parser.add_argument("--recompute", default="selective")
     parser.add_argument("--recompute-70b", default="full")
+    parser.add_argument(
+        "--nccl", action="store_true", help="all-gathers, not copies of peers' memory"
+    )
     parser.add_argument("--seconds", type=float, default=240, help="of a part, at most")
     default = Path(os.environ.get("OUT", ".")) / "multi_gpu.jsonl"
     parser.add_argument("--out", type=Path, default=default)
@@ -75,7 +80,7 @@ def arguments() -> argparse.Namespace:
 
 def options(args: argparse.Namespace) -> list[str]:
     """The command line of a part."""
-    given = ["--tiny"] if args.tiny else []
+    given = [f"--{name}" for name in ("tiny", "nccl") if getattr(args, name)]
     names = ("shape", "layers", "batch", "length", "row", "row_shape", "runs", "recompute")
     for name in (*names, "recompute_70b", "out"):
         if getattr(args, name) is not None:
@@ -118,9 +123,9 @@ def work(args: argparse.Namespace) -> None:
     card = torch.cuda.get_device_name(device) if cuda else "CPU"
     title = {"ranks": int(os.environ["WORLD_SIZE"]), "card": card, "torch": torch.__version__}
     bench = Bench(args.out, device, title)
-    sizes = Sizes(args.batch, args.length, args.runs, args.recompute, args.layers)
+    sizes = Sizes(args.batch, args.length, args.runs, args.recompute, args.layers, args.nccl)
     if args.tiny:
-        sizes = Sizes(2, 32, 2, "selective", None)
+        sizes = Sizes(2, 32, 2, "selective", None, args.nccl)
     shape = "tiny" if args.tiny else args.shape
     recompute = "selective" if args.tiny else args.recompute_70b
     of_70b = sizes._replace(batch=1, runs=min(2, sizes.runs), recompute=recompute)

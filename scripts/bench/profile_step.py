@@ -25,9 +25,9 @@ from measuring import (
     floor_ms,
     on_one_line,
     shape_of,
-    token_ids,
 )
 from random_checkpoint import write_checkpoint
+from step_batches import step_batches
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
@@ -102,13 +102,13 @@ def main() -> None:
         if not args.folder:
             args.folder = Path(temporary)
             write_checkpoint(shape_of(args), args.folder)
-        step, ids = step_of(args), token_ids(args)
+        step, batch = step_of(args), step_batches(args)[0]
         for _ in range(args.warm):
-            step(ids)
+            step(batch)
         torch.cuda.synchronize()
         with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
             for _ in range(args.steps):
-                step(ids)
+                step(batch)
             torch.cuda.synchronize()
     kernels, waits = recorded(prof.events() or [])
     floor = floor_ms(shape_of(args), args.batch, args.seq)

@@ -1,7 +1,5 @@
 """Write random weights in the shape of a real model, as a sharded Hugging Face folder.
 
-The command also writes the demo's tokenizer, whose ids are all below these vocabularies' sizes.
-
 python scripts/bench/random_checkpoint.py 1b FOLDER          # or 3b, 8b, gemma2-2b, ...
 """
 
@@ -158,7 +156,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_checkpoint(raw: dict[str, Any], folder: Path) -> None:
-    """Write bf16 matrices from N(0, 0.02²) and norms that multiply with 1, one shard per layer.
+    """Write bf16 matrices from N(0, 0.02²) and norms that multiply with 1, one shard per layer, and
+    the demo's tokenizer, which Unsloth needs, if all of its ids are in the vocabulary.
 
     Only one layer is in memory at a time.
     """
@@ -181,6 +180,10 @@ def write_checkpoint(raw: dict[str, Any], folder: Path) -> None:
         write_safetensors(folder / file, mine)
     write_json(folder / INDEX, {"metadata": {}, "weight_map": weight_map})
     (folder / "config.json").write_text(json.dumps(raw, indent=2))
+    tokenizer = Tokenizer.from_folder(DEMO)
+    assert tokenizer is not None
+    if len(tokenizer) <= config.vocab_size:
+        tokenizer.save_pretrained(folder)
 
 
 def main() -> None:
@@ -189,9 +192,6 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     args = parser.parse_args()
     write_checkpoint(SHAPES[args.shape], args.folder)
-    tokenizer = Tokenizer.from_folder(DEMO)
-    assert tokenizer is not None
-    tokenizer.save_pretrained(args.folder)
 
 
 if __name__ == "__main__":

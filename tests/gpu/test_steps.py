@@ -46,19 +46,24 @@ def waits(folder: Path) -> Iterator[Row]:
 def replayed(folder: Path) -> Iterator[Row]:
     """Steps replayed from a CUDA graph against the same steps launched one by one.
 
-    One recording serves all four steps: each has other tokens, other masks and a changed adapter.
-    With "offload" it keeps its pinned memory, so it must not write to what the program pins later.
+    Each step has a changed adapter, and all but the first two have other tokens and masks. The
+    recording of the first batch in its place is dropped when the batch moves; the next one serves
+    all batches. With "offload" they keep their pinned memory, so they must not write to what the
+    program pins later.
     """
     for policy in (*POLICIES, "packed"):
         how: dict[str, Any] = {} if policy == "packed" else {"recompute": policy}
         model = adapted(folder, "bfloat16", {"lora_dropout": 0.1}, **how)
         graphed = fastlora.value_and_grad(FL.loss, cuda_graph=True)
-        worst, pinned = 0.0, []
+        worst, batches, pinned = 0.0, [], []
         for i in range(4):
             ids = (tokens(model, 2, 256) + i) % model.spec.config.vocab_size
-            batch = {"input_ids": ids, "labels": ids}
+            batches.append({"input_ids": ids, "labels": ids})
             if policy == "packed":
-                batch["segment_ids"] = (torch.arange(256, device="cuda") // (70 + i)).expand_as(ids)
+                documents = torch.arange(256, device="cuda") // (70 + i)
+                batches[-1]["segment_ids"] = documents.expand_as(ids)
+        for i in (0, 0, 1, 2, 3):
+            batch = batches[i]
             args, seed = (model.adapter, model.base, model.spec, batch), torch.tensor(i).cuda()
             plain = fastlora.value_and_grad(FL.loss)(*args, seed=seed)
             worst = max(worst, together(graphed(*args, seed=seed), plain))

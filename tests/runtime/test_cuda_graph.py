@@ -6,6 +6,7 @@ shows that on a GPU the bits are the same, and that no step waits for the host.
 
 import gc
 import weakref
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -149,3 +150,49 @@ def test_a_tree_with_other_leaves_keeps_its_containers():
     tree = {"a": [1, (2, 3)], "b": ()}
     assert [*leaves(tree)] == [1, 2, 3]
     assert with_leaves(tree, iter("xyz")) == {"a": ["x", ("y", "z")], "b": ()}
+
+
+class Pools:
+    """torch.cuda.CUDAGraph and torch.cuda.graph without CUDA: which pools recordings ask for."""
+
+    def __init__(self):
+        self.asked, self.live = [], set()
+        pools = self
+
+        class Graph:
+            def __init__(self):
+                self.number = len(pools.asked)
+
+            def replay(self):
+                pass
+
+            def pool(self):
+                return self.number
+
+            def __del__(self):
+                pools.live.discard(self.number)
+
+        self.Graph = Graph
+
+    @contextmanager
+    def graph(self, graph, pool):
+        assert pool is None or self.live, "torch's allocator: no recording uses this pool"
+        self.asked.append(pool)
+        self.live.add(graph.number)
+        yield
+
+
+def test_a_pool_is_shared_only_while_a_recording_uses_it(monkeypatch):
+    pools = Pools()
+    monkeypatch.setattr(cuda_graph, "_check_devices", lambda given: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", pools.Graph)
+    monkeypatch.setattr(torch.cuda, "graph", pools.graph)
+    run, (tree, x) = CUDAGraphed(affine), drawn()
+    for _ in range(3):  # recorded with x where it is
+        run(tree, x)
+    x = drawn(1)[1]
+    for _ in range(3):  # x moved: the only recording is dropped, and another one made
+        run(tree, x)
+    for _ in range(3):
+        run(tree, x, 3.0)  # a second recording beside the first
+    assert pools.asked == [None, None, 1]

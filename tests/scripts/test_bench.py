@@ -4,7 +4,8 @@ import os
 import re
 import subprocess
 import sys
-from argparse import ArgumentParser
+import time
+from argparse import ArgumentParser, Namespace
 from importlib import import_module
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     names = ("bench", "profile_step", "scaling")
     yield [import_module(name) for name in names]
-    for name in (*names, "measuring", "results", "bench_steps", "probe", "random_checkpoint"):
+    more = "measuring results bench_steps step_batches energy fp8_losses probe random_checkpoint"
+    for name in (*names, *more.split(), "whole_job", "whole_job.compare"):
         sys.modules.pop(name, None)
 
 
@@ -63,6 +65,7 @@ def test_every_argument_of_a_step_reaches_its_process(scripts, monkeypatch):
     given = "--shape 8b --layers 3 --batch 1 --seq 512 --rank 8 --targets q_proj v_proj".split()
     given += "--dropout 0.1 --kernels torch --use-dora --lora-bias --load-in-4bit".split()
     given += "--documents 128 --cuda-graph --deterministic --base-precision fp8".split()
+    given += "--energy 2 --chats".split()
     args = parser.parse_args(given)
     for name, value in vars(args).items():
         assert name == "folder" or value != parser.get_default(name), f"{name}: give it a value"
@@ -249,3 +252,66 @@ def test_a_window_lowers_the_floor(scripts):
     assert measuring.floor_ms(raw, 1, 8192) < measuring.floor_ms(wide, 1, 8192)
     full = raw | {"layer_types": ["full_attention"] * 26}
     assert measuring.floor_ms(wide, 1, 8192) == pytest.approx(measuring.floor_ms(full, 1, 8192))
+
+
+def test_packed_chats_in_one_row_are_the_same_documents(scripts):
+    """fastlora's rows with segments and the peers' single row: equal tokens, labels, positions."""
+    module = import_module("step_batches")
+    packed = next(x for x in module.chats(2, 512) if module.real_tokens(x) < 1024)
+    row = module.one_row(packed, lengths=True)
+    segments = packed["segment_ids"]
+    documents = [
+        (packed[name][i][segments[i] == n], name)
+        for name in ("input_ids", "labels")
+        for i in range(2)
+        for n in range(1, int(segments[i].max()) + 1)
+    ]
+    sizes = row.pop("packed_seq_lengths").tolist()
+    assert len(sizes) > 3 and sum(sizes) == module.real_tokens(packed)
+    positions = row.pop("position_ids")[0].split(sizes)
+    assert all(x.tolist() == list(range(n)) for x, n in zip(positions, sizes, strict=True))
+    for name, flat in row.items():
+        expected = [x for x, of in documents if of == name]
+        assert [x.tolist() for x in flat[0].split(sizes)] == [x.tolist() for x in expected], name
+    # Rows of random tokens have no label that is left out; the first of a document gets one.
+    one = Namespace(shape="1b", batch=2, seq=12, documents=4, chats=False, one="unsloth")
+    whole = module.step_batches(one, "cpu")[0]
+    assert whole["labels"][0, ::4].eq(-100).all() and whole["labels"].eq(-100).sum() == 6
+    assert whole["packed_seq_lengths"].tolist() == [4] * 6
+
+
+def test_energy_is_that_of_the_steps(scripts, monkeypatch):
+    """300 W for steps of 20 ms with 6 tokens: 6 J a step, 1,000 J for 1,000 tokens."""
+    module, clock = import_module("energy"), [0.0]
+
+    class Nvml:
+        joules = lambda self: 300 * clock[0]
+        watts = lambda self: 299.0
+        sm_mhz = lambda self: 1980
+
+    def step(i):
+        clock[0] += 0.02
+
+    monkeypatch.setattr(module, "Nvml", Nvml)
+    monkeypatch.setattr(module, "PERIOD_S", 1e-4)
+    monkeypatch.setattr(module.torch.cuda, "synchronize", lambda: time.sleep(0.01))
+    monkeypatch.setattr(module.time, "perf_counter", lambda: clock[0])
+    found = module.energy(step, step_ms=20.0, tokens=6, seconds=1.0)
+    assert found["joules_1000_tokens"] == pytest.approx(1000) and found["watts"] == 300
+    assert found["energy_steps"] == 50 and found["energy_ms"] == 20.0
+    assert found["sampled_watts"] == 299 and found["sm_mhz"] == 1980
+
+    def refused(self):
+        raise RuntimeError("nvmlDeviceGetTotalEnergyConsumption returned 3")
+
+    monkeypatch.setattr(Nvml, "joules", refused)
+    assert "returned 3" in module.energy(step, 20.0, 6, 1.0)["energy"]
+
+
+def test_losses_in_fp8_are_compared_by_means_of_ten(scripts):
+    compared = import_module("fp8_losses").compared
+    plain = [4.0 - 0.01 * i for i in range(30)]
+    table, figures = compared(plain, [x * (1.005 if i < 20 else 1.02) for i, x in enumerate(plain)])
+    assert "0.50%" in table and "2.00%" in table and "beyond 1%" in table
+    assert figures["largest_difference"] == pytest.approx(0.02)
+    assert "within 1%" in compared(plain, plain)[0]

@@ -7,6 +7,7 @@ import torch
 from random_checkpoint import SHAPES, _shape
 
 import fastlora
+from fastlora.distributed.gathered_bytes import Gathers
 from fastlora.distributed.mesh import shard_mesh, shards_for
 from fastlora.distributed.sharded_base import shard_layers, shard_matrix
 from fastlora.model import Model
@@ -68,10 +69,11 @@ class Draws:
         return {key: self.tensor(name, 7 + k) for k, (key, name) in enumerate(found.items())}
 
 
-def model_of(draws: Draws, shard: Any, recompute: Any) -> Model:
+def model_of(draws: Draws, shard: Any, recompute: Any, nccl: bool = False) -> Model:
     """A model with r = 16 on all projections. Of a sharded base, a rank makes one layer at a time
     and keeps its part; `shard` and `recompute` are arguments of `load` and of `lora`. A single rank
-    gathers its own bytes, which shows the cost of that path."""
+    gathers its own bytes, which shows the cost of that path. With `nccl` bytes are gathered by
+    NCCL, also where GPUs could read each other's memory."""
     config = draws.config
     base: dict[str, Any] = {"norm": draws.tensor("model.norm.weight", 0)}
     if shard is None:
@@ -80,6 +82,8 @@ def model_of(draws: Draws, shard: Any, recompute: Any) -> Model:
     else:
         shard = shard_mesh(1, draws.device) if shard == 1 else shard
         shards = shards_for(shard, draws.device, base_bytes=0)  # the size matters to "auto" alone
+        if nccl:
+            shards.source = Gathers(shards.group, draws.device)
         base["layers"] = shard_layers(shards, config.num_hidden_layers, draws.layer)
         base |= {key: shard_matrix(shards, key, x) for key, x in draws.edges().items()}
     spec = Spec(config=config, name_or_path="random", max_seq_length=config.max_position_embeddings)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlora.distributed.data_parallel import Group
 from fastlora.distributed.process_group import Groups, start_group
 from fastlora.distributed.waiting import Waits
+from fastlora.runtime.layer_fetching import bytes_outside_allocator
 
 
 class Bench:
@@ -95,11 +96,12 @@ class Bench:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
 
-    def peak_gib(self) -> float | None:
-        """The peak of memory that torch allocated; None on the CPU."""
+    def peak_gib(self, base: Any) -> float | None:
+        """The peak of memory of a step over a base; None on the CPU."""
         if self.device.type != "cuda":
             return None
-        return round(torch.cuda.max_memory_allocated() / 2**30, 3)
+        memory = torch.cuda.max_memory_allocated() + bytes_outside_allocator(base)
+        return round(memory / 2**30, 3)
 
     def subgroup(self, count: int) -> Group | None:
         """The first `count` ranks as `train` would have them; None on the others.

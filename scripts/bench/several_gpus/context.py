@@ -73,7 +73,7 @@ def measured(bench: Bench, model: Any, ranks: Ranks, batch: Any, sizes: Sizes) -
     stepper()  # compiles
     bench.reset_peak()
     found = bench.timed(stepper, sizes.runs, warm=0)
-    every = bench.gathered(found | stepper.first | {"peak_gib": bench.peak_gib()})
+    every = bench.gathered(found | stepper.first | {"peak_gib": bench.peak_gib(model.base)})
     slowest = max(every, key=lambda x: x["ms"])
     equal = ranks is ALONE or len({x["grad_norm"] for x in every}) == 1
     return slowest | {"tokens_s": round(1e3 * sizes.length / slowest["ms"]), "ranks_equal": equal}

@@ -1,7 +1,7 @@
 """The parts with a model: optimizer steps of `train`, replicated, sharded and hybrid."""
 
 import inspect
-from collections.abc import Sequence
+import statistics
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ class Sizes(NamedTuple):
     runs: int
     recompute: Any
     layers: int | None
+    nccl: bool = False
 
 
 def settings_of() -> Settings:
@@ -59,6 +60,7 @@ class Stepper:
         settings = settings_of()
         self.run = Run(settings, [], [], batches, ranks=ranks)
         self.learner: Learner = make_learner(model, settings)
+        self.base = model.base
         self.batch = batch_of(bench, model.spec.config.vocab_size, sizes, 0)
         self.number = 0
 
@@ -79,7 +81,7 @@ def figures_of(bench: Bench, stepper: Stepper, sizes: Sizes, group: Any = None) 
     found = bench.timed(stepper, sizes.runs, warm=1, group=group)
     tokens = sizes.batch * sizes.length
     return {
-        **found, "peak_gib": bench.peak_gib(), "bits": stepper.bits(),
+        **found, "peak_gib": bench.peak_gib(stepper.base), "bits": stepper.bits(),
         "tokens_s_a_rank": round(1e3 * tokens / found["ms"]),
     }  # fmt: skip
 
@@ -97,43 +99,39 @@ def steps(bench: Bench, shape: str, nf4: bool, sizes: Sizes, replicated: bool = 
     """All measurements of one shape. Without replicas, 2 layers ahead are left out."""
     part = f"{shape} {'NF4' if nf4 else 'bf16'}"
     draws = Draws(config_of(shape, sizes.layers), bench.device, nf4)
-    make = lambda shard: model_of(draws, shard, sizes.recompute)
+    make = lambda shard: model_of(draws, shard, sizes.recompute, sizes.nccl)
     whole = bench.subgroup(bench.ranks)
     assert whole is not None
-    time = _replicated(bench, part, make, whole, sizes) if replicated else None
+    if replicated:
+        _replicated(bench, part, make, whole, sizes)
     layouts = {"sharded": bench.ranks}
     if bench.ranks >= 4 and bench.ranks % 2 == 0:
         layouts["hybrid"] = bench.ranks // 2
     for name, shard in layouts.items():
-        _sharded(bench, part, name, shard, make, whole, sizes, time, (1, 0, 2)[: 2 + replicated])
+        _sharded(bench, part, name, shard, make, whole, sizes, replicated)
 
 
-def _replicated(bench: Bench, part: str, make: Any, whole: Any, sizes: Sizes) -> float | None:
-    """Weak scaling from one rank to all, the same bits twice, and the predicted peak.
-
-    Returns the milliseconds of a step on all ranks.
-    """
+def _replicated(bench: Bench, part: str, make: Any, whole: Any, sizes: Sizes) -> None:
+    """Weak scaling from one rank to all, the same bits twice, and the predicted peak."""
     held: dict[str, Any] = {}
     if (
         bench.measured(part, "replicated, built", lambda: held.update(model=make(None)) or {})
         is None
     ):
-        return None
+        return
     model = held["model"]
 
     def alone() -> dict[str, Any]:
         return slowest(bench, figures_of(bench, Stepper(bench, model, ALONE, sizes), sizes))
 
     one = bench.measured(part, "no process group", alone)
-    found = None
     for count in [n for n in (1, 2, 4, 8, 16) if n < bench.ranks] + [bench.ranks]:
         group = whole if count == bench.ranks else bench.subgroup(count)
         run = partial(_data_parallel, bench, model, count, group, sizes, one)
-        found = bench.measured(part, f"data parallel, {count} ranks", run)
+        bench.measured(part, f"data parallel, {count} ranks", run)
     twice = partial(_twice, bench, model, whole, sizes)
     bench.measured(part, "replicated, twice", twice)
     bench.measured(part, "replicated, plan", lambda: planned(bench, model, sizes, 1, whole))
-    return None if found is None else found["ms"]
 
 
 def _data_parallel(
@@ -164,15 +162,19 @@ def _twice(bench: Bench, model: Any, whole: Any, sizes: Sizes) -> dict[str, Any]
 
 def _sharded(
     bench: Bench, part: str, name: str, shard: int, make: Any, whole: Any, sizes: Sizes,
-    replicated: float | None, counts: Sequence[int],
+    replicated: bool,
 ) -> None:  # fmt: skip
-    """Steps with these numbers of layers gathered ahead, the predicted peak, and a trace."""
+    """Steps with 1, 0 and 2 layers gathered ahead, the predicted peak, a trace, and both in turn.
+
+    Without replicas, 2 layers ahead and the steps in turn are left out.
+    """
     held: dict[str, Any] = {}
 
     def build() -> dict[str, Any]:
         held["model"] = make(shard)
         layers = held["model"].base["layers"]
-        return {"kept_gib": round(layers.kept_bytes / 2**30, 3), "shard": shard}
+        way = type(layers.shards.source).__name__
+        return {"kept_gib": round(layers.kept_bytes / 2**30, 3), "shard": shard, "way": way}
 
     if bench.measured(part, f"{name}, built", build) is None:
         return
@@ -181,18 +183,36 @@ def _sharded(
 
     def ahead(count: int) -> dict[str, Any]:
         model.base["layers"].prefetch = count
-        found = slowest(bench, figures_of(bench, Stepper(bench, model, whole, sizes), sizes))
-        share = None if replicated is None else round(replicated / found["ms"], 4)
-        return found | {"ahead": count, "of_replicated": share}
+        stepper = Stepper(bench, model, whole, sizes)
+        return slowest(bench, figures_of(bench, stepper, sizes)) | {"ahead": count}
 
-    for count in counts:
+    for count in (1, 0, 2)[: 2 + replicated]:
         bench.measured(part, f"{name}, {count} ahead", lambda c=count: ahead(c))
     model.base["layers"].prefetch = 1
     bench.measured(part, f"{name}, plan", lambda: planned(bench, model, sizes, shard, whole))
     bench.measured(
         part, f"{name}, trace", lambda: traced(bench, model, whole, sizes, f"{part} {name}")
     )
+    if replicated:
+        run = lambda: _in_turn(bench, make(None), model, whole, sizes)
+        bench.measured(part, f"{name} beside replicated", run)
     whole.lockstep = False
+
+
+def _in_turn(bench: Bench, whole_base: Any, sharded: Any, ranks: Any, sizes: Sizes) -> dict:
+    """Steps over both bases in turn: a card that becomes warm, or reaches its power cap, slows down
+    within a minute."""
+    steppers, times = {}, {}
+    for name, model in (("replicated", whole_base), ("sharded", sharded)):
+        ranks.lockstep = is_sharded(model.base)
+        steppers[name], times[name] = Stepper(bench, model, ranks, sizes), []
+        steppers[name]()  # compiles
+    for _ in range(3):
+        for name, stepper in steppers.items():
+            ranks.lockstep = is_sharded(stepper.base)
+            times[name] += [x["ms"] for x in bench.gathered(bench.timed(stepper, sizes.runs))]
+    ms = {f"{name}_ms": statistics.median(x) for name, x in times.items()}
+    return ms | {"of_replicated": round(ms["replicated_ms"] / ms["sharded_ms"], 4)}
 
 
 def planned(bench: Bench, model: Any, sizes: Sizes, shard: int, ranks: Any) -> dict[str, Any]:
@@ -201,7 +221,7 @@ def planned(bench: Bench, model: Any, sizes: Sizes, shard: int, ranks: Any) -> d
     stepper()
     bench.reset_peak()
     stepper()
-    peak = bench.peak_gib()
+    peak = bench.peak_gib(model.base)
     given: dict[str, Any] = dict(devices=bench.ranks, shard=shard, memory="1000GiB")
     plan = fastlora.plan(model, sizes.batch, sizes.length, **given)
     option = next(x for x in plan.options if x.recompute == model.spec.recompute)
@@ -235,9 +255,14 @@ def traced(bench: Bench, model: Any, ranks: Any, sizes: Sizes, name: str) -> dic
 
 
 def overlap(trace: Path) -> dict[str, Any]:
-    """Figures of a Chrome trace: NCCL's kernels beside the others."""
+    """Figures of a Chrome trace: NCCL's kernels, and copies of a MiB or more, beside the others."""
     events = device_events(trace)
-    is_nccl = lambda e: "nccl" in e["name"].lower()
     span = lambda e: (e["ts"], e["ts"] + e["dur"])
-    nccl = [span(e) for e in events if is_nccl(e)]
-    return overlap_figures(nccl, [span(e) for e in events if not is_nccl(e)])
+    transfers = [span(e) for e in events if _is_transfer(e)]
+    return overlap_figures(transfers, [span(e) for e in events if not _is_transfer(e)])
+
+
+def _is_transfer(event: dict[str, Any]) -> bool:
+    if event["cat"] == "gpu_memcpy":
+        return event["args"].get("bytes", 0) >= 2**20
+    return "nccl" in event["name"].lower()
