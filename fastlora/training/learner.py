@@ -134,9 +134,8 @@ def should_use_cuda_graph(
         spec: of the model or the stack.
         device: type of the base's device.
         settings: of the run, or with the batch size of all runs of a stack.
-        base: of the model; None for a stack. A stack is recorded again when one of its runs ends,
-            and with "offload" each recording keeps its own pinned memory, so such stacks are not
-            recorded.
+        base: of the model; None for a stack. Stacks with "offload" are not recorded, because that
+            has not been measured.
     """
     # Without packing, lengths differ from batch to batch.
     if device != "cuda" or not settings.packing:

@@ -48,8 +48,7 @@ def replayed(folder: Path) -> Iterator[Row]:
 
     Each step has a changed adapter, and all but the first two have other tokens and masks. The
     recording of the first batch in its place is dropped when the batch moves; the next one serves
-    all batches. With "offload" they keep their pinned memory, so they must not write to what the
-    program pins later.
+    all batches. With "offload" a recording must not write to what the program pins later.
     """
     for policy in (*POLICIES, "packed"):
         how: dict[str, Any] = {} if policy == "packed" else {"recompute": policy}
