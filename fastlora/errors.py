@@ -26,6 +26,24 @@ def printable(text: str) -> str:
     return "".join(escaped)
 
 
+def lacks_extra(purpose: str, package: str, extra: str, cause: object = "") -> ModuleNotFoundError:
+    """The error for a package of an optional extra that is not installed.
+
+    The command is for a clone, because PyPI's fastlora is another project.
+
+    Args:
+        purpose: what needs the package, the subject of the sentence.
+        package: its name.
+        extra: of pyproject.toml.
+        cause: the error of the import, whose text is added; a damaged package fails with others.
+    """
+    why = f" ({cause!s:.200})" if str(cause) else ""
+    return ModuleNotFoundError(
+        f"{purpose} needs {package}; in the clone of fastlora: pip install -e '.[{extra}]'{why}",
+        name=package,
+    )
+
+
 def raise_problems(
     error: type[ValueError], heading: str, problems: list[str], cure: str = "", shown: int = 10
 ) -> None:

@@ -21,7 +21,7 @@ from fastlora.arguments import (
     whole_number,
 )
 from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
-from fastlora.checkpoints.reading import Precision, read_base
+from fastlora.checkpoints.reading import CheckedBase, Precision, check_base, read_checked
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
 from fastlora.distributed.launch import own_device
 from fastlora.distributed.mesh import SHARD, shard_problem
@@ -35,6 +35,7 @@ from fastlora.models.rope_json import rope_scaling_problems
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.devices import device_problem
+from fastlora.runtime.first_step import importing_compiler
 from fastlora.text.tokenizer import Tokenizer
 
 _RULES = {
@@ -184,7 +185,7 @@ def _read_base(
     how = {"dtype": wanted, "rope_scaling": rope_scaling, "quantize": quantize}
     try:
         if shard is None:
-            return read_base(folder, device=torch.device(device), **how)
+            return _read_whole(check_base(folder, **how), torch.device(device))
         return load_sharded(folder, shard, torch.device(device), **how)
     except CheckpointError as error:
         if rope_scaling is None:
@@ -192,6 +193,16 @@ def _read_base(
         # The error names fields of config.json, but the wrong value may be the argument's.
         replaced = f"with rope_scaling={describe(rope_scaling)} in place of the file's: "
         raise CheckpointError(f"{replaced}{error}") from error
+
+
+def _read_whole(checked: CheckedBase, device: torch.device) -> tuple[LlamaConfig, Base]:
+    """A base on one device. While dense weights are read to a GPU, a thread imports the compiler.
+
+    To quantise, this thread imports dynamo (bitsandbytes) or Triton (our kernels), and two threads
+    must not be in one circular import.
+    """
+    with importing_compiler(checked.is_dense and device.type == "cuda"):
+        return read_checked(checked, device)
 
 
 def _is_adapter(folder: Path) -> bool:

@@ -9,7 +9,7 @@ python scripts/export.py runs/adapter out/ollama --format ollama        # then: 
 python scripts/export.py runs/adapter out/mlx --format mlx              # mlx_lm.generate
 
 The model may also be a folder or Hub id without an adapter, or "demo". GGUF formats need
-pip install "fastlora[gguf]". fastlora/formats/README.md says which program reads what.
+pip install -e '.[gguf]'. fastlora/formats/README.md says which program reads what.
 """
 
 import argparse

@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 scripts/finetune.py --model ...    # on 8 GPUs
 
 All arguments of fastlora.lora and fastlora.train are options. Exit codes are in --help. Needs tyro:
-pip install "fastlora[cli]". Copy this file and change it: `run` shows the steps of a run in order.
+pip install -e '.[cli]'. Copy this file and change it: `run` shows the steps of a run in order.
 """
 
 import dataclasses

@@ -9,7 +9,7 @@ the line contains, times the share of the line's words that are not repetitions.
 not end in time gets none. A short supervised run teaches the task, then GRPO raises the reward.
 Sampling and training use the same base tensors: there is one copy of the model.
 
-Writes the adapter, rewards.json and rewards.png (with matplotlib: pip install "fastlora[plots]")
+Writes the adapter, rewards.json and rewards.png (with matplotlib: pip install -e '.[plots]')
 to --output. Copy this file and change `reward`. `improve` is the whole algorithm.
 """
 

@@ -3,7 +3,7 @@
     python scripts/plot_runs.py runs/first runs/second --output runs.png
 
 RUN is an output_dir of fastlora.train, also of a run that still goes on (with log="jsonl", or from
-its newest checkpoint). Needs matplotlib: pip install "fastlora[plots]".
+its newest checkpoint). Needs matplotlib: pip install -e '.[plots]'.
 """
 
 import argparse

@@ -38,7 +38,6 @@ from fastlora.ops.quant.bitsandbytes import quantize_4bit
 from fastlora.ops.quant.dequantize import dequantize
 from fastlora.ops.quant.e4m3 import quantize_matrix
 from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit, WeightFP8
-from fastlora.runtime.first_step import importing_compiler
 
 # What projections can be quantised to while they are read: `load_in_4bit` and `base_precision`.
 Precision = Literal["nf4", "fp8"]
@@ -72,11 +71,7 @@ def read_base(
         ModuleNotFoundError: bitsandbytes is needed and not installed.
     """
     checked = check_base(folder, dtype=dtype, rope_scaling=rope_scaling, quantize=quantize)
-    # To quantise, this thread imports dynamo (bitsandbytes) or Triton (our kernels). Two threads
-    # must not be in one circular import.
-    dense = not (checked.stored or checked.to_quantize)
-    with importing_compiler(dense and torch.device(device).type == "cuda"):
-        return read_checked(checked, device)
+    return read_checked(checked, device)
 
 
 def read_checked(checked: "CheckedBase", device: torch.device | str) -> tuple[LlamaConfig, Base]:
@@ -106,6 +101,11 @@ class CheckedBase:
     stored: Mapping[str, StoredWeight]  # in 4 or 8 bits
     to_quantize: Mapping[str, torch.dtype]  # name -> dtype, of the projections to be quantised now
     precision: Precision | None  # the new precision of the projections in `to_quantize`
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether no weight is quantised, neither in the files nor while they are read."""
+        return not (self.stored or self.to_quantize)
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype of a dense tensor after it is read."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastlora.checkpoints.json_text import first_line
 from fastlora.data.row_forms import without_nulls
-from fastlora.errors import CheckpointError
+from fastlora.errors import CheckpointError, lacks_extra
 
 TABLE_SUFFIXES = (".parquet", ".arrow", ".feather", ".csv", ".tsv")
 
@@ -43,9 +43,7 @@ def read_table_file(path: Path) -> Iterator[dict[str, Any]]:
 def require_pyarrow(path: Path) -> None:
     """Raise ModuleNotFoundError, with the cure, if pyarrow is not installed."""
     if find_spec("pyarrow") is None:
-        raise ModuleNotFoundError(
-            f"{path}: reading {path.suffix} files needs pyarrow: pip install fastlora[data]"
-        )
+        raise lacks_extra(f"{path}: reading {path.suffix} files", "pyarrow", "data")
 
 
 def table_batches(batches: Iterable[Any]) -> Iterator[dict[str, Any]]:

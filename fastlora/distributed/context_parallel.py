@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from fastlora.arguments import Rule, check_arguments, whole_number
 from fastlora.distributed.launch import launched, own_device
-from fastlora.distributed.mesh import world_size
+from fastlora.distributed.mesh import group_mesh, group_problem
 from fastlora.distributed.process_group import start_group
 from fastlora.errors import raise_problems
 from fastlora.ops.attention.context_group import ContextGroup
@@ -22,16 +22,6 @@ from fastlora.runtime.devices import device_problem
 # The groups of each default process group, by their size and device. torch numbers groups, so that
 # a second one of the same ranks has another name, and compiled layers contain the name.
 _MADE: WeakKeyDictionary[Any, dict[tuple[int, str], ContextGroup]] = WeakKeyDictionary()
-
-
-def context_problem(ranks: int) -> str | None:
-    """Why rows cannot be shared by groups of so many ranks; None if they can."""
-    world = world_size()
-    if world == 1 and ranks != 1:
-        return f"context_parallel={ranks}: this is the only rank; start several with torchrun"
-    if world % ranks:
-        return f"context_parallel={ranks}: the {world} ranks do not divide into groups of {ranks}"
-    return None
 
 
 def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
@@ -56,7 +46,7 @@ def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
         ranks=(ranks, whole_number(1)),
         device=(device, Rule(lambda x: device_problem(x) is None, "a device of torch")),
     )
-    problem = context_problem(ranks)
+    problem = group_problem(f"context_parallel={ranks}", ranks)
     if not problem and not dist.is_initialized() and launched() is None:
         problem = f"{ranks=}: no launcher has started this process; leave context out"
     raise_problems(ValueError, "fastlora.context_group:", [problem] if problem else [])
@@ -69,8 +59,5 @@ def context_group(ranks: int, device: torch.device | str) -> ContextGroup:
 
 
 def _made(ranks: int, device: torch.device) -> ContextGroup:
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  0.3 s
-
-    shape = (dist.get_world_size() // ranks, ranks)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "context"))["context"]
+    mesh = group_mesh(ranks, device, ("data", "context"))["context"]
     return ContextGroup(mesh.get_group().group_name, mesh.get_local_rank(), ranks)

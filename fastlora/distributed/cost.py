@@ -3,7 +3,8 @@
 W            bytes of the layers' weights, in L layers      E   bytes of embedding and head
 A            parameters of the adapter                      N   ranks, in groups of S that share a
                                                                 base: N = S x R
-B            bytes a second of a group: REACHED of the slowest link's rate
+B            bytes a second of a group, by its slowest link
+P            share of the computation that are matrix products
 
 A rank receives in one step with one micro-batch:
 
@@ -12,30 +13,39 @@ A rank receives in one step with one micro-batch:
                                                          the last one stays; both ends once
     host            ((2 L - 1) / L * W + E) / S          copied from host memory
 
-The transfer of a layer is hidden by the computation of the layer before it. Of each transfer, the
+The transfer of a layer runs beside the computation of the layer before it. Of each transfer, the
 seconds that are longer than that are exposed, and so are embedding, head and the sum. Transfers of
 layers from host memory and between ranks follow each other as in a pipeline: the slower one counts.
+Inside a machine, and from host memory, copy engines bring the parts, which takes nothing from the
+computation but 1 to 2 % by memory traffic (h200-x2-peer-copies-* in scripts/bench/results.jsonl),
+which is not counted. Between machines NCCL's blocks take multiprocessors from products, which gain
+nothing from running beside a gather: both together take the sum of their times
+(h200-x2-products-*).
 
     exposed = L max(0, t_layer - forward / L) + (L - 1) max(0, t_layer - backward / L)
               + t_layer + t_ends + t_sum
+    lost    = P times the seconds of NCCL's gathers that run beside layers
 
-A gather is hidden in bf16 from F / B tokens a rank on, where F is the rate of products: the model
-cancels out. NF4 needs 0.26 of that. On H100: 1,900 tokens with NVLink, 17,000 with one 400G port a
-node.
+A gather fits beside a layer in bf16 from F / B tokens a rank on, where F is the rate of products:
+the model cancels out. NF4 needs 0.26 of that. On H100: 3,300 tokens with NVLink, 19,000 with one
+400G port a node.
 
-The rates of links are those of data sheets; REACHED is assumed, not measured.
+NVLink's rate was measured between two H200s, and the rate from host memory on one; the others are
+REACHED of those of data sheets, which is assumed.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
-REACHED = 0.8  # of a link's rate, by a large transfer
+REACHED = 0.8  # of a data sheet's rate, by a large transfer
 
-# Bytes a second that a rank can receive in a collective over one machine.
-LINKS = {"nvlink": 450e9, "pcie5": 50e9, "pcie4": 25e9}
+# Bytes a second that a rank can receive in a collective over one machine. NVLink: 436 MiB, a layer
+# of 8B in bf16, are gathered by two H200s in 1.00 ms, at 229e9 of the data sheet's 450e9; 113 MiB
+# at 176e9 and 1,711 MiB at 260e9 (h200-x2-bandwidth-*-2026-11-30).
+LINKS = {"nvlink": 229e9, "pcie5": REACHED * 50e9, "pcie4": REACHED * 25e9}
 
 # Bytes a second between machines, of each machine: all its ranks use its ports at once.
-NETWORKS = {"8x400g": 400e9, "400g": 50e9, "100g": 12.5e9}
+NETWORKS = {"8x400g": REACHED * 400e9, "400g": REACHED * 50e9, "100g": REACHED * 12.5e9}
 
 # Bytes a second that large copies from pinned host memory reach, by the link inside a machine.
 # NVLink connects GPUs; the host is behind PCIe 5, which gave 58e9 on an H100 (models/levels.py).
@@ -62,8 +72,8 @@ class Cluster:
 
     def rate(self, ranks: int) -> float:
         """Bytes a second that a rank receives in a group of so many consecutive ranks."""
-        within = ranks <= self.devices
-        return REACHED * (LINKS[self.link] if within else NETWORKS[self.network])
+        rate = LINKS[self.link]
+        return rate if ranks <= self.devices else min(rate, NETWORKS[self.network])
 
 
 class Bytes(NamedTuple):
@@ -87,11 +97,17 @@ class Cost(NamedTuple):
     summed_bytes: int
     """Received from other ranks: gradients."""
     exposed_seconds: float
-    """Of these transfers, what is not hidden by computation."""
+    """By which these transfers make the step longer: exposed and lost."""
 
 
 def step_cost(
-    sizes: Bytes, cluster: Cluster, shard: int, host: bool, forward: float, backward: float
+    sizes: Bytes,
+    cluster: Cluster,
+    shard: int,
+    host: bool,
+    forward: float,
+    backward: float,
+    products: float,
 ) -> Cost:
     """The cost of a step with one micro-batch.
 
@@ -102,6 +118,7 @@ def step_cost(
         host: whether the parts are in host memory.
         forward: seconds of all layers' forward passes.
         backward: seconds of all layers' backward passes.
+        products: share of these in which matrix products run.
     """
     n, passes = cluster.ranks, (2 * sizes.layers - 1) / sizes.layers
     others = (shard - 1) / shard
@@ -113,10 +130,13 @@ def step_cost(
     of_copy = 1 / shard / HOST_RATES[cluster.link] if host else 0.0
     slower = max(of_gather, of_copy)
     layer, layers = sizes.layer * slower, sizes.layers
-    exposed = layers * max(0.0, layer - forward / layers)
-    exposed += (layers - 1) * max(0.0, layer - backward / layers)
-    exposed += (layer + sizes.ends * (of_gather + of_copy)) if slower else 0.0
+    waits = layers * max(0.0, layer - forward / layers)
+    waits += (layers - 1) * max(0.0, layer - backward / layers)
+    exposed = waits + ((layer + sizes.ends * (of_gather + of_copy)) if slower else 0.0)
     exposed += summed / cluster.rate(n) if n > 1 else 0.0
+    if shard > cluster.devices or host:  # by NCCL
+        beside = (2 * layers - 1) * sizes.layer * of_gather - waits
+        exposed += products * max(0.0, beside)
     return Cost(round(gathered), round(copied), round(summed), exposed)
 
 

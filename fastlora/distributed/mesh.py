@@ -1,7 +1,7 @@
-"""Which ranks share a base: `load`'s argument `shard` to a group of ranks, on a DeviceMesh.
+"""Groups of ranks, on a DeviceMesh; those that share a base, by `load`'s argument `shard`.
 
-A mesh has two dimensions, "replicate" and "shard". Ranks with consecutive numbers, which torchrun
-starts on one machine, share a base; every such group holds all of it.
+Ranks with consecutive numbers, which torchrun starts on one machine, are a group. A mesh of shards
+has two dimensions, "replicate" and "shard": a group shares a base, and every group holds all of it.
 """
 
 import os
@@ -28,6 +28,9 @@ SHARD = Rule(
     " of which the last one shards",
 )
 
+# A group of the second dimension shares a base.
+SHARD_DIMENSIONS = ("replicate", "shard")
+
 # Of a card's memory, the share that "auto" gives to the base. Adapter, moments and activations need
 # the rest; `plan` counts them.
 _SHARE_OF_BASE = 0.6
@@ -50,17 +53,38 @@ def node_size() -> int:
     return min(int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size()))), world_size())
 
 
+def group_problem(argument: str, ranks: int) -> str | None:
+    """Why the ranks that there are do not divide into groups of so many; None if they do.
+
+    Args:
+        argument: that asks for the groups, with its value: "shard=4".
+        ranks: of a group.
+    """
+    world = world_size()
+    if world == 1 and ranks != 1:
+        return f"{argument}: this is the only rank; start several with torchrun"
+    if world % ranks:
+        return f"{argument}: the {world} ranks do not divide into groups of {ranks}"
+    return None
+
+
+def group_mesh(ranks: int, device: torch.device, names: tuple[str, str]) -> Any:
+    """A DeviceMesh of groups of this many consecutive ranks, which are its last dimension.
+
+    Starts the default process group if there is none.
+    """
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  0.3 s
+
+    start_group(device)
+    shape = (dist.get_world_size() // ranks, ranks)
+    return init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
 def shard_problem(shard: Any) -> str | None:
     """Why a valid value of `shard` does not fit the ranks that there are; None if it does."""
-    world = world_size()
     if _is_mesh(shard) or shard in (None, "host", "auto"):
         return None
-    wanted = node_size() if shard == "node" else shard
-    if world == 1 and wanted != 1:
-        return f"shard={describe(shard)}: this is the only rank; start several with torchrun"
-    if world % wanted:
-        return f"shard={describe(shard)}: the {world} ranks do not divide into groups of {wanted}"
-    return None
+    return group_problem(f"shard={describe(shard)}", node_size() if shard == "node" else shard)
 
 
 def fewest_ranks(base_bytes: int, memory: int) -> int:
@@ -73,15 +97,6 @@ def fewest_ranks(base_bytes: int, memory: int) -> int:
     ranks = [n for n in range(1, node_size() + 1) if node_size() % n == 0]
     fitting = [n for n in ranks if base_bytes / n <= _SHARE_OF_BASE * memory]
     return (fitting or ranks[-1:])[0]
-
-
-def shard_mesh(ranks: int, device: torch.device) -> Any:
-    """A DeviceMesh of groups of this many consecutive ranks."""
-    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415  0.3 s
-
-    start_group(device)
-    shape = (dist.get_world_size() // ranks, ranks)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def keeps_whole(shard: Any, device: torch.device, base_bytes: int) -> bool:
@@ -113,7 +128,7 @@ def shards_for(shard: Any, device: torch.device, base_bytes: int) -> Shards:
         ranks = _ranks(shard, device, base_bytes)
         if host is not None and ranks == 1:
             return Shards(host)
-        mesh = shard_mesh(ranks, device)["shard"]
+        mesh = group_mesh(ranks, device, SHARD_DIMENSIONS)["shard"]
     group = mesh.get_group()
     peers = host is None and ranks_read_peers(group, device)
     source = PeerCopies(group, device) if peers else Gathers(group, device, host)

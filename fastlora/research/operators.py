@@ -7,7 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from fastlora.arguments import FUNCTION, argument_problems
-from fastlora.errors import raise_problems
+from fastlora.errors import lacks_extra, raise_problems
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.research.trees import adapter_problems, like, ravel, unravel
 
@@ -38,10 +38,7 @@ def as_linear_operator(fn: Callable[[Any], Any], adapter: Any) -> Any:
     try:
         from scipy.sparse.linalg import LinearOperator  # noqa: PLC0415  an extra, and slow
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "research.as_linear_operator needs SciPy; install it with:"
-            " pip install 'fastlora[research]'"
-        ) from error
+        raise lacks_extra("research.as_linear_operator", "scipy", "research", error) from error
     leaves = tree_leaves(adapter)
     p = sum(x.numel() for x in leaves)
     wide = any(x.dtype == torch.float64 for x in leaves)

@@ -12,13 +12,13 @@ from fastlora.distributed.dealing import split_for
 from fastlora.distributed.process_group import are_several
 from fastlora.distributed.ranks import Ranks
 from fastlora.errors import CheckpointError
-from fastlora.models.spec import Spec
 from fastlora.models.state import ModelState
 from fastlora.runtime.layer_fetching import is_collective
 from fastlora.training.checkpoint import read_state
 from fastlora.training.dealt_batches import is_masked
 from fastlora.training.identity import hash_adapter, hash_sequences
 from fastlora.training.logging.open import log_entries
+from fastlora.training.mask_memory import large_mask
 from fastlora.training.run import Run
 from fastlora.training.run_record import json_settings, versions
 from fastlora.training.signals import StopRequest
@@ -44,7 +44,31 @@ def refuse_ranks(what: str) -> None:
         )
 
 
-def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> Run:
+def check_part_masks(run: Run, model: ModelState) -> None:
+    """Check the memory of masks for rows that ranks have together and that are not packed.
+
+    Their batches always have masks where the attention kernels do not run. Of a stream, whose rows
+    are not known, a row may be as long as the model's max_seq_length.
+
+    Raises:
+        ValueError: a batch of the longest rows needs a mask of more than 8 GiB on each rank.
+    """
+    s, longest = run.settings, model.spec.max_seq_length
+    if s.context_parallel == 1 or s.packing:
+        return
+    if run.stream is None:
+        rows = (*run.sequences, *run.eval_sequences)
+        longest = max(len(row.input_ids) for row in rows)  # pyright: ignore  rows of "sft"
+    problem = large_mask(model, s.batch_size, longest, s.context_parallel)
+    if problem is not None:
+        raise ValueError(
+            f"context_parallel={s.context_parallel} with rows of {longest} tokens at"
+            f" batch_size={s.batch_size} {problem} and each rank; lower batch_size or"
+            " max_seq_length, or use more ranks"
+        )
+
+
+def shared_run(run: Run, ranks: Ranks, model: ModelState, checkpoint: Path | None) -> Run:
     """The run with its ranks, and with the split of micro-batches between them.
 
     A micro-batch has batch_size sequences for each rank, or for each group of ranks that have rows
@@ -53,13 +77,15 @@ def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> R
     Args:
         run: as one process would do it.
         ranks: that share it.
-        spec: of the learner.
+        model: of the learner.
         checkpoint: to resume from, or None.
 
     Raises:
-        ValueError: the settings ask for what ranks with a sharded base cannot do.
+        ValueError: the settings ask for what ranks with a sharded base cannot do, or for masks that
+            are too large.
     """
     s = run.settings
+    check_part_masks(run, model)
     if ranks.lockstep and s.sample_prompts is not None:
         raise ValueError(
             "sample_prompts: texts are not generated over a base that is sharded over ranks;"
@@ -74,7 +100,7 @@ def shared_run(run: Run, ranks: Ranks, spec: Spec, checkpoint: Path | None) -> R
     if not ranks.several and rows == s.batch_size:
         return run
     given = (ranks.data_rank, ranks.data_count, rows, s.batch_size, s.gradient_accumulation_steps)
-    return run._replace(ranks=ranks, split=split_for(*given), masked=is_masked(spec))
+    return run._replace(ranks=ranks, split=split_for(*given), masked=is_masked(model.spec))
 
 
 def _rows_before(checkpoint: Path | None) -> tuple[int, int] | None:

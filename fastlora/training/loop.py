@@ -284,7 +284,7 @@ def train(
         after.callback(finish_stream, run, folder, ranks.is_first)
         learner = make_learner(model, settings, objective, ranks.context)
         checkpoint = checkpoint_to_resume(given["resume"], found)
-        run = shared_run(run, ranks, learner.spec, checkpoint)
+        run = shared_run(run, ranks, learner.model, checkpoint)
         # Training changes none of it, so it is computed once for all checkpoints.
         saves = found is not None or checkpoint is not None
         identity = run_identity(run, learner.model) if saves or ranks.several else {}

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from fastlora.formats.gguf.adapter_file import adapter_problems
+from fastlora.formats.gguf.metadata import architecture_problems
 from fastlora.formats.peft.writing import is_hub_id, readme
-from fastlora.models.spec import LoraConfig, Spec
+from fastlora.models.params import EXPERTS
+from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
 
 # Tells a card that may be written again from one that the user has written.
@@ -36,8 +39,9 @@ def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
         "\nAll settings and versions are in `run.json`, every step in `training_run.json`.\n",
         "## Loading\n",
         f"```python\n{_python(base)}\n```\n",
-        f"```sh\n{_shell(base, model.spec, lora)}\n```\n",
     ]
+    if commands := _shell(base, model):
+        parts.append(f"```sh\n{commands}\n```\n")
     if problems := vllm_problems(lora):
         parts.append(
             f"vLLM does not load this adapter: it has {', '.join(problems)}. Merge it into the base"
@@ -102,9 +106,15 @@ def _python(base: str) -> str:
     )
 
 
-def _shell(base: str, spec: Spec, lora: LoraConfig) -> str:
-    """Commands of llama.cpp, and of vLLM if it loads the adapter."""
-    lines = [f"python convert_lora_to_gguf.py --base {base} this-folder  # llama.cpp"]
+def _shell(base: str, model: ModelState) -> str:
+    """Commands for llama.cpp and for vLLM, if they compute what this model does."""
+    lora, _ = require_adapter(model)
+    lines = []
+    if not (architecture_problems(model.spec.config) or adapter_problems(model)):
+        convert = f"python convert_lora_to_gguf.py --base {base} this-folder"
+        if not _converts(lora):
+            convert = "python scripts/export.py this-folder adapter.gguf --format gguf-adapter"
+        lines.append(f"{convert}  # llama.cpp")
     if not vllm_problems(lora):
         rank = max([lora.r, *(t.r for layer in lora.targets for t in layer)])
         # vLLM refuses a rank above --max-lora-rank, whose default is 16.
@@ -113,6 +123,16 @@ def _shell(base: str, spec: Spec, lora: LoraConfig) -> str:
             " --lora-modules adapter=this-folder"
         )
     return "\n".join(lines)
+
+
+def _converts(lora: LoraConfig) -> bool:
+    """Whether llama.cpp's script converts the adapter. It writes one alpha, by which llama.cpp
+    scales with alpha / r, and does not know PEFT's names of the experts' tensors. fastlora's
+    scripts/export.py writes both."""
+    targets = [target for layer in lora.targets for target in layer]
+    scaled = [x for x in (*targets, lora.extras.lm_head) if x is not None]
+    standard = all(x.scaling == lora.lora_alpha / x.r for x in scaled)
+    return standard and not any(target.name in EXPERTS for target in targets)
 
 
 def _vllm_rank(rank: int) -> int:

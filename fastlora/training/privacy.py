@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from fastlora.errors import lacks_extra
+
 # Every order gives an upper bound of epsilon; the result is the smallest one. These are Opacus's
 # orders from 2 on. Below 2 dp-accounting's series often do not converge, of which it warns; such
 # low orders give the smallest bound only if epsilon is large.
@@ -38,7 +40,4 @@ def _module(name: str) -> Any:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "History.epsilon needs dp-accounting; install it with: pip install 'fastlora[privacy]'",
-            name=error.name,
-        ) from error
+        raise lacks_extra("History.epsilon", "dp-accounting", "privacy", error) from error

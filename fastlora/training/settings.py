@@ -28,7 +28,7 @@ from fastlora.data.examples import TRAIN_ON, Example
 from fastlora.data.long_rows import TOO_LONG
 from fastlora.data.row_forms import COLUMNS
 from fastlora.data.sources import DATA
-from fastlora.distributed.context_parallel import context_problem
+from fastlora.distributed.mesh import group_problem
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
 from fastlora.losses.loss_argument import LOSS, loss_problems
@@ -36,19 +36,17 @@ from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL
 from fastlora.models.state import ModelState
-from fastlora.ops.attention.flash import kernel_supports
-from fastlora.ops.dispatch import refuse_transforms, use_kernel
+from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.logging.open import LOG, log_problems
+from fastlora.training.mask_memory import large_mask
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 from fastlora.training.parameter_groups import RATES, rates_problems
 from fastlora.training.private_checks import private_problems
 from fastlora.training.samples import SAMPLE_PROMPTS, sample_problems
 from fastlora.training.schedules import SCHEDULERS, Schedule, schedule_problems
-
-_LARGEST_MASK_GIB = 8
 
 _COUNT = whole_number(1, 2**31)
 _MOST_EPOCHS = 1e9  # times fewer than 2**31 steps an epoch: the number of steps fits into int64
@@ -220,7 +218,7 @@ def _context_problems(settings: Settings) -> list[str]:
     ranks = settings.context_parallel
     if not _COUNT.accepts(ranks) or ranks == 1:
         return []
-    problem = context_problem(ranks)
+    problem = group_problem(f"context_parallel={ranks}", ranks)
     problems = [problem] if problem else []
     if not (isinstance(settings.loss, str) and settings.loss == "sft"):
         problems.append(
@@ -278,26 +276,19 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
 def mask_problems(settings: Settings, model: ModelState) -> list[str]:
     """Refuse packing if an attention mask [b, t, t] of one byte an element would exceed 8 GiB.
 
-    Where the attention kernels run, no such mask is built. They need a GPU, 16-bit weights and a
-    head size of 64, 128 or 256. Elsewhere a model that was loaded at a context of 131,072 tokens
-    would ask for 16 GiB a sequence.
+    Without packing only rows of context parallel always have a mask, and their length is not known
+    yet (`common_run.check_part_masks`).
     """
     if settings.packing is not True or not _COUNT.accepts(settings.batch_size):
         return []
-    config, norm, length = model.spec.config, model.base["norm"], model.spec.max_seq_length
-    heads = (config.num_attention_heads, config.head_dim)
-    if kernel_supports(norm.dtype, *heads, length) and use_kernel(norm, model.spec.kernels):
-        return []
-    # bool elements of one byte; the mask has one entry for all heads.
+    length, rows = model.spec.max_seq_length, settings.batch_size
     ranks = settings.context_parallel if _COUNT.accepts(settings.context_parallel) else 1
-    gib = settings.batch_size * length**2 / ranks / 2**30
-    if gib <= _LARGEST_MASK_GIB:
+    problem = large_mask(model, rows, length, ranks)
+    if problem is None:
         return []
     return [
-        f"packing to max_seq_length={length} at batch_size={settings.batch_size} needs an attention"
-        f" mask of {gib:.0f} GiB, because the attention kernels do not run for {norm.dtype} and"
-        f" heads of {config.head_dim} on {norm.device.type} with kernels={model.spec.kernels!r};"
-        " pass fastlora.load a max_seq_length that your rows fill, such as 2048, or packing=False"
+        f"packing to max_seq_length={length} at batch_size={rows} {problem}; pass fastlora.load a"
+        " max_seq_length that your rows fill, such as 2048, or packing=False"
     ]
 
 

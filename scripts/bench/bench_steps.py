@@ -15,7 +15,7 @@ import torch
 from probe import probe_step
 from random_checkpoint import SHAPES
 from step_batches import Batch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from training_step import training_step
 
 import fastlora
 from fastlora import functional as FL
@@ -43,23 +43,15 @@ def ours(args: argparse.Namespace) -> Step:
         lora_bias=args.lora_bias,
     )
     model = model.with_spec(kernels=args.kernels, deterministic=args.deterministic)
-    leaves, structure = tree_flatten(model.adapter)
-    params = [leaf.clone() for leaf in leaves]
-    optimizer = torch.optim.AdamW(params, lr=2e-4, fused=True)
     value_and_grad = fastlora.value_and_grad(FL.loss, cuda_graph=args.cuda_graph)
+    _, update = training_step(model.adapter, value_and_grad, 2e-4)
     steps = 0
 
     def step(batch: Batch) -> torch.Tensor:
         nonlocal steps
         steps += 1  # also the seed of this step's dropout
-        adapter = tree_unflatten(params, structure)
         seed = torch.full((), steps, device=batch["input_ids"].device)
-        value, grads = value_and_grad(adapter, model.base, model.spec, batch, seed=seed)
-        for param, grad in zip(params, tree_leaves(grads), strict=True):
-            param.grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
+        return update(model.base, model.spec, batch, seed=seed)
 
     return step
 

@@ -38,7 +38,7 @@ MODULES = {
 # Functions whose calls are noted, by module. A name that a release of torch lacks is left out.
 FUNCTIONS = {
     "fastlora.loading": ("load",),
-    "fastlora.checkpoints.reading": ("read_base", "_read_weights"),
+    "fastlora.checkpoints.reading": ("check_base", "_read_weights"),
     "fastlora.adapters.create": ("lora",),
     "fastlora.training.run": ("prepare_run",),
     "fastlora.training.learner": ("make_learner",),

@@ -20,13 +20,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from random_checkpoint import SHAPES as CHECKPOINTS
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from trace_overlap import device_events, overlap_figures
+from training_step import training_step
 
 import fastlora
 from fastlora import functional as FL
@@ -113,24 +114,11 @@ def random_model(config: LlamaConfig, device: torch.device) -> fastlora.Model:
 
 def step_of(model: fastlora.Model, args: argparse.Namespace) -> Callable[[], torch.Tensor]:
     """A step of forward, backward and AdamW; returns the loss."""
-    leaves, structure = tree_flatten(model.adapter)
-    params = [leaf.clone() for leaf in leaves]
-    optimizer = torch.optim.AdamW(params, lr=1e-4, fused=model.base["norm"].is_cuda)
-    value_and_grad = fastlora.value_and_grad(FL.loss)
+    _, step = training_step(model.adapter, fastlora.value_and_grad(FL.loss), 1e-4)
     gen = torch.Generator().manual_seed(1)
     ids = torch.randint(model.spec.config.vocab_size, (args.batch, args.seq), generator=gen)
     batch = dict.fromkeys(("input_ids", "labels"), ids.to(model.base["norm"].device))
-
-    def step() -> torch.Tensor:
-        adapter = tree_unflatten(params, structure)
-        value, grads = value_and_grad(adapter, model.base, model.spec, batch)
-        for param, grad in zip(params, tree_leaves(grads), strict=True):
-            param.grad = grad
-        optimizer.step()
-        optimizer.zero_grad()
-        return value
-
-    return step
+    return partial(step, model.base, model.spec, batch)
 
 
 def measure(step: Callable[[], torch.Tensor], steps: int, device: torch.device) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def line(*cells: object) -> str:
 def sharded_table() -> list[str]:
     """80 GB cards with NVLink, 8 in a machine with 8 ports of 400G, 4 x 2048 tokens a GPU."""
     heads = ("model", "weights", "GPUs", "shard x replicate", "recompute", "GiB a GPU", "step, s")
-    heads += ("gathered, GB", "exposed, ms", "efficiency")
+    heads += ("gathered, GB", "longer by, ms", "efficiency")
     lines = [line(*heads), "|" + "---|" * len(heads)]
     for name in SHAPES:
         for in_4bit in (False, True):
@@ -90,7 +90,7 @@ def sharded_line(model: fastlora.Model, name: str, in_4bit: bool, gpus: int) -> 
 def streamed_table() -> list[str]:
     """One card, the base in host memory, 2 x 2048 tokens, 8-bit moments, the rates of an H100."""
     heads = ("model", "weights", "card", "recompute", "GiB on the card", "GB in host memory")
-    heads += ("copied, GB", "step, s", "exposed, s")
+    heads += ("copied, GB", "step, s", "longer by, s")
     lines = [line(*heads), "|" + "---|" * len(heads)]
     for name, in_4bit, memory in STREAMED:
         lines.append(streamed_line(model_of(name, in_4bit=in_4bit), name, in_4bit, memory))

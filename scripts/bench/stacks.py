@@ -33,12 +33,11 @@ from typing import Any
 import results
 import torch
 from random_checkpoint import SHAPES, write_checkpoint
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from training_step import training_step
 
 import fastlora
 from fastlora import functional as FL
 from fastlora.runtime.cuda_graph import CUDAGraphed
-from fastlora.training.optimizers import step_together
 
 CASES = ("1b:512", "1b:128", "8b-nf4:256")
 
@@ -106,31 +105,14 @@ def functions(
     """(the gradient of a batch, the same and AdamW's update, a batch with a row for each model)."""
     base, n = models[0].base, len(models)
     adapter, spec = (models[0].adapter, models[0].spec) if n == 1 else FL.stack(models)
-    leaves, structure = tree_flatten(adapter)
-    leaves = [leaf.clone() for leaf in leaves]
-    parts = [[leaf] if n == 1 else [*leaf] for leaf in leaves]  # the slices are views
     device = base["norm"].device
-    settings: Any = dict(lr=2e-4, fused=device.type == "cuda")
-    optimizers = [torch.optim.AdamW([part[i] for part in parts], **settings) for i in range(n)]
     ids = torch.randint(
         spec.config.vocab_size, (n, tokens), generator=torch.Generator().manual_seed(0)
     )
     batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
     value_and_grad = fastlora.value_and_grad(loss)
-
-    def gradient(batch: Batch) -> list[torch.Tensor]:
-        return tree_leaves(value_and_grad(tree_unflatten(leaves, structure), base, spec, batch)[1])
-
-    def step(batch: Batch) -> torch.Tensor:
-        for part, grad in zip(parts, gradient(batch), strict=True):
-            for x, g in zip(part, [grad] if n == 1 else grad, strict=True):
-                x.grad = g
-        step_together(optimizers)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        return batch["labels"]
-
-    return gradient, step, batch
+    gradient, step = training_step(adapter, value_and_grad, 2e-4, stacked=n > 1)
+    return partial(gradient, base, spec), partial(step, base, spec), batch
 
 
 def loss(adapter: Any, base: Any, spec: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Code of the examples that end in a figure: demo model, rows, a training loop, the style.
 
-Needs matplotlib: pip install "fastlora[plots]".
+Needs matplotlib: pip install -e '.[plots]'.
 """
 
 import argparse

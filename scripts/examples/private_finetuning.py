@@ -6,7 +6,7 @@ DP-SGD (Abadi et al. 2016, arXiv:1607.00133) clips the gradient of each row and 
 sum. Adding or removing a row then changes the probability of any adapter by a factor of at most
 e^epsilon, up to delta. The noise has as many dimensions as the adapter has numbers, and the signal
 grows with the rows of a step, so the adapter is small and the steps are large. Epsilon needs
-dp-accounting: pip install "fastlora[plots,privacy]".
+dp-accounting: pip install -e '.[plots,privacy]'.
 """
 
 import secrets

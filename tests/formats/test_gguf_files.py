@@ -200,6 +200,6 @@ def test_a_missing_package_is_named(package, model, tokenizer, tmp_path, monkeyp
             raise ImportError(f"No module named {name}")
 
     monkeypatch.setattr(packages, "import_module", refuse)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install \"fastlora\[gguf\]\""):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[gguf\]'"):
         model.save_gguf(tmp_path / "m.gguf", tokenizer, verify=True)
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from fastlora.ops.quant.e4m3 import (
     row_scales,
 )
 from fastlora.ops.quant.weights import E4M3, WeightFP8, from_parts, parts
+from oracles.trees import relative_error
 
 GEN = torch.Generator()
 SCALING = 1.5
@@ -66,6 +67,21 @@ def test_rows_are_rounded_to_the_nearest_numbers_of_e4m3(kind, dtype):
     assert torch.equal(scale, torch.exp2(torch.log2(scale).round()))
     assert torch.equal(rounded_rows(x).double(), rounded(x))
     assert torch.equal(rounded_rows(rounded_rows(x)), rounded_rows(x))
+
+
+@pytest.mark.parametrize("largest", [1.0, 63_487.0, 63_489.0, 65_504.0])
+def test_float16_is_rounded_in_float32(largest):
+    """From 63,488 on e4m3 rounds to 65,536, which float16 does not hold."""
+    x = new(5, 32, dtype=torch.float32)
+    x = (x / x.abs().amax(1, keepdim=True) * largest).half()
+    matrix = quantize_matrix(new(16, 32, dtype=torch.float32) / 512)
+    bias = new(16, dtype=torch.float16)
+    expected = (rounded(x) @ dequantize(matrix, torch.float64).t()).half() + bias
+    found, gradients = torch.func.vjp(lambda x: frozen_linear(x, matrix, bias), x)
+    assert torch.isfinite(expected).all() and relative_error(found, expected) < 2e-3
+    assert relative_error(frozen_linear(x, matrix, bias), found) < 2e-3
+    (dx,) = gradients(torch.ones_like(found))
+    assert relative_error(dx, dequantize(matrix, torch.float64).sum(0).expand(5, 32)) < 2e-3
 
 
 def test_largest_values_use_the_upper_half_of_the_range():

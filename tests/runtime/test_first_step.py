@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import fastlora
-from fastlora.checkpoints import reading
+from fastlora import loading
 from fastlora.checkpoints.hub import DEMO
 from fastlora.distributed.data_parallel import Group
 from fastlora.distributed.ranks import Ranks
@@ -131,10 +131,10 @@ def test_the_compiler_is_imported_only_while_dense_weights_are_read_to_a_gpu(
         wanted.append(value)
         yield
 
-    monkeypatch.setattr(reading, "importing_compiler", note)
-    monkeypatch.setattr(reading, "read_checked", lambda checked, device: (checked.config, {}))
+    monkeypatch.setattr(loading, "importing_compiler", note)
+    monkeypatch.setattr(loading, "read_checked", lambda checked, device: (checked.config, {}))
     for device in ("cpu", "cuda"):
-        reading.read_base(DEMO, device=device, quantize=precision)
+        loading._read_base(DEMO, device, None, "auto", None, precision)
     assert wanted == [False, precision is None]
 
 

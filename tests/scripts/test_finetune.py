@@ -218,5 +218,5 @@ def test_a_missing_tyro_is_named(monkeypatch):
         raise ModuleNotFoundError(f"No module named {module!r}")
 
     monkeypatch.setattr(extras, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "fastlora\[cli\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[cli\]'"):
         options.parse([])

@@ -55,7 +55,7 @@ def test_bad_paths_and_empty_histories_are_refused(history, tmp_path, monkeypatc
         raise ModuleNotFoundError(module)
 
     monkeypatch.setattr(extras, "import_module", missing)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "fastlora\[plots\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[plots\]'"):
         history.plot(tmp_path / "run.png")
     assert not [*tmp_path.iterdir()]
 

@@ -1,5 +1,6 @@
 """The files of a finished run: run.json, the tokenizer and a filled model card."""
 
+import dataclasses
 import json
 import re
 from importlib import metadata
@@ -11,7 +12,7 @@ import transformers
 
 import fastlora
 from fastlora.training.loop import train
-from fastlora.training.model_card import vllm_problems
+from fastlora.training.model_card import _shell, vllm_problems
 from fastlora.training.run_record import source_name
 from oracles.training_runs import QUIET, ROWS, long_run, settings
 
@@ -107,6 +108,28 @@ def test_the_card_says_when_vllm_will_not_load_the_adapter(base, tokenizer, tmp_
         card = (tmp_path / name / "README.md").read_text()
         assert f"vLLM does not load this adapter: it has {word}" in card
         assert "vllm serve" not in card
+
+
+def test_the_card_names_a_way_to_llama_cpp_that_keeps_the_scaling(base, pair):
+    """llama.cpp's script writes one alpha. It reads Granite 4's MLP too (conversion/granite.py)."""
+    script, ours = "convert_lora_to_gguf.py", "export.py this-folder adapter.gguf"
+    for more, words in (
+        (dict(), (script,)),
+        (dict(use_rslora=True), (ours,)),
+        (dict(alpha_pattern={"q_proj": 3}), (ours,)),
+        (dict(rank_pattern={"q_proj": 1}), (script,)),
+        (dict(use_dora=True), ()),
+    ):
+        text = _shell("base", fastlora.lora(base, r=2, target_modules=["q_proj", "o_proj"], **more))
+        assert [word in text for word in (script, ours)] == [
+            word in words for word in (script, ours)
+        ]
+    granite4 = fastlora.lora(pair("granite4").model, r=2, target_modules=["input_linear"])
+    assert script in _shell("base", granite4)
+    capped = pair("gemma2").model
+    config = dataclasses.replace(capped.spec.config, attention_cap=None)
+    capped = dataclasses.replace(capped, spec=dataclasses.replace(capped.spec, config=config))
+    assert "llama.cpp" not in _shell("base", fastlora.lora(capped, r=2))
 
 
 def test_the_card_names_the_step_of_the_best_weights(dropping, tokenizer, tmp_path):

@@ -108,7 +108,7 @@ def test_a_missing_extra_is_named_before_any_work(model, tokenizer, tmp_path, mo
         raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
     monkeypatch.setattr(extras, "import_module", missing)
-    cure = rf'log="{name}" needs {name}: pip install "fastlora\[{name}\]"'
+    cure = rf"log=\"{name}\" needs {name}; in the clone of fastlora: pip install -e '.\[{name}\]'"
     with pytest.raises(ModuleNotFoundError, match=cure):
         train(model, tokenizer, ROWS, output_dir=tmp_path / "out", log=name, **QUIET)
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ import fastlora
 from fastlora.data.encoding import encode_rows
 from fastlora.data.packing import pack
 from fastlora.training import checkpoint
+from fastlora.training.common_run import check_part_masks
 from fastlora.training.loop import train
+from fastlora.training.run import Run
 from fastlora.training.settings import mask_problems
 from oracles.checkpoints import make_checkpoint
 from oracles.training_runs import QUIET, ROWS, WORDS, settings
@@ -163,6 +167,28 @@ def test_long_sequences_are_refused_only_where_the_mask_is_built(
     assert bool(problems) == refused
     assert not refused or "mask of 16 GiB" in problems[0]
     assert not mask_problems(settings(batch_size=1, packing=False), long)
+
+
+@pytest.mark.parametrize(("ranks", "length", "refused"), [(2, 131_072, False), (2, 196_608, True)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_masks_of_rows_that_ranks_have_together_are_reckoned(
+    model, ranks, length, refused, streamed
+):
+    """Not by the model's length, unless the rows are not known."""
+    row = SimpleNamespace(input_ids=range(length))
+    how = settings(batch_size=1, packing=False, context_parallel=ranks)
+    rows = [] if streamed else [SimpleNamespace(input_ids=range(5)), row]
+    stream = object() if streamed else None
+    run = Mock(spec=Run, settings=how, sequences=rows, eval_sequences=[], stream=stream)
+    spec = dataclasses.replace(model.spec, max_seq_length=length if streamed else 262_144)
+    long = dataclasses.replace(model, spec=spec)
+    if refused:
+        with pytest.raises(ValueError, match=f"rows of {length} tokens .* mask of 18 GiB"):
+            check_part_masks(run, long)
+    else:
+        check_part_masks(run, long)
+    run.settings = settings(batch_size=1, packing=False)  # a process alone needs no mask
+    check_part_masks(run, long)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import Mock
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -103,6 +104,19 @@ def test_an_optimizer_that_waits_for_the_device_is_not_recorded(base):
     slow = adamw(update.optimizers[1], fused=False)
     update = StackUpdate(stack, [update.optimizers[0], slow])
     assert not update.graphed and not isinstance(update.run, CUDAGraphed)
+
+
+def test_losses_and_norms_are_read_once(base, monkeypatch):
+    """Also if an optimizer waits for them before it writes."""
+    reads, tolist = [], Tensor.tolist
+    monkeypatch.setattr(Tensor, "tolist", lambda x: reads.append(x.shape) or tolist(x))
+    for fused in (True, False):
+        stack, update = made(base, graphed=False)
+        optimizers = [update.optimizers[0], adamw(update.optimizers[1], fused=fused)]
+        before, _ = [x.clone() for x in stack.leaves], reads.clear()
+        found = step(stack, StackUpdate(stack, optimizers), 0)
+        assert reads == [(2, 2)] and found.losses == pytest.approx([1 / 3, 1 / 3])
+        assert bool((found.of_change > 0).any(0).all()) and not same_bits(stack.leaves, before)
 
 
 def test_fused_optimizers_of_users_count_their_applied_updates(base):

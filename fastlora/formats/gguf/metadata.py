@@ -26,16 +26,23 @@ def architecture(config: LlamaConfig) -> GGUF:
         ValueError: llama.cpp cannot run this model; lists every reason.
     """
     found = family_of(config).gguf
-    if found is None:
-        raise ValueError(f"llama.cpp has no architecture for model_type {config.model_type!r}.")
     cure = "Use save_pretrained_merged, whose folder transformers and vLLM read."
-    problems = [
+    problems = architecture_problems(config)
+    raise_problems(ValueError, "llama.cpp cannot run this model:", problems, cure)
+    assert found is not None
+    return found
+
+
+def architecture_problems(config: LlamaConfig) -> list[str]:
+    """Why llama.cpp cannot run a model."""
+    found = family_of(config).gguf
+    if found is None:
+        return [f"llama.cpp has no architecture for model_type {config.model_type!r}"]
+    return [
         *_rope_problems(config, found),
         *_layer_problems(config, found),
         *_scale_problems(config, found),
     ]
-    raise_problems(ValueError, "llama.cpp cannot run this model:", problems, cure)
-    return found
 
 
 def model_metadata(config: LlamaConfig) -> Metadata:

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from fastlora.errors import lacks_extra
+
 
 def gguf_package() -> Any:
     """llama.cpp's package for GGUF files.
@@ -26,6 +28,4 @@ def _import(name: str, purpose: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
-        raise ModuleNotFoundError(
-            f'{purpose} needs {name}: pip install "fastlora[gguf]" ({error!s:.200})'
-        ) from error
+        raise lacks_extra(purpose, name, "gguf", error) from error

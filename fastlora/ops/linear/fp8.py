@@ -31,7 +31,7 @@ def fp8_product(rows: Rows, weight: WeightFP8, dtype: torch.dtype) -> Float[Tens
     values, scale = rows
     if _multiplies_fp8(values, weight.values, dtype):
         return _scaled_mm(values, weight.values.view(E4M3), scale, weight.scale)
-    wide = _exact_dtype(dtype)
+    wide = exact_dtype(dtype)
     x = values.to(wide).mul_(scale.to(wide)[:, None])
     w = weight.values.view(E4M3).to(wide).mul_(weight.scale.to(wide)[:, None])
     return torch.mm(x, w.t()).to(dtype)
@@ -48,7 +48,7 @@ def fp8_input_gradient(
 
         turned, ones = side_by_side([weight.values for weight in weights])
         return _scaled_mm(values, turned.view(E4M3), scale, ones)
-    wide = _exact_dtype(dtype)
+    wide = exact_dtype(dtype)
     w = torch.cat([weight.values.view(E4M3).to(wide) for weight in weights])
     return torch.mm(values.to(wide).mul_(scale.to(wide)[:, None]), w).to(dtype)
 
@@ -73,7 +73,7 @@ def fp8_linear(
     return y if x_a is None or b is None else y.addmm_(x_a, b.t(), alpha=scaling)
 
 
-def _exact_dtype(dtype: torch.dtype) -> torch.dtype:
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of rounded values are computed: float16 does not hold them."""
     return torch.float32 if dtype == torch.float16 else dtype
 

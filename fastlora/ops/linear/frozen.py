@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
-from fastlora.ops.linear.fp8 import fp8_input_gradient, fp8_linear
+from fastlora.ops.linear.fp8 import exact_dtype, fp8_input_gradient, fp8_linear
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows, rounded_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
@@ -29,8 +29,13 @@ def frozen_linear_reference(
     With a weight in e4m3 x is rounded too. Its derivative is that of the unrounded product: the
     op's backward pass also rounds the gradient.
     """
-    x = rounded_rows(x) if isinstance(weight, WeightFP8) else x
-    return F.linear(x, dense(weight, x.dtype), bias)
+    if not isinstance(weight, WeightFP8):
+        return F.linear(x, dense(weight, x.dtype), bias)
+    wide = exact_dtype(x.dtype)
+    if wide == x.dtype:
+        return F.linear(rounded_rows(x), dense(weight, wide), bias)
+    y = F.linear(rounded_rows(x.to(wide)), dense(weight, wide)).to(x.dtype)
+    return y if bias is None else y + bias
 
 
 # ── 2. ops and derivative ─────────────────────────────────────────────────────────────────

@@ -54,7 +54,12 @@ def quantize_rows_reference(
 
 
 def rounded_rows(x: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-    """x rounded as `quantize_rows` does, in x.dtype; its derivative is that of x."""
+    """x rounded as `quantize_rows` does, in x.dtype; its derivative is that of x.
+
+    Not for float16, which holds neither all rounded values, of which 65,536 is infinite there, nor
+    the smallest ones.
+    """
+    assert x.dtype != torch.float16, "round in float32"
     wide = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     scale = row_scales(wide.abs().amax(-1, keepdim=True).float())
     rounded = ((wide / scale).to(E4M3).to(wide.dtype) * scale).to(x.dtype)

@@ -3,6 +3,8 @@
 from importlib import import_module
 from typing import Any
 
+from fastlora.errors import lacks_extra
+
 
 def extra_module(module: str, extra: str, purpose: str) -> Any:
     """Import and return a module, at the first use: `import fastlora` must not load it.
@@ -20,6 +22,4 @@ def extra_module(module: str, extra: str, purpose: str) -> Any:
     except ImportError as error:
         # torch.utils.tensorboard names the package that it lacks.
         package = (error.name or module).partition(".")[0]
-        raise ModuleNotFoundError(
-            f'{purpose} needs {package}: pip install "fastlora[{extra}]" ({error!s:.200})'
-        ) from error
+        raise lacks_extra(purpose, package, extra, error) from error

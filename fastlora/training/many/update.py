@@ -7,7 +7,7 @@ update is recorded in a CUDA graph: norms, clipping, AdamW and the new stack.
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -42,9 +42,10 @@ class StackUpdate:
             optimizers: of the runs, over their own tensors.
         """
         self.stack, self.optimizers = stack, optimizers
-        self.graphed = stack.graphed and all(map(is_recordable, optimizers))
-        queue = partial(_queue, stack, optimizers)
-        self.run = CUDAGraphed(queue) if self.graphed else queue
+        self.waits = not all(map(is_recordable, optimizers))
+        self.graphed = stack.graphed and not self.waits
+        run = partial(_queued if self.waits else _updated, stack, optimizers)
+        self.run = CUDAGraphed(run) if self.graphed else run
 
     @torch.no_grad()
     def __call__(
@@ -72,13 +73,25 @@ class StackUpdate:
         if self.graphed:  # a recording would keep numbers as constants
             # Without waiting: the gradient is still being computed.
             given = torch.tensor(rates, dtype=torch.float32).to(sums.device, non_blocking=True)
-        figures, of_gradient, of_change = self.run(gradient, sums, scales, tokens, limits, given)
-        values = figures.tolist()
+        figures, of_gradient, *more = self.run(gradient, sums, scales, tokens, limits, given)
+        if self.waits:
+            values = finish_updates(self.optimizers, figures)
+            of_change = _refreshed(self.stack, self.optimizers)
+        else:
+            values, (of_change,) = figures.tolist(), more
         losses, norms = [x for x, _ in values], [x for _, x in values]
         return Updated(losses, norms, of_gradient, of_change)
 
 
-def _queue(
+def _updated(
+    stack: RunStack, optimizers: Sequence[torch.optim.Optimizer], *given: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses and norms, norms of the gradient's leaves, norms of the leaves' changes), without
+    waiting for the device. `given` are the other arguments of `_queued`."""
+    return *_queued(stack, optimizers, *given), _refreshed(stack, optimizers)
+
+
+def _queued(
     stack: RunStack,
     optimizers: Sequence[torch.optim.Optimizer],
     gradient: list[Tensor],
@@ -87,21 +100,26 @@ def _queue(
     tokens: Float[Tensor, "n"],
     limits: Float[Tensor, "n"],
     rates: Sequence[float] | Float[Tensor, "n"],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses and norms, norms of the gradient's leaves, norms of the leaves' changes)."""
+) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "leaves n"]]:
+    """(losses and norms, norms of the gradient's leaves). Optimizers that wait for the device have
+    not written yet; `finish_updates` lets them."""
     inverse = 1 / (scales * tokens)
     of_gradient = leaf_norms(gradient) * inverse
     norms = vector_norm(of_gradient, dim=0)
     clipping = (limits / (norms + 1e-6)).clamp(max=1.0)  # as clip_grad_norm_
     _set_gradients(stack, [g * _column(inverse * clipping, g) for g in gradient])
-    figures = queue_updates(optimizers, rates, sums / tokens, norms)
-    if not all(map(is_recordable, optimizers)):
-        finish_updates(optimizers, figures)
+    return queue_updates(optimizers, rates, sums / tokens, norms), of_gradient
+
+
+def _refreshed(
+    stack: RunStack, optimizers: Sequence[torch.optim.Optimizer]
+) -> Float[Tensor, "leaves n"]:
+    """Clear gradients and copy the runs' tensors into the stack; the norms of the changes."""
     for optimizer in optimizers:
         optimizer.zero_grad()
     before = [leaf.clone() for leaf in stack.leaves]
     stack.refresh()
-    return figures, of_gradient, leaf_norms(update_differences(stack.leaves, before))
+    return leaf_norms(update_differences(stack.leaves, before))
 
 
 def leaf_norms(tensors: Sequence[Tensor]) -> Float[Tensor, "leaves n"]:

@@ -5,20 +5,22 @@ its activations, or in one layer's backward pass, when the gradients of the laye
 exist.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from fastlora.models.levels import kept_elements, layer_levels, mlp_chunks, offload_levels
-from fastlora.models.names import EDGE_WEIGHTS, linear_names
+from fastlora.models.levels import kept_elements, mlp_chunks
+from fastlora.models.names import EDGE_WEIGHTS
+from fastlora.models.norms import layer_norms
 from fastlora.models.params import GATE_UP, is_quantized
 from fastlora.models.spec import Recompute
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.loss.linear_cross_entropy import rows_per_chunk
 from fastlora.ops.quant.weights import WeightFP8
-from fastlora.ops.swiglu.swiglu import kernel_supports
 from fastlora.runtime.layer_fetching import described
+from fastlora.training.planning.layers import QKV, Layer, layers_of
 
 MOMENT_BYTES = {"adamw": 8.0, "adamw_8bit": 2.1, "paged_adamw_8bit": 2.1}  # per parameter
 
@@ -71,90 +73,134 @@ def peak_bytes(
         base: of `base_bytes`, if the caller has it already.
     """
     base = base_bytes(model) if base is None else base
-    config, tokens = model.spec.config, batch_size * seq_length
-    item, d, f = model.base["norm"].element_size(), config.hidden_size, config.intermediate_size
-    adapters = _adapter_by_layer(model)
-    parameters = sum(x.numel() for leaves in adapters for x in leaves)
-    fetched = host or shard > 1
-    whole = base.layers + base.ends
-    kept_base = base.norm + (0 if host else whole / shard)
-    always = kept_base + _OTHER_BYTES
-    # A part that waits in host memory is copied to the device before it is gathered.
-    layer = base.layer * (1 + (1 / shard if host and shard > 1 else 0)) if fetched else 0
-    # The adapter that is trained is a copy; the given one stays in the caller's model.
-    always += 2 * sum(x.nbytes for leaves in adapters for x in leaves)
-    always += MOMENT_BYTES[optimizer] * parameters
-
-    levels, fused = levels_of(model, recompute, tokens), _swiglu_is_fused(model)
-    of_level = {level: _kept_bytes(model, level, fused) * tokens for level in {*levels}}
-    kept = [of_level[level] for level in levels]
-    kept_at_selective = _kept_bytes(model, "selective", fused) * tokens
+    tokens = batch_size * seq_length
+    layers = layers_of(model, recompute, tokens)
+    of_layer = {layer: _kept_bytes(model, layer) * tokens for layer in {*layers}}
+    kept = [of_layer[layer] for layer in layers]
+    # A layer that is fetched. A part that waits in host memory is copied to the device before it is
+    # gathered.
+    fetched = base.layer * (1 + (1 / shard if host and shard > 1 else 0))
+    fetched = fetched if host or shard > 1 else 0
+    always = base.norm + (0 if host else (base.layers + base.ends) / shard) + _OTHER_BYTES
+    always += _adapter_bytes(model, optimizer)
     if recompute == "offload":
-        # On the device: one layer's input on its way to the host, and one layer's on its way back.
-        always += tokens * d * item + max(kept)
+        always += _hidden_bytes(model, tokens) + max(kept)
         kept = [0] * len(kept)
-    else:  # copies of A and B in the base's dtype
-        always += sum(
-            x.numel() * item for leaves in adapters for x in leaves if x.element_size() != item
-        )
-    logits = min(tokens, rows_per_chunk(config.vocab_size)) * config.vocab_size * item
-    head = base.head + layer if fetched else 0  # the last layer is still there
-    peak = sum(kept) + logits + 3 * tokens * d * item + head
+    else:
+        always += _copied_bytes(model)
+    head = base.head + fetched if fetched else 0  # the last layer is still there
+    at_loss = sum(kept) + _loss_bytes(model, tokens) + head
+    in_backward = _backward_bytes(model, layers, kept, tokens) + 2 * fetched
+    return round(always + max(at_loss, in_backward))
 
-    # In a layer's backward pass: three hidden states, the SwiGLU kernel's partial sums, and one
-    # dequantised matrix; then the gradients of gate and up, and the recomputed activations.
-    backward = 3 * tokens * d * item + 8 * 3 * f * 16 * 4 + 2 * layer
-    in_fp8 = is_quantized(model.base, WeightFP8)
-    # In e4m3: W of gate and up, transposed, and their gradients side by side.
-    backward += 2 * f * d if in_fp8 else f * d * item if is_quantized(model.base) else 0
-    gradients = 0
-    for i, level in reversed([*enumerate(levels)]):
+
+def _hidden_bytes(model: ModelState, tokens: int) -> int:
+    """One hidden state of all tokens. "offload" has one layer's input on its way to the host, and
+    what one layer keeps on its way back."""
+    return tokens * model.spec.config.hidden_size * model.base["norm"].element_size()
+
+
+def _adapter_bytes(model: ModelState, optimizer: str) -> float:
+    """The trained adapter, the given one, which stays in the caller's model, and moments."""
+    leaves = [x for layer in _adapter_by_layer(model) for x in layer]
+    parameters = sum(x.numel() for x in leaves)
+    return 2 * sum(x.nbytes for x in leaves) + MOMENT_BYTES[optimizer] * parameters
+
+
+def _copied_bytes(model: ModelState) -> int:
+    """Copies of A and B in the base's dtype, if they are trained in another one."""
+    item = model.base["norm"].element_size()
+    leaves = [x for layer in _adapter_by_layer(model) for x in layer]
+    return sum(x.numel() * item for x in leaves if x.element_size() != item)
+
+
+def _loss_bytes(model: ModelState, tokens: int) -> int:
+    """A chunk of logits, and three hidden states."""
+    vocab, item = model.spec.config.vocab_size, model.base["norm"].element_size()
+    rows = min(tokens, rows_per_chunk(vocab))
+    return rows * vocab * item + 3 * _hidden_bytes(model, tokens)
+
+
+def _backward_bytes(
+    model: ModelState, layers: Sequence[Layer], kept: Sequence[int], tokens: int
+) -> float:
+    """The most that the backward pass of a layer finds and makes: what this layer and those before
+    it keep, the gradients of this one and of those after it, and the layer's intermediate tensors.
+    """
+    adapters, most, gradients = _adapter_by_layer(model), 0.0, 0
+    for i, layer in reversed([*enumerate(layers)]):
+        if not layer.trained:
+            break
         gradients += sum(x.nbytes for x in adapters[i])
-        chunk = tokens / mlp_chunks(config, i, level, tokens, whole=False)
-        mlp_gradients = (2 if fused else 4) * f * chunk * item
-        recomputed = kept_at_selective - kept[i] if level not in ("none", "selective") else 0
-        recomputed -= 2 * f * (tokens - chunk) * item
-        in_layer = backward + mlp_gradients + recomputed + (2 * f * chunk if in_fp8 else 0)
-        peak = max(peak, gradients + sum(kept[: i + 1]) + in_layer)
-    return round(always + peak)
+        here = _layer_backward_bytes(model, i, layer, kept[i], tokens)
+        most = max(most, gradients + sum(kept[: i + 1]) + here)
+    return most
 
 
-def _kept_bytes(model: ModelState, level: str, fused: bool) -> int:
+def _layer_backward_bytes(
+    model: ModelState, number: int, layer: Layer, kept: int, tokens: int
+) -> float:
+    """The intermediate tensors of one layer's backward pass: three hidden states, the SwiGLU
+    kernel's partial sums, one dequantised matrix, tensors of the MLP's width, and the recomputed
+    activations.
+
+    Args:
+        model: as `plan`.
+        number: the layer's.
+        layer: its level and adapters.
+        kept: bytes on the device that the layer keeps between its passes.
+        tokens: in the batch.
+    """
+    config, item = model.spec.config, model.base["norm"].element_size()
+    f, matrix = config.intermediate_size, config.intermediate_size * config.hidden_size
+    chunk = tokens / mlp_chunks(config, number, layer.level, tokens, whole=layer.dropout)
+    total = 3 * _hidden_bytes(model, tokens) + 8 * 3 * f * 16 * 4
+    total += _mlp_tensors(layer) * f * chunk * item
+    if is_quantized(model.base, WeightFP8):
+        # In e4m3: W of gate and up, transposed, and their gradients side by side.
+        total += 2 * matrix + 2 * f * chunk
+    elif is_quantized(model.base):
+        total += matrix * item
+    total -= 2 * f * (tokens - chunk) * item
+    if layer.level not in ("none", "selective"):
+        total += _kept_bytes(model, layer._replace(level="selective")) * tokens - kept
+    return total
+
+
+def _mlp_tensors(layer: Layer) -> int:
+    """Tensors of the MLP's width in a layer's backward pass, besides gate and up."""
+    if not layer.adapts(GATE_UP):
+        gradients = 2  # compiled code writes that of gate or of up over that of their product
+    else:
+        # The kernel does so too. Products without it hold gate and up with their low-rank terms.
+        gradients = 2 if layer.fused else 4
+    recomputed = layer.reads_hidden and layer.fused and layer.level != "none"
+    return gradients + int(recomputed)
+
+
+def _kept_bytes(model: ModelState, layer: Layer) -> int:
     """Bytes that a dense layer keeps per token between forward and backward pass.
 
-    These are the elements that `kept_elements` counts, without those that compiled code recomputes:
-    the rotated q and k, and with the SwiGLU kernel silu(gate) * up. x A' of every projection and
+    These are the elements that `kept_elements` counts, without those that compiled code recomputes
+    (the rotated q and k) and those whose only use would be the gradient of an A that is not there:
+    the input of q, k and v, that of gate and up, and silu(gate) * up. x A' of every projection and
     attention's log-sum-exp in float32 are added.
     """
+    if not layer.trained:
+        return 0
     config = model.spec.config
-    recomputed = ("rotated_qk", "swiglu") if fused else ("rotated_qk",)
-    elements = kept_elements(config, level, without=recomputed)
-    if level in ("none", "selective", "mlp"):
-        lora, _ = require_adapter(model)
-        elements += sum(t.r for t in lora.targets[0])
-    log_sum_exp = 0 if level == "full" else 4 * config.num_attention_heads
+    unread = ("rotated_qk",) if layer.reads_hidden else ("rotated_qk", "swiglu")
+    elements = kept_elements(config, layer.level, without=unread)
+    if layer.level == "none":
+        norms = layer_norms(config.norms)
+        inputs = (norms.attention_in, QKV), (norms.mlp_in, GATE_UP)
+        unused = [norm for norm, names in inputs if norm and not layer.adapts(names)]
+        elements -= len(unused) * config.hidden_size
+    elements += sum(target.r for target in layer.targets)
+    log_sum_exp = 0 if layer.level == "full" else 4 * config.num_attention_heads
     return elements * model.base["norm"].element_size() + log_sum_exp
-
-
-def levels_of(model: ModelState, recompute: Recompute, tokens: int) -> tuple[str, ...]:
-    """The level of every layer under a recompute policy; see models/levels.py."""
-    config = model.spec.config
-    if recompute == "offload":
-        return offload_levels(config, tokens, model.base["norm"].element_size())
-    return layer_levels(config, recompute)
 
 
 def _adapter_by_layer(model: ModelState) -> list[list[Tensor]]:
     _, adapter = require_adapter(model)
     return [tree_leaves(layer) for layer in adapter["layers"]]
-
-
-def _swiglu_is_fused(model: ModelState) -> bool:
-    """Whether the SwiGLU kernel runs in every layer."""
-    lora, _ = require_adapter(model)
-    if model.spec.kernels == "torch":
-        return False
-    ranks = [{t.name: t.r for t in targets} for targets in lora.targets]
-    fits = lambda r: r is not None and kernel_supports(model.base["norm"].dtype, r)
-    names = [n for n in linear_names(model.spec.config) if n in GATE_UP]
-    return all(fits(r.get(name)) for r in ranks for name in names)

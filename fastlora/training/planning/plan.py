@@ -1,11 +1,11 @@
 """plan(): which recompute policy fits a card, and how long a training step will take.
 
-Predictions are sums over shapes (memory.py, time.py) whose rates are fitted to measured steps. The
-test holds them to tests/data/planning_rows.jsonl: Llama 1B and 8B, bf16 and NF4, r = 16 on all
-projections, 4 x 2048 and 2 x 2048 tokens, every policy. The largest error of 24 peaks is 1.0 %. The
-largest error of 38 step times on H100 and H200 is 4.5 % (with "offload", which sometimes waits for
-its copies) and 2.1 % without "offload". Other lengths, ranks and targets use the same terms and
-were not measured.
+Predictions are sums over shapes (memory.py, time.py) whose rates are those of kernels in profiles.
+The test holds them to tests/data/planning_rows.jsonl: Llama 1B, 8B and 70B, bf16, NF4 and e4m3,
+4 x 2048 and 2 x 2048 tokens, every policy, dropout, adapters on q and v alone, bases sharded over
+two GPUs and in host memory. The largest error of peaks is 1.0 %, that of times on
+H100 and H200 7.4 % in rows of 2026-11-26, since when steps have become faster, and 5.9 % in later
+rows. Other lengths and ranks use the same terms and were not measured.
 """
 
 import re
@@ -48,7 +48,7 @@ class Option:
     peak_bytes: int
     """Allocated by torch at the peak."""
     step_seconds: float | None
-    """None for a card whose rates are not known. Transfers that nothing hides are included."""
+    """None for a card whose rates are not known. With `exposed_seconds`."""
     shard: int = 1
     """Ranks that share the base: `load`'s argument. 1: every rank has all of it."""
     replicate: int = 1
@@ -62,11 +62,12 @@ class Option:
     summed_bytes: int = 0
     """Gradients that a rank receives in a step."""
     exposed_seconds: float | None = None
-    """Of these transfers, what no computation hides; None for a card whose rates are not known."""
+    """By which these transfers make the step longer: what no computation hides, and what matrix
+    products lose beside them; None for a card whose rates are not known."""
 
     @property
     def efficiency(self) -> float | None:
-        """The share of a step in which the card computes; None if `step_seconds` is."""
+        """The share of a step that its computation alone takes; None if `step_seconds` is."""
         if self.step_seconds is None or self.exposed_seconds is None:
             return None
         return 1 - self.exposed_seconds / self.step_seconds
@@ -123,8 +124,8 @@ def plan(
         link: between the GPUs of a machine: "nvlink", "pcie5" or "pcie4".
         network: between machines: "8x400g" (a port for each of 8 GPUs), "400g" or "100g".
         shard: how the base is kept: a number of ranks, "host", or "auto" for the fastest number.
-            `distributed/cost.py` has the cost model; its rates of links are data sheets', and
-            nothing in it was measured on several GPUs.
+            `distributed/cost.py` has the cost model. It was measured on two GPUs with NVLink; the
+            rates of other links are data sheets'.
 
     Returns:
         The fastest policy that fits (the one that recomputes least, if the card's rates are not
@@ -133,7 +134,7 @@ def plan(
     Raises:
         ValueError: an argument has a wrong type or value; or no policy fits (the message says how
             much the leanest one needs); or the model is of a kind that was not measured: mixtures
-            of experts, DoRA, dropout, qat_scheme, and adapters outside the layers.
+            of experts, DoRA, qat_scheme, and adapters outside the layers.
     """
     problems = _problems(model, batch_size, seq_length, optimizer, card)
     problems += cluster_problems(devices, nodes, link, network, shard)
@@ -219,7 +220,6 @@ def _unmeasured(model: ModelState) -> list[str]:
         f"a mixture of experts ({config.model_type})": any(config.sparse_layers),
         "use_dora": lora.use_dora,
         "lora_bias": lora.lora_bias,
-        "lora_dropout": lora.lora_dropout > 0,
         "qat_scheme": lora.qat_scheme is not None,
         "trained tensors outside the projections": set(adapter) != {"layers"},
     }

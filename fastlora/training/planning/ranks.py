@@ -8,7 +8,7 @@ from fastlora.arguments import argument_problems, describe, one_of, whole_number
 from fastlora.distributed.cost import LINKS, NETWORKS, Bytes, Cluster, shard_choices, step_cost
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.training.planning.memory import BaseBytes
-from fastlora.training.planning.time import forward_seconds, head_seconds
+from fastlora.training.planning.time import forward_seconds, head_seconds, product_share
 
 
 class Layout(NamedTuple):
@@ -80,7 +80,8 @@ def transfers(
     forward = forward_seconds(model, batch_size, seq_length)
     compute = forward if seconds is None else seconds
     backward = compute - forward - head_seconds(model, batch_size, seq_length)
-    cost = step_cost(sizes, cluster, layout.shard, layout.host, forward, max(0.0, backward))
+    share = product_share(model, batch_size, seq_length)
+    cost = step_cost(sizes, cluster, *layout, forward, max(0.0, backward), share)
     known = seconds is not None
     return dict(
         shard=layout.shard,

@@ -8,7 +8,7 @@ from random_checkpoint import SHAPES, _shape
 
 import fastlora
 from fastlora.distributed.gathered_bytes import Gathers
-from fastlora.distributed.mesh import shard_mesh, shards_for
+from fastlora.distributed.mesh import SHARD_DIMENSIONS, group_mesh, shards_for
 from fastlora.distributed.sharded_base import shard_layers, shard_matrix
 from fastlora.model import Model
 from fastlora.models.config import LlamaConfig
@@ -80,7 +80,7 @@ def model_of(draws: Draws, shard: Any, recompute: Any, nccl: bool = False) -> Mo
         base["layers"] = tuple(draws.layer(i) for i in range(config.num_hidden_layers))
         base |= draws.edges()
     else:
-        shard = shard_mesh(1, draws.device) if shard == 1 else shard
+        shard = group_mesh(1, draws.device, SHARD_DIMENSIONS) if shard == 1 else shard
         shards = shards_for(shard, draws.device, base_bytes=0)  # the size matters to "auto" alone
         if nccl:
             shards.source = Gathers(shards.group, draws.device)
