@@ -17,8 +17,8 @@ and Unsloth ("unsloth"; "unsloth-fp8" over its base in fp8). A name with "-gc" u
 checkpointing. "probe" is scripts/bench/probe.py: the same step in plain compiled PyTorch.
 
 With --cuda-graph, fastlora's step is recorded once and replayed
-(value_and_grad(cuda_graph=True)); "offload" cannot be recorded. The peak then covers the whole
-process, because a graph allocates its memory while it is recorded.
+(value_and_grad(cuda_graph=True)). The peak then covers the whole process, because a graph allocates
+its memory while it is recorded.
 
 With --chats the steps go through six batches of packed chats of ragged length; "tokens/s" counts
 tokens without padding, and the floor takes each row as one document. With --energy the rows also
