@@ -93,5 +93,5 @@ def test_without_pyarrow_the_error_names_the_extra(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     missing = lambda name, *more: None if name == "pyarrow" else find(name, *more)
     monkeypatch.setattr(table_files, "find_spec", missing)
-    with pytest.raises(ModuleNotFoundError, match=r"rows\.parquet.*fastlora\[data\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"rows\.parquet.*pip install -e .\.\[data\]"):
         sources_of(tmp_path / "rows.parquet", "data")

@@ -281,5 +281,5 @@ def test_wrong_arguments_are_refused(call, message):
 
 def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "scipy.sparse.linalg", None)
-    with pytest.raises(ModuleNotFoundError, match=r"fastlora\[research\]"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e .\.\[research\]"):
         research.as_linear_operator(lambda v: v, LEAF)
