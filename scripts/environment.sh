@@ -1,5 +1,8 @@
 # Sourced by demo.sh, docs.sh and test.sh.
 
+# compileall and pytest answer Ctrl-C with an ordinary exit status, after which bash would go on.
+trap 'exit 130' INT
+
 # Makes a virtual environment of pinned packages once.
 #   environment NAME REQUIREMENTS
 environment() {

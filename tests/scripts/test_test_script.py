@@ -1,0 +1,110 @@
+"""scripts/test.sh with programs that only say what they are: failures and Ctrl-C end all of it."""
+
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = {
+    "ruff": "exit 0",
+    "pip": "exit 0",
+    "chromium": "exit 0",
+    "pyright": "echo $$ >pyright.pid; echo types; exit 0",
+    "python": 'echo "tests $*"; exit 0',
+}
+# As pyright's wrapper does, which starts node and waits for it.
+SLOW = 'sleep 60 & echo "$!" >pyright.pid; wait'
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(name=script, ...): test.sh with these programs in place of PROGRAMS."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("test.sh", "environment.sh", "constraints.txt"):
+        shutil.copy(ROOT / "scripts" / name, tmp_path / "scripts")
+    for file in ROOT.glob("scripts/requirements*.txt"):
+        shutil.copy(file, tmp_path / "scripts")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    folder = tmp_path / ".venv-test"
+    for peer in ("torchtune", "unsloth"):
+        (folder / peer / "site-packages").mkdir(parents=True)
+    (folder / "bin").mkdir()
+    stamp = "cat scripts/requirements*.txt scripts/constraints.txt pyproject.toml | cksum"
+    stamp += " | tr -d ' '"
+    told = subprocess.run(stamp, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    (folder / told.stdout.strip()).touch()
+
+    def start(**programs: str) -> subprocess.Popen:
+        for name, script in (PROGRAMS | programs).items():
+            (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+            (folder / "bin" / name).chmod(0o755)
+        environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            ["bash", "scripts/test.sh"],
+            cwd=tmp_path,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    return start
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended; a zombie has."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_all_parts_run(run):
+    process = run()
+    told, _ = process.communicate(timeout=30)
+    first, types, second = told.strip().split("\n")
+    assert process.returncode == 0 and types == "types"
+    assert "not compile" in first and second.endswith("-m compile")
+
+
+@pytest.mark.parametrize(
+    "failing, said",
+    [
+        ({"pyright": "echo wrong type; exit 1"}, "wrong type"),
+        ({"python": "exit 5"}, ""),
+        ({"ruff": "exit 1"}, ""),
+    ],
+)
+def test_a_part_that_fails_is_the_result(run, failing, said):
+    process = run(**failing)
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode in (1, 5) and said in told and "-m compile" not in told
+
+
+def test_a_failed_installation_of_chromium_is_named(run, tmp_path):
+    with (tmp_path / "scripts" / "environment.sh").open("a") as script:
+        script.write("install_chromium() { exit 1; }\n")
+    process = run()
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode == 1 and "Chromium" in told and "tests" not in told
+
+
+def test_pyright_ends_with_the_script(run, tmp_path):
+    """With the processes that it has started, after failing tests and after Ctrl-C."""
+    started = "until [ -s pyright.pid ]; do sleep 0.01; done; "
+    process = run(pyright=SLOW, python=f"{started} exit 5")
+    process.communicate(timeout=30)
+    assert process.returncode == 5 and not runs(int((tmp_path / "pyright.pid").read_text()))
+    (tmp_path / "pyright.pid").unlink()
+    # pytest answers SIGINT with an ordinary exit status.
+    tests = f"trap 'exit 2' INT; {started} echo ready; sleep 60"
+    process = run(pyright=SLOW, python=tests)
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130 and not runs(int((tmp_path / "pyright.pid").read_text()))
