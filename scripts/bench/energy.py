@@ -76,13 +76,15 @@ def energy(step: Callable[[int], object], step_ms: float, tokens: float, seconds
     torch.cuda.synchronize()
     watcher = threading.Thread(target=watch)
     watcher.start()
-    began, joules = time.perf_counter(), nvml.joules()
-    for i in range(count):
-        step(i)
-    torch.cuda.synchronize()
-    took, joules = time.perf_counter() - began, nvml.joules() - joules
-    done.set()
-    watcher.join()
+    try:
+        began, joules = time.perf_counter(), nvml.joules()
+        for i in range(count):
+            step(i)
+        torch.cuda.synchronize()
+        took, joules = time.perf_counter() - began, nvml.joules() - joules
+    finally:
+        done.set()
+        watcher.join()
     figures = {
         "joules_1000_tokens": round(1e3 * joules / (count * tokens), 3),
         "watts": round(joules / took),

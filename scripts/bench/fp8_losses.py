@@ -5,7 +5,7 @@
 
 Both runs have the same weights, the same first adapter, and the same chats of whole_job/compare.py
 in the same order, packed, all tokens trained. The bar is 1 %. The table goes to stdout, a row as in
-results.jsonl to --out.
+results.jsonl to --out, and every loss to a file beside it, with the suffix .losses.json.
 """
 
 import argparse
@@ -74,6 +74,14 @@ def compared(plain: list[float], rounded: list[float]) -> tuple[str, dict[str, f
     return "\n".join(lines), figures
 
 
+def command_of(args: argparse.Namespace) -> str:
+    """The command that gives these figures again."""
+    model = f"--folder {args.folder}" if args.folder else f"--shape {args.shape}"
+    names = ("steps", "batch", "length", "learning_rate", "chats")
+    words = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names]
+    return " ".join(["python scripts/bench/fp8_losses.py", model, *words])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,6 +96,9 @@ def main() -> None:
     add("--chats", type=int, default=8000)
     add("--out", type=Path, help="append a row as in scripts/bench/results.jsonl")
     args = parser.parse_args()
+    if args.steps < WINDOW:
+        parser.error(f"--steps must be at least {WINDOW}: means of {WINDOW} losses are compared")
+    command = command_of(args)
     with tempfile.TemporaryDirectory() as temporary:
         if args.folder is None:
             args.folder = Path(temporary) / "model"
@@ -98,9 +109,6 @@ def main() -> None:
     table, figures = compared(runs["checkpoint"]["losses"], runs["fp8"]["losses"])
     print(table)
     if args.out:
-        command = f"python scripts/bench/fp8_losses.py --shape {args.shape} --steps {args.steps}"
-        command += f" --batch {args.batch} --length {args.length} --chats {args.chats}"
-        command += f" --learning-rate {args.learning_rate:g}"
         figures |= {"bf16_ms": runs["checkpoint"]["ms"], "fp8_ms": runs["fp8"]["ms"]}
         results.append(args.out, results.row(command, figures))
         raw = args.out.with_suffix(".losses.json")

@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--peer", action="store_true", help="load with transformers too")
     parser.add_argument("--out", type=Path, help="append rows as in scripts/bench/results.jsonl")
     args = parser.parse_args()
+    command = command_of(args)
     with tempfile.TemporaryDirectory() as name:
         if not args.folder:
             args.folder = Path(name)
@@ -53,12 +54,14 @@ def main() -> None:
         for who, load in loads:
             figures = measure(who, partial(load, args), args.device)
             if args.out:
-                results.append(args.out, results.row(command_of(args), {"setting": who} | figures))
+                results.append(args.out, results.row(command, {"setting": who} | figures))
 
 
 def command_of(args: argparse.Namespace) -> str:
     """The command that gives these figures again."""
-    words = [f"python scripts/bench/measure_load.py --shape {args.shape} --device {args.device}"]
+    model = f"--folder {args.folder}" if args.folder else f"--shape {args.shape}"
+    words = [f"python scripts/bench/measure_load.py {model} --device {args.device}"]
+    words += [f"--dtype {args.dtype}"] * (args.dtype != "auto")
     words += ["--load-in-4bit"] * args.load_in_4bit + ["--peer"] * args.peer
     return " ".join(words)
 

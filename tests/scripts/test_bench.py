@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from argparse import ArgumentParser, Namespace
 from importlib import import_module
@@ -23,7 +24,8 @@ def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     names = ("bench", "profile_step", "scaling")
     yield [import_module(name) for name in names]
-    more = "measuring results bench_steps step_batches energy fp8_losses probe random_checkpoint"
+    more = "measuring results bench_steps step_batches energy fp8_losses measure_load"
+    more += " training_step probe random_checkpoint"
     for name in (*names, *more.split(), "whole_job", "whole_job.compare"):
         sys.modules.pop(name, None)
 
@@ -102,6 +104,27 @@ def test_a_row_names_the_command_that_gives_it_again(scripts):
     same = "python scripts/bench.py --shape 8b --batch 2 --targets q_proj v_proj --load-in-4bit"
     assert command("0.4", given) == f"{same} --cuda-graph --recompute 0.4 --peers {timing}"
     assert command("unsloth-gc", given) == f"{same} --recompute --peers unsloth-gc {timing}"
+
+
+def test_rows_name_the_checkpoint_that_was_given(scripts):
+    given = dict(shape="1b", folder=Path("here"), device="cpu", dtype="float32", peer=True)
+    command = import_module("measure_load").command_of
+    same = "python scripts/bench/measure_load.py"
+    assert command(Namespace(**given, load_in_4bit=False)) == (
+        f"{same} --folder here --device cpu --dtype float32 --peer"
+    )
+    given |= dict(folder=None, dtype="auto")
+    assert command(Namespace(**given, load_in_4bit=True)) == (
+        f"{same} --shape 1b --device cpu --load-in-4bit --peer"
+    )
+    sizes = dict(steps=12, batch=2, length=64, learning_rate=2e-4, chats=90)
+    command = import_module("fp8_losses").command_of
+    told = command(Namespace(shape="1b", folder="demo", **sizes))
+    assert told == (
+        "python scripts/bench/fp8_losses.py --folder demo --steps 12 --batch 2 --length 64"
+        " --learning-rate 0.0002 --chats 90"
+    )
+    assert "--shape 1b" in command(Namespace(shape="1b", folder=None, **sizes))
 
 
 def test_rows_are_appended_and_read_back(scripts, tmp_path):
@@ -282,7 +305,7 @@ def test_packed_chats_in_one_row_are_the_same_documents(scripts):
 
 def test_energy_is_that_of_the_steps(scripts, monkeypatch):
     """300 W for steps of 20 ms with 6 tokens: 6 J a step, 1,000 J for 1,000 tokens."""
-    module, clock = import_module("energy"), [0.0]
+    module, clock, threads = import_module("energy"), [0.0], threading.enumerate()
 
     class Nvml:
         joules = lambda self: 300 * clock[0]
@@ -300,6 +323,13 @@ def test_energy_is_that_of_the_steps(scripts, monkeypatch):
     assert found["joules_1000_tokens"] == pytest.approx(1000) and found["watts"] == 300
     assert found["energy_steps"] == 50 and found["energy_ms"] == 20.0
     assert found["sampled_watts"] == 299 and found["sm_mhz"] == 1980
+
+    def fail(i):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        module.energy(fail, 20.0, 6, 1.0)
+    assert set(threading.enumerate()) <= set(threads)  # or the process would not end
 
     def refused(self):
         raise RuntimeError("nvmlDeviceGetTotalEnergyConsumption returned 3")
