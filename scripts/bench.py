@@ -8,17 +8,17 @@
     python scripts/bench.py --shape 1b --chats --warm 6 --recompute none --peers unsloth
     python scripts/bench.py --shape 1b --energy 5 --recompute none --cuda-graph --peers unsloth
 
-Each setting runs in a new process. Every step sees the same random tokens. Steps run back to
-back, as in training, and CUDA events time them. The table gives the median of --steps after --warm;
-"spread" is the slowest step minus the fastest.
+Each setting runs in a new process. Every step sees the same random tokens, unless --chats is given.
+Steps run back to back, as in training, and CUDA events time them. The table gives the median of
+--steps after --warm; "spread" is the slowest step minus the fastest.
 
 Peers: transformers + PEFT ("hf"), the same compiled ("hf-compile"), with Liger's kernels ("liger"),
 and Unsloth ("unsloth"; "unsloth-fp8" over its base in fp8). A name with "-gc" uses gradient
 checkpointing. "probe" is scripts/bench/probe.py: the same step in plain compiled PyTorch.
 
 With --cuda-graph, fastlora's step is recorded once and replayed
-(value_and_grad(cuda_graph=True)); "offload" cannot be recorded. The peak then covers the whole
-process, because a graph allocates its memory while it is recorded.
+(value_and_grad(cuda_graph=True)). The peak then covers the whole process, because a graph allocates
+its memory while it is recorded; of "offload", torch never frees the pinned memory of a recording.
 
 With --chats the steps go through six batches of packed chats of ragged length; "tokens/s" counts
 tokens without padding, and the floor takes each row as one document. With --energy the rows also

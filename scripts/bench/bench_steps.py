@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from probe import probe_step
 from random_checkpoint import SHAPES
-from step_batches import Batch
+from step_batches import PEERS, Batch
 from training_step import training_step
 
 import fastlora
 from fastlora import functional as FL
 
-PEERS = ("hf", "liger", "unsloth")
 Step = Callable[[Batch], torch.Tensor]  # a batch of step_batches.py -> loss
 
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_steps import PEERS, step_of
+from bench_steps import step_of
 from energy import energy
 from random_checkpoint import SHAPES
-from step_batches import real_tokens, step_batches
+from step_batches import PEERS, real_tokens, step_batches
 
 from fastlora.models.config_json import config_from_json
 from fastlora.models.names import layer_targets, projection_shape

@@ -156,10 +156,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def write_checkpoint(raw: dict[str, Any], folder: Path) -> None:
-    """Write bf16 matrices from N(0, 0.02²) and norms that multiply with 1, one shard per layer, and
-    the demo's tokenizer, which Unsloth needs, if all of its ids are in the vocabulary.
+    """Write bf16 matrices from N(0, 0.02²) and norms that multiply with 1, one shard per layer.
 
-    Only one layer is in memory at a time.
+    Only one layer is in memory at a time. If the vocabulary is large enough for the ids of the
+    demo's tokenizer, the folder gets that tokenizer, which Unsloth needs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

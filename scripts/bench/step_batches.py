@@ -24,13 +24,14 @@ from fastlora.data.rows import read_rows
 from fastlora.text.tokenizer import Tokenizer
 
 Batch = dict[str, Tensor]  # int64 [batch, seq]: input_ids and labels, and segment_ids if packed
+PEERS = ("hf", "liger", "unsloth")  # how the names of other libraries' settings begin
 CHATS, BATCHES = 1000, 6  # rows that are packed, and different batches of them in a measurement
 
 
 def step_batches(args: argparse.Namespace, device: str = "cuda") -> list[Batch]:
     """The batches that the steps take in turn: one of random tokens, or BATCHES with --chats."""
     made = chats(args.batch, args.seq) if args.chats else [random_tokens(args)]
-    if args.one.startswith(("hf", "liger", "unsloth")) and "segment_ids" in made[0]:
+    if args.one.startswith(PEERS) and "segment_ids" in made[0]:
         made = [one_row(batch, lengths=args.one.startswith("unsloth")) for batch in made]
     # Unsloth's collator leaves the lengths on the CPU.
     on = lambda name: "cpu" if name == "packed_seq_lengths" else device

@@ -211,6 +211,6 @@ def hook_is_installed() -> bool:
 
 
 def install() -> None:
-    """From here on, until the process ends. fastlora must not have been imported yet."""
+    """Replace jaxtyping's checks until the process ends. Call it before fastlora is imported."""
     arrays._MetaAbstractArray.__instancecheck__ = instancecheck
     jaxtyping.jaxtyped = decorator.jaxtyped = jaxtyped

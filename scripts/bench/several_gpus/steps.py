@@ -96,7 +96,7 @@ def slowest(bench: Bench, figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def steps(bench: Bench, shape: str, nf4: bool, sizes: Sizes, replicated: bool = True) -> None:
-    """All measurements of one shape. Without replicas, 2 layers ahead are left out."""
+    """All measurements of one shape."""
     part = f"{shape} {'NF4' if nf4 else 'bf16'}"
     draws = Draws(config_of(shape, sizes.layers), bench.device, nf4)
     make = lambda shard: model_of(draws, shard, sizes.recompute, sizes.nccl)
@@ -164,7 +164,8 @@ def _sharded(
     bench: Bench, part: str, name: str, shard: int, make: Any, whole: Any, sizes: Sizes,
     replicated: bool,
 ) -> None:  # fmt: skip
-    """Steps with 1, 0 and 2 layers gathered ahead, the predicted peak, a trace, and both in turn.
+    """Steps with 1, 0 and 2 layers gathered ahead, the predicted peak, a trace, and steps over a
+    sharded and a whole base in turn.
 
     Without replicas, 2 layers ahead and the steps in turn are left out.
     """
@@ -200,8 +201,8 @@ def _sharded(
 
 
 def _in_turn(bench: Bench, whole_base: Any, sharded: Any, ranks: Any, sizes: Sizes) -> dict:
-    """Steps over both bases in turn: a card that becomes warm, or reaches its power cap, slows down
-    within a minute."""
+    """The median step over each base. Steps alternate, because a card that becomes warm, or reaches
+    its power cap, slows down within a minute."""
     steppers, times = {}, {}
     for name, model in (("replicated", whole_base), ("sharded", sharded)):
         ranks.lockstep = is_sharded(model.base)
