@@ -1,4 +1,4 @@
-"""scripts/test.sh with programs that only say what they are: failures and Ctrl-C end all of it."""
+"""scripts/test.sh with other programs in place of pytest and pyright: failures and Ctrl-C."""
 
 import os
 import shutil
@@ -42,11 +42,13 @@ def run(tmp_path):
         for name, script in (PROGRAMS | programs).items():
             (folder / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
             (folder / "bin" / name).chmod(0o755)
-        environment = os.environ | {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+        shutil.copytree(folder / "bin", tmp_path / "programs", dirs_exist_ok=True)
+        path = f"{tmp_path / 'system'}:{folder / 'bin'}:{os.environ['PATH']}"
         return subprocess.Popen(
-            ["bash", "scripts/test.sh"],
+            # The tests may run in the background, where shells have SIGINT ignored.
+            ["env", "--default-signal=INT", "bash", "scripts/test.sh"],
             cwd=tmp_path,
-            env=environment,
+            env=os.environ | {"PATH": path},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -92,6 +94,22 @@ def test_a_failed_installation_of_chromium_is_named(run, tmp_path):
     process = run()
     told, _ = process.communicate(timeout=30)
     assert process.returncode == 1 and "Chromium" in told and "tests" not in told
+
+
+def test_ctrl_c_ends_a_set_up_that_compiles(run, tmp_path):
+    """compileall answers SIGINT with an ordinary exit status. The environment has no stamp then."""
+    changed = tmp_path / "scripts" / "constraints.txt"
+    changed.write_text(changed.read_text() + "\n")
+    python3 = tmp_path / "system" / "python3"  # makes an environment of the same programs
+    python3.parent.mkdir()
+    python3.write_text('#!/usr/bin/env bash\nmkdir "$3" && cp -r programs "$3/bin"\n')
+    python3.chmod(0o755)
+    process = run(python="trap 'exit 1' INT; echo ready >&2; sleep 60")
+    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    told, _ = process.communicate(timeout=30)
+    assert process.returncode == 130 and told == ""
+    assert [x.name for x in (tmp_path / ".venv-test").iterdir()] == ["bin"]
 
 
 def test_pyright_ends_with_the_script(run, tmp_path):
