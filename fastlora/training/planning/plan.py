@@ -46,7 +46,7 @@ class Option:
 
     recompute: Recompute
     peak_bytes: int
-    """Allocated by torch at the peak."""
+    """Of the card's memory at the peak: what torch allocates, and parts that other ranks read."""
     step_seconds: float | None
     """None for a card whose rates are not known. With `exposed_seconds`."""
     shard: int = 1
