@@ -40,8 +40,8 @@ class Gathers:
         flat = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self.host is None:
             return Gather(flat, start_all_gather(flat, part, self.group), None)
-        copy = self.host.begin(part, len(part))
-        with torch.get_device_module(self.device).stream(self.host.stream.copying):
+        copy, stream = self.host.begin(part, len(part)), self.host.stream
+        with stream.streams.stream(stream.copying):
             # On the copy stream, which NCCL's then waits for.
             work = start_all_gather(flat, copy.flat, self.group)
         return Gather(flat, work, copy.flat)

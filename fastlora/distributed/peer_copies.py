@@ -75,11 +75,10 @@ class PeerCopies:
         self.stream.streams.synchronize()  # the part is written before others can read it
         with _without_multicast():
             handle = self._memory.rendezvous(part, self.group)
-        ranks = [rank for rank in range(self.ranks) if rank != self.rank]
-        others = {rank: handle.get_buffer(rank, part.shape, part.dtype) for rank in ranks}
         # The entry must not hold `part` itself, or it would never end.
         own = part.detach()
-        return [others.get(rank, own) for rank in range(self.ranks)], handle
+        read = lambda rank: handle.get_buffer(rank, part.shape, part.dtype)
+        return [own if rank == self.rank else read(rank) for rank in range(self.ranks)], handle
 
 
 class Place(NamedTuple):

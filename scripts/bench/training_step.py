@@ -24,7 +24,7 @@ def training_step(
     arguments of `value_and_grad` that follow the adapter.
 
     Args:
-        adapter: a tree; it stays as it is.
+        adapter: a tree, which is not changed.
         value_and_grad: (adapter, *arguments) -> value and gradient.
         learning_rate: of AdamW.
         stacked: the adapter is a stack of several, which get an optimizer each.
