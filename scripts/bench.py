@@ -18,7 +18,7 @@ checkpointing. "probe" is scripts/bench/probe.py: the same step in plain compile
 
 With --cuda-graph, fastlora's step is recorded once and replayed
 (value_and_grad(cuda_graph=True)). The peak then covers the whole process, because a graph allocates
-its memory while it is recorded; of "offload", torch never frees the pinned memory of a recording.
+its memory while it is recorded.
 
 With --chats the steps go through six batches of packed chats of ragged length; "tokens/s" counts
 tokens without padding, and the floor takes each row as one document. With --energy the rows also

@@ -189,6 +189,7 @@ def test_every_folder_has_a_docstring():
 FILE_MODULES = {"io", "pathlib", "shutil", "tempfile", "mmap", "pickle", "safetensors"}
 FILE_MODULES |= {"huggingface_hub", "json"}
 FILE_CALLS = {"open", "read_text", "write_text", "read_bytes", "write_bytes", "mkdir", "unlink"}
+WITHOUT_FILES = ("os.environ.", "os.fspath", "os.cpu_count", "os.register_at_fork")
 # It hashes the source of the operators for the key of the compile cache.
 MAY_READ_SOURCE = "runtime/compiled.py"
 
@@ -202,7 +203,7 @@ def file_access(tree: ast.AST) -> set[str]:
         for call in calls
         if call.split(".")[-1] in FILE_CALLS
         or call in {"torch.load", "torch.save"}
-        or (call.startswith("os.") and not call.startswith(("os.environ.", "os.fspath")))
+        or (call.startswith("os.") and not call.startswith(WITHOUT_FILES))
     }
 
 

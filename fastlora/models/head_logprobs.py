@@ -8,8 +8,10 @@ their gradients too, so its backward pass computes the logits of each chunk agai
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fastlora.models.head import (
@@ -22,6 +24,7 @@ from fastlora.models.head import (
 )
 from fastlora.models.spec import Spec
 from fastlora.ops.dispatch import transforms_active, use_kernel
+from fastlora.ops.launch import Launch, launches_of
 from fastlora.ops.loss.entropy import (
     chunked_logprobs_and_entropy,
     logits_gradient,
@@ -98,6 +101,21 @@ def _trained_head(
         value_and_grad = label_logprobs_and_grad_kernel
     parts = _flat_head(hidden, model_head, spec, key, first_row)
     return chunked_logprobs(*parts, labels, spec.config.vocab_size, value, value_and_grad)
+
+
+def loss_launches(spec: Spec, norm: Float[Tensor, "d"]) -> list[Launch]:
+    """What `head_logprobs` launches if its gradient is needed, on any number of rows.
+
+    Args:
+        spec: the model's.
+        norm: a tensor with the dtype and device of the hidden states.
+    """
+    if not use_kernel(norm, spec.kernels):
+        return []
+    with FakeTensorMode():
+        logits = torch.empty(1, spec.config.vocab_size, dtype=norm.dtype, device=norm.device)
+        labels = torch.empty(1, dtype=torch.int64, device=norm.device)
+        return launches_of(label_logprobs_and_grad_kernel, logits, labels, spec.config.logit_cap)
 
 
 def head_logprobs_and_entropy(

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastlora.runtime.kernels_ahead import compiling_kernels
+
 Compile = Literal["auto"] | bool
 
 
@@ -137,8 +139,13 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     with (
         torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),  # pyright: ignore
         _no_advice_about_checkpoints(),
+        compiling_kernels(_device(inputs)) as kernels,
     ):
-        return compile_fx(graph, inputs, config_patches=_settings())
+        return compile_fx(graph, inputs, config_patches=_settings() | kernels)
+
+
+def _device(inputs: list[Any]) -> torch.device:
+    return next(x.device for x in inputs if isinstance(x, Tensor))
 
 
 def _settings() -> dict[str, Any]:

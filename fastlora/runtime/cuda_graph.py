@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.layer_fetching import FetchedLayers, FetchedMatrix
+from fastlora.runtime.pinned_buffers import PinnedBuffers, fitting, pinned_from
 from fastlora.runtime.tree import leaves, with_leaves
 
 # Recordings share the memory of intermediate tensors. Each has its own results and copied inputs.
@@ -31,6 +32,7 @@ class _FirstCall(NamedTuple):
 
     inputs: list[Any]
     moved: frozenset[int]  # numbers of inputs that are known to change their address
+    pinned: list[int]  # bytes of each piece of pinned memory that the call took
 
 
 class _Recording(NamedTuple):
@@ -38,6 +40,7 @@ class _Recording(NamedTuple):
     moved: frozenset[int]  # the numbers of those that are copies
     replay: Callable[[], None]
     results: Any  # the tree of tensors that the graph writes
+    buffers: list[Tensor]  # the pinned memory that it reads and writes
 
 
 class CUDAGraphed:
@@ -59,6 +62,7 @@ class CUDAGraphed:
         self.fn = fn
         self.calls: OrderedDict[Hashable, _FirstCall | _Recording] = OrderedDict()
         self.pool: Any = None  # memory that all recordings in `calls` use, one at a time
+        self.buffers: list[Tensor] = []  # the same in pinned host memory
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """fn(*args, **kwargs). Inside a torch.func transform fn runs without a recording.
@@ -78,11 +82,15 @@ class CUDAGraphed:
             if moved <= call.moved:
                 self._keep(key, call)
                 return _replayed(call, given)
-            call = _FirstCall(given, moved)  # an input has a new address: make a new recording
+            # An input has a new address: make a new recording.
+            call = _FirstCall(given, moved, [buffer.nbytes for buffer in call.buffers])
         if call is None:
             _check_devices(given)
-            self._keep(key, _FirstCall(given, frozenset()))
-            return self.fn(*args, **kwargs)
+            pinned = PinnedBuffers()
+            self._keep(key, _FirstCall(given, frozenset(), pinned.sizes))
+            with pinned_from(pinned):
+                return self.fn(*args, **kwargs)
+        self.buffers = fitting(self.buffers, call.pinned)
         recording = self._record(given, _moved(call, given), args, kwargs)
         self._keep(key, recording)
         return _replayed(recording, given)
@@ -95,8 +103,9 @@ class CUDAGraphed:
     def _record(self, given: list, moved: frozenset[int], args: Any, kwargs: Any) -> _Recording:
         inputs = [x.detach().clone() if i in moved else x for i, x in enumerate(given)]
         args, kwargs = with_leaves((args, kwargs), iter(inputs))
-        replay, results = self._capture(lambda: self.fn(*args, **kwargs))
-        return _Recording(inputs, moved, replay, results)
+        with pinned_from(PinnedBuffers(self.buffers)):
+            replay, results = self._capture(lambda: self.fn(*args, **kwargs))
+        return _Recording(inputs, moved, replay, results, self.buffers)
 
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """(a function that replays the launches of `run`, the results that they write to)."""
@@ -109,8 +118,7 @@ class CUDAGraphed:
         except Exception as error:
             raise RuntimeError(
                 "cuda_graph=True: this function cannot be recorded in a CUDA graph. It must not"
-                " wait for the GPU (.item(), bool() of a tensor, a copy from the host), and"
-                ' recompute="offload" does not go together with it.'
+                " wait for the GPU (.item(), bool() of a tensor, a copy from the host)."
             ) from error
         self.pool = graph.pool()
         return graph.replay, results

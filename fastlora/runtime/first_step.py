@@ -3,7 +3,9 @@
 Every torch.optim optimizer imports torch._dynamo when it is made, and the first compiled layer
 imports Inductor. Together they are some 1,500 files, which take 1.6 s, or 5 to 9 s if Python has to
 compile them because it may not keep their bytecode. Inductor then hashes all source files of torch
-and Triton's library for its cache keys, 0.4 s, and starts processes for Triton's compiler.
+and Triton's library for its cache keys, 0.4 s, and starts processes for Triton's compiler. Our own
+kernels are compiled while Inductor compiles their region (kernels_ahead.py). The loss's kernel is
+part of none, and is compiled here.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,8 +15,10 @@ from pathlib import Path
 
 import torch
 
+from fastlora.ops.launch import Launch
 from fastlora.runtime.ahead import ahead, imports
 from fastlora.runtime.compiled import Compile, compiles
+from fastlora.runtime.kernels_ahead import start_compiling
 
 # sympy is half of dynamo. As a task of its own it lets a thread that is stopped end sooner.
 DYNAMO = ("sympy", "torch._dynamo")
@@ -56,7 +60,10 @@ def importing_compiler(wanted: bool) -> Iterator[None]:
 
 @contextmanager
 def preparing_first_step(
-    compile: Compile, device: torch.device, compilers: bool = True
+    compile: Compile,
+    device: torch.device,
+    compilers: bool = True,
+    launches: Callable[[], list[Launch]] = list,
 ) -> Iterator[None]:
     """Prepare the first step in a thread while the block runs. The end of the block waits for it.
 
@@ -68,12 +75,15 @@ def preparing_first_step(
         device: of the model.
         compilers: start compiler processes, if they may be needed. Of the ranks of a machine only
             the first one should, because the others read its cache.
+        launches: finds launches of the first step that are not part of a compiled region. Their
+            kernels are compiled in threads that the end of the block does not wait for.
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
     if compiles(compile, device):
         tasks += [partial(_start_compilers, device)] if compilers else []
         tasks += imports(INDUCTOR)
         tasks.append(partial(_compute_cache_keys, device))
+        tasks.append(lambda: start_compiling(launches(), device))
     thread = ahead(tasks)
     try:
         yield

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from fastlora.ops.cast import copied
 from fastlora.runtime.layer_fetching import Place as WeightPlace
 from fastlora.runtime.layer_fetching import Refetched
+from fastlora.runtime.pinned_buffers import pinned_like
 
 # Smaller tensors stay on the device: attention's log-sum-exp, the choice of experts.
 _MIN_BYTES = 2**20
@@ -112,9 +113,7 @@ class HostStash:
         return x.device == self.device and x.nbytes >= _MIN_BYTES and x.numel() == span
 
     def _send(self, layer: int, x: Tensor) -> int:
-        # Copies to pageable memory are not asynchronous.
-        pin = self.device.type == "cuda"
-        copy = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=pin)
+        copy = pinned_like(x)
         self.copying.wait_stream(self.streams.current_stream())
         with self.streams.stream(self.copying):
             copy.copy_(x.detach(), non_blocking=True)

@@ -18,6 +18,7 @@ from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.ops.attention.context_group import ContextGroup
+from fastlora.ops.quant.weights import Weight4bit, Weight8bit
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
@@ -70,7 +71,9 @@ def make_learner(
         settings.optimizer, list(leaves.values()), settings.weight_decay, ratios
     )
     device = model.base["norm"].device.type
-    cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(model.spec, device, settings)
+    cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(
+        model.spec, device, settings, model.base
+    )
     if settings.clip_per_example is not None:
         warn_of_noise(settings, model)
         loss_and_grad = value_and_grad(row_means, per_example=True)
@@ -113,15 +116,31 @@ def micro_batch_loss(
 # H100, for a 1B model, the products take 1.3 ms forward and backward and their launches some 3 ms.
 _GRAPH_LIMIT_OPERATIONS = 2.5e11
 
+# The same for a base in 4 or 8 bits, whose matrices are unpacked in separate launches. A step of 8
+# layers of an 8B model in NF4 over 2 x 2048 tokens (8.9e11) takes 106 ms with "offload", in a graph
+# 88 (H200, nf4-offload-graph-2026-11-30 in scripts/bench/results.jsonl).
+_PACKED_GRAPH_LIMIT_OPERATIONS = 1e12
 
-def should_use_cuda_graph(spec: Spec, device: str, settings: Settings) -> bool:
+
+def should_use_cuda_graph(
+    spec: Spec, device: str, settings: Settings, base: Base | None = None
+) -> bool:
     """Whether to replay micro-batches from a CUDA graph.
 
     True for small micro-batches of one shape. A model whose code waits for the GPU cannot be
     recorded: the loop over experts does, and so do trained rows.
+
+    Args:
+        spec: of the model or the stack.
+        device: type of the base's device.
+        settings: of the run, or with the batch size of all runs of a stack.
+        base: of the model; None for a stack. Stacks with "offload" are not recorded, because that
+            has not been measured.
     """
-    # Without packing, lengths differ from batch to batch. "offload" copies to the host.
-    if device != "cuda" or not settings.packing or spec.recompute == "offload":
+    # Without packing, lengths differ from batch to batch.
+    if device != "cuda" or not settings.packing:
+        return False
+    if base is None and spec.recompute == "offload":
         return False
     if settings.context_parallel > 1:  # a recorded step does not send
         return False
@@ -129,4 +148,8 @@ def should_use_cuda_graph(spec: Spec, device: str, settings: Settings) -> bool:
         return False
     names = linear_names(spec.config)
     layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in names))
-    return settings.batch_size * spec.max_seq_length * layer < _GRAPH_LIMIT_OPERATIONS
+    first = {} if base is None else base["layers"][0]
+    weights = [first[name]["weight"] for name in names if name in first]
+    packed = any(isinstance(weight, Weight4bit | Weight8bit) for weight in weights)
+    limit = _PACKED_GRAPH_LIMIT_OPERATIONS if packed else _GRAPH_LIMIT_OPERATIONS
+    return settings.batch_size * spec.max_seq_length * layer < limit

@@ -24,7 +24,6 @@ from fastlora.generation.text import Prompt
 from fastlora.losses.loss_argument import objective_of
 from fastlora.losses.objectives import Objective
 from fastlora.models.state import ModelState
-from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.after_step import evaluate_and_save
 from fastlora.training.common_run import (
@@ -38,6 +37,7 @@ from fastlora.training.common_run import (
 )
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.finished import check_run_space, finish_folder
+from fastlora.training.first_step import preparing_training
 from fastlora.training.history import History, Record
 from fastlora.training.identity import hash_adapter, run_identity
 from fastlora.training.keeping import Best, stops_early
@@ -276,10 +276,7 @@ def train(
         # Every row is encoded before the first step, so a bad row is reported within seconds. Of
         # data that are streamed, it is the first block.
         objective = objective_of(loss, model)
-        with (
-            preparing_first_step(model.spec.compile, model.base["norm"].device, ranks.leads_node),
-            ranks.first_on_node("encoding"),
-        ):
+        with preparing_training(model, ranks.leads_node), ranks.first_on_node("encoding"):
             run = prepare_run(model.spec, tokenizer, settings, data, eval_data, progress, objective)
         after.callback(finish_stream, run, folder, ranks.is_first)
         learner = make_learner(model, settings, objective, ranks.context)

@@ -1,12 +1,12 @@
 """From the start of Python to the end of the first training step: where the time goes.
 
     python scripts/bench/first_step.py                      # 1B on a GPU, the demo on the CPU
-    python scripts/bench/first_step.py --model FOLDER --warm 5
+    python scripts/bench/first_step.py --model FOLDER --cold 2 --warm 5
     python scripts/bench/first_step.py --model demo --compile      # compiled regions on the CPU
 
-Starts `scripts/finetune.py` in new processes: once with empty compile caches, then --warm times
-with full ones. Without tyro, which finetune.py needs, it starts whole_job/fastlora_job.py. Each
-process ends after its first step.
+Starts `scripts/finetune.py` in new processes: --cold times with empty compile caches, then
+--warm times with full ones. Without tyro, which finetune.py needs, it starts
+whole_job/fastlora_job.py. Each process ends after its first step.
 
 Prints a table for each process: for every part, the second at which it began, the second at which
 it ended, both after the start of Python, and its thread. Parts overlap, because parts of other
@@ -40,6 +40,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="auto", help='a checkpoint\'s folder or "demo"')
+    parser.add_argument("--cold", type=int, default=1, help="runs with empty caches")
     parser.add_argument("--warm", type=int, default=2, help="runs with full caches")
     parser.add_argument("--compile", action="store_true", help="compiled regions also on the CPU")
     parser.add_argument("--keep-bytecode", type=Path, metavar="FOLDER")
@@ -52,10 +53,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = checkpoint(folder) if args.model == "auto" else args.model
-        caches = ["empty", *["full"] * args.warm]
+        caches = ["empty"] * args.cold + ["full"] * args.warm
         totals: dict[str, list[float]] = {}
         for number, cache in enumerate(caches):
-            found = first_step(model, folder, number, args.compile)
+            kept = folder / f"caches-{min(number, max(args.cold - 1, 0))}"
+            found = first_step(model, folder, number, args.compile, kept)
             print_run(found, f"run {number}, {cache} caches")
             note(found, cache)
             totals.setdefault(cache, []).append(found["total_s"])
@@ -75,8 +77,11 @@ def checkpoint(folder: Path) -> str:
     return str(model)
 
 
-def first_step(model: str, folder: Path, number: int, compile: bool) -> dict:
-    """The marks of one process: [part, thread, begin, end] in seconds after the start of Python."""
+def first_step(model: str, folder: Path, number: int, compile: bool, caches: Path) -> dict:
+    """The marks of one process: [part, thread, begin, end] in seconds after the start of Python.
+
+    `caches` is the folder of its compile caches.
+    """
     rows, marks = folder / "rows.jsonl", folder / f"marks-{number}.json"
     if not rows.exists():
         sys.path.insert(0, str(HERE / "whole_job"))
@@ -92,9 +97,9 @@ def first_step(model: str, folder: Path, number: int, compile: bool) -> dict:
     else:
         script = [HERE / "whole_job" / "fastlora_job.py", model, str(rows), output]
     environment = os.environ | {
-        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
-        "TRITON_CACHE_DIR": str(folder / "triton"),
-        "XDG_CACHE_HOME": str(folder / "cache"),
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "XDG_CACHE_HOME": str(caches / "cache"),
         "HF_HUB_OFFLINE": "1",
     }
     started = time.time()

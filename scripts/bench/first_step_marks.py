@@ -45,6 +45,7 @@ FUNCTIONS = {
     "fastlora.training.loop": ("train", "_run_steps"),
     "fastlora.training.step": ("optimizer_step", "_loss_and_gradient", "update"),
     "fastlora.runtime.compiled": ("backend",),
+    "fastlora.runtime.kernels_ahead": ("graph_launches", "compile_launch"),
     "torch._inductor.compile_fx": ("compile_fx_inner",),
     "torch._dynamo.convert_frame": ("_compile",),
     "torch._functorch.aot_autograd": ("aot_module_simplified",),
@@ -52,8 +53,21 @@ FUNCTIONS = {
     "torch._inductor.codecache": ("torch_key",),
     "torch._inductor.async_compile": ("maybe_warm_pool",),
     "triton.runtime.cache": ("triton_key",),
+    "triton.compiler.compiler": ("compile", "CompiledKernel._init_handles"),
+    "triton.runtime.build": ("_build",),
 }
 LAST = "optimizer_step"
+
+# Functions of which every call of a millisecond or more is noted, under the name of what they
+# compile or load. Triton asks for a kernel's handles at every launch.
+SHORTEST = 1e-3
+NAMED: dict[str, Callable[[Any], str]] = {
+    "benchmark_all_configs": lambda tuner: tuner.fn.__name__,
+    "compile": lambda source: source.name,
+    "compile_launch": lambda launch: launch.kernel.__name__,
+    "_init_handles": lambda kernel: kernel.name,
+    "_build": lambda name: name,
+}
 
 marks: list[tuple[str, str, float, float]] = []
 
@@ -91,7 +105,7 @@ def note_calls(module: Any, name: str) -> None:
 
 
 def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
-    """The function, which notes its first eight calls."""
+    """The function, which notes its first eight calls, or the calls described at NAMED."""
     calls = 0
 
     @wraps(function)
@@ -102,7 +116,13 @@ def noted(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         finally:
-            if calls <= 8 or name == "benchmark_all_configs":
+            if name in NAMED and time.time() - begin < SHORTEST:
+                pass
+            elif name in NAMED:
+                failed = sys.exc_info()[0]
+                part = f"{name} {NAMED[name](args[0])}" + (f" {failed.__name__}" if failed else "")
+                marks.append((part, thread(), begin, time.time()))
+            elif calls <= 8:
                 marks.append((f"{name}()", thread(), begin, time.time()))
             if name == LAST:
                 write()
@@ -126,6 +146,7 @@ def write() -> None:
     for kind in ("stats", "aot_autograd", "inductor"):
         counts[kind] = dict(counters[kind])
     counts["files in the cache"] = files_by_suffix()
+    counts |= {f"{kind}: calls and seconds": total(kind) for kind in NAMED}
     found = {
         "torch": torch.__version__,
         "total_s": end - STARTED,
@@ -135,6 +156,12 @@ def write() -> None:
     Path(MARKS).write_text(json.dumps(found))
     sys.stdout.flush()
     os._exit(0)
+
+
+def total(kind: str) -> tuple[int, float]:
+    """The number of a function's calls, and their seconds, of all threads together."""
+    seconds = [b - a for part, _, a, b in marks if part.startswith(f"{kind} ")]
+    return len(seconds), round(sum(seconds), 2)
 
 
 def files_by_suffix() -> dict[str, int]:

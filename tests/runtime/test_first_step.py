@@ -18,13 +18,22 @@ from fastlora import loading
 from fastlora.checkpoints.hub import DEMO
 from fastlora.distributed.data_parallel import Group
 from fastlora.distributed.ranks import Ranks
-from fastlora.runtime import ahead, first_step
+from fastlora.model import Model
+from fastlora.ops.launch import Launch
+from fastlora.runtime import ahead, first_step, kernels_ahead
 from fastlora.runtime.compiled import Compile
 from fastlora.runtime.first_step import DYNAMO, INDUCTOR, importing_compiler, preparing_first_step
 from fastlora.training import loop
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROOT = Path(__file__).parents[2]
+
+
+class Kernel:
+    """A stand-in for a kernel of Triton's."""
+
+    @staticmethod
+    def fn() -> None: ...
 
 
 @pytest.fixture
@@ -64,6 +73,17 @@ def test_inductor_is_prepared_for_compiled_models_only(tasks):
         assert tasks[:2] == ["sympy", "torch._dynamo"]
 
 
+def test_kernels_outside_of_regions_are_compiled_while_rows_are_read(tasks, monkeypatch):
+    compiled = threading.Event()
+    monkeypatch.setattr(kernels_ahead, "compile_launch", lambda *_: compiled.set())
+    launches = [Launch(Kernel, (), {})]
+    with preparing_first_step(False, CUDA, launches=lambda: launches):
+        pass
+    assert not compiled.is_set()
+    with preparing_first_step("auto", CUDA, launches=lambda: launches):
+        assert compiled.wait(60)
+
+
 def test_only_the_first_rank_starts_compilers(tasks):
     for first in (True, False):
         tasks.clear()
@@ -83,7 +103,7 @@ def test_a_rank_imports_while_it_waits_for_the_first_one_of_its_machine(monkeypa
         yield
 
     @contextmanager
-    def preparing(compile: Compile, device: torch.device, compilers: bool) -> Iterator[None]:
+    def preparing(model: Model, compilers: bool) -> Iterator[None]:
         order.append(f"imports, compilers: {compilers}")
         yield
 
@@ -91,7 +111,7 @@ def test_a_rank_imports_while_it_waits_for_the_first_one_of_its_machine(monkeypa
         raise KeyError
 
     monkeypatch.setattr(ranks, "first_on_node", turn)
-    monkeypatch.setattr(loop, "preparing_first_step", preparing)
+    monkeypatch.setattr(loop, "preparing_training", preparing)
     monkeypatch.setattr(loop, "joined_ranks", lambda *_: nullcontext(ranks))
     monkeypatch.setattr(loop, "prepare_run", end)
     base, tokenizer = fastlora.load("demo", device="cpu")

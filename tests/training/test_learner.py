@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 import fastlora
+from fastlora.models.names import linear_names, projection_shape
 from fastlora.training import learner
 from fastlora.training.learner import should_use_cuda_graph
 from fastlora.training.loop import train
@@ -33,8 +34,29 @@ def test_only_small_micro_batches_of_one_shape_on_cuda_are_recorded(model):
     assert not should_use_cuda_graph(model.spec, "cpu", settings())
     assert not should_use_cuda_graph(model.spec, "cuda", settings(packing=False))
     assert not should_use_cuda_graph(model.spec, "cuda", settings(batch_size=2**24))
+
+
+def test_stacks_with_offload_are_not_recorded_but_single_models_are(model):
     offload = dataclasses.replace(model.spec, recompute="offload")
+    assert should_use_cuda_graph(offload, "cuda", settings(), model.base)
     assert not should_use_cuda_graph(offload, "cuda", settings())
+
+
+def test_micro_batches_over_a_4_bit_base_may_be_four_times_as_large(folder):
+    """Unpacking its matrices takes more launches, for which the GPU would wait."""
+    dense, packed = (
+        fastlora.load(folder, load_in_4bit=bits, max_seq_length=32, device="cpu")[0]
+        for bits in (False, True)
+    )
+    names = linear_names(dense.spec.config)
+    shapes = [projection_shape(dense.spec.config, name) for name in names]
+    largest = int(2.5e11) // (32 * sum(rows * columns for rows, columns in shapes))
+    for times, models in ((0.9, {dense, packed}), (1.1, {packed}), (3.9, {packed}), (4.1, set())):
+        given = settings(batch_size=int(times * largest))
+        recorded = {
+            m for m in (dense, packed) if should_use_cuda_graph(m.spec, "cuda", given, m.base)
+        }
+        assert recorded == models
 
 
 def test_models_that_wait_for_the_gpu_are_not_recorded(base, pair):

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.attention.rope import apply_rope
+from fastlora.ops.launch import implement
 
 
 class Spans(NamedTuple):
@@ -75,14 +76,14 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::flash_attention", "CompositeExplicitAutograd")
+@implement("fastlora::flash_attention")
 def _flash_attention(*args):
     from fastlora.ops.attention.flash_kernel import flash_forward  # noqa: PLC0415  imports triton
 
     return flash_forward(*args)
 
 
-@torch.library.impl("fastlora::flash_attention_backward", "CompositeExplicitAutograd")
+@implement("fastlora::flash_attention_backward")
 def _flash_attention_backward(*args):
     from fastlora.ops.attention.flash_kernel import flash_backward  # noqa: PLC0415  imports triton
 

@@ -15,8 +15,10 @@ import triton
 import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.ops.dispatch import precision
+from fastlora.ops.launch import launch
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -31,7 +33,8 @@ from fastlora.ops.dispatch import precision
 # tenth (attention-tiles-2026-11-27 in scripts/bench/results.jsonl). 1.4426950408 is log2(e). The
 # running maximum starts at -3e38 and not at -inf: a row that sees no key in its first blocks would
 # otherwise compute -inf - -inf = NaN. With CAPPED, a score s becomes cap * tanh(s / cap), and
-# `scores` holds the tanh.
+# `scores` holds the tanh. With DESCRIBED, the loops of the backward kernels load by descriptors of
+# tiles (`_described`) and not by pointers.
 @triton.jit
 def _forward_kernel(  # noqa: PLR0915  (no helpers, see above)
     q_ptr, k_ptr, v_ptr, first_ptr, until_ptr, out_ptr, lse_ptr, t, s, heads, scale, cap,
@@ -104,8 +107,8 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
     t, s, heads, scale, cap, q_token, k_token, v_token, out_token, dout_token, dq_token, table_row,
     GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
     CAPPED: tl.constexpr,
-    ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     top = (tl.num_programs(1) - 1 - tl.program_id(1)) * BM
     row, head = (tl.program_id(0) // heads).to(tl.int64), tl.program_id(0) % heads
@@ -115,8 +118,9 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
     q = tl.load(q_ptr + token * q_token + column)
     out = tl.load(out_ptr + token * out_token + column)
     dout = tl.load(dout_ptr + token * dout_token + column)
-    k_at = k_ptr + row * s * k_token + (head // GROUP) * D
-    v_at = v_ptr + row * s * v_token + (head // GROUP) * D
+    if not DESCRIBED:
+        k_at = k_ptr + row * s * k_token + (head // GROUP) * D
+        v_at = v_ptr + row * s * v_token + (head // GROUP) * D
     begin, unmasked, diagonal, end = 0, 0, top // BN * BN, tl.minimum(top + BM, t)
     first, until, bottom = tl.zeros((BM,), tl.int32), query, end - 1
     if PART:
@@ -142,8 +146,12 @@ def _query_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see ab
             key = start + j
             if stretch == 2 and not EVEN:
                 key = tl.minimum(key, s - 1)
-            k = tl.load(k_at + key[:, None] * k_token + d[None, :])
-            v = tl.load(v_at + key[:, None] * v_token + d[None, :])
+            if DESCRIBED:
+                at_tile = [(row * s + start).to(tl.int32), (head // GROUP) * D]
+                k, v = k_ptr.load(at_tile), v_ptr.load(at_tile)
+            else:
+                k = tl.load(k_at + key[:, None] * k_token + d[None, :])
+                v = tl.load(v_at + key[:, None] * v_token + d[None, :])
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             if CAPPED:  # tanh(scale * score / cap)
                 scores = 1 - 2 / (1 + tl.exp2(scores * (2.8853900817779268 * scale / cap)))
@@ -182,8 +190,8 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
     t, s, heads, scale, cap, q_token, k_token, v_token, dout_token, dkv_token, table_row,
     GROUP: tl.constexpr, D: tl.constexpr, SPANS: tl.constexpr, PART: tl.constexpr,
     CAPPED: tl.constexpr,
-    ROPE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ROPE: tl.constexpr, EVEN: tl.constexpr, DESCRIBED: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # All GROUP query heads of a key head add to the same dk and dv, in this program alone.
     kv_heads = heads // GROUP
@@ -211,8 +219,9 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
     dv = tl.zeros((BN, D), tl.float32)
     for member in range(GROUP):
         head = kv_head * GROUP + member
-        q_at = q_ptr + row * t * q_token + head * D
-        dout_at = dout_ptr + row * t * dout_token + head * D
+        if not DESCRIBED:
+            q_at = q_ptr + row * t * q_token + head * D
+            dout_at = dout_ptr + row * t * dout_token + head * D
         at = (row * heads + head) * t
         for stretch in tl.static_range(0, 2 if EVEN and not SPANS else 3):  # pyright: ignore
             low = diagonal if stretch == 0 else unmasked if stretch == 1 else rest
@@ -222,8 +231,12 @@ def _key_value_gradient_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, se
                 if stretch != 1 and not EVEN:
                     query = tl.minimum(query, t - 1)
                 query_t = query[:, None]
-                q = tl.load(q_at + query_t * q_token + d[None, :])
-                dout = tl.load(dout_at + query_t * dout_token + d[None, :])
+                if DESCRIBED:
+                    at_tile = [(row * t + start).to(tl.int32), head * D]
+                    q, dout = q_ptr.load(at_tile), dout_ptr.load(at_tile)
+                else:
+                    q = tl.load(q_at + query_t * q_token + d[None, :])
+                    dout = tl.load(dout_at + query_t * dout_token + d[None, :])
                 lse = tl.load(lse_ptr + at + query)
                 delta = tl.load(delta_ptr + at + query)
                 scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -328,6 +341,34 @@ def _by_token(x: Float[Tensor, "b h t hd"]) -> Float[Tensor, "b h t hd"]:
     return x if laid else x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+def _takes_descriptors(loaded: tuple[Tensor, Tensor], how: dict) -> bool:
+    """Whether the loop of a backward kernel loads these tensors by descriptors.
+
+    Hopper's copy engine then computes the addresses, which saves registers: for heads of 128 dq
+    takes 407 us in place of 418, and dk and dv 527 in place of 559 (4 x 2048 tokens; H200,
+    attention-descriptors-2026-11-30 in scripts/bench/results.jsonl). A tile of it must not go
+    beyond a row.
+    """
+    x = loaded[0]
+    if not (x.is_cuda and x.shape[3] == 128 and how["EVEN"] and x.element_size() == 2):
+        return False
+    # Not data_ptr, which FakeTensors lack (ops/launch.py); torch aligns the memory itself.
+    aligned = all(y.storage_offset() % 8 == 0 and y.stride(2) % 8 == 0 for y in loaded)
+    return aligned and torch.cuda.get_device_capability(x.device)[0] == 9
+
+
+def _described(
+    loaded: tuple[Float[Tensor, "b h t hd"], Float[Tensor, "b h t hd"]], tokens: int
+) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of tiles of one head's values for so many tokens; both are `_by_token`."""
+    one, two = (
+        TensorDescriptor(x, [b * t, h * hd], [x.stride(2), 1], [tokens, hd])
+        for x in loaded
+        for b, h, t, hd in [x.shape]
+    )
+    return one, two
+
+
 def _by_cudnn(
     q: Float[Tensor, "b h t hd"],
     k: Float[Tensor, "b kv t hd"],
@@ -375,7 +416,8 @@ def flash_forward(
         return result
     out, lse = q.new_empty(b, t, h, hd), q.new_empty(b, h, t, dtype=torch.float32)
     bm, _, how = _tile("forward", q, s)
-    _forward_kernel[(b * h, triton.cdiv(t, bm))](
+    launch(
+        _forward_kernel, (b * h, triton.cdiv(t, bm)),
         q, k, v, q if first is None else first, q if until is None else until, out, lse, t, s, h,
         *_scale_and_cap(hd, scale, cap), q.stride(2), k.stride(2), v.stride(2),
         GROUP=h // kv, D=hd, SPANS=first is not None, PART=until is not None,  # pyright: ignore
@@ -462,15 +504,21 @@ def _write_gradients(
     static = dict(GROUP=h // kv, D=hd, SPANS=spans is not None, PART=part is not None)
     static |= dict(CAPPED=cap is not None, ROPE=cos is not None, PRECISION=precision(q.dtype))
     sizes = (t, s, h, *_scale_and_cap(hd, *scale_and_cap), q.stride(2), k.stride(2), v.stride(2))
-    bm, _, how = _tile("queries", q, s)
-    _query_gradient_kernel[(b * h, triton.cdiv(t, bm))](
-        q, k, v, out, dout, lse, first, until, *tables, delta, dq,
+    bm, bn, how = _tile("queries", q, s)
+    how |= dict(DESCRIBED=_takes_descriptors((k, v), how))
+    k_loaded, v_loaded = _described((k, v), bn) if how["DESCRIBED"] else (k, v)
+    launch(
+        _query_gradient_kernel, (b * h, triton.cdiv(t, bm)),
+        q, k_loaded, v_loaded, out, dout, lse, first, until, *tables, delta, dq,
         *sizes, out.stride(2), dout.stride(2), dq.stride(1), table_row,
         **static, **how,
     )  # fmt: skip
-    _, bn, how = _tile("keys", q, s)
-    _key_value_gradient_kernel[(b * kv, triton.cdiv(s, bn))](
-        q, k, v, dout, lse, delta, last, since, *tables, dk, dv,
+    bm, bn, how = _tile("keys", q, s)
+    how |= dict(DESCRIBED=_takes_descriptors((q, dout), how))
+    q_loaded, dout_loaded = _described((q, dout), bm) if how["DESCRIBED"] else (q, dout)
+    launch(
+        _key_value_gradient_kernel, (b * kv, triton.cdiv(s, bn)),
+        q_loaded, k, v, dout_loaded, lse, delta, last, since, *tables, dk, dv,
         *sizes, dout.stride(2), dk.stride(1), table_row,
         **static, **how,
     )  # fmt: skip

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fastlora.ops.launch import implement
+
 
 class PartSpans(NamedTuple):
     """Which keys t queries of a row of s tokens see. All fields are int32 and non-decreasing.
@@ -68,14 +70,14 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::part_attention", "CompositeExplicitAutograd")
+@implement("fastlora::part_attention")
 def _part_attention(q, k, v, first, until, scale=None, cap=None):
     from fastlora.ops.attention.flash_kernel import flash_forward  # noqa: PLC0415  imports triton
 
     return flash_forward(q, k, v, first, scale, cap, until)
 
 
-@torch.library.impl("fastlora::part_attention_backward", "CompositeExplicitAutograd")
+@implement("fastlora::part_attention_backward")
 def _part_attention_backward(*args):
     from fastlora.ops.attention.flash_kernel import part_backward  # noqa: PLC0415  imports triton
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active, triton_installed
+from fastlora.ops.launch import implement
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Weight, from_parts, parts, shape_of
 
@@ -40,7 +41,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::row_norms", "CompositeExplicitAutograd")
+@implement("fastlora::row_norms")
 def _row_norms(weight, a, b, scaling):
     matrix = dense(from_parts(weight), a.dtype)
     if matrix.is_cuda and triton_installed():

@@ -10,6 +10,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.launch import launch
+
 
 # ── kernel: one program for a few rows ────────────────────────────────────────────────────
 @triton.jit
@@ -69,7 +71,8 @@ def row_norms_fused(
     (d_out, d_in), r = weight.shape, a.shape[0]
     norms = torch.empty(d_out, dtype=torch.float32, device=weight.device)
     wide = a.float()
-    _row_norms_kernel[(triton.cdiv(d_out, _ROWS),)](
+    launch(
+        _row_norms_kernel, (triton.cdiv(d_out, _ROWS),),
         weight.contiguous(), a.contiguous(), b.contiguous(), wide @ wide.t(), norms,
         d_out, d_in, r, scaling,
         R=max(16, triton.next_power_of_2(r)), BM=_ROWS, BK=_COLUMNS,  # pyright: ignore

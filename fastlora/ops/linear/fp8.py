@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
+from fastlora.ops.launch import implement
 from fastlora.ops.quant.e4m3 import Rows, quantize_rows
 from fastlora.ops.quant.weights import E4M3, WeightFP8
 
@@ -117,7 +118,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::fp8_linear", "CompositeExplicitAutograd")
+@implement("fastlora::fp8_linear")
 def _fp8_linear(values, scale, weight, bias, x_a, b, scaling, dtype):
     return fp8_linear((values, scale), WeightFP8(*weight), bias, x_a, b, scaling, dtype)
 

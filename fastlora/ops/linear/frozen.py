@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.launch import implement
 from fastlora.ops.linear.fp8 import exact_dtype, fp8_input_gradient, fp8_linear
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows, rounded_rows
@@ -46,7 +47,7 @@ torch.library.define(
 torch.library.define("fastlora::quantized_mm", "(Tensor y, Tensor[] weight) -> Tensor")
 
 
-@torch.library.impl("fastlora::quantized_linear", "CompositeExplicitAutograd")
+@implement("fastlora::quantized_linear")
 def _quantized_linear(x, weight, bias):
     matrix = from_parts(weight)
     if isinstance(matrix, WeightFP8):
@@ -54,7 +55,7 @@ def _quantized_linear(x, weight, bias):
     return F.linear(x, dense(matrix, x.dtype), bias)
 
 
-@torch.library.impl("fastlora::quantized_mm", "CompositeExplicitAutograd")
+@implement("fastlora::quantized_mm")
 def _quantized_mm(y, weight):
     matrix = from_parts(weight)
     if isinstance(matrix, WeightFP8):

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.launch import implement
 from fastlora.ops.linear.fp8 import fp8_input_gradient
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import WeightFP8, from_parts, shape_of
@@ -48,7 +49,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::sum_of_products", "CompositeExplicitAutograd")
+@implement("fastlora::sum_of_products")
 def _sum_of_products(ys, matrices, parts):
     return add_products(None, ys, matrices, parts)
 

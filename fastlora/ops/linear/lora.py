@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.launch import implement
 from fastlora.ops.linear.fp8 import fp8_linear
 from fastlora.ops.linear.frozen import backward_product, frozen_linear_reference
 from fastlora.ops.linear.low_rank_gradients import layer_gradients
@@ -55,7 +56,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::lora_linear", "CompositeExplicitAutograd")
+@implement("fastlora::lora_linear")
 def _lora_linear(x, x_a, weight, bias, b, scaling):
     matrix = from_parts(weight)
     if isinstance(matrix, WeightFP8):

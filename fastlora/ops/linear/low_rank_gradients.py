@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.launch import implement
+
 # The kernel is measured at rank 16, one tile. At most three layers share an input: q, k and v.
 _LARGEST_RANK, _MOST_LAYERS = 16, 3
 
@@ -42,7 +44,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::low_rank_gradients", "CompositeExplicitAutograd")
+@implement("fastlora::low_rank_gradients")
 def _low_rank_gradients(*args):
     from fastlora.ops.linear import low_rank_gradients_kernel  # noqa: PLC0415  imports triton
 

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import precision, rank_tile
+from fastlora.ops.launch import launch
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -138,13 +139,15 @@ def low_rank_gradients_fused(
     static = dict(WIDTHS=widths, RANKS=ranks, R=r, BN=bn)
     three = lambda xs: [*xs, *[xs[0]] * (3 - len(xs))]  # no branch reads the repeated ones
     (b_0, b_1, b_2), (s_0, s_1, s_2) = three(bs), three(scalings)
-    _parts_kernel[(blocks, chunks)](
+    launch(
+        _parts_kernel, (blocks, chunks),
         dy, b_0, b_1, b_2, x_a, dx_a_parts, db_parts, n, dy.stride(0), x_a.stride(0), chunk,
         **static, STARTS=tuple(starts), BM=bm, STAGES=stages,  # pyright: ignore
         PRECISION=precision(dy.dtype), num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     rows = 32
-    _sums_kernel[(triton.cdiv(n, rows) + triton.cdiv(sum(widths), rows),)](
+    launch(
+        _sums_kernel, (triton.cdiv(n, rows) + triton.cdiv(sum(widths), rows),),
         dx_a_parts, db_parts, dx_a, db, n, s_0, s_1, s_2,
         **static, CHUNKS=chunks, ROWS=rows, num_warps=2,  # pyright: ignore
     )  # fmt: skip

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import rank_tile
 from fastlora.ops.dropout import dropout, key_and_row
+from fastlora.ops.launch import implement
 
 
 class Masks(NamedTuple):
@@ -92,21 +93,21 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::masked_x_a", "CompositeExplicitAutograd")
+@implement("fastlora::masked_x_a")
 def _masked_x_a(*args):
     from fastlora.ops.linear import masked_lora_kernel  # noqa: PLC0415  imports triton
 
     return masked_lora_kernel.masked_x_a_fused(*args)
 
 
-@torch.library.impl("fastlora::masked_x_a_backward", "CompositeExplicitAutograd")
+@implement("fastlora::masked_x_a_backward")
 def _masked_x_a_backward(x, dx_a, a, keys, ranks, slots, p):
     from fastlora.ops.linear import masked_lora_kernel  # noqa: PLC0415  imports triton
 
     return masked_lora_kernel.masked_x_a_backward_(None, x, dx_a, a, keys, ranks, slots, p, True)
 
 
-@torch.library.impl("fastlora::masked_x_a_backward_", "CompositeExplicitAutograd")
+@implement("fastlora::masked_x_a_backward_")
 def _masked_x_a_backward_(*args):
     from fastlora.ops.linear import masked_lora_kernel  # noqa: PLC0415  imports triton
 

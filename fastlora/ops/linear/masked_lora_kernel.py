@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import precision, rank_tile
 from fastlora.ops.dropout import HALF, limit_of
+from fastlora.ops.launch import launch
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -195,7 +196,8 @@ def masked_x_a_fused(
     x = x if x.stride(1) == 1 else x.contiguous()
     x_a = x.new_empty(n, a.shape[0])
     threshold, scale, static = _static(x.dtype, ranks, slots, p)
-    _masked_x_a_kernel[(len(ranks), triton.cdiv(n, bm))](
+    launch(
+        _masked_x_a_kernel, (len(ranks), triton.cdiv(n, bm)),
         x, a.contiguous(), keys, x_a, n, d, a.shape[0], x.stride(0), threshold, scale,
         **static, BM=bm, HALF=HALF, num_warps=warps,  # pyright: ignore
     )  # fmt: skip
@@ -227,7 +229,8 @@ def masked_x_a_backward_(
     sums = torch.empty((chunks, columns, d), dtype=torch.float32, device=x.device)
     threshold, scale, static = _static(x.dtype, ranks, slots, p)
     blocks = triton.cdiv(d, 2 * HALF) * (HALF // bn) if pair else triton.cdiv(d, bn)
-    _masked_x_a_backward_kernel[(blocks, chunks)](
+    launch(
+        _masked_x_a_backward_kernel, (blocks, chunks),
         x if dx is None else dx, x, dx_a, a.contiguous(), keys, sums,
         n, d, columns, x.stride(0), dx_a.stride(0), threshold, scale, chunk,
         **static, NEEDS_X=dx is not None, NEEDS_A=needs_a,  # pyright: ignore

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.launch import implement
 from fastlora.ops.linear.merged_weight import adapted_weight, low_rank_sum
 from fastlora.ops.quant.fake_quantize import (
     SCHEMES,
@@ -80,7 +81,7 @@ def _chunks(weight: Tensor) -> list[slice]:
     return [slice(i, i + step) for i in range(0, weight.shape[0], step)]
 
 
-@torch.library.impl("fastlora::qat_linear", "CompositeExplicitAutograd")
+@implement("fastlora::qat_linear")
 def _qat_linear(x, weight, bias, a, b, magnitude, scaling, scheme):
     quantised = _quantised_weight(weight, a, b, magnitude, scaling, scheme)
     return F.linear(_quantised_input(x, scheme), quantised, bias)
@@ -99,7 +100,7 @@ def _(x, weight, bias, a, b, magnitude, scaling, scheme):
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.impl("fastlora::qat_linear_backward", "CompositeExplicitAutograd")
+@implement("fastlora::qat_linear_backward")
 def _qat_linear_backward(dy, x, weight, a, b, magnitude, scaling, scheme, needs_dx):
     dx = x.new_empty(0)
     if needs_dx:

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
+from fastlora.ops.launch import implement
 from fastlora.ops.linear.fp8 import fp8_linear
 from fastlora.ops.linear.frozen import frozen_linear_reference
 from fastlora.ops.linear.group_products import (
@@ -77,7 +78,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::stacked_linear", "CompositeExplicitAutograd")
+@implement("fastlora::stacked_linear")
 def _stacked_linear(x, x_a, weight, bias, b, offsets, order):
     matrix, y = from_parts(weight), each_group(x_a, b, offsets, order)
     if isinstance(matrix, WeightFP8):
@@ -88,7 +89,7 @@ def _stacked_linear(x, x_a, weight, bias, b, offsets, order):
     return y.addmm_(x, dense(matrix, x.dtype).t())
 
 
-@torch.library.impl("fastlora::stacked_input_gradient", "CompositeExplicitAutograd")
+@implement("fastlora::stacked_input_gradient")
 def _stacked_input_gradient(dx_a, a, offsets, order, ys, matrices, parts):
     """dxA[i] A[g] + the sum of y_j W_j, in one buffer; `parts` as in input_gradient.py."""
     return add_products(each_group(dx_a, a.mT, offsets, order), ys, matrices, parts)

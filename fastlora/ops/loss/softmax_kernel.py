@@ -14,6 +14,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fastlora.ops.launch import launch
+
 
 # ── kernel: one program per row ───────────────────────────────────────────────────────────
 @triton.jit
@@ -84,7 +86,8 @@ def logprobs_and_dlogits_(
     n, v = logits.shape
     logp = logits.new_empty(n, dtype=torch.promote_types(logits.dtype, torch.float32))
     block, warps = block_and_warps(v)
-    _logprob_kernel[(n,)](
+    launch(
+        _logprob_kernel, (n,),
         logits, labels, logp, v, 1.0 if cap is None else cap,
         CAPPED=cap is not None, IGNORE=ignore, BLOCK=block, num_warps=warps,  # pyright: ignore
     )  # fmt: skip

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
+from fastlora.ops.launch import implement
 from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes
 from fastlora.ops.quant.weights import (
     NESTED_BLOCK,
@@ -54,7 +55,7 @@ def _absmax(weight: Weight4bit) -> Float[Tensor, "blocks"]:
 torch.library.define("fastlora::dequantize", "(Tensor[] weight, ScalarType dtype) -> Tensor")
 
 
-@torch.library.impl("fastlora::dequantize", "CompositeExplicitAutograd")
+@implement("fastlora::dequantize")
 def _dequantize(weight, dtype):
     record = from_parts(weight)
     assert not isinstance(record, Tensor)

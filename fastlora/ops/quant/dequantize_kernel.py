@@ -11,6 +11,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.launch import launch
 from fastlora.ops.quant.weights import NESTED_BLOCK, NestedAbsmax, Weight4bit
 
 
@@ -55,7 +56,8 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Float[Tensor, "d_
     statistics = absmax if nested else (absmax, absmax, absmax, absmax)
     out = torch.empty(rows, columns, dtype=dtype, device=weight.packed.device)
     # enable_fp_fusion=False: bitsandbytes rounds level * scale before it adds the offset.
-    _dequantize_kernel[(triton.cdiv(len(weight.packed), _BYTES),)](
+    launch(
+        _dequantize_kernel, (triton.cdiv(len(weight.packed), _BYTES),),
         weight.packed, weight.levels, *statistics, out, n,
         NESTED=nested, BLOCK=block, GROUP=NESTED_BLOCK, ROUND=_TRITON[weight.form.dtype],
         BYTES=_BYTES, num_warps=_WARPS, enable_fp_fusion=False,  # pyright: ignore

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
+from fastlora.ops.launch import implement
 from fastlora.ops.quant.weights import (
     CARRY,
     E4M3,
@@ -73,7 +74,7 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::quantize_rows", "CompositeExplicitAutograd")
+@implement("fastlora::quantize_rows")
 def _quantize_rows(ys, factors):
     if ys[0].is_cuda and ys[0].dtype != torch.float64 and triton_installed():
         from fastlora.ops.quant import e4m3_kernel  # noqa: PLC0415  imports triton

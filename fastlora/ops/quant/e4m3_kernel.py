@@ -8,6 +8,7 @@ import triton.language as tl
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from fastlora.ops.launch import launch
 from fastlora.ops.quant.weights import CARRY, INFINITE, LEAST_POWER, NOT_A_NUMBER
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
@@ -108,7 +109,8 @@ def quantize_rows(
     # Powers of two are exact in bf16 too, which takes half the bytes: 14,336 + 14,336 columns take
     # 264 us, and 352 us with factors in float32 (H200, 8,192 rows, fp8-layer-2026-11-30).
     factors = [x.to(torch.bfloat16) for x in factors or ()]
-    _quantize_rows_kernel[(n,)](
+    launch(
+        _quantize_rows_kernel, (n,),
         tuple(ys), tuple(y.stride(0) for y in ys), widths,
         tuple(factors), out, scales, out.stride(0),
         HAS_FACTORS=bool(factors), CARRY=CARRY, LEAST_POWER=LEAST_POWER,  # pyright: ignore
@@ -126,7 +128,8 @@ def side_by_side(
     out = matrices[0].new_empty(d_in, sum(len(m) for m in matrices))
     ones = torch.empty(d_in, dtype=torch.float32, device=out.device)
     for m in matrices:
-        _transpose_kernel[(triton.cdiv(d_in, bn), triton.cdiv(len(m), bm))](
+        launch(
+            _transpose_kernel, (triton.cdiv(d_in, bn), triton.cdiv(len(m), bm)),
             m, out[:, first:], ones, len(m), d_in, out.stride(0), BM=bm, BN=bn, num_warps=warps,  # pyright: ignore
         )  # fmt: skip
         first += len(m)

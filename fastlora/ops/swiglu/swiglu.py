@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.launch import implement
 from fastlora.ops.linear.times_a import times_a
 
 
@@ -66,14 +67,14 @@ torch.library.define(
 )
 
 
-@torch.library.impl("fastlora::lora_swiglu", "CompositeExplicitAutograd")
+@implement("fastlora::lora_swiglu")
 def _lora_swiglu(*args):
     from fastlora.ops.swiglu.swiglu_kernel import swiglu  # noqa: PLC0415  imports triton
 
     return swiglu(*args)
 
 
-@torch.library.impl("fastlora::lora_swiglu_backward", "CompositeExplicitAutograd")
+@implement("fastlora::lora_swiglu_backward")
 def _lora_swiglu_backward(*args):
     from fastlora.ops.swiglu.swiglu_kernel import swiglu_backward_  # noqa: PLC0415  imports triton
 

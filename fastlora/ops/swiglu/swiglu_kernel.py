@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import precision, rank_tile
+from fastlora.ops.launch import launch
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -184,7 +185,8 @@ def swiglu(
     """
     (n, f), (bm, bn, warps) = g.shape, _FORWARD
     h, r_g, r_u = torch.empty_like(g), gate_x_a.shape[1], up_x_a.shape[1]
-    _swiglu_kernel[(triton.cdiv(f, bn), triton.cdiv(n, bm))](
+    launch(
+        _swiglu_kernel, (triton.cdiv(f, bn), triton.cdiv(n, bm)),
         g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(),
         g if gains is None else gains, h,
         n, f, r_g, r_u, gate_x_a.stride(0), up_x_a.stride(0), scaling_g, scaling_u,
@@ -234,7 +236,8 @@ def swiglu_backward_(
     dgains = torch.empty((chunks if given else 0, 2, f), dtype=torch.float32, device=g.device)
     if dh_a is not None and dh_a.stride(1) != 1:
         dh_a = dh_a.contiguous()
-    _swiglu_backward_kernel[(triton.cdiv(f, bn), chunks)](
+    launch(
+        _swiglu_backward_kernel, (triton.cdiv(f, bn), chunks),
         dh, g if dh_a is None else dh_a, g if a is None else a.contiguous(),
         g, u, gate_x_a, up_x_a, b_g.contiguous(), b_u.contiguous(), gains if given else g,
         du, sums, dgains,
@@ -245,7 +248,8 @@ def swiglu_backward_(
     )  # fmt: skip
     db_g, db_u = g.new_empty(f, r_g), g.new_empty(f, r_u)
     da, rows = g.new_empty(r_a, f), 64
-    _swiglu_sums_kernel[(triton.cdiv(f, rows), 3 if r_a else 2)](
+    launch(
+        _swiglu_sums_kernel, (triton.cdiv(f, rows), 3 if r_a else 2),
         sums, db_g, db_u, da, f, r_g, r_u, r_a,
         HAS_A=r_a > 0, CHUNKS=chunks, R=r, ROWS=rows, num_warps=2,  # pyright: ignore
     )  # fmt: skip

@@ -11,9 +11,9 @@ from typing import Any
 from fastlora.data.left_out import report
 from fastlora.data.sources import Data
 from fastlora.models.state import Batch
-from fastlora.runtime.first_step import preparing_first_step
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.finished import tokenizer_bytes
+from fastlora.training.first_step import preparing_training
 from fastlora.training.history import Record
 from fastlora.training.identity import hash_adapter, run_identity
 from fastlora.training.keeping import Best
@@ -69,8 +69,7 @@ def prepare_runs(
     Raises:
         FileNotFoundError, CheckpointError, ValueError, OSError: as `train`.
     """
-    model = own[0].model
-    with preparing_first_step(model.spec.compile, model.base["norm"].device):
+    with preparing_training(own[0].model):
         runs = _runs(own, tokenizer, progress, after)
     states = []
     for number, (given, run) in enumerate(zip(own, runs, strict=True)):
