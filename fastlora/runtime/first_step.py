@@ -16,17 +16,23 @@ from pathlib import Path
 import torch
 
 from fastlora.ops.launch import Launch
-from fastlora.runtime.ahead import ahead, imports
+from fastlora.runtime.ahead import Ahead, ahead, imports
 from fastlora.runtime.compiled import Compile, compiles
 from fastlora.runtime.kernels_ahead import start_compiling
 
 # sympy is half of dynamo. As a task of its own it lets a thread that is stopped end sooner.
 DYNAMO = ("sympy", "torch._dynamo")
 
-# With what Inductor imports on its first use, also if it finds all graphs in its cache.
+# What hashes files for the keys of Inductor's cache.
+CACHE = "torch._inductor.codecache"
+
+# With what Inductor imports on its first use, also if it finds all graphs in its cache. Large parts
+# of a module are before it, so that a thread that is stopped ends sooner.
 INDUCTOR = (
+    "torch._functorch.partitioners",
     "torch._functorch.aot_autograd",
-    "torch._inductor.codecache",
+    "torch._inductor.decomposition",
+    "torch._inductor.lowering",
     "torch._inductor.compile_fx",
     "torch._dynamo.repro.after_dynamo",
     "torch._dynamo.backends.inductor",
@@ -49,7 +55,7 @@ def importing_compiler(wanted: bool) -> Iterator[None]:
     Args:
         wanted: else nothing is imported.
     """
-    thread = ahead(imports((*DYNAMO, *INDUCTOR))) if wanted else None
+    thread = ahead(imports((*DYNAMO, CACHE, *INDUCTOR))) if wanted else None
     try:
         yield
     finally:
@@ -65,7 +71,7 @@ def preparing_first_step(
     compilers: bool = True,
     launches: Callable[[], list[Launch]] = list,
 ) -> Iterator[None]:
-    """Prepare the first step in a thread while the block runs. The end of the block waits for it.
+    """Prepare the first step in threads while the block runs. The end of the block waits for them.
 
     The block itself should not import parts of torch: two threads in one circular import may see
     modules that are not complete. If the block raises, the error is not kept waiting.
@@ -79,10 +85,13 @@ def preparing_first_step(
             kernels are compiled in threads that the end of the block does not wait for.
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
+    hashing: list[Ahead] = []  # it imports nothing, and leaves Python's lock free most of the time
     if compiles(compile, device):
         tasks += [partial(_start_compilers, device)] if compilers else []
+        tasks += imports([CACHE])
+        tasks.append(lambda: hashing.append(ahead([partial(_hash_triton, device)])))
         tasks += imports(INDUCTOR)
-        tasks.append(partial(_compute_cache_keys, device))
+        tasks.append(_hash_torch)
         tasks.append(lambda: start_compiling(launches(), device))
     thread = ahead(tasks)
     try:
@@ -91,13 +100,24 @@ def preparing_first_step(
         thread.stop()
         raise
     thread.wait()
+    for each in hashing:
+        each.wait()
 
 
-def _compute_cache_keys(device: torch.device) -> None:
-    """Hash torch's and Triton's files. Inductor keeps both results for the process."""
-    from torch._inductor.codecache import CacheBase, torch_key  # noqa: PLC0415  half a second
+def _hash_torch() -> None:
+    """Hash torch's files for the keys of Inductor's cache, which keeps the result for the process.
+
+    They are 1,500 small files. Beside a thread that imports, each would wait for Python's lock.
+    """
+    from torch._inductor.codecache import torch_key  # noqa: PLC0415  half a second
 
     torch_key()
+
+
+def _hash_triton(device: torch.device) -> None:
+    """The same of Triton's files, most of whose bytes are in one library."""
+    from torch._inductor.codecache import CacheBase  # noqa: PLC0415  half a second
+
     if device.type == "cuda":
         with torch.cuda.device(device):  # get_system asks for the properties of the current one
             CacheBase.get_system()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -22,7 +23,13 @@ from fastlora.model import Model
 from fastlora.ops.launch import Launch
 from fastlora.runtime import ahead, first_step, kernels_ahead
 from fastlora.runtime.compiled import Compile
-from fastlora.runtime.first_step import DYNAMO, INDUCTOR, importing_compiler, preparing_first_step
+from fastlora.runtime.first_step import (
+    CACHE,
+    DYNAMO,
+    INDUCTOR,
+    importing_compiler,
+    preparing_first_step,
+)
 from fastlora.training import loop
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -41,8 +48,8 @@ def tasks(monkeypatch) -> list[str]:
     """A list that gets the tasks of the thread, which do nothing: modules and functions."""
     found: list[str] = []
     monkeypatch.setattr(ahead, "import_module", found.append)
-    for name in ("_start_compilers", "_compute_cache_keys"):
-        monkeypatch.setattr(first_step, name, partial(lambda name, _: found.append(name), name))
+    for name in ("_start_compilers", "_hash_triton", "_hash_torch"):
+        monkeypatch.setattr(first_step, name, partial(lambda name, *_: found.append(name), name))
     return found
 
 
@@ -62,7 +69,7 @@ def slow_imports(monkeypatch) -> tuple[list[str], threading.Event, threading.Eve
 
 
 def test_inductor_is_prepared_for_compiled_models_only(tasks):
-    everything = {*DYNAMO, *INDUCTOR, "_start_compilers", "_compute_cache_keys"}
+    everything = {*DYNAMO, CACHE, *INDUCTOR, "_start_compilers", "_hash_triton", "_hash_torch"}
     settings: list[tuple[Compile, torch.device]] = [("auto", CPU), (False, CPU), (True, CPU)]
     for compile, device in [*settings, (False, CUDA), ("auto", CUDA)]:
         tasks.clear()
@@ -84,12 +91,28 @@ def test_kernels_outside_of_regions_are_compiled_while_rows_are_read(tasks, monk
         assert compiled.wait(60)
 
 
+def test_triton_is_hashed_beside_the_imports(tasks, monkeypatch):
+    begun, end = threading.Event(), threading.Event()
+
+    def hash_files(_: torch.device) -> None:
+        begun.set()
+        end.wait(60)
+        tasks.append("hashed")
+
+    monkeypatch.setattr(first_step, "_hash_triton", hash_files)
+    last = threading.Event()
+    with preparing_first_step(True, CPU, launches=lambda: last.set() or []):
+        assert begun.wait(60) and last.wait(60)  # the imports went on
+        threading.Timer(0.1, end.set).start()
+    assert tasks[-1] == "hashed"  # the end of the block waited for it
+
+
 def test_only_the_first_rank_starts_compilers(tasks):
     for first in (True, False):
         tasks.clear()
         with preparing_first_step(True, CPU, first):
             pass
-        assert ("_start_compilers" in tasks) == first and "_compute_cache_keys" in tasks
+        assert ("_start_compilers" in tasks) == first and "_hash_torch" in tasks
 
 
 def test_a_rank_imports_while_it_waits_for_the_first_one_of_its_machine(monkeypatch):
@@ -227,9 +250,13 @@ def test_compilers_start_if_the_cache_is_empty(monkeypatch, tmp_path):
     assert len(started) == 1
 
 
-def test_cache_keys_are_those_that_inductor_computes(fresh_dynamo):
+def test_inductor_keeps_what_was_hashed(fresh_dynamo):
     from torch._inductor.codecache import CacheBase, torch_key
 
-    first_step._compute_cache_keys(CPU)
-    before = torch_key(), CacheBase.get_system()
-    assert before == (torch_key(), CacheBase.get_system())
+    CacheBase.get_system.cache_clear()
+    first_step._hash_triton(CPU)
+    assert CacheBase.get_system.cache_info().currsize == 1
+    first_step._hash_torch()
+    begun = time.perf_counter()
+    torch_key()
+    assert time.perf_counter() - begun < 0.01
