@@ -43,8 +43,8 @@ class Gathers:
         copy, stream = self.host.begin(part, len(part)), self.host.stream
         with stream.streams.stream(stream.copying):
             # On the copy stream, which NCCL's then waits for.
-            work = start_all_gather(flat, copy.flat, self.group)
-        return Gather(flat, work, copy.flat)
+            work = start_all_gather(flat, copy.target, self.group)
+        return Gather(flat, work, copy.target)
 
     def keep(self, part: UInt8[Tensor, "n"]) -> UInt8[Tensor, "n"]:
         """A rank's part where it is kept between uses."""

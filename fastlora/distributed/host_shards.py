@@ -12,7 +12,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from fastlora.distributed.copy_stream import Copy, CopyStream
+from fastlora.runtime.copy_stream import Copy, CopyStream
 
 
 class HostCopies:

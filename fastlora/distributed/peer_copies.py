@@ -24,7 +24,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastlora.distributed.copy_stream import Copy, CopyStream
+from fastlora.runtime.copy_stream import Copy, CopyStream
 
 
 class PeerCopies:

@@ -25,6 +25,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from fastlora.ops.cast import copied
+from fastlora.runtime.copy_stream import Copy, CopyStream
 from fastlora.runtime.layer_fetching import Place as WeightPlace
 from fastlora.runtime.layer_fetching import Refetched
 from fastlora.runtime.pinned_buffers import pinned_like
@@ -46,12 +47,10 @@ class HostStash:
             device: of the activations. On the CPU streams do nothing.
         """
         self.device = device
-        self.streams: Any = torch.get_device_module(device)
-        self.copying = self.streams.Stream()
+        self.stream = CopyStream(device)
         self.host: list[list[Tensor]] = []  # copies, by layer
-        self.leaving: deque[tuple[int, Tensor, Any]] = deque()  # (layer, tensor, copy's event)
-        # (layer, index) -> (tensor, its copy's event), for tensors on their way back.
-        self.returning: dict[tuple[int, int], tuple[Tensor, Any]] = {}
+        self.leaving: deque[tuple[int, Tensor, Copy]] = deque()  # (layer, tensor, its copy)
+        self.returning: dict[tuple[int, int], Copy] = {}  # by (layer, index): on their way back
         self.called: set[int] = set()  # layers whose tensors have been called back once
 
     def run(
@@ -113,27 +112,24 @@ class HostStash:
         return x.device == self.device and x.nbytes >= _MIN_BYTES and x.numel() == span
 
     def _send(self, layer: int, x: Tensor) -> int:
-        copy = pinned_like(x)
-        self.copying.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copying):
-            copy.copy_(x.detach(), non_blocking=True)
-            done = self.copying.record_event()
+        x = x.detach()
+        copy = self.stream.fill(pinned_like(x), lambda host: host.copy_(x, non_blocking=True))
         self._release_sent(layer - 1)
-        self.leaving.append((layer, x.detach(), done))
-        self.host[layer].append(copy)
+        self.leaving.append((layer, x, copy))
+        self.host[layer].append(copy.target)
         return len(self.host[layer]) - 1
 
     def _release_sent(self, layer: int) -> None:
         """Drop sent tensors of the layers before this one, after the compute stream has waited."""
         while self.leaving and self.leaving[0][0] < layer:
-            *_, done = self.leaving.popleft()
-            self.streams.current_stream().wait_event(done)
+            *_, copy = self.leaving.popleft()
+            copy.wait()
 
     def _fetch(self, layer: int, index: int) -> Tensor:
         self._release_sent(len(self.host))
         self._call_back(layer)
-        back, done = self.returning.pop((layer, index), None) or self._return(layer, index)
-        self.streams.current_stream().wait_event(done)
+        copy = self.returning.pop((layer, index), None) or self._return(layer, index)
+        back = copy.wait()
         # Start on the next layer of the backward pass while this one computes.
         below = next((i for i in reversed(range(layer)) if self.host[i]), None)
         if below is not None:
@@ -150,18 +146,15 @@ class HostStash:
             for i in range(len(self.host[layer])):
                 self.returning[layer, i] = self._return(layer, i)
 
-    def _return(self, layer: int, index: int) -> tuple[Tensor, Any]:
-        copy = self.host[layer][index]
-        back = torch.empty_strided(copy.shape, copy.stride(), dtype=copy.dtype, device=self.device)
-        self.copying.wait_stream(self.streams.current_stream())
-        with self.streams.stream(self.copying):
-            back.copy_(copy, non_blocking=True)
-            return back, self.copying.record_event()
+    def _return(self, layer: int, index: int) -> Copy:
+        host = self.host[layer][index]
+        back = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.device)
+        return self.stream.fill(back, lambda back: back.copy_(host, non_blocking=True))
 
     def __del__(self) -> None:
         """Wait for copies in flight, in case the graph is dropped before its backward pass."""
-        for *_, done in (*self.leaving, *self.returning.values()):
-            self.streams.current_stream().wait_event(done)
+        for copy in (*(copy for *_, copy in self.leaving), *self.returning.values()):
+            copy.wait()
 
 
 class Copies:

@@ -151,7 +151,7 @@ def test_a_compiled_step_holds_two_layers(tmp_path, monkeypatch, fresh_dynamo):
     def spy(part, size):
         fetch = HostCopies.begin(layers.shards.source, part, size)
         if size == layers.layouts[0].size:
-            alive.append(StorageWeakRef(fetch.flat.untyped_storage()))
+            alive.append(StorageWeakRef(fetch.target.untyped_storage()))
             most.append(sum(not x.expired() for x in alive))
         return fetch
 

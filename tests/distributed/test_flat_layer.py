@@ -105,7 +105,9 @@ def test_autograd_keeps_no_weight(tiny):
 
     def spy(self, part, size):
         fetch = begin(self, part, size)
-        alive.append(torch.multiprocessing.reductions.StorageWeakRef(fetch.flat.untyped_storage()))
+        alive.append(
+            torch.multiprocessing.reductions.StorageWeakRef(fetch.target.untyped_storage())
+        )
         return fetch
 
     source = model.base["layers"].shards.source
