@@ -85,13 +85,15 @@ def preparing_first_step(
             kernels are compiled in threads that the end of the block does not wait for.
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
-    hashing: list[Ahead] = []  # it imports nothing, and leaves Python's lock free most of the time
+    # It imports nothing, and leaves Python's lock to the imports most of the time.
+    hashing: list[Ahead] = []
     if compiles(compile, device):
         tasks += [partial(_start_compilers, device)] if compilers else []
         tasks += imports([CACHE])
         tasks.append(lambda: hashing.append(ahead([partial(_hash_triton, device)])))
         tasks += imports(INDUCTOR)
         tasks.append(_hash_torch)
+        tasks.append(lambda: [each.wait() for each in hashing])  # Triton would hash once more
         tasks.append(lambda: start_compiling(launches(), device))
     thread = ahead(tasks)
     try:
@@ -100,8 +102,6 @@ def preparing_first_step(
         thread.stop()
         raise
     thread.wait()
-    for each in hashing:
-        each.wait()
 
 
 def _hash_torch() -> None:
