@@ -1,5 +1,6 @@
 """value_and_grad equals torch.func.grad_and_value at every recompute policy, compiled or not."""
 
+import gc
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 from fastlora import functional as FL
 from fastlora import value_and_grad
 from fastlora.model import Model
+from fastlora.models import decoder
 from fastlora.models.levels import layer_levels
+from fastlora.runtime import host_offload
 from fastlora.runtime.compiled import _region as compiled_regions
+from fastlora.runtime.host_offload import HostStash
 from oracles.pairs import adapted
 from oracles.trees import randomised, relative_error, same_bits, token_ids
 
@@ -99,6 +103,26 @@ def test_dora_and_lora_bias_equal_torch_func_at_every_policy(argument, seed, var
     assert relative_error(ours[1], grads) <= 1e-4
     for policy in POLICIES:
         assert same_bits(value_and_grads(model.with_spec(recompute=policy), seed), ours), policy
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "offload"])
+def test_a_step_leaves_no_tensors_to_the_collector(policy, trained, monkeypatch):
+    """Else the memory of a step would depend on when Python collects."""
+    if policy == "offload":  # the stash as on a GPU
+        monkeypatch.setattr(decoder, "_stash", lambda _, x: HostStash(x.device))
+        monkeypatch.setattr(host_offload, "_MIN_BYTES", 0)
+    model = trained("llama2").with_spec(recompute=policy)
+    tensors = lambda: sum(type(x) is Tensor for x in gc.get_objects())
+    value_and_grads(model)
+    gc.collect()
+    gc.disable()
+    try:
+        before = tensors()
+        for _ in range(3):
+            value_and_grads(model)
+        assert tensors() == before
+    finally:
+        gc.enable()
 
 
 def test_any_function_of_logits_and_logprobs_is_differentiated(trained):
