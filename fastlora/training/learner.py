@@ -18,7 +18,7 @@ from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.ops.attention.context_group import ContextGroup
-from fastlora.ops.quant.weights import Weight4bit, Weight8bit
+from fastlora.ops.quant.weights import Weight4bit, Weight8bit, WeightFP8
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
@@ -116,9 +116,11 @@ def micro_batch_loss(
 # H100, for a 1B model, the products take 1.3 ms forward and backward and their launches some 3 ms.
 _GRAPH_LIMIT_OPERATIONS = 2.5e11
 
-# The same for a base in 4 or 8 bits, whose matrices are unpacked in separate launches. A step of 8
-# layers of an 8B model in NF4 over 2 x 2048 tokens (8.9e11) takes 106 ms with "offload", in a graph
-# 88 (H200, nf4-offload-graph-2026-11-30 in scripts/bench/results.jsonl).
+# The same for a base in 4 or 8 bits, which takes more launches: to unpack its matrices, or to round
+# what fp8 products read. A step of 8 layers of an 8B model in NF4 over 2 x 2048 tokens (8.9e11)
+# takes 106 ms with "offload", in a graph 88 (H200, nf4-offload-graph-2026-11-30 in
+# scripts/bench/results.jsonl). Launched by a host that had other work, a step of 1B over 4 x 2048
+# (5.0e11) took 115 ms in bf16 and 154 over fp8 (fp8-losses-1b-2026-11-30).
 _PACKED_GRAPH_LIMIT_OPERATIONS = 1e12
 
 
@@ -150,6 +152,6 @@ def should_use_cuda_graph(
     layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in names))
     first = {} if base is None else base["layers"][0]
     weights = [first[name]["weight"] for name in names if name in first]
-    packed = any(isinstance(weight, Weight4bit | Weight8bit) for weight in weights)
+    packed = any(isinstance(weight, Weight4bit | Weight8bit | WeightFP8) for weight in weights)
     limit = _PACKED_GRAPH_LIMIT_OPERATIONS if packed else _GRAPH_LIMIT_OPERATIONS
     return settings.batch_size * spec.max_seq_length * layer < limit

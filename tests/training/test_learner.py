@@ -42,12 +42,11 @@ def test_stacks_with_offload_are_not_recorded_but_single_models_are(model):
     assert not should_use_cuda_graph(offload, "cuda", settings())
 
 
-def test_micro_batches_over_a_4_bit_base_may_be_four_times_as_large(folder):
-    """Unpacking its matrices takes more launches, for which the GPU would wait."""
-    dense, packed = (
-        fastlora.load(folder, load_in_4bit=bits, max_seq_length=32, device="cpu")[0]
-        for bits in (False, True)
-    )
+@pytest.mark.parametrize("precision", [dict(load_in_4bit=True), dict(base_precision="fp8")])
+def test_micro_batches_over_a_4_or_8_bit_base_may_be_four_times_as_large(precision, folder):
+    """Unpacking its matrices, or rounding for them, takes launches for which the GPU would wait."""
+    how: dict[str, Any] = dict(max_seq_length=32, device="cpu")
+    dense, packed = (fastlora.load(folder, **how, **given)[0] for given in ({}, precision))
     names = linear_names(dense.spec.config)
     shapes = [projection_shape(dense.spec.config, name) for name in names]
     largest = int(2.5e11) // (32 * sum(rows * columns for rows, columns in shapes))
