@@ -11,6 +11,7 @@ is read from /proc.
 """
 
 import argparse
+import gc
 import re
 import tempfile
 import threading
@@ -88,6 +89,7 @@ def theirs(args: argparse.Namespace) -> Any:
 def measure(who: str, load: Callable[[], Any], device: str) -> dict[str, float]:
     """Load, print the figures and return them."""
     cuda = device.startswith("cuda")
+    gc.collect()  # a model of transformers holds itself in cycles
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

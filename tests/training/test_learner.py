@@ -1,6 +1,7 @@
 """Which runs are replayed from a CUDA graph, and that a replayed run has the same bits."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 

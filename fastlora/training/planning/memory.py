@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastlora.models.levels import kept_elements, mlp_chunks
-from fastlora.models.names import EDGE_WEIGHTS
+from fastlora.models.names import EDGE_WEIGHTS, projection_shape
 from fastlora.models.norms import layer_norms
 from fastlora.models.params import GATE_UP, is_quantized
 from fastlora.models.spec import Recompute
@@ -140,9 +140,8 @@ def _backward_bytes(
 def _layer_backward_bytes(
     model: ModelState, number: int, layer: Layer, kept: int, tokens: int
 ) -> float:
-    """The intermediate tensors of one layer's backward pass: three hidden states, the SwiGLU
-    kernel's partial sums, one dequantised matrix, tensors of the MLP's width, and the recomputed
-    activations.
+    """The intermediate tensors of one layer's backward pass: the most in the MLP's or in
+    attention's. A recomputed MLP goes through long rows in chunks, so attention needs more there.
 
     Args:
         model: as `plan`.
@@ -151,10 +150,35 @@ def _layer_backward_bytes(
         kept: bytes on the device that the layer keeps between its passes.
         tokens: in the batch.
     """
+    in_mlp = _mlp_backward_bytes(model, number, layer, kept, tokens)
+    if layer.level in ("none", "selective"):
+        return in_mlp
+    return max(in_mlp, _attention_backward_bytes(model, layer, kept, tokens))
+
+
+def _attention_backward_bytes(model: ModelState, layer: Layer, kept: int, tokens: int) -> float:
+    """In the backward pass of attention: the gradient of the residual stream, the layer's input
+    and its norm, q, k, v before and after RoPE, the result and its gradient, and the gradients of
+    q, k and v. cuDNN, which serves long rows, also sums that of q in float32. One hidden state more
+    was measured (h200-8b-1x131072-nf4-offload-2026-11-30)."""
+    config, item = model.spec.config, model.base["norm"].element_size()
+    q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
+    elements = 4 * config.hidden_size + 5 * q + 5 * kv
+    if kept:
+        elements -= kept_elements(config, layer.level, without=("o",))
+    return (elements * item + 4 * q) * tokens
+
+
+def _mlp_backward_bytes(
+    model: ModelState, number: int, layer: Layer, kept: int, tokens: int
+) -> float:
+    """In the backward pass of the MLP: three hidden states, of which one has the tokens of a chunk,
+    the SwiGLU kernel's partial sums, one dequantised matrix, tensors of the MLP's width, and the
+    recomputed activations."""
     config, item = model.spec.config, model.base["norm"].element_size()
     f, matrix = config.intermediate_size, config.intermediate_size * config.hidden_size
     chunk = tokens / mlp_chunks(config, number, layer.level, tokens, whole=layer.dropout)
-    total = 3 * _hidden_bytes(model, tokens) + 8 * 3 * f * 16 * 4
+    total = (2 * tokens + chunk) * config.hidden_size * item + 8 * 3 * f * 16 * 4
     total += _mlp_tensors(layer) * f * chunk * item
     if is_quantized(model.base, WeightFP8):
         # In e4m3: W of gate and up, transposed, and their gradients side by side.

@@ -23,9 +23,11 @@ from fastlora.ops.quant.weights import WeightFP8
 from fastlora.training.planning.layers import DOWN, QKV, Layer, layers_of
 
 _PRODUCT_OPERATIONS_PER_SECOND = 745e12  # h200-profile-1b-2026-11-30, fp8-layer-2026-11-30
-# 300e12 with heads of 64, 325e12 with heads of 128, both passes (h200-profile-1b-2026-11-30,
-# profile-8b-fp8-2026-11-30).
-_ATTENTION_OPERATIONS_PER_SECOND = 315e12
+# Attention's rate, forward and backward together, is x r / (x + n) in rows of x tokens: (r, n) with
+# heads of up to 64, and with larger ones. In profiles of steps, rows of 2,048 tokens have 300e12 and
+# 325e12 (h200-profile-1b-2026-11-30, profile-8b-fp8-2026-11-30). Steps with long rows give r
+# (scaling-seq-*-2026-11-27, h200-8b-1x131072-nf4-offload-2026-11-30).
+_ATTENTION_RATES = (400e12, 680), (530e12, 1290)
 # 2.8e12 on an H200 (h200-profile-1b-2026-11-30); an H100 has 70 % of its bandwidth.
 _BYTES_PER_SECOND = 2.2e12
 _DEQUANTISED_BYTES_PER_SECOND = 2.4e12  # read and written (dequantize-2026-11-26)
@@ -50,7 +52,7 @@ class Work(NamedTuple):
     products: float = 0.0
     """Operations of products with the layers' matrices, per token."""
     attention: float = 0.0
-    """Operations of attention, per token."""
+    """Seconds of attention, per token."""
     elements: float = 0.0
     """Elements that all other kernels read and write, per token."""
     hashed: float = 0.0
@@ -77,7 +79,7 @@ class Widths(NamedTuple):
     q: int
     kv: int
     shapes: dict[str, tuple[int, int]]  # of each projection: (outputs, inputs)
-    in_attention: int  # operations of attention per token, forward: half of the square
+    in_attention: float  # seconds of attention per token, forward: half of the square
 
     def matrices(self, *names: str) -> int:
         """Elements of the matrices of the projections, all if none are named."""
@@ -196,7 +198,8 @@ def _widths(model: ModelState, seq_length: int) -> Widths:
     shapes = {name: projection_shape(config, name) for name in linear_names(config)}
     q, kv = (projection_shape(config, name)[0] for name in ("q_proj", "k_proj"))
     d, f = config.hidden_size, config.intermediate_size
-    return Widths(d, f, q, kv, shapes, 2 * seq_length * q)
+    rate, half = _ATTENTION_RATES[config.head_dim > 64]
+    return Widths(d, f, q, kv, shapes, 2 * q * (seq_length + half) / rate)
 
 
 def _seconds(model: ModelState, work: Work, tokens: int) -> float:
@@ -205,7 +208,7 @@ def _seconds(model: ModelState, work: Work, tokens: int) -> float:
     rate = _FP8_OPERATIONS_PER_SECOND if in_fp8 else _PRODUCT_OPERATIONS_PER_SECOND
     seconds = (
         tokens * work.products / rate
-        + tokens * work.attention / _ATTENTION_OPERATIONS_PER_SECOND
+        + tokens * work.attention
         + tokens * work.elements * item / _BYTES_PER_SECOND
         + tokens * work.hashed / _HASHES_PER_SECOND
         + work.kernels * _GAP_SECONDS
