@@ -53,6 +53,10 @@ class Ahead(threading.Thread):
         """End the thread after the task that it is in. Does not wait."""
         self._stopped = True
 
+    def is_done(self) -> bool:
+        """Whether no further task will run."""
+        return self._done.is_set()
+
     def wait(self) -> None:
         """Wait until the tasks are done.
 
@@ -69,6 +73,12 @@ def _register_fork() -> None:
 
 
 def _wait_for_all() -> None:
-    for thread in threading.enumerate():
-        if isinstance(thread, Ahead) and thread is not threading.current_thread():
+    while running := _running():  # a task may have started another thread meanwhile
+        for thread in running:
             thread.wait()
+
+
+def _running() -> list[Ahead]:
+    """The threads other than the current one whose tasks are not done."""
+    threads = [thread for thread in threading.enumerate() if isinstance(thread, Ahead)]
+    return [t for t in threads if t is not threading.current_thread() and not t.is_done()]

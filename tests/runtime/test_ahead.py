@@ -7,11 +7,11 @@ import sys
 import textwrap
 import threading
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 
 import pytest
 
-from fastlora.runtime.ahead import ahead, imports
+from fastlora.runtime.ahead import _wait_for_all, ahead, imports
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,6 +111,25 @@ def test_a_child_of_fork_can_import_a_module_that_was_being_imported():
             os._exit(0)
     """
     assert output(code) == "0 1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="fork is a call of POSIX systems")
+def test_fork_waits_for_threads_that_a_task_starts_meanwhile():
+    started, seen = threading.Event(), []
+
+    def second() -> None:
+        started.wait(60)
+        sleep(0.2)
+        seen.append("second")
+
+    def first() -> None:
+        sleep(0.1)
+        ahead([second])
+
+    ahead([first])
+    threading.Timer(0.15, started.set).start()
+    _wait_for_all()  # what os.fork calls
+    assert seen == ["second"]
 
 
 def test_ctrl_c_ends_the_process_after_the_task_that_runs():
