@@ -86,10 +86,11 @@ class CUDAGraphed:
             call = _FirstCall(given, moved, [buffer.nbytes for buffer in call.buffers])
         if call is None:
             _check_devices(given)
-            pinned = PinnedBuffers()
+            with pinned_from(pinned := PinnedBuffers()):
+                results = self.fn(*args, **kwargs)
+            # Not before: a call that raised has not asked for all of its pinned memory.
             self._keep(key, _FirstCall(given, frozenset(), pinned.sizes))
-            with pinned_from(pinned):
-                return self.fn(*args, **kwargs)
+            return results
         self.buffers = fitting(self.buffers, call.pinned)
         recording = self._record(given, _moved(call, given), args, kwargs)
         self._keep(key, recording)

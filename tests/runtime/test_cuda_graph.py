@@ -41,6 +41,23 @@ def test_the_second_call_is_recorded_and_later_ones_replayed(captures):
         assert len(captures) == (i > 0)
 
 
+def test_a_first_call_that_raised_does_not_count(captures):
+    """It has not asked for all of the pinned memory that a recording takes from its sizes."""
+    errors = [MemoryError()]
+
+    def fails_once(x):
+        if errors:
+            raise errors.pop()
+        return {"y": x * 2}
+
+    run, x = CUDAGraphed(fails_once), torch.ones(3)
+    with pytest.raises(MemoryError):
+        run(x)
+    for count in (0, 1, 1):
+        assert torch.equal(run(x)["y"], x * 2)
+        assert len(captures) == count
+
+
 def test_results_belong_to_the_caller(captures):
     run, (tree, x) = CUDAGraphed(affine), drawn()
     kept = [run(tree, x + i) for i in range(4)]
