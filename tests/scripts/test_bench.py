@@ -25,7 +25,7 @@ def scripts(monkeypatch):
     names = ("bench", "profile_step", "scaling")
     yield [import_module(name) for name in names]
     more = "measuring results bench_steps step_batches energy fp8_losses measure_load"
-    more += " training_step probe random_checkpoint"
+    more += " training_step probe random_checkpoint first_step"
     for name in (*names, *more.split(), "whole_job", "whole_job.compare"):
         sys.modules.pop(name, None)
 
@@ -38,6 +38,14 @@ def test_the_floor_counts_products_and_causal_attention(scripts):
         short = measuring.floor_ms(raw, 4096, 2)  # as many tokens, almost no attention
         assert short == pytest.approx(products, abs=0.1)
         assert measuring.floor_ms(raw, 4, 2048) - short == pytest.approx(attention, abs=0.1)
+
+
+def test_a_first_step_counts_all_calls_of_a_part(scripts, monkeypatch, tmp_path):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    marks = [("graph_launches()", "main", a, b) for a, b in ((1.0, 1.5), (3.0, 3.25))]
+    import_module("first_step").note({"marks": marks, "total_s": 4.0}, "empty")
+    (row,) = import_module("results").read(tmp_path / "first_step.jsonl")
+    assert row["figures"] == {"graph_launches()_s": 0.75, "total_s": 4.0, "cache": "empty"}
 
 
 FACTS = {"shape": "1b", "batch": 4, "seq": 2048, "card": "H200"}
