@@ -32,7 +32,7 @@ class Launch(NamedTuple):
     """A launch of a kernel, without its grid."""
 
     kernel: Any  # triton.JITFunction
-    args: tuple[Any, ...]  # a Pointer in place of each tensor
+    args: tuple[Any, ...]  # a Pointer in place of each tensor; Triton's descriptors stay
     options: dict[str, Any]  # constants and the compiler's options, by name
 
     def key(self) -> tuple:

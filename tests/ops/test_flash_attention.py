@@ -7,6 +7,7 @@ Without a GPU the kernels run in Triton's interpreter, in fp32 and fp16. bf16 ne
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastlora
 from fastlora import functional as FL
@@ -137,6 +138,28 @@ def test_descriptors_load_the_same_values(hd, case, monkeypatch):
     monkeypatch.setattr("fastlora.ops.attention.flash_kernel._takes_descriptors", decide)
     by_descriptors = value_and_grads(flash_attention, qkv, dy, rope, spans)
     assert used == [True, True] and all(map(torch.equal, by_descriptors, by_pointers))
+
+
+def test_descriptors_are_of_aligned_tiles_in_16_bits_on_hopper(monkeypatch):
+    from fastlora.ops.attention import flash_kernel
+
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (9, 0))
+    takes = lambda *xs, even=True: flash_kernel._takes_descriptors(xs, dict(EVEN=even))
+    with FakeTensorMode():
+        new = lambda *shape, dtype=torch.bfloat16: torch.empty(shape, dtype=dtype, device="cuda")
+        x = new(2, 64, 4, 128).transpose(1, 2)
+        assert takes(x, x) and not takes(x, x, even=False)
+        for other in (
+            new(2, 64, 4, 64).transpose(1, 2),
+            new(2, 64, 4, 128, dtype=torch.float32).transpose(1, 2),
+            new(0, 64, 4, 128).transpose(1, 2),  # a descriptor of no rows is an error
+        ):
+            assert not takes(other, other)
+        for token, offset in ((640, 1), (513, 0)):  # neither is a multiple of 16 bytes
+            strides = (64 * token, 128, token, 1)
+            assert not takes(x, new(2 * 64 * 640).as_strided((2, 4, 64, 128), strides, offset))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda _: (8, 0))
+    assert not takes(x, x)
 
 
 def test_single_token_attends_to_itself():

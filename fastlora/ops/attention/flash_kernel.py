@@ -347,10 +347,12 @@ def _takes_descriptors(loaded: tuple[Tensor, Tensor], how: dict) -> bool:
     Hopper's copy engine then computes the addresses, which saves registers: for heads of 128 dq
     takes 407 us in place of 418, and dk and dv 527 in place of 559 (4 x 2048 tokens; H200,
     attention-descriptors-2026-11-30 in scripts/bench/results.jsonl). A tile of it must not go
-    beyond a row.
+    beyond a row, and no row at all is an error.
     """
     x = loaded[0]
     if not (x.is_cuda and x.shape[3] == 128 and how["EVEN"] and x.element_size() == 2):
+        return False
+    if any(y.numel() == 0 for y in loaded):
         return False
     # Not data_ptr, which FakeTensors lack (ops/launch.py); torch aligns the memory itself.
     aligned = all(y.storage_offset() % 8 == 0 and y.stride(2) % 8 == 0 for y in loaded)
