@@ -79,6 +79,7 @@ def start_compiling(launches: Iterable[Launch], device: torch.device) -> list[Ah
 
     The longest kernels are first, because Triton takes most time for them.
     """
+    _keep_beside_inductors(device)
     different = {launch.key(): launch for launch in launches}.values()
     length = lambda launch: len(launch.kernel.fn.__code__.co_code)
     longest_first = sorted(different, key=length, reverse=True)
@@ -86,6 +87,19 @@ def start_compiling(launches: Iterable[Launch], device: torch.device) -> list[Ah
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     return [ahead(tasks[i::cores]) for i in range(min(cores, len(tasks)))]
+
+
+def _keep_beside_inductors(device: torch.device) -> None:
+    """Let Triton keep kernels in the folder in which later processes will look for them.
+
+    Unless TRITON_CACHE_DIR is set, Inductor sets it when it makes its first kernel, for the rest of
+    the process. A kernel that was compiled before would be in another folder, and the next process,
+    which finds its graphs in Inductor's cache, would compile it again when it launches it.
+    """
+    if device.type == "cuda":
+        from torch._inductor.runtime.cache_dir_utils import triton_cache_dir  # noqa: PLC0415
+
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
 
 
 def graph_launches(graph: torch.fx.Graph) -> list[Launch]:

@@ -214,6 +214,23 @@ def test_threads_are_at_most_as_many_as_cores_and_begin_with_long_kernels(monkey
         assert cores > 1 or done[0].kernel is long
 
 
+@pytest.mark.parametrize("chosen", [None, "/chosen"])
+def test_kernels_are_kept_where_inductor_has_triton_look_for_them(chosen, monkeypatch, tmp_path):
+    """It sets the folder when it makes its first kernel, after these threads have begun."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_CACHE_DIR", chosen or "")
+    if chosen is None:
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+    seen = []
+    monkeypatch.setattr(
+        kernels_ahead, "compile_launch", lambda *_: seen.append(os.environ["TRITON_CACHE_DIR"])
+    )
+    launches = [Launch(Kernel(lambda: None), (), {})]
+    for thread in kernels_ahead.start_compiling(launches, torch.device("cuda", 1)):
+        thread.wait()
+    assert seen == [chosen or f"{tmp_path}/triton/1"]
+
+
 def test_launchers_of_the_same_types_are_loaded_one_after_the_other(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     inside, together = {"one": [], "other": []}, []

@@ -23,8 +23,8 @@ from fastlora.ops.quant.weights import WeightFP8
 from fastlora.training.planning.layers import DOWN, QKV, Layer, layers_of
 
 _PRODUCT_OPERATIONS_PER_SECOND = 745e12  # h200-profile-1b-2026-11-30, fp8-layer-2026-11-30
-# Attention's rate, forward and backward together, is x r / (x + n) in rows of x tokens: (r, n) with
-# heads of up to 64, and with larger ones. In profiles of steps, rows of 2,048 tokens have 300e12 and
+# Attention's rate, forward and backward together, is x r / (x + n) in rows of x tokens: (r, n) of
+# heads of up to 64, and of larger ones. In profiles of steps, rows of 2,048 tokens have 300e12 and
 # 325e12 (h200-profile-1b-2026-11-30, profile-8b-fp8-2026-11-30). Steps with long rows give r
 # (scaling-seq-*-2026-11-27, h200-8b-1x131072-nf4-offload-2026-11-30).
 _ATTENTION_RATES = (400e12, 680), (530e12, 1290)
