@@ -17,7 +17,12 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active
 from fastlora.runtime.layer_fetching import FetchedLayers, FetchedMatrix
-from fastlora.runtime.pinned_buffers import PinnedBuffers, fitting, pinned_from
+from fastlora.runtime.pinned_buffers import (
+    PinnedBuffers,
+    fitting,
+    hold_until_replayed,
+    pinned_from,
+)
 from fastlora.runtime.tree import leaves, with_leaves
 
 # Recordings share the memory of intermediate tensors. Each has its own results and copied inputs.
@@ -106,6 +111,8 @@ class CUDAGraphed:
         args, kwargs = with_leaves((args, kwargs), iter(inputs))
         with pinned_from(PinnedBuffers(self.buffers)):
             replay, results = self._capture(lambda: self.fn(*args, **kwargs))
+        device = next(x.device for x in given if isinstance(x, Tensor))
+        hold_until_replayed(self.buffers, device)
         return _Recording(inputs, moved, replay, results, self.buffers)
 
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

@@ -73,3 +73,18 @@ def fitting(buffers: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
         new(n or 0) if old is None or (n is not None and old.nbytes < n) else old
         for old, n in pairs
     ]
+
+
+def hold_until_replayed(buffers: Sequence[Tensor], device: torch.device) -> None:
+    """Keep the memory of buffers, once they are dropped, until replays on this stream have ended.
+
+    torch gives dropped pinned memory to others when the streams that have copied from or to it are
+    done. It does not see the copies of a replayed graph, so this copies a byte of each buffer on
+    the current stream.
+
+    Args:
+        buffers: that a graph was recorded with.
+        device: of the graph.
+    """
+    for buffer in buffers:
+        buffer[:1].to(device, non_blocking=True)

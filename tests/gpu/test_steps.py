@@ -75,9 +75,35 @@ def replayed(folder: Path) -> Iterator[Row]:
         yield f"cuda_graph: {policy}, pinned values that replays wrote to", written, 0
 
 
+def dropped(folder: Path) -> Iterator[Row]:
+    """A recording with "offload" is dropped while it is replayed, and pinned memory is asked for."""
+    model = adapted(folder, "bfloat16", recompute="offload")
+    ids = tokens(model, 2, 256)
+    args = model.adapter, model.base, model.spec, {"input_ids": ids, "labels": ids}
+    graphed = fastlora.value_and_grad(FL.loss, cuda_graph=True)
+    for _ in range(3):
+        graphed(*args)
+    sizes = {buffer.nbytes for buffer in graphed.buffers}
+    assert sizes
+    torch.cuda.synchronize()
+    torch.cuda._sleep(10**9)  # half a second
+    graphed(*args)
+    del graphed
+    later = [torch.zeros(n, dtype=torch.uint8, pin_memory=True) for n in sizes for _ in range(8)]
+    torch.cuda.synchronize()
+    written = float(sum(x.count_nonzero() for x in later))
+    yield "cuda_graph: pinned values that a dropped recording wrote to", written, 0
+
+
 def test_a_step_never_waits_for_the_gpu(checkpoint, check):
     folder, _ = checkpoint("llama3.2")
     check(waits(folder))
+
+
+def test_a_dropped_recording_keeps_its_pinned_memory(checkpoint, check, monkeypatch):
+    folder, _ = checkpoint("llama3.2")
+    monkeypatch.setattr(host_offload, "_MIN_BYTES", 1)
+    check(dropped(folder))
 
 
 def test_replayed_steps_equal_launched_ones(checkpoint, check, monkeypatch):
