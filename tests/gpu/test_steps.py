@@ -76,7 +76,7 @@ def replayed(folder: Path) -> Iterator[Row]:
 
 
 def dropped(folder: Path) -> Iterator[Row]:
-    """A recording with "offload" is dropped while it is replayed, and pinned memory is asked for."""
+    """A recording with "offload" is dropped while it is replayed; then memory is pinned."""
     model = adapted(folder, "bfloat16", recompute="offload")
     ids = tokens(model, 2, 256)
     args = model.adapter, model.base, model.spec, {"input_ids": ids, "labels": ids}

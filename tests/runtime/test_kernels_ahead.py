@@ -218,8 +218,9 @@ def test_threads_are_at_most_as_many_as_cores_and_begin_with_long_kernels(monkey
 def test_kernels_are_kept_where_inductor_has_triton_look_for_them(chosen, monkeypatch, tmp_path):
     """It sets the folder when it makes its first kernel, after these threads have begun."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TRITON_CACHE_DIR", chosen or "")
-    if chosen is None:
+    if chosen:
+        monkeypatch.setenv("TRITON_CACHE_DIR", chosen)
+    else:
         monkeypatch.delenv("TRITON_CACHE_DIR")
     seen = []
     monkeypatch.setattr(
