@@ -155,6 +155,23 @@ def offload_levels(config: LlamaConfig, tokens: int, item: int) -> tuple[str, ..
     return tuple(levels)
 
 
+def offload_bytes(config: LlamaConfig, tokens: int, item: int) -> int:
+    """Bytes of pinned host memory under recompute="offload". torch rounds each tensor up to a power
+    of two.
+
+    Args:
+        config: the model's shape.
+        tokens: in the batch.
+        item: bytes of one element of an activation.
+    """
+    rounded = lambda elements: 1 << (elements * tokens * item - 1).bit_length()
+    return sum(
+        rounded(_widths(config, i)[name])
+        for i, level in enumerate(offload_levels(config, tokens, item))
+        for name in _KEPT[level]
+    )
+
+
 def _layer_parameters(config: LlamaConfig) -> int:
     shapes = (projection_shape(config, name) for name in linear_names(config))
     return sum(rows * columns for rows, columns in shapes)

@@ -192,8 +192,9 @@ def train(
             that do not attend to each other; plain text that is too long is split. Where the
             attention kernels do not run (on the CPU, in float32, for head sizes other than 64, 128
             and 256), the attention mask takes batch_size x max_seq_length**2 bytes; train refuses
-            more than 8 GiB of it. Lower max_seq_length to a length that your rows fill. Without
-            packing, a batch is padded to its longest row.
+            more than 8 GiB of it, and, with recompute="offload", more pinned memory than the host
+            has free. Lower max_seq_length to a length that your rows fill. Without packing, a batch
+            is padded to its longest row.
         train_on: "responses", "last_response" or "all"; see `data.encode_rows`.
         too_long: rows of more than `model.spec.max_seq_length` tokens are an error; "drop" leaves
             them out, "truncate" keeps their first tokens, "split" splits them.

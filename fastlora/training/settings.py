@@ -42,6 +42,7 @@ from fastlora.text.tokenizer import TOKENIZER, Tokenizer
 from fastlora.training.custom_optimizer import OptimizerFactory
 from fastlora.training.logging.open import LOG, log_problems
 from fastlora.training.mask_memory import large_mask
+from fastlora.training.offload_memory import large_offload
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
 from fastlora.training.parameter_groups import RATES, rates_problems
 from fastlora.training.private_checks import private_problems
@@ -168,7 +169,7 @@ def train_problems(
     # The remaining checks look into the model.
     if isinstance(model, ModelState):
         problems += _model_problems(settings, model)
-        problems += mask_problems(settings, model)
+        problems += memory_problems(settings, model)
         # Report an unwritable folder now, not after hours of training.
         if PATH.accepts(output_dir):
             problems += _folder_problems(Path(output_dir), model)
@@ -273,8 +274,9 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
     return problems
 
 
-def mask_problems(settings: Settings, model: ModelState) -> list[str]:
-    """Refuse packing if an attention mask [b, t, t] of one byte an element would exceed 8 GiB.
+def memory_problems(settings: Settings, model: ModelState) -> list[str]:
+    """Refuse packed batches whose memory is known to be too much: attention masks [b, t, t] of one
+    byte an element of more than 8 GiB, and activations on the host of more than it has.
 
     Without packing only rows of context parallel always have a mask, and their length is not known
     yet (`common_run.check_part_masks`).
@@ -283,13 +285,20 @@ def mask_problems(settings: Settings, model: ModelState) -> list[str]:
         return []
     length, rows = model.spec.max_seq_length, settings.batch_size
     ranks = settings.context_parallel if _COUNT.accepts(settings.context_parallel) else 1
-    problem = large_mask(model, rows, length, ranks)
-    if problem is None:
-        return []
-    return [
-        f"packing to max_seq_length={length} at batch_size={rows} {problem}; pass fastlora.load a"
-        " max_seq_length that your rows fill, such as 2048, or packing=False"
-    ]
+    packing = f"packing to max_seq_length={length} at batch_size={rows}"
+    problems = []
+    if (mask := large_mask(model, rows, length, ranks)) is not None:
+        problems.append(
+            f"{packing} {mask}; pass fastlora.load a max_seq_length that your rows fill, such as"
+            " 2048, or packing=False"
+        )
+    offloads = model.spec.recompute == "offload" and model.base["norm"].is_cuda
+    if offloads and (kept := large_offload(model, rows, length, ranks)) is not None:
+        problems.append(
+            f"{packing} with recompute='offload' {kept}; lower max_seq_length or batch_size, or"
+            " take recompute='full'"
+        )
+    return problems
 
 
 def check_vocabulary(examples: Sequence[Example | Pair | Labelled], vocab_size: int) -> None:

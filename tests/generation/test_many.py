@@ -13,6 +13,7 @@ from fastlora.generation import batch_size, many
 from fastlora.generation.engine import Engine
 from fastlora.generation.many import generate_many
 from fastlora.model import Model
+from fastlora.runtime import host_memory
 from oracles.pairs import adapted
 from oracles.transformers_side import prompt
 from oracles.trees import randomised
@@ -205,7 +206,7 @@ def test_automatic_batches_fill_the_memory_that_the_system_can_give(
     path = tmp_path / "meminfo"
     if meminfo is not None:
         path.write_text(meminfo)
-    monkeypatch.setattr(batch_size, "_MEMINFO", path)
+    monkeypatch.setattr(host_memory, "_MEMINFO", path)
     assert batch_size.largest_batch(model, 100) == rows
 
 

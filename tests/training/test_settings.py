@@ -12,11 +12,11 @@ from jaxtyping import TypeCheckError
 import fastlora
 from fastlora.data.encoding import encode_rows
 from fastlora.data.packing import pack
-from fastlora.training import checkpoint
+from fastlora.training import checkpoint, offload_memory
 from fastlora.training.common_run import check_part_masks
 from fastlora.training.loop import train
 from fastlora.training.run import Run
-from fastlora.training.settings import mask_problems
+from fastlora.training.settings import memory_problems
 from oracles.checkpoints import make_checkpoint
 from oracles.training_runs import QUIET, ROWS, WORDS, settings
 
@@ -163,10 +163,34 @@ def test_long_sequences_are_refused_only_where_the_mask_is_built(
     spec = dataclasses.replace(model.spec, config=config, kernels=kernels, max_seq_length=131_072)
     base = model.base | {"norm": torch.ones(8).to(dtype)}
     long = dataclasses.replace(model, spec=spec, base=base)
-    problems = mask_problems(settings(batch_size=1), long)
+    problems = memory_problems(settings(batch_size=1), long)
     assert bool(problems) == refused
     assert not refused or "mask of 16 GiB" in problems[0]
-    assert not mask_problems(settings(batch_size=1, packing=False), long)
+    assert not memory_problems(settings(batch_size=1, packing=False), long)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says it is on a GPU."""
+
+    is_cuda = True  # pyright: ignore
+
+
+@pytest.mark.parametrize(("free_gib", "refused"), [(42, True), (43, False)])
+def test_a_host_that_cannot_keep_the_activations_is_named(model, free_gib, refused, monkeypatch):
+    """An 8B model and 131,072 tokens: 32 inputs of 1 GiB, and attention's tensors of 3 layers."""
+    monkeypatch.setattr(offload_memory, "free_host_memory", lambda: free_gib * 2**30)
+    sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128)
+    heads = dict(num_attention_heads=32, num_key_value_heads=8)
+    of_layers = dict(layer_types=("full_attention",) * 32, sparse_layers=(False,) * 32)
+    config = dataclasses.replace(model.spec.config, **sizes, **heads, **of_layers)
+    spec = dataclasses.replace(model.spec, config=config, recompute="offload", kernels="triton")
+    base = model.base | {"norm": torch.ones(8).bfloat16().as_subclass(OnGPU)}
+    spec = dataclasses.replace(spec, max_seq_length=131_072)
+    long = dataclasses.replace(model, spec=spec, base=base)
+    problems = memory_problems(settings(batch_size=1), long)
+    assert bool(problems) == refused
+    assert not refused or "keeps 42 GiB of activations in pinned host memory" in problems[0]
+    assert not memory_problems(settings(batch_size=1, packing=False), long)
 
 
 @pytest.mark.parametrize(("ranks", "length", "refused"), [(2, 131_072, False), (2, 196_608, True)])

@@ -13,7 +13,7 @@ from fastlora.models.input_checks import MODEL
 from fastlora.models.stacking import stack_problems
 from fastlora.models.state import ModelState
 from fastlora.training.logging.open import log_entries
-from fastlora.training.settings import HEADING, Settings, mask_problems, train_problems
+from fastlora.training.settings import HEADING, Settings, memory_problems, train_problems
 
 # Arguments that may be a list with one value for each model. All others are shared.
 _OWN = ("max_steps", "num_epochs", "learning_rate", "learning_rates", "lr_scheduler")
@@ -185,17 +185,17 @@ def _joint_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         for name in log_entries(first["log"])
         if isinstance(name, str) and name in _ONE_RUN
     ]
-    return problems or _mask_problems(rows)
+    return problems or _memory_problems(rows)
 
 
-def _mask_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Refuse a mask for the rows of all runs that is too large, as `settings.mask_problems`."""
+def _memory_problems(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Refuse what the rows of all runs need together, as `settings.memory_problems`."""
     settings = settings_from(Settings, rows[0])
     if type(settings.batch_size) is not int:
         return []  # its rule reports it
     whole = replace(settings, batch_size=settings.batch_size * len(rows))
-    own = mask_problems(settings, rows[0]["model"])
-    return [] if own else mask_problems(whole, rows[0]["model"])
+    own = memory_problems(settings, rows[0]["model"])
+    return [] if own else memory_problems(whole, rows[0]["model"])
 
 
 def _ending_problems(given: Mapping[str, Any]) -> list[str]:
