@@ -18,9 +18,7 @@ peer unsloth
 wait "$chromium" || { echo "Chromium could not be installed, see the first lines" >&2; exit 1; }
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 hook="--jaxtyping-packages=fastlora,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
-failed=0
-python -m pytest -n 2 -m "not compile" "$hook" "$@" || failed=$?
-wait "$pyright" || failed=1
+python -m pytest -n 2 -m "not compile" "$hook" "$@" || { status=$?; cat "$types"; exit "$status"; }
+wait "$pyright" || { cat "$types"; exit 1; }
 cat "$types"
-[ "$failed" = 0 ] || exit "$failed"
 python -m pytest -n 2 -m compile "$@"

@@ -18,6 +18,8 @@ PROGRAMS = {
 }
 # As pyright's wrapper does, which starts node and waits for it.
 SLOW = 'sleep 60 & echo "$!" >pyright.pid; wait'
+WRONG = "echo wrong type; echo $$ >pyright.pid; exit 1"
+STARTED = "until [ -s pyright.pid ]; do sleep 0.01; done;"
 
 
 @pytest.fixture
@@ -79,6 +81,7 @@ def test_all_parts_run(run):
     [
         ({"pyright": "echo wrong type; exit 1"}, "wrong type"),
         ({"python": "exit 5"}, ""),
+        ({"pyright": WRONG, "python": f"{STARTED} sleep 0.1; exit 5"}, "wrong type"),
         ({"ruff": "exit 1"}, ""),
     ],
 )
@@ -114,13 +117,12 @@ def test_ctrl_c_ends_a_set_up_that_compiles(run, tmp_path):
 
 def test_pyright_ends_with_the_script(run, tmp_path):
     """With the processes that it has started, after failing tests and after Ctrl-C."""
-    started = "until [ -s pyright.pid ]; do sleep 0.01; done; "
-    process = run(pyright=SLOW, python=f"{started} exit 5")
+    process = run(pyright=SLOW, python=f"{STARTED} exit 5")
     process.communicate(timeout=30)
     assert process.returncode == 5 and not runs(int((tmp_path / "pyright.pid").read_text()))
     (tmp_path / "pyright.pid").unlink()
     # pytest answers SIGINT with an ordinary exit status.
-    tests = f"trap 'exit 2' INT; {started} echo ready; sleep 60"
+    tests = f"trap 'exit 2' INT; {STARTED} echo ready; sleep 60"
     process = run(pyright=SLOW, python=tests)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
