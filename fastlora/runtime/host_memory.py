@@ -11,7 +11,8 @@ def free_host_memory() -> int:
     """Bytes that this process can get on the host, within its container's limit.
 
     Linux includes what its page cache would give back: after a large file was read, few pages are
-    unused. Other systems report their memory in all, of which half counts.
+    unused. Other systems report their memory in all, of which half counts. Where Python cannot ask
+    (Windows), no limit is known, and the result is larger than any memory.
     """
     return max(0, min([_of_system(), *_of_container()]))
 
@@ -22,6 +23,8 @@ def _of_system() -> int:
         found = [int(words[1]) for words in lines if words and words[0] == "MemAvailable:"]
         if found:
             return 1024 * found[0]  # the file counts in KiB
+    if not hasattr(os, "sysconf"):
+        return 2**62
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 

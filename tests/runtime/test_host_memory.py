@@ -1,5 +1,7 @@
 """The memory that a process can get on the host, on Linux."""
 
+import os
+
 import pytest
 
 from fastlora.runtime import host_memory
@@ -35,3 +37,11 @@ def test_a_containers_limit_counts(limit, free, system):
 
 def test_without_a_container_the_system_counts(system):
     assert free_host_memory() == 1000 * 1024
+
+
+def test_systems_without_linuxs_files(system, monkeypatch, tmp_path):
+    (tmp_path / "meminfo").unlink()
+    in_all = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert free_host_memory() == in_all // 2
+    monkeypatch.delattr(os, "sysconf")
+    assert free_host_memory() > in_all
