@@ -1,5 +1,7 @@
 """The host memory that a run with recompute="offload" pins."""
 
+import torch
+
 from fastlora.distributed.mesh import node_size
 from fastlora.models.levels import offload_bytes
 from fastlora.models.state import ModelState
@@ -20,7 +22,9 @@ def large_offload(model: ModelState, rows: int, length: int, ranks: int) -> str 
     """
     item = model.base["norm"].element_size()
     needed = offload_bytes(model.spec.config, rows * length // ranks, item) * node_size()
-    free = free_host_memory()
+    # Pinned memory that torch keeps, for example of an earlier run, is used again.
+    kept = torch.cuda.host_memory_stats().get("allocated_bytes.current", 0)
+    free = free_host_memory() + kept * node_size()
     if needed <= free:
         return None
     several = f" for the {node_size()} ranks of this machine" if node_size() > 1 else ""

@@ -175,10 +175,19 @@ class OnGPU(torch.Tensor):
     is_cuda = True  # pyright: ignore
 
 
-@pytest.mark.parametrize(("free_gib", "refused"), [(42, True), (43, False)])
-def test_a_host_that_cannot_keep_the_activations_is_named(model, free_gib, refused, monkeypatch):
-    """An 8B model and 131,072 tokens: 32 inputs of 1 GiB, and attention's tensors of 3 layers."""
+@pytest.mark.parametrize(
+    ("free_gib", "pinned_gib", "refused"), [(42, 0, True), (43, 0, False), (3, 40, False)]
+)
+def test_a_host_that_cannot_keep_the_activations_is_named(
+    model, free_gib, pinned_gib, refused, monkeypatch
+):
+    """An 8B model and 131,072 tokens: 32 inputs of 1 GiB, and attention's tensors of 3 layers.
+
+    What an earlier run has pinned is used again.
+    """
     monkeypatch.setattr(offload_memory, "free_host_memory", lambda: free_gib * 2**30)
+    pinned = {"allocated_bytes.current": pinned_gib * 2**30}
+    monkeypatch.setattr(torch.cuda, "host_memory_stats", lambda: pinned)
     sizes = dict(hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, head_dim=128)
     heads = dict(num_attention_heads=32, num_key_value_heads=8)
     of_layers = dict(layer_types=("full_attention",) * 32, sparse_layers=(False,) * 32)
