@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, cast
 from fastlora.data.row_chunks import Chunk, EncodedRow, encode_chunk
 from fastlora.data.row_steps import RowContext
 from fastlora.data.worker_process import main, receive, send_pickle
+from fastlora.runtime.cores import usable_cores
 
 # A worker takes about 0.2 seconds to start: it does without torch.
 START_AFTER_SECONDS = 0.5
@@ -85,9 +86,7 @@ class Workers:
 
 def max_workers() -> int:
     """Processes that may encode at once: one for each core that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    return min(cores, _MOST_WORKERS) if sys.executable else 1
+    return min(usable_cores(), _MOST_WORKERS) if sys.executable else 1
 
 
 class _Pool:

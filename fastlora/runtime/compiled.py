@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastlora.runtime.devices import device_of
 from fastlora.runtime.kernels_ahead import compiling_kernels
 
 Compile = Literal["auto"] | bool
@@ -139,13 +140,9 @@ def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     with (
         torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True),  # pyright: ignore
         _no_advice_about_checkpoints(),
-        compiling_kernels(_device(inputs)) as kernels,
+        compiling_kernels(device_of(inputs)) as kernels,
     ):
         return compile_fx(graph, inputs, config_patches=_settings() | kernels)
-
-
-def _device(inputs: list[Any]) -> torch.device:
-    return next(x.device for x in inputs if isinstance(x, Tensor))
 
 
 def _settings() -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active
+from fastlora.runtime.devices import device_of
 from fastlora.runtime.layer_fetching import FetchedLayers, FetchedMatrix
 from fastlora.runtime.pinned_buffers import (
     PinnedBuffers,
@@ -111,8 +112,7 @@ class CUDAGraphed:
         args, kwargs = with_leaves((args, kwargs), iter(inputs))
         with pinned_from(PinnedBuffers(self.buffers)):
             replay, results = self._capture(lambda: self.fn(*args, **kwargs))
-        device = next(x.device for x in given if isinstance(x, Tensor))
-        hold_until_replayed(self.buffers, device)
+        hold_until_replayed(self.buffers, device_of(given))
         return _Recording(inputs, moved, replay, results, self.buffers)
 
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

@@ -1,5 +1,7 @@
-"""Devices as users write them: a torch.device, or a text such as "cuda:1"."""
+"""Devices as users write them, a torch.device or a text such as "cuda:1", and the current one."""
 
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -25,3 +27,13 @@ def device_problem(device: Any, types: tuple[str, ...] | None = None) -> str | N
         there = f"{n} CUDA devices" if n else "no CUDA device"
         return f"{given}: torch finds {there} on this machine"
     return None
+
+
+def device_of(values: Iterable[Any]) -> torch.device:
+    """The device of the first tensor among these values."""
+    return next(x.device for x in values if isinstance(x, torch.Tensor))
+
+
+def as_current(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which a CUDA device is the current one. Other devices change nothing."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -18,6 +18,7 @@ import torch
 from fastlora.ops.launch import Launch
 from fastlora.runtime.ahead import Ahead, ahead, imports
 from fastlora.runtime.compiled import Compile, compiles
+from fastlora.runtime.devices import as_current
 from fastlora.runtime.kernels_ahead import start_compiling
 
 # sympy is half of dynamo. As a task of its own it lets a thread that is stopped end sooner.
@@ -118,10 +119,7 @@ def _hash_triton(device: torch.device) -> None:
     """The same of Triton's files, most of whose bytes are in one library."""
     from torch._inductor.codecache import CacheBase  # noqa: PLC0415  half a second
 
-    if device.type == "cuda":
-        with torch.cuda.device(device):  # get_system asks for the properties of the current one
-            CacheBase.get_system()
-    else:
+    with as_current(device):  # get_system asks for the properties of the current one
         CacheBase.get_system()
 
 

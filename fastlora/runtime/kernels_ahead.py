@@ -10,7 +10,7 @@ traced; its kernels are in Triton's cache.
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.ops.launch import Launch, implementation, launches_of
 from fastlora.runtime.ahead import Ahead, ahead
+from fastlora.runtime.cores import usable_cores
+from fastlora.runtime.devices import as_current
 
 try:
     import fcntl
@@ -84,8 +86,7 @@ def start_compiling(launches: Iterable[Launch], device: torch.device) -> list[Ah
     length = lambda launch: len(launch.kernel.fn.__code__.co_code)
     longest_first = sorted(different, key=length, reverse=True)
     tasks = [partial(compile_launch, launch, device) for launch in longest_first]
-    affinity = getattr(os, "sched_getaffinity", None)  # not on macOS and Windows
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    cores = usable_cores()
     return [ahead(tasks[i::cores]) for i in range(min(cores, len(tasks)))]
 
 
@@ -103,7 +104,7 @@ def _keep_beside_inductors(device: torch.device) -> None:
 
 
 def graph_launches(graph: torch.fx.Graph) -> list[Launch]:
-    """What the ops of a graph launch. Ops with symbolic sizes are left out."""
+    """The launches of a graph's ops. Ops with symbolic sizes are left out."""
     found: list[Launch] = []
     for node in graph.nodes:
         with suppress(Exception):  # parts of torch's graphs are private, and may change
@@ -157,7 +158,7 @@ def _static(args: list[Any]) -> bool:
 
 def compile_launch(launch: Launch, device: torch.device) -> None:
     """Compile a kernel, build its launcher and load both, so that its launch need not."""
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with as_current(device):
         compiled = launch.kernel.warmup(*launch.args, grid=(1,), **launch.options)
         with _alone(repr([*compiled.src.signature.values()])):
             _ = compiled.run  # reading it loads the kernel, also under `python -O`
