@@ -46,7 +46,6 @@ class HostStash:
         Args:
             device: of the activations. On the CPU streams do nothing.
         """
-        self.device = device
         self.stream = CopyStream(device)
         self.host: list[list[Tensor]] = []  # copies, by layer
         self.leaving: deque[tuple[int, Tensor, Copy]] = deque()  # (layer, tensor, its copy)
@@ -109,7 +108,7 @@ class HostStash:
         """Whether x is large and dense. A slice's copy would have other strides than the slice."""
         # A dense tensor has as many elements as the memory between its first and its last.
         span = 1 + sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
-        return x.device == self.device and x.nbytes >= _MIN_BYTES and x.numel() == span
+        return x.device == self.stream.device and x.nbytes >= _MIN_BYTES and x.numel() == span
 
     def _send(self, layer: int, x: Tensor) -> int:
         x = x.detach()
@@ -148,7 +147,8 @@ class HostStash:
 
     def _return(self, layer: int, index: int) -> Copy:
         host = self.host[layer][index]
-        back = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=self.device)
+        device = self.stream.device
+        back = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=device)
         return self.stream.fill(back, lambda back: back.copy_(host, non_blocking=True))
 
     def __del__(self) -> None:

@@ -14,11 +14,10 @@ from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import loss_sum
 from fastlora.losses.objectives import Objective
 from fastlora.models.names import linear_names, projection_shape
-from fastlora.models.params import Adapter, Base
+from fastlora.models.params import Adapter, Base, is_quantized
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.ops.attention.context_group import ContextGroup
-from fastlora.ops.quant.weights import Weight4bit, Weight8bit, WeightFP8
 from fastlora.runtime.gradients import value_and_grad
 from fastlora.runtime.layer_fetching import is_sharded
 from fastlora.training.optimizers import make_optimizer
@@ -150,8 +149,6 @@ def should_use_cuda_graph(
         return False
     names = linear_names(spec.config)
     layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in names))
-    first = {} if base is None else base["layers"][0]
-    weights = [first[name]["weight"] for name in names if name in first]
-    packed = any(isinstance(weight, Weight4bit | Weight8bit | WeightFP8) for weight in weights)
+    packed = base is not None and is_quantized(base)
     limit = _PACKED_GRAPH_LIMIT_OPERATIONS if packed else _GRAPH_LIMIT_OPERATIONS
     return settings.batch_size * spec.max_seq_length * layer < limit

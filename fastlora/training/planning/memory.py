@@ -94,7 +94,7 @@ def peak_bytes(
     return round(always + max(at_loss, in_backward))
 
 
-def _hidden_bytes(model: ModelState, tokens: int) -> int:
+def _hidden_bytes(model: ModelState, tokens: float) -> float:
     """One hidden state of all tokens. "offload" has one layer's input on its way to the host, and
     what one layer keeps on its way back."""
     return tokens * model.spec.config.hidden_size * model.base["norm"].element_size()
@@ -114,7 +114,7 @@ def _copied_bytes(model: ModelState) -> int:
     return sum(x.numel() * item for x in leaves if x.element_size() != item)
 
 
-def _loss_bytes(model: ModelState, tokens: int) -> int:
+def _loss_bytes(model: ModelState, tokens: int) -> float:
     """A chunk of logits, and three hidden states."""
     vocab, item = model.spec.config.vocab_size, model.base["norm"].element_size()
     rows = min(tokens, rows_per_chunk(vocab))
@@ -178,7 +178,7 @@ def _mlp_backward_bytes(
     config, item = model.spec.config, model.base["norm"].element_size()
     f, matrix = config.intermediate_size, config.intermediate_size * config.hidden_size
     chunk = tokens / mlp_chunks(config, number, layer.level, tokens, whole=layer.dropout)
-    total = (2 * tokens + chunk) * config.hidden_size * item + 8 * 3 * f * 16 * 4
+    total = _hidden_bytes(model, 2 * tokens + chunk) + 8 * 3 * f * 16 * 4
     total += _mlp_tensors(layer) * f * chunk * item
     if is_quantized(model.base, WeightFP8):
         # In e4m3: W of gate and up, transposed, and their gradients side by side.
