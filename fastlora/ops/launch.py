@@ -3,8 +3,8 @@
 Triton compiles a kernel at its first launch, for the types of its arguments, for which numbers and
 addresses are multiples of 16, and for its constants. An op's implementation decides all of these by
 the shapes, strides and types of the op's tensors. So `launches_of` runs the implementation on
-tensors without data (FakeTensors), and `launch` then notes what it would launch. There is no second
-list of kernels and arguments. runtime/kernels_ahead.py compiles what is found.
+tensors without data (FakeTensors), and `launch` then notes the kernel and its arguments.
+runtime/kernels_ahead.py compiles the kernels that are found.
 """
 
 from collections.abc import Callable

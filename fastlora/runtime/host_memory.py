@@ -29,7 +29,7 @@ def _of_system() -> int:
 
 
 def _of_container() -> list[int]:
-    """What is left of the container's limit; nothing if it has none ("max")."""
+    """The unused part of the container's limit, in a list that is empty if it has none ("max")."""
     try:
         limit, used = (int((_GROUP / f"memory.{x}").read_text()) for x in ("max", "current"))
         lines = [line.split() for line in (_GROUP / "memory.stat").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""What a run prepares of its first step while rows are read."""
+"""Prepares the first step of a run while rows are read."""
 
 from contextlib import AbstractContextManager
 from functools import partial

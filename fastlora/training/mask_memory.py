@@ -18,7 +18,7 @@ def large_mask(model: ModelState, rows: int, length: int, ranks: int) -> str | N
         model: that attends.
         rows: sequences in a batch.
         length: tokens of each.
-        ranks: number of ranks that have a row together. Each has the mask of its own queries.
+        ranks: number of ranks that share a row. Each has the mask of its own queries.
     """
     config, norm = model.spec.config, model.base["norm"]
     heads = (config.num_attention_heads, config.head_dim)

@@ -18,7 +18,7 @@ def large_offload(model: ModelState, rows: int, length: int, ranks: int) -> str 
         model: with recompute="offload", on a GPU.
         rows: sequences in a batch of one rank.
         length: tokens of each.
-        ranks: that have a row together. Each keeps the activations of its own tokens.
+        ranks: number of ranks that share a row. Each keeps the activations of its own tokens.
     """
     item = model.base["norm"].element_size()
     needed = offload_bytes(model.spec.config, rows * length // ranks, item) * node_size()

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Kernel:
-    """A stand-in for a kernel of Triton's."""
+    """A fake Triton kernel."""
 
     @staticmethod
     def fn() -> None: ...
