@@ -77,7 +77,7 @@ def always_supported(monkeypatch) -> None:
 def ahead(monkeypatch) -> list[Launch]:
     """A list that gets what is compiled ahead. Graphs on the CPU count as graphs on CUDA."""
     found: list[Launch] = []
-    monkeypatch.setattr(compiled, "_device", lambda inputs: CUDA)
+    monkeypatch.setattr(compiled, "device_of", lambda inputs: CUDA)
     monkeypatch.setattr(kernels_ahead, "compile_launch", lambda launch, _: found.append(launch))
     return found
 
