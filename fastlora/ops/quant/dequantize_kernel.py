@@ -15,35 +15,39 @@ from fastlora.ops.launch import launch
 from fastlora.ops.quant.weights import NESTED_BLOCK, NestedAbsmax, Weight4bit
 
 
-# ── kernel: one program per BYTES consecutive bytes ───────────────────────────────────────
+# ── kernel: one program per BYTES consecutive bytes, four of them in each thread ──────────
 @triton.jit
 def _dequantize_kernel(
-    packed_ptr, levels_ptr, absmax_ptr, scale_ptr, code_ptr, offset_ptr, out_ptr, n,
+    packed_ptr, levels_ptr, absmax_ptr, scale_ptr, code_ptr, offset_ptr, out_ptr, size, n,
     NESTED: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, ROUND: tl.constexpr,
     BYTES: tl.constexpr,
 ):  # fmt: skip
-    byte = tl.program_id(0).to(tl.int64) * BYTES + tl.arange(0, BYTES)
-    packed = tl.load(packed_ptr + byte, mask=2 * byte < n, other=0)
-    # BLOCK is even, so both values of a byte share one absmax.
-    block = 2 * byte // BLOCK
+    start = tl.program_id(0).to(tl.int64) * BYTES
+    left = tl.minimum(size - start, BYTES).to(tl.int32)
+    word = tl.arange(0, BYTES // 4)
+    byte = 4 * word[:, None] + tl.arange(0, 4)[None, :]
+    packed = tl.load(packed_ptr + start + byte, mask=byte < left, other=0)
+    # BLOCK is a multiple of 8, so all values of a word share one absmax.
+    block, here = 2 * start // BLOCK + 8 * word // BLOCK, 4 * word < left
     if NESTED:
-        number = tl.load(absmax_ptr + block, mask=2 * byte < n, other=0)
+        number = tl.load(absmax_ptr + block, mask=here, other=0)
         level = tl.load(code_ptr + number.to(tl.int32))
-        scale = tl.load(scale_ptr + block // GROUP, mask=2 * byte < n, other=0.0)
+        scale = tl.load(scale_ptr + block // GROUP, mask=here, other=0.0)
         absmax = level * scale + tl.load(offset_ptr)
     else:
-        absmax = tl.load(absmax_ptr + block, mask=2 * byte < n, other=0.0)
-    first = tl.load(levels_ptr + (packed >> 4).to(tl.int32)) * absmax
-    second = tl.load(levels_ptr + (packed & 15).to(tl.int32)) * absmax
-    # [BYTES, 2] -> [2 * BYTES]: each thread stores adjacent values.
-    values = tl.reshape(tl.join(first, second), [2 * BYTES])
-    at = tl.program_id(0).to(tl.int64) * 2 * BYTES + tl.arange(0, 2 * BYTES)
-    values = values.to(ROUND).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + at, values, mask=at < n)
+        absmax = tl.load(absmax_ptr + block, mask=here, other=0.0)
+    levels, flat = tl.load(levels_ptr + tl.arange(0, 16)), tl.reshape(packed, [BYTES])
+    first = tl.reshape(tl.gather(levels, (flat >> 4).to(tl.int32), 0), [BYTES // 4, 4])
+    second = tl.reshape(tl.gather(levels, (flat & 15).to(tl.int32), 0), [BYTES // 4, 4])
+    # [BYTES / 4, 4, 2] -> [2 * BYTES]: each thread stores adjacent values.
+    values = tl.join(first * absmax[:, None], second * absmax[:, None])
+    values = tl.reshape(values, [2 * BYTES]).to(ROUND).to(out_ptr.dtype.element_ty)
+    at = tl.arange(0, 2 * BYTES)
+    tl.store(out_ptr + 2 * start + at, values, mask=at < tl.minimum(n - 2 * start, 2 * BYTES))
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
-_BYTES, _WARPS = 2048, 8
+_BYTES, _WARPS = 1024, 4
 
 _TRITON = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -58,7 +62,7 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Float[Tensor, "d_
     # enable_fp_fusion=False: bitsandbytes rounds level * scale before it adds the offset.
     launch(
         _dequantize_kernel, (triton.cdiv(len(weight.packed), _BYTES),),
-        weight.packed, weight.levels, *statistics, out, n,
+        weight.packed, weight.levels, *statistics, out, len(weight.packed), n,
         NESTED=nested, BLOCK=block, GROUP=NESTED_BLOCK, ROUND=_TRITON[weight.form.dtype],
         BYTES=_BYTES, num_warps=_WARPS, enable_fp_fusion=False,  # pyright: ignore
     )  # fmt: skip

@@ -2,16 +2,16 @@
 
     python scripts/bench/kernels/dequantize.py
 
-A plain copy of the matrix is timed as well. Median of 80 launches by CUDA events; before each
-launch a large write empties the L2 cache.
+A plain copy of the matrix is timed as well. The launches go through several matrices, so that the
+L2 cache holds none of them.
 """
 
-import statistics
 from collections.abc import Callable
 from functools import partial
 
 import bitsandbytes
 import torch
+from graph_timing import timed
 
 from fastlora.ops.quant import dequantize_kernel
 from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, quantize_4bit
@@ -25,20 +25,6 @@ SHAPES = {
 }
 
 
-def timed(run: Callable[[], torch.Tensor], flush: torch.Tensor) -> float:
-    """Microseconds."""
-    times = []
-    for _ in range(90):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * begin.elapsed_time(end))
-    return statistics.median(times[10:])
-
-
 def ours(record: Weight4bit, tile: tuple[int, int]) -> torch.Tensor:
     dequantize_kernel._BYTES, dequantize_kernel._WARPS = tile
     return dequantize_kernel.dequantize_4bit(record, torch.bfloat16)
@@ -46,19 +32,18 @@ def ours(record: Weight4bit, tile: tuple[int, int]) -> torch.Tensor:
 
 def main() -> None:
     print(torch.__version__, bitsandbytes.__version__, torch.cuda.get_device_name())
-    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     for name, shape in SHAPES.items():
-        weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-        record = quantize_4bit(weight)
-        theirs = dequantize_by_bitsandbytes(record)
-        kinds: dict[str, Callable[[], torch.Tensor]] = {}
-        kinds["bitsandbytes"] = partial(dequantize_by_bitsandbytes, record)
+        count = max(4, -(-(2**28) // (shape[0] * shape[1])))
+        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+        records = [quantize_4bit(weight) for weight in weights]
+        kinds: dict[str, list[Callable[[], object]]] = {}
+        kinds["bitsandbytes"] = [partial(dequantize_by_bitsandbytes, x) for x in records]
         for tile in [(512, 4), (1024, 4), (2048, 4), (2048, 8), (4096, 8)]:
-            kinds[f"ours {tile}"] = partial(ours, record, tile)
-            assert torch.equal(ours(record, tile), theirs)
-        kinds["copy of the matrix"] = partial(torch.clone, weight)
-        for kind, run in kinds.items():
-            print(f"{name:<8} {shape!s:<14} {kind:<20} {timed(run, flush):8.1f} us")
+            kinds[f"ours {tile}"] = [partial(ours, x, tile) for x in records]
+            assert torch.equal(ours(records[0], tile), dequantize_by_bitsandbytes(records[0]))
+        kinds["copy of the matrix"] = [partial(torch.clone, weight) for weight in weights]
+        for kind, calls in kinds.items():
+            print(f"{name:<8} {shape!s:<14} {kind:<20} {timed(calls):8.1f} us", flush=True)
 
 
 if __name__ == "__main__":
