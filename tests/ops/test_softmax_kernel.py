@@ -19,8 +19,9 @@ pytest.importorskip("triton", reason="the kernel's tests need triton: requiremen
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.float64, *([torch.bfloat16] if CUDA else [])]
-# (rows, hidden size, vocabulary size): less than a block, one block, several and an incomplete one
-SHAPES = [(5, 7, 33), (1, 1, 1), (3, 4, 16384), (4, 8, 40001)]
+# (rows, hidden size, vocabulary size): less than a block, one block, several and an incomplete one,
+# and blocks of 32,768
+SHAPES = [(5, 7, 33), (1, 1, 1), (3, 4, 16384), (4, 8, 40001), (2, 4, 70001)]
 
 
 def drawn(shape, dtype):
@@ -65,6 +66,14 @@ def test_huge_logits_give_finite_results():
     h, weight, labels = drawn((5, 7, 33), torch.float32)
     logp, dh = chunk_value_and_grad_kernel(1e4 * h, 1e2 * weight, labels)
     assert logp.isfinite().all() and dh.isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_ignored_rows_are_zero_whatever_their_logits(bad):
+    h, weight, labels = drawn((5, 7, 33), torch.float32)
+    wanted = chunk_value_and_grad_kernel(h, weight, labels)
+    h[labels == -100] = bad
+    assert all(map(torch.equal, chunk_value_and_grad_kernel(h, weight, labels), wanted))
 
 
 def test_kernel_gradient_is_right_for_any_function_of_the_log_probabilities():

@@ -1,20 +1,21 @@
-"""Error and time of the cross-entropy kernel, beside plain torch and Inductor.
+"""Error and time of the cross-entropy kernel, beside plain torch, Inductor and a copy.
 
 python scripts/bench/kernels/softmax_kernel.py
 """
 
-import statistics
-from collections.abc import Callable
+from functools import partial
 
 import torch
+from graph_timing import timed
 from torch import Tensor
 
 from fastlora.ops.loss import softmax_kernel
 from fastlora.ops.loss.ignore import IGNORE
 
-# One chunk of a step. The sets of inputs alternate so that the L2 cache holds none of them.
-N, V, SETS = 512, 128256, 8
-VARIANTS = [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]
+# (rows, vocabulary): the chunks of a step. The sets of inputs alternate so that the L2 cache holds
+# none of them.
+CHUNKS, SETS = ((1024, 128256), (4096, 32000), (512, 256000)), 4
+VARIANTS = [(4096, 8), (8192, 16), (16384, 16), (16384, 32), (32768, 32)]  # (block, warps)
 
 
 def plain(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,14 +34,14 @@ def drawn(dtype: torch.dtype, n: int, v: int, seed: int = 0) -> tuple[Tensor, Te
     gen = torch.Generator("cuda").manual_seed(seed)
     logits = (3 * torch.randn(n, v, device="cuda", generator=gen)).to(dtype)
     labels = torch.randint(v, (n,), device="cuda", generator=gen)
-    labels[::7] = IGNORE
     return logits, labels
 
 
 def errors() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for n, v in ((N, V), (37, 32001), (5, 33)):
+        for n, v in ((512, 128256), (37, 32001), (5, 33)):
             logits, labels = drawn(dtype, n, v)
+            labels[::7] = IGNORE
             exact = plain(logits.double(), labels)
             other = plain(logits, labels)
             mine = softmax_kernel.logprobs_and_dlogits_(logits.clone(), labels, IGNORE)
@@ -49,33 +50,29 @@ def errors() -> None:
             print(f"{dtype} {n} x {v}", *(f"kernel {a:.2e} plain {b:.2e}" for a, b in rows))
 
 
-def timed(fn: Callable, sets: list) -> str:
-    for s in sets[:3]:
-        fn(*s)
-    times = []
-    for i in range(80):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        fn(*sets[i % len(sets)])
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return f"{statistics.median(times):.1f} us (quartiles {statistics.quantiles(times, n=4)})"
+def row(what: object, us: float) -> None:
+    print(f"  {what!s:<24} {us:7.1f} us", flush=True)
 
 
-def times() -> None:
-    sets = [drawn(torch.bfloat16, N, V, i) for i in range(SETS)]
-    print("Inductor", timed(torch.compile(plain), sets), flush=True)
-    copies = [(a, a.clone()) for a, _ in sets]
-    print("copy of the logits", timed(lambda a, b: b.copy_(a), copies), flush=True)
+def times(n: int, v: int) -> None:
+    print(f"{n} x {v}, bfloat16")
+    sets = [drawn(torch.bfloat16, n, v, i) for i in range(SETS)]
+    inductor = torch.compile(plain)
+    row("Inductor", timed([partial(inductor, *s) for s in sets]))
+    row("copy of the logits", timed([partial(torch.clone, logits) for logits, _ in sets]))
     rule = softmax_kernel.block_and_warps
-    for variant in [rule(V), *VARIANTS]:
+    kernel = softmax_kernel.logprobs_and_dlogits_
+    for variant in [rule(v), *VARIANTS]:
         softmax_kernel.block_and_warps = lambda v, variant=variant: variant
-        fn = lambda a, b: softmax_kernel.logprobs_and_dlogits_(a, b, IGNORE)
-        print("block, warps", variant, timed(fn, sets), flush=True)
+        row(variant, timed([partial(kernel, *s, IGNORE) for s in sets]))
+    softmax_kernel.block_and_warps = rule
+    for _, labels in sets:
+        labels[::2] = IGNORE
+    row("half of the rows ignored", timed([partial(kernel, *s, IGNORE) for s in sets]))
 
 
 if __name__ == "__main__":
     print(torch.__version__, torch.cuda.get_device_name())
     errors()
-    times()
+    for chunk in CHUNKS:
+        times(*chunk)
