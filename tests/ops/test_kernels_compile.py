@@ -16,12 +16,13 @@ pytest.importorskip("triton", reason="the kernels' tests need triton: requiremen
 
 COMPILE = """
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastlora.ops.attention import flash_kernel as flash
 from fastlora.ops.linear import dora_kernel, low_rank_gradients_kernel, masked_lora_kernel
 from fastlora.ops.loss import softmax_kernel
-from fastlora.ops.quant import e4m3_kernel
+from fastlora.ops.quant import dequantize_kernel, e4m3_kernel
 from fastlora.ops.swiglu import swiglu_kernel
 
 bm, bn, warps, stages = swiglu_kernel._BACKWARD
@@ -41,12 +42,15 @@ def masked_backward(which, static, needs_x, needs_a):
     return masked_lora_kernel._masked_x_a_backward_kernel, dict(static, **sizes), warps
 
 
-ROWS = dict(CARRY=0x1FFFFF, LEAST_POWER=27, BLOCK=4096)
+ROWS = dict(CARRY=0x1FFFFF, LEAST_POWER=27)
 ROWS |= dict(INFINITE=0x7F800000, NOT_A_NUMBER=0x7FC00000)
+PACKED = dict(BLOCK=64, GROUP=256, ROUND=tl.bfloat16, BYTES=dequantize_kernel._BYTES)
 # Tuples of PIECES elements.
 TUPLES = {"ys": "*bf16", "strides": "i32", "widths": "i32", "factors": "*bf16"}
 OTHER = {
     "_quantize_rows_kernel": {"out_ptr": "*fp8e4nv", "scale_ptr": "*fp32"},
+    "_dequantize_kernel": {"packed_ptr": "*u8", "absmax_ptr": "*u8", "levels_ptr": "*fp32"}
+    | dict.fromkeys(("scale_ptr", "code_ptr", "offset_ptr"), "*fp32"),
     "_transpose_kernel": {"x_ptr": "*u8", "out_ptr": "*u8", "ones_ptr": "*fp32"},
 }
 
@@ -131,8 +135,16 @@ KERNELS = [
     *(attention(which, 128, 2048, 227, described=True) for which in ("queries", "keys")),
     (e4m3_kernel._transpose_kernel, dict(BM=128, BN=128), 8),
     *(
-        (e4m3_kernel._quantize_rows_kernel, dict(ROWS, PIECES=n, HAS_FACTORS=factors), 8)
+        (
+            e4m3_kernel._quantize_rows_kernel,
+            dict(ROWS, PIECES=n, HAS_FACTORS=factors, BLOCKS=(8192, 4096, 1024)[:n]),
+            8,
+        )
         for n, factors in ((1, False), (1, True), (2, True), (3, True))
+    ),
+    *(
+        (dequantize_kernel._dequantize_kernel, dict(PACKED, NESTED=nested), 4)
+        for nested in (True, False)
     ),
 ]
 WIDE = {name: "*fp32" for name in (
@@ -313,7 +325,7 @@ def compiled(program: str) -> list[tuple[str, int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("program", "count"), [(COMPILE, 60), (DECODE, 28)], ids=["training", "decoding"]
+    ("program", "count"), [(COMPILE, 62), (DECODE, 28)], ids=["training", "decoding"]
 )
 def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(program, count):
     kernels = compiled(program)
