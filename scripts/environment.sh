@@ -36,7 +36,7 @@ install_chromium() {
 }
 
 # Installs a library with the older packages that it needs into a folder of the test environment,
-# once, for the tests of scripts/examples, which put the folder on PYTHONPATH.
+# once, for tests that put the folder on PYTHONPATH.
 #   peer NAME
 peer() {
     local folder=".venv-test/$1/site-packages"

@@ -15,6 +15,7 @@ set +m
 trap 'kill -- "-$pyright" 2>/dev/null || true; rm -f "$types"' EXIT
 peer torchtune
 peer unsloth
+peer triton
 wait "$chromium" || { echo "Chromium could not be installed, see the first lines" >&2; exit 1; }
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 hook="--jaxtyping-packages=fastlora,beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

@@ -83,14 +83,19 @@ def test_block_of_zeros_stays_zero():
 
 
 def test_other_block_sizes_are_supported():
-    weight = drawn((32, 64), torch.float32)
+    pytest.importorskip("triton", reason="requirements-test.txt has triton")
+    from fastlora.ops.quant.dequantize_kernel import dequantize_4bit
+
+    weight = drawn((150, 64), torch.float32)  # more than one program of the kernel
     for block in (32, 128, 4096):
         packed, state = bnb.quantize_4bit(
             weight, blocksize=block, compress_statistics=False, quant_type="nf4"
         )
-        form = torch.empty(32, 64, block, 0)
+        form = torch.empty(150, 64, block, 0)
         record = Weight4bit(packed.flatten(), state.code, form, state.absmax)
-        assert torch.equal(dequantize(record, torch.float32), bnb.dequantize_4bit(packed, state))
+        wanted = bnb.dequantize_4bit(packed, state)
+        assert torch.equal(dequantize(record, torch.float32), wanted)
+        assert torch.equal(dequantize_4bit(record, torch.float32), wanted)
 
 
 def test_int8_equals_bitsandbytes():

@@ -1,6 +1,7 @@
 """The Triton kernels compile for an H100 (sm_90) in bf16; the interpreter cannot show that.
 
-The kernels that find a step's next tokens also compile for an A100 (sm_80), without PDL.
+They compile with the environment's Triton, and with that of the oldest torch that fastlora
+supports. The kernels that find a step's next tokens also compile for an A100 (sm_80), without PDL.
 
 Compilation runs in a subprocess, because this process has Triton's interpreter on. It needs no GPU.
 """
@@ -22,7 +23,7 @@ from triton.compiler import ASTSource
 from fastlora.ops.attention import flash_kernel as flash
 from fastlora.ops.linear import dora_kernel, low_rank_gradients_kernel, masked_lora_kernel
 from fastlora.ops.loss import softmax_kernel
-from fastlora.ops.quant import dequantize_kernel, e4m3_kernel
+from fastlora.ops.quant import dequantize_kernel, e4m3_kernel, levels_ptx
 from fastlora.ops.swiglu import swiglu_kernel
 
 bm, bn, warps, stages = swiglu_kernel._BACKWARD
@@ -45,6 +46,7 @@ def masked_backward(which, static, needs_x, needs_a):
 ROWS = dict(CARRY=0x1FFFFF, LEAST_POWER=27)
 ROWS |= dict(INFINITE=0x7F800000, NOT_A_NUMBER=0x7FC00000)
 PACKED = dict(BLOCK=64, GROUP=256, ROUND=tl.bfloat16, BYTES=dequantize_kernel._BYTES)
+PACKED |= dict(SHUFFLE=levels_ptx.SHUFFLE, TABLE=levels_ptx.TABLE)
 # Tuples of PIECES elements.
 TUPLES = {"ys": "*bf16", "strides": "i32", "widths": "i32", "factors": "*bf16"}
 OTHER = {
@@ -137,7 +139,7 @@ KERNELS = [
     *(
         (
             e4m3_kernel._quantize_rows_kernel,
-            dict(ROWS, PIECES=n, HAS_FACTORS=factors, BLOCKS=(8192, 4096, 1024)[:n]),
+            dict(ROWS, PIECES=n, HAS_FACTORS=factors, BLOCK=8192 if n == 2 else 4096),
             8,
         )
         for n, factors in ((1, False), (1, True), (2, True), (3, True))
@@ -194,6 +196,7 @@ from fastlora.ops.decode import (
 )
 from fastlora.ops.decode.product import Part, prepare_product
 from fastlora.ops.decode.token_rows import TokenRows
+from fastlora.ops.quant import levels_ptx
 from fastlora.ops.quant.weights import NestedAbsmax, Weight4bit, empty_form
 
 SHARED = 99 * 1024  # bytes per block on an RTX 30 or 40
@@ -250,7 +253,7 @@ def product(rows, b, packed, gated, tile=None):
         tile = tile or linear_launch.choose_tile(made, x)
         fixed["STAGES"] = linear_launch.stages_within(SHARED, x, made, tile)
     # On the CPU the launcher leaves out the instructions of a GPU.
-    for name, code in (("DOT8", packed_ptx.DOT8), ("SHUFFLE", packed_ptx.SHUFFLE)):
+    for name, code in (("DOT8", packed_ptx.DOT8), ("SHUFFLE", levels_ptx.SHUFFLE)):
         if name in fixed:
             fixed[name] = code
 
@@ -313,21 +316,32 @@ for kernel, given, fixed in calls:
 """
 
 
-def compiled(program: str) -> list[tuple[str, int, float]]:
+# scripts/test.sh installs it here.
+OLDEST = Path(sys.prefix) / "triton" / "site-packages"
+
+
+def compiled(program: str, oldest: bool) -> list[tuple[str, int, float]]:
     """Name, bytes, and share of a small card's shared memory of each kernel."""
-    environ = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    paths = [str(Path(__file__).parents[2])]
+    if oldest:
+        assert OLDEST.exists(), "scripts/test.sh installs scripts/requirements-triton.txt"
+        paths.insert(0, str(OLDEST))
+    environ = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(paths)}
     ran = subprocess.run(
         [sys.executable, "-c", program], env=environ, capture_output=True, text=True, timeout=300
     )
     assert ran.returncode == 0, ran.stderr[-3000:]
-    lines = [line.split() for line in ran.stdout.splitlines()]
-    return [(name, int(size), float(shared)) for name, size, shared in lines]
+    version, *lines = ran.stdout.splitlines()
+    assert version.startswith("3.6.") == oldest, version
+    found = [line.split() for line in lines]
+    return [(name, int(size), float(shared)) for name, size, shared in found]
 
 
+@pytest.mark.parametrize("oldest", [False, True], ids=["installed", "oldest"])
 @pytest.mark.parametrize(
     ("program", "count"), [(COMPILE, 62), (DECODE, 28)], ids=["training", "decoding"]
 )
-def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(program, count):
-    kernels = compiled(program)
+def test_every_kernel_compiles_for_an_h100_and_fits_its_shared_memory(program, count, oldest):
+    kernels = compiled("import triton; print(triton.__version__)" + program, oldest)
     assert len(kernels) == count and min(size for _, size, _ in kernels) > 1000
     assert max(shared for *_, shared in kernels) <= 1, kernels

@@ -32,7 +32,7 @@ def run(tmp_path):
         shutil.copy(file, tmp_path / "scripts")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     folder = tmp_path / ".venv-test"
-    for peer in ("torchtune", "unsloth"):
+    for peer in ("torchtune", "unsloth", "triton"):
         (folder / peer / "site-packages").mkdir(parents=True)
     (folder / "bin").mkdir()
     stamp = "cat scripts/requirements*.txt scripts/constraints.txt pyproject.toml | cksum"
@@ -107,7 +107,9 @@ def test_ctrl_c_ends_a_set_up_that_compiles(run, tmp_path):
     python3.parent.mkdir()
     python3.write_text('#!/usr/bin/env bash\nmkdir "$3" && cp -r programs "$3/bin"\n')
     python3.chmod(0o755)
-    process = run(python="trap 'exit 1' INT; echo ready >&2; sleep 60")
+    # sleep is in the background: bash runs no trap while it waits for a program in the foreground,
+    # and a signal between that program's fork and exec is lost.
+    process = run(python="trap 'kill $!; exit 1' INT; sleep 60 & echo ready >&2; wait")
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=30)
@@ -122,7 +124,7 @@ def test_pyright_ends_with_the_script(run, tmp_path):
     assert process.returncode == 5 and not runs(int((tmp_path / "pyright.pid").read_text()))
     (tmp_path / "pyright.pid").unlink()
     # pytest answers SIGINT with an ordinary exit status.
-    tests = f"trap 'exit 2' INT; {STARTED} echo ready; sleep 60"
+    tests = f"trap 'kill $!; exit 2' INT; {STARTED} sleep 60 & echo ready; wait"
     process = run(pyright=SLOW, python=tests)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)

@@ -11,12 +11,13 @@ from fastlora.ops.decode.linear_kernel import matrix_kernel, vector_kernel
 from fastlora.ops.decode.packed_matrix_kernel import packed_matrix_kernel
 from fastlora.ops.decode.packed_mma_kernel import packed_mma_kernel
 from fastlora.ops.decode.packed_mma_ptx import READ, READ_FLOATS, READ_NUMBERS, fill, step
-from fastlora.ops.decode.packed_ptx import DOT8, LOAD8, SHUFFLE, TABLE
+from fastlora.ops.decode.packed_ptx import DOT8, LOAD8
 from fastlora.ops.decode.packed_vector_kernel import packed_vector_kernel
 from fastlora.ops.decode.product import COPIES, EMPTY, MOST_SPLITS, Product, batch_tile
 from fastlora.ops.decode.split_kernel import split_kernel
 from fastlora.ops.dispatch import precision
 from fastlora.ops.quant.dequantize_kernel import _TRITON
+from fastlora.ops.quant.levels_ptx import SHUFFLE, TABLE
 from fastlora.ops.quant.weights import NestedAbsmax, Weight, Weight4bit, shape_of
 
 

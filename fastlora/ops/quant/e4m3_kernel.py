@@ -20,14 +20,14 @@ from fastlora.ops.quant.weights import CARRY, INFINITE, LEAST_POWER, NOT_A_NUMBE
 def _quantize_rows_kernel(
     ys, strides, widths, factors, out_ptr, scale_ptr, stride_out,
     HAS_FACTORS: tl.constexpr, CARRY: tl.constexpr, LEAST_POWER: tl.constexpr,
-    INFINITE: tl.constexpr, NOT_A_NUMBER: tl.constexpr, BLOCKS: tl.constexpr,
+    INFINITE: tl.constexpr, NOT_A_NUMBER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    bits = 0
+    largest = tl.zeros((BLOCK,), tl.float32)
+    first = 0
     for i in tl.static_range(len(ys)):  # pyright: ignore
-        largest = tl.zeros((BLOCKS[i],), tl.float32)
-        for start in range(0, widths[i], BLOCKS[i]):
-            column = start + tl.arange(0, BLOCKS[i])
+        for start in range(0, widths[i], BLOCK):
+            column = start + tl.arange(0, BLOCK)
             here = column < widths[i]
             y = tl.load(
                 ys[i] + row * strides[i] + column,
@@ -38,17 +38,18 @@ def _quantize_rows_kernel(
             if HAS_FACTORS:
                 y *= tl.load(factors[i] + column, mask=here, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
-        # Bits of magnitudes are ordered as they are, and tl.max of floats would ignore NaN.
-        bits = tl.maximum(bits, tl.max(largest.to(tl.int32, bitcast=True), 0))  # pyright: ignore
-    # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py).
+        first += widths[i]
+    # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py). Bits of
+    # magnitudes are ordered as they are, and tl.max of floats would ignore NaN.
+    bits = tl.max(largest.to(tl.int32, bitcast=True), 0)  # pyright: ignore
     power = tl.maximum(((bits + CARRY) >> 23) - 8, LEAST_POWER)  # pyright: ignore
     scale = tl.where(bits >= INFINITE, NOT_A_NUMBER, power << 23)  # pyright: ignore
     tl.store(scale_ptr + row, scale.to(tl.float32, bitcast=True))
     inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
     first = 0
     for i in tl.static_range(len(ys)):  # pyright: ignore
-        for start in range(0, widths[i], BLOCKS[i]):
-            column = start + tl.arange(0, BLOCKS[i])
+        for start in range(0, widths[i], BLOCK):
+            column = start + tl.arange(0, BLOCK)
             here = column < widths[i]
             y = tl.load(
                 ys[i] + row * strides[i] + column,
@@ -87,9 +88,14 @@ _TRANSPOSE_TILE = (128, 128, 8)
 def _rows_tile(widths: Sequence[int], has_factors: bool) -> tuple[int, int]:
     """(columns of an iteration at most, warps).
 
-    On an H200 (fp8-rows-2026-11-30) 14,336 + 14,336 columns with factors take 212 us with 8,192
-    columns and 257 with 4,096; without factors 14,336 take 94 and 91. Rows of 2,048 take 14 us with
-    four warps and 18 with eight.
+    Microseconds of 8,192 rows in bf16 on an H200 (fp8-rows-2026-11-30):
+
+    | widths | 4,096 columns, 8 warps | another tile |
+    |---|---|---|
+    | 14,336 + 14,336, with factors | 256 | 212 with 8,192 columns, 8 warps |
+    | 14,336 | 91 | 94 |
+    | 4,096 + 1,024 + 1,024, with factors | 69 | 63 with 4,096 columns, 4 warps |
+    | 2,048 | 18 | 14 |
     """
     long = has_factors and max(widths) > 8192
     return 8192 if long else 4096, 4 if sum(widths) <= 8192 else 8
@@ -104,8 +110,7 @@ def quantize_rows(
     """(values [n, d], a scale for each row) of the ys side by side, each times its factors.
 
     The ys are [n, d_i]; of those whose columns are not adjacent a copy is made. The factors are
-    powers of two. `dtype` and `tile`, the columns of an iteration at most and the warps, are for
-    tests.
+    powers of two. `dtype` and `tile` are for tests and benchmarks.
     """
     ys = [y if y.stride(1) == 1 else y.contiguous() for y in ys]
     n, widths = ys[0].shape[0], tuple(y.shape[1] for y in ys)
@@ -113,7 +118,8 @@ def quantize_rows(
     scales = torch.empty(n, dtype=torch.float32, device=ys[0].device)
     if n == 0:
         return out, scales
-    longest, warps = tile or _rows_tile(widths, factors is not None)
+    columns, warps = tile or _rows_tile(widths, factors is not None)
+    block = min(columns, triton.next_power_of_2(max(widths)))
     # Powers of two are exact in bf16 too, which takes half the bytes: 14,336 + 14,336 columns take
     # 264 us, and 352 us with factors in float32 (H200, 8,192 rows, fp8-layer-2026-11-30).
     factors = [x.to(torch.bfloat16) for x in factors or ()]
@@ -123,8 +129,7 @@ def quantize_rows(
         tuple(factors), out, scales, out.stride(0),
         HAS_FACTORS=bool(factors), CARRY=CARRY, LEAST_POWER=LEAST_POWER,  # pyright: ignore
         INFINITE=INFINITE, NOT_A_NUMBER=NOT_A_NUMBER,  # pyright: ignore
-        BLOCKS=tuple(min(longest, triton.next_power_of_2(w)) for w in widths),  # pyright: ignore
-        num_warps=warps,  # pyright: ignore
+        BLOCK=block, num_warps=warps,  # pyright: ignore
     )  # fmt: skip
     return out, scales
 

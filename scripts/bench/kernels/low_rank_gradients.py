@@ -7,7 +7,7 @@ r = 16. Microseconds. scripts/gpu_check.sh checks the kernel's errors.
 """
 
 import torch
-from softmax_kernel import timed
+from launch_timing import timed
 from torch import Tensor
 
 from fastlora.ops.linear import low_rank_gradients_kernel as kernel

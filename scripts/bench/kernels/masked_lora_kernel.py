@@ -9,7 +9,7 @@ bf16, r = 16. scripts/gpu_check.sh checks the kernels' errors.
 from itertools import product
 
 import torch
-from softmax_kernel import timed
+from launch_timing import timed
 
 from fastlora.ops.linear import masked_lora_kernel
 

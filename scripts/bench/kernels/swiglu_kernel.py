@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from softmax_kernel import timed
+from launch_timing import timed
 from torch import Tensor
 
 from fastlora.ops.swiglu import swiglu_kernel
