@@ -1,7 +1,7 @@
 """Fixtures that several folders of tests use: tiny checkpoints read by both libraries."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from fastlora.runtime import cuda_graph
 from fastlora.runtime.compiled import _region as compiled_regions
 from fastlora.runtime.cuda_graph import CUDAGraphed
 from fastlora.runtime.tree import leaves
+from oracles.bitsandbytes_cpu import plain_dequantisation
 from oracles.checkpoints import make_checkpoint
 from oracles.pairs import Pair, read_pair, read_tiny
 from oracles.quantized_bases import FAMILY, oracle
@@ -49,6 +50,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
     """Each test, with its fixtures, runs where Python's calls are cheap."""
     return deep_stack.run(runner.pytest_runtest_protocol, item, nextitem)
+
+
+@pytest.fixture(scope="module")
+def right_bitsandbytes() -> Iterator[None]:
+    """bitsandbytes gives right values on the CPU also where blocks of 4 bits span rows."""
+    with plain_dequantisation():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from oracles.checkpoints import FAMILIES
 from oracles.quantized_bases import FAMILY, IDS, load, oracle, quantised_difference, weights
 from oracles.trees import same_bits
 
+pytestmark = pytest.mark.usefixtures("right_bitsandbytes")
+
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f != "mixtral" and "moe" not in f])
 def test_every_dense_family_equals_transformers_in_4_bits(family, dense_folder):

@@ -25,6 +25,8 @@ from oracles.pairs import adapted
 from oracles.quantized_bases import FAMILY, IDS, SETTINGS, load, oracle, weights
 from oracles.trees import same_bits
 
+pytestmark = pytest.mark.usefixtures("right_bitsandbytes")
+
 
 def test_adapters_are_saved_and_loaded_like_those_over_16_bits(dense_folder, tmp_path):
     model = adapted(load(dense_folder(), load_in_4bit=True), r=4)

@@ -33,6 +33,8 @@ from oracles.quantized_bases import (
 )
 from oracles.trees import randomised, relative_error
 
+pytestmark = pytest.mark.usefixtures("right_bitsandbytes")
+
 
 def exact_gradients(model: Model) -> Any:
     """The adapter's gradients over the dequantised weights, in float64."""

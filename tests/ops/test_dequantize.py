@@ -7,12 +7,11 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
-from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, nf4_rounded, quantize_4bit
-from fastlora.ops.quant.dequantize import dense, dequantize, dequantize_reference
+from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, quantize_4bit
+from fastlora.ops.quant.dequantize import dense, dequantize, dequantize_reference, nf4_rounded
 from fastlora.ops.quant.weights import (
     BLOCK,
     NestedAbsmax,
-    Weight4bit,
     Weight8bit,
     from_parts,
     parts,
@@ -82,20 +81,23 @@ def test_block_of_zeros_stays_zero():
         assert found[1].abs().max() <= (1e-2 if nested else 0)  # 8-bit absmax cannot represent 0
 
 
-def test_other_block_sizes_are_supported():
+@pytest.mark.parametrize("columns", [64, 96, 4096])
+@pytest.mark.parametrize("block", [32, 64, 128, 512, 4096])
+def test_blocks_may_span_rows(block, columns):
+    """On CPUs with AVX-512 bitsandbytes 0.50.2 gives wrong values for some of these shapes."""
     pytest.importorskip("triton", reason="requirements-test.txt has triton")
     from fastlora.ops.quant.dequantize_kernel import dequantize_4bit
 
-    weight = drawn((150, 64), torch.float32)  # more than one program of the kernel
-    for block in (32, 128, 4096):
-        packed, state = bnb.quantize_4bit(
-            weight, blocksize=block, compress_statistics=False, quant_type="nf4"
-        )
-        form = torch.empty(150, 64, block, 0)
-        record = Weight4bit(packed.flatten(), state.code, form, state.absmax)
-        wanted = bnb.dequantize_4bit(packed, state)
-        assert torch.equal(dequantize(record, torch.float32), wanted)
-        assert torch.equal(dequantize_4bit(record, torch.float32), wanted)
+    weight = (
+        drawn((150, columns), torch.float32) * torch.linspace(1, 30, 150, device=DEVICE)[:, None]
+    )
+    record = quantize_4bit(weight, nested=False, block=block)
+    found = dequantize(record, torch.float32)
+    assert (found - weight).norm() < 0.13 * weight.norm()
+    assert torch.equal(dequantize_reference(record, torch.float32), found)
+    assert torch.equal(dequantize_4bit(record, torch.float32), found)
+    if columns % block == 0:
+        assert torch.equal(dequantize_by_bitsandbytes(record), found)
 
 
 def test_int8_equals_bitsandbytes():

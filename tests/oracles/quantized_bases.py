@@ -16,6 +16,7 @@ from fastlora.model import Model
 from fastlora.models.names import projection_weights, tensors_from_base
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.weights import Quantized
+from oracles.bitsandbytes_cpu import plain_dequantisation
 from oracles.trees import token_ids
 
 FAMILY = "llama_bias"
@@ -55,7 +56,7 @@ def quantised_difference(folder: Path, dtype: torch.dtype) -> float | None:
     if any(plain.spec.config.sparse_layers):
         return None
     ids = token_ids(2, 7, vocab_size=plain.spec.config.vocab_size)
-    with torch.no_grad():
+    with torch.no_grad(), plain_dequantisation():
         theirs = oracle(folder, "nf4 nested", dtype)(ids).logits
         ours = load(folder, load_in_4bit=True)(ids)
     return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1))

@@ -11,7 +11,7 @@ from torch import Tensor
 from fastlora.adapters.init.decompositions import low_rank_factors
 from fastlora.arguments import Rule, describe, setting, setting_problems, whole_number
 from fastlora.models.params import LoRA
-from fastlora.ops.quant.bitsandbytes import nf4_rounded
+from fastlora.ops.quant.dequantize import nf4_rounded
 
 
 def int8_rounded(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:

@@ -124,14 +124,3 @@ def comes_from(weight: Quantized, matrix: Float[Tensor, "d_out d_in"]) -> bool:
     )
     differing = (like.packed != weight.packed[: len(like.packed)]).sum()
     return bool(flat.isfinite().all() and differing <= _MAX_DIFFERING_SHARE * len(flat))
-
-
-def nf4_rounded(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
-    """The matrix after a round trip through NF4, in float32, on weight.device.
-
-    Without double quantisation: the absmax values stay in float32.
-
-    Raises:
-        ModuleNotFoundError: if bitsandbytes is not installed.
-    """
-    return dequantize_by_bitsandbytes(quantize_4bit(weight.to(torch.float32), nested=False))

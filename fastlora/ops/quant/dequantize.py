@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
 from fastlora.ops.launch import implement
-from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes
+from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, quantize_4bit
 from fastlora.ops.quant.weights import (
     NESTED_BLOCK,
     NestedAbsmax,
@@ -65,8 +65,9 @@ def _dequantize(weight, dtype):
         from fastlora.ops.quant import dequantize_kernel  # noqa: PLC0415  imports triton
 
         return dequantize_kernel.dequantize_4bit(record, dtype)
-    # With an odd number of columns bitsandbytes compiles a Python function for each new shape.
-    if not record.packed.is_cuda and record.form.shape[1] % 2:
+    # If blocks span rows, bitsandbytes' code for AVX-512 gives wrong values (0.50.2, for multiples
+    # of 16 columns), and for odd numbers of columns it compiles a Python function for each shape.
+    if not record.packed.is_cuda and record.form.shape[1] % record.form.shape[2]:
         return dequantize_reference(record, dtype)
     return dequantize_by_bitsandbytes(record).to(dtype)
 
@@ -82,8 +83,9 @@ def _(weight, dtype):
 def dequantize(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
     """The matrix in `dtype`, a new tensor on the weight's device. No gradient flows.
 
-    The bits are those of bitsandbytes 0.50.2 (dequantize_4bit, int8_vectorwise_dequant), converted
-    to `dtype`. Of e4m3 they are values * scale, which bfloat16, float32 and float64 hold exactly.
+    The bits are those of bitsandbytes 0.50.2 on CUDA (dequantize_4bit, int8_vectorwise_dequant),
+    converted to `dtype`. Of e4m3 they are values * scale, which bfloat16, float32 and float64 hold
+    exactly.
 
     Args:
         weight: 4 or 8 bits.
@@ -95,3 +97,14 @@ def dequantize(weight: Quantized, dtype: torch.dtype) -> Float[Tensor, "d_out d_
 def dense(weight: Weight, dtype: torch.dtype) -> Float[Tensor, "d_out d_in"]:
     """A dense weight unchanged, in its dtype; a quantised weight dequantised to `dtype`."""
     return weight if isinstance(weight, Tensor) else dequantize(weight, dtype)
+
+
+def nf4_rounded(weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
+    """The matrix after a round trip through NF4, in float32, on weight.device.
+
+    Without double quantisation: the absmax values stay in float32.
+
+    Raises:
+        ModuleNotFoundError: if bitsandbytes is not installed.
+    """
+    return dequantize(quantize_4bit(weight.to(torch.float32), nested=False), torch.float32)
