@@ -14,7 +14,7 @@ from fastlora.formats.peft.names import named_leaves
 from fastlora.functional import loss_sum
 from fastlora.losses.objectives import Objective
 from fastlora.models.names import linear_names, projection_shape
-from fastlora.models.params import Adapter, Base, is_quantized
+from fastlora.models.params import Adapter, Base
 from fastlora.models.spec import Extras, Spec
 from fastlora.models.state import Batch, Seed, StateT, require_adapter
 from fastlora.ops.attention.context_group import ContextGroup
@@ -70,9 +70,7 @@ def make_learner(
         settings.optimizer, list(leaves.values()), settings.weight_decay, ratios
     )
     device = model.base["norm"].device.type
-    cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(
-        model.spec, device, settings, model.base
-    )
+    cuda_graph = not is_sharded(model.base) and should_use_cuda_graph(model.spec, device, settings)
     if settings.clip_per_example is not None:
         warn_of_noise(settings, model)
         loss_and_grad = value_and_grad(row_means, per_example=True)
@@ -111,20 +109,18 @@ def micro_batch_loss(
     return loss_sum(adapter, base, spec, batch, **how)[0] * scale
 
 
-# Parameters of a layer times tokens of a micro-batch. Below this, the GPU waits for the host: on an
-# H100, for a 1B model, the products take 1.3 ms forward and backward and their launches some 3 ms.
-_GRAPH_LIMIT_OPERATIONS = 2.5e11
-
-# The same for a base in 4 or 8 bits, which takes more launches: to unpack its matrices, or to round
-# what fp8 products read. A step of 8 layers of an 8B model in NF4 over 2 x 2048 tokens (8.9e11)
-# takes 106 ms with "offload", in a graph 88 (H200, nf4-offload-graph-2026-11-30 in
-# scripts/bench/results.jsonl). Launched by a host that had other work, a step of 1B over 4 x 2048
-# (5.0e11) took 115 ms in bf16 and 154 over fp8 (fp8-losses-1b-2026-11-30).
-_PACKED_GRAPH_LIMIT_OPERATIONS = 1e12
+# Parameters of a layer times tokens of a micro-batch. Below this the GPU may wait for the host: on
+# some H200 machines it took 6 to 8 ms to launch a layer's kernels, forward and backward. A step of
+# 1B over 4 x 2048 tokens (5.0e11) has 88 ms of kernels in bf16; launched one by one they took 94,
+# 115 and 126 ms, and over fp8 154 ms, in a graph 77. A step of 8 layers of 8B in NF4 over 2 x 2048
+# tokens (8.9e11) takes 106 ms with "offload", in a graph 88. Keys in scripts/bench/results.jsonl:
+# h200-stream-1b-2026-11-30, fp8-losses-1b-2026-11-30, fp8-losses-1b-graph-2026-11-30,
+# nf4-offload-graph-2026-11-30.
+_GRAPH_LIMIT_OPERATIONS = 1e12
 
 
 def should_use_cuda_graph(
-    spec: Spec, device: str, settings: Settings, base: Base | None = None
+    spec: Spec, device: str, settings: Settings, stacked: bool = False
 ) -> bool:
     """Whether to replay micro-batches from a CUDA graph.
 
@@ -135,13 +131,12 @@ def should_use_cuda_graph(
         spec: of the model or the stack.
         device: type of the base's device.
         settings: of the run, or with the batch size of all runs of a stack.
-        base: of the model; None for a stack. Stacks with "offload" are not recorded, because that
-            has not been measured.
+        stacked: of a stack. With "offload" it is not recorded, because that has not been measured.
     """
     # Without packing, lengths differ from batch to batch.
     if device != "cuda" or not settings.packing:
         return False
-    if base is None and spec.recompute == "offload":
+    if stacked and spec.recompute == "offload":
         return False
     if settings.context_parallel > 1:  # a recorded step does not send
         return False
@@ -149,6 +144,4 @@ def should_use_cuda_graph(
         return False
     names = linear_names(spec.config)
     layer = sum(rows * d for rows, d in (projection_shape(spec.config, n) for n in names))
-    packed = base is not None and is_quantized(base)
-    limit = _PACKED_GRAPH_LIMIT_OPERATIONS if packed else _GRAPH_LIMIT_OPERATIONS
-    return settings.batch_size * spec.max_seq_length * layer < limit
+    return settings.batch_size * spec.max_seq_length * layer < _GRAPH_LIMIT_OPERATIONS

@@ -184,7 +184,7 @@ def test_a_float16_base_rescales_only_the_run_that_overflows(folder, tokenizer, 
 def test_a_stack_is_recorded_as_a_single_run_with_all_rows_is(base, monkeypatch):
     """Where micro-batches of n times the rows are small enough for a CUDA graph."""
     asked, graphs = [], []
-    note = lambda spec, device, given: asked.append(given.batch_size) or len(asked) < 2
+    note = lambda spec, device, given, stacked: asked.append(given.batch_size) or len(asked) < 2
     monkeypatch.setattr(stacks, "should_use_cuda_graph", note)
     graph = lambda fn, cuda_graph: graphs.append(cuda_graph) or fn
     monkeypatch.setattr(stacks, "value_and_grad", graph)

@@ -95,7 +95,7 @@ def make_stack(learners: Sequence[Learner], settings: Settings) -> RunStack:
     base = learners[0].model.base
     # All rows of the pass count, as those of one run's larger batch.
     size = replace(settings, batch_size=settings.batch_size * len(learners))
-    graphed = should_use_cuda_graph(spec, base["norm"].device.type, size)
+    graphed = should_use_cuda_graph(spec, base["norm"].device.type, size, stacked=True)
     # Made once: thousands of views would take milliseconds in each step.
     views, tensors = (
         [x for row in rows for x in row if x is not None]
