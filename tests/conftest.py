@@ -54,7 +54,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 @pytest.fixture(scope="module")
 def right_bitsandbytes() -> Iterator[None]:
-    """bitsandbytes gives right values on the CPU also where blocks of 4 bits span rows."""
+    """bitsandbytes gives right values on the CPU also where blocks of 4 bits span rows.
+
+    For fastlora too, which calls it where rows end with blocks. tests/ops/test_dequantize.py
+    compares the two there, without this fixture.
+    """
     with plain_dequantisation():
         yield
 

@@ -7,6 +7,7 @@ import bitsandbytes.functional as bnb
 import pytest
 import torch
 
+from fastlora.ops.quant import dequantize as dequantize_module
 from fastlora.ops.quant.bitsandbytes import dequantize_by_bitsandbytes, quantize_4bit
 from fastlora.ops.quant.dequantize import dense, dequantize, dequantize_reference, nf4_rounded
 from fastlora.ops.quant.weights import (
@@ -98,6 +99,14 @@ def test_blocks_may_span_rows(block, columns):
     assert torch.equal(dequantize_4bit(record, torch.float32), found)
     if columns % block == 0:
         assert torch.equal(dequantize_by_bitsandbytes(record), found)
+
+
+def test_bitsandbytes_is_not_called_on_the_cpu_if_blocks_span_rows(monkeypatch):
+    record = quantize_4bit(torch.randn(40, 96))
+    monkeypatch.setattr(dequantize_module, "dequantize_by_bitsandbytes", None)
+    assert torch.equal(
+        dequantize(record, torch.float32), dequantize_reference(record, torch.float32)
+    )
 
 
 def test_int8_equals_bitsandbytes():

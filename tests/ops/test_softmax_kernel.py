@@ -69,11 +69,22 @@ def test_huge_logits_give_finite_results():
 
 
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
-def test_ignored_rows_are_zero_whatever_their_logits(bad):
+def test_ignored_rows_are_zero_also_if_their_logits_are_not_finite(bad):
     h, weight, labels = drawn((5, 7, 33), torch.float32)
     wanted = chunk_value_and_grad_kernel(h, weight, labels)
     h[labels == -100] = bad
     assert all(map(torch.equal, chunk_value_and_grad_kernel(h, weight, labels), wanted))
+
+
+def test_a_label_outside_the_vocabulary_gives_nan_and_writes_no_other_row():
+    from fastlora.ops.loss.softmax_kernel import logprobs_and_dlogits_
+
+    logits, labels = torch.randn(6, 33, device=DEVICE), torch.tensor([2, -1, 33, 0], device=DEVICE)
+    given, rows = logits.clone(), [0, 3]
+    logp, _ = logprobs_and_dlogits_(given[1:5], labels, -100)
+    wanted, dlogits = logprobs_and_dlogits_(logits[1:5][rows], labels[rows], -100)
+    assert torch.equal(logp[rows], wanted) and logp[1:3].isnan().all()
+    assert torch.equal(given[1:5][rows], dlogits) and torch.equal(given[::5], logits[::5])
 
 
 def test_kernel_gradient_is_right_for_any_function_of_the_log_probabilities():

@@ -44,10 +44,10 @@ def test_stacks_with_offload_are_not_recorded_but_single_models_are(model):
 
 @pytest.mark.parametrize(
     ("size", "rows", "recorded"),
-    [("1B", 4, True), ("1B", 16, False), ("8B", 2, True), ("8B", 4, False)],
+    [("1B", 4, True), ("1B", 8, False), ("8B", 2, True), ("8B", 3, False)],
 )
 def test_micro_batches_are_recorded_if_the_host_may_be_too_slow(model, size, rows, recorded):
-    """Rows of 2,048 tokens. Four of them take a layer of 1B 5.5 ms, and one of 8B 14 ms."""
+    """Rows of 2,048 tokens. For four rows a layer of 1B takes 5.5 ms and a layer of 8B 15 ms."""
     d, f, head_dim = (2048, 8192, 64) if size == "1B" else (4096, 14336, 128)
     sizes = dict(hidden_size=d, intermediate_size=f, head_dim=head_dim)
     sizes |= dict(num_attention_heads=32, num_key_value_heads=8)

@@ -36,13 +36,14 @@ def _logprob_kernel(
             column = start + tl.arange(0, BLOCK)
             tl.store(z_ptr + column, tl.zeros((BLOCK,), narrow), mask=column < V)
     else:
-        # Read the label's logit now, because the last pass overwrites it.
-        chosen, slope = tl.load(z_ptr + label).to(wide), 1.0
+        # Read the label's logit now, because the last pass overwrites it. NaN: outside the row.
+        inside, slope = (label >= 0) & (label < V), 1.0
+        chosen = tl.load(z_ptr + label, mask=inside, other=float("nan")).to(wide)
         if CAPPED:  # cap * tanh(z / cap)
             of_label = 1 - 2 / (1 + tl.exp2(chosen * (2.8853900817779268 / cap)))
             chosen, slope = cap * of_label, 1 - of_label * of_label
-        # Each thread has its own maxima and sums, of eight neighbours at a time, so that no thread
-        # waits for others before the row ends. A finite start: -inf - -inf is NaN.
+        # A maximum and a sum for every eight neighbours of a block, which one thread holds, so that
+        # no thread waits for others before the row ends. A finite start: -inf - -inf is NaN.
         neighbours = 8 * tl.arange(0, BLOCK // 8)[:, None] + tl.arange(0, 8)[None, :]
         top = tl.full((BLOCK // 8,), -3.4028234663852886e38, wide)
         total = tl.zeros((BLOCK // 8,), wide)
@@ -57,8 +58,7 @@ def _logprob_kernel(
             total += tl.sum(tl.exp2((z - new[:, None]) * 1.4426950408889634), 1)
             top = new
         best = tl.max(top, 0)
-        total *= tl.exp2((top - best) * 1.4426950408889634)
-        lse = best + tl.log(tl.sum(total, 0))
+        lse = best + tl.log(tl.sum(total * tl.exp2((top - best) * 1.4426950408889634), 0))
         tl.store(logp_ptr + row, chosen - lse)
         for start in range(0, V, BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -68,9 +68,9 @@ def _logprob_kernel(
                 tanh = 1 - 2 / (1 + tl.exp2(z * (2.8853900817779268 / cap)))
                 dz = -tl.exp2((cap * tanh - lse) * 1.4426950408889634) * (1 - tanh * tanh)
             tl.store(z_ptr + column, dz.to(narrow), mask=column < V)
-        tl.debug_barrier()  # the label's element is another thread's
+        tl.debug_barrier()  # another thread may have stored the label's element
         dz = (1 - tl.exp2((chosen - lse) * 1.4426950408889634)) * slope
-        tl.store(z_ptr + label, dz.to(narrow))
+        tl.store(z_ptr + label, dz.to(narrow), mask=inside)
 
 
 # ── launcher ──────────────────────────────────────────────────────────────────────────────
@@ -79,7 +79,7 @@ def block_and_warps(vocab_size: int) -> tuple[int, int]:
 
     A program has up to 1,024 threads, so few rows are in progress, and the second pass finds part
     of its row in the L2 cache. Microseconds for 2**27 logits in bf16 on an H200
-    (softmax-kernel-2026-11-30), of which a copy takes 126:
+    (softmax-kernel-2026-11-30); a copy of them takes 126:
 
     | vocabulary | 16,384 elements | 32,768 |
     |---|---|---|
@@ -101,7 +101,7 @@ def logprobs_and_dlogits_(
 
     Args:
         logits: contiguous; overwritten.
-        labels: in [0, v), or `ignore`.
+        labels: in [0, v), or `ignore`. Of any other label the log-probability is NaN.
         ignore: the label of rows to skip.
         cap: the log-probabilities are those of cap * tanh(logits / cap); None: of the logits.
     """

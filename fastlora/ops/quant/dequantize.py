@@ -1,9 +1,10 @@
 """Dequantisation: W = levels[index] * absmax of its block, rounded once.
 
-The reference is the specification. The op runs bitsandbytes on the CPU and our kernel on CUDA
-(dequantize_kernel.py), with the same bits. The op is opaque to torch.compile, and so are the ops of
-compiled layers that call it (linear/frozen.py). No compiled graph therefore contains a dequantised
-matrix, which its partitioner might keep for the backward pass.
+The reference is the specification. The op runs our kernel on CUDA (dequantize_kernel.py), and on
+the CPU bitsandbytes if rows end with blocks, else the reference, all with the same bits. The op is
+opaque to torch.compile, and so are the ops of compiled layers that call it (linear/frozen.py). No
+compiled graph therefore contains a dequantised matrix, which its partitioner might keep for the
+backward pass.
 """
 
 import torch
@@ -67,7 +68,9 @@ def _dequantize(weight, dtype):
         return dequantize_kernel.dequantize_4bit(record, dtype)
     # If blocks span rows, bitsandbytes' code for AVX-512 gives wrong values (0.50.2, for multiples
     # of 16 columns), and for odd numbers of columns it compiles a Python function for each shape.
-    if not record.packed.is_cuda and record.form.shape[1] % record.form.shape[2]:
+    # It does so for long blocks too.
+    _, columns, block, _ = record.form.shape
+    if not record.packed.is_cuda and (columns % block or block >= 2048):
         return dequantize_reference(record, dtype)
     return dequantize_by_bitsandbytes(record).to(dtype)
 

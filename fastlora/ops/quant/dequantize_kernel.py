@@ -30,7 +30,7 @@ def _dequantize_kernel(
     word = tl.arange(0, BYTES // 4)
     byte = 4 * word[:, None] + tl.arange(0, 4)[None, :]
     packed = tl.load(packed_ptr + start + byte, mask=byte < left, other=0)
-    # BLOCK is a multiple of 8, so all values of a word share one absmax.
+    # BLOCK is a multiple of 8, so all values of a word share one absmax, and divides 2 * BYTES.
     block, here = 2 * start // BLOCK + 8 * word // BLOCK, 4 * word < left
     if NESTED:
         number = tl.load(absmax_ptr + block, mask=here, other=0)
@@ -75,6 +75,7 @@ def dequantize_4bit(weight: Weight4bit, dtype: torch.dtype) -> Float[Tensor, "d_
     rows, columns, block, _ = weight.form.shape
     absmax, n = weight.absmax, rows * columns
     nested = isinstance(absmax, NestedAbsmax)
+    assert block % 8 == 0 == 2 * _BYTES % block and len(weight.packed) == triton.cdiv(n, 2)
     statistics = absmax if nested else (absmax, absmax, absmax, absmax)
     out = torch.empty(rows, columns, dtype=dtype, device=weight.packed.device)
     # enable_fp_fusion=False: bitsandbytes rounds level * scale before it adds the offset.

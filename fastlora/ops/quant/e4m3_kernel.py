@@ -90,12 +90,12 @@ def _rows_tile(widths: Sequence[int], has_factors: bool) -> tuple[int, int]:
 
     Microseconds of 8,192 rows in bf16 on an H200 (fp8-rows-2026-11-30):
 
-    | widths | 4,096 columns, 8 warps | another tile |
-    |---|---|---|
-    | 14,336 + 14,336, with factors | 256 | 212 with 8,192 columns, 8 warps |
-    | 14,336 | 91 | 94 |
-    | 4,096 + 1,024 + 1,024, with factors | 69 | 63 with 4,096 columns, 4 warps |
-    | 2,048 | 18 | 14 |
+    | widths | 4,096 columns, 8 warps | 8,192 columns, 8 warps | 4,096 columns, 4 warps |
+    |---|---|---|---|
+    | 14,336 + 14,336, with factors | 256.5 | 211.8 | 268.8 |
+    | 14,336 | 91.4 | 94.3 | 100.5 |
+    | 4,096 + 1,024 + 1,024, with factors | 69.1 | 69.9 | 63.5 |
+    | 2,048 | 18.0 | 17.7 | 14.3 |
     """
     long = has_factors and max(widths) > 8192
     return 8192 if long else 4096, 4 if sum(widths) <= 8192 else 8

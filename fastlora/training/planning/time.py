@@ -30,7 +30,7 @@ _PRODUCT_OPERATIONS_PER_SECOND = 745e12  # h200-profile-1b-2026-11-30, fp8-layer
 _ATTENTION_RATES = (400e12, 680), (530e12, 1290)
 # 2.8e12 on an H200 (h200-profile-1b-2026-11-30); an H100 has 70 % of its bandwidth.
 _BYTES_PER_SECOND = 2.2e12
-_DEQUANTISED_BYTES_PER_SECOND = 3.7e12  # read and written (h200-dequantize-2026-11-30)
+_DEQUANTISED_BYTES_PER_SECOND = 3.7e12  # of an H200, read and written (h200-dequantize-2026-11-30)
 
 # Of a base in e4m3, in profile-8b-fp8-2026-11-30: its products, and the bytes that the kernels move
 # that round rows and transpose matrices.
