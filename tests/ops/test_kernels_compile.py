@@ -185,7 +185,7 @@ for kernel, constants, how, *kilobytes in KERNELS:
         absent = name == "factors" and not constants["HAS_FACTORS"]
         signature[name] = () if absent else (TUPLES[name],) * pieces
     values = {(names.index(name),): value for name, value in constants.items()}
-    # torch's tensors begin at multiples of 16 bytes.
+    # Tensors begin at multiples of 16 bytes, if they are not views.
     tensors = [i for i, n in enumerate(names) if str(signature[n]).startswith("*")]
     aligned = {(i,): [["tt.divisibility", 16]] for i in tensors}
     source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)
