@@ -109,7 +109,7 @@ def test_ctrl_c_ends_a_set_up_that_compiles(run, tmp_path):
     python3.chmod(0o755)
     # sleep is in the background: bash runs no trap while it waits for a program in the foreground,
     # and a signal between that program's fork and exec is lost.
-    process = run(python="trap 'kill $!; exit 1' INT; sleep 60 & echo ready >&2; wait")
+    process = run(python="trap 'kill $! 2>/dev/null; exit 1' INT; sleep 60 & echo ready >&2; wait")
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
     told, _ = process.communicate(timeout=30)
@@ -124,7 +124,7 @@ def test_pyright_ends_with_the_script(run, tmp_path):
     assert process.returncode == 5 and not runs(int((tmp_path / "pyright.pid").read_text()))
     (tmp_path / "pyright.pid").unlink()
     # pytest answers SIGINT with an ordinary exit status.
-    tests = f"trap 'kill $!; exit 2' INT; {STARTED} sleep 60 & echo ready; wait"
+    tests = f"trap 'kill $! 2>/dev/null; exit 2' INT; {STARTED} sleep 60 & echo ready; wait"
     process = run(pyright=SLOW, python=tests)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     os.killpg(process.pid, signal.SIGINT)
