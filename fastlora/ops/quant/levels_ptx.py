@@ -1,8 +1,8 @@
 """Inline PTX of the kernels for 4-bit weights: the levels of indices."""
 
-# Looking the 16 levels up in memory takes 10 times as long as reading the weights (H200). A warp's
-# lanes hold them instead: lane i has level i % 16, and a shuffle returns the level of any index.
-# Only the low four bits of an index count (0x101f: segments of 16 lanes).
+# In a decode step, looking the 16 levels up in memory takes 10 times as long as reading the weights
+# (H200). A warp's lanes hold them instead: lane i has level i % 16, and a shuffle returns the level
+# of any index. Only the low four bits of an index count (0x101f: segments of 16 lanes).
 TABLE = """{
 .reg .u32 lane; .reg .u64 at;
 mov.u32 lane, %laneid;
