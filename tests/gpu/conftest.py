@@ -2,7 +2,8 @@
 
 Each check is a test that takes rows (law, value, limit). The test fails if a value exceeds its
 limit. Every row is printed, and with the environment variable OUT set also written to
-$OUT/gpu_rows_<process>.txt, one line each.
+$OUT/gpu_rows_<process>.txt, one line each. $OUT/gpu_tests.txt gets the seconds and the outcome of
+every test as soon as it ends, and the error of one that failed: a run that is cut short has them.
 """
 
 import gc
@@ -21,6 +22,9 @@ from oracles.gpu_models import FAMILIES, SIZES, Row
 
 PARTS = ("kernels", "training", *FAMILIES, "offload", "fp8")
 PARTS_4BIT = ("4bit-training", "4bit-llama3.2", "4bit-qwen2")
+# The files with the longest tests come first, so that no process ends long after the others.
+LONG = ("test_quantized.py", "test_steps.py", "test_training.py", "test_fp8.py", "test_kernels.py")
+ORDER = {name: i - len(LONG) for i, name in enumerate(LONG)} | {"test_inductor.py": 1}
 # GPU_CHECK_START: when the first of several processes began.
 START = float(os.environ.get("GPU_CHECK_START") or time.time())
 
@@ -37,7 +41,7 @@ def pytest_ignore_collect(config: pytest.Config) -> bool | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect other parts and, without CUDA, skip; put tests/gpu/test_inductor.py last."""
+    """Deselect other parts and, without CUDA, skip; long tests first, test_inductor.py last."""
     wanted = set(config.getoption("--part", default=[]) or [])
     here = [x for x in items if x.get_closest_marker("gpu")]
     parts = {x: {m.args[0] for m in x.iter_markers("part")} for x in here}
@@ -45,10 +49,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
     items[:] = [x for x in items if x not in dropped]
-    items.sort(key=lambda x: x.path.name == "test_inductor.py" and x in parts)
+    items.sort(key=lambda x: ORDER.get(x.path.name, 0) if x in parts else 0)
     if not torch.cuda.is_available():
         for item in here:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Append a test's outcome to $OUT/gpu_tests.txt. Of several processes the first one does it."""
+    out, worker = os.environ.get("OUT"), "PYTEST_XDIST_WORKER" in os.environ
+    here = report.nodeid.startswith("tests/gpu/")
+    if not out or worker or not here or (report.when != "call" and report.passed):
+        return
+    at = f"{time.time() - START:6.1f} s: {report.outcome} after {report.duration:.1f} s:"
+    error = report.longreprtext if report.failed else ""
+    with open(Path(out) / "gpu_tests.txt", "a") as file:
+        print(at, report.nodeid, report.when, error, file=file)
 
 
 @pytest.fixture(scope="session")

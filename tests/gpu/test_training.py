@@ -48,7 +48,7 @@ def several_runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Row]:
     monkeypatch.setattr(CUDAGraphed, "_record", note)
     recorded, histories = fastlora.train(runs, tokenizer, rows, **given)
     yield "several runs: recordings of gradient and update", abs(len(recordings) - 2), 0
-    monkeypatch.setattr(stacks, "should_use_cuda_graph", lambda *given: False)
+    monkeypatch.setattr(stacks, "should_use_cuda_graph", lambda *given, **how: False)
     queued, others = fastlora.train(runs, tokenizer, rows, **given)
     for i, (ours, theirs) in enumerate(zip(recorded, queued, strict=True)):
         # A rate is a float32 tensor in a graph and a Python number otherwise.
