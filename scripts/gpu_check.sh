@@ -24,7 +24,8 @@ given=(-m gpu -s -p no:cacheprovider "${@/#/--part=}")
 if [ "${PROCESSES:-1}" = 1 ]; then
     exec python3 -m pytest tests/gpu "${given[@]}"
 fi
-export GPU_CHECK_START=$(date +%s) TORCHINDUCTOR_COMPILE_THREADS=1
+# One thread each: the processes share the cores.
+export GPU_CHECK_START=$(date +%s) TORCHINDUCTOR_COMPILE_THREADS=1 OMP_NUM_THREADS=1
 python3 -m pytest tests/gpu --ignore tests/gpu/test_inductor.py "${given[@]}" \
     -n "$PROCESSES" --dist load --maxschedchunk 1 -rf --durations 30 && status=0 || status=$?
 # This one reads what all others compiled.

@@ -106,7 +106,8 @@ def repeated(folder: Path) -> Iterator[Row]:
         ids = tokens(model, 2, 512) if ids is None else ids
         batch = {"input_ids": ids, "labels": ids}
         for _ in range(6):
-            large = [torch.full((2**k,), 1e4).bfloat16().cuda() for k in (10, 17, 21) * 60]
+            how: dict[str, Any] = dict(dtype=torch.bfloat16, device="cuda")
+            large = [torch.full((2**k,), 1e4, **how) for k in (10, 17, 21) * 60]
             del large
             step = fastlora.value_and_grad(FL.loss)
             results.append(step(model.adapter, model.base, model.spec, batch))

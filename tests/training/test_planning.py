@@ -272,12 +272,13 @@ def test_gate_and_up_as_one_matrix_in_4_bits_run_without_the_kernel(pair):
 
 
 def test_rounding_in_e4m3_is_a_part_of_both_passes():
-    """A profile of four layers of 8B: 3.21 ms for rows, 0.475 ms for matrices."""
+    """A profile of four layers of 8B: 3.21 ms for rows, 0.475 ms for matrices. The kernel has since
+    gone from 352 to 212 us for the gradients of gate and up."""
     model = shaped("8b", fp8=True)
     w, layer = _widths(model, 2048), layers_of(model, "none", 8192)[0]
     rounding = lambda x: _seconds(model, Work(rounded=x.rounded, turned=x.turned), 8192)
     forward, backward = rounding(_forward(w, layer)), rounding(_backward(w, layer))
-    assert 4e3 * (forward + backward) == pytest.approx(3.21 + 0.475, rel=0.02)
+    assert 4e3 * (forward + backward) == pytest.approx(3.21 - 4 * 0.14 + 0.475, rel=0.02)
     assert 0.25 < forward / (forward + backward) < 0.4
     exact = _seconds(model, _forward(w, layer)._replace(rounded=0), 8192)
     assert forward_seconds(model, 4, 2048) == pytest.approx(32 * (exact + forward))
