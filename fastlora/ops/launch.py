@@ -40,17 +40,30 @@ class Launch(NamedTuple):
         return self.kernel, repr(self.args), repr(self.options)
 
 
+# Products and sums become one instruction (fused multiply-add). Triton 3.9 warns of a launch that
+# leaves this open, and says that 3.10 will have the other default.
+_DEFAULTS = {"enable_fp_fusion": True}
+
 _found: ContextVar[list[Launch] | None] = ContextVar("fastlora_launches", default=None)
 _implementations: dict[str, Callable[..., Any]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """kernel[grid](*args, **options). Inside `launches_of` it only notes the launch."""
+    options = _DEFAULTS | options
     found = _found.get()
     if found is None:
         kernel[grid](*args, **options)
     else:
         found.append(Launch(kernel, _pointers(args), options))
+
+
+def pdl_options(x: Tensor, pdl: bool | None = None) -> dict[str, Any]:
+    """The options of a launch that may begin while the kernel before it still runs (programmatic
+    dependent launch, PDL). None: if x's GPU can, which is sm_90 and later."""
+    if pdl is None:
+        pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
+    return dict(PDL=pdl, launch_pdl=pdl)
 
 
 def _pointers(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -53,6 +53,7 @@ def launched(monkeypatch) -> list[Launch]:
 
     def note(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         if launching._found.get() is None:
+            options = launching._DEFAULTS | options
             found.append(Launch(kernel, launching._pointers(args), options))
         launch(kernel, grid, *args, **options)
 
@@ -150,7 +151,8 @@ def test_launches_of_ops_that_an_op_calls_are_found(monkeypatch):
     with FakeTensorMode():
         (found,) = launches_of(outer, torch.empty(4))
     at = lambda address: Pointer(torch.float32, address)
-    assert found == Launch("kernel", (at(4), at(0), (at(0), 3)), {"BLOCK": 16})
+    options = {"enable_fp_fusion": True, "BLOCK": 16}
+    assert found == Launch("kernel", (at(4), at(0), (at(0), 3)), options)
 
 
 def test_symbolic_sizes_are_left_out():

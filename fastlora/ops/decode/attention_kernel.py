@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.dispatch import precision
+from fastlora.ops.launch import launch
 
 # ── kernels ───────────────────────────────────────────────────────────────────────────────
 
@@ -250,7 +251,8 @@ def decode_forward(
     d, group = triton.next_power_of_2(hd), h // kv
     static = dict(KV=kv, GROUP=group, HD=hd, D=d, PDL=how.pdl, BN=how.keys)
     static |= dict(launch_pdl=True) if how.pdl else {}
-    _part_kernel[(b * kv, how.splits)](
+    launch(
+        _part_kernel, (b * kv, how.splits),
         q, k, v, cos, sin, k_cache, v_cache, lengths, parts, lse, out,
         S, seen, 1 / math.sqrt(hd) if scale is None else scale, 1.0 if cap is None else cap,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
@@ -260,7 +262,8 @@ def decode_forward(
         num_warps=how.warps, **static,  # pyright: ignore
     )  # fmt: skip
     if not single:
-        _join_kernel[(b * h,)](
+        launch(
+            _join_kernel, (b * h,),
             lengths, parts, lse, out, S, seen, how.splits,
             CHUNK=16, num_warps=2, **static,  # pyright: ignore
         )  # fmt: skip

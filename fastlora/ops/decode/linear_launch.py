@@ -16,6 +16,7 @@ from fastlora.ops.decode.packed_vector_kernel import packed_vector_kernel
 from fastlora.ops.decode.product import COPIES, EMPTY, MOST_SPLITS, Product, batch_tile
 from fastlora.ops.decode.split_kernel import split_kernel
 from fastlora.ops.dispatch import precision
+from fastlora.ops.launch import launch, pdl_options
 from fastlora.ops.quant.dequantize_kernel import _TRITON
 from fastlora.ops.quant.levels_ptx import SHUFFLE, TABLE
 from fastlora.ops.quant.weights import NestedAbsmax, Weight, Weight4bit, shape_of
@@ -124,16 +125,16 @@ def launch_product(
     key = b, x.dtype, x.data_ptr() % 16, residual is None, cleared, tile, pdl
     if key not in product.launches:
         product.launches[key] = _launch(x, product, residual is not None, cleared, tile, pdl)
-    launch: _Launch = product.launches[key]
+    made: _Launch = product.launches[key]
     out = torch.empty(b * sum(outputs), dtype=x.dtype, device=x.device)
     tensors = [product.a, product.b, product.gain, product.bias, residual, out, product.low, clear]
-    arguments: list[Any] = [x, x if product.norm is None else product.norm, *launch.weights]
+    arguments: list[Any] = [x, x if product.norm is None else product.norm, *made.weights]
     arguments += [x if t is None else t for t in tensors]  # absent tensors are never read
-    if launch.sums:
-        sums = torch.empty(launch.sums, dtype=torch.float32, device=x.device)
+    if made.sums:
+        sums = torch.empty(made.sums, dtype=torch.float32, device=x.device)
         arguments += [sums, product.counts]
     arguments += [] if b == 1 else [b]
-    launch.kernel[(launch.programs,)](*arguments, *launch.numbers, **launch.fixed)
+    launch(made.kernel, (made.programs,), *arguments, *made.numbers, **made.fixed)
     parts = zip(out.split([b * n for n in outputs]), outputs, strict=True)
     return tuple(y.view(b, n) for y, n in parts)
 
@@ -154,9 +155,7 @@ def _launch(
     b, sizes = x.shape[0], [shape_of(w)[0] for w in product.weights]
     outputs = sizes[:1] if product.gated else sizes
     tile = choose_tile(product, x) if tile is None else tile
-    if pdl is None:
-        pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    fixed = _constants(x, product, sizes, residual, cleared, tile) | dict(PDL=pdl, launch_pdl=pdl)
+    fixed = _constants(x, product, sizes, residual, cleared, tile) | pdl_options(x, pdl)
     # Programs: for the rows of A, then for the rows of each part.
     rows = tile.rows * (2 if product.gated else 1)
     kernel: Any = vector_kernel if b == 1 else matrix_kernel
@@ -194,7 +193,6 @@ def _constants(
         GATED=product.gated, GELU=product.gelu, GAIN=product.gain is not None,
         BIAS=product.bias is not None, RESIDUAL=residual, BN=tile.rows, BK=bk, BC=_CLEARED,
         num_warps=tile.warps,
-        enable_fp_fusion=True,  # triton 3.10 has another default
     )  # fmt: skip
     if tile.registers:
         fixed["maxnreg"] = tile.registers

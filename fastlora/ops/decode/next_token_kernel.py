@@ -13,8 +13,6 @@ are small, and the next one may read weights meanwhile.
 # pyright: reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 # pyright: reportOperatorIssue=false, reportArgumentType=false, reportCallIssue=false
 # pyright: reportPossiblyUnboundVariable=false
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fastlora.ops.decode.token_rows import NO_TOKEN, TokenRows
+from fastlora.ops.launch import launch, pdl_options
 
 _COPIED = 1024  # elements of an embedding row for one program
 
@@ -150,10 +149,11 @@ def launch_inputs(
     b, d, (s, hd) = len(token), embedding.shape[1], cos.shape
     x, cos_out, sin_out = embedding.new_empty(b, d), cos.new_empty(b, hd), sin.new_empty(b, hd)
     block = min(_COPIED, triton.next_power_of_2(d))
-    inputs_kernel[(b, triton.cdiv(d, block))](
+    launch(
+        inputs_kernel, (b, triton.cdiv(d, block)),
         token, lengths, embedding, cos, sin, x, cos_out, sin_out, d, s,
         1.0 if scale is None else scale, SCALED=scale is not None, HD=hd,
-        WIDTH=triton.next_power_of_2(hd), BLOCK=block, num_warps=4, **_pdl(x, pdl),
+        WIDTH=triton.next_power_of_2(hd), BLOCK=block, num_warps=4, **pdl_options(x, pdl),
     )  # fmt: skip
     return x, cos_out, sin_out
 
@@ -166,26 +166,21 @@ def launch_tokens(
     pdl: bool | None = None,
 ) -> None:
     """`take_tokens` through the kernels. `pdl`: None: if the GPU can."""
-    (b, v), stops, how = logits.shape, rows.stop.shape[1], _pdl(logits, pdl)
+    (b, v), stops, how = logits.shape, rows.stop.shape[1], pdl_options(logits, pdl)
     block, warps = (1024, 4) if b <= 4 else (4096, 8)  # of few rows all multiprocessors get a part
     parts = triton.cdiv(v, block)
     keys = torch.empty(b, parts, dtype=torch.int64, device=logits.device)
     sums = keys  # not read without log-probabilities
     if logprobs:
         sums = torch.empty(b, parts, dtype=torch.float32, device=logits.device)
-    likeliest_kernel[(parts, b)](
-        logits, keys, sums, v, LOGPROBS=logprobs, BLOCK=block, num_warps=warps, **how
-    )
+    how |= dict(LOGPROBS=logprobs)
+    given = logits, keys, sums, v
+    launch(likeliest_kernel, (parts, b), *given, BLOCK=block, num_warps=warps, **how)
     report, tokens = rows.report, rows.token if candidates is None else candidates
-    take_kernel[(b,)](
+    launch(
+        take_kernel, (b,),
         logits, keys, sums, tokens, *rows, v, parts, stops, report.stride(0), report.stride(1),
-        NO_TOKEN=NO_TOKEN, CANDIDATES=candidates is not None, LOGPROBS=logprobs,
+        NO_TOKEN=NO_TOKEN, CANDIDATES=candidates is not None,
         PARTS=triton.next_power_of_2(parts), STOPS=triton.next_power_of_2(stops),
         num_warps=1 if parts <= 512 else 4, **how,
     )  # fmt: skip
-
-
-def _pdl(x: Tensor, pdl: bool | None) -> dict[str, Any]:
-    if pdl is None:
-        pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
-    return dict(PDL=pdl, launch_pdl=pdl)

@@ -8,6 +8,8 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.launch import launch, pdl_options
+
 
 # As in linear_kernel.py: no helper functions, and what no kernel writes is read before the wait.
 @triton.jit
@@ -53,13 +55,12 @@ def launch_norm(
     """
     n, d = x.shape
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-    if pdl is None:
-        pdl = x.is_cuda and torch.cuda.get_device_capability(x.device)[0] >= 9
     block = triton.next_power_of_2(d)
     out = torch.empty_like(x)
-    norm_kernel[(n,)](
+    launch(
+        norm_kernel, (n,),
         x, factor, x if residual is None else residual, out, eps, D=d, BLOCK=block,
-        NARROW=narrow, RESIDUAL=residual is not None, PDL=pdl, launch_pdl=pdl,
-        num_warps=max(1, min(8, block // 512)),
+        NARROW=narrow, RESIDUAL=residual is not None,
+        num_warps=max(1, min(8, block // 512)), **pdl_options(x, pdl),
     )  # fmt: skip
     return out
