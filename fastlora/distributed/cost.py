@@ -83,7 +83,6 @@ class Bytes(NamedTuple):
     layer: int  # of the largest layer
     all_layers: int
     ends: int  # embedding and head; a tied matrix counts twice, because it is fetched twice
-    head: int
     adapter: int  # gradients in float32
 
 

@@ -35,8 +35,8 @@ from fastlora.ops.attention.context_group import ContextGroup
 # NCCL's own default. The first step of a large model compiles for one or two minutes.
 STEP_SECONDS = 600.0
 
-# Whole numbers travel as two floats, each a multiple of 1 below 2**24 after the sum: exact for up
-# to 4,096 ranks with 2**24 tokens each.
+# A whole number is sent as two floats, number // 4096 and number % 4096. Both sums stay below
+# 2**24, so they are exact for up to 4,096 ranks with 2**24 tokens each.
 _WORD = 4096
 
 # The fingerprint of a rank's last update, in digits of 7 bits. Sums of their squares are exact for

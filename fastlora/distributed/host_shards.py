@@ -31,14 +31,19 @@ class HostCopies:
 
     def keep(self, part: UInt8[Tensor, "n"]) -> UInt8[Tensor, "n"]:
         """The bytes in host memory, pinned if the device is a GPU."""
-        host = pinned(len(part)) if self.device.type == "cuda" else torch.empty_like(part)
+        on_gpu = self.device.type == "cuda"
+        host = pinned(len(part), self.device) if on_gpu else torch.empty_like(part)
         return host.copy_(part)
 
 
-def pinned(size: int) -> UInt8[Tensor, "n"]:
+def pinned(size: int, device: torch.device) -> UInt8[Tensor, "n"]:
     """New host memory that the driver has pinned, until the tensor and its views are gone.
 
     torch's own pinned memory is rounded up to a power of two: 512 MiB for a layer of 442 MB.
+
+    Args:
+        size: in bytes.
+        device: the GPU whose copies read it.
 
     Raises:
         RuntimeError: the driver refuses, because the host has too little memory that can be locked.
@@ -52,10 +57,10 @@ def pinned(size: int) -> UInt8[Tensor, "n"]:
             f"the driver cannot pin {size / 2**30:.2f} GiB of host memory (CUDA error {code}); a"
             " container may limit locked memory (ulimit -l), or the host has too little."
         )
-    weakref.finalize(memory, _unpin, runtime, memory.ctypes.data).atexit = False
+    weakref.finalize(memory, _unpin, runtime, memory.ctypes.data, device).atexit = False
     return torch.from_numpy(memory)
 
 
-def _unpin(runtime: Any, address: int) -> None:
-    torch.cuda.synchronize()  # a copy may still read it
+def _unpin(runtime: Any, address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may still read it
     runtime.cudaHostUnregister(address)

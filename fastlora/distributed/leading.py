@@ -36,7 +36,7 @@ def on_first_rank(base: Any, work: Callable[[], T]) -> T:
     try:
         if first:
             outcome[0] = _lead(shards, work)
-    except Exception as error:
+    except BaseException as error:  # Ctrl-C too: the others must not take it for a result
         outcome[1] = f"{type(error).__name__}: {error}"
         raise
     finally:

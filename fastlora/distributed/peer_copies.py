@@ -72,7 +72,8 @@ class PeerCopies:
 
     def _meet(self, part: UInt8[Tensor, "n"]) -> tuple[list[Tensor], Any]:
         """Wait for all ranks, and map their parts."""
-        self.stream.streams.synchronize()  # the part is written before others can read it
+        # The part is written before others can read it.
+        self.stream.streams.synchronize(self.device)
         with _without_multicast():
             handle = self._memory.rendezvous(part, self.group)
         # The entry must not hold `part` itself, or it would never end.

@@ -81,8 +81,10 @@ def base_bytes(checked: CheckedBase) -> int:
         numel = torch.Size(shape).numel()
         if name in checked.to_quantize:
             item = 1.0 if checked.precision == "fp8" else in_4bit
+        elif name in checked.stored:
+            item = 1.0 if checked.stored[name].format == "int8" else in_4bit
         else:
-            item = in_4bit if name in checked.stored else checked.dtype_of(name).itemsize
+            item = checked.dtype_of(name).itemsize
         total += round(numel * item)
     return total
 

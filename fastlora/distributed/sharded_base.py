@@ -246,6 +246,5 @@ def gathered(model: StateT) -> StateT:
     layers: Any = base["layers"]
     whole: Any = {key: resident(x) for key, x in base.items() if key != "layers"}
     whole["layers"] = tuple(tree_map(lambda x: x, layers[i]) for i in range(len(layers)))
-    if isinstance(layers, FetchedLayers):
-        layers.release()
+    layers.release()
     return replace(model, base={key: whole[key] for key in base})

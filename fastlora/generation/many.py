@@ -83,7 +83,8 @@ def generate_many(
         max_batch: rows at a time; "auto": as many as fit into the free memory, at most 64 on a GPU
             and 16 on a CPU.
         n: samples of each prompt.
-        max_new_tokens: as `Model.generate`, and so are the settings up to `eos_token_id`.
+        max_new_tokens: of a row at most. This and the next arguments, up to `eos_token_id`, mean
+            what they mean in `Model.generate`.
         temperature: 0 always takes the likeliest token.
         top_k: sample among the k likeliest tokens only.
         top_p: sample among the likeliest tokens that together reach this probability.

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from fastlora.runtime.devices import as_current
+
 # A graph holds some MB of launches for each step. A server's clients could ask for hundreds of
 # variants.
 _MOST_STEPS = 128
@@ -83,7 +85,8 @@ class StepGraphs:
         if (key, size) not in self.replays:
             while self.replays and size + sum(n for _, n in self.replays) > _MOST_STEPS:
                 del self.replays[next(iter(self.replays))]  # the oldest
-            self.replays[key, size] = self._capture(step, size)  # runs nothing
+            with as_current(self.device):  # torch records the current device's stream
+                self.replays[key, size] = self._capture(step, size)  # runs nothing
         self.replays[key, size]()
         self.lost[key] += _GAP
 

@@ -8,5 +8,8 @@ Triton kernels of the op beside it; it imports triton, so the op imports it on f
     cast.py           adapters to another dtype     linear/      frozen, adapted, grouped products
     dropout.py        masks from a key              swiglu/      SwiGLU over adapted gate and up
     rms_norm.py                                     loss/        log-probabilities of labels
-    gradient_barrier.py                             quant/       4-bit, 8-bit, fake quantisation
+    gradient_barrier.py                             quant/       4 and 8 bits, e4m3, QAT
+    soft_cap.py       of scores and logits          decode/      kernels of one more token
+    count_sketch.py   of gradients
+    launch.py         how kernels are launched
 """

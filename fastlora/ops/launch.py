@@ -49,13 +49,14 @@ _implementations: dict[str, Callable[..., Any]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """kernel[grid](*args, **options). Inside `launches_of` it only notes the launch."""
+    """kernel[grid](*args, **options), on the GPU of the first tensor among the arguments. Inside
+    `launches_of` it only notes the launch."""
     options = _DEFAULTS | options
-    found = _found.get()
-    if found is None:
-        kernel[grid](*args, **options)
-    else:
+    if (found := _found.get()) is not None:
         found.append(Launch(kernel, _pointers(args), options))
+        return
+    with torch.cuda.device_of(next(x for x in args if isinstance(x, Tensor))):
+        kernel[grid](*args, **options)  # Triton launches on the current device
 
 
 def pdl_options(x: Tensor, pdl: bool | None = None) -> dict[str, Any]:

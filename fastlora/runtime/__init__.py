@@ -1,6 +1,11 @@
 """How functions of tensors are run: differentiated, compiled, recorded, and kept in less memory.
 
-Nothing here knows about models. gradients.py and per_example.py differentiate, compiled.py calls
-torch.compile, cuda_graph.py records and replays launches, host_offload.py keeps activations in host
-memory, and tree.py walks nested containers.
+gradients.py, per_example.py        derivatives
+compiled.py, kernels_ahead.py       torch.compile, and Triton's kernels compiled meanwhile
+first_step.py, ahead.py             threads that prepare the first step
+cuda_graph.py, pinned_buffers.py    launches recorded and replayed, and the host memory they use
+host_offload.py, layer_fetching.py  activations in host memory; layers that are not on the device
+copy_stream.py                      copies beside the compute stream
+devices.py, host_memory.py, cores.py  what the machine has
+tree.py                             nested containers
 """

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora.runtime.devices import as_current
+
 
 class CopyStream:
     """A stream that copies in the order in which it is asked to.
@@ -23,7 +25,8 @@ class CopyStream:
         """
         self.device = device
         self.streams: Any = torch.get_device_module(device)
-        self.copying = self.streams.Stream()
+        with as_current(device):
+            self.copying = self.streams.Stream()
 
     def fill(self, target: Tensor, fill: Callable[[Tensor], object]) -> "Copy":
         """Start to fill a tensor.
@@ -33,24 +36,28 @@ class CopyStream:
                 live until the compute stream has waited for the copy.
             fill: queues the copies to `target`.
         """
-        self.copying.wait_stream(self.streams.current_stream())
+        self.copying.wait_stream(self.computing())
         with self.streams.stream(self.copying):
             fill(target)
-            return Copy(target, self.copying.record_event(), self.streams)
+            return Copy(self, target, self.copying.record_event())
 
     def begin(self, size: int, fill: Callable[[Tensor], object]) -> "Copy":
         """Start to fill `size` bytes of new memory of the device, a tensor [size] of uint8."""
         return self.fill(torch.empty(size, dtype=torch.uint8, device=self.device), fill)
 
+    def computing(self) -> Any:
+        """The compute stream: the device's current one."""
+        return self.streams.current_stream(self.device)
+
 
 class Copy:
     """One copy under way."""
 
-    def __init__(self, target: Tensor, done: Any, streams: Any) -> None:
-        """The receiving memory, the event after the copy, and torch's module of the device."""
-        self.target, self.done, self.streams = target, done, streams
+    def __init__(self, stream: CopyStream, target: Tensor, done: Any) -> None:
+        """The stream that copies, the receiving memory, and the event after the copy."""
+        self.stream, self.target, self.done = stream, target, done
 
     def wait(self) -> Tensor:
         """The receiving memory, after the compute stream has been told to wait for the copy."""
-        self.streams.current_stream().wait_event(self.done)
+        self.stream.computing().wait_event(self.done)
         return self.target

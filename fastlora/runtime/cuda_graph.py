@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastlora.ops.dispatch import transforms_active
-from fastlora.runtime.devices import device_of
+from fastlora.runtime.devices import as_current, device_of
 from fastlora.runtime.layer_fetching import FetchedLayers, FetchedMatrix
 from fastlora.runtime.pinned_buffers import (
     PinnedBuffers,
@@ -111,7 +111,8 @@ class CUDAGraphed:
         inputs = [x.detach().clone() if i in moved else x for i, x in enumerate(given)]
         args, kwargs = with_leaves((args, kwargs), iter(inputs))
         with pinned_from(PinnedBuffers(self.buffers)):
-            replay, results = self._capture(lambda: self.fn(*args, **kwargs))
+            with as_current(device_of(given)):  # torch records the current device's stream
+                replay, results = self._capture(lambda: self.fn(*args, **kwargs))
         hold_until_replayed(self.buffers, device_of(given))
         return _Recording(inputs, moved, replay, results, self.buffers)
 

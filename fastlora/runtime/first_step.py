@@ -86,7 +86,8 @@ def preparing_first_step(
             kernels are compiled in threads that the end of the block does not wait for.
     """
     tasks: list[Callable[[], object]] = imports(DYNAMO)
-    # It imports nothing, and leaves Python's lock to the imports most of the time.
+    # The thread that hashes Triton's files. It imports nothing, and most of the time it leaves
+    # Python's lock to the imports.
     hashing: list[Ahead] = []
     if compiles(compile, device):
         tasks += [partial(_start_compilers, device)] if compilers else []
@@ -116,7 +117,7 @@ def _hash_torch() -> None:
 
 
 def _hash_triton(device: torch.device) -> None:
-    """The same of Triton's files, most of whose bytes are in one library."""
+    """Hash Triton's files for these keys. Most of their bytes are in one library."""
     from torch._inductor.codecache import CacheBase  # noqa: PLC0415  half a second
 
     with as_current(device):  # get_system asks for the properties of the current one

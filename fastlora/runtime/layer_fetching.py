@@ -186,7 +186,8 @@ class LayerPass:
         return self.here[1]
 
     def refetched(self, i: int) -> "Refetched":
-        """What tells the tensors of layer i, which are here, from others that autograd saves."""
+        """The record that recognises layer i's tensors among those that autograd saves. The layer
+        must be here."""
         assert self.here is not None and self.here[0] == i
         return Refetched(self, i, self.here[1].untyped_storage().data_ptr())
 

@@ -120,11 +120,11 @@ class History:
         """The simple noise scale in tokens (McCandlish et al. 2018, arXiv:1812.06162), or for
         another loss in its items: batches much smaller than it are dominated by noise, and larger
         ones hardly take better steps. NaN if no step had several micro-batches
-        (gradient_accumulation_steps=2 with half the batch_size takes the same steps), for private
-        runs, and for several runs in one pass.
+        (gradient_accumulation_steps=2 with half the batch_size takes the same steps), and for
+        private runs.
 
         Args:
-            last: of this many steps; None: of all. It grows during training.
+            last: of this many steps that have an estimate; None: of all. It grows during training.
 
         Raises:
             ValueError: `last` is not a positive whole number.

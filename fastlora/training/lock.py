@@ -35,15 +35,9 @@ def output_lock(folder: Path | None) -> Iterator[None]:
         yield
         return
     created = [p for p in (folder, *folder.absolute().parents) if not p.exists()]
+    descriptor = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _locked_file(folder)
-    except OSError as error:
-        raise ValueError(
-            f"output_dir={os.fspath(folder)!r:.300} cannot be used: {error.strerror}. Choose"
-            " another folder."
-        ) from error
-    try:
+        descriptor = _made_and_locked(folder)
         sweep_temporary_files(folder)
         for checkpoint in folder.glob("checkpoint-*"):
             sweep_temporary_files(checkpoint)
@@ -56,6 +50,18 @@ def output_lock(folder: Path | None) -> Iterator[None]:
         for empty in created:
             with suppress(OSError):  # it holds what the run wrote
                 empty.rmdir()
+
+
+def _made_and_locked(folder: Path) -> int | None:
+    """`_locked_file` of a folder that is created if it is not there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _locked_file(folder)
+    except OSError as error:
+        raise ValueError(
+            f"output_dir={os.fspath(folder)!r:.300} cannot be used: {error.strerror}. Choose"
+            " another folder."
+        ) from error
 
 
 def _locked_file(folder: Path) -> int | None:

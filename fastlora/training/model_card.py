@@ -1,5 +1,7 @@
 """model_card(): README.md of a trained adapter, filled from its run, without blanks to fill in."""
 
+import hashlib
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,14 +12,19 @@ from fastlora.models.params import EXPERTS
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
 
-# Tells a card that may be written again from one that the user has written.
-_MARK = "<!-- written by fastlora.train -->"
-
 
 def may_replace_card(text: str, model: ModelState) -> bool:
-    """Whether a README.md is one that fastlora wrote and nobody edited the first lines of."""
+    """Whether fastlora wrote a README.md and nobody has edited it since."""
     lora, _ = require_adapter(model)
-    return _MARK in text or text == readme(model.spec, lora)
+    marks = re.findall("<!-- written by fastlora.train, .*-->\n", text)
+    is_ours = len(marks) == 1 and marks[0] == _mark(text.replace(marks[0], ""))
+    return is_ours or text == readme(model.spec, lora)
+
+
+def _mark(text: str) -> str:
+    """A line that tells whether the rest of the card is still as it was written."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return f"<!-- written by fastlora.train, SHA-256 of the other lines {digest} -->\n"
 
 
 def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
@@ -31,9 +38,8 @@ def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
     name = model.spec.name_or_path
     # A path of this machine means nothing to the readers of the card.
     base = name if name == "demo" or is_hub_id(name) else "the-folder-of-the-base"
+    head = readme(model.spec, lora) + "\n"
     parts = [
-        readme(model.spec, lora),
-        _MARK,
         "## Training\n",
         "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _facts(record).items())]),
         "\nAll settings and versions are in `run.json`, every step in `training_run.json`.\n",
@@ -50,7 +56,8 @@ def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
     if base != name:
         parts.append("The base was loaded from a local folder, which is not part of this one.\n")
     parts.append("The licence of the base applies to what is computed with it.\n")
-    return "\n".join(parts)
+    rest = "\n".join(parts)
+    return head + _mark(head + rest) + rest
 
 
 def _facts(record: Mapping[str, Any]) -> dict[str, str]:

@@ -125,22 +125,8 @@ def update(
     Returns:
         The loss and the norm.
     """
-    ((value, size),) = updates([optimizer], [learning_rate], loss[None], norm[None])
-    return value, size
-
-
-def updates(
-    optimizers: Sequence[torch.optim.Optimizer],
-    learning_rates: Sequence[float],
-    losses: Float[Tensor, "n"],
-    norms: Float[Tensor, "n"],
-) -> list[tuple[float, float]]:
-    """`update` for each of n optimizers, with its own loss and norm.
-
-    Waits for the device once for all of them.
-    """
-    figures = queue_updates(optimizers, learning_rates, losses, norms)
-    return finish_updates(optimizers, figures)
+    figures = queue_updates([optimizer], [learning_rate], loss[None], norm[None])
+    return finish_updates([optimizer], figures)[0]
 
 
 def queue_updates(
@@ -149,7 +135,8 @@ def queue_updates(
     losses: Float[Tensor, "n"],
     norms: Float[Tensor, "n"],
 ) -> Float[Tensor, "n 2"]:
-    """The part of `updates` that does not wait for the device.
+    """`update` for each of n optimizers, with its own loss and norm, until `finish_updates` waits
+    for the device.
 
     If all optimizers are recordable, a CUDA graph may record it. Learning rates are then a float32
     tensor on the device, and the state of every leaf exists.

@@ -69,8 +69,8 @@ def step_operations(config: LlamaConfig, tokens: int, pairs: int) -> float:
     """Operations of a forward and backward pass of LoRA, without those of recomputation.
 
     Each matrix has two products (forward, and the gradient of its input; its own gradient is not
-    computed), attention seven: two forward, five backward. The products of A and B are left out:
-    they are below a hundredth.
+    computed), attention seven: two forward, five backward. The products of A and B are left out: at
+    r = 16 they are 1.4 % for a 1B model and 0.8 % for 8B.
 
     Args:
         config: of the model.

@@ -136,12 +136,15 @@ def prepare_run(
     if eval_data is not None:
         eval_sequences, eval_out = reader.read(eval_data, "eval_data")
     stream, sequences, out = None, [], None
+    is_private = settings.clip_per_example is not None
     if streams:
+        if is_private:  # before the stream's threads begin
+            check_private_rows(settings, 0, streamed=True)
         stream = reader.open_stream(sources, "data")
     else:
         sequences, out = reader.read(data, "data")
-    if settings.clip_per_example is not None:
-        check_private_rows(settings, len(sequences), streamed=stream is not None)
+        if is_private:
+            check_private_rows(settings, len(sequences), streamed=False)
     samples = None
     if (prompts := settings.sample_prompts) is not None:
         new = settings.sample_tokens

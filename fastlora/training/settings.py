@@ -275,8 +275,8 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
 
 
 def memory_problems(settings: Settings, model: ModelState) -> list[str]:
-    """Refuse packed batches whose memory is known to be too much: attention masks [b, t, t] of one
-    byte an element of more than 8 GiB, and activations on the host of more than it has.
+    """Refuse packed batches that need an attention mask [b, t, t], one byte an element, of more
+    than 8 GiB, or more pinned memory than the host has free.
 
     Without packing only rows of context parallel always have a mask, and their length is not known
     yet (`common_run.check_part_masks`).

@@ -39,7 +39,8 @@ FLOAT16_SCALES = (1.0, 2.0**-6, 2.0**-12)
 def optimizer_step(run: Run, learner: Learner, step: int, micro_batches: Sequence[Batch]) -> Record:
     """Step number `step` (the first is 1): writes to the learner's adapter and optimizer.
 
-    Reads from the device twice, both at the end; over a float16 base three times.
+    Reads from the device twice, both at the end. It reads once more on several ranks, and once more
+    for each scale that a float16 base tries.
 
     Returns:
         The step's figures, as in `History`, without the seconds.
@@ -250,7 +251,8 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
     sums = [_eval_sum(run, model, batch) for batch in _eval_batches(run, model)]
     if run.ranks.lockstep and len(sums) < _eval_passes(run):
         _eval_sum(run, model, next(_eval_batches(run, model, first=0)))  # it does not count
-    # Added in float64, which is exact for 10**8 tokens, and read once: the GPU need not wait.
+    # Sums in float64 count tokens exactly and lose no digit of 10**8 losses in float32. They are
+    # read once, so that the GPU need not wait.
     none = torch.zeros((), device=model.base["norm"].device)  # a rank may have no batch
     add = lambda part: torch.stack([x.double() for x in part]).sum()
     total, tokens = run.ranks.sums([*map(add, zip(*(sums or [(none, none)]), strict=True))])

@@ -23,7 +23,7 @@ class StepShare:
     """The part of a process that is alone: the whole step."""
 
     divides: bool = True
-    """Whether passes return means, which nothing is added to."""
+    """Whether passes divide by the step's tokens. Otherwise they return sums."""
 
     def __init__(self, tokens: int, counts: Sequence[int]) -> None:
         """A step over so many trained tokens, and so many items of the loss in each micro-batch."""

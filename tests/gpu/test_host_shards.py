@@ -71,7 +71,7 @@ def test_a_streamed_step_does_not_wait_for_the_gpu(checkpoint, check):
 
 
 def test_memory_is_pinned_until_its_last_view_is_gone():
-    memory = pinned(10_000)
+    memory = pinned(10_000, torch.device("cuda", 0))
     view = memory[5_000:]
     assert memory.is_pinned() and view.is_pinned()
     del memory

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
@@ -13,6 +14,7 @@ from fastlora.ops.linear.group_products import Groups
 from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
 from fastlora.ops.linear.lora_group import Branch, joint_lora_linears, lora_linears
 from fastlora.ops.linear.stacked_lora import StackedBranch, stacked_linears
+from fastlora.ops.quant import e4m3
 from fastlora.ops.quant.dequantize import dequantize
 from fastlora.ops.quant.e4m3 import (
     quantize_matrix,
@@ -117,6 +119,18 @@ def test_several_tensors_are_quantised_as_one_with_factors_of_the_columns():
     assert torch.equal(values.view(torch.uint8), wanted[0].view(torch.uint8))
     assert torch.equal(scale, wanted[1])
     assert torch.equal(values.double() * scale.double()[:, None], rounded(x * factors))
+
+
+@pytest.mark.parametrize(("capability", "runs"), [((8, 0), False), ((8, 9), True), ((9, 0), True)])
+def test_kernel_runs_on_gpus_that_have_e4m3(capability, runs, monkeypatch):
+    """Triton compiles no kernel that writes e4m3 for an A100 (sm_80). The reference runs there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    e4m3.multiplies_e4m3.cache_clear()
+    with FakeTensorMode():
+        x = torch.empty(2, 8, device="cuda:0", dtype=torch.bfloat16)
+    assert e4m3._kernel_supports(x) == runs
+    assert not e4m3._kernel_supports(torch.zeros(2, 8))
+    e4m3.multiplies_e4m3.cache_clear()
 
 
 # ── kernels, in Triton's interpreter ──────────────────────────────────────────────────────

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastlora
 from fastlora import functional as FL
 from fastlora.checkpoints import tensors as tensors_file
+from fastlora.distributed.leading import on_first_rank
 from fastlora.distributed.mesh import world_size
 from fastlora.model import Model
 from fastlora.ops.quant.weights import Weight4bit, Weight8bit
@@ -174,6 +175,21 @@ def an_error_of_rank_0_ends_all(folder: Path) -> list[str]:
     return ["no error"]
 
 
+def ctrl_c_on_rank_0_ends_all(folder: Path) -> list[str]:
+    _, sharded = pair(folder)
+
+    def work() -> int:
+        raise KeyboardInterrupt
+
+    try:
+        found = on_first_rank(sharded.base, work)
+    except KeyboardInterrupt:
+        return [] if dist.get_rank() == 0 else ["it was raised on another rank"]
+    except RuntimeError as error:
+        return [] if "rank 0 could not do this: KeyboardInterrupt" in str(error) else [str(error)]
+    return [f"no error, but the result {found}"]
+
+
 def adapters_that_read_weights(folder: Path) -> list[str]:
     wrong = []
     shard = dist.get_world_size()
@@ -280,6 +296,7 @@ TWO = {
         generation_is_rank_0s,
         merged_folders_have_the_same_bytes,
         an_error_of_rank_0_ends_all,
+        ctrl_c_on_rank_0_ends_all,
         adapters_that_read_weights,
         each_rank_reads_only_its_bytes,
         quantized_folders_are_read,

@@ -12,7 +12,7 @@ import transformers
 
 import fastlora
 from fastlora.training.loop import train
-from fastlora.training.model_card import _shell, vllm_problems
+from fastlora.training.model_card import _shell, may_replace_card, vllm_problems
 from fastlora.training.run_record import source_name
 from oracles.training_runs import QUIET, ROWS, long_run, settings
 
@@ -89,10 +89,15 @@ def test_a_card_that_the_user_wrote_is_kept(model, tokenizer, tmp_path):
     train(model, tokenizer, ROWS, **given)
     assert "## Training" in (tmp_path / "README.md").read_text()
     train(model, tokenizer, ROWS, **given)
-    assert (tmp_path / "README.md").read_text().count("## Training") == 1
-    (tmp_path / "README.md").write_text("# Mine\n")
-    train(model, tokenizer, ROWS, **given)
-    assert (tmp_path / "README.md").read_text() == "# Mine\n"
+    written = (tmp_path / "README.md").read_text()
+    assert written.count("## Training") == 1
+    edited = written.replace("## Loading", "It answers in rhyme.\n\n## Loading")
+    for text in ("# Mine\n", edited, written + "\n", ""):
+        (tmp_path / "README.md").write_text(text)
+        train(model, tokenizer, ROWS, **given)
+        assert (tmp_path / "README.md").read_text() == text
+        assert not may_replace_card(text, model)
+    assert may_replace_card(written, model)
 
 
 def test_the_card_says_when_vllm_will_not_load_the_adapter(base, tokenizer, tmp_path):

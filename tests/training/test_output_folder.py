@@ -13,7 +13,7 @@ import pytest
 
 from fastlora.checkpoints import atomic
 from fastlora.errors import CheckpointError
-from fastlora.training import checkpoint
+from fastlora.training import checkpoint, lock
 from fastlora.training.lock import LOCK_FILE, output_lock
 from fastlora.training.loop import train
 from fastlora.training.output_folder import RUN_FILE
@@ -178,6 +178,18 @@ def test_another_process_holds_the_lock_until_it_dies(tmp_path):
 def test_a_refused_run_leaves_no_folder(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="holds no rows"):
         train(model, tokenizer, ROWS, eval_data=[], output_dir=tmp_path / "a" / "b", **QUIET)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_not_left(tmp_path, monkeypatch):
+    """The folder can be created, and the file of the lock cannot."""
+
+    def fails(folder):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(lock, "_locked_file", fails)
+    with pytest.raises(ValueError, match="No space left"), output_lock(tmp_path / "a" / "b"):
+        pass
     assert not (tmp_path / "a").exists()
 
 

@@ -1,6 +1,7 @@
 """train() on streams: the run that resumes reads the rows that the other would have read."""
 
 import json
+import threading
 
 import pytest
 
@@ -63,6 +64,15 @@ def test_other_rows_at_the_beginning_are_refused(model, tokenizer, file, tmp_pat
 def test_the_number_of_steps_must_be_given(model, tokenizer, file):
     with pytest.raises(ValueError, match="max_steps"):
         train(model, tokenizer, file, **GIVEN | dict(max_steps=None))
+
+
+def test_private_runs_are_refused_before_threads_read_a_stream(model, tokenizer, file):
+    given = GIVEN | dict(
+        clip_per_example=1.0, noise_multiplier=1.0, gradient_accumulation_steps=1, packing=False
+    )
+    with pytest.raises(ValueError, match="streamed, but clip_per_example"):
+        train(model, tokenizer, file, **given)
+    assert not [x.name for x in threading.enumerate() if x.name.startswith("fastlora")]
 
 
 def test_preferences_are_not_streamed(model, tokenizer, file):

@@ -43,8 +43,8 @@ def make_spans(first: Int[Tensor, "b t"]) -> Spans:
 # head_dim -> the longest rows for which our kernels take less time than cuDNN's, in causal
 # attention without spans. On longer rows ours take up to 8 % (64) and 28 % (128) more (H100,
 # attention-lengths-2026-11-27 in scripts/bench/results.jsonl). With heads of 256 cuDNN takes 0.50
-# to 0.72 of our time, forward and backward together (H200, attention-lengths-256-2026-11-30, before
-# the last tile of dk and dv), so ours run only where cuDNN's cannot.
+# to 0.72 of our time, forward and backward together (H200, attention-lengths-256-2026-11-30, with
+# another tile of dk and dv), so ours run only where cuDNN's cannot.
 _LONGEST_FASTEST = {64: 8192, 128: 2048, 256: 0}
 
 

@@ -32,8 +32,8 @@ EMPTY = 0x7FC0DEAD
 # 25,000 requests for one copy took 40 us (H200).
 COPIES = 32
 
-# Of the tiles of split_kernel, which has so many parts of A x: programs that share a tile, and its
-# rows.
+# split_kernel: the most programs that share a tile, and the fewest rows of a tile. A x has as many
+# parts as a tile has programs.
 MOST_SPLITS, LEAST_ROWS = 4, 16
 
 

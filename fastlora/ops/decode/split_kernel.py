@@ -27,7 +27,7 @@ def split_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, see linear_kerne
     BATCH: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr,
     STAGES: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """`matrix_kernel`, not gated."""
+    """`matrix_kernel` without a gate: SPLITS programs share each tile. GELU is not read."""
     tl.static_assert(not GATED)
     program = tl.program_id(0)
     row, k, rank = tl.arange(0, BN), tl.arange(0, BK), tl.arange(0, max(R, 1))

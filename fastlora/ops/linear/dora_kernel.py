@@ -10,6 +10,7 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
+from fastlora.ops.dispatch import precision, rank_tile
 from fastlora.ops.launch import launch
 
 
@@ -75,7 +76,7 @@ def row_norms_fused(
         _row_norms_kernel, (triton.cdiv(d_out, _ROWS),),
         weight.contiguous(), a.contiguous(), b.contiguous(), wide @ wide.t(), norms,
         d_out, d_in, r, scaling,
-        R=max(16, triton.next_power_of_2(r)), BM=_ROWS, BK=_COLUMNS,  # pyright: ignore
-        PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", num_warps=_WARPS,  # pyright: ignore
+        R=rank_tile(r), BM=_ROWS, BK=_COLUMNS,  # pyright: ignore
+        PRECISION=precision(weight.dtype), num_warps=_WARPS,  # pyright: ignore
     )  # fmt: skip
     return norms

@@ -13,7 +13,6 @@ dy before it is rounded.
 """
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from fastlora.ops.dispatch import triton_installed
 from fastlora.ops.launch import implement
-from fastlora.ops.quant.e4m3 import Rows, quantize_rows
+from fastlora.ops.quant.e4m3 import Rows, multiplies_e4m3, quantize_rows
 from fastlora.ops.quant.weights import E4M3, WeightFP8
 
 # ── plain functions ───────────────────────────────────────────────────────────────────────
@@ -84,12 +83,7 @@ def _multiplies_fp8(x: Tensor, w: Tensor, dtype: torch.dtype) -> bool:
     multiples of 16."""
     if not (x.is_cuda and dtype == torch.bfloat16 and len(x) and triton_installed()):
         return False
-    return _has_fp8_products(x.device.index) and not any(n % 16 for n in (*x.shape[1:], *w.shape))
-
-
-@cache
-def _has_fp8_products(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
+    return multiplies_e4m3(x.device.index) and not any(n % 16 for n in (*x.shape[1:], *w.shape))
 
 
 def _scaled_mm(

@@ -95,6 +95,14 @@ class _QuantizedLinear(torch.autograd.Function):
         return dx, dbias, *(None for _ in weight)
 
 
+def base_product(x, weight, bias):
+    """x W' + bias, of a weight's parts, without a derivative. A quantised weight needs the op that
+    recompute policies know."""
+    if len(weight) > 1:
+        return torch.ops.fastlora.quantized_linear(x, weight, bias)
+    return torch.mm(x, weight[0].t()) if bias is None else torch.addmm(bias, x, weight[0].t())
+
+
 # ── 3. public function ────────────────────────────────────────────────────────────────────
 def frozen_linear(
     x: Float[Tensor, "*n d_in"], weight: Weight, bias: Float[Tensor, "d_out"] | None = None

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.dispatch import needs_reference
-from fastlora.ops.linear.frozen import frozen_linear, frozen_linear_reference
+from fastlora.ops.linear.frozen import base_product, frozen_linear, frozen_linear_reference
 from fastlora.ops.linear.input_gradient import input_gradient
 from fastlora.ops.linear.lora import lora_linear, lora_linear_reference
 from fastlora.ops.linear.low_rank_gradients import layer_gradients
@@ -111,7 +111,7 @@ class _LoRALinears(torch.autograd.Function):
         x, a, keys, segments, fused_weight, fused, joint, *rest = inputs
         scalings, weights, biases, *tensors = rest
         ctx.set_materialize_grads(False)
-        matrices, biases_or_none, bs = _by_branch(tensors, scalings, weights, biases)
+        matrices, biases_or_none, bs = by_branch(tensors, scalings, weights, biases)
         if keys is None:
             x_a = None if a is None else times_a(x, a)
         else:
@@ -125,7 +125,7 @@ class _LoRALinears(torch.autograd.Function):
                 low_rank = (columns, b, 1.0 if scaling is None else scaling)
                 ys.append(torch.ops.fastlora.fp8_linear(*rows, weight, bias, *low_rank, x.dtype))
             elif b is None:
-                ys.append(_frozen(x, weight, bias))
+                ys.append(base_product(x, weight, bias))
             else:
                 op = torch.ops.fastlora.lora_linear
                 ys.append(op(x, columns, weight, bias, b, scaling))
@@ -143,7 +143,7 @@ class _LoRALinears(torch.autograd.Function):
     def backward(ctx, *gradients):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, a, keys, fused_weight, x_a, *tensors = ctx.saved_tensors
         segments, fused, joint, scalings, weights, biases = ctx.static
-        matrices, _, bs = _by_branch(tensors, scalings, weights, biases)
+        matrices, _, bs = by_branch(tensors, scalings, weights, biases)
         needs_x, needs_a, _, _, _, _, _, _, _, _, *needs = ctx.needs_input_grad
         *dys, dx_a = gradients
         dy_all = None
@@ -182,20 +182,20 @@ class _LoRALinears(torch.autograd.Function):
         return dx, da, *[None] * 8, *(None for _ in range(sum(weights))), *dbiases, *dbs
 
 
-def _by_branch(tensors, scalings, weights, biases):
-    """(parts of the weight, bias or None, B or None): three lists with one entry per branch."""
+def by_branch(tensors, terms, weights, biases):
+    """(parts of the weight, bias or None, B or None): three lists with one entry per branch.
+
+    Args:
+        tensors: of all branches: the parts of the weights, then the biases, then every B.
+        terms: None for each branch without B.
+        weights: the number of parts of each weight.
+        biases: whether each branch has a bias.
+    """
     rest = list(tensors)
     take = lambda n: [rest.pop(0) for _ in range(n)]
     matrices = [take(n) for n in weights]
     biases_or_none = [rest.pop(0) if present else None for present in biases]
-    return matrices, biases_or_none, [None if s is None else rest.pop(0) for s in scalings]
-
-
-def _frozen(x, weight, bias):
-    """The base product alone. A quantised weight needs the op that recompute policies know."""
-    if len(weight) > 1:
-        return torch.ops.fastlora.quantized_linear(x, weight, bias)
-    return torch.mm(x, weight[0].t()) if bias is None else torch.addmm(bias, x, weight[0].t())
+    return matrices, biases_or_none, [None if term is None else rest.pop(0) for term in terms]
 
 
 # ── 3. public functions ───────────────────────────────────────────────────────────────────

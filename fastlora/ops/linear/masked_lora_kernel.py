@@ -161,8 +161,8 @@ def _masked_x_a_backward_kernel(  # noqa: C901, PLR0912, PLR0915  (no helpers, s
 # a backward tile for one A and for several; and the number of row chunks over which the backward
 # kernel sums. With one A, reading and writing take most of the time, and tiles of 64 columns in one
 # piece are faster than pairs of 32. On an H200 the four inputs of a 1B layer take 144 us forward
-# and 441 us backward; with a hash for each element they took 171 and 468 us. Backward, the times
-# of o and down are those of the earlier kernel with the same tile (h200-masked-lora-2026-11-30 in
+# and 441 us backward; with a hash for each element they took 171 and 468 us. The backward
+# times of o and down were measured with a hash for each element (h200-masked-lora-2026-11-30 in
 # scripts/bench/results.jsonl).
 _FORWARD = (32, 4)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastlora.ops.dispatch import needs_reference
 from fastlora.ops.launch import implement
 from fastlora.ops.linear.fp8 import fp8_linear
-from fastlora.ops.linear.frozen import frozen_linear_reference
+from fastlora.ops.linear.frozen import base_product, frozen_linear_reference
 from fastlora.ops.linear.group_products import (
     Groups,
     each_group,
@@ -29,6 +29,7 @@ from fastlora.ops.linear.group_products import (
     product_reference,
 )
 from fastlora.ops.linear.input_gradient import add_products
+from fastlora.ops.linear.lora_group import by_branch
 from fastlora.ops.quant.dequantize import dense
 from fastlora.ops.quant.e4m3 import quantize_rows
 from fastlora.ops.quant.weights import Weight, WeightFP8, from_parts, parts, shape_of
@@ -123,7 +124,7 @@ class _StackedLinears(torch.autograd.Function):
         """
         x, x_a, a, offsets, order, fused_weight, ranks, weights, biases, *tensors = inputs
         ctx.set_materialize_grads(False)
-        matrices, biases_or_none, bs = _by_branch(tensors, ranks, weights, biases)
+        matrices, biases_or_none, bs = by_branch(tensors, ranks, weights, biases)
         computed = x_a is None
         if computed:
             x_a = torch.ops.fastlora.stacked_product(x, a, offsets, order)
@@ -131,7 +132,7 @@ class _StackedLinears(torch.autograd.Function):
         each = zip(matrices, biases_or_none, bs, _columns(x_a, ranks), strict=True)
         for weight, bias, b, columns in each:
             if b is None:
-                ys.append(_frozen(x, weight, bias))
+                ys.append(base_product(x, weight, bias))
             else:
                 op = torch.ops.fastlora.stacked_linear
                 ys.append(op(x, columns, weight, bias, b, offsets, order))
@@ -146,7 +147,7 @@ class _StackedLinears(torch.autograd.Function):
         ranks, weights, biases = ctx.static
         groups, needs = Groups(offsets, order), ctx.needs_input_grad
         dys, more = gradients[: len(ranks)], gradients[len(ranks) :]  # more: of x_a
-        matrices, _, bs = _by_branch(tensors, ranks, weights, biases)
+        matrices, _, bs = by_branch(tensors, ranks, weights, biases)
         with_lora = [
             (dy, b, columns)
             for dy, b, columns in zip(dys, bs, _columns(x_a, ranks), strict=True)
@@ -177,26 +178,10 @@ class _StackedLinears(torch.autograd.Function):
         return dx, given_x_a, da, *[None] * 6, *frozen, *dbiases, *dbs
 
 
-def _by_branch(tensors, ranks, weights, biases):
-    """(parts of the weight, bias or None, B or None): three lists with one entry per branch."""
-    rest = list(tensors)
-    take = lambda n: [rest.pop(0) for _ in range(n)]
-    matrices = [take(n) for n in weights]
-    biases_or_none = [rest.pop(0) if present else None for present in biases]
-    return matrices, biases_or_none, [None if r is None else rest.pop(0) for r in ranks]
-
-
 def _columns(x_a, ranks):
     """The columns of `x_a` that belong to each branch, or None."""
     pieces = iter(x_a.split([r for r in ranks if r is not None], 1))
     return [None if r is None else next(pieces) for r in ranks]
-
-
-def _frozen(x, weight, bias):
-    """The base product alone. A quantised weight needs the op that recompute policies know."""
-    if len(weight) > 1:
-        return torch.ops.fastlora.quantized_linear(x, weight, bias)
-    return torch.mm(x, weight[0].t()) if bias is None else torch.addmm(bias, x, weight[0].t())
 
 
 def _input_gradient(dx_a, a, groups, terms):

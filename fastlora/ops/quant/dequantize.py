@@ -1,10 +1,12 @@
 """Dequantisation: W = levels[index] * absmax of its block, rounded once.
 
-The reference is the specification. The op runs our kernel on CUDA (dequantize_kernel.py), and on
-the CPU bitsandbytes if rows end with blocks, else the reference, all with the same bits. The op is
-opaque to torch.compile, and so are the ops of compiled layers that call it (linear/frozen.py). No
-compiled graph therefore contains a dequantised matrix, which its partitioner might keep for the
-backward pass.
+The reference is the specification. In 4 bits the op runs our kernel on CUDA (dequantize_kernel.py;
+bitsandbytes without triton), and on the CPU bitsandbytes if rows end with blocks of fewer than
+2,048 values, all with the same bits. In 8 bits and in e4m3 it runs the reference.
+
+The op is opaque to torch.compile, and so are the ops of compiled layers that call it
+(linear/frozen.py). No compiled graph therefore contains a dequantised matrix, which its partitioner
+might keep for the backward pass.
 """
 
 import torch

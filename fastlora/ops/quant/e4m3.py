@@ -14,6 +14,7 @@ finite rows.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from jaxtyping import Float
@@ -76,11 +77,24 @@ torch.library.define(
 
 @implement("fastlora::quantize_rows")
 def _quantize_rows(ys, factors):
-    if ys[0].is_cuda and ys[0].dtype != torch.float64 and triton_installed():
+    if _kernel_supports(ys[0]):
         from fastlora.ops.quant import e4m3_kernel  # noqa: PLC0415  imports triton
 
         return e4m3_kernel.quantize_rows(ys, factors)
     return quantize_rows_reference(ys, factors)
+
+
+def _kernel_supports(y: Tensor) -> bool:
+    """Whether the kernel can round y. Triton writes e4m3 on GPUs that multiply in it."""
+    if not y.is_cuda or y.dtype == torch.float64 or not triton_installed():
+        return False
+    return multiplies_e4m3(y.device.index)
+
+
+@cache
+def multiplies_e4m3(device: int) -> bool:
+    """Whether a CUDA device has products in e4m3: Ada Lovelace, Hopper and later ones."""
+    return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 @torch.library.register_fake("fastlora::quantize_rows")
@@ -115,8 +129,7 @@ def quantize_matrix(weight: Float[Tensor, "d_out d_in"]) -> WeightFP8:
         weight: without NaN and infinity.
     """
     rows = len(weight) if weight.is_cuda else max(1, _CHUNK // max(1, weight.shape[1]))
-    with torch.cuda.device_of(weight):  # Triton launches kernels on the current device
-        pieces = [quantize_rows([piece]) for piece in weight.detach().split(rows)]
+    pieces = [quantize_rows([piece]) for piece in weight.detach().split(rows)]
     values, scale = pieces[0]
     if len(pieces) > 1:
         values, scale = (torch.cat([piece[i] for piece in pieces]) for i in (0, 1))

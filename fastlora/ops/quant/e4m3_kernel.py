@@ -24,7 +24,6 @@ def _quantize_rows_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros((BLOCK,), tl.float32)
-    first = 0
     for i in tl.static_range(len(ys)):  # pyright: ignore
         for start in range(0, widths[i], BLOCK):
             column = start + tl.arange(0, BLOCK)
@@ -38,7 +37,6 @@ def _quantize_rows_kernel(
             if HAS_FACTORS:
                 y *= tl.load(factors[i] + column, mask=here, other=0.0).to(tl.float32)
             largest = tl.maximum(largest, tl.abs(y), propagate_nan=tl.PropagateNan.ALL)
-        first += widths[i]
     # The smallest power of two that is at least amax / 448, from amax's bits (e4m3.py). Bits of
     # magnitudes are ordered as they are, and tl.max of floats would ignore NaN.
     bits = tl.max(largest.to(tl.int32, bitcast=True), 0)  # pyright: ignore

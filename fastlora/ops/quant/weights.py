@@ -111,7 +111,7 @@ def parts(weight: Weight) -> list[Tensor]:
     """The tensors of a weight, as a flat list for an op's argument:
 
     dense                    [weight]
-    int8, e4m3               [values, scale], of another dtype each
+    int8, e4m3               [values, scale]; the dtype of `values` tells which
     4 bits                   [packed, levels, form, absmax]
     4 bits, nested absmax    [packed, levels, form, values, scale, code, offset]
     """

@@ -115,9 +115,7 @@ def _state(number: int, given: OwnArguments, run: Run) -> RunState:
     initial = hash_adapter(learner.model) if saves else ""
     learner, records = start_from(checkpoint, learner, identity, run.steps)
     refuse_to_overwrite(folder, len(records), checkpoint, identity)
-    best = Best()
-    if given.settings.keep_best:
-        best.read(learner, records, checkpoint, folder)
+    best = Best.before(given.settings, learner, records, checkpoint, folder)
     describe = partial(
         run_record,
         run,

@@ -3,7 +3,7 @@
 Predictions are sums over shapes (memory.py, time.py) whose rates are those of kernels in profiles.
 The test holds them to tests/data/planning_rows.jsonl: Llama 1B, 8B and 70B, bf16, NF4 and e4m3,
 batches of 512 to 131,072 tokens, every policy, dropout, adapters on q and v alone, bases sharded
-over two GPUs and in host memory. The largest error of peaks is 1.2 %, that of times on H100 and
+over two GPUs and in host memory. The largest error of peaks is 1.3 %, that of times on H100 and
 H200 6.9 %. Other lengths and ranks use the same terms and were not measured. Long rows are taken
 for one document: packed documents cost less.
 """

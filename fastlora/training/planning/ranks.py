@@ -74,7 +74,6 @@ def transfers(
         layer=base.layer,
         all_layers=base.layers,
         ends=base.ends + (base.head if tied else 0),
-        head=base.head,
         adapter=4 * sum(x.numel() for x in tree_leaves(adapter)),
     )
     forward = forward_seconds(model, batch_size, seq_length)
