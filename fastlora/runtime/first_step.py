@@ -1,8 +1,8 @@
 """A thread prepares the first training step while data are read.
 
 Every torch.optim optimizer imports torch._dynamo when it is made, and the first compiled layer
-imports Inductor. Together they are some 1,500 files, which take 1.6 s, or 5 to 9 s if Python has to
-compile them because it may not keep their bytecode. Inductor then hashes all source files of torch
+imports Inductor. Together they are some 1,500 files, which take 1.6 s, and several seconds more if
+Python has to compile them because it may not keep their bytecode. Inductor then hashes all source files of torch
 and Triton's library for its cache keys, 0.4 s, and starts processes for Triton's compiler. Our own
 kernels are compiled while Inductor compiles their region (kernels_ahead.py). The loss's kernel is
 part of none, and is compiled here.
