@@ -166,6 +166,7 @@ def load(
         name_or_path=name,
         # A local folder has no revisions, so the argument was not used.
         revision=None if name == "demo" or folder == Path(name) else revision,
+        base_folder=str(folder.resolve()),
         max_seq_length=max_seq_length or config.max_position_embeddings,
     )
     model = Model(spec=spec, base=base, adapter=None)

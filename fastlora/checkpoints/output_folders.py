@@ -31,7 +31,8 @@ def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
             f"{str(path)!r:.200} cannot name a folder: expected UTF-8, with at most 255 bytes in"
             " each part."
         )
-    if (path / "config.json").is_file() and path.resolve() == Path(spec.name_or_path).resolve():
+    base = Path(spec.base_folder or spec.name_or_path).resolve()
+    if (path / "config.json").is_file() and path.resolve() == base:
         return ValueError(f"{path} is the folder the base was loaded from; choose another.")
     # A folder that does not exist is created in its nearest existing parent.
     nearest = nearest_existing(path)

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from fastlora.arguments import check_arguments, one_of, whole_number
 from fastlora.data.examples import TRAIN_ON, Example, TrainOn
@@ -106,6 +106,10 @@ class RowEncoder:
         self.context, self.limits, self.left_out = context, limits, left_out
         self.chats = False  # whether a row was a chat
         self._workers = Workers(context, columns)
+        # Columns that no row has had. "role" and "content" are keys of messages, which may be JSON.
+        given = {} if columns is None else columns
+        self._unseen = {x: n for n, x in given.items() if n not in ("role", "content")}
+        self._first_keys: list[str] = []
         self._problems: list[str] = []
         self._unknown_kinds = False
 
@@ -113,6 +117,8 @@ class RowEncoder:
         """The examples of each chunk, in order. Chunks are read ahead of the one that is due."""
         for chunk, results in self._workers.encoded(chunks):
             self.left_out.read += len(chunk)
+            if self._unseen:
+                self._note_columns([row for _, row in chunk])
             yield [
                 example
                 for (place, _), result in zip(chunk, results, strict=True)
@@ -120,6 +126,24 @@ class RowEncoder:
             ]
             if len(self._problems) >= _MOST_PROBLEMS:
                 break
+
+    def _note_columns(self, rows: Sequence[Any]) -> None:
+        for row in rows:
+            keys = {*row} if isinstance(row, Mapping) else set[str]()
+            self._first_keys = self._first_keys or sorted(map(str, keys))
+            # Rows in standard form, as read_rows gives them, have the standard names.
+            for own in [own for own, name in self._unseen.items() if {own, name} & keys]:
+                del self._unseen[own]
+
+    def check_columns(self) -> None:
+        """Raise a ValueError for each name of `columns` that no row so far has, nor the standard
+        name. eval_data may have other columns than data."""
+        if self._unseen and self.left_out.name != "eval_data":
+            names = ", ".join(f"{own!r} ({name})" for own, name in self._unseen.items())
+            raise ValueError(
+                f"columns: no row of {self.left_out.name} has {names}; the first row has"
+                f" {self._first_keys!r:.300}"
+            )
 
     def close(self) -> None:
         """End the worker processes, if there are any."""
@@ -129,9 +153,11 @@ class RowEncoder:
         """Call it after the last row.
 
         Raises:
-            ValueError: lists the rows that are unfit for training.
+            ValueError: lists the rows that are unfit for training, or the names of `columns` that
+                no row has.
         """
         self.refuse()
+        self.check_columns()
         self.warn()
 
     def refuse(self) -> None:

@@ -212,6 +212,7 @@ class Stream:
                 if not examples and min(end.passes) > max(begin.passes):
                     raise ValueError("\n".join(["no row is left:", *encoder.left_out.lines()]))
                 if tokens >= size:
+                    encoder.check_columns()
                     yield self._block(examples, begin)
                     begin, examples, tokens = end, [], 0
 

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastlora.arguments import Rule, describe, setting
 from fastlora.losses.objectives import DFT, DPO, KTO, ORPO, Objective, SimPO
@@ -19,6 +21,9 @@ class FromFunction(Objective):
     """A function `(adapter, base, spec, batch, *, seed)` of the user's.
 
     It returns the sum of its losses over the trained tokens of a batch of supervised rows.
+
+    Raises:
+        ValueError: in `loss_sum`, if it returns something else, or a value without a gradient.
     """
 
     fn: Callable[..., Tensor] = setting(Rule(callable, "a function"))
@@ -26,7 +31,21 @@ class FromFunction(Objective):
     def loss_sum(
         self, adapter: Adapter, base: Base, spec: Spec, batch: Batch, seed: Seed
     ) -> Float[Tensor, ""]:
-        return self.fn(adapter, base, spec, batch, seed=seed)
+        value = self.fn(adapter, base, spec, batch, seed=seed)
+        if not isinstance(value, Tensor) or value.dim() != 0:
+            found = tuple(value.shape) if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(
+                f"loss={self.describe()} returned {found}: expected a tensor without dimensions,"
+                " the sum of the losses over the batch's trained tokens. (functional.loss_sum"
+                " returns a pair, of which the first is that sum.)"
+            )
+        trained = any(x.requires_grad for x in tree_leaves(adapter))
+        if trained and torch.is_grad_enabled() and not value.requires_grad:
+            raise ValueError(
+                f"loss={self.describe()} returned a value without a gradient, so nothing would be"
+                " trained: compute it from the adapter without torch.no_grad(), detach() or item()"
+            )
+        return value
 
     def describe(self) -> str:
         name = getattr(self.fn, "__qualname__", type(self.fn).__qualname__)

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastlora.ops.linear.group_gradients import Sink
 from fastlora.ops.linear.group_products import Groups
-from fastlora.ops.quant.weights import Quantized, Weight
+from fastlora.ops.quant.weights import Quantized, Weight, Weight4bit, Weight8bit, WeightFP8
 from fastlora.runtime.layer_fetching import described
 
 # Names of dtypes in config.json and in arguments.
@@ -187,6 +187,12 @@ def is_quantized(base: Base, kind: Any = Quantized) -> bool:
     """Whether any projection is in 4 or 8 bits, or in that record of ops/quant/weights.py."""
     linears = (p[n] for p in described(base)["layers"] for n in LINEARS if n in p)
     return any(isinstance(linear["weight"], kind) for linear in linears)
+
+
+def quantized_to(base: Base) -> str | None:
+    """ "4 bits" (NF4, FP4), "int8" or "fp8", as the projections are kept; None: they are dense."""
+    kinds = {Weight4bit: "4 bits", Weight8bit: "int8", WeightFP8: "fp8"}
+    return next((name for kind, name in kinds.items() if is_quantized(base, kind)), None)
 
 
 def first_nonfinite(tensors: Mapping[str, Any]) -> str | None:

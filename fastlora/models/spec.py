@@ -84,6 +84,7 @@ class Spec:
     config: LlamaConfig
     name_or_path: str  # what load() was given; saved as base_model_name_or_path
     revision: str | None = None  # of the base on the Hub, as load() was given it
+    base_folder: str | None = None  # from which the base was read, without links
     max_seq_length: int
     lora: LoraConfig | None = None
     recompute: Recompute = "selective"

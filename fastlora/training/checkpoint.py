@@ -208,6 +208,16 @@ def complete_checkpoints(folder: Path) -> dict[int, Path]:
     return dict(sorted(steps.items()))
 
 
+def is_foreign(checkpoint: Path) -> bool:
+    """Whether another program wrote a checkpoint: transformers' Trainer, and so TRL and Unsloth,
+    write a trainer_state.json too."""
+    try:
+        state = read_json(checkpoint / STATE_FILE)
+    except (OSError, CheckpointError):
+        return False
+    return not {"settings", "history", "files"} & state.keys()
+
+
 def step_of(checkpoint: Path) -> int | None:
     """The step in a checkpoint's name; None for another name."""
     # At most 18 digits fit into int64. A longer name is not one that `train` wrote.

@@ -6,6 +6,7 @@ from typing import Any
 
 from fastlora.checkpoints.tensors import write_json, write_text
 from fastlora.formats.peft.writing import save_adapter
+from fastlora.models.self_contained import self_contained
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 from fastlora.training.history import Record
@@ -42,8 +43,9 @@ def finish_folder(
     write_json(folder / RUN_RECORD, dict(record))
     tokenizer.save_pretrained(folder)
     card = folder / "README.md"
-    if not card.exists() or may_replace_card(card.read_text(errors="replace"), model):
-        write_text(card, model_card(model, record))
+    saved = self_contained(model, unpark=False)  # of the rank that adapter_config.json names
+    if not card.exists() or may_replace_card(card.read_text(errors="replace"), saved):
+        write_text(card, model_card(saved, record))
     save_adapter(model, folder)
 
 

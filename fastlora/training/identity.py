@@ -15,6 +15,7 @@ from fastlora.errors import raise_problems
 from fastlora.formats.peft.names import named_leaves
 from fastlora.losses.loss_argument import loss_identity
 from fastlora.models.names import projection_path, tensors_from_base
+from fastlora.models.params import quantized_to
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
@@ -63,6 +64,7 @@ def run_identity(run: Run, model: ModelState) -> dict[str, Any]:
         "hash of the training data": _hash_data(run),
         "hash of the base model": _hash_base(model),
         "base dtype": str(model.base["norm"].dtype),
+        "base quantized to": quantized_to(model.base),
         "adapter dtypes": sorted({str(x.dtype) for x in tree_leaves(adapter)}),
         **_loss_identity(run, model),
         **_lora_identity(lora),

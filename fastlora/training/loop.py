@@ -48,6 +48,7 @@ from fastlora.training.logging.open import Log, open_log
 from fastlora.training.many.arguments import Ending, are_several
 from fastlora.training.many.loop import train_runs
 from fastlora.training.output_folder import (
+    checked_folder,
     checkpoint_to_resume,
     refuse_to_overwrite,
     start_from,
@@ -267,7 +268,7 @@ def train(
     beside = ("model", "tokenizer", "data", "eval_data", "output_dir", "resume", "log", "progress")
     check_train_arguments(settings, **{name: given[name] for name in beside})
     assert tokenizer is not None and isinstance(model, ModelState)
-    folder = None if given["output_dir"] is None else Path(given["output_dir"])
+    folder = checked_folder(given["output_dir"])
 
     with ExitStack() as after:
         ranks = after.enter_context(joined_ranks(model, settings.context_parallel))
@@ -289,7 +290,7 @@ def train(
         initial = hash_adapter(learner.model) if saves else ""
         agree_before_training(run, learner.model, identity, checkpoint)
         learner, records = start_from(checkpoint, learner, identity, run.steps)
-        refuse_to_overwrite(folder, len(records), checkpoint, identity)
+        refuse_to_overwrite(folder, len(records), checkpoint, identity, initial)
         check_run_space(folder, run, learner, len(records), tokenizer)
         report_rows(run, folder, ranks.is_first)
         describe_run = partial(

@@ -44,7 +44,7 @@ def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
         "\n".join(["| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in _facts(record).items())]),
         "\nAll settings and versions are in `run.json`, every step in `training_run.json`.\n",
         "## Loading\n",
-        f"```python\n{_python(base)}\n```\n",
+        f"```python\n{_python(base, record['model']['quantized_to'])}\n```\n",
     ]
     if commands := _shell(base, model):
         parts.append(f"```sh\n{commands}\n```\n")
@@ -85,6 +85,8 @@ def _facts(record: Mapping[str, Any]) -> dict[str, str]:
     given = [f"{n}={settings[n]!r}" for n in names if settings.get(n) is not None]
     facts["settings"] = f"`{', '.join(given)}`"
     facts["base dtype"] = record["model"]["dtype"]
+    if precision := record["model"]["quantized_to"]:
+        facts["base quantized to"] = precision
     facts["device"] = str(record["device"]["name"])
     facts["time"] = f"{result['seconds']:.0f} s in steps; ended {result['ended']}"
     facts["versions"] = ", ".join(f"{name} {v}" for name, v in record["versions"].items())
@@ -99,18 +101,25 @@ def _data(data: Mapping[str, Any]) -> str:
     )
 
 
-def _python(base: str) -> str:
-    return "\n".join(
-        [
-            "import fastlora",
-            'model, tokenizer = fastlora.load("this-folder")  # the base, then the adapter',
-            "",
-            "from peft import PeftModel",
-            "from transformers import AutoModelForCausalLM",
-            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
-            'model = PeftModel.from_pretrained(base, "this-folder")',
-        ]
-    )
+# What the base was kept in -> the argument of `load` that keeps it so. int8 is the checkpoint's.
+_PRECISIONS = {"4 bits": ", load_in_4bit=True", "fp8": ', base_precision="fp8"'}
+
+
+def _python(base: str, quantized_to: str | None) -> str:
+    how = _PRECISIONS.get(quantized_to or "", "")
+    peft = [
+        "from peft import PeftModel",
+        "from transformers import AutoModelForCausalLM",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(base, "this-folder")',
+    ]
+    if quantized_to == "4 bits":
+        peft[1] += ", BitsAndBytesConfig"
+        nf4 = 'load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True'
+        peft[2] = peft[2].removesuffix(")") + ", quantization_config=nf4)"
+        peft.insert(2, f"nf4 = BitsAndBytesConfig({nf4})")
+    load = f'model, tokenizer = fastlora.load("this-folder"{how})  # the base, then the adapter'
+    return "\n".join(["import fastlora", load, "", *peft])
 
 
 def _shell(base: str, model: ModelState) -> str:

@@ -19,6 +19,7 @@ from fastlora.models.state import StateT
 from fastlora.training.checkpoint import (
     STATE_FILE,
     complete_checkpoints,
+    is_foreign,
     is_intact,
     newest_intact,
     restore_checkpoint,
@@ -27,6 +28,7 @@ from fastlora.training.checkpoint import (
 from fastlora.training.history import Record
 from fastlora.training.identity import check_same_run
 from fastlora.training.learner import Learner
+from fastlora.training.logging.backends import RUN_RECORD
 from fastlora.training.settings import Settings
 
 RUN_FILE = "training_run.json"
@@ -35,11 +37,30 @@ RUN_FILE = "training_run.json"
 _SMALL_FILES_BYTES = 2**20
 
 
+def checked_folder(output_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The output folder as a Path; None if there is none.
+
+    Raises:
+        ValueError: it holds checkpoints of another program, which this run could overwrite.
+    """
+    if output_dir is None:
+        return None
+    found = complete_checkpoints(Path(output_dir)).values()
+    if foreign := [path.name for path in found if is_foreign(path)]:
+        raise ValueError(
+            f"{os.fspath(output_dir)} holds checkpoints that fastlora.train did not write, such as"
+            f" those of transformers' Trainer: {', '.join(foreign)}. Choose another output_dir. The"
+            " adapter of such a checkpoint can be trained on: fastlora.load(checkpoint) reads it."
+        )
+    return Path(output_dir)
+
+
 def checkpoint_to_resume(resume: bool | str | os.PathLike[str], folder: Path | None) -> Path | None:
     """The checkpoint from which `train` continues, or None for a new run.
 
     Raises:
         FileNotFoundError: `resume` does not lead to a complete checkpoint.
+        ValueError: another program wrote it.
     """
     if isinstance(resume, bool) or resume == "auto":
         if not resume or folder is None:
@@ -56,6 +77,12 @@ def checkpoint_to_resume(resume: bool | str | os.PathLike[str], folder: Path | N
         inside = [path.name for path in complete_checkpoints(Path(resume)).values()]
         cure = f"choose one of {inside}" if inside else "is it a checkpoint-N of fastlora.train?"
         raise FileNotFoundError(f"resume={os.fspath(resume)!r}: no {STATE_FILE} there; {cure}")
+    if is_foreign(Path(resume)):
+        raise ValueError(
+            f"resume={os.fspath(resume)!r}: another program than fastlora.train wrote this"
+            " checkpoint, and its optimizer's state cannot be read; start a new run from its"
+            " adapter, which fastlora.load reads."
+        )
     return Path(resume)
 
 
@@ -93,11 +120,22 @@ def add_way_on(error: CheckpointError, checkpoint: Path) -> CheckpointError:
 
 
 def refuse_to_overwrite(
-    folder: Path | None, done: int, resumed_from: Path | None, identity: Mapping[str, Any]
+    folder: Path | None,
+    done: int,
+    resumed_from: Path | None,
+    identity: Mapping[str, Any],
+    initial: str,
 ) -> None:
     """Refuse a folder that holds another run's results, or a later part of this one's.
 
     Damaged checkpoints may be overwritten: nothing can continue from them.
+
+    Args:
+        folder: of the run.
+        done: steps that are done.
+        resumed_from: the checkpoint that the run continues from.
+        identity: of the run.
+        initial: fingerprint of the adapter that the run was given.
 
     Raises:
         ValueError: the folder has undamaged checkpoints of steps after the first `done` ones, or a
@@ -126,7 +164,19 @@ def refuse_to_overwrite(
         )
     saved = read_json(folder / RUN_FILE).get("settings")
     heading = f"{folder} holds the finished adapter of another run:"
-    check_same_run(heading, saved if isinstance(saved, dict) else {}, identity, cure)
+    # A checkpoint replaces the given adapter, so it is no part of the identity.
+    began = {"adapter before the first step": _initial_adapter(folder)}
+    present = {"adapter before the first step": initial if all(began.values()) else None}
+    there = saved if isinstance(saved, dict) else {}
+    check_same_run(heading, there | began, {**identity, **present}, cure)
+
+
+def _initial_adapter(folder: Path) -> str | None:
+    """The fingerprint of the adapter that the folder's run was given; None: it is not recorded."""
+    if not (folder / RUN_RECORD).is_file():
+        return None
+    adapter = read_json(folder / RUN_RECORD).get("adapter")
+    return adapter.get("initial") if isinstance(adapter, dict) else None
 
 
 def write_run_file(folder: Path, identity: Mapping[str, Any], records: Sequence[Record]) -> None:

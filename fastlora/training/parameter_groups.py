@@ -51,6 +51,16 @@ def rates_problems(rates: Any, rule: Rule) -> list[str]:
     return problems + [f"learning_rates: {line}" for line in argument_problems(given)]
 
 
+def unused_rates(rates: Mapping[str, object], leaves: Mapping[str, Tensor]) -> list[str]:
+    """A line for each entry of learning_rates that no trained tensor has a use for."""
+    there = {group_of(name, leaf) for name, leaf in leaves.items()}
+    return [
+        f"learning_rates has a rate for {key!r}, and the adapter trains no such tensor"
+        for key in RATE_GROUPS
+        if key in rates and key not in there
+    ]
+
+
 def rate_ratios(
     leaves: Mapping[str, Tensor], learning_rate: float, rates: Mapping[str, float] | None
 ) -> list[float]:

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from fastlora.losses.loss_argument import loss_identity
+from fastlora.models.params import quantized_to
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.training.history import Record
 from fastlora.training.identity import hash_adapter, hash_sequences
@@ -67,6 +68,7 @@ def run_record(
             "revision": spec.revision,
             "fingerprint": identity["hash of the base model"],
             "dtype": str(model.base["norm"].dtype).removeprefix("torch."),
+            "quantized_to": quantized_to(model.base),
             "max_seq_length": spec.max_seq_length,
             "recompute": spec.recompute,
             "kernels": spec.kernels,

@@ -31,6 +31,7 @@ from fastlora.data.sources import DATA
 from fastlora.distributed.mesh import group_problem
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
+from fastlora.formats.peft.names import named_leaves
 from fastlora.losses.loss_argument import LOSS, loss_problems
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_rows import Labelled, Pair
@@ -44,7 +45,7 @@ from fastlora.training.logging.open import LOG, log_problems
 from fastlora.training.mask_memory import large_mask
 from fastlora.training.offload_memory import large_offload
 from fastlora.training.optimizers import OPTIMIZERS, optimizer_problems
-from fastlora.training.parameter_groups import RATES, rates_problems
+from fastlora.training.parameter_groups import RATES, rates_problems, unused_rates
 from fastlora.training.private_checks import private_problems
 from fastlora.training.samples import SAMPLE_PROMPTS, sample_problems
 from fastlora.training.schedules import SCHEDULERS, Schedule, schedule_problems
@@ -269,6 +270,8 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
             "model's adapter has float16 tensors, in which AdamW's eps = 1e-8 is 0; expected"
             " fastlora.lora(..., adapter_dtype='float32') and a bfloat16 base"
         )
+    if isinstance(settings.learning_rates, Mapping):
+        problems += unused_rates(settings.learning_rates, named_leaves(model.adapter))
     if _OPTIMIZER.accepts(settings.optimizer):
         problems += optimizer_problems(settings.optimizer, leaves)
     return problems

@@ -60,7 +60,9 @@ def _from_train(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         lora[name] = dict(lora[name]) or None
     model = {name: record["model"][name] for name in ("revision", "dtype", "max_seq_length")}
-    own = {"hold_out": False, "log": []}
+    precision = record["model"].get("quantized_to")
+    own: dict[str, Any] = {"hold_out": False, "log": [], "load_in_4bit": precision == "4 bits"}
+    own |= {"base_precision": "fp8"} if precision == "fp8" else {}
     lora["recompute"] = record["model"]["recompute"]
     return {**settings, **lora, **model, **sources, "model": record["model"]["name"], **own}
 

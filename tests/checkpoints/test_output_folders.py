@@ -1,8 +1,11 @@
 """Folders that a model cannot be written to: refused before any file, and left as they were."""
 
+import shutil
+
 import pytest
 
 import fastlora
+from fastlora.checkpoints.hub import DEMO
 from faults import folders
 from faults.case import tuned
 
@@ -32,3 +35,20 @@ def test_nothing_but_the_adapter_is_left_in_the_parent(model, tmp_path):
     model.save_pretrained(tmp_path / "a" / "b")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+
+
+def test_the_bases_folder_is_refused_by_every_name(dense_folder, tmp_path, monkeypatch):
+    """From another working directory, by a link, and where load was given a name ("demo")."""
+    shutil.copytree(dense_folder(), tmp_path / "a" / "base")
+    (tmp_path / "link").symlink_to(tmp_path / "a" / "base")
+    monkeypatch.chdir(tmp_path / "a")
+    base, _ = fastlora.load("base", device="cpu")
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a/base", "link"):
+        with pytest.raises(ValueError, match="the folder the base was loaded from"):
+            fastlora.lora(base, r=2).save_pretrained(folder)
+    demo, tokenizer = fastlora.load("demo", device="cpu")
+    with pytest.raises(ValueError, match="the folder the base was loaded from"):
+        fastlora.lora(demo, r=2).save_pretrained_merged(DEMO, tokenizer)
+    fastlora.lora(demo, r=2).save_pretrained_merged("demo", tokenizer)
+    fastlora.lora(demo, r=2).save_pretrained_merged("demo", tokenizer)  # another one's folder

@@ -92,7 +92,7 @@ def test_weighted_sources_are_mixed_from_the_cache(tokenizer, file, encoded):
         {"train_on": "all"},
         {"limits": LIMITS._replace(max_seq_length=32)},
         {"limits": LIMITS._replace(too_long="truncate")},
-        {"columns": {"prompt": "question"}},
+        {"columns": {"text": "body"}},
         {"name": "eval_data"},
     ],
     ids=lambda changed: next(iter(changed)),

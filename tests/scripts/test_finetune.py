@@ -111,7 +111,8 @@ def test_a_repeated_run_has_the_same_bits_or_says_what_differs(first, monkeypatc
 
 
 def test_a_run_of_another_program_is_repeated(rows, quick, tmp_path, monkeypatch, capsys):
-    base, tokenizer = fastlora.load(quick[2], dtype="float32", max_seq_length=64, device="cpu")
+    how = dict(dtype="float32", max_seq_length=64, device="cpu", base_precision="fp8")
+    base, tokenizer = fastlora.load(quick[2], **how)
     model = fastlora.lora(base, r=2, target_modules=["q_proj"])
     given = dict(max_steps=2, batch_size=2, output_dir=tmp_path / "run", progress=False)
     train(model, tokenizer, rows, **given)

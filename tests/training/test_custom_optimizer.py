@@ -87,6 +87,10 @@ def test_another_optimizer_is_another_run(dropping, tokenizer, tmp_path):
     assert optimizer_identity(torch.optim.NAdam) == optimizer_identity(partial(torch.optim.NAdam))
 
 
+def test_an_optimizer_that_takes_matrices_only_has_an_identity():
+    assert optimizer_identity(torch.optim.Muon).startswith("torch.optim")
+
+
 class CountsInItsGroups(torch.optim.SGD):
     def step(self, closure=None):
         for group in self.param_groups:

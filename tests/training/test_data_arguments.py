@@ -23,6 +23,16 @@ def test_files_lists_and_renamed_columns_give_the_same_bits(model, tokenizer, tm
         assert same_bits(trained.adapter, expected.adapter)
 
 
+def test_a_column_that_no_row_has_is_refused(model, tokenizer, tmp_path):
+    """Else a text beside the prompt would be trained on, without a word."""
+    rows = [row | {"text": "id 17"} for row in RENAMED]
+    wrong = {"prompt": "questoin", "completion": "answer"}
+    given = dict(batch_size=1, **QUIET)
+    with pytest.raises(ValueError, match=r"no row of data has 'questoin' \(prompt\).*'question'"):
+        train(model, tokenizer, rows, columns=wrong, **given)
+    assert train(model, tokenizer, rows, eval_data=ROWS[:2], columns=COLUMNS, max_steps=1, **given)
+
+
 def test_what_is_left_out_is_told_and_listed(model, tokenizer, tmp_path, capfd):
     rows = [*ROWS, LONG, {"txt": "a"}]
     given = dict(packing=False, batch_size=1, too_long="drop", on_bad_row="skip", **QUIET)

@@ -147,3 +147,31 @@ def test_sources_are_named_without_their_folders():
     assert source_name("/home/me/rows.jsonl") == "rows.jsonl"
     assert source_name(ROWS) == "list"
     assert source_name({"/a/x.jsonl": 0.7, "y.csv": 0.3}) == "x.jsonl x 0.7, y.csv x 0.3"
+
+
+def test_the_card_names_the_rank_that_is_saved(base, tokenizer, tmp_path):
+    """PiSSA's initial offset is folded into the adapter, which doubles its rank."""
+    train(fastlora.lora(base, r=8, init_lora_weights="pissa"), tokenizer, ROWS, output_dir=tmp_path,
+          max_steps=1, **QUIET)  # fmt: skip
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 16
+    card = (tmp_path / "README.md").read_text()
+    assert "Rank 16, alpha" in card and "--max-lora-rank 16" in card
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "line"),
+    [
+        (dict(load_in_4bit=True), "4 bits", 'load("this-folder", load_in_4bit=True)'),
+        (dict(base_precision="fp8"), "fp8", 'load("this-folder", base_precision="fp8")'),
+    ],
+)
+def test_a_quantised_base_is_on_record(how, kind, line, tmp_path):
+    base, tokenizer = fastlora.load("demo", max_seq_length=64, device="cpu", **how)
+    given = dict(output_dir=tmp_path, max_steps=1, save_every=1, **QUIET)
+    train(fastlora.lora(base, r=2), tokenizer, ROWS, **given)
+    assert json.loads((tmp_path / "run.json").read_text())["model"]["quantized_to"] == kind
+    card = (tmp_path / "README.md").read_text()
+    assert line in card and f"| base quantized to | {kind} |" in card
+    dense, _ = fastlora.load("demo", max_seq_length=64, device="cpu")
+    with pytest.raises(ValueError, match=f"base quantized to: '{kind}' there, None now"):
+        train(fastlora.lora(dense, r=2), tokenizer, ROWS, **given, resume=True)

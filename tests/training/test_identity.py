@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
+import fastlora
 from fastlora.data.batches import batches
 from fastlora.model import Model
 from fastlora.models.config import LlamaConfig, RopeParameters
@@ -120,3 +121,9 @@ def test_the_bases_dtype_counts(model):
     base = tree_map(lambda x: x.bfloat16(), model.base)
     names = names_of(model, dataclasses.replace(model, base=base))
     assert names == ["hash of the base model", "base dtype"]
+
+
+def test_the_bases_precision_is_named(model):
+    dense, packed = (fastlora.load("demo", load_in_4bit=x, device="cpu")[0] for x in (False, True))
+    names = names_of(fastlora.lora(dense, r=2), fastlora.lora(packed, r=2))
+    assert names == ["hash of the base model", "base quantized to"]

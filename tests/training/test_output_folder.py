@@ -13,7 +13,9 @@ import pytest
 
 from fastlora.checkpoints import atomic
 from fastlora.errors import CheckpointError
+from fastlora.formats.peft.writing import WEIGHTS_FILE
 from fastlora.training import checkpoint, lock
+from fastlora.training.checkpoint import STATE_FILE
 from fastlora.training.lock import LOCK_FILE, output_lock
 from fastlora.training.loop import train
 from fastlora.training.output_folder import RUN_FILE
@@ -204,6 +206,33 @@ def test_a_finished_adapter_is_replaced_by_the_same_run_only(model, tokenizer, t
     (tmp_path / RUN_FILE).unlink()
     with pytest.raises(ValueError, match="an adapter that this run did not make"):
         train(model, tokenizer, ROWS, **given)
+
+
+def test_a_run_from_another_adapter_does_not_replace_the_first_ones(model, tokenizer, tmp_path):
+    """The second stage of two, whose output_dir was not changed."""
+    given = dict(output_dir=tmp_path, max_steps=1, **QUIET)
+    first, _ = train(model, tokenizer, ROWS, **given)
+    before = (tmp_path / WEIGHTS_FILE).read_bytes()
+    with pytest.raises(ValueError, match=r"adapter before the first step: '.*' there, '.*' now"):
+        train(first, tokenizer, ROWS, **given)
+    assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
+
+
+def test_checkpoints_of_another_trainer_are_not_touched(model, tokenizer, tmp_path):
+    """transformers' Trainer has a trainer_state.json too, and Unsloth's notebooks "outputs"."""
+    for step in (1, 2, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / STATE_FILE).write_text(f'{{"global_step": {step}, "log_history": []}}')
+        (folder / WEIGHTS_FILE).write_bytes(b"of TRL")
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for more in (dict(keep=1), dict(resume="auto"), dict(resume=True)):
+        given = dict(output_dir=tmp_path, save_every=1, max_steps=3, **more, **QUIET)
+        with pytest.raises(ValueError, match=r"did not write.*checkpoint-1, .*checkpoint-10"):
+            train(model, tokenizer, ROWS, **given)
+    with pytest.raises(ValueError, match=r"another program than fastlora\.train wrote this"):
+        train(model, tokenizer, ROWS, resume=tmp_path / "checkpoint-2", max_steps=3, **QUIET)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 # ── space ──

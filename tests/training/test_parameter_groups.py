@@ -126,6 +126,7 @@ def test_the_norms_of_the_groups_add_up(all_groups, tokenizer):
         ({"C": 1.0}, "key 'C': expected B, embeddings, norms"),
         ({"B": 0}, r"learning_rates: B=0: expected a number in \(0"),
         ({"norms": "low"}, "norms='low'"),
+        ({"B": 1e-3, "norms": 1e-3}, "a rate for 'norms', and the adapter trains no such tensor"),
     ],
 )
 def test_bad_rates_are_refused_by_group(model, tokenizer, rates, message):

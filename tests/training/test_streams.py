@@ -75,6 +75,11 @@ def test_private_runs_are_refused_before_threads_read_a_stream(model, tokenizer,
     assert not [x.name for x in threading.enumerate() if x.name.startswith("fastlora")]
 
 
+def test_a_column_that_no_row_of_the_first_block_has_is_refused(model, tokenizer, file):
+    with pytest.raises(ValueError, match="no row of data has 'txet'"):
+        train(model, tokenizer, file, columns={"text": "txet"}, on_bad_row="skip", **GIVEN)
+
+
 def test_preferences_are_not_streamed(model, tokenizer, file):
     with pytest.raises(ValueError, match=r"rows of preferences, which loss=dpo.*take"):
         train(model, tokenizer, file, **GIVEN, loss="dpo")

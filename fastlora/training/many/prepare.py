@@ -21,6 +21,7 @@ from fastlora.training.learner import Learner, make_learner
 from fastlora.training.many.arguments import OwnArguments
 from fastlora.training.output_folder import (
     check_space,
+    checked_folder,
     checkpoint_to_resume,
     refuse_to_overwrite,
     run_bytes,
@@ -69,6 +70,8 @@ def prepare_runs(
     Raises:
         FileNotFoundError, CheckpointError, ValueError, OSError: as `train`.
     """
+    for given in own:
+        checked_folder(given.output_dir)
     with preparing_training(own[0].model):
         runs = _runs(own, tokenizer, progress, after)
     states = []
@@ -114,7 +117,7 @@ def _state(number: int, given: OwnArguments, run: Run) -> RunState:
     identity = run_identity(run, learner.model) if saves else {}
     initial = hash_adapter(learner.model) if saves else ""
     learner, records = start_from(checkpoint, learner, identity, run.steps)
-    refuse_to_overwrite(folder, len(records), checkpoint, identity)
+    refuse_to_overwrite(folder, len(records), checkpoint, identity, initial)
     best = Best.before(given.settings, learner, records, checkpoint, folder)
     describe = partial(
         run_record,
