@@ -201,7 +201,8 @@ def train(
             them out, "truncate" keeps their first tokens, "split" splits them.
         on_bad_row: rows that cannot be trained on are an error; "skip" leaves them out. Rows that
             are left out or cut are counted on stderr and in output_dir/rows_left_out.jsonl.
-        columns: standard names of columns to those of the data: {"prompt": "question"}.
+        columns: standard names of columns to those of the data: {"prompt": "question"}. Each must
+            be in a row.
         template_kwargs: variables of the chat template: {"enable_thinking": False}. To generate,
             use `tokenizer.with_template_kwargs(...)`.
         eval_every: steps.
