@@ -43,12 +43,15 @@ def check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} is a folder; expected the name of a file, such as model.gguf.")
     if not path.exists():
         return
-    # A pipe or a device would be read, or replaced.
-    is_gguf = path.is_file() and path.open("rb").read(4) in (b"GGUF", b"")
-    if not is_gguf:
+    # Not a pipe or a device: it would be read here, and replaced by the file.
+    replaceable = path.is_file()
+    if replaceable:
+        with path.open("rb") as file:
+            replaceable = file.read(4) in (b"GGUF", b"")
+    if not replaceable:
         raise ValueError(
-            f"{path} exists and is not a GGUF file; choose another name, such as"
-            f" {path.with_suffix('.gguf').name}, or delete it first."
+            f"{path} exists and is not a GGUF file; choose the name of a new file, such as"
+            f" {path.with_suffix('.gguf').name}."
         )
 
 
