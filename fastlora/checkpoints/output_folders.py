@@ -2,11 +2,17 @@
 
 import os
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from fastlora.checkpoints.atomic import nearest_existing
 from fastlora.checkpoints.hub import is_file_name
+from fastlora.checkpoints.tensors import INDEX
+from fastlora.errors import printable
 from fastlora.models.spec import Spec
+
+# A model's weights, as transformers names them.
+MODEL_FILES = ("model*.safetensors", INDEX, "pytorch_model*")
 
 
 def writable_folder(folder: str | os.PathLike[str], spec: Spec) -> Path:
@@ -45,3 +51,26 @@ def folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
     except OSError as error:  # a file system that is read-only or full, or no real one (/proc)
         return PermissionError(f"{path} cannot be written: {nearest}: {error.strerror}.")
     return None
+
+
+def other_model_error(
+    folder: Path, patterns: Collection[str], written: Collection[str] = ()
+) -> ValueError | None:
+    """The reason why files must not be written beside those of another model; None if they can.
+
+    Args:
+        folder: need not exist.
+        patterns: of the names of files that would no longer be read correctly, or would be read
+            in place of the written ones.
+        written: names of the files that will be written; they may exist.
+    """
+    others = sorted({p.name for pattern in patterns for p in folder.glob(pattern)} - set(written))
+    if not others:
+        return None
+    more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+    return ValueError(
+        printable(
+            f"{folder} holds files of another model: {', '.join(others[:5])}{more}. Choose an empty"
+            " folder, or delete these files first."
+        )
+    )

@@ -17,7 +17,7 @@ from fastlora.adapters.edits.merging import merged_tensors
 from fastlora.arguments import check_arguments, one_of
 from fastlora.checkpoints.atomic import sync_folder
 from fastlora.checkpoints.bnb_format import QUANTIZATION_CONFIG, check_quantizable
-from fastlora.checkpoints.output_folders import writable_folder
+from fastlora.checkpoints.output_folders import other_model_error, writable_folder
 from fastlora.checkpoints.tensors import INDEX, Deferred, write_json, write_safetensors
 from fastlora.checkpoints.unquantized import (
     MatrixSource,
@@ -26,7 +26,7 @@ from fastlora.checkpoints.unquantized import (
     unquantized_matrices,
 )
 from fastlora.distributed.leading import on_first_rank
-from fastlora.errors import CheckpointError, raise_problems
+from fastlora.errors import CheckpointError
 from fastlora.formats.peft.writing import CONFIG_FILE, save_adapter
 from fastlora.formats.read_back import largest_difference
 from fastlora.formats.tensors_out import (
@@ -48,6 +48,9 @@ from fastlora.text.tokenizer import Tokenizer
 from fastlora.text.tokenizer_files import check_output_folder
 
 SAVE_METHOD = one_of("merged_16bit", "merged_4bit", "lora")
+
+# Weights that a reader would prefer to, or apply to, the written ones.
+_OTHER_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", CONFIG_FILE)
 
 _BASE_CHOICES = '"auto", "original", "dequantized" or the folder of the checkpoint in 16 bits'
 
@@ -169,7 +172,9 @@ def _write_merged(
     sizes = {n: max_bytes_4bit(x) if n in to_4bit else tensor_bytes(x) for n, x in deferred.items()}
     shards = shard_tensors(sizes)
     # Before the first pass, which takes as long as the merge.
-    _check_no_other_model(folder, {*shards, INDEX} if len(shards) > 1 else {*shards})
+    written = {*shards, INDEX} if len(shards) > 1 else {*shards}
+    if error := other_model_error(folder, _OTHER_WEIGHTS, written):
+        raise error
     # Quantising a dequantised matrix again does not always give the same bytes, so weights without
     # an adapter are copied.
     keep = in_4bit and base_used == "dequantized"
@@ -252,16 +257,3 @@ def _given_folder(base: Any) -> Path:
     if not Path(base).is_dir():
         raise FileNotFoundError(f"no such folder: {os.fspath(base)!r:.200}.")
     return Path(base)
-
-
-def _check_no_other_model(folder: Path, written: set[str]) -> None:
-    """Refuse a folder with weights that a reader would prefer to, or apply to, the written ones.
-
-    Args:
-        folder: need not exist.
-        written: names of the weight files that will be written, which may exist.
-    """
-    patterns = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", CONFIG_FILE)
-    others = sorted({p.name for pattern in patterns for p in folder.glob(pattern)} - written)
-    cure = "Choose an empty folder, or delete these files first."
-    raise_problems(ValueError, f"{folder} holds files of another model:", others, cure)

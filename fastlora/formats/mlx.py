@@ -13,17 +13,20 @@ ml-explore/mlx-lm@036728670ef951c1d583689ad2255020702dcfa3.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlora.adapters.edits.merging import merge_problem
 from fastlora.arguments import PATH, check_arguments
-from fastlora.checkpoints.output_folders import writable_folder
+from fastlora.checkpoints.output_folders import MODEL_FILES, other_model_error, writable_folder
 from fastlora.checkpoints.tensors import write_json, write_safetensors
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.adapter_file import adapter_problems
-from fastlora.formats.gguf.output import check_one_adapter
+from fastlora.formats.gguf.output import check_adapter_tensors, check_one_adapter
+from fastlora.formats.peft.writing import CONFIG_FILE, MLX_WEIGHTS
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import (
     expert_matrices,
@@ -36,8 +39,6 @@ from fastlora.models.params import EXPERTS, ROUTER, Adapter
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
 from fastlora.models.state import ModelState, require_adapter
-
-WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
 
@@ -58,7 +59,8 @@ def save_mlx_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: before any file is written, if the model has no adapter, its base is not the
-            checkpoint's, or the format cannot hold the adapter.
+            checkpoint's, the format cannot hold the adapter, the adapter holds NaN or infinity, or
+            the folder holds a model or an adapter in PEFT's format.
         PermissionError: the folder cannot be written to.
     """
     check_arguments("save_mlx_adapter", folder=(folder, PATH))
@@ -69,23 +71,33 @@ def save_mlx_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     if model.spec.changed:
         problems.append("a base that is not the checkpoint's (after merge or add_tokens)")
     cure = "Merge first: mlx_lm.convert reads the folder of save_pretrained_merged."
+    cure = merge_problem(model.spec) or cure
     raise_problems(ValueError, "mlx-lm's adapter format cannot hold:", problems, cure)
     config = model.spec.config
     pairs = dict(_pairs(config, lora, adapter))
     keys, rank = _keys(config, pairs), max(x.a.shape[-2] for x in pairs.values())
-    path = writable_folder(folder, model.spec)
-    path.mkdir(parents=True, exist_ok=True)
     # mlx-lm's models with a vision tower hold the text model as `language_model`.
     prefix = "" if config.wrapper is None else "language_model."
     tensors = {f"{prefix}{name}": x for name, x in _tensors(config, pairs, keys, rank)}
-    write_safetensors(path / WEIGHTS, tensors)
+    check_adapter_tensors(tensors.items())
+    path = writable_folder(folder, model.spec)
+    if error := _other_adapter_error(path):
+        raise error
+    path.mkdir(parents=True, exist_ok=True)
+    write_safetensors(path / MLX_WEIGHTS, tensors)
     settings = {
         "fine_tune_type": "lora",
         "model": model.spec.name_or_path,
         "num_layers": config.num_hidden_layers,
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
     }
-    write_json(path / CONFIG, settings)
+    write_json(path / CONFIG_FILE, settings)
+
+
+def _other_adapter_error(folder: Path) -> ValueError | None:
+    """Refuse a folder with a model or an adapter of PEFT's, whose config has the same name."""
+    written = (MLX_WEIGHTS, CONFIG_FILE) if (folder / MLX_WEIGHTS).exists() else (MLX_WEIGHTS,)
+    return other_model_error(folder, (*MODEL_FILES, "adapter_model.*", CONFIG_FILE), written)
 
 
 def _pairs(config: LlamaConfig, lora: LoraConfig, adapter: Adapter) -> Iterator[tuple[str, _Pair]]:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from fastlora.adapters.edits.merging import merge_problem
 from fastlora.formats.gguf.adapter_file import adapter_problems
 from fastlora.formats.gguf.metadata import architecture_problems
 from fastlora.formats.peft.writing import is_hub_id, readme
@@ -49,10 +50,13 @@ def model_card(model: ModelState, record: Mapping[str, Any]) -> str:
     if commands := _shell(base, model):
         parts.append(f"```sh\n{commands}\n```\n")
     if problems := vllm_problems(lora):
-        parts.append(
-            f"vLLM does not load this adapter: it has {', '.join(problems)}. Merge it into the base"
-            " with `model.save_pretrained_merged(folder, tokenizer)` and serve that folder.\n"
-        )
+        text = f"vLLM does not load this adapter: it has {', '.join(problems)}."
+        if not merge_problem(model.spec):
+            text += (
+                " Merge it into the base with `model.save_pretrained_merged(folder, tokenizer)` and"
+                " serve that folder."
+            )
+        parts.append(f"{text}\n")
     if base != name:
         parts.append("The base was loaded from a local folder, which is not part of this one.\n")
     parts.append("The licence of the base applies to what is computed with it.\n")

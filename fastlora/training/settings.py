@@ -22,7 +22,6 @@ from fastlora.arguments import (
     setting_problems,
     whole_number,
 )
-from fastlora.checkpoints.output_folders import folder_error
 from fastlora.data.encoding import ON_BAD_ROW
 from fastlora.data.examples import TRAIN_ON, Example
 from fastlora.data.long_rows import TOO_LONG
@@ -32,6 +31,7 @@ from fastlora.distributed.mesh import group_problem
 from fastlora.errors import raise_problems
 from fastlora.formats.peft.base_tensors import base_problem
 from fastlora.formats.peft.names import named_leaves
+from fastlora.formats.peft.writing import adapter_folder_error
 from fastlora.losses.loss_argument import LOSS, loss_problems
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_rows import Labelled, Pair
@@ -252,7 +252,7 @@ def _keeping_problems(settings: Settings, eval_data: Any, output_dir: Any) -> li
 def _folder_problems(folder: Path, model: ModelState) -> list[str]:
     """Why the run cannot write to its folder."""
     try:
-        error = folder_error(folder, model.spec)
+        error = adapter_folder_error(folder, model.spec)
     except OSError as problem:  # a name that is too long, for example
         error = problem.strerror
     error = error or base_problem(model.spec)

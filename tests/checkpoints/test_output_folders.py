@@ -52,3 +52,19 @@ def test_the_bases_folder_is_refused_by_every_name(dense_folder, tmp_path, monke
         fastlora.lora(demo, r=2).save_pretrained_merged(DEMO, tokenizer)
     fastlora.lora(demo, r=2).save_pretrained_merged("demo", tokenizer)
     fastlora.lora(demo, r=2).save_pretrained_merged("demo", tokenizer)  # another one's folder
+
+
+def test_an_adapter_is_not_written_beside_a_model(model, tmp_path):
+    """`load` refuses such a folder."""
+    model.save_pretrained_merged(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    for save in (model.save_pretrained, lambda x: model.save_pretrained_merged(x, None, "lora")):
+        with pytest.raises(ValueError, match=r"files of another model: model\.safetensors"):
+            save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_another_adapter_is_replaced(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{}")  # some libraries write the base's
+    model.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional
-from fastlora.formats.gguf import packages, write
+from fastlora.formats.gguf import model_file, packages, write
 from fastlora.formats.gguf.write import DTYPES
 from fastlora.formats.mlx import save_mlx_adapter
 from oracles.gguf_models import adapted, model_of, tokenizer_of
@@ -143,10 +143,30 @@ CANNOT = {
 
 
 @pytest.mark.parametrize("what", CANNOT)
-def test_adapters_that_the_format_cannot_hold_are_refused(what, model, tmp_path):
-    with pytest.raises(ValueError, match=f"{what}.*[\\s\\S]*Merge first"):
-        fastlora.lora(model, r=2, **CANNOT[what]).save_gguf_adapter(tmp_path / "a.gguf")
+def test_adapters_that_the_format_cannot_hold_are_refused(what, model, tokenizer, tmp_path):
+    adapter = fastlora.lora(model, r=2, **CANNOT[what])
+    with pytest.raises(ValueError, match=what) as refused:
+        adapter.save_gguf_adapter(tmp_path / "a.gguf")
     assert not list(tmp_path.iterdir())
+    # The advice can be followed.
+    if "Merge first: save_gguf" in str(refused.value):
+        adapter.save_gguf(tmp_path / "m.gguf", tokenizer)
+    else:
+        assert "model.save_pretrained(folder)" in str(refused.value)
+        adapter.save_pretrained(tmp_path / "peft")
+
+
+def test_a_bias_over_a_changed_base_is_refused_with_advice_that_can_be_followed(model, tmp_path):
+    """Neither a merged model nor a PEFT folder holds both."""
+    changed = fastlora.lora(fastlora.merge(adapted(model)), r=2, lora_bias=True)
+    saves = (changed.save_gguf_adapter, changed.save_pretrained, changed.save_pretrained_merged)
+    for save in (*saves, lambda path: save_mlx_adapter(changed, path)):
+        with pytest.raises(ValueError, match=r"disable\(model\).save_pretrained_merged") as refused:
+            save(tmp_path / "refused")
+        assert " model.save_pretrained" not in str(refused.value)
+    fastlora.disable(changed).save_pretrained_merged(tmp_path / "base")
+    over = fastlora.load(tmp_path / "base", device="cpu")[0]
+    fastlora.lora(over, r=2, lora_bias=True).save_pretrained(tmp_path / "peft")
 
 
 def test_other_adapters_that_are_refused(model, tokenizer, tmp_path):
@@ -160,9 +180,14 @@ def test_other_adapters_that_are_refused(model, tokenizer, tmp_path):
     head = dict(target_modules=["q_proj", "lm_head"])
     with pytest.raises(ValueError, match="tied to the embedding"):
         fastlora.lora(tied, r=2, **head).save_gguf_adapter(path)
+    fastlora.lora(tied, r=2, **head).save_gguf(tmp_path / "m.gguf", tokenizer)
     biased = model_of("qwen2", tmp_path / "biased", len(tokenizer))
     with pytest.raises(ValueError, match="bias='all'"):
         fastlora.lora(biased, r=2, bias="all").save_gguf_adapter(path)
+    in_q = dict(lora_bias=True, target_modules=["q_proj"])  # the base has a bias there
+    with pytest.raises(ValueError, match=r"lora_bias: [\s\S]*Merge first"):
+        fastlora.lora(biased, r=2, **in_q).save_gguf_adapter(path)
+    fastlora.lora(biased, r=2, **in_q).save_gguf(tmp_path / "m.gguf", tokenizer)
     assert not path.exists()
 
 
@@ -183,6 +208,11 @@ def test_a_stack_of_adapters_is_refused(model, tokenizer, tmp_path):
 def test_bad_arguments_are_listed(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"dtype='int3'[\s\S]*pre=''"):
         model.save_gguf(tmp_path / "m.gguf", tokenizer, "int3", pre="")
+    with pytest.raises(ValueError, match=r"pre='gtp-2': expected .*such as gpt-2"):
+        model.save_gguf(tmp_path / "m.gguf", tokenizer, pre="gtp-2")
+    with pytest.raises(ValueError, match=r"pre='foo': expected .*such as llama-bpe"):
+        model.save_ollama(tmp_path / "ollama", tokenizer, pre="foo")
+    assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="is a folder"):
         model.save_gguf(tmp_path, tokenizer)
     with pytest.raises(ValueError, match="is a file"):
@@ -191,6 +221,37 @@ def test_bad_arguments_are_listed(model, tokenizer, tmp_path):
     longer = tokenizer.with_tokens(["<new>"])
     with pytest.raises(fastlora.CheckpointError, match="add_tokens makes room"):
         model.save_gguf(tmp_path / "m.gguf", longer)
+
+
+def test_only_a_gguf_file_is_replaced(model, tokenizer, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"weights")
+    for save in (
+        lambda: model.save_gguf(path, tokenizer),
+        lambda: model.save_gguf(path, tokenizer, "q4_k_m"),  # by the command in its report
+        lambda: adapted(model).save_gguf_adapter(path),
+    ):
+        with pytest.raises(ValueError, match=r"not a GGUF file; .* such as model\.gguf"):
+            save()
+    assert path.read_bytes() == b"weights" and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "empty").touch()
+    for _ in range(2):
+        model.save_gguf(tmp_path / "empty", tokenizer)
+
+
+def test_a_file_that_llama_cpp_cannot_load_is_not_kept(model, tokenizer, tmp_path, monkeypatch):
+    model.save_gguf(path := tmp_path / "m.gguf", tokenizer)
+    before = path.read_bytes()
+    real = model_file.vocabulary_metadata
+    unread = {"tokenizer.ggml.pre": "no such name"}
+    monkeypatch.setattr(
+        model_file,
+        "vocabulary_metadata",
+        lambda *given: (v := real(*given))._replace(metadata=v.metadata | unread),
+    )
+    with pytest.raises(RuntimeError, match=r"llama\.cpp cannot load m\.gguf"):
+        model.save_gguf(path, tokenizer, "f32", verify=True)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("package", ["gguf", "xllamacpp"])

@@ -143,6 +143,15 @@ def test_pre_names_a_pre_tokenizer_for_one_that_llama_cpp_lacks(tmp_path):
     assert 0 < report.verification.equal_texts <= report.verification.texts == 3
 
 
+def test_pre_is_refused_for_a_tokenizer_that_has_no_pre_tokenizer(tmp_path):
+    tokenizer = Tokenizer.from_folder(llama2(tmp_path / "tokenizer"))
+    assert tokenizer is not None
+    model = model_of("llama2", tmp_path / "base", len(tokenizer))
+    with pytest.raises(ValueError, match="pre='gpt-2' means nothing"):
+        model.save_gguf(tmp_path / "m.gguf", tokenizer, pre="gpt-2")
+    assert not (tmp_path / "m.gguf").exists()
+
+
 @pytest.mark.parametrize("listed, message", [(True, "not side by side"), (False, "no merge of")])
 def test_merges_that_are_no_order_of_tokens_are_refused(listed, message, tmp_path):
     folder = llama2(tmp_path / "tokenizer", config={"model_type": "mistral"})

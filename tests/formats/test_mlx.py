@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora.formats.mlx import save_mlx_adapter
@@ -91,3 +92,41 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path):
     with pytest.raises(ValueError, match="not the checkpoint's"):
         save_mlx_adapter(adapted(merged), tmp_path / "mlx")
     assert not (tmp_path / "mlx").exists()
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_only_an_adapter_of_the_same_format_is_replaced(tmp_path):
+    """PEFT's adapter_config.json has the same name, and a model would be read with this config."""
+    model = adapted(model_of("llama2", tmp_path / "base", 96))
+    peft, mlx, merged = (tmp_path / name for name in ("peft", "mlx", "merged"))
+    model.save_pretrained(peft)
+    save_mlx_adapter(model, mlx)
+    model.save_pretrained_merged(merged)
+    save = lambda folder: save_mlx_adapter(model, folder)
+    for write, folder in ((save, peft), (save, merged), (model.save_pretrained, mlx)):
+        before = contents(folder)
+        with pytest.raises(ValueError, match="holds files of another model"):
+            write(folder)
+        assert contents(folder) == before
+    model.save_pretrained(peft)
+    save(mlx)
+
+
+def test_nan_is_refused(tmp_path):
+    model = adapted(model_of("llama2", tmp_path / "base", 96))
+    save_mlx_adapter(model, tmp_path / "mlx")
+    before = contents(tmp_path / "mlx")
+    broken = model.with_adapter(tree_map(lambda x: x * torch.nan, model.adapter))
+    with pytest.raises(ValueError, match=r"NaN or infinity in:\s+model.layers.0.*lora_a"):
+        save_mlx_adapter(broken, tmp_path / "mlx")
+    assert contents(tmp_path / "mlx") == before
+
+
+def test_an_adapter_that_cannot_be_merged_is_saved_by_peft(tmp_path):
+    model = fastlora.lora(model_of("llama2", tmp_path / "base", 96), r=2, lora_bias=True)
+    with pytest.raises(ValueError, match="cannot be merged") as refused:
+        save_mlx_adapter(model, tmp_path / "mlx")
+    assert "save_pretrained(folder)" in str(refused.value) and "Merge" not in str(refused.value)

@@ -3,6 +3,8 @@
 import re
 
 import pytest
+import torch
+from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora.formats.gguf.go_template import go_template
@@ -106,3 +108,31 @@ def test_a_k_quant_is_left_to_ollama_and_a_note_says_so(tmp_path):
     assert report.path.read_text().startswith("FROM ./model-bf16.gguf\n")
     (note,) = [x for x in report.model.notes if "ollama create" in x]
     assert note.startswith("model-bf16.gguf holds bfloat16, not q4_k_m.")
+
+
+def test_a_refused_adapter_leaves_all_files(tmp_path):
+    tokenizer = tokenizer_at(llama3(tmp_path / "tokenizer"))
+    model, out = adapted(model_of("llama2", tmp_path / "base", len(tokenizer))), tmp_path / "out"
+    broken = model.with_adapter(tree_map(lambda x: x * torch.nan, model.adapter))
+    with pytest.raises(ValueError, match=r"NaN or infinity in:\s+blk\.0"):
+        broken.save_ollama(out, tokenizer, "f32")
+    assert not out.exists()
+    model.save_ollama(out, tokenizer, "f32")
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        broken.save_ollama(out, tokenizer, "f16")
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+
+
+def test_files_that_cannot_be_replaced_are_refused_first(tmp_path):
+    tokenizer = tokenizer_at(llama3(tmp_path / "tokenizer"))
+    base = model_of("llama2", tmp_path / "base", len(tokenizer))
+    merged = fastlora.lora(base, r=2, use_dora=True)
+    for name, a_folder in (("adapter.gguf", False), ("adapter.gguf", True), ("Modelfile", True)):
+        path = tmp_path / f"{name} {a_folder}" / name
+        path.mkdir(parents=True) if a_folder else path.parent.mkdir()
+        a_folder or path.write_text("mine")
+        for model in (adapted(base), merged):
+            with pytest.raises(ValueError, match="is a folder" if a_folder else "not a GGUF file"):
+                model.save_ollama(path.parent, tokenizer, "f32")
+        assert [p.name for p in path.parent.iterdir()] == [name]

@@ -113,6 +113,8 @@ def test_the_card_says_when_vllm_will_not_load_the_adapter(base, tokenizer, tmp_
         card = (tmp_path / name / "README.md").read_text()
         assert f"vLLM does not load this adapter: it has {word}" in card
         assert "vllm serve" not in card
+        # The base has no bias that lora_bias could be merged into.
+        assert ("Merge it into the base" in card) == (name != "d")
 
 
 def test_the_card_names_a_way_to_llama_cpp_that_keeps_the_scaling(base, pair):

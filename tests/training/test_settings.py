@@ -88,6 +88,9 @@ def test_an_unwritable_output_dir_is_refused_before_training(
 ):
     with pytest.raises(ValueError, match="the base was loaded from"):
         train(model, tokenizer, ROWS, output_dir=folder)
+    fastlora.merge(model).save_pretrained_merged(tmp_path / "merged")
+    with pytest.raises(ValueError, match=r"output_dir: .*merged holds files of another model"):
+        train(model, tokenizer, "no.jsonl", output_dir=tmp_path / "merged")
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ValueError, match="not writable"):
         train(model, tokenizer, ROWS, output_dir=tmp_path / "a")

@@ -41,7 +41,7 @@ from fastlora.models.params import (
     LoRA,
 )
 from fastlora.models.self_contained import self_contained
-from fastlora.models.spec import UNTIED, Extras, LoraConfig, Spec
+from fastlora.models.spec import UNTIED, Extras, Spec
 from fastlora.models.state import ModelState, StateT, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.linear.merged_weight import adapted_weight
@@ -197,7 +197,8 @@ def _merged_projections(
 ) -> dict[str, Callable[[], Tensor]]:
     """Name on disk -> a function that returns the merged weight, for every adapted projection."""
     assert spec.lora is not None, spec
-    _check_biases(spec.config, spec.lora)
+    if problem := merge_problem(spec):
+        raise ValueError(problem)
     merged: dict[str, Callable[[], Tensor]] = {}
     for i, targets in enumerate(spec.lora.targets):
         for t in targets:
@@ -230,7 +231,7 @@ def _merged_linear(
 
 def _merged_bias(linear: Callable[[], Linear], lora: BiasedLoRA, scaling: float) -> Tensor:
     bias = linear().get("bias")
-    assert bias is not None  # checked by `_check_biases`
+    assert bias is not None  # `merge_problem` says so
     return merged_bias(bias, lora.bias, scaling)
 
 
@@ -277,17 +278,26 @@ def merged_rows(
     return weight.detach().index_copy(0, index, rows.detach().to(weight))
 
 
-def _check_biases(config: LlamaConfig, lora: LoraConfig) -> None:
-    """Check that the base has a bias wherever lora_bias trained one."""
-    if not lora.lora_bias:
-        return
+def merge_problem(spec: Spec) -> str | None:
+    """Why the adapter cannot be merged, and what to do instead; None if it can be merged.
+
+    lora_bias trains a bias, which a base without a bias in the same projection cannot hold.
+    """
+    lora = spec.lora
+    if lora is None or not lora.lora_bias:
+        return None
     names = dict.fromkeys(t.name for targets in lora.targets for t in targets)
-    without = [name for name in names if not projection_bias(config, name)]
+    without = [name for name in names if not projection_bias(spec.config, name)]
     without += ["lm_head"] if lora.extras.lm_head is not None else []
-    cure = "Save the adapter itself: save_pretrained."
-    raise_problems(
-        ValueError, "lora_bias cannot be merged: the base has no bias in:", without, cure
-    )
+    if not without:
+        return None
+    cure = "Save the adapter itself, in PEFT's format: model.save_pretrained(folder)."
+    if set(spec.changed) - {EMBED_TOKENS, LM_HEAD}:  # a PEFT folder cannot hold these
+        cure = (
+            "Write the changed base with fastlora.disable(model).save_pretrained_merged(folder),"
+            " then load the folder and train over it."
+        )
+    return f"lora_bias cannot be merged: the base has no bias in {', '.join(without)}. {cure}"
 
 
 def check_finite(merged: Mapping[str, Callable[[], Tensor]]) -> None:

@@ -8,15 +8,23 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import Tensor
 
+from fastlora.adapters.edits.merging import merge_problem
 from fastlora.arguments import FLAG, check_arguments
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.metadata import Metadata, architecture
 from fastlora.formats.gguf.model_file import model_tensors
-from fastlora.formats.gguf.output import check_one_adapter, output_file
+from fastlora.formats.gguf.output import (
+    check_adapter_tensors,
+    check_one_adapter,
+    output_file,
+    write_checked,
+)
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.report import GGUFReport, Verification
 from fastlora.formats.gguf.sentencepiece import GGML_MODEL
@@ -56,39 +64,64 @@ def save_gguf_adapter(
 
     Raises:
         ValueError: before anything is written, if the model has no adapter, llama.cpp cannot run
-            the model, the format cannot hold the adapter, or the base is not the checkpoint's.
+            the model, the format cannot hold the adapter, the base is not the checkpoint's, the
+            adapter holds NaN or infinity, or the path is that of a file that is not GGUF.
         ModuleNotFoundError: the extra `gguf` is not installed.
         PermissionError: the folder cannot be written to.
+        RuntimeError: with `verify`, llama.cpp cannot load the file. The path is unchanged.
     """
     check_arguments("save_gguf_adapter", verify=(verify, FLAG))
     if model.spec.changed:
         raise ValueError(
             "The base is not the checkpoint's (after merge or add_tokens), so the adapter alone"
-            f" would give another model. {_CURE}"
+            f" would give another model. {merge_problem(model.spec) or _CURE}"
         )
-    return write_adapter(model, Path(path), verify)
-
-
-def write_adapter(model: ModelState, path: Path, verify: bool) -> GGUFReport:
-    """`save_gguf_adapter`, also over a base that is not the checkpoint's."""
-    gguf_package()
     if verify:
         engine_package()
+    return write_adapter(model, Path(path), adapter_contents(model), verify)
+
+
+class AdapterContents(NamedTuple):
+    """A checked adapter's file before it is written."""
+
+    metadata: Metadata
+    tensors: list[FileTensor]
+
+
+def adapter_contents(model: ModelState) -> AdapterContents:
+    """What `write_adapter` writes, also over a base that is not the checkpoint's.
+
+    Raises:
+        ValueError: as `save_gguf_adapter`, except for its path.
+        ModuleNotFoundError: the extra `gguf` is not installed.
+    """
+    gguf_package()
     model = self_contained(model)
     lora, adapter = require_adapter(model)
     check_one_adapter(model)
     gguf = architecture(model.spec.config)
-    raise_problems(ValueError, "A GGUF LoRA file cannot hold:", adapter_problems(model), _CURE)
+    cure = merge_problem(model.spec) or _CURE
+    raise_problems(ValueError, "A GGUF LoRA file cannot hold:", adapter_problems(model), cure)
     tensors = list(_tensors(model.spec.config, gguf, lora, adapter))
+    check_adapter_tensors((x.name, x.compute()) for x in tensors)
+    return AdapterContents(_metadata(gguf, lora), tensors)
+
+
+def write_adapter(
+    model: ModelState, path: Path, contents: AdapterContents, verify: bool
+) -> GGUFReport:
+    """Write what `adapter_contents` returned for this model."""
+    model = self_contained(model)
     path = output_file(path, model.spec)
-    write_gguf(path, _metadata(gguf, lora), tensors, "f32")
+    write = lambda file: write_gguf(file, contents.metadata, contents.tensors, "f32")
+    verification = write_checked(path, write, partial(_verified, model) if verify else None)
     quantized = is_quantized(model.base)
     notes = [_QUANTIZED_NOTE] if quantized else []
     return GGUFReport(
         path=path,
         bytes=path.stat().st_size,
         notes=tuple(notes),
-        verification=_verified(model, path) if verify else None,
+        verification=verification,
     )
 
 

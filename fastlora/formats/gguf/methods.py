@@ -6,6 +6,7 @@ from functools import partial
 from fastlora.arguments import FLAG, PATH, check_arguments
 from fastlora.distributed.leading import on_first_rank
 from fastlora.formats.gguf import adapter_file, model_file, ollama
+from fastlora.formats.gguf.pre_tokenizers import pre_rule
 from fastlora.formats.gguf.report import GGUFReport, OllamaReport
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import TOKENIZER, Tokenizer
@@ -42,11 +43,12 @@ class GGUFMethods(ModelState):
             Path, bytes, and sentences on what llama.cpp will do otherwise.
 
         Raises:
-            ValueError: an argument is wrong, llama.cpp cannot run this model, or a tensor would be
-                NaN or infinite. No file is changed.
+            ValueError: an argument is wrong, llama.cpp cannot run this model, a tensor would be NaN
+                or infinite, or the path is that of a file that is not GGUF. No file is changed.
             CheckpointError: llama.cpp cannot tokenise as the tokenizer does.
             ModuleNotFoundError: the extra `gguf` is not installed.
             PermissionError: the folder cannot be written to.
+            RuntimeError: with `verify`, llama.cpp cannot load the file. No file is changed.
         """
         check_arguments(
             "Model.save_gguf",
@@ -54,7 +56,7 @@ class GGUFMethods(ModelState):
             tokenizer=(tokenizer, TOKENIZER),
             dtype=(dtype, model_file.DTYPE),
             verify=(verify, FLAG),
-            pre=(pre, model_file.PRE),
+            pre=(pre, pre_rule(pre)),
         )
         work = partial(model_file.save_gguf, self, path, tokenizer, dtype, verify, pre)
         return on_first_rank(self.base, work)
@@ -68,9 +70,11 @@ class GGUFMethods(ModelState):
 
         Raises:
             ValueError: the model has no adapter, llama.cpp cannot run the model, or the format
-                cannot hold the adapter: DoRA, lora_bias, trained embeddings and other copies.
+                cannot hold the adapter: DoRA, lora_bias, trained embeddings and other copies, NaN
+                and infinity. Or the path is that of a file that is not GGUF.
             ModuleNotFoundError: the extra `gguf` is not installed.
             PermissionError: the folder cannot be written to.
+            RuntimeError: with `verify`, llama.cpp cannot load the file. No file is changed.
         """
         check_arguments("Model.save_gguf_adapter", path=(path, PATH), verify=(verify, FLAG))
         work = partial(adapter_file.save_gguf_adapter, self, path, verify)
@@ -100,7 +104,7 @@ class GGUFMethods(ModelState):
             folder=(folder, PATH),
             tokenizer=(tokenizer, TOKENIZER),
             dtype=(dtype, model_file.DTYPE),
-            pre=(pre, model_file.PRE),
+            pre=(pre, pre_rule(pre)),
         )
         work = partial(ollama.save_ollama, self, folder, tokenizer, dtype, pre)
         return on_first_rank(self.base, work)

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastlora.adapters.edits.merging import merged_tensors
-from fastlora.arguments import Rule, check_arguments, optional
+from fastlora.arguments import Rule, check_arguments
 from fastlora.formats.gguf.metadata import (
     Metadata,
     architecture,
@@ -16,9 +16,14 @@ from fastlora.formats.gguf.metadata import (
     model_metadata,
     rope_factors,
 )
-from fastlora.formats.gguf.output import check_one_adapter, output_file
+from fastlora.formats.gguf.output import (
+    check_one_adapter,
+    check_replaceable,
+    output_file,
+    write_checked,
+)
 from fastlora.formats.gguf.packages import engine_package, gguf_package
-from fastlora.formats.gguf.pre_tokenizers import NAMES
+from fastlora.formats.gguf.pre_tokenizers import pre_rule
 from fastlora.formats.gguf.report import GGUFReport
 from fastlora.formats.gguf.tensors import FileTensor, file_tensors
 from fastlora.formats.gguf.verify import verify_model
@@ -35,7 +40,6 @@ DTYPE = Rule(
     lambda x: type(x) is str and x.lower() in _KNOWN,
     " or ".join(map(repr, DTYPES)) + ", or a K-quant such as 'q4_k_m'",
 )
-PRE = optional(Rule(lambda x: type(x) is str and x != "", f"a name of llama.cpp's: {NAMES}"))
 
 
 def save_gguf(
@@ -60,18 +64,19 @@ def save_gguf(
             in 8 bits if other matrices have fewer. For a K-quant such as "q4_k_m" the file holds
             bfloat16, its name gets "-bf16", and the report has llama-quantize's command.
         verify: run the file in llama.cpp, and compare.
-        pre: llama.cpp's name of a pre-tokenizer; None finds the tokenizer's, and refuses those that
-            llama.cpp has no name for.
+        pre: llama.cpp's name of a pre-tokenizer, for byte-level BPE; None finds the tokenizer's,
+            and refuses those that llama.cpp has no name for.
 
     Raises:
-        ValueError: before anything is written: an argument is wrong, or llama.cpp cannot run this
-            model; while writing, leaving an older file unchanged: a tensor would be NaN or
-            infinite.
+        ValueError: before anything is written: an argument is wrong, the path is that of a file
+            that is not GGUF, or llama.cpp cannot run this model; while writing, leaving an older
+            file unchanged: a tensor would be NaN or infinite.
         CheckpointError: llama.cpp cannot tokenise as the tokenizer does.
         ModuleNotFoundError: the extra `gguf` is not installed.
         PermissionError: the folder cannot be written to.
+        RuntimeError: with `verify`, llama.cpp cannot load the file. The path is unchanged.
     """
-    check_arguments("save_gguf", dtype=(dtype, DTYPE), pre=(pre, PRE))
+    check_arguments("save_gguf", dtype=(dtype, DTYPE), pre=(pre, pre_rule(pre)))
     gguf_package()
     if verify:
         engine_package()
@@ -81,19 +86,22 @@ def save_gguf(
         require_adapter(model)
     check_one_adapter(model)
     written, command = _file_and_command(Path(path), dtype)
+    check_replaceable(Path(path))  # the command for a K-quant replaces it
     dtype = "bf16" if command else dtype
     # All that may be refused comes before the first byte.
     tensors, metadata = model_tensors(model)
     vocabulary = vocabulary_metadata(tokenizer, model.spec.config, pre)
     written = output_file(written, model.spec)
     metadata |= _general(model, dtype) | vocabulary.metadata
-    write_gguf(written, metadata, tensors, dtype)
+    write = lambda file: write_gguf(file, metadata, tensors, dtype)
+    check = lambda file: verify_model(model, file, tokenizer)
+    verification = write_checked(written, write, check if verify else None)
     return GGUFReport(
         path=written,
         bytes=written.stat().st_size,
         notes=tuple(_notes(model, vocabulary, tensors, dtype)),
         command=command,
-        verification=verify_model(model, written, tokenizer) if verify else None,
+        verification=verification,
     )
 
 

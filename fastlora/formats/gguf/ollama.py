@@ -2,13 +2,19 @@
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from fastlora.arguments import check_arguments
 from fastlora.checkpoints.output_folders import writable_folder
 from fastlora.checkpoints.tensors import write_text
-from fastlora.formats.gguf.adapter_file import adapter_problems, write_adapter
+from fastlora.formats.gguf.adapter_file import (
+    adapter_contents,
+    adapter_problems,
+    write_adapter,
+)
 from fastlora.formats.gguf.go_template import go_template
 from fastlora.formats.gguf.model_file import DTYPE, save_gguf
+from fastlora.formats.gguf.output import check_replaceable
 from fastlora.formats.gguf.report import GGUFReport, OllamaReport
 from fastlora.formats.gguf.vocabulary import stop_ids
 from fastlora.models.config import LlamaConfig
@@ -16,7 +22,7 @@ from fastlora.models.self_contained import self_contained
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 
-MODEL_FILE, ADAPTER_FILE = "model.gguf", "adapter.gguf"
+MODEL_FILE, ADAPTER_FILE, MODELFILE = "model.gguf", "adapter.gguf", "Modelfile"
 
 
 def save_ollama(
@@ -49,25 +55,36 @@ def save_ollama(
     folder = writable_folder(folder, model.spec)
     model = self_contained(model)
     separate = model.spec.lora is not None and not adapter_problems(model)
+    # Every check comes before the base is written, those of the adapter too.
+    _check_files(folder)
+    contents = adapter_contents(model) if separate else None
+    template = go_template(tokenizer)
     base = model
     if separate:
         base = replace(model, spec=replace(model.spec, lora=None), adapter=None)
     written = save_gguf(base, folder / MODEL_FILE, tokenizer, dtype, pre=pre)
-    adapter = write_adapter(model, folder / ADAPTER_FILE, verify=False) if separate else None
-    if adapter is None:
+    if contents is None:
+        adapter = None
         (folder / ADAPTER_FILE).unlink(missing_ok=True)  # of an earlier model
-    template = go_template(tokenizer)
+    else:
+        adapter = write_adapter(model, folder / ADAPTER_FILE, contents, verify=False)
     if written.command is not None:
         note = _K_QUANT.format(file=written.path.name, dtype=dtype.lower())
         written = replace(written, notes=(*written.notes, note))
     if template is None and "default" in tokenizer.chat_templates:
         written = replace(written, notes=(*written.notes, _NO_TEMPLATE))
-    path = folder / "Modelfile"
     text = modelfile(tokenizer, model.spec.config, written, adapter, template)
-    write_text(path, text)
+    write_text(path := folder / MODELFILE, text)
     files = [path, written.path, *([adapter.path] if adapter else [])]
     total = sum(file.stat().st_size for file in files)
     return OllamaReport(path=path, bytes=total, model=written, adapter=adapter)
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse a folder in which the adapter or the Modelfile cannot be replaced."""
+    check_replaceable(folder / ADAPTER_FILE)
+    if (path := folder / MODELFILE).is_dir():
+        raise ValueError(f"{path} is a folder; choose another folder, or delete this one.")
 
 
 _K_QUANT = (

@@ -10,8 +10,10 @@ name, often beside that of tokenizer.json.
 
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
+from fastlora.arguments import Rule
 from fastlora.errors import CheckpointError
 from fastlora.text.tokenizer import Tokenizer
 
@@ -56,6 +58,32 @@ _NAMES = {
 }
 
 NAMES = tuple(dict.fromkeys(_NAMES.values()))
+
+# The names that llama.cpp accepts for byte-level BPE: xllamacpp 2026.10.11549 loads a file with any
+# of them, and refuses a file with another name.
+_ACCEPTED = frozenset(
+    """
+    a.x-4.0 afmoe bailingmoe bailingmoe2 bloom chameleon chatglm-bpe codeshell cohere2moe
+    command-r dbrx deepseek-coder deepseek-llm deepseek-r1-qwen deepseek-v3 default exaone
+    exaone-moe exaone4 f2llmv2 falcon falcon-h1 falcon3 gemma4 gigachat glm4 glm5 gpt-2 gpt-4o
+    gpt3-finnish granite-docling granite-embed-multi-311m granite-embed-multi-97m grok-2 hunyuan
+    hunyuan-dense hy_v4 jais jais-2 jina-de jina-es jina-v1-en jina-v2-code jina-v2-de
+    jina-v2-es jina-v5-nano joyai-llm kanana2 kimi-k2 kormo laguna lfm2 llada-moe llama-bpe
+    llama-v3 llama3 llama4 megrez mellum mellum2 midm-2.0 minerva-7b minicpm5 minimax-m2 mmbert
+    modern-bert mpt olmo phi-2 pixtral poro-chat qwen2 qwen35 refact roberta-bpe sarvam-moe
+    seed-coder smaug-bpe smollm solar-open spark2_5 stablelm2 starcoder superbpe talkie tekken
+    tiny_aya trillion ufakzeka viking whitespace youtu
+    """.split()
+)
+
+
+def pre_rule(value: Any) -> Rule:
+    """Rule: None or a name that llama.cpp accepts. The message has the names close to `value`."""
+    close = get_close_matches(value, sorted(_ACCEPTED)) if isinstance(value, str) else []
+    return Rule(
+        lambda x: x is None or (type(x) is str and x in _ACCEPTED),
+        f"None or llama.cpp's name of a pre-tokenizer, such as {', '.join(close or NAMES)}",
+    )
 
 
 def pre_tokenizer_name(tokenizer: Tokenizer) -> str:

@@ -90,6 +90,9 @@ class Engine:
             model: a GGUF file.
             adapter: a GGUF LoRA file.
             context: tokens of prompt and continuation together.
+
+        Raises:
+            RuntimeError: llama.cpp cannot load the files.
         """
         package = engine_package()
         params = package.CommonParams()
@@ -107,7 +110,14 @@ class Engine:
         params.verbosity = -1
         params.hostnames = ["127.0.0.1"]
         params.port = 0  # any that is free
-        self._server: Any = package.Server(params)
+        try:
+            self._server: Any = package.Server(params)
+        except RuntimeError as error:
+            files = " with ".join(path.name for path in (model, adapter) if path is not None)
+            raise RuntimeError(
+                f"llama.cpp cannot load {files}, which was written and is deleted again: {error}"
+                " Is its memory too small for the model? verify=False keeps the file."
+            ) from error
 
     def __enter__(self) -> "Engine":
         return self

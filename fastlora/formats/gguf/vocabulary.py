@@ -42,6 +42,7 @@ def vocabulary_metadata(
         pre: llama.cpp's name of a pre-tokenizer; None finds it.
 
     Raises:
+        ValueError: `pre` is given for a tokenizer in SentencePiece's style.
         CheckpointError: llama.cpp cannot tokenise as this tokenizer does; says why.
     """
     raw = json.loads(tokenizer.backend.to_str())
@@ -49,6 +50,11 @@ def vocabulary_metadata(
     tokens, types = _tokens(tokenizer, raw, config.vocab_size)
     notes = _flag_notes(tokenizer)
     if is_sentencepiece(raw):
+        if pre is not None:
+            raise ValueError(
+                f"pre={pre!r} means nothing for this tokenizer: it is in SentencePiece's style,"
+                " which has no pre-tokenizer; leave pre out."
+            )
         prefix, more = adds_prefix_space(raw)
         notes += more
         kind: Metadata = {

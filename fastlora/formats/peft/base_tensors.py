@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from fastlora.adapters.edits.merging import merge_problem
 from fastlora.adapters.extras import EDGE_MODULES
 from fastlora.formats.peft.expert_layout import PREFIX
 from fastlora.formats.peft.names import MODULE_OF
@@ -42,11 +43,12 @@ def base_problem(spec: Spec) -> str | None:
         return None
     first = "the head, which was tied to the embedding" if others == [UNTIED] else others[0]
     more = f" and {len(others) - 1} more tensors" if len(others) > 1 else ""
+    one = " Call model.save_pretrained_merged(folder), which writes base and adapter as one model."
+    merging = "" if merge_problem(spec) else one
     return (
         f"the base is not that of {spec.name_or_path!r:.200}: {first}{more} changed, by"
-        " fastlora.merge for example, and an adapter's folder cannot hold them. Call"
-        " model.save_pretrained_merged(folder), which writes base and adapter as one model. To"
-        " save adapters over the changed base, write that base first, with"
+        " fastlora.merge for example, and an adapter's folder cannot hold them."
+        f"{merging} To save adapters over the changed base, write that base first, with"
         " fastlora.disable(model).save_pretrained_merged(folder), then load the folder and train"
         " over it"
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastlora.adapters.init.methods import moves_base
 from fastlora.checkpoints.hub import upload
-from fastlora.checkpoints.output_folders import writable_folder
+from fastlora.checkpoints.output_folders import MODEL_FILES, folder_error, other_model_error
 from fastlora.checkpoints.tensors import read_json, write_json, write_safetensors, write_text
 from fastlora.errors import CheckpointError, raise_problems
 from fastlora.formats.peft.base_tensors import base_problem, base_tensors_out
@@ -26,6 +26,7 @@ from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"  # mlx-lm's file, beside another adapter_config.json
 
 
 def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
@@ -43,7 +44,8 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: before any file is written, if the model has no adapter, the adapter does not
             fit the spec or holds NaN or infinity, its initial offset is missing, the base is not
-            the checkpoint's, or the folder is a file or the base model's folder.
+            the checkpoint's, or the folder is a file, the base model's folder, or holds the weights
+            of a model or of an adapter for mlx-lm.
         PermissionError: the folder cannot be written to.
     """
     # Parked originals stay on the host: the file holds the trained copies, not the originals.
@@ -62,7 +64,8 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
     # The same check as in load_adapter, so that every folder that is written can be read.
     problems = tensor_problems(tensors, lora, model.spec.config, DTYPES.values())
     raise_problems(ValueError, "The adapter does not fit its spec, or is broken:", problems)
-    path = writable_folder(folder, model.spec)
+    if error := adapter_folder_error(path := Path(folder), model.spec):
+        raise error
     path.mkdir(parents=True, exist_ok=True)
     config = peft_config(model.spec, lora)
     tensors |= base_tensors_out(model.spec, model.base)
@@ -76,6 +79,15 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
         write_text(path / "README.md", readme(model.spec, lora))
     # The config comes last: PEFT and fastlora do not load a folder without it.
     write_json(path / CONFIG_FILE, config)
+
+
+def adapter_folder_error(path: Path, spec: Spec) -> ValueError | PermissionError | None:
+    """The reason why an adapter must not, or cannot, be written to a folder; None if it can.
+
+    `load` refuses a folder with a model and an adapter. Another PEFT adapter may be replaced.
+    """
+    others = (*MODEL_FILES, MLX_WEIGHTS)
+    return folder_error(path, spec) or other_model_error(path, others)
 
 
 def _differs(path: Path, config: Mapping[str, Any]) -> bool:
