@@ -235,6 +235,8 @@ def check_call(
     adapter = adapter if examples is None else examples.tree
     integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
     problems = [*_tree_problems(adapter, base, spec), *more, *tensor_problems(integers)]
+    if adapter is not None and not problems:
+        problems += autocast_problems(base)
     n = None if problems else stack_size(adapter)
     if n is not None and examples is not None:
         problems.append("per_example needs one adapter, and this is a stack; FL.unstack it")
@@ -248,6 +250,25 @@ def check_call(
     if not problems and (adapter_ids is not None or n is not None):
         problems = _adapter_id_problems(adapter, base, spec, n, adapter_ids, inputs, seed)
     raise_problems(ValueError, f"{function} cannot use these arguments:", problems)
+
+
+def autocast_problems(base: Any) -> list[str]:
+    """Problems with a torch.autocast around this call: it must have the dtype of the base.
+
+    autocast casts only some of our products, so operands would differ in dtype. It never casts
+    float64. The check takes a microsecond and works in compiled code.
+    """
+    norm = base["norm"]
+    device = norm.device.type
+    if norm.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return []
+    dtype = torch.get_autocast_dtype(device)
+    if not torch.is_autocast_enabled(device) or dtype == norm.dtype:
+        return []
+    return [
+        f"torch.autocast to {dtype} is on, and the base has {norm.dtype}. Leave out autocast, which"
+        ' fastlora does not need; for computation in 16 bits, fastlora.load(..., dtype="bfloat16")'
+    ]
 
 
 def _is_seed(seed: Any, n: int | None) -> bool:
