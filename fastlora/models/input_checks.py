@@ -83,14 +83,16 @@ def check_inputs(model: ModelState, inputs: Mapping[str, Any], more: Sequence[st
 
     Args:
         model: the model.
-        inputs: input_ids and, if they are not None, other BATCH_ENTRIES.
+        inputs: input_ids and, if they are not None, other BATCH_ENTRIES; or the result of
+            `prepared_inputs`.
         more: problems that the caller found; they are listed first.
 
     Raises:
         ValueError: listing every wrong class, shape, dtype, device, length and value.
     """
     integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
-    problems = [*more, *input_problems(model.spec, integers, model.base["norm"].device)]
+    given = "inputs_embeds" if "inputs_embeds" in inputs else "input_ids"
+    problems = [*more, *input_problems(model.spec, integers, model.base["norm"].device, given)]
     raise_problems(ValueError, "the model cannot run this input:", problems)
 
 
@@ -132,7 +134,10 @@ def entry_problems(
 
 
 def input_problems(
-    spec: Spec, inputs: Mapping[str, Any], device: torch.device | None = None
+    spec: Spec,
+    inputs: Mapping[str, Any],
+    device: torch.device | None = None,
+    given: str = "input_ids",
 ) -> list[str]:
     """Problems with the inputs of a forward pass, by name.
 
@@ -140,6 +145,7 @@ def input_problems(
         spec: the model's.
         inputs: "input_ids" and, if they are not None, other BATCH_ENTRIES.
         device: the model's; None: inputs on any device are accepted.
+        given: the caller's argument that has the tokens.
     """
     problems = tensor_problems(inputs)
     has_wrong_tensors, ids = bool(problems), inputs["input_ids"]
@@ -147,7 +153,7 @@ def input_problems(
         return problems
     if ids.shape[1] > (longest := spec.max_seq_length):
         problems.append(
-            f"input_ids has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
+            f"{given} has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
             "Load with a larger max_seq_length, or shorten the input: nothing is cut off in silence"
         )
     # Comparisons of values across devices would raise torch's own error, without the cure.
