@@ -83,8 +83,7 @@ def check_inputs(model: ModelState, inputs: Mapping[str, Any], more: Sequence[st
 
     Args:
         model: the model.
-        inputs: input_ids and, if they are not None, other BATCH_ENTRIES; or the result of
-            `prepared_inputs`.
+        inputs: input_ids and, if not None, other BATCH_ENTRIES; or those of `prepared_inputs`.
         more: problems that the caller found; they are listed first.
 
     Raises:
@@ -264,15 +263,13 @@ def autocast_problems(base: Any) -> list[str]:
     autocast casts only some of our products, so operands would differ in dtype. It never casts
     float64. The check takes a microsecond and works in compiled code.
     """
-    norm = base["norm"]
-    device = norm.device.type
-    if norm.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+    device, of_base = base["norm"].device.type, base["norm"].dtype
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return []
-    dtype = torch.get_autocast_dtype(device)
-    if not torch.is_autocast_enabled(device) or dtype == norm.dtype:
+    if (dtype := torch.get_autocast_dtype(device)) == of_base or of_base == torch.float64:
         return []
     return [
-        f"torch.autocast to {dtype} is on, and the base has {norm.dtype}. Leave out autocast, which"
+        f"torch.autocast to {dtype} is on, and the base has {of_base}. Leave out autocast, which"
         ' fastlora does not need; for computation in 16 bits, fastlora.load(..., dtype="bfloat16")'
     ]
 
