@@ -5,6 +5,7 @@ in their fields: `setting` declares one, `setting_problems` checks them. `check_
 arguments that belong to no record. All problems of a call are reported together.
 """
 
+import argparse
 import math
 import operator
 import os
@@ -102,6 +103,7 @@ ENCODABLE_TEXT = Rule(  # a str may hold half of a surrogate pair, which UTF-8 d
     "a text (without unpaired surrogates)",
 )
 RANDOM_SEED = whole_number(0, 2**64)  # what torch.Generator accepts
+PORT = whole_number(0, 2**16)  # of TCP; getaddrinfo takes larger ones modulo 2**16
 FUNCTION = Rule(callable, "a function")
 
 
@@ -119,6 +121,21 @@ PATH = Rule(
     _is_path,
     "a path: a text that is not empty, or a pathlib.Path; without a leading ~ (./~ is allowed)",
 )
+
+
+def option(convert: Callable[[str], Any], rule: Rule) -> Callable[[str], Any]:
+    """A `type` for argparse's add_argument: converts a text and refuses what breaks the rule."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = convert(text)
+        except ValueError:
+            value = None
+        if value is None or not rule.accepts(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected {rule.expected}")
+        return value
+
+    return parse
 
 
 def setting(rule: Rule, default: Any = MISSING) -> Any:

@@ -245,7 +245,8 @@ class Model(GGUFMethods):
             settings: as for `generate`, without return_logprobs.
 
         Raises:
-            ValueError: as `generate`; also if the prompt has no token, or its chat template fails.
+            ValueError: as `generate`; also if the prompt has no token, its chat template fails, or
+                return_logprobs is given.
         """
         rules = dict(
             tokenizer=(tokenizer, TOKENIZER), prompt=(prompt, PROMPT),

@@ -25,6 +25,9 @@ from rich.text import Text
 from serving.conversation import Conversation
 from serving.models import add_model_arguments, load_served
 
+from fastlora.arguments import number, option, whole_number
+from fastlora.generation.sampling import SEED
+
 HELP = {
     "/adapter NAME": "let an adapter write the next replies; without NAME: list them",
     "/base": "let the base write the next replies",
@@ -208,9 +211,10 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add_model_arguments(add)
     add("--system", help="system message")
-    add("--max-new-tokens", type=int, default=512, help="of one reply")
-    add("--temperature", type=float, default=0.7, help="0 is greedy")
-    add("--seed", type=int, help="seed of the sampling")
+    add("--max-new-tokens", type=option(int, whole_number(1)), default=512, help="of one reply")
+    temperature = option(float, number(low=0))
+    add("--temperature", type=temperature, default=0.7, help="0 is greedy")
+    add("--seed", type=option(int, SEED), help="seed of the sampling")
     add("--history", metavar="FILE", help="keep past inputs in a file")
     return parser.parse_args()
 

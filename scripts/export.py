@@ -13,7 +13,6 @@ pip install -e '.[gguf]'. fastlora/formats/README.md says which program reads wh
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,14 @@ OPTIONS = {
 
 def main() -> None:
     given = arguments()
+    try:
+        export(given)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise SystemExit(f"export.py: {error}") from error
+
+
+def export(given: argparse.Namespace) -> None:
+    """Load the model, write it, and tell what was written."""
     model, tokenizer = fastlora.load(
         given.model,
         device=given.device,
@@ -41,7 +48,9 @@ def main() -> None:
         base_precision=given.base_precision,
     )
     if tokenizer is None and given.format in ("gguf", "ollama"):
-        sys.exit(f"{given.model} has no tokenizer.json, which --format {given.format} needs.")
+        raise ValueError(
+            f"{given.model} has no tokenizer.json, which --format {given.format} needs."
+        )
     report = write(model, tokenizer, given)
     print(f"wrote {getattr(report, 'path', given.output)} ({given.format})")
     for line in lines(report):

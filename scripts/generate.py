@@ -10,15 +10,25 @@ import argparse
 import torch
 
 import fastlora
+from fastlora.arguments import number, option, whole_number
+from fastlora.generation.sampling import SEED
 
 
 def main() -> None:
     given = arguments()
+    try:
+        generate(given)
+    except (ValueError, OSError, FloatingPointError) as error:
+        raise SystemExit(f"generate.py: {error}") from error
+
+
+def generate(given: argparse.Namespace) -> None:
+    """Load the model, and print its reply piece by piece."""
     dtype = "auto" if torch.cuda.is_available() else "float32"  # bfloat16 is slow on most CPUs
     how = {"load_in_4bit": given.load_in_4bit, "base_precision": given.base_precision}
     model, tokenizer = fastlora.load(given.model, dtype=dtype, **how)
     if tokenizer is None:
-        raise SystemExit(f"{given.model} has no tokenizer.json; generating text needs one.")
+        raise ValueError(f"{given.model} has no tokenizer.json; generating text needs one.")
     messages = [{"role": "user", "content": given.prompt}]
     if given.system:
         messages.insert(0, {"role": "system", "content": given.system})
@@ -47,10 +57,10 @@ def arguments() -> argparse.Namespace:
     add("--base-precision", default="checkpoint", help='"fp8": quantise the base to e4m3')
     add("--system", help="system message")
     add("--plain", action="store_true", help="continue the prompt, without chat template")
-    add("--max-new-tokens", type=int, default=128)
-    add("--temperature", type=float, default=0.0, help="0 is greedy")
-    add("--top-p", type=float)
-    add("--seed", type=int, help="seed of the sampling")
+    add("--max-new-tokens", type=option(int, whole_number(1)), default=128)
+    add("--temperature", type=option(float, number(low=0)), default=0.0, help="0 is greedy")
+    add("--top-p", type=option(float, number(above=0, high=1)))
+    add("--seed", type=option(int, SEED), help="seed of the sampling")
     return parser.parse_args()
 
 

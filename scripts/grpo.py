@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fastlora
 from fastlora import functional as FL
 from fastlora import losses
+from fastlora.arguments import number, option, whole_number
 from fastlora.checkpoints.hub import DEMO
 from fastlora.data.batches import batches
 from fastlora.data.examples import make_example
@@ -188,16 +189,26 @@ def policy_loss(
 
 def main() -> None:
     args = parse_arguments()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"grpo.py: {error}") from error
+
+
+def run(args: argparse.Namespace) -> None:
+    """The supervised steps, GRPO, and what changed."""
     names = ("loss_type", "steps", "learning_rate", "beta", "seed")
     settings = Settings(**{name: getattr(args, name) for name in names})
     dtype = "auto" if torch.cuda.is_available() else "float32"
     base, tokenizer = fastlora.load(args.model, dtype=dtype, max_seq_length=128)
-    assert tokenizer is not None
+    if tokenizer is None:
+        raise ValueError(f"{args.model} has no tokenizer.json; generating text needs one.")
     rows, heldout = read_rows(DEMO / "train.jsonl"), read_rows(DEMO / "heldout.jsonl")[:HELDOUT]
     prompts, held = ([row["messages"][:-1] for row in part] for part in (rows, heldout))
-    warmup = dict(max_steps=args.warmup_steps, batch_size=16, learning_rate=2e-3)
     model = fastlora.lora(base, r=16, random_state=args.seed)
-    model, _ = fastlora.train(model, tokenizer, rows, **warmup)
+    if args.warmup_steps:
+        warmup = dict(max_steps=args.warmup_steps, batch_size=16, learning_rate=2e-3)
+        model, _ = fastlora.train(model, tokenizer, rows, **warmup)
     before = heldout_reward(model, tokenizer, held, settings)
     print(f"after {args.warmup_steps} supervised steps: held-out reward {before:.3f}")
     started, rewards = time.perf_counter(), []
@@ -254,12 +265,13 @@ def parse_arguments() -> argparse.Namespace:
     add, defaults = parser.add_argument, Settings()
     add("--model", default="demo", help='"demo", a folder, or a Hub id')
     add("--loss-type", choices=KINDS, default=defaults.loss_type)
-    add("--steps", type=int, default=defaults.steps)
-    add("--warmup-steps", type=int, default=60, help="supervised steps before GRPO")
-    add("--learning-rate", type=float, default=defaults.learning_rate)
-    add("--beta", type=float, default=defaults.beta, help="divergence from the start, 0: none")
+    count, rate = option(int, whole_number(0)), option(float, number(low=0))
+    add("--steps", type=count, default=defaults.steps)
+    add("--warmup-steps", type=count, default=60, help="supervised steps before GRPO; 0: none")
+    add("--learning-rate", type=rate, default=defaults.learning_rate)
+    add("--beta", type=rate, default=defaults.beta, help="divergence from the start, 0: none")
     add("--output", type=Path, default=Path("runs/grpo"), help="PEFT folder to write")
-    add("--seed", type=int, default=defaults.seed)
+    add("--seed", type=option(int, whole_number(0, 2**63)), default=defaults.seed)
     return parser.parse_args()
 
 

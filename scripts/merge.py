@@ -12,6 +12,14 @@ import fastlora
 
 def main() -> None:
     given = arguments()
+    try:
+        merge(given)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"merge.py: {error}") from error
+
+
+def merge(given: argparse.Namespace) -> None:
+    """Load the adapter with its base, and write the merged folder."""
     model, tokenizer = fastlora.load(
         given.adapter,
         device=given.device,

@@ -20,6 +20,8 @@ from serving.models import add_model_arguments, load_served
 from serving.server import Server, bind
 from serving.service import Service
 
+from fastlora.arguments import PORT, option, whole_number
+
 KEY_VARIABLE = "FASTLORA_API_KEY"  # other users of the machine can read command lines
 
 
@@ -59,12 +61,13 @@ def arguments() -> argparse.Namespace:
     add_model_arguments(add)
     add("--name", help="name of the model in requests; default: the last part of MODEL")
     add("--host", default="127.0.0.1", help="address to listen on")
-    add("--port", type=int, default=8000, help="0 takes a free one")
+    add("--port", type=option(int, PORT), default=8000, help="0 takes a free one")
     add("--api-key", help=f"bearer key; better set in the environment variable {KEY_VARIABLE}")
     add("--no-key", action="store_true", help="allow a --host that others reach without a key")
     add("--allow-host", action="append", default=[], help="one more name in the Host header")
-    add("--max-seq-length", type=int, help="longest prompt and reply together, in tokens")
-    add("--slots", type=int, help="replies that run at once; default: what the memory holds")
+    count = option(int, whole_number(1))
+    add("--max-seq-length", type=count, help="longest prompt and reply together, in tokens")
+    add("--slots", type=count, help="replies that run at once; default: what the memory holds")
     limits = parser.add_argument_group("limits")
     texts = {
         "streams": "replies open at once; one more is refused with 429",

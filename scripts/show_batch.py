@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastlora.arguments import RANDOM_SEED, option, whole_number
 from fastlora.checkpoints.hub import DEMO, find_folder
 from fastlora.checkpoints.tensors import write_text
 from fastlora.data.batches import batches
@@ -144,7 +145,7 @@ def packed_batch(arguments: argparse.Namespace) -> list[list[Document]]:
     """The documents of the first sequences that `train` would use."""
     tokenizer = Tokenizer.from_folder(find_folder(arguments.model))
     if tokenizer is None:
-        raise SystemExit(f"{arguments.model} has no tokenizer.json")
+        raise ValueError(f"{arguments.model} has no tokenizer.json")
     length = arguments.max_seq_length
     limits = RowLimits(length, split_text=True, too_long=arguments.too_long)
     given = dict(train_on=arguments.train_on, progress=True)
@@ -158,8 +159,16 @@ def packed_batch(arguments: argparse.Namespace) -> list[list[Document]]:
 
 
 def main() -> None:
-    """Show the batch, or write the page."""
+    """The script."""
     arguments = parse_arguments()
+    try:
+        show(arguments)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"show_batch.py: {error}") from error
+
+
+def show(arguments: argparse.Namespace) -> None:
+    """Show the batch, or write the page."""
     sequences = packed_batch(arguments)
     if arguments.html is not None:
         write_text(arguments.html, as_html(sequences))
@@ -177,11 +186,12 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("data", nargs="?", default=DEMO / "train.jsonl", help="as for train: file, folder or glob")
     add("--model", default="demo", help='the tokenizer\'s: "demo", a folder, or a Hub id')
-    add("--max-seq-length", type=int, default=512)
-    add("--sequences", type=int, default=2, help="number of sequences to show")
+    count = option(int, whole_number(1))
+    add("--max-seq-length", type=count, default=512)
+    add("--sequences", type=count, default=2, help="number of sequences to show")
     add("--train-on", default="responses", choices=["responses", "last_response", "all"])
     add("--too-long", default="error", choices=["error", "drop", "truncate", "split"])
-    add("--seed", type=int, default=3407)
+    add("--seed", type=option(int, RANDOM_SEED), default=3407)
     add("--html", type=Path, help="write a page to this file")
     add("--colour", action=argparse.BooleanOptionalAction, help="default: in a terminal")
     return parser.parse_args()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from watching.page import page
 
+from fastlora.arguments import PORT, number, option
 from fastlora.checkpoints.tensors import write_text
 
 PAGE_FILE = "watch.html"
@@ -23,9 +24,14 @@ PAGE_FILE = "watch.html"
 
 def main() -> None:
     args = parse_arguments()
-    if args.port is not None:
-        serve(args.run, args.port, args.every)
-        return
+    try:
+        write(args) if args.port is None else serve(args.run, args.port, args.every)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"watch.py: {error}") from error
+
+
+def write(args: argparse.Namespace) -> None:
+    """Write the page to a file, again and again until the run has ended, or Ctrl-C."""
     path = args.output or args.run / PAGE_FILE
     html, ended = page(args.run, args.every)
     write_text(path, html)
@@ -38,7 +44,11 @@ def main() -> None:
 
 
 def serve(run: Path, port: int, every: float) -> None:
-    """Serve the page to this machine, made anew for each request, until Ctrl-C."""
+    """Serve the page to this machine, made anew for each request, until Ctrl-C.
+
+    Raises:
+        OSError: the port is in use, or reserved for other users.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -57,7 +67,11 @@ def serve(run: Path, port: int, every: float) -> None:
             """Requests are not printed."""
 
     page(run, every)  # a folder that is not a run's is reported now
-    with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
+    try:
+        listening = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise OSError(f"cannot listen on port {port}: {error.strerror}") from error
+    with listening as server:
         print(f"open http://127.0.0.1:{server.server_port}", flush=True)
         with suppress(KeyboardInterrupt):
             server.serve_forever()
@@ -70,9 +84,11 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("run", type=Path, metavar="RUN", help="output_dir of train")
     add("--output", type=Path, help=f"the file; default: RUN/{PAGE_FILE}")
-    add("--every", type=float, default=5.0, help="seconds between two renewals")
+    every = option(float, number(above=0, high=86400))  # time.sleep overflows on 1e10 seconds
+    add("--every", type=every, default=5.0, help="seconds between two renewals")
     add("--once", action="store_true", help="write the file once, and do not wait for more steps")
-    add("--port", type=int, help="serve the page instead of writing it; 0: a free port")
+    port = option(int, PORT)
+    add("--port", type=port, help="serve the page instead of writing it; 0: a free port")
     return parser.parse_args()
 
 

@@ -317,6 +317,13 @@ def test_generate_text_gives_the_continuation_alone(demo):
     assert text == tokenizer.decode(out[0, len(prompt) :].tolist()) == "".join(pieces)
 
 
+@pytest.mark.parametrize("name", ["return_logprobs", "input_ids"])
+def test_generate_text_names_arguments_of_generate_that_it_does_not_take(demo, name):
+    model, tokenizer = demo
+    with pytest.raises(ValueError, match=f"{name}: .*Model.generate "):
+        model.generate_text(tokenizer, "a", **{name: True})
+
+
 def test_generate_text_takes_messages(demo):
     model, tokenizer = demo
     messages = [{"role": "user", "content": "def add(a, b):"}]

@@ -130,7 +130,8 @@ def lora(
             If False, training one of the two does not change the other.
         recompute: how much the backward pass computes again: "none", "selective", "full",
             "offload", or the fraction in [0, 1] of the activation memory of "none" to keep. Left
-            out, it is the model's policy: "selective", or what `with_spec` has set.
+            out, it is the model's policy: "selective", or what `with_spec` has set. Only "none" and
+            1 allow two backward passes of torch.autograd through one forward pass.
         use_dora: train the length of each row of W + scaling * B A as well (Liu et al. 2024,
             arXiv:2402.09353).
         lora_bias: B gets a bias, scaled with it; needs init_lora_weights True or False.

@@ -164,10 +164,12 @@ def _files(path: str | os.PathLike[str]) -> list[Path]:
         for file in files:
             _check_suffix(file)
         return files
-    _check_suffix(found)
     # A device or a pipe is refused by name when it is opened.
     if not found.exists():
-        raise FileNotFoundError(f"{path}: no such file. Rows are read from {_names()} files.")
+        raise FileNotFoundError(
+            f"{path}: no such file or folder. Rows are read from {_names()} files."
+        )
+    _check_suffix(found)
     return [found]
 
 

@@ -23,6 +23,7 @@ from fastlora.errors import raise_problems
 from fastlora.generation.engine import Engine, NewTokens, RowSettings
 from fastlora.generation.sampling import SEED, Sampling, row_seeds
 from fastlora.models.capture_checks import constant_problems
+from fastlora.models.input_checks import autocast_problems
 from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
@@ -94,6 +95,7 @@ def check_generation(
     }
     problems = setting_problems(sampling) + argument_problems(rules)
     problems += adapter_ids_problems(model, adapter_ids, b) + constant_problems(model, add)
+    problems += autocast_problems(model.base)
     longest = model.spec.max_seq_length
     if isinstance(max_new_tokens, int) and max_new_tokens > 0 and t + max_new_tokens > longest:
         problems.append(

@@ -34,7 +34,7 @@ from fastlora.generation.generate import (
 from fastlora.generation.nonfinite import NonFiniteLogits
 from fastlora.generation.sampling import Sampling
 from fastlora.generation.text import PROMPT, Prompt, encode_prompt, text_stop_ids
-from fastlora.models.input_checks import MODEL
+from fastlora.models.input_checks import MODEL, autocast_problems
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.runtime.layer_fetching import is_collective
@@ -199,6 +199,7 @@ def _dependent_problems(
         {"eos_token_id": (eos_token_id, stop_rule), "seed": (seed, optional(seeds_rule(rows)))}
     )
     problems += adapter_ids_problems(model, adapter_ids, len(prompts))
+    problems += autocast_problems(model.base)
     rule = Rule(_is_prompt, f"{PROMPT.expected}, or a list of ids")
     problems += argument_problems({f"prompts[{i}]": (x, rule) for i, x in enumerate(prompts)})
     if tokenizer is None and any(_is_prompt(x) and not _is_ids(x) for x in prompts):

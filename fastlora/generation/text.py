@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fastlora.arguments import ENCODABLE_TEXT, Rule
+from fastlora.errors import raise_problems
 from fastlora.models.state import ModelState
 from fastlora.text.boundaries import encode_with_one_bos, reply_stop_ids
 from fastlora.text.chat_template import MESSAGES
@@ -53,6 +54,13 @@ def text_stop_ids(
     return sorted(i for i in ids if 0 <= i < vocab_size)
 
 
+# Arguments of `generate` that `continuation` gives itself.
+_NOT_OF_TEXT = {
+    "input_ids": "the prompt is encoded here; Model.generate takes ids",
+    "return_logprobs": "the result is text alone; Model.generate and generate_many return them too",
+}
+
+
 def continuation(
     model: ModelState,
     generate: Callable[..., Int[Tensor, "1 t_new"]],
@@ -72,8 +80,11 @@ def continuation(
         settings: arguments of `generate`. If eos_token_id is None, `text_stop_ids` gives the ids.
 
     Raises:
-        ValueError: as `generate`; also if the prompt has no token, or its chat template fails.
+        ValueError: as `generate`; also if the prompt has no token, its chat template fails, or
+            `settings` has input_ids or return_logprobs.
     """
+    problems = [f"{name}: {why}" for name, why in _NOT_OF_TEXT.items() if name in settings]
+    raise_problems(ValueError, "Model.generate_text cannot use these arguments:", problems)
     ids, config = encode_prompt(tokenizer, prompt), model.spec.config
     if settings["eos_token_id"] is None:
         stop = text_stop_ids(tokenizer, config.eos_token_id, config.vocab_size)

@@ -83,14 +83,15 @@ def check_inputs(model: ModelState, inputs: Mapping[str, Any], more: Sequence[st
 
     Args:
         model: the model.
-        inputs: input_ids and, if they are not None, other BATCH_ENTRIES.
+        inputs: input_ids and, if not None, other BATCH_ENTRIES; or those of `prepared_inputs`.
         more: problems that the caller found; they are listed first.
 
     Raises:
         ValueError: listing every wrong class, shape, dtype, device, length and value.
     """
     integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
-    problems = [*more, *input_problems(model.spec, integers, model.base["norm"].device)]
+    given = "inputs_embeds" if "inputs_embeds" in inputs else "input_ids"
+    problems = [*more, *input_problems(model.spec, integers, model.base["norm"].device, given)]
     raise_problems(ValueError, "the model cannot run this input:", problems)
 
 
@@ -132,7 +133,10 @@ def entry_problems(
 
 
 def input_problems(
-    spec: Spec, inputs: Mapping[str, Any], device: torch.device | None = None
+    spec: Spec,
+    inputs: Mapping[str, Any],
+    device: torch.device | None = None,
+    given: str = "input_ids",
 ) -> list[str]:
     """Problems with the inputs of a forward pass, by name.
 
@@ -140,6 +144,7 @@ def input_problems(
         spec: the model's.
         inputs: "input_ids" and, if they are not None, other BATCH_ENTRIES.
         device: the model's; None: inputs on any device are accepted.
+        given: the caller's argument that has the tokens.
     """
     problems = tensor_problems(inputs)
     has_wrong_tensors, ids = bool(problems), inputs["input_ids"]
@@ -147,7 +152,7 @@ def input_problems(
         return problems
     if ids.shape[1] > (longest := spec.max_seq_length):
         problems.append(
-            f"input_ids has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
+            f"{given} has {ids.shape[1]} tokens a row; max_seq_length is {longest}. "
             "Load with a larger max_seq_length, or shorten the input: nothing is cut off in silence"
         )
     # Comparisons of values across devices would raise torch's own error, without the cure.
@@ -235,6 +240,8 @@ def check_call(
     adapter = adapter if examples is None else examples.tree
     integers = {name: x for name, x in inputs.items() if name in BATCH_ENTRIES}
     problems = [*_tree_problems(adapter, base, spec), *more, *tensor_problems(integers)]
+    if adapter is not None and not problems:
+        problems += autocast_problems(base)
     n = None if problems else stack_size(adapter)
     if n is not None and examples is not None:
         problems.append("per_example needs one adapter, and this is a stack; FL.unstack it")
@@ -248,6 +255,23 @@ def check_call(
     if not problems and (adapter_ids is not None or n is not None):
         problems = _adapter_id_problems(adapter, base, spec, n, adapter_ids, inputs, seed)
     raise_problems(ValueError, f"{function} cannot use these arguments:", problems)
+
+
+def autocast_problems(base: Any) -> list[str]:
+    """Problems with a torch.autocast around this call: it must have the dtype of the base.
+
+    autocast casts only some of our products, so operands would differ in dtype. It never casts
+    float64. The check takes a microsecond and works in compiled code.
+    """
+    device, of_base = base["norm"].device.type, base["norm"].dtype
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return []
+    if (dtype := torch.get_autocast_dtype(device)) == of_base or of_base == torch.float64:
+        return []
+    return [
+        f"torch.autocast to {dtype} is on, and the base has {of_base}. Leave out autocast, which"
+        ' fastlora does not need; for computation in 16 bits, fastlora.load(..., dtype="bfloat16")'
+    ]
 
 
 def _is_seed(seed: Any, n: int | None) -> bool:

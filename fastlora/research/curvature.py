@@ -15,7 +15,10 @@ J. So neither product needs forward mode, whose trace or second pass costs more:
 H v takes 0.9 after 1.0 for the linearisation, and jvp of the gradient takes 3.1 for every product.
 """
 
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from torch import Tensor
 from torch.func import linearize, vjp
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastlora.arguments import FUNCTION, argument_problems, one_of
+from fastlora.arguments import FUNCTION, argument_problems, describe, one_of
 from fastlora.errors import raise_problems
 from fastlora.research.trees import adapter_problems, inner, like, point
 from fastlora.runtime.gradients import value_and_grad
@@ -69,7 +72,24 @@ def _reverse(fn: Callable[[Any], Tensor], adapter: Any) -> Product:
 
 
 def _linearized(fn: Callable[[Any], Tensor], adapter: Any) -> Product:
-    return linearize(lambda a: value_and_grad(fn)(a)[1], adapter)[1]
+    with _no_advice_about_attributes():
+        return linearize(lambda a: value_and_grad(fn)(a)[1], adapter)[1]
+
+
+@contextmanager
+def _no_advice_about_attributes() -> Iterator[None]:
+    """Without torch's advice about attributes of a graph, which is for authors of graphs.
+
+    linearize warns once for each constant of its graph, 196 times for the demo model. The end of
+    warnings.catch_warnings would also undo what other threads have changed meanwhile.
+    """
+    filters: Any = warnings.filters
+    ignored = ("ignore", re.compile("Attempted to insert a get_attr Node"), UserWarning, None, 0)
+    filters.insert(0, ignored)
+    try:
+        yield
+    finally:
+        filters.remove(ignored)
 
 
 def _difference(fn: Callable[[Any], Tensor], adapter: Any) -> Product:
@@ -113,12 +133,13 @@ def ggnvp(
         weights: of each row of logits; None: 1 / the number of rows, as in a mean loss.
 
     Raises:
-        ValueError: an argument is wrong; in products: the vector is not a tree like the adapter.
+        ValueError: an argument is wrong, or `logits_fn` does not return one tensor of logits; in
+            products: the vector is not a tree like the adapter.
     """
     problems = argument_problems({"logits_fn": (logits_fn, FUNCTION)}) + adapter_problems(adapter)
     raise_problems(ValueError, "research.ggnvp cannot use these arguments:", problems)
     adapter = point(adapter)
-    logits, push, pull = linear_map(logits_fn, adapter)
+    logits, push, pull = linear_map(logits_fn, adapter, "research.ggnvp")
     weight = _row_weights(logits, weights)
     p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
 
@@ -131,15 +152,28 @@ def ggnvp(
 
 
 def linear_map(
-    fn: Callable[[Any], Tensor], adapter: Any
+    logits_fn: Callable[[Any], Tensor], adapter: Any, function: str
 ) -> tuple[Tensor, Callable[[Any], Tensor], Callable[[Tensor], Any]]:
-    """(fn(adapter), v -> J v, u -> J' u), with J the derivative of `fn`, which returns one tensor.
+    """(logits, v -> J v, u -> J' u), with J the derivative of `logits_fn` at the adapter.
 
-    The products keep the two graphs that they run backward.
+    The products keep the two graphs that they run backward. `function` is the caller's name.
+
+    Raises:
+        ValueError: `logits_fn` does not return one floating-point tensor [..., v].
     """
-    value, pull = vjp(fn, adapter)[:2]
+
+    def logits_of(a: Any) -> Tensor:
+        logits = logits_fn(a)
+        if isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim():
+            return logits
+        raise ValueError(
+            f"{function} needs a logits_fn that returns logits, one floating-point tensor [..., v],"
+            f" got {describe(logits)}."
+        )
+
+    value, pull = vjp(logits_of, adapter)[:2]
     # Zeros serve as well as any u: J' u is linear in u, so its derivative is the same everywhere.
-    push = vjp(lambda u: vjp(fn, adapter)[1](u)[0], torch.zeros_like(value))[1]
+    push = vjp(lambda u: vjp(logits_of, adapter)[1](u)[0], torch.zeros_like(value))[1]
     return value, lambda v: push(v)[0], lambda u: pull(u)[0]
 
 

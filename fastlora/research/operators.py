@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
@@ -28,8 +29,8 @@ def as_linear_operator(fn: Callable[[Any], Any], adapter: Any) -> Any:
         adapter: p numbers.
 
     Raises:
-        ValueError: an argument is wrong; in products: `fn` returns something other than a tree like
-            the adapter.
+        ValueError: an argument is wrong; in products: a vector is complex, or `fn` returns
+            something other than a tree like the adapter.
         ModuleNotFoundError: SciPy is not installed.
     """
     refuse_transforms("research.as_linear_operator")
@@ -45,7 +46,7 @@ def as_linear_operator(fn: Callable[[Any], Any], adapter: Any) -> Any:
     dtype = torch.float64 if wide else torch.float32
 
     def matvec(vector: Any) -> Any:
-        product = fn(unravel(torch.as_tensor(vector).reshape(-1), adapter))
+        product = fn(unravel(np.ravel(vector), adapter))
         product = like(product, adapter, "as_linear_operator(fn), fn being hvp's result,")
         return ravel(product).detach().to("cpu", dtype).numpy()
 

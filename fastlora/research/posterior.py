@@ -124,14 +124,14 @@ class Laplace:
             seed: of the samples, which are those of `samples(n, seed)`.
 
         Raises:
-            ValueError: an argument is wrong.
+            ValueError: an argument is wrong, or `logits_fn` does not return one tensor of logits.
         """
         rules = {
             "logits_fn": (logits_fn, FUNCTION), "samples": (samples, whole_number(1)),
             "seed": (seed, RANDOM_SEED),
         }  # fmt: skip
         check_arguments("Laplace.predict", **rules)
-        logits, push, _ = linear_map(logits_fn, self.mean)
+        logits, push, _ = linear_map(logits_fn, self.mean, "Laplace.predict")
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total = torch.zeros_like(wide)
         for i in range(samples):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -75,21 +76,32 @@ def unravel(vector: Any, adapter: Any) -> Any:
     """A flat vector as a tree with the adapter's structure, shapes, dtypes and devices.
 
     Args:
-        vector: a tensor or NumPy array [p], such as an eigenvector of SciPy.
+        vector: a tensor or NumPy array [p] of real numbers, such as an eigenvector of SciPy.
         adapter: p numbers.
 
     Raises:
-        ValueError: the vector does not have p elements.
+        ValueError: the vector is something else, or does not have p elements.
     """
     raise_problems(ValueError, "research.unravel cannot do this:", adapter_problems(adapter))
     leaves, structure = tree_flatten(adapter)
     sizes = [x.numel() for x in leaves]
-    flat = torch.as_tensor(vector)
-    if flat.shape != (sum(sizes),):
+    flat = _real_tensor(vector)
+    if flat is None or flat.shape != (sum(sizes),):
         raise ValueError(
-            f"research.unravel needs a vector [{sum(sizes)}], one number for each of the"
-            f" adapter's, got {list(flat.shape)}."
+            f"research.unravel needs a vector [{sum(sizes)}], one real number for each of the"
+            f" adapter's (of a complex vector, pass the real and the imaginary part one by one),"
+            f" got {describe(vector)}."
         )
     parts = zip(flat.split(sizes), leaves, strict=True)
     new = [part.to(x.device, x.dtype).view(x.shape) for part, x in parts]
     return tree_unflatten(new, structure)
+
+
+def _real_tensor(x: Any) -> Tensor | None:
+    """A tensor or array as a tensor of real numbers; None: it is neither, or complex."""
+    try:
+        # Contiguous: torch refuses arrays with negative strides, such as x[::-1].
+        new = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+    except (TypeError, ValueError, RuntimeError):  # which one depends on the class of x
+        return None
+    return None if new.is_complex() else new

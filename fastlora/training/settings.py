@@ -35,7 +35,7 @@ from fastlora.formats.peft.writing import adapter_folder_error
 from fastlora.losses.loss_argument import LOSS, loss_problems
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_rows import Labelled, Pair
-from fastlora.models.input_checks import MODEL
+from fastlora.models.input_checks import MODEL, autocast_problems
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
@@ -263,7 +263,7 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
     """Why this model's adapter cannot be trained with these settings."""
     if model.adapter is None:
         return ["model has no adapter to train; call fastlora.lora(model) first"]
-    leaves, problems = tree_leaves(model.adapter), []
+    leaves, problems = tree_leaves(model.adapter), autocast_problems(model.base)
     if any(x.dtype == torch.float16 for x in leaves):
         # B is zero at first, so A's first gradient is zero, and 0 / (sqrt(0) + eps) is NaN.
         problems.append(

@@ -34,7 +34,7 @@ class Service:
         """`slots`: rows that run at once; None is as many as the memory holds."""
         self.served, self.limits, self.metrics = served, limits.check(), Metrics()
         self.open = OpenStreams(limits.streams)
-        slots = slots or default_slots(served.model, limits.streams)
+        slots = default_slots(served.model, limits.streams) if slots is None else slots
         self.scheduler = Scheduler(served.model, slots=slots, metrics=self.metrics)
         self.started = int(time.time())
         self.stop_ids = served.stop_ids
@@ -93,11 +93,12 @@ class Service:
         return self.served.adapter_ids[name]
 
     def _reserve(self, choices: int) -> Any:
-        if choices > self.limits.choices:
+        # More replies than streams would be refused with 429 whenever the client tries again.
+        most = min(self.limits.choices, self.limits.streams)
+        if choices > most:
             raise ApiError(
                 400,
-                f"n: the request asks for {choices} replies, expected at most "
-                f"{self.limits.choices}",
+                f"n: the request asks for {choices} replies, expected at most {most}",
                 param="n",
             )
         if not self.scheduler.alive:

@@ -61,6 +61,7 @@ def test_every_bad_row_is_named_with_its_keys():
 def test_a_missing_file_or_one_that_is_not_json_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
         read_rows(tmp_path / "no.jsonl")
+    (tmp_path / "rows.txt").touch()
     with pytest.raises(ValueError, match=r"\.jsonl or \.json"):
         read_rows(tmp_path / "rows.txt")
     path = tmp_path / "rows.jsonl"

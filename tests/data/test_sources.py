@@ -89,6 +89,7 @@ def test_folders_that_mix_splits_or_formats_are_refused(tmp_path):
 def test_what_cannot_be_found_is_named_before_anything_is_read(tmp_path):
     for missing, why in (
         (tmp_path / "no.jsonl", r"no\.jsonl: no such file"),
+        (tmp_path / "no/rows", "rows: no such file or folder"),
         (tmp_path / "no*.jsonl", "no file matches"),
         (tmp_path, "holds no"),
     ):

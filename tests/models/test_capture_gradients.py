@@ -237,6 +237,12 @@ def test_a_wrong_argument_is_named(how, message, tiny):
         call(*trees, **inputs | more)
 
 
+def test_too_many_embeddings_are_named(tiny):
+    t = tiny.spec.max_seq_length + 1
+    with pytest.raises(ValueError, match=f"inputs_embeds has {t} tokens a row; max_seq_length is"):
+        tiny(inputs_embeds=torch.ones(1, t, 16))
+
+
 def test_a_batch_without_ids_needs_embeddings(tiny):
     trees = tiny.adapter, tiny.base, tiny.spec
     with pytest.raises(ValueError, match="missing input_ids"):

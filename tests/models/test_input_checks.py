@@ -141,3 +141,32 @@ def test_batches_of_data_are_checked_as_the_loss_checks_one(tiny):
     empty = ids | {"attention_mask": torch.zeros_like(IDS)}
     (problem,) = batches_problems(tiny.spec, [empty], ("input_ids",))
     assert problem == "batches[0]: attention_mask has no real token"
+
+
+def test_autocast_to_another_dtype_is_refused_before_any_work(monkeypatch):
+    model, tokenizer = fastlora.load("demo", max_seq_length=64, dtype="float32", device="cpu")
+    adapted = fastlora.lora(model, r=2)
+    args = (adapted.base, adapted.spec, IDS)
+    calls = [
+        lambda: adapted(IDS),
+        lambda: FL.token_logprobs(adapted.adapter, *args, IDS),
+        lambda: fastlora.value_and_grad(lambda a: FL.forward(a, *args).sum())(adapted.adapter),
+        lambda: torch.func.grad(lambda a: FL.forward(a, *args).sum())(adapted.adapter),
+        lambda: model.generate(IDS, max_new_tokens=1),
+        lambda: fastlora.generate_many(adapted, [[1, 2]]),
+        lambda: fastlora.train(adapted, tokenizer, [{"text": "a"}], max_steps=1),
+    ]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(IDS)  # every product of a base alone is cast
+        monkeypatch.setattr("fastlora.models.outputs.hidden_states", refuse_work)
+        for call in calls:
+            with pytest.raises(ValueError, match=r'autocast to torch.bfloat16.*dtype="bfloat16"'):
+                call()
+
+
+def test_autocast_that_changes_no_dtype_is_accepted(tiny):
+    bfloat16 = torch.utils._pytree.tree_map(torch.Tensor.bfloat16, tiny.base)
+    with torch.autocast("cpu", torch.bfloat16):
+        FL.forward(tiny.adapter, bfloat16, tiny.spec, IDS)
+        with torch.autocast("cpu", enabled=False):
+            FL.forward(tiny.adapter, tiny.base, tiny.spec, IDS)

@@ -1,6 +1,7 @@
 """Hessian and Gauss-Newton products against finite differences and dense matrices in float64."""
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -120,7 +121,13 @@ def test_a_gauss_newton_product_is_the_pulled_back_slope_of_the_logits(
 def test_a_block_of_the_hessian_is_torch_s(method, shallow):
     of_leaf, leaf = first_b(loss_of(shallow), shallow)
     expected = hessian(of_leaf)(leaf)["b"]["b"].reshape(16, 16)
-    found = dense(research.hvp(of_leaf, leaf, method=method), leaf["b"])
+    before = list(warnings.filters)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        product = research.hvp(of_leaf, leaf, method=method)
+    assert warnings.filters == before
+    assert not [w for w in caught if issubclass(w.category, UserWarning)]
+    found = dense(product, leaf["b"])
     assert relative_error(found, expected) <= 1e-9
     assert relative_error(found.T, found) <= 1e-10
 
@@ -235,6 +242,7 @@ def test_a_vector_and_a_tree_are_turned_into_each_other(tiny):
     vector = research.ravel(tiny.adapter)
     tree = research.unravel(vector.numpy(), tiny.adapter)
     assert relative_error(tree, tiny.adapter) == 0
+    assert relative_error(research.unravel(vector.flip(0).numpy()[::-1], tiny.adapter), tree) == 0
 
 
 # ── errors ────────────────────────────────────────────────────────────────────────────────
@@ -271,7 +279,14 @@ LEAF = {"b": torch.ones(2, 2)}
             "fn being hvp's result, needs a tree",
         ),
         (lambda: research.ravel({"b": 5}), "leaf 0 is 5"),
-        (lambda: research.unravel(torch.ones(5), LEAF), r"needs a vector \[4\].*got \[5\]"),
+        (lambda: research.unravel(torch.ones(5), LEAF), r"vector \[4\].*got a Tensor \[5\]"),
+        (lambda: research.unravel(1j * np.ones(4), LEAF), "real number.*complex128"),
+        (lambda: research.unravel(None, LEAF), "got None"),
+        (lambda: research.unravel("abc", LEAF), "got 'abc'"),
+        (lambda: research.as_linear_operator(lambda v: v, LEAF) @ (1j * np.ones(4)), "complex128"),
+        (lambda: plain("ggnvp")(lambda a: (a["b"], 1), LEAF), "ggnvp needs .* got a tuple of"),
+        (lambda: plain("ggnvp")(lambda a: 3.0, LEAF), r"tensor \[..., v\], got 3.0"),
+        (lambda: plain("ggnvp")(lambda a: a["b"].sum(), LEAF), r"got a Tensor \[\]"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused(call, message):

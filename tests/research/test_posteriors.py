@@ -223,6 +223,7 @@ def test_wrong_arguments_of_methods_are_refused(posterior):
             lambda: plain_function(research.Laplace.predict)(posterior, 5, samples=0, seed="a"),
             "(?s)logits_fn=5.*samples=0.*seed='a'",
         ),
+        (lambda: posterior.predict(lambda a: (1, 2)), r"Laplace.predict needs .* got \(1, 2\)"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

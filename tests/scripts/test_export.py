@@ -99,7 +99,7 @@ def test_an_option_of_another_format_is_an_error(name, option, tmp_path, monkeyp
 
 
 def test_a_pre_tokenizer_without_a_name_is_an_error(tmp_path, monkeypatch, capsys):
-    with pytest.raises(fastlora.CheckpointError, match="no name for this pre-tokenizer"):
+    with pytest.raises(SystemExit, match="no name for this pre-tokenizer"):
         run(monkeypatch, capsys, "demo", tmp_path / "m.gguf", "--format", "gguf")
 
 

@@ -109,8 +109,9 @@ def test_the_reward_is_form_and_words(text, reason, wanted):
     assert grpo.reward(prompt, reply) == wanted
 
 
-def test_the_script_runs_to_its_end(tmp_path, monkeypatch, capsys):
-    arguments = ["--steps", "2", "--warmup-steps", "1", "--output", str(tmp_path)]
+@pytest.mark.parametrize("warmup_steps", ["0", "1"])
+def test_the_script_runs_to_its_end(warmup_steps, tmp_path, monkeypatch, capsys):
+    arguments = ["--steps", "2", "--warmup-steps", warmup_steps, "--output", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["grpo.py", *arguments])
     small = dict(prompts_per_step=2, num_generations=2, max_completion_length=3)
     original = grpo.Settings

@@ -19,7 +19,8 @@ MEGABYTE = 2**20
 def guarded(tmp_path_factory) -> Iterator[ServerProcess]:
     """A server with a key and a short time for bodies."""
     log = tmp_path_factory.mktemp("log") / "server.log"
-    with serve(log, "demo", "--max-body-seconds", "2", key="sesame") as running:
+    limits = ("--max-body-seconds", "2", "--max-streams", "4")
+    with serve(log, "demo", *limits, key="sesame") as running:
         yield running
 
 
@@ -48,6 +49,15 @@ def test_no_key_is_401_except_for_page_and_health(guarded):
 def test_the_right_key_is_served(guarded):
     with guarded.client() as client:
         assert client.completions.create(**BODY).choices[0].text
+
+
+@pytest.mark.parametrize("more", [{"n": 5}, {"prompt": ["a", "b", "c"], "n": 2}])
+def test_more_replies_than_streams_are_400_and_not_to_be_tried_again(guarded, more):
+    with guarded.client() as client:
+        with pytest.raises(openai.BadRequestError, match="replies, expected at most 4") as caught:
+            client.completions.create(**BODY | more)
+        assert caught.value.body["param"] == "n"
+        assert len(client.completions.create(**BODY, n=4).choices) == 4
 
 
 def test_a_host_of_dns_rebinding_is_refused(guarded):
