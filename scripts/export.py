@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from finetuning.ending import user_errors
+
 import fastlora
 from fastlora.formats.mlx import save_mlx_adapter
 
@@ -31,6 +33,7 @@ OPTIONS = {
 }
 
 
+@user_errors()
 def main() -> None:
     given = arguments()
     model, tokenizer = fastlora.load(

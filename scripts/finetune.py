@@ -25,7 +25,7 @@ if __name__ == "__main__":  # before torch is imported
     gc.set_threshold(100_000)
 
 import torch
-from finetuning.ending import OTHER_BITS, exit_code
+from finetuning.ending import OTHER_BITS, user_errors
 from finetuning.forecast import forecast
 from finetuning.held_out import data_of, described, heldout_loss, prompts_of
 from finetuning.options import arguments_for, parse
@@ -38,16 +38,10 @@ from fastlora.adapters.lora_arguments import LoraArguments
 from fastlora.training.settings import Settings, check_train_arguments
 
 
+@user_errors()
 def main() -> None:
-    try:
-        with silent_unless_first():
-            code = run(parse(sys.argv[1:]))
-    except Exception as error:
-        if (known := exit_code(error)) is None:
-            raise
-        notes = "\n".join(getattr(error, "__notes__", []))
-        print(f"error: {error}\n{notes}".rstrip(), file=sys.stderr)
-        code = known
+    with silent_unless_first():
+        code = run(parse(sys.argv[1:]))
     raise SystemExit(code)
 
 

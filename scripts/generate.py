@@ -8,10 +8,12 @@ python scripts/generate.py --plain --temperature 0.8 "def binary_search("
 import argparse
 
 import torch
+from finetuning.ending import user_errors
 
 import fastlora
 
 
+@user_errors()
 def main() -> None:
     given = arguments()
     dtype = "auto" if torch.cuda.is_available() else "float32"  # bfloat16 is slow on most CPUs

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from finetuning.ending import user_errors
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -186,6 +187,7 @@ def policy_loss(
 # ── the run ───────────────────────────────────────────────────────────────────────────────
 
 
+@user_errors()
 def main() -> None:
     args = parse_arguments()
     names = ("loss_type", "steps", "learning_rate", "beta", "seed")

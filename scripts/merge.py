@@ -7,9 +7,12 @@ python scripts/merge.py runs/adapter runs/merged --load-in-4bit    # an adapter 
 import argparse
 from pathlib import Path
 
+from finetuning.ending import user_errors
+
 import fastlora
 
 
+@user_errors()
 def main() -> None:
     given = arguments()
     model, tokenizer = fastlora.load(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from finetuning.ending import user_errors
 
 from fastlora.checkpoints.hub import DEMO, find_folder
 from fastlora.checkpoints.tensors import write_text
@@ -157,6 +158,7 @@ def packed_batch(arguments: argparse.Namespace) -> list[list[Document]]:
     return [documents(i, trained, s, tokenizer) for i, trained, s in rows]
 
 
+@user_errors()
 def main() -> None:
     """Show the batch, or write the page."""
     arguments = parse_arguments()

@@ -14,6 +14,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from finetuning.ending import user_errors
 from watching.page import page
 
 from fastlora.checkpoints.tensors import write_text
@@ -21,6 +22,7 @@ from fastlora.checkpoints.tensors import write_text
 PAGE_FILE = "watch.html"
 
 
+@user_errors()
 def main() -> None:
     args = parse_arguments()
     if args.port is not None:

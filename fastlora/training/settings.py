@@ -265,8 +265,8 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
     leaves, problems = tree_leaves(model.adapter), []
     if (length := model.spec.max_seq_length) < 2:
         problems.append(
-            f"model's max_seq_length is {length}, but training needs at least 2 tokens, of which the"
-            " first predicts the second; give fastlora.load a larger max_seq_length, such as 2048"
+            f"model's max_seq_length is {length}, but training needs at least 2 tokens: the first"
+            " predicts the second; give fastlora.load a larger max_seq_length, such as 2048"
         )
     if any(x.dtype == torch.float16 for x in leaves):
         # B is zero at first, so A's first gradient is zero, and 0 / (sqrt(0) + eps) is NaN.
