@@ -41,7 +41,7 @@ _OWN: dict[str, tuple[Any, Any, str]] = {
     "revision": (str | None, None, "of the model on the Hub"),
     "data": (Path, DEMO / "train.jsonl", "JSONL, Parquet, ...: chat, prompt, Alpaca, text"),
     "eval_data": (Path | None, None, "held-out rows; default: see --hold-out"),
-    "hold_out": (bool, True, "without --eval-data, hold out one row in twenty"),
+    "hold_out": (bool, True, "without --eval-data, hold out one row in twenty; too few rows are refused"),
     "output": (Path, Path("runs/adapter"), "PEFT folder to write, with checkpoints and run.json"),
     "dtype": (str | None, None, "of the base; default: the checkpoint's, on the CPU float32"),
     "load_in_4bit": (bool, False, "QLoRA: the base in NF4"),

@@ -177,6 +177,27 @@ def test_every_kind_of_rows_that_train_takes_is_read(
     assert data["source"] == (None if held_out else str(path))
 
 
+@pytest.mark.parametrize(
+    ("row", "loss", "number"),
+    [
+        ({"prompt": "a", "completion": "b"}, "sft", 1),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", 1),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto", 20),
+    ],
+)
+def test_too_few_rows_to_hold_one_out_are_refused_before_loading(
+    row, loss, number, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * number)
+    given = ("--model", "./missing", "--data", path, "--loss", loss)
+    assert call(monkeypatch, *given) == 2
+    error = capsys.readouterr().err
+    assert f"too few rows ({number})" in error and "--no-hold-out" in error
+    assert call(monkeypatch, *given, "--no-hold-out") == 2  # the model is looked up now
+    assert "no such folder: './missing'" in capsys.readouterr().err
+
+
 def test_a_file_that_is_streamed_is_not_divided(quick, rows, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lanes, "STREAM_BYTES", 0)
     monkeypatch.setattr(streams, "BLOCK_TOKENS", 300)
