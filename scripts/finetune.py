@@ -6,7 +6,8 @@
     python scripts/finetune.py --repeat runs/adapter/run.json      # the same bits, or what differs
     torchrun --nproc-per-node 8 scripts/finetune.py --model ...    # on 8 GPUs
 
-All arguments of fastlora.lora and fastlora.train are options. Exit codes are in --help. Needs tyro:
+The arguments of fastlora.lora and fastlora.train are options, except loftq_config and functions;
+regular expressions, chats and nested values need --config. Exit codes are in --help. Needs tyro:
 pip install -e '.[cli]'. Copy this file and change it: `run` shows the steps of a run in order.
 """
 
@@ -62,7 +63,7 @@ def run(args: Any) -> int:
         eval_data=heldout,
         output_dir=args.output,
         resume="auto" if resumes(args) else False,
-        log=list(args.log),
+        log=args.log if isinstance(args.log, str) else list(args.log),
         progress=args.progress,
     )
     settings = arguments_for(Settings, args)

@@ -64,8 +64,9 @@ def data_of(options: Any) -> tuple[Data, Data | None]:
     if min(map(len, parts)) < least:
         raise ValueError(
             f"{data} has too few rows ({len(rows)}) to hold out one in twenty: that leaves"
-            f" {len(parts[0])} to train on and {len(parts[1])} to evaluate on, and loss="
-            f"{options.loss!r} needs {least} of each; add rows, or give --eval-data or --no-hold-out"
+            f" {len(parts[0])} to train on and {len(parts[1])} to evaluate on, and"
+            f" loss={options.loss!r} needs {least} of each; add rows, or give --eval-data or"
+            " --no-hold-out"
         )
     return parts
 

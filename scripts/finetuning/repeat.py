@@ -59,6 +59,9 @@ def _from_train(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     lora = {k: v for k, v in record["lora"].items() if k != "extras"}
     for name in ("rank_pattern", "alpha_pattern"):
         lora[name] = dict(lora[name]) or None
+    tokens = lora.get("trainable_token_indices") or None  # ids, or pairs of a module and its ids
+    are_pairs = tokens is not None and isinstance(tokens[0], list)
+    lora["trainable_token_indices"] = dict(tokens) if are_pairs else tokens
     model = {name: record["model"][name] for name in ("revision", "dtype", "max_seq_length")}
     own = {"hold_out": False, "log": []}
     lora["recompute"] = record["model"]["recompute"]

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tomllib
+import warnings
 
 import finetune
 import pytest
@@ -97,6 +98,40 @@ def test_a_toml_file_gives_defaults_and_resolved_options_are_toml(tmp_path):
     assert tomllib.loads(to_toml(given))["max_steps"] == 5
 
 
+def test_token_ids_are_an_option_in_every_form(quick, rows, tmp_path, monkeypatch):
+    pairs = {"1 2": (1, 2), "embed_tokens 1": {"embed_tokens": [1]}}
+    pairs["embed_tokens 1 2 lm_head 3"] = {"embed_tokens": [1, 2], "lm_head": [3]}
+    for words, expected in pairs.items():
+        given = options.parse(["--trainable-token-indices", *words.split()])
+        assert given.trainable_token_indices == expected
+        path = tmp_path / "run.toml"
+        path.write_text(to_toml(given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = options.parse(["--config", str(path)])
+        assert again.trainable_token_indices == expected
+        given = (*quick, "--data", rows, "--dry-run", "--trainable-token-indices", *words.split())
+        assert call(monkeypatch, *given) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('target_modules = "all-linear"', "all-linear"),
+        ('exclude_modules = ".*mlp.*"', ".*mlp.*"),
+        ('log = "jsonl"', "jsonl"),
+        ('template_kwargs = {documents = ["a"]}', {"documents": ["a"]}),
+        ('sample_prompts = [[{role = "user"}], "b"]', ([{"role": "user"}], "b")),
+        ('max_steps = "x"', "x"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_values_that_only_toml_can_express_are_kept_without_a_warning(line, expected, tmp_path):
+    (tmp_path / "run.toml").write_text(line)
+    given = options.parse(["--config", str(tmp_path / "run.toml")])
+    assert getattr(given, line.split()[0]) == expected
+
+
 def test_a_repeated_run_has_the_same_bits_or_says_what_differs(first, monkeypatch, capsys):
     assert call(monkeypatch, "--repeat", first / "run.json", "--no-progress") == 0
     assert "has the same bits as" in capsys.readouterr().out
@@ -112,7 +147,8 @@ def test_a_repeated_run_has_the_same_bits_or_says_what_differs(first, monkeypatc
 
 def test_a_run_of_another_program_is_repeated(rows, quick, tmp_path, monkeypatch, capsys):
     base, tokenizer = fastlora.load(quick[2], dtype="float32", max_seq_length=64, device="cpu")
-    model = fastlora.lora(base, r=2, target_modules=["q_proj"])
+    tokens = {"embed_tokens": [1, 2]}
+    model = fastlora.lora(base, r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
     given = dict(max_steps=2, batch_size=2, output_dir=tmp_path / "run", progress=False)
     train(model, tokenizer, rows, **given)
     assert call(monkeypatch, "--repeat", tmp_path / "run/run.json", "--no-progress") == 0
