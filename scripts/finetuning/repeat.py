@@ -60,8 +60,9 @@ def _from_train(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         lora[name] = dict(lora[name]) or None
     tokens = lora.get("trainable_token_indices") or None  # ids, or pairs of a module and its ids
-    are_pairs = tokens is not None and isinstance(tokens[0], list)
-    lora["trainable_token_indices"] = dict(tokens) if are_pairs else tokens
+    if tokens is not None and isinstance(tokens[0], list):
+        tokens = dict(tokens)
+    lora["trainable_token_indices"] = tokens
     model = {name: record["model"][name] for name in ("revision", "dtype", "max_seq_length")}
     own = {"hold_out": False, "log": []}
     lora["recompute"] = record["model"]["recompute"]
