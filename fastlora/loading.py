@@ -20,7 +20,7 @@ from fastlora.arguments import (
     optional,
     whole_number,
 )
-from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name
+from fastlora.checkpoints.hub import FOLDER_OR_ID, HUB_RULES, find_folder, is_file_name, path_text
 from fastlora.checkpoints.reading import CheckedBase, Precision, check_base, read_checked
 from fastlora.checkpoints.tensors import INDEX, WEIGHTS, read_json
 from fastlora.distributed.launch import own_device
@@ -78,7 +78,7 @@ def load(
 
     Args:
         model_name: a local folder in Hugging Face layout, a Hub id, a PEFT adapter's folder or id
-            (its base is loaded, then the adapter), or "demo".
+            (its base is loaded, then the adapter), or "demo". A pathlib.Path is always a folder.
         max_seq_length: longest input accepted, in tokens; None is the config's
             max_position_embeddings.
         dtype: of the base weights; "auto" is the checkpoint's.
@@ -146,7 +146,7 @@ def load(
         problems += rope_scaling_problems(rope_scaling)
     raise_problems(ValueError, "fastlora.load cannot use these arguments:", problems)
     hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
-    name, adapter_folder = os.fspath(model_name), None
+    name, adapter_folder = path_text(model_name), None
     # This look-up is of the argument itself. A base that is missing is one that the adapter names.
     try:
         folder = find_folder(name, revision=revision, **hub)

@@ -189,7 +189,7 @@ def main() -> None:
     given = arguments()
     try:
         served = load_served(given.model, given.adapter, load_in_4bit=given.load_in_4bit)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"chat.py: {error}") from error
     if "default" not in served.tokenizer.chat_templates:
         raise SystemExit(f"chat.py: {given.model} has no chat template, so it cannot chat.")

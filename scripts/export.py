@@ -16,6 +16,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from finetuning.ending import user_errors
+
 import fastlora
 from fastlora.formats.mlx import save_mlx_adapter
 
@@ -30,12 +32,9 @@ OPTIONS = {
 }
 
 
+@user_errors()
 def main() -> None:
-    given = arguments()
-    try:
-        export(given)
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"export.py: {error}") from error
+    export(arguments())
 
 
 def export(given: argparse.Namespace) -> None:

@@ -6,7 +6,8 @@
     python scripts/finetune.py --repeat runs/adapter/run.json      # the same bits, or what differs
     torchrun --nproc-per-node 8 scripts/finetune.py --model ...    # on 8 GPUs
 
-All arguments of fastlora.lora and fastlora.train are options. Exit codes are in --help. Needs tyro:
+The arguments of fastlora.lora and fastlora.train are options, except loftq_config and functions;
+regular expressions, chats and nested values need --config. Exit codes are in --help. Needs tyro:
 pip install -e '.[cli]'. Copy this file and change it: `run` shows the steps of a run in order.
 """
 
@@ -25,7 +26,7 @@ if __name__ == "__main__":  # before torch is imported
     gc.set_threshold(100_000)
 
 import torch
-from finetuning.ending import OTHER_BITS, exit_code
+from finetuning.ending import OTHER_BITS, user_errors
 from finetuning.forecast import forecast
 from finetuning.held_out import data_of, described, heldout_loss, prompts_of
 from finetuning.options import arguments_for, parse
@@ -38,16 +39,10 @@ from fastlora.adapters.lora_arguments import LoraArguments
 from fastlora.training.settings import Settings, check_train_arguments
 
 
+@user_errors()
 def main() -> None:
-    try:
-        with silent_unless_first():
-            code = run(parse(sys.argv[1:]))
-    except Exception as error:
-        if (known := exit_code(error)) is None:
-            raise
-        notes = "\n".join(getattr(error, "__notes__", []))
-        print(f"error: {error}\n{notes}".rstrip(), file=sys.stderr)
-        code = known
+    with silent_unless_first():
+        code = run(parse(sys.argv[1:]))
     raise SystemExit(code)
 
 
@@ -68,7 +63,7 @@ def run(args: Any) -> int:
         eval_data=heldout,
         output_dir=args.output,
         resume="auto" if resumes(args) else False,
-        log=list(args.log),
+        log=args.log if isinstance(args.log, str) else list(args.log),
         progress=args.progress,
     )
     settings = arguments_for(Settings, args)

@@ -8,18 +8,16 @@ python scripts/generate.py --plain --temperature 0.8 "def binary_search("
 import argparse
 
 import torch
+from finetuning.ending import user_errors
 
 import fastlora
 from fastlora.arguments import number, option, whole_number
 from fastlora.generation.sampling import SEED
 
 
+@user_errors()
 def main() -> None:
-    given = arguments()
-    try:
-        generate(given)
-    except (ValueError, OSError, FloatingPointError) as error:
-        raise SystemExit(f"generate.py: {error}") from error
+    generate(arguments())
 
 
 def generate(given: argparse.Namespace) -> None:

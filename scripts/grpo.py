@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from finetuning.ending import user_errors
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -187,12 +188,9 @@ def policy_loss(
 # ── the run ───────────────────────────────────────────────────────────────────────────────
 
 
+@user_errors()
 def main() -> None:
-    args = parse_arguments()
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"grpo.py: {error}") from error
+    run(parse_arguments())
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,15 +7,14 @@ python scripts/merge.py runs/adapter runs/merged --load-in-4bit    # an adapter 
 import argparse
 from pathlib import Path
 
+from finetuning.ending import user_errors
+
 import fastlora
 
 
+@user_errors()
 def main() -> None:
-    given = arguments()
-    try:
-        merge(given)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"merge.py: {error}") from error
+    merge(arguments())
 
 
 def merge(given: argparse.Namespace) -> None:

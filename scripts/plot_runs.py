@@ -10,12 +10,14 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
+from finetuning.ending import user_errors
 from watching.records import records_of
 
 import fastlora
 from fastlora.training.logging.figures import draw
 
 
+@user_errors()
 def main() -> None:
     args = parse_arguments()
     runs = {name: asdict(history_of(path)) for name, path in names(args.runs).items()}

@@ -46,7 +46,7 @@ def main() -> None:
             load_in_4bit=given.load_in_4bit,
             max_seq_length=given.max_seq_length,
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"serve.py: {error}") from error
     service = Service(served, limits, slots=given.slots)
     app = make_app(service, key=key, hosts=hosts)

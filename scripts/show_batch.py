@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from finetuning.ending import user_errors
 
 from fastlora.arguments import RANDOM_SEED, option, whole_number
 from fastlora.checkpoints.hub import DEMO, find_folder
@@ -158,13 +159,9 @@ def packed_batch(arguments: argparse.Namespace) -> list[list[Document]]:
     return [documents(i, trained, s, tokenizer) for i, trained, s in rows]
 
 
+@user_errors()
 def main() -> None:
-    """The script."""
-    arguments = parse_arguments()
-    try:
-        show(arguments)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"show_batch.py: {error}") from error
+    show(parse_arguments())
 
 
 def show(arguments: argparse.Namespace) -> None:

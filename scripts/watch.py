@@ -14,6 +14,7 @@ from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+from finetuning.ending import user_errors
 from watching.page import page
 
 from fastlora.arguments import PORT, number, option
@@ -22,12 +23,10 @@ from fastlora.checkpoints.tensors import write_text
 PAGE_FILE = "watch.html"
 
 
+@user_errors()
 def main() -> None:
     args = parse_arguments()
-    try:
-        write(args) if args.port is None else serve(args.run, args.port, args.every)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"watch.py: {error}") from error
+    write(args) if args.port is None else serve(args.run, args.port, args.every)
 
 
 def write(args: argparse.Namespace) -> None:
@@ -70,7 +69,7 @@ def serve(run: Path, port: int, every: float) -> None:
     try:
         listening = ThreadingHTTPServer(("127.0.0.1", port), Handler)
     except OSError as error:
-        raise OSError(f"cannot listen on port {port}: {error.strerror}") from error
+        raise ValueError(f"cannot listen on port {port}: {error.strerror}") from error
     with listening as server:
         print(f"open http://127.0.0.1:{server.server_port}", flush=True)
         with suppress(KeyboardInterrupt):

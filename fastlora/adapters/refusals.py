@@ -111,10 +111,10 @@ def _variant_problems(s: LoraConfig) -> list[str]:
 
 
 def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
-    """Settings that a qat_scheme excludes, and matrices whose width its groups do not divide."""
+    """Settings that a qat_scheme excludes, and matrices that it cannot quantise."""
     if s.qat_scheme is None:
         return []
-    problems, group = [], SCHEMES[s.qat_scheme].weight.group_size
+    problems = []
     if s.lora_dropout:
         problems.append(
             f"lora_dropout={s.lora_dropout} hides inputs from A alone, but qat_scheme quantises"
@@ -125,21 +125,25 @@ def _qat_problems(s: LoraConfig, config: LlamaConfig) -> list[str]:
             f"init_lora_weights={s.init_lora_weights!r} with qat_scheme: the initial offset would"
             " have to be quantised together with the base; choose another value of one of the two"
         )
+    wrong = qat_shape_problem(s.qat_scheme, config)
+    return problems if wrong is None else [*problems, wrong]
+
+
+def qat_shape_problem(scheme: str, config: LlamaConfig) -> str | None:
+    """Why a model's matrices cannot be quantised by a scheme of `qat_scheme`; None if they can."""
     # The widths below are those of dense layers.
     if is_mixture(config):
-        return [
-            *problems,
-            "qat_scheme does not support the grouped products of mixtures of experts",
-        ]
+        return "qat_scheme does not support the grouped products of mixtures of experts"
+    group = SCHEMES[scheme].weight.group_size
     widths = {name: target_shape(config, name)[1] for name in linear_names(config)}
     widths["lm_head"] = config.hidden_size
     if group and (wrong := {name: d for name, d in widths.items() if d % group}):
         without_groups = [name for name, x in SCHEMES.items() if x.weight.group_size is None]
-        problems.append(
-            f"qat_scheme={s.qat_scheme!r} has groups of {group} inputs, which do not divide the"
-            f" widths of {wrong}; schemes without groups are {without_groups}"
+        return (
+            f"qat_scheme={scheme!r} has groups of {group} inputs, which do not divide the widths of"
+            f" {wrong}; schemes without groups are {without_groups}"
         )
-    return problems
+    return None
 
 
 def _quantized_base_problems(s: LoraConfig, config: LlamaConfig, loftq: LoftQSettings) -> list[str]:

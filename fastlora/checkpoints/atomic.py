@@ -1,10 +1,12 @@
 """atomic_write(): writes a file completely, or leaves the old one unchanged."""
 
+import errno
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -21,8 +23,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
     files that dead processes left in the folder are deleted first, because they take space.
 
     Raises:
-        OSError: the file cannot be written. The message names the path, the bytes that were written
-            and the bytes that the disk has free.
+        OSError: the file cannot be written. The message names the path and the cure; of a full
+            disk, also the bytes that were written and that are free.
     """
     sweep_temporary_files(path.parent)
     owner = f"{os.getpid()}-{_start_time(os.getpid()) or 0}"
@@ -39,7 +41,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 written = os.fstat(file.fileno()).st_size
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # the path itself may be impossible; `error` says so
+            temporary.unlink()
         # `write` may read other files, whose errors name those.
         if error.filename not in (None, os.fspath(temporary)):
             raise
@@ -52,13 +55,31 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def _with_path(error: OSError, path: Path, written: int) -> OSError:
-    """The same error for the final path, with the numbers of bytes."""
+    """The same error for the final path, with its cause."""
     if error.errno is None:
         return OSError(f"{path}: {error}")
-    free = free_bytes(path.parent)
-    space = "" if free is None else f", and the disk has {free:,} bytes free"
-    text = f"{error.strerror}: {written:,} bytes of this file were written{space}"
+    text = f"{error.strerror}{_cause(error, path, written)}"
     return OSError(error.errno, text, str(path))  # Python picks the same class by the number
+
+
+def _cause(error: OSError, path: Path, written: int) -> str:
+    """Why a file cannot be written and what to do, to follow the system's words; "" if unknown."""
+    folder = path.parent
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            free = free_bytes(folder)
+            space = "" if free is None else f", and the disk has {free:,} bytes free"
+            return f": {written:,} bytes of this file were written{space}"
+        case errno.ENOENT:
+            return f": the folder {folder} does not exist; make it first, or choose another path"
+        case errno.ENOTDIR:
+            nearest = nearest_existing(folder)
+            return f": {nearest} is a file and cannot be a folder; choose another path"
+        case errno.EISDIR:
+            return ": this is a folder; add the name of a file"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f": the folder {folder} is not writable for you; choose another path"
+    return ""
 
 
 def free_bytes(folder: Path) -> int | None:

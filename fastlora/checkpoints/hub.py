@@ -62,6 +62,13 @@ HUB_RULES = {
 }
 
 
+def path_text(name: str | os.PathLike[str]) -> str:
+    """A `model_name` as text. Of a path object, one that only names a folder, such as "./demo"."""
+    text = os.fspath(name)
+    is_plain = not isinstance(name, str) and not os.path.isabs(text) and not text.startswith(".")
+    return os.path.join(".", text) if is_plain else text
+
+
 def find_folder(name: str, **hub: Any) -> Path:
     """The folder for a `model_name` of `load`: the demo's for "demo", else as `fetch_folder`.
 
@@ -84,7 +91,8 @@ def fetch_folder(
     """The local folder of a checkpoint or adapter, downloaded into the cache if necessary.
 
     Args:
-        name: a local folder, which is returned unchanged, or a Hub id ("owner/model").
+        name: a local folder, which is returned unchanged, or a Hub id ("owner/model"). A path
+            object is always a folder.
         files: names or patterns of files to download. With an index come the shards that it names.
         token: Hub token; None uses the one that `hf auth login` stored.
         revision: branch, tag or commit; None is "main". Ignored for a local folder.
@@ -99,7 +107,7 @@ def fetch_folder(
     """
     if (folder := Path(name)).is_dir():
         return folder
-    name = os.fspath(name)
+    name = path_text(name)
     if folder.exists():
         raise FileNotFoundError(f"{name!r} is a file; expected the folder that holds it.")
     if name.startswith((".", "~", "/")) or "\\" in name or not 1 <= name.count("/") + 1 <= 2:
@@ -138,11 +146,12 @@ def _hub_errors(name: str):
     """Replace huggingface_hub's errors while a repository is fetched: see `_hub_problem`."""
     from huggingface_hub import errors  # noqa: PLC0415
 
+    action = f"there is no folder {name!r} here, and fetching it from"
     try:
         yield
     except errors.RepositoryNotFoundError as error:
         if isinstance(error, errors.GatedRepoError):
-            raise _hub_problem(error, f"fetching {name!r} from", name, _FETCH_CURE) from error
+            raise _hub_problem(error, action, name, _FETCH_CURE) from error
         raise FileNotFoundError(
             f"there is no folder {name!r} here, and no repository of that name on the Hub; check "
             "the spelling, or pass token=... if it is private."
@@ -153,11 +162,13 @@ def _hub_errors(name: str):
         ) from error
     except errors.LocalEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"{name!r} is not complete in the cache, and the Hub was not asked or not reached; load"
-            f" it once with a connection and local_files_only=False. {first_line(error)}"
+            f"there is no folder {name!r} here (working directory {Path.cwd()}): check the"
+            " spelling. If it is a Hub id: it is not complete in the cache, and the Hub was not"
+            " asked or not reached; load it once with a connection and local_files_only=False."
+            f" {first_line(error)}"
         ) from error
     except (errors.HTTPError, ConnectionError) as error:  # pyright: ignore
-        raise _hub_problem(error, f"fetching {name!r} from", name, _FETCH_CURE) from error
+        raise _hub_problem(error, action, name, _FETCH_CURE) from error
 
 
 @contextmanager

@@ -24,6 +24,11 @@ ON_BAD_ROW = one_of("error", "skip")
 # With so many bad rows, the rest of the data is not read before they are reported.
 _MOST_PROBLEMS = 1000
 
+CORRECT = "Remove or correct them, or raise max_seq_length if rows are too long."
+_CORRECT_OR_SKIP = (
+    f'{CORRECT} train takes too_long="drop", "truncate" or "split", and on_bad_row="skip".'
+)
+
 
 class RowLimits(NamedTuple):
     """How to treat rows that are too long or unfit for training."""
@@ -101,8 +106,9 @@ class RowEncoder:
         limits: RowLimits,
         left_out: LeftOut,
         columns: Mapping[str, str] | None = None,
+        cure: str = _CORRECT_OR_SKIP,
     ) -> None:
-        """`left_out` is filled with what is skipped, dropped or cut."""
+        """`left_out` is filled with what is skipped, dropped or cut; `cure` ends error messages."""
         self.context, self.limits, self.left_out = context, limits, left_out
         self.chats = False  # whether a row was a chat
         self._workers = Workers(context, columns)
@@ -111,6 +117,7 @@ class RowEncoder:
         self._unseen = {x: n for n, x in given.items() if n not in ("role", "content")}
         self._first_keys: list[str] = []
         self._problems: list[str] = []
+        self._cure = cure
         self._unknown_kinds = False
 
     def chunks(self, chunks: Iterable[Chunk]) -> Iterator[list[Example]]:
@@ -168,9 +175,7 @@ class RowEncoder:
             f"{self.left_out.name}: rows that cannot be trained on (train_on={train_on!r},"
             f" max_seq_length={most}):",
             self._problems,
-            "Remove or correct them, or raise max_seq_length if rows are too long. train takes"
-            ' too_long="drop", "truncate" or "split", and on_bad_row="skip".'
-            + (f" Expected {ROW_KINDS}." if self._unknown_kinds else ""),
+            self._cure + (f" Expected {ROW_KINDS}." if self._unknown_kinds else ""),
         )
 
     def warn(self) -> None:
@@ -184,7 +189,8 @@ class RowEncoder:
         example = result.example
         if isinstance(example, BadRow):
             if self.limits.on_bad_row == "skip":
-                self.left_out.add(place, f"skipped: {example.kind}", example.reason)
+                reason = example.reason.removeprefix(f"{example.kind}: ")
+                self.left_out.add(place, f"skipped: {example.kind}", reason)
             else:
                 self._unknown_kinds = self._unknown_kinds or example.kind == UNKNOWN_KIND
                 self._problems.append(f"{place}: {example.reason}")

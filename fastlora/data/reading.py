@@ -6,6 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fastlora.arguments import check_arguments, whole_number
 from fastlora.data.cache import Encoded, read_cache, write_cache
 from fastlora.data.cache_key import cache_key
 from fastlora.data.encoding import RowEncoder, RowLimits
@@ -47,9 +48,11 @@ def read_examples(
 
     Raises:
         FileNotFoundError, ModuleNotFoundError, CheckpointError, ValueError: as `read_rows` and
-            `encode_rows`; ValueError also if no row is left of the data, or
-            of a source with a weight.
+            `encode_rows`; ValueError also if no row is left of the data, or of a source with a
+            weight.
     """
+    length = limits.max_seq_length
+    check_arguments("read_examples", max_seq_length=(length, whole_number(2)))
     sources = sources_of(data, name)
     context = row_context(tokenizer, train_on)
     settings = {"limits": limits, "train_on": train_on, "columns": columns, "name": name}

@@ -91,7 +91,9 @@ def checked_row(row: Any, columns: Mapping[str, str] | None = None) -> dict[str,
 def row_problem(row: Row) -> str | None:
     """Why a row in standard form cannot be encoded; None for a good row."""
     if (kind := row_kind(row)) is None:
-        return f"keys {sorted(map(str, row))}"
+        is_pair = "chosen" in row and "rejected" in row
+        cure = '; such pairs of replies are for loss="dpo", "orpo" or "simpo"' if is_pair else ""
+        return f"keys {sorted(map(str, row))}{cure}"
     values = {key: row[key] for key in REQUIRED_KEYS[kind]}
     if kind == "messages" or (kind == "prompt" and not isinstance(row["prompt"], str)):
         return next(filter(None, (_chat_problem(k, v) for k, v in values.items())), None)

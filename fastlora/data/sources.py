@@ -113,8 +113,8 @@ def sources_of(data: Data, name: str) -> list[Source]:
     Raises:
         FileNotFoundError: a file does not exist, or a glob matches none.
         ModuleNotFoundError: a file needs pyarrow, which is not installed.
-        ValueError: a name ends in no suffix that can be read, or a folder holds several formats or
-            splits.
+        ValueError: a name ends in no suffix that can be read, a folder holds several formats or
+            splits, or a source is a DataFrame.
     """
     weights: list[float | None] = [None]
     given: list[Any] = [data]
@@ -145,6 +145,9 @@ def _source(source: Any, name: str, weight: float | None, several: bool) -> Sour
             if file.suffix in TABLE_SUFFIXES:
                 require_pyarrow(file)
         return Source(str(source), tuple(files), None, weight, several)
+    if type(source).__name__ == "DataFrame":  # iterating over one gives its columns
+        rows = "to_dicts()" if hasattr(source, "to_dicts") else 'to_dict("records")'
+        raise ValueError(f"{name} is a DataFrame; expected its rows: {name}=df.{rows}")
     return Source(name, (), source, weight, several)
 
 

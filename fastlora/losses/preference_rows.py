@@ -5,15 +5,20 @@ reads rows with "completion" and "label", for KTO. preference_batches.py makes b
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from fastlora.data.encoding import encode_rows
+from fastlora.arguments import check_arguments, whole_number
+from fastlora.data.encoding import CORRECT, RowEncoder, RowLimits
 from fastlora.data.examples import Example
+from fastlora.data.left_out import LeftOut
+from fastlora.data.row_chunks import chunked
 from fastlora.data.row_forms import Row, joined_text, standard_row
+from fastlora.data.row_steps import row_context
 from fastlora.data.rows import row_problem
 from fastlora.data.sources import Data, sources_of
 from fastlora.errors import raise_problems
@@ -80,7 +85,9 @@ def encode_pairs(
             by number.
     """
     rows = _read(data, name, columns, _standard_pair, PAIR_ROWS)
-    replies = {f"{side} replies": [_with_reply(row, side) for row in rows] for side in SIDES}
+    replies = {
+        f"{name}, the {side} replies": [_with_reply(row, side) for row in rows] for side in SIDES
+    }
     sides = _encode(replies, tokenizer, max_seq_length)
     return [Pair(a.input_ids, a.labels, b.input_ids, b.labels) for a, b in zip(*sides, strict=True)]
 
@@ -113,7 +120,7 @@ def encode_labelled(
             f"{name} holds 1 row with a label; expected at least 2, because KTO estimates a"
             " divergence from each prompt with the reply of another row."
         )
-    replies = {"replies": [_supervised(row, row["completion"]) for row in rows]}
+    replies = {f"{name}, the replies": [_supervised(row, row["completion"]) for row in rows]}
     (examples,) = _encode(replies, tokenizer, max_seq_length)
     return [
         Labelled(e.input_ids, e.labels, np.array([int(row["label"])], dtype=np.int64))
@@ -143,12 +150,20 @@ def _encode(
     Raises:
         ValueError: rows cannot be trained on; with the problems of all kinds.
     """
+    check_arguments("encode_preferences", max_seq_length=(max_seq_length, whole_number(2)))
+    context, limits = row_context(tokenizer, "responses"), RowLimits(max_seq_length)
     sides, problems = [], []
     for what, rows in replies.items():
+        stream = ((f"row {n}", row) for n, row in enumerate(rows, 1))
+        # Rows with preferences are neither cut nor skipped (`loss_argument.loss_problems`).
+        with closing(RowEncoder(context, limits, LeftOut(what), cure=CORRECT)) as encoder:
+            sides.append(
+                [example for chunk in encoder.chunks(chunked(stream)) for example in chunk]
+            )
         try:
-            sides.append(encode_rows(rows, tokenizer, max_seq_length=max_seq_length))
-        except ValueError as error:  # numbers the rows, but does not know which replies these are
-            problems.append(f"the {what}: {error}")
+            encoder.finish()
+        except ValueError as error:
+            problems.append(str(error))
     if problems:
         raise ValueError("\n".join(problems))
     return sides

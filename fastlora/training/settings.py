@@ -264,6 +264,11 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
     if model.adapter is None:
         return ["model has no adapter to train; call fastlora.lora(model) first"]
     leaves, problems = tree_leaves(model.adapter), autocast_problems(model.base)
+    if (length := model.spec.max_seq_length) < 2:
+        problems.append(
+            f"model's max_seq_length is {length}, but training needs at least 2 tokens: the first"
+            " predicts the second; give fastlora.load a larger max_seq_length, such as 2048"
+        )
     if any(x.dtype == torch.float16 for x in leaves):
         # B is zero at first, so A's first gradient is zero, and 0 / (sqrt(0) + eps) is NaN.
         problems.append(

@@ -31,7 +31,8 @@ def data_of(options: Any) -> tuple[Data, Data | None]:
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: rows are of no known kind, or a file to divide is too large to be read at once.
+        ValueError: rows are of no known kind, or a file to divide is too large to be read at once
+            or has too few rows.
     """
     data, heldout = str(options.data), options.eval_data
     sources = sources_of(data, "data")  # a missing file is reported before the model is loaded
@@ -48,14 +49,26 @@ def data_of(options: Any) -> tuple[Data, Data | None]:
             " --no-hold-out"
         )
     skip = options.on_bad_row == "skip"
-    if skip or (options.loss in NAMED and NAMED[options.loss].rows != "supervised"):
+    kind = NAMED[options.loss].rows if options.loss in NAMED else "supervised"
+    if skip or kind != "supervised":
         # train reports these rows. Their numbers are those among the rows that it is given.
         found = [row for source in sources for _, row in source.rows(skip_unreadable=skip)]
         # A dict that train skips too, and counts as a row of no known kind.
         rows = [{"not JSON": x.reason} if isinstance(x, Unreadable) else x for x in found]
     else:
         rows = read_rows(data, columns=options.columns)
-    return [row for i, row in enumerate(rows) if i % 20], rows[::20]
+    if not rows:
+        raise ValueError(f"{data} holds no rows")
+    parts = [row for i, row in enumerate(rows) if i % 20], rows[::20]
+    least = 2 if kind == "labelled" else 1  # KTO compares rows
+    if min(map(len, parts)) < least:
+        raise ValueError(
+            f"{data} has too few rows ({len(rows)}) to hold out one in twenty: that leaves"
+            f" {len(parts[0])} to train on and {len(parts[1])} to evaluate on, and"
+            f" loss={options.loss!r} needs {least} of each; add rows, or give --eval-data or"
+            " --no-hold-out"
+        )
+    return parts
 
 
 def described(data: Data | None) -> str:

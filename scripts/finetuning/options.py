@@ -1,7 +1,10 @@
 """The options of scripts/finetune.py: those of the script, of `fastlora.lora` and of `train`.
 
 The fields come from the records that `lora` and `train` check their arguments with, the help from
-their docstrings, so an argument that they get is an option too.
+their docstrings, so an argument that they get is an option too. Functions, records and loftq_config
+cannot be options. Regular expressions for target_modules and exclude_modules, chats in
+sample_prompts, and lists and dicts in template_kwargs and lr_scheduler_kwargs can be given in the
+TOML file only.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import re
 import tomllib
 import types
 import typing
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -41,7 +45,11 @@ _OWN: dict[str, tuple[Any, Any, str]] = {
     "revision": (str | None, None, "of the model on the Hub"),
     "data": (Path, DEMO / "train.jsonl", "JSONL, Parquet, ...: chat, prompt, Alpaca, text"),
     "eval_data": (Path | None, None, "held-out rows; default: see --hold-out"),
-    "hold_out": (bool, True, "without --eval-data, hold out one row in twenty"),
+    "hold_out": (
+        bool,
+        True,
+        "without --eval-data, hold out one row in twenty (of two or more)",
+    ),
     "output": (Path, Path("runs/adapter"), "PEFT folder to write, with checkpoints and run.json"),
     "dtype": (str | None, None, "of the base; default: the checkpoint's, on the CPU float32"),
     "load_in_4bit": (bool, False, "QLoRA: the base in NF4"),
@@ -63,9 +71,15 @@ _DEFAULTS: dict[str, Any] = {
 }
 _HELP = {
     "lora_alpha": "default: r",
+    "trainable_token_indices": "rows of the embedding to train: ids; or names, each before its ids",
     "learning_rate": "default: 2e-4 * 2048 / hidden_size, which suits a model of any width",
 }
-_NUMBER_OR_NONE = {"lora_alpha", "learning_rate"}
+# Types that differ from those of lora and train.
+_KINDS: dict[str, Any] = {
+    "lora_alpha": float | None,
+    "learning_rate": float | None,
+    "trainable_token_indices": tuple[int | str, ...] | None,  # see _token_ids
+}
 _ALIASES = {"num_epochs": ["--epochs"]}
 
 # Arguments of lora that the script sets, or that have another name as an option.
@@ -114,7 +128,7 @@ def _fields() -> list[tuple[str, Any, Any, str]]:
             kind = cli_type(f.type)
             if kind is None or f.name in left_out:
                 continue
-            kind = float | None if f.name in _NUMBER_OR_NONE else kind
+            kind = _KINDS.get(f.name, kind)
             default = _DEFAULTS.get(f.name, parameters[f.name].default)
             text = _HELP.get(f.name, helps.get(f.name, ""))
             found.append((f.name, kind, default, text))
@@ -160,7 +174,12 @@ def parse(arguments: Sequence[str]) -> Any:
         kw_only=True,
     )
     options = cls(**defaults)
-    given = tyro.cli(cls, default=options, args=list(arguments), description=DESCRIPTION)
+    with warnings.catch_warnings():
+        # Of defaults of other types than the option's. They are kept as the file has them.
+        warnings.filterwarnings("ignore", module=r"tyro\b")
+        given = tyro.cli(cls, default=options, args=list(arguments), description=DESCRIPTION)
+    tokens = _token_ids(given.trainable_token_indices)
+    given = dataclasses.replace(given, trainable_token_indices=tokens)
     if given.lora_alpha is None:
         given = dataclasses.replace(given, lora_alpha=given.r)
     if given.dtype is None:
@@ -168,6 +187,19 @@ def parse(arguments: Sequence[str]) -> Any:
         dtype = "auto" if torch.cuda.is_available() else "float32"
         given = dataclasses.replace(given, dtype=dtype)
     return given
+
+
+def _token_ids(words: Any) -> Any:
+    """`embed_tokens 1 2 lm_head 3` as a dict of ids. Ids alone stay a tuple, None stays None."""
+    if not isinstance(words, tuple) or not words or not isinstance(words[0], str):
+        return words
+    ids: dict[str, list[int]] = {}
+    name = words[0]
+    for word in words:
+        if isinstance(word, str):
+            name = word
+        ids.setdefault(name, []).extend([] if isinstance(word, str) else [word])
+    return ids
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

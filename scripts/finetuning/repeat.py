@@ -59,6 +59,10 @@ def _from_train(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     lora = {k: v for k, v in record["lora"].items() if k != "extras"}
     for name in ("rank_pattern", "alpha_pattern"):
         lora[name] = dict(lora[name]) or None
+    tokens = lora.get("trainable_token_indices") or None  # ids, or pairs of a module and its ids
+    if tokens is not None and isinstance(tokens[0], list):
+        tokens = dict(tokens)
+    lora["trainable_token_indices"] = tokens
     model = {name: record["model"][name] for name in ("revision", "dtype", "max_seq_length")}
     precision = record["model"].get("quantized_to")
     own: dict[str, Any] = {"hold_out": False, "log": [], "load_in_4bit": precision == "4 bits"}

@@ -1,5 +1,6 @@
 """lora(qat_scheme=...): whole models against torchao's fake quantised transformers model."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -163,6 +164,67 @@ def test_the_folder_of_the_script_computes_the_trained_model(family, scheme, tmp
     assert type(quantised.lm_head.weight).__name__ == "IntxUnpackedToInt8Tensor"
     with torch.no_grad():
         assert same_bits(model(IDS), quantised(IDS).logits)
+
+
+@pytest.fixture
+def merged(tmp_path):
+    """A folder in 16 bits that scripts/quantize.py takes."""
+    model = read_pair("llama3.2", tmp_path / "base", torch.bfloat16, **WIDE).model
+    model.save_pretrained_merged(tmp_path / "merged")
+    return tmp_path / "merged"
+
+
+def call(monkeypatch, *words: object) -> object:
+    """The exit status of scripts/quantize.py; None after a run without an error."""
+    monkeypatch.setattr(sys, "argv", ["quantize.py", *map(str, words)])
+    try:
+        quantize.main()
+    except SystemExit as end:
+        return end.code
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "options", "message"),
+    [
+        ("merged", "merged", (), "is the folder to quantise"),
+        ("merged", "merged/in", (), "is the folder to quantise, or in it"),
+        ("mergd", "out", (), "no such folder"),
+        ("adapter", "out", (), "is an adapter's folder"),
+        ("in_4bit", "out", (), "is already quantised"),
+        ("empty", "out", (), "config.json"),
+        ("merged", "adapter", (), "is not empty"),
+        ("merged", "merged/config.json/out", (), "is the folder to quantise, or in it"),
+        ("merged", "adapter/adapter_config.json", (), "is a file; choose another name"),
+        ("merged", "out", ("--scheme", "int4"), "need --device cuda"),
+        ("merged", "out", ("--scheme", "fp8-fp8"), "need --device cuda"),
+        ("merged", "out", ("--device", "cud"), "device='cud'"),
+    ],
+)
+def test_the_script_refuses_before_any_work_and_changes_nothing(
+    source, output, options, message, merged, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "empty").mkdir()
+    if "adapter" in (source, output.split("/")[0]):
+        fastlora.lora(fastlora.load(merged)[0], r=2).save_pretrained(tmp_path / "adapter")
+    if source == "in_4bit":
+        model, _ = fastlora.load(merged, device="cpu")
+        model.save_pretrained_merged(tmp_path / "in_4bit", save_method="merged_4bit")
+    contents = lambda: {p: p.is_file() and p.read_bytes() for p in sorted(tmp_path.rglob("*"))}
+    before = contents()
+    given = (tmp_path / source, tmp_path / output, "--scheme", "int8", *options)
+    assert call(monkeypatch, *given) == 2
+    assert message in capsys.readouterr().err
+    assert contents() == before
+
+
+def test_the_script_makes_missing_parents_and_copies_folders(merged, tmp_path, monkeypatch):
+    (merged / "additional_chat_templates").mkdir()
+    out = tmp_path / "no" / "such" / "out"
+    assert call(monkeypatch, merged, out, "--scheme", "int8") is None
+    names = {path.name for path in out.iterdir()}
+    assert {"config.json", "model.safetensors", "additional_chat_templates"} <= names
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
 # ── refusals ──────────────────────────────────────────────────────────────────────────────

@@ -79,3 +79,17 @@ def test_an_error_of_another_file_keeps_its_name(tmp_path):
     with pytest.raises(FileNotFoundError) as error:
         atomic_write(tmp_path / "absent" / "a.bin", lambda _: None)
     assert error.value.filename == str(tmp_path / "absent" / "a.bin")
+
+
+def test_errors_name_their_cause_and_only_a_full_disk_names_bytes(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for path, cause in {
+        "no/such/a.png": "the folder no/such does not exist; make it first",
+        "file/a.png": "file is a file and cannot be a folder",
+        "folder": "this is a folder; add the name of a file",
+    }.items():
+        with pytest.raises(OSError, match=cause) as error:
+            atomic_write(Path(path), lambda file: file.write(b"x"))
+        assert "bytes" not in str(error.value)

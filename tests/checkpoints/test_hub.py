@@ -17,6 +17,7 @@ import pytest
 import torch
 from huggingface_hub import snapshot_download
 
+import fastlora
 from fastlora.checkpoints import tensors
 from fastlora.checkpoints.hub import fetch_folder
 from fastlora.checkpoints.reading import read_base
@@ -243,7 +244,8 @@ def test_the_cache_serves_without_a_network(hub, files, tmp_path):
 
 
 def test_an_empty_cache_without_a_network_is_reported(hub, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"someone/tiny.*not complete in the cache"):
+    missing = r"there is no folder 'someone/tiny' here .*Hub id: it is not complete in the cache"
+    with pytest.raises(FileNotFoundError, match=missing):
         fetch_folder("someone/tiny", cache_dir=tmp_path, local_files_only=True)
     assert not hub.log
 
@@ -280,6 +282,20 @@ def test_a_missing_path_is_not_taken_for_a_hub_id(hub, name, tmp_path, monkeypat
         with pytest.raises(FileNotFoundError, match="no such folder"):
             fetch_folder(name)
     assert not hub.log
+
+
+def test_a_path_object_is_always_a_folder(hub, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "someone/tiny"):
+        with pytest.raises(FileNotFoundError, match=f"no such folder: './{name}'"):
+            fastlora.load(Path(name), device="cpu")
+    assert not hub.log
+    (tmp_path / "demo").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "demo" / name).write_bytes(files[name])
+    model, _ = fastlora.load(Path("./demo"), device="cpu")
+    assert model.spec.name_or_path == "./demo"
+    assert model.spec.config.hidden_size != fastlora.load("demo")[0].spec.config.hidden_size
 
 
 @pytest.mark.parametrize("name", ["a--b", "bad name", "a/..b"])

@@ -96,6 +96,7 @@ def test_bad_rows_are_skipped_and_counted_by_reason(tokenizer, capfd):
     ):
         assert reason in err
     assert "row 2: " in err and "keys ['txt']" in err
+    assert "no token to train: no token" not in err
 
 
 def test_skipping_bad_rows_does_not_skip_long_ones(tokenizer):

@@ -58,6 +58,11 @@ def test_every_bad_row_is_named_with_its_keys():
     assert "row 1:" not in str(error.value)
 
 
+def test_pairs_of_replies_are_told_their_losses():
+    with pytest.raises(ValueError, match=r"row 1: keys .*for loss=\"dpo\""):
+        read_rows([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+
+
 def test_a_missing_file_or_one_that_is_not_json_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.jsonl"):
         read_rows(tmp_path / "no.jsonl")

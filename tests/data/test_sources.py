@@ -63,6 +63,14 @@ def test_data_sets_of_hugging_face_are_read_without_nulls():
     ]
 
 
+def test_a_data_frame_is_refused_with_the_call_that_gives_its_rows():
+    frame = pytest.importorskip("pandas").DataFrame({"text": ["a", "b"]})
+    past_hook = getattr(sources_of, "__wrapped__", sources_of)
+    with pytest.raises(ValueError, match=r'data=df\.to_dict\("records"\)'):
+        past_hook(frame, "data")
+    assert read_rows(frame.to_dict("records")) == [{"text": "a"}, {"text": "b"}]
+
+
 def test_rows_of_several_files_are_named_with_their_file(tmp_path):
     write(tmp_path / "a.jsonl", "a")
     (tmp_path / "b.jsonl").write_text('{"text": "b"}\n{"txt": "c"}\n')

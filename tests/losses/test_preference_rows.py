@@ -103,6 +103,14 @@ def test_a_bad_pair_is_refused_with_its_number(tokenizer, row, message):
     assert "row 2" in str(refused.value)
 
 
+def test_errors_advise_only_what_preference_losses_take(tokenizer):
+    row = {"prompt": "a", "chosen": "b " * 99, "rejected": "c"}
+    with pytest.raises(ValueError, match=r"^data, the chosen replies: rows ") as refused:
+        encode_pairs([row], tokenizer, max_seq_length=32)
+    assert "raise max_seq_length" in str(refused.value)
+    assert "too_long" not in str(refused.value) and "on_bad_row" not in str(refused.value)
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -1,11 +1,16 @@
 """scripts/export.py: the demo in every format, up to a running llama.cpp server."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import export
+import generate
+import grpo
+import merge
 import pytest
+import show_batch
 import torch
 from torch.utils._pytree import tree_map
 
@@ -99,8 +104,30 @@ def test_an_option_of_another_format_is_an_error(name, option, tmp_path, monkeyp
 
 
 def test_a_pre_tokenizer_without_a_name_is_an_error(tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="no name for this pre-tokenizer"):
+    with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, capsys, "demo", tmp_path / "m.gguf", "--format", "gguf")
+    assert "no name for this pre-tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        (export, ("./adaptor", "out", "--format", "peft")),
+        (merge, ("./adaptor", "out")),
+        (generate, ("a", "--model", "./adaptor")),
+        (grpo, ("--model", "./adaptor")),
+        (show_batch, ("--model", "./adaptor")),
+    ],
+)
+def test_a_missing_folder_ends_every_script_without_a_traceback(
+    script, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["script.py", *words])
+    with pytest.raises(SystemExit, match="2"):
+        script.main()
+    assert re.match("error: .*no such folder", capsys.readouterr().err)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_it_runs_as_a_script():

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tomllib
+import warnings
 
 import finetune
 import pytest
@@ -97,6 +98,40 @@ def test_a_toml_file_gives_defaults_and_resolved_options_are_toml(tmp_path):
     assert tomllib.loads(to_toml(given))["max_steps"] == 5
 
 
+def test_token_ids_are_an_option_in_every_form(quick, rows, tmp_path, monkeypatch):
+    pairs = {"1 2": (1, 2), "embed_tokens 1": {"embed_tokens": [1]}}
+    pairs["embed_tokens 1 2 lm_head 3"] = {"embed_tokens": [1, 2], "lm_head": [3]}
+    for words, expected in pairs.items():
+        given = options.parse(["--trainable-token-indices", *words.split()])
+        assert given.trainable_token_indices == expected
+        path = tmp_path / "run.toml"
+        path.write_text(to_toml(given))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            again = options.parse(["--config", str(path)])
+        assert again.trainable_token_indices == expected
+        given = (*quick, "--data", rows, "--dry-run", "--trainable-token-indices", *words.split())
+        assert call(monkeypatch, *given) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('target_modules = "all-linear"', "all-linear"),
+        ('exclude_modules = ".*mlp.*"', ".*mlp.*"),
+        ('log = "jsonl"', "jsonl"),
+        ('template_kwargs = {documents = ["a"]}', {"documents": ["a"]}),
+        ('sample_prompts = [[{role = "user"}], "b"]', ([{"role": "user"}], "b")),
+        ('max_steps = "x"', "x"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_values_that_only_toml_can_express_are_kept_without_a_warning(line, expected, tmp_path):
+    (tmp_path / "run.toml").write_text(line)
+    given = options.parse(["--config", str(tmp_path / "run.toml")])
+    assert getattr(given, line.split()[0]) == expected
+
+
 def test_a_repeated_run_has_the_same_bits_or_says_what_differs(first, monkeypatch, capsys):
     assert call(monkeypatch, "--repeat", first / "run.json", "--no-progress") == 0
     assert "has the same bits as" in capsys.readouterr().out
@@ -113,7 +148,8 @@ def test_a_repeated_run_has_the_same_bits_or_says_what_differs(first, monkeypatc
 def test_a_run_of_another_program_is_repeated(rows, quick, tmp_path, monkeypatch, capsys):
     how = dict(dtype="float32", max_seq_length=64, device="cpu", base_precision="fp8")
     base, tokenizer = fastlora.load(quick[2], **how)
-    model = fastlora.lora(base, r=2, target_modules=["q_proj"])
+    tokens = {"embed_tokens": [1, 2]}
+    model = fastlora.lora(base, r=2, target_modules=["q_proj"], trainable_token_indices=tokens)
     given = dict(max_steps=2, batch_size=2, output_dir=tmp_path / "run", progress=False)
     train(model, tokenizer, rows, **given)
     assert call(monkeypatch, "--repeat", tmp_path / "run/run.json", "--no-progress") == 0
@@ -176,6 +212,27 @@ def test_every_kind_of_rows_that_train_takes_is_read(
     assert call(monkeypatch, *given) == 0
     data = json.loads((tmp_path / "out/run.json").read_text())["data"]
     assert data["source"] == (None if held_out else str(path))
+
+
+@pytest.mark.parametrize(
+    ("row", "loss", "number"),
+    [
+        ({"prompt": "a", "completion": "b"}, "sft", 1),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "dpo", 1),
+        ({"prompt": "a", "completion": "b", "label": True}, "kto", 20),
+    ],
+)
+def test_too_few_rows_to_hold_one_out_are_refused_before_loading(
+    row, loss, number, tmp_path, monkeypatch, capsys
+):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(row)}\n" * number)
+    given = ("--model", "./missing", "--data", path, "--loss", loss)
+    assert call(monkeypatch, *given) == 2
+    error = capsys.readouterr().err
+    assert f"too few rows ({number})" in error and "--no-hold-out" in error
+    assert call(monkeypatch, *given, "--no-hold-out") == 2  # the model is looked up now
+    assert "no such folder: './missing'" in capsys.readouterr().err
 
 
 def test_a_file_that_is_streamed_is_not_divided(quick, rows, tmp_path, monkeypatch, capsys):

@@ -19,13 +19,13 @@ WRONG = [
     ("chat", "demo --seed -1", "--seed: got '-1', expected a whole number in [0, 2**64)"),
     ("chat", "demo --temperature nan", "--temperature: got 'nan'"),
     ("generate", "hello --top-p 2", "--top-p: got '2'"),
-    ("generate", "hello --model ./none", "generate.py: model_name='./none'"),
+    ("generate", "hello --model ./none", "error: model_name='./none'"),
     ("show_batch", "--seed -1", "--seed: got '-1'"),
     ("show_batch", "--sequences 0", "--sequences: got '0'"),
-    ("show_batch", "none.jsonl", "show_batch.py: data: none.jsonl: no such file"),
+    ("show_batch", "none.jsonl", "error: data: none.jsonl: no such file"),
     ("grpo", "--warmup-steps -1", "--warmup-steps: got '-1'"),
-    ("merge", "./none merged", "merge.py: model_name='./none'"),
-    ("export", "./none out --format peft", "export.py: model_name='./none'"),
+    ("merge", "./none merged", "error: model_name='./none'"),
+    ("export", "./none out --format peft", "error: model_name='./none'"),
 ]
 
 
@@ -50,4 +50,4 @@ def test_a_port_in_use_is_named(tmp_path, monkeypatch, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         printed = run("watch", f"{tmp_path} --port {port}", monkeypatch, capsys)
-    assert f"watch.py: cannot listen on port {port}: Address already in use" in printed
+    assert f"error: cannot listen on port {port}: Address already in use" in printed

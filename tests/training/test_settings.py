@@ -10,8 +10,9 @@ import torch
 from jaxtyping import TypeCheckError
 
 import fastlora
-from fastlora.data.encoding import encode_rows
+from fastlora.data.encoding import RowLimits, encode_rows
 from fastlora.data.packing import pack
+from fastlora.data.reading import read_examples
 from fastlora.training import checkpoint, offload_memory
 from fastlora.training.common_run import check_part_masks
 from fastlora.training.loop import train
@@ -94,6 +95,15 @@ def test_an_unwritable_output_dir_is_refused_before_training(
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
     with pytest.raises(ValueError, match="not writable"):
         train(model, tokenizer, ROWS, output_dir=tmp_path / "a")
+
+
+def test_sequences_of_one_token_are_refused(folder, tokenizer, tmp_path):
+    model, _ = fastlora.load(folder, max_seq_length=1, device="cpu")
+    model = fastlora.lora(model, r=2)
+    with pytest.raises(ValueError, match=r"max_seq_length is 1, .* at least 2 tokens"):
+        train(model, tokenizer, [{"text": "a b"}], output_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match=r"max_seq_length=1: expected a whole number >= 2"):
+        read_examples([{"text": "a b"}], tokenizer, RowLimits(1, split_text=True))
 
 
 def test_a_float16_adapter_is_refused(base, tokenizer):
