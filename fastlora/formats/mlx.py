@@ -23,7 +23,6 @@ from fastlora.checkpoints.output_folders import writable_folder
 from fastlora.checkpoints.tensors import write_json, write_safetensors
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.adapter_file import adapter_problems
-from fastlora.formats.gguf.output import check_one_adapter
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import (
     expert_matrices,
@@ -35,6 +34,7 @@ from fastlora.models.names import (
 from fastlora.models.params import EXPERTS, ROUTER, Adapter
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"

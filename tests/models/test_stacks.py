@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
+from fastlora import research
+from fastlora.formats.mlx import save_mlx_adapter
 from fastlora.model import Model
 from oracles.pairs import adapted
 from oracles.trees import relative_error, token_ids
@@ -239,6 +241,35 @@ def test_models_that_cannot_be_stacked_are_refused_by_name(tiny, pair):
         FL.stack([lora(), *different])
     with pytest.raises(ValueError, match="a list of one model or more"):
         FL.stack([])
+
+
+def test_functions_of_one_adapter_refuse_a_stack_before_any_work(tmp_path):
+    model, tokenizer = fastlora.load("demo", max_seq_length=64, device="cpu")
+    models = [adapted(model, seed=i, r=2) for i in range(2)]
+    adapter, spec = FL.stack(models)
+    stacked, rows = replace(models[0], adapter=adapter, spec=spec), [{"text": "def f(): pass"}] * 4
+    batches, out = [{"input_ids": IDS}], tmp_path / "out"
+    for verb in (
+        lambda: fastlora.train(stacked, tokenizer, rows, output_dir=out),
+        lambda: fastlora.train([models[0], stacked], tokenizer, rows, output_dir=out),
+        lambda: fastlora.find_learning_rate(stacked, tokenizer, rows),
+        lambda: fastlora.plan(stacked, batch_size=2, seq_length=64, memory="80GB"),
+        lambda: fastlora.combine([models[0], stacked], [0.5, 0.5]),
+        lambda: fastlora.merge(stacked),
+        lambda: fastlora.initialize(stacked, batches, "eva"),
+        lambda: research.training_points(stacked, tmp_path),
+        lambda: stacked.save_pretrained(out),
+        lambda: stacked.save_pretrained_merged(out),
+        lambda: stacked.save_pretrained_merged(out, save_method="lora"),
+        lambda: stacked.push_to_hub("user/name"),
+        lambda: stacked.save_gguf(tmp_path / "m.gguf", tokenizer, pre="gpt-2"),
+        lambda: stacked.save_gguf_adapter(tmp_path / "a.gguf"),
+        lambda: stacked.save_ollama(out, tokenizer, pre="gpt-2"),
+        lambda: save_mlx_adapter(stacked, out),
+    ):
+        with pytest.raises(ValueError, match="stack of 2 adapters, where one is needed"):
+            verb()
+    assert not list(tmp_path.iterdir())
 
 
 def test_rows_that_do_not_fit_a_stack_are_refused(tiny):

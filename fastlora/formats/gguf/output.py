@@ -1,12 +1,10 @@
-"""Checks before a file is written: of its path, and of the model."""
+"""The check of a path before a file is written there."""
 
 import os
 from pathlib import Path
 
 from fastlora.checkpoints.output_folders import folder_error
-from fastlora.models.params import ExpertLoRA
 from fastlora.models.spec import Spec
-from fastlora.models.state import ModelState
 
 
 def output_file(path: Path, spec: Spec) -> Path:
@@ -25,18 +23,3 @@ def output_file(path: Path, spec: Spec) -> Path:
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(f"{path} cannot be written: its folder is not writable for you.")
     return path
-
-
-def check_one_adapter(model: ModelState) -> None:
-    """Refuse a stack of adapters.
-
-    Raises:
-        ValueError: the model's adapter is a stack.
-    """
-    layers = () if model.adapter is None else model.adapter["layers"]
-    records = [record for layer in layers for record in layer.values()]
-    if any(x.a.dim() != (3 if isinstance(x, ExpertLoRA) else 2) for x in records):
-        raise ValueError(
-            "model.adapter is a stack of adapters; a file has one. functional.unstack takes the"
-            " stack apart: write each of its models."
-        )
