@@ -13,6 +13,7 @@ ml-explore/mlx-lm@036728670ef951c1d583689ad2255020702dcfa3.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -127,7 +128,8 @@ def _tensors(
         pair = pairs.get(name)
         if pair is None:
             lead = (experts,) if experts else ()
-            pair = _Pair(torch.zeros(*lead, rank, d_in), torch.zeros(*lead, d_out, rank))
+            zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+            pair = _Pair(zeros((*lead, rank, d_in)), zeros((*lead, d_out, rank)))
         r = pair.a.shape[-2]
         a = torch.nn.functional.pad(pair.a.detach().float(), (0, 0, 0, rank - r))
         b = torch.nn.functional.pad(pair.b.detach().float(), (0, rank - r))

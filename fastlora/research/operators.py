@@ -45,7 +45,7 @@ def as_linear_operator(fn: Callable[[Any], Any], adapter: Any) -> Any:
     dtype = torch.float64 if wide else torch.float32
 
     def matvec(vector: Any) -> Any:
-        product = fn(unravel(torch.as_tensor(vector).reshape(-1), adapter))
+        product = fn(unravel(vector.reshape(-1), adapter))
         product = like(product, adapter, "as_linear_operator(fn), fn being hvp's result,")
         return ravel(product).detach().to("cpu", dtype).numpy()
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -84,7 +85,8 @@ def unravel(vector: Any, adapter: Any) -> Any:
     raise_problems(ValueError, "research.unravel cannot do this:", adapter_problems(adapter))
     leaves, structure = tree_flatten(adapter)
     sizes = [x.numel() for x in leaves]
-    flat = torch.as_tensor(vector)
+    is_tensor = isinstance(vector, Tensor)
+    flat = vector if is_tensor else torch.as_tensor(np.asarray(vector), device="cpu")
     if flat.shape != (sum(sizes),):
         raise ValueError(
             f"research.unravel needs a vector [{sum(sizes)}], one number for each of the"

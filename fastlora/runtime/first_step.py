@@ -2,10 +2,10 @@
 
 Every torch.optim optimizer imports torch._dynamo when it is made, and the first compiled layer
 imports Inductor. Together they are some 1,500 files, which take 1.6 s, and several seconds more if
-Python has to compile them because it may not keep their bytecode. Inductor then hashes all source files of
-torch and Triton's library for its cache keys, 0.4 s, and starts processes for Triton's compiler.
-Our own kernels are compiled while Inductor compiles their region (kernels_ahead.py). The loss's
-kernel is part of none, and is compiled here.
+Python has to compile them because it may not keep their bytecode. Inductor then hashes all source
+files of torch and Triton's library for its cache keys, 0.4 s, and starts processes for Triton's
+compiler. Our own kernels are compiled while Inductor compiles their region (kernels_ahead.py). The
+loss's kernel is part of none, and is compiled here.
 """
 
 from collections.abc import Callable, Iterator
