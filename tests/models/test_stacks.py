@@ -217,6 +217,27 @@ def test_unstack_returns_the_adapters(tiny):
     hash(spec)
 
 
+def test_unstack_refuses_other_models_than_were_stacked(tiny):
+    base = fastlora.disable(tiny)
+    first, second = adapted(base, r=4), adapted(base, seed=1, r=2)
+    other = adapted(base, r=2, target_modules=["q_proj"])
+    stack, _ = FL.stack([first, second])
+    wrong = {
+        "has rank 2, and its adapter in the stack has a larger rank": [second, first],
+        "has rank 8, and the stack 4": [first, adapted(base, r=8)],
+        "has no adapter, and its adapter": [first, other],
+        "model 1 has no adapter$": [first, base],
+    }
+    for reason, models in wrong.items():
+        with pytest.raises(ValueError, match=reason):
+            FL.unstack(stack, models)
+    with pytest.raises(ValueError, match="and the stack has none"):
+        FL.unstack(FL.stack([other])[0], [second])
+    with pytest.raises(ValueError, match="dict that is no stack") as error:
+        FL.unstack(first.adapter, [first])
+    assert "tensor(" not in str(error.value)
+
+
 def test_models_that_cannot_be_stacked_are_refused_by_name(tiny, pair):
     base = fastlora.disable(tiny)
     lora = lambda **settings: fastlora.lora(base, r=2, **settings)
@@ -274,20 +295,24 @@ def test_functions_of_one_adapter_refuse_a_stack_before_any_work(tmp_path):
 
 def test_rows_that_do_not_fit_a_stack_are_refused(tiny):
     stack, spec = FL.stack(three(tiny))
-    run = lambda stack=stack, ids=IDS, **how: FL.forward(stack, tiny.base, spec, ids, **how)
+
+    def run(stack=stack, spec=spec, ids=IDS, **how):
+        return FL.forward(stack, tiny.base, spec, ids, **how)
+
     with pytest.raises(ValueError, match="5 rows cannot be shared equally"):
         run(ids=IDS[:5])
     with pytest.raises(ValueError, match=r"in \[0, 3\), got"):
         run(adapter_ids=torch.tensor([0, 1, 2, 3, 0, 0]))
     with pytest.raises(ValueError, match="is not a stack"):
-        run(tiny.adapter, adapter_ids=rows_of(None))
+        run(tiny.adapter, tiny.spec, adapter_ids=rows_of(None))
     with pytest.raises(ValueError, match="one of 3"):
         run(seed=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="pass one seed"):
         run(seed=torch.tensor([1, 2, 3]), adapter_ids=torch.zeros_like(IDS))
-    dora = tree_map(lambda x: x[None], adapted(fastlora.disable(tiny), use_dora=True).adapter)
+    dora = adapted(fastlora.disable(tiny), use_dora=True)
+    of_dora = tree_map(lambda x: x[None], dora.adapter), dora.spec
     with pytest.raises(ValueError, match="number for each row"):
-        run(dora, adapter_ids=torch.zeros_like(IDS))
+        run(*of_dora, adapter_ids=torch.zeros_like(IDS))
 
 
 def test_under_a_transform_a_stack_gives_the_same(tiny):
