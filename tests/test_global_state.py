@@ -266,10 +266,16 @@ def results(folder: Path) -> dict[str, Any]:
     product = research.hvp(loss, model.adapter)
     operator = research.as_linear_operator(product, model.adapter)
     found["product"] = torch.from_numpy(operator.matvec(np.ones(operator.shape[0])))
+    return found | reread(model, base, tokenizer, folder)
+
+
+def reread(model, base, tokenizer, folder: Path) -> dict[str, Any]:
+    """Write folders, and read some of them."""
     model.save_pretrained(folder / "adapter")
     model.save_pretrained_merged(folder / "merged", tokenizer)
     save_mlx_adapter(model, folder / "mlx")
     model.save_pretrained_merged(folder / "4 bits", save_method="merged_4bit")
+    found: dict[str, Any] = {}
     found["4 bits"] = fastlora.load(folder / "4 bits", max_seq_length=64, device="cpu")[0].base
     found["quantize"] = fastlora.quantize(base).base
     found["read"] = fastlora.load_adapter(base, folder / "adapter").adapter
