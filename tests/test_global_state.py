@@ -1,12 +1,25 @@
-"""fastlora changes nothing that another library in the process could see."""
+"""fastlora changes nothing that another library in the process could see, and torch's default dtype
+and device change nothing in fastlora."""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch.utils._pytree import tree_map
+
+import fastlora
+from fastlora import functional as FL
+from fastlora import research
+from fastlora.formats.mlx import save_mlx_adapter
+from oracles.trees import same_bits
 
 ROOT = Path(__file__).parents[1]
 
@@ -186,3 +199,105 @@ CHANGES = {
 def test_the_watch_sees_a_change():
     seen = "".join(f"+ changed(lambda: {change})" for change in CHANGES.values())
     assert json.loads(run(f"print(json.dumps([] {seen}))")) == list(CHANGES)
+
+
+# ── torch's default dtype and device ──────────────────────────────────────────────────────
+
+
+@contextmanager
+def default(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def initial_adapters(base) -> list[Any]:
+    """Adapters of all kinds that draw random numbers."""
+    inits = (False, True, "gaussian", "orthogonal", "pissa_niter_2", "loftq")
+    models = [fastlora.lora(base, r=2, init_lora_weights=init) for init in inits]
+    edges = dict(target_modules=["q_proj", "embed_tokens"])
+    models += [fastlora.lora(base, r=2, init_lora_weights=init, **edges) for init in (True, False)]
+    biased = dict(lora_bias=True, target_modules=["q_proj"])
+    models.append(fastlora.lora(base, r=2, init_lora_weights=False, **biased))
+    return [(model.adapter, model.base) for model in models]
+
+
+def written(folder: Path) -> dict[str, bytes]:
+    return {
+        str(x.relative_to(folder)): x.read_bytes() for x in sorted(folder.rglob("*.safetensors"))
+    }
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """The results of public functions, by name."""
+    ids = torch.tensor([[1, 5, 9, 11], [3, 4, 5, 6]], device="cpu")
+    batch = {"input_ids": ids, "labels": ids}
+    base, tokenizer = fastlora.load("demo", max_seq_length=64, dtype="float32", device="cpu")
+    model = fastlora.lora(base, r=2, lora_dropout=0.1)
+    model = model.with_adapter(tree_map(lambda x: x + 0.01, model.adapter))
+    rows, how = [{"text": "def add(a, b): return a + b"}] * 4, dict(progress=False, batch_size=2)
+    args = (model.adapter, model.base, model.spec, batch)
+    loss = lambda adapter: FL.loss(adapter, *args[1:])
+    values = lambda adapter, batch: FL.row_losses(adapter, *args[1:3], batch)[0]
+    sketch = fastlora.Sketch(8)
+    found: dict[str, Any] = {"base": base.base, "adapters": initial_adapters(base)}
+    found["loss"] = fastlora.value_and_grad(FL.loss)(*args, seed=1)
+    found["sketches"] = fastlora.value_and_grad(values, per_example=sketch)(model.adapter, batch)
+    sampling = dict(max_new_tokens=4, temperature=1.0, seed=1, repetition_penalty=1.1)
+    found["generate"] = model.generate(ids, return_logprobs=True, **sampling)
+    many = fastlora.generate_many(model, [[1, 2], [3]], max_new_tokens=3)
+    found["generate_many"] = torch.tensor([x.ids for x in many], device="cpu")
+    dare = dict(method="dare_ties", density=0.5, seed=1)
+    found["combine"] = fastlora.combine([model, model], [0.5, 0.2], **dare).adapter
+    fresh = fastlora.lora(base, r=2)
+    lora_ga = dict(method="lora_ga", direction="random")
+    found["initialize"] = fastlora.initialize(fresh, [batch], **lora_ga).adapter
+    first = dict(max_steps=1, save_every=1, eval_data=rows, eval_every=1, output_dir=folder / "run")
+    trained, _ = fastlora.train(model, tokenizer, rows, **how, **first)
+    both, _ = fastlora.train([model, model], tokenizer, rows, max_steps=1, **how)
+    private = dict(clip_per_example=1.0, noise_multiplier=1.0, packing=False, max_steps=1)
+    noisy, _ = fastlora.train(fresh, tokenizer, rows, **how, **private)
+    found["train"] = [x.adapter for x in (trained, *both, noisy)]
+    points = research.training_points(model, folder / "run")
+    found["influence"] = research.influence(values, points, [batch], [batch], method="tracin")
+    product = research.hvp(loss, model.adapter)
+    operator = research.as_linear_operator(product, model.adapter)
+    found["product"] = torch.from_numpy(operator.matvec(np.ones(operator.shape[0])))
+    return found | reread(model, base, tokenizer, folder)
+
+
+def reread(model, base, tokenizer, folder: Path) -> dict[str, Any]:
+    """Write folders, and read some of them."""
+    model.save_pretrained(folder / "adapter")
+    model.save_pretrained_merged(folder / "merged", tokenizer)
+    save_mlx_adapter(model, folder / "mlx")
+    model.save_pretrained_merged(folder / "4 bits", save_method="merged_4bit")
+    found: dict[str, Any] = {}
+    found["4 bits"] = fastlora.load(folder / "4 bits", max_seq_length=64, device="cpu")[0].base
+    found["quantize"] = fastlora.quantize(base).base
+    found["read"] = fastlora.load_adapter(base, folder / "adapter").adapter
+    return found
+
+
+@pytest.fixture(scope="module")
+def usual(tmp_path_factory) -> tuple[dict[str, Any], dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("usual")
+    return results(folder), written(folder)
+
+
+@pytest.mark.filterwarnings("ignore:the noise", "ignore:seed")
+@pytest.mark.parametrize(
+    "changed",
+    [dict(dtype=torch.float64), dict(dtype=torch.bfloat16), dict(dtype=torch.float16),
+     dict(device="meta")],
+    ids=lambda changed: str(*changed.values()),
+)  # fmt: skip
+def test_the_default_dtype_and_device_change_no_bits(changed, usual, tmp_path):
+    with default(**changed):
+        found = results(tmp_path)
+    for name, value in usual[0].items():
+        assert same_bits(found[name], value), name
+    assert written(tmp_path) == usual[1]

@@ -169,5 +169,5 @@ def stored_tensors(name: str, weight: Weight4bit) -> dict[str, Tensor]:
     else:
         tensors[f"{name}.absmax"] = absmax
     # safetensors holds only tensors, so bitsandbytes stores this text as bytes.
-    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    text = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     return tensors | {f"{name}{STATE_PREFIX}{format_name}": text}

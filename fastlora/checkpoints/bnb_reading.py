@@ -124,7 +124,7 @@ def _problems_4bit(
     if extra := [p[1:] for p in weight.entries if p in PARTS_4BIT and p not in expected]:
         yield f"has {extra}, but its quant_state has no nested_offset"
     yield from _packed_problem(weight, shape)
-    if levels is not None and not torch.equal(levels, torch.tensor(LEVELS[weight.format])):
+    if levels is not None and not torch.equal(levels, _float32(LEVELS[weight.format])):
         yield f"quant_map is not {weight.format}'s, which is all that bitsandbytes reads"
 
 
@@ -199,7 +199,7 @@ def read_quantized(
     tensors = _read_parts(stored, device)
     # All weights of one format share one tensor of levels.
     levels = {
-        name: torch.tensor(LEVELS[name], device=device)
+        name: _float32(LEVELS[name], device)
         for name in {w.format for w in stored.values()} & {*LEVELS}
     }
     return {
@@ -222,11 +222,15 @@ def described_weights(stored: Mapping[str, StoredWeight]) -> dict[str, Described
         stored: weights in which `quantized_problems` has found no problem.
     """
     states = _read_states(stored)
-    levels = {name: torch.empty(16, device="meta") for name in LEVELS}  # one tensor each, as there
+    levels = {name: _float32((0.0,) * 16, "meta") for name in LEVELS}  # one for each format
     return {
         n: _described_8bit(w) if w.format == "int8" else _described_4bit(w, states[n], levels)
         for n, w in stored.items()
     }
+
+
+def _float32(values: float | tuple[float, ...], device: torch.device | str = "cpu") -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device)
 
 
 def _meta(entry: Entry, dtype: torch.dtype) -> Tensor:
@@ -247,18 +251,18 @@ def _described_4bit(
     code = levels[weight.format]
     sources: dict[int, Entry | Tensor] = {
         id(packed): of[""],
-        id(code): torch.tensor(LEVELS[weight.format]),
+        id(code): _float32(LEVELS[weight.format]),
     }
     if "nested_offset" in state:
         absmax = NestedAbsmax(
             _meta(of[".absmax"], torch.uint8),
             _meta(of[".nested_absmax"], torch.float32),
             _meta(of[".nested_quant_map"], torch.float32),
-            torch.empty((), device="meta"),
+            _float32(0.0, "meta"),
         )
         sources |= {id(absmax.values): of[".absmax"], id(absmax.scale): of[".nested_absmax"]}
         sources |= {id(absmax.code): of[".nested_quant_map"]}
-        sources |= {id(absmax.offset): torch.tensor(float(state["nested_offset"]))}
+        sources |= {id(absmax.offset): _float32(float(state["nested_offset"]))}
     else:
         absmax = _meta(of[".absmax"], torch.float32)
         sources[id(absmax)] = of[".absmax"]
@@ -286,7 +290,7 @@ def _read_parts(
 def _weight_4bit(parts: Mapping[str, Tensor], state: dict[str, Any], levels: Tensor) -> Weight4bit:
     shape, absmax = tuple(state["shape"]), parts[".absmax"]
     if "nested_offset" in state:
-        offset = torch.tensor(float(state["nested_offset"]), device=levels.device)
+        offset = _float32(float(state["nested_offset"]), levels.device)
         code = parts[".nested_quant_map"]
         absmax = NestedAbsmax(absmax, parts[".nested_absmax"], code, offset)
     packed = parts[""].contiguous().flatten().view(torch.uint8)[: _packed_bytes(shape)]

@@ -22,12 +22,12 @@ def gather_json(groups: Groups, value: Any, what: str, seconds: float) -> list[A
     """
     count = dist.get_world_size(groups.host)
     data = json.dumps(value).encode()
-    sizes = torch.empty(count, dtype=torch.int64)
-    work = start_all_gather(sizes, torch.tensor([len(data)]), groups.host)
+    sizes = torch.empty(count, dtype=torch.int64, device="cpu")
+    work = start_all_gather(sizes, torch.tensor([len(data)], device="cpu"), groups.host)
     groups.waits.work(work, what, seconds)
     longest = int(sizes.max())
     own = torch.frombuffer(bytearray(data.ljust(longest)), dtype=torch.uint8)
-    every = torch.empty(count * longest, dtype=torch.uint8)
+    every = torch.empty(count * longest, dtype=torch.uint8, device="cpu")
     groups.waits.work(start_all_gather(every, own, groups.host), what, seconds)
     return [json.loads(bytes(part.numpy())) for part in every.split(longest)]
 

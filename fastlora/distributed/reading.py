@@ -191,7 +191,8 @@ class _Reader:
         if self.checked.precision == "nf4":
             return described_nf4(shape, dtype)
         values = torch.empty(shape, dtype=torch.uint8, device="meta")
-        return WeightFP8(values, torch.empty(shape[0], device="meta"))
+        scale = torch.empty(shape[0], dtype=torch.float32, device="meta")
+        return WeightFP8(values, scale)
 
     def _part(
         self, layout: Layout, tree: Any, sources: Sources, part: UInt8[Tensor, "n"] | None
@@ -207,7 +208,7 @@ class _Reader:
         size = layout.size // self.shards.ranks
         begin = self.shards.rank * size
         if part is None:
-            part = torch.zeros(size, dtype=torch.uint8)
+            part = torch.zeros(size, dtype=torch.uint8, device="cpu")
         leaves = dict(zip(layout.slot_of_leaf, tree_leaves(tree), strict=True))
         for number, leaf in leaves.items():
             source, slot = sources.get(id(leaf)), layout.slots[number]

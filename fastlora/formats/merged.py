@@ -42,6 +42,7 @@ from fastlora.models.config_json import config_to_json, generation_config_to_jso
 from fastlora.models.names import projection_weights
 from fastlora.models.params import is_quantized
 from fastlora.models.self_contained import self_contained
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.tokenizer import Tokenizer
@@ -102,9 +103,9 @@ def save_merged(
 
     Raises:
         ValueError: before any file is written, if `save_method` is unknown, `base` has no meaning
-            for this model, a merged weight would be NaN or infinite, the model is a mixture and the
-            method "merged_4bit", or the folder is a file, is read as the base, or holds other model
-            files that a reader could mistake for this model's.
+            for this model, the adapter is a stack, a merged weight would be NaN or infinite, the
+            model is a mixture and the method "merged_4bit", or the folder is a file, is read as the
+            base, or holds other model files that a reader could mistake for this model's.
         FileNotFoundError: the original weights do not exist.
         CheckpointError: the original weights belong to another model.
         PermissionError: the folder cannot be written to.
@@ -123,6 +124,7 @@ def _save_merged(
     base: str | os.PathLike[str],
 ) -> MergeReport | None:
     """`save_merged` by the only process, or by the first of those that share a sharded base."""
+    check_one_adapter(model)
     merges_quantized = is_quantized(model.base) and save_method != "lora"
     if base != "auto" and not merges_quantized:
         raise ValueError(

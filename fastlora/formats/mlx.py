@@ -13,6 +13,7 @@ ml-explore/mlx-lm@036728670ef951c1d583689ad2255020702dcfa3.
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from fastlora.checkpoints.output_folders import MODEL_FILES, other_model_error, 
 from fastlora.checkpoints.tensors import write_json, write_safetensors
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.adapter_file import adapter_problems
-from fastlora.formats.gguf.output import check_adapter_tensors, check_one_adapter
+from fastlora.formats.gguf.output import check_adapter_tensors
 from fastlora.formats.peft.writing import CONFIG_FILE, MLX_WEIGHTS
 from fastlora.models.config import LlamaConfig
 from fastlora.models.names import (
@@ -38,6 +39,7 @@ from fastlora.models.names import (
 from fastlora.models.params import EXPERTS, ROUTER, Adapter
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 
 _MATRICES = ("gate_proj", "up_proj", "down_proj")
@@ -139,7 +141,8 @@ def _tensors(
         pair = pairs.get(name)
         if pair is None:
             lead = (experts,) if experts else ()
-            pair = _Pair(torch.zeros(*lead, rank, d_in), torch.zeros(*lead, d_out, rank))
+            zeros = partial(torch.zeros, dtype=torch.float32, device="cpu")
+            pair = _Pair(zeros((*lead, rank, d_in)), zeros((*lead, d_out, rank)))
         r = pair.a.shape[-2]
         a = torch.nn.functional.pad(pair.a.detach().float(), (0, 0, 0, rank - r))
         b = torch.nn.functional.pad(pair.b.detach().float(), (0, rank - r))

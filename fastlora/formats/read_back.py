@@ -51,4 +51,4 @@ class _LayersOnDemand(Sequence):
 def _token_ids(spec: Spec) -> Int[Tensor, "1 t"]:
     """Ids spread over the vocabulary, the same for every call: multiples of a large prime."""
     t = min(32, spec.max_seq_length)
-    return (7919 * torch.arange(1, t + 1) % spec.config.vocab_size)[None]
+    return (7919 * torch.arange(1, t + 1, device="cpu") % spec.config.vocab_size)[None]

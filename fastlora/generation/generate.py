@@ -211,8 +211,8 @@ def _generate(
             result.add(engine.advance())
     finally:
         engine.close()
-    ids = torch.tensor(_padded(result.ids, result.fill))
-    values = torch.tensor(_padded(result.logprobs, 0.0), dtype=torch.float32)
+    ids = torch.tensor(_padded(result.ids, result.fill), device="cpu")
+    values = torch.tensor(_padded(result.logprobs, 0.0), dtype=torch.float32, device="cpu")
     return torch.cat((input_ids.cpu(), ids), dim=1), values
 
 

@@ -53,5 +53,5 @@ def _scaled(part: Part, spec: LayerSpec, name: str) -> Part:
     if scale == 1.0 or name not in ("o_proj", "down_proj", "output_linear"):
         return part
     rows, device = shape_of(part.weight)[0], tree_leaves(part.weight)[0].device
-    gain = torch.ones(rows, device=device) if part.gain is None else part.gain
+    gain = torch.ones(rows, dtype=torch.float32, device=device) if part.gain is None else part.gain
     return part._replace(gain=scale * gain, bias=None if part.bias is None else scale * part.bias)

@@ -82,7 +82,7 @@ class Prefixes:
         """Run the model over prompts, each with its slot; rows of similar length together."""
         rest = sorted(missing, key=lambda entry: len(entry[0].ids), reverse=True)
         device = self.model.base["norm"].device
-        tensor = lambda x: torch.tensor(x).to(device)
+        tensor = lambda x: torch.tensor(x, device="cpu").to(device)
         while rest:
             t = len(rest[0][0].ids)
             together, rest = rest[: (n := max(1, _PREFILL_TOKENS // t))], rest[n:]

@@ -94,10 +94,10 @@ def begin(rows: Rows, new: Sequence[NewRow], vocab_size: int) -> None:
         whole.append([*begin, *stop])
         others.append([temperature, rest, min_p, penalty])
     slots, token, lengths, limit, adapter_ids, top_k, seed, *stop = (
-        torch.tensor(whole).to(device).unbind(1)
+        torch.tensor(whole, device="cpu").to(device).unbind(1)
     )
     temperature, rest, min_p, penalty = (
-        torch.tensor(others, dtype=torch.float32).to(device).unbind(1)
+        torch.tensor(others, dtype=torch.float32, device="cpu").to(device).unbind(1)
     )
     values = {"token": token, "lengths": lengths, "limit": limit, "adapter_ids": adapter_ids}
     for name, value in values.items():

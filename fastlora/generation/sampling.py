@@ -108,15 +108,15 @@ def row_seeds(seed: int | None, rows: int) -> list[int]:
     if seed is None:
         return [secrets.randbits(63) for _ in range(rows)]
     signed = int(seed) - 2**64 if int(seed) >= 2**63 else int(seed)
-    index = 2 * torch.arange(rows)
-    key = torch.tensor(signed)
+    index = 2 * torch.arange(rows, device="cpu")
+    key = torch.tensor(signed, device="cpu")
     return ((fold(key, index) << 31) ^ fold(key, index + 1)).tolist()
 
 
 def seen_ids(ids: Sequence[int], vocab_size: int, device: torch.device) -> Bool[Tensor, "v"]:
     """Which ids occur in a prompt."""
-    seen = torch.zeros(vocab_size, dtype=torch.bool)
-    seen[torch.tensor(ids)] = True
+    seen = torch.zeros(vocab_size, dtype=torch.bool, device="cpu")
+    seen[torch.tensor(ids, device="cpu")] = True
     return seen.to(device)
 
 

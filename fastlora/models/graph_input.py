@@ -23,7 +23,7 @@ def attach_to_graph(x: Tensor) -> Tensor:
 
     x.requires_grad_() would make x a leaf, which the graph keeps to the end of the backward pass.
     """
-    anchor = torch.empty((), device=x.device, requires_grad=True)
+    anchor = torch.empty((), dtype=torch.float32, device=x.device, requires_grad=True)
     return _AttachToGraph.apply(x, anchor)  # pyright: ignore[reportReturnType]
 
 

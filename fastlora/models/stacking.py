@@ -17,6 +17,7 @@ from fastlora.models.params import TARGETS, Adapter, ExpertLoRA, LoRA
 from fastlora.models.spec import LoraConfig, Spec, Target
 from fastlora.models.stacks import stack_size
 from fastlora.models.state import ModelState, require_adapter
+from fastlora.ops.dispatch import transforms_active
 
 
 def stack(models: Sequence[ModelState]) -> tuple[Adapter, Spec]:
@@ -68,17 +69,58 @@ def unstack(stack: Adapter, models: Sequence[ModelState]) -> list[Adapter]:
         models: those that were given to `stack`, in the same order.
 
     Raises:
-        ValueError: an argument is of another class, or the stack has another number of adapters
-            than there are models.
+        ValueError: an argument is of another class, the stack has another number of adapters than
+            there are models, or a model's targets, ranks or layers are not those of its adapter
+            in the stack. Beyond a model's rank the stack's values must be zero, which is not
+            checked under a torch.func transform.
     """
     problems = _list_problems(models)
     is_tree = isinstance(stack, dict) and "layers" in stack
     if not is_tree or stack_size(stack) is None:
-        problems.append(f"stack={describe(stack)}: expected a result of functional.stack")
+        problems.append(f"stack={_shown(stack)}: expected a result of functional.stack")
     elif not problems and stack_size(stack) != len(models):
         problems.append(f"stack: got {len(models)} models for a stack of {stack_size(stack)}")
+    if not problems:
+        problems = [x for i, model in enumerate(models) for x in _unlike(stack, i, model)]
     raise_problems(ValueError, "functional.unstack cannot use these arguments:", problems)
     return [_unstacked(stack, i, model) for i, model in enumerate(models)]
+
+
+def _shown(tree: Any) -> str:
+    """Describe an argument without the values of its tensors."""
+    is_tree = isinstance(tree, dict | list | tuple | Tensor)
+    return f"a {type(tree).__name__} that is no stack" if is_tree else describe(tree)
+
+
+def _unlike(stack: Adapter, i: int, model: ModelState) -> list[str]:
+    """Why adapter i of a stack is not that of a model: the first difference."""
+    if model.adapter is None:
+        return [f"model {i} has no adapter"]
+    layers = model.adapter["layers"]
+    if len(layers) != len(stack["layers"]):
+        return [f"model {i} has {len(layers)} layers, the stack {len(stack['layers'])}"]
+    for number, (records, own) in enumerate(zip(stack["layers"], layers, strict=True)):
+        for name in records | own:
+            if reason := _record_difference(records.get(name), own.get(name), i):
+                cure = "; give the models in the order in which they were stacked"
+                return [f"model {i} {reason} {name} of layer {number}{cure}"]
+    return []
+
+
+def _record_difference(record: Any, own: Any, i: int) -> str:
+    """How adapter i of a stacked record differs from a model's record; "" if it does not."""
+    if record is None:
+        return "has an adapter, and the stack has none, on"
+    a, b = record.a[i], record.b[i]
+    r = 0 if own is None else own.a.shape[-2]
+    if r > a.shape[-2]:
+        return f"has rank {r}, and the stack {a.shape[-2]}, on"
+    beyond = a.narrow(-2, r, a.shape[-2] - r), b.narrow(-1, r, b.shape[-1] - r)
+    readable = not transforms_active() and not torch.compiler.is_compiling()
+    if readable and any(x.numel() and bool(x.any()) for x in beyond):
+        given = "no adapter" if own is None else f"rank {r}"
+        return f"has {given}, and its adapter in the stack has a larger rank, on"
+    return ""
 
 
 def _unstacked(stack: Adapter, i: int, model: ModelState) -> Adapter:

@@ -30,6 +30,7 @@ from fastlora.models.params import (
     StackedLoRA,
 )
 from fastlora.models.spec import Spec
+from fastlora.models.state import ModelState
 from fastlora.ops.dropout import fold, key_and_row, row_dropout
 from fastlora.ops.linear.group_products import Groups
 from fastlora.ops.linear.stacked_lora import StackedBranch, stacked_linears
@@ -82,6 +83,26 @@ def stack_size(adapter: Adapter | None) -> int | None:
     leaves = tree_leaves(adapter)
     assert not leaves, "an adapter without records, rows and copies has no tensors"
     return None
+
+
+def one_adapter_problems(model: ModelState) -> list[str]:
+    """Why a function of one adapter cannot use this model: it has a stack."""
+    if (n := stack_size(model.adapter)) is None:
+        return []
+    return [
+        f"model.adapter is a stack of {n} adapters, where one is needed; take it apart with"
+        " functional.unstack(model.adapter, models), and pass a model with one adapter"
+    ]
+
+
+def check_one_adapter(model: ModelState) -> None:
+    """Refuse a stack of adapters.
+
+    Raises:
+        ValueError: the model's adapter is a stack.
+    """
+    if problems := one_adapter_problems(model):
+        raise ValueError(f"{problems[0]}.")
 
 
 def runs_in_groups(stack: Adapter, base: Base, spec: Spec) -> bool:

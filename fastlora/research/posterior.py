@@ -73,7 +73,7 @@ class Laplace:
         -precision |a|^2 / 2 + p log(precision) / 2 - sum(log(F + precision)) / 2
         """
         p = sum(f.numel() for f in tree_leaves(self.fisher))
-        prior = torch.tensor(self.prior_precision, dtype=torch.float64)
+        prior = torch.tensor(self.prior_precision, dtype=torch.float64, device="cpu")
         determinant = sum(
             (f.double() + self.prior_precision).log().sum().item() for f in tree_leaves(self.fisher)
         )

@@ -16,6 +16,7 @@ from fastlora.formats.peft.names import map_named
 from fastlora.formats.peft.restoring import restore_adapter
 from fastlora.models.init_offset import has_offset
 from fastlora.models.input_checks import MODEL
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.training.checkpoint import (
@@ -48,8 +49,8 @@ def training_points(model: ModelState, output_dir: str | os.PathLike[str]) -> li
         output_dir: of the run, which was given `save_every`. `keep=None` keeps all checkpoints.
 
     Raises:
-        ValueError: an argument is wrong, or the base has an initial offset (PiSSA, OLoRA, ...),
-            which each checkpoint folds into its adapter.
+        ValueError: an argument is wrong, the adapter is a stack, or the base has an initial
+            offset (PiSSA, OLoRA, ...), which each checkpoint folds into its adapter.
         CheckpointError: there is no complete checkpoint, or one is damaged or of another model.
         RuntimeError: a torch.func transform is active.
     """
@@ -57,6 +58,7 @@ def training_points(model: ModelState, output_dir: str | os.PathLike[str]) -> li
     rules = {"model": (model, MODEL), "output_dir": (output_dir, PATH)}
     check_arguments("research.training_points", **rules)
     _, adapter = require_adapter(model)
+    check_one_adapter(model)
     if has_offset(model.base):
         raise ValueError(
             "research.training_points: the base has an initial offset; use an adapter that starts"

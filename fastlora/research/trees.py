@@ -101,7 +101,8 @@ def _real_tensor(x: Any) -> Tensor | None:
     """A tensor or array as a tensor of real numbers; None: it is neither, or complex."""
     try:
         # Contiguous: torch refuses arrays with negative strides, such as x[::-1].
-        new = torch.as_tensor(np.ascontiguousarray(x) if isinstance(x, np.ndarray) else x)
+        is_tensor = isinstance(x, Tensor)
+        new = x if is_tensor else torch.as_tensor(np.ascontiguousarray(x), device="cpu")
     except (TypeError, ValueError, RuntimeError):  # which one depends on the class of x
         return None
     return None if new.is_complex() else new

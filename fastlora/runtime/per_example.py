@@ -56,7 +56,7 @@ class Sketch:
         leaves, structure = tree_flatten(tree)
         weights = self.weights_of(structure, [x[0] for x in leaves])
         keys = self.keys(len(leaves), leaves[0].device)
-        total = torch.zeros((), device=leaves[0].device)
+        total = torch.zeros((), dtype=torch.float32, device=leaves[0].device)
         for x, key, weight in zip(leaves, keys, weights, strict=True):
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             x = x if weight is None else x * weight

@@ -60,14 +60,14 @@ def pinned_like(x: Tensor) -> Tensor:
     if buffer is not None:
         return buffer.view(x.dtype).as_strided(x.shape, x.stride())
     pin = x.device.type == "cuda"  # copies to pageable memory are not asynchronous
-    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, pin_memory=pin)
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu", pin_memory=pin)
 
 
 def fitting(buffers: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     """Pinned buffers of at least these sizes: the given ones where they are large enough, and the
     given ones beyond the last size."""
     pin = torch.cuda.is_available()
-    new = lambda size: torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+    new = lambda size: torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pin)
     pairs = zip_longest(buffers, sizes, fillvalue=None)
     return [
         new(n or 0) if old is None or (n is not None and old.nbytes < n) else old

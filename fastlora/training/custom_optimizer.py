@@ -79,7 +79,8 @@ def _settings(group: dict[str, Any]) -> dict[str, str]:
 def optimizer_identity(factory: OptimizerFactory) -> str:
     """The class of a user's optimizer and its settings, by which two runs are compared."""
     # A matrix, as A and B are: Muon takes no vectors.
-    optimizer = build(factory, [{"params": [torch.zeros(1, 1)], "lr": 0.0, "weight_decay": 0.0}])
+    param = torch.zeros(1, 1, dtype=torch.float32, device="cpu")
+    optimizer = build(factory, [{"params": [param], "lr": 0.0, "weight_decay": 0.0}])
     # The rate and the decay are arguments of train, which are compared themselves.
     given = {k: v for k, v in optimizer.defaults.items() if k not in ("lr", "weight_decay")}
     shown = ", ".join(f"{name}={value!r}" for name, value in sorted(given.items()))

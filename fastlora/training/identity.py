@@ -194,9 +194,10 @@ def _summary(x: Tensor) -> Tensor:
     bits = (x.to(torch.uint8) if x.dtype == torch.bool else x).detach().reshape(-1)
     bits = bits.view(_INTEGERS[bits.dtype.itemsize])
     if not len(bits):
-        return torch.zeros(1, dtype=torch.int64)
+        return torch.zeros(1, dtype=torch.int64, device="cpu")
     # To the CPU one by one: parked originals are there already, the other tensors on the GPU.
-    at = torch.linspace(0, len(bits) - 1, min(_SAMPLES, len(bits)), dtype=torch.float64).long()
+    last, n = len(bits) - 1, min(_SAMPLES, len(bits))
+    at = torch.linspace(0, last, n, dtype=torch.float64, device="cpu").long()
     samples = bits[at.to(bits.device)].long()
     # In parts, because sum() makes an int64 copy of what it adds up.
     parts = torch.stack([part.sum(dtype=torch.int64) for part in bits.split(_SUM_ELEMENTS)])

@@ -244,10 +244,15 @@ def state_tensors(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, T
     """The state of one leaf after a step: name -> tensor.
 
     bitsandbytes counts steps in an int, which becomes a tensor too. Other numbers do so in float64.
+    torch's AdamW counts them in float64 if that is torch's default dtype; this returns float32.
     """
     state = {k: v for k, v in optimizer.state[leaf].items() if k not in _TABLES and v is not None}
-    number = lambda v: torch.tensor(v, dtype=torch.float64 if isinstance(v, float) else None)
-    return {k: v if isinstance(v, Tensor) else number(v) for k, v in state.items()}
+    dtype = lambda v: torch.float64 if isinstance(v, float) else None
+    number = lambda v: torch.tensor(v, dtype=dtype(v), device="cpu")
+    tensors = {k: v if isinstance(v, Tensor) else number(v) for k, v in state.items()}
+    if isinstance(optimizer, torch.optim.AdamW) and not is_custom(optimizer):
+        tensors |= {k: v.float() for k, v in tensors.items() if k == "step"}
+    return tensors
 
 
 def fresh_state(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Tensor]:
@@ -260,7 +265,8 @@ def fresh_state(optimizer: torch.optim.Optimizer, leaf: Tensor) -> dict[str, Ten
     if isinstance(optimizer, torch.optim.AdamW):
         moments = {name: torch.zeros_like(leaf) for name in ("exp_avg", "exp_avg_sq")}
         # torch's fused kernel needs the count on the leaf's device, the others on the CPU.
-        step = torch.zeros((), device=leaf.device if optimizer.defaults["fused"] else "cpu")
+        device = leaf.device if optimizer.defaults["fused"] else "cpu"
+        step = torch.zeros((), dtype=torch.float32, device=device)
         optimizer.state[leaf] = {"step": step, **moments}
     else:
         group_index, group, index = next(

@@ -101,9 +101,9 @@ def private_gradient(
     wide = [torch.promote_types(x.dtype, torch.float32) for x in learner.leaves.values()]
     shapes = zip(learner.leaves.values(), wide, strict=True)
     total = [torch.zeros(x.shape, dtype=dtype, device=device) for x, dtype in shapes]
-    losses, counts, clipped = [torch.zeros((), device=device)], [], []
+    losses, counts, clipped = [torch.zeros((), dtype=torch.float32, device=device)], [], []
     for batch, seed in zip(batches, seeds, strict=True):
-        scale = torch.ones((), device=device)
+        scale = torch.ones((), dtype=torch.float32, device=device)
         model = learner.model
         values, grads = learner.loss_and_grad(
             model.adapter, model.base, learner.spec, batch, scale, seed

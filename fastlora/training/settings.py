@@ -36,6 +36,7 @@ from fastlora.losses.loss_argument import LOSS, loss_problems
 from fastlora.losses.objectives import Objective
 from fastlora.losses.preference_rows import Labelled, Pair
 from fastlora.models.input_checks import MODEL, autocast_problems
+from fastlora.models.stacks import one_adapter_problems
 from fastlora.models.state import ModelState
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.text.chat_template import TEMPLATE_KWARGS, template_kwargs_problem
@@ -263,7 +264,11 @@ def _model_problems(settings: Settings, model: ModelState) -> list[str]:
     """Why this model's adapter cannot be trained with these settings."""
     if model.adapter is None:
         return ["model has no adapter to train; call fastlora.lora(model) first"]
-    leaves, problems = tree_leaves(model.adapter), autocast_problems(model.base)
+    leaves = tree_leaves(model.adapter)
+    problems = [
+        f"{line}. A list of models is trained in one pass" for line in one_adapter_problems(model)
+    ]
+    problems += autocast_problems(model.base)
     if (length := model.spec.max_seq_length) < 2:
         problems.append(
             f"model's max_seq_length is {length}, but training needs at least 2 tokens: the first"

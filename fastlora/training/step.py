@@ -141,7 +141,7 @@ def _loss_and_gradient(
     for scale in FLOAT16_SCALES if dtype == torch.float16 else (1.0,):
         losses, gradient, squares = [], [], []
         for batch, seed in zip_longest(micro_batches, seeds):
-            factor = torch.full((), scale, device=device)
+            factor = torch.full((), scale, dtype=torch.float32, device=device)
             of_batch, grads = _micro_batch(learner, batch, factor, seed or (None, None))
             if seed is None:
                 continue
@@ -165,7 +165,7 @@ def _nothing(learner: Learner) -> tuple[Float[Tensor, ""], list[Tensor]]:
     leaves, device = learner.leaves.values(), learner.model.base["norm"].device
     wide = lambda x: torch.promote_types(x.dtype, torch.float32)
     gradient = [torch.zeros_like(x, dtype=wide(x)) for x in leaves]
-    return torch.zeros((), device=device), gradient
+    return torch.zeros((), dtype=torch.float32, device=device), gradient
 
 
 def _micro_batch(
@@ -253,7 +253,8 @@ def evaluate(run: Run, model: ModelState, step: int) -> float:
         _eval_sum(run, model, next(_eval_batches(run, model, first=0)))  # it does not count
     # Sums in float64 count tokens exactly and lose no digit of 10**8 losses in float32. They are
     # read once, so that the GPU need not wait.
-    none = torch.zeros((), device=model.base["norm"].device)  # a rank may have no batch
+    # A rank may have no batch.
+    none = torch.zeros((), dtype=torch.float32, device=model.base["norm"].device)
     add = lambda part: torch.stack([x.double() for x in part]).sum()
     total, tokens = run.ranks.sums([*map(add, zip(*(sums or [(none, none)]), strict=True))])
     loss = float(total / tokens)

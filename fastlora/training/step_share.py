@@ -87,7 +87,7 @@ class GroupShare(StepShare):
         """Whether the passes are run again; on all ranks alike if the passes need others."""
         if not self._group.passes_send:
             return overflows
-        flag = torch.tensor(float(overflows), device=self._group.device)
+        flag = torch.tensor(float(overflows), dtype=torch.float32, device=self._group.device)
         return bool(self._group.sums([flag])[0])
 
     def mean(

@@ -9,10 +9,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 import fastlora
-from fastlora import functional
 from fastlora.formats.gguf import model_file, packages, write
 from fastlora.formats.gguf.write import DTYPES
-from fastlora.formats.mlx import save_mlx_adapter
 from oracles.gguf_models import adapted, model_of, tokenizer_of
 
 
@@ -189,20 +187,6 @@ def test_other_adapters_that_are_refused(model, tokenizer, tmp_path):
         fastlora.lora(biased, r=2, **in_q).save_gguf_adapter(path)
     fastlora.lora(biased, r=2, **in_q).save_gguf(tmp_path / "m.gguf", tokenizer)
     assert not path.exists()
-
-
-def test_a_stack_of_adapters_is_refused(model, tokenizer, tmp_path):
-    models = [adapted(model), adapted(model)]
-    stack, spec = functional.stack(models)
-    stacked = dataclasses.replace(model, spec=spec, adapter=stack)
-    for save in (
-        lambda: stacked.save_gguf(tmp_path / "m.gguf", tokenizer),
-        lambda: stacked.save_gguf_adapter(tmp_path / "a.gguf"),
-        lambda: save_mlx_adapter(stacked, tmp_path / "mlx"),
-    ):
-        with pytest.raises(ValueError, match="unstack takes the stack apart"):
-            save()
-    assert not list(tmp_path.iterdir())
 
 
 def test_bad_arguments_are_listed(model, tokenizer, tmp_path):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 import fastlora
 from fastlora import functional as FL
@@ -101,6 +102,33 @@ def test_trees_of_another_depth_are_refused(tiny):
     adapter = {"layers": tiny.adapter["layers"][:1]}
     with pytest.raises(ValueError, match="adapter has 1 layers, but spec says 2"):
         FL.forward(adapter, tiny.base, tiny.spec, IDS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (None, "spec.lora is None"),
+        (dict(r=2, target_modules=["q_proj"]), "LoRA of rank 2 on k_proj, where .* nothing"),
+        (dict(r=3), "LoRA of rank 2 on q_proj, where spec.lora says LoRA of rank 3"),
+        (dict(r=2, use_dora=True), "where spec.lora says DoRA of rank 2"),
+        (dict(r=2, modules_to_save=["lm_head"]), r"has \[\] beside .* says \['replaced'\]"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_spec_is_refused(settings, reason, tiny):
+    base = fastlora.disable(tiny)
+    spec = base.spec if settings is None else fastlora.lora(base, **settings).spec
+    batch = {"input_ids": IDS, "labels": IDS}
+    loss = lambda adapter: FL.loss(adapter, base.base, spec, batch)
+    rows = lambda adapter: FL.row_losses(adapter, base.base, spec, batch)[0]
+    for call in (
+        loss,
+        torch.func.grad(loss),
+        fastlora.value_and_grad(rows, per_example=True),
+        lambda adapter: loss(tree_map(lambda x: x[None], adapter)),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            call(tiny.adapter)
 
 
 def test_a_stack_needs_an_adapter(tiny):

@@ -10,6 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fastlora
 from fastlora import functional as FL
+from fastlora import research
+from fastlora.formats.mlx import save_mlx_adapter
 from fastlora.model import Model
 from oracles.pairs import adapted
 from oracles.trees import relative_error, token_ids
@@ -215,6 +217,27 @@ def test_unstack_returns_the_adapters(tiny):
     hash(spec)
 
 
+def test_unstack_refuses_other_models_than_were_stacked(tiny):
+    base = fastlora.disable(tiny)
+    first, second = adapted(base, r=4), adapted(base, seed=1, r=2)
+    other = adapted(base, r=2, target_modules=["q_proj"])
+    stack, _ = FL.stack([first, second])
+    wrong = {
+        "has rank 2, and its adapter in the stack has a larger rank": [second, first],
+        "has rank 8, and the stack 4": [first, adapted(base, r=8)],
+        "has no adapter, and its adapter": [first, other],
+        "model 1 has no adapter$": [first, base],
+    }
+    for reason, models in wrong.items():
+        with pytest.raises(ValueError, match=reason):
+            FL.unstack(stack, models)
+    with pytest.raises(ValueError, match="and the stack has none"):
+        FL.unstack(FL.stack([other])[0], [second])
+    with pytest.raises(ValueError, match="dict that is no stack") as error:
+        FL.unstack(first.adapter, [first])
+    assert "tensor(" not in str(error.value)
+
+
 def test_models_that_cannot_be_stacked_are_refused_by_name(tiny, pair):
     base = fastlora.disable(tiny)
     lora = lambda **settings: fastlora.lora(base, r=2, **settings)
@@ -241,22 +264,55 @@ def test_models_that_cannot_be_stacked_are_refused_by_name(tiny, pair):
         FL.stack([])
 
 
+def test_functions_of_one_adapter_refuse_a_stack_before_any_work(tmp_path):
+    model, tokenizer = fastlora.load("demo", max_seq_length=64, device="cpu")
+    models = [adapted(model, seed=i, r=2) for i in range(2)]
+    adapter, spec = FL.stack(models)
+    stacked, rows = replace(models[0], adapter=adapter, spec=spec), [{"text": "def f(): pass"}] * 4
+    batches, out = [{"input_ids": IDS}], tmp_path / "out"
+    for verb in (
+        lambda: fastlora.train(stacked, tokenizer, rows, output_dir=out),
+        lambda: fastlora.train([models[0], stacked], tokenizer, rows, output_dir=out),
+        lambda: fastlora.find_learning_rate(stacked, tokenizer, rows),
+        lambda: fastlora.plan(stacked, batch_size=2, seq_length=64, memory="80GB"),
+        lambda: fastlora.combine([models[0], stacked], [0.5, 0.5]),
+        lambda: fastlora.merge(stacked),
+        lambda: fastlora.initialize(stacked, batches, "eva"),
+        lambda: research.training_points(stacked, tmp_path),
+        lambda: stacked.save_pretrained(out),
+        lambda: stacked.save_pretrained_merged(out),
+        lambda: stacked.save_pretrained_merged(out, save_method="lora"),
+        lambda: stacked.push_to_hub("user/name"),
+        lambda: stacked.save_gguf(tmp_path / "m.gguf", tokenizer, pre="gpt-2"),
+        lambda: stacked.save_gguf_adapter(tmp_path / "a.gguf"),
+        lambda: stacked.save_ollama(out, tokenizer, pre="gpt-2"),
+        lambda: save_mlx_adapter(stacked, out),
+    ):
+        with pytest.raises(ValueError, match="stack of 2 adapters, where one is needed"):
+            verb()
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_that_do_not_fit_a_stack_are_refused(tiny):
     stack, spec = FL.stack(three(tiny))
-    run = lambda stack=stack, ids=IDS, **how: FL.forward(stack, tiny.base, spec, ids, **how)
+
+    def run(stack=stack, spec=spec, ids=IDS, **how):
+        return FL.forward(stack, tiny.base, spec, ids, **how)
+
     with pytest.raises(ValueError, match="5 rows cannot be shared equally"):
         run(ids=IDS[:5])
     with pytest.raises(ValueError, match=r"in \[0, 3\), got"):
         run(adapter_ids=torch.tensor([0, 1, 2, 3, 0, 0]))
     with pytest.raises(ValueError, match="is not a stack"):
-        run(tiny.adapter, adapter_ids=rows_of(None))
+        run(tiny.adapter, tiny.spec, adapter_ids=rows_of(None))
     with pytest.raises(ValueError, match="one of 3"):
         run(seed=torch.tensor([1, 2]))
     with pytest.raises(ValueError, match="pass one seed"):
         run(seed=torch.tensor([1, 2, 3]), adapter_ids=torch.zeros_like(IDS))
-    dora = tree_map(lambda x: x[None], adapted(fastlora.disable(tiny), use_dora=True).adapter)
+    dora = adapted(fastlora.disable(tiny), use_dora=True)
+    of_dora = tree_map(lambda x: x[None], dora.adapter), dora.spec
     with pytest.raises(ValueError, match="number for each row"):
-        run(dora, adapter_ids=torch.zeros_like(IDS))
+        run(*of_dora, adapter_ids=torch.zeros_like(IDS))
 
 
 def test_under_a_transform_a_stack_gives_the_same(tiny):

@@ -24,6 +24,7 @@ from fastlora.models.input_checks import MODEL
 from fastlora.models.names import projection_path
 from fastlora.models.params import LINEARS, Adapter, LayerAdapter
 from fastlora.models.spec import LoraConfig
+from fastlora.models.stacks import one_adapter_problems
 from fastlora.models.state import ModelState, require_adapter
 
 
@@ -110,7 +111,8 @@ def combined_model_problems(models: Sequence[ModelState], method: Any) -> list[s
         if model.spec.lora is None or model.adapter is None:
             problems.append(f"models[{i}] has no adapter: give it one with lora or load_adapter")
         else:
-            found = _adapter_problems(model.adapter) + _target_problems(model.spec.lora)
+            found = [f"cannot be combined: {line}" for line in one_adapter_problems(model)]
+            found += _adapter_problems(model.adapter) + _target_problems(model.spec.lora)
             problems += [f"models[{i}] {problem}" for problem in found]
     # Memory is compared and not values: comparing two 8B bases would read 32 GB.
     others = [i for i, model in enumerate(models) if not _share_base(models[0], model)]

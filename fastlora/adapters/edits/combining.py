@@ -233,7 +233,7 @@ def _keep(
     if density is None or density == 1:
         return x
     if method.startswith("dare"):
-        share = torch.full(x.shape, density, dtype=torch.float32)
+        share = torch.full(x.shape, density, dtype=torch.float32, device="cpu")
         mask = torch.bernoulli(share, generator=generator)
         return x * mask.to(x) / density  # the division keeps the expected value
     largest = x.abs().flatten().topk(int(density * x.numel())).indices

@@ -42,6 +42,7 @@ from fastlora.models.params import (
 )
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import UNTIED, Extras, Spec
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, StateT, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 from fastlora.ops.linear.merged_weight import adapted_weight
@@ -67,13 +68,14 @@ def merge(model: StateT) -> StateT:
     head: write the merged model with `save_pretrained_merged` and load that folder first.
 
     Raises:
-        ValueError: `model` is not a model or has no adapter; or naming the weights that would
-            become NaN or infinite.
+        ValueError: `model` is not a model, or has no adapter or a stack of them; or naming
+            the weights that would become NaN or infinite.
     """
     refuse_transforms("fastlora.merge")
     check_arguments("fastlora.merge", model=(model, MODEL))
     model = self_contained(model)
     require_adapter(model)
+    check_one_adapter(model)
     matrix = dequantized_matrices(model.base["norm"].dtype)
     config, tensors, merged = merged_tensors(model, matrix)
     # Each tensor is computed twice. The check drops what it computes, so a merge that fails takes

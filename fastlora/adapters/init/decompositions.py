@@ -37,7 +37,8 @@ def randomised_svd(
     """
     # QR after every product: without it all columns would turn towards the largest direction, and
     # rounding would remove the others (algorithm 4.4).
-    noise = torch.randn(matrix.shape[1], rank, generator=generator, dtype=matrix.dtype)
+    shape, dtype = (matrix.shape[1], rank), matrix.dtype
+    noise = torch.randn(shape, generator=generator, dtype=dtype, device="cpu")
     q, _ = torch.linalg.qr(matrix @ noise.to(matrix.device))
     for _ in range(iterations):
         q, _ = torch.linalg.qr(matrix.mT @ q)

@@ -52,7 +52,7 @@ def init_adapter(spec: Spec, base: Base, dtype: torch.dtype, random_state: int) 
             a, b = _first_pair(init, target.r, d_in, d_out, generator)
         a, b = a.to(device, dtype), b.to(device, dtype)
         if config.lora_bias:
-            bias = torch.zeros(d_out) if init else _uniform((d_out,), target.r, generator)
+            bias = _zeros(d_out) if init else _uniform((d_out,), target.r, generator)
             return BiasedLoRA(a, b, bias.to(device, dtype))
         if config.use_dora:
             weight = adapted_matrix(base, layer, target.name)
@@ -89,9 +89,8 @@ def _first_embedding_pair(
 
     Other values of `init` concern dense inputs and mean True here.
     """
-    shape = (r, d_in)
-    a = torch.zeros(shape) if init else torch.randn(shape, generator=generator)
-    return a, torch.randn(d_out, r, generator=generator)
+    a = _zeros(r, d_in) if init else _normal(r, d_in, generator)
+    return a, _normal(d_out, r, generator)
 
 
 def _first_pair(
@@ -101,15 +100,25 @@ def _first_pair(
     if init == "orthogonal":
         return _orthogonal_pair(r, d_in, d_out, generator)
     if init == "gaussian":
-        a = torch.randn(r, d_in, generator=generator) / r
+        a = _normal(r, d_in, generator) / r
     else:
         a = _uniform((r, d_in), d_in, generator)
     # Every value but False gives zeros. Methods such as "pissa" replace A and B afterwards.
-    return a, torch.zeros(d_out, r) if init else _uniform((d_out, r), r * experts, generator)
+    return a, _zeros(d_out, r) if init else _uniform((d_out, r), r * experts, generator)
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int, generator: torch.Generator) -> torch.Tensor:
-    return (torch.rand(*shape, generator=generator) * 2 - 1) / math.sqrt(fan_in)
+    drawn = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return (drawn * 2 - 1) / math.sqrt(fan_in)
+
+
+def _normal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
+    shape = (rows, columns)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _zeros(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")
 
 
 def _orthogonal_pair(
@@ -120,7 +129,7 @@ def _orthogonal_pair(
     The recipe of peft 0.21.2 (layer.py:603): of a random orthogonal [r, r] matrix, the even rows
     are for A and the odd rows for B. They are multiplied by normal matrices and divided by 10.
     """
-    q, _ = torch.linalg.qr(torch.randn(r, r, generator=generator))
-    a = (torch.randn(d_in, r // 2, generator=generator) @ q[0::2]).T / 10
-    b = torch.randn(d_out, r // 2, generator=generator) @ q[1::2] / 10
+    q, _ = torch.linalg.qr(_normal(r, r, generator))
+    a = (_normal(d_in, r // 2, generator) @ q[0::2]).T / 10
+    b = _normal(d_out, r // 2, generator) @ q[1::2] / 10
     return a.contiguous(), b

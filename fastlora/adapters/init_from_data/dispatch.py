@@ -19,6 +19,7 @@ from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL, batches_problems
 from fastlora.models.names import tensors_from_base
 from fastlora.models.self_contained import parked_originals, unpark_originals
+from fastlora.models.stacks import one_adapter_problems
 from fastlora.models.state import Batch, StateT
 from fastlora.ops.dispatch import refuse_transforms
 
@@ -106,7 +107,8 @@ def initialize(
             f"{method!r} needs no data; use fastlora.lora(model, init_lora_weights={method!r})"
         )
     raise_problems(ValueError, heading, problems)
-    raise_problems(ValueError, heading, init_model_problems(model, method, settings))
+    problems = one_adapter_problems(model) or init_model_problems(model, method, settings)
+    raise_problems(ValueError, heading, problems)
     # Read once: `batches` may be an iterator.
     batch_list = list(batches)
     # The decompositions would fail, or give NaN, without naming a tensor.

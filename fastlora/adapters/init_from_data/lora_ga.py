@@ -146,12 +146,12 @@ def _directions(
     r: int, direction: str, generator: torch.Generator
 ) -> tuple[Int[Tensor, "r"], Int[Tensor, "r"]]:
     """(indices of the directions for A, for B), among the first 2r."""
-    order = torch.arange(2 * r)
+    order = torch.arange(2 * r, device="cpu")
     if direction == "ArB2r":
         return order[:r], order[r:]
     if direction == "A2rBr":
         return order[r:], order[:r]
     if direction == "ArBr":
         return order[1::2], order[0::2]
-    drawn = torch.randperm(2 * r, generator=generator)[:r]
+    drawn = torch.randperm(2 * r, generator=generator, device="cpu")[:r]
     return drawn, drawn

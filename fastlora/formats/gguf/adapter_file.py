@@ -19,12 +19,7 @@ from fastlora.arguments import FLAG, check_arguments
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.metadata import Metadata, architecture
 from fastlora.formats.gguf.model_file import model_tensors
-from fastlora.formats.gguf.output import (
-    check_adapter_tensors,
-    check_one_adapter,
-    output_file,
-    write_checked,
-)
+from fastlora.formats.gguf.output import check_adapter_tensors, output_file, write_checked
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.report import GGUFReport, Verification
 from fastlora.formats.gguf.sentencepiece import GGML_MODEL
@@ -43,6 +38,7 @@ from fastlora.models.names import LM_HEAD, projection_path
 from fastlora.models.params import Adapter, ExpertLoRA, LoRA, is_quantized
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Target
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 
 _CURE = "Merge first: save_gguf writes the merged model, which holds all of it."

@@ -102,11 +102,12 @@ def rope_factors(config: LlamaConfig) -> dict[str, Tensor]:
     rope = config.rope_parameters
     if rope.rope_type == "longrope":
         sets = {"short": rope.short_factor, "long": rope.long_factor}
-        return {f"rope_factors_{name}.weight": torch.tensor(x) for name, x in sets.items()}
+        new = lambda x: torch.tensor(x, dtype=torch.float32, device="cpu")
+        return {f"rope_factors_{name}.weight": new(x) for name, x in sets.items()}
     if not _as_factors(config):
         return {}
-    exponents = torch.arange(0, config.rope_dim, 2, dtype=torch.float64) / config.rope_dim
-    unscaled = 1.0 / rope.rope_theta**exponents
+    even = torch.arange(0, config.rope_dim, 2, dtype=torch.float64, device="cpu")
+    unscaled = 1.0 / rope.rope_theta ** (even / config.rope_dim)
     return {"rope_freqs.weight": (unscaled / _frequencies(config)[0]).to(torch.float32)}
 
 
@@ -150,7 +151,8 @@ def _rope_scaling(config: LlamaConfig) -> Metadata:
 
 def _frequencies(config: LlamaConfig) -> tuple[Tensor, float]:
     """RoPE's frequencies [rope_dim / 2] in float64, and its factor on cos and sin."""
-    scaled, factor = rope_frequencies(config, torch.zeros(1, 1, dtype=torch.int64), torch.float64)
+    length = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
+    scaled, factor = rope_frequencies(config, length, torch.float64)
     return scaled.flatten(), factor
 
 

@@ -16,12 +16,7 @@ from fastlora.formats.gguf.metadata import (
     model_metadata,
     rope_factors,
 )
-from fastlora.formats.gguf.output import (
-    check_one_adapter,
-    check_replaceable,
-    output_file,
-    write_checked,
-)
+from fastlora.formats.gguf.output import check_replaceable, output_file, write_checked
 from fastlora.formats.gguf.packages import engine_package, gguf_package
 from fastlora.formats.gguf.pre_tokenizers import pre_rule
 from fastlora.formats.gguf.report import GGUFReport
@@ -31,6 +26,7 @@ from fastlora.formats.gguf.vocabulary import Vocabulary, vocabulary_metadata
 from fastlora.formats.gguf.write import DTYPES, K_QUANTS, not_in_blocks, write_gguf
 from fastlora.models.params import is_quantized
 from fastlora.models.self_contained import self_contained
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.quant.dequantize import dense
 from fastlora.text.tokenizer import Tokenizer

@@ -19,6 +19,7 @@ from fastlora.formats.gguf.report import GGUFReport, OllamaReport
 from fastlora.formats.gguf.vocabulary import stop_ids
 from fastlora.models.config import LlamaConfig
 from fastlora.models.self_contained import self_contained
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState
 from fastlora.text.tokenizer import Tokenizer
 
@@ -52,6 +53,7 @@ def save_ollama(
         ValueError, CheckpointError, ModuleNotFoundError, PermissionError: as save_gguf.
     """
     check_arguments("save_ollama", dtype=(dtype, DTYPE))
+    check_one_adapter(model)
     folder = writable_folder(folder, model.spec)
     model = self_contained(model)
     separate = model.spec.lora is not None and not adapter_problems(model)

@@ -1,4 +1,4 @@
-"""Checks before a file is written, of its path and of the model, and after, by llama.cpp."""
+"""Checks before a file is written, of its path and its tensors, and after, by llama.cpp."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -11,9 +11,7 @@ from fastlora.checkpoints.atomic import sync_folder
 from fastlora.checkpoints.output_folders import folder_error
 from fastlora.errors import raise_problems
 from fastlora.formats.gguf.report import Verification
-from fastlora.models.params import ExpertLoRA
 from fastlora.models.spec import Spec
-from fastlora.models.state import ModelState
 
 
 def output_file(path: Path, spec: Spec) -> Path:
@@ -87,18 +85,3 @@ def check_adapter_tensors(tensors: Iterable[tuple[str, Tensor]]) -> None:
     broken = [name for name, x in tensors if not bool(x.isfinite().all())]
     cure = "The adapter is broken (a diverged run?), or its dtype is too narrow for its scaling."
     raise_problems(ValueError, "The adapter's file would hold NaN or infinity in:", broken, cure)
-
-
-def check_one_adapter(model: ModelState) -> None:
-    """Refuse a stack of adapters.
-
-    Raises:
-        ValueError: the model's adapter is a stack.
-    """
-    layers = () if model.adapter is None else model.adapter["layers"]
-    records = [record for layer in layers for record in layer.values()]
-    if any(x.a.dim() != (3 if isinstance(x, ExpertLoRA) else 2) for x in records):
-        raise ValueError(
-            "model.adapter is a stack of adapters; a file has one. functional.unstack takes the"
-            " stack apart: write each of its models."
-        )

@@ -22,6 +22,7 @@ from fastlora.formats.peft.names import in_wrapper, peft_state_dict, tensor_prob
 from fastlora.models.params import DTYPES
 from fastlora.models.self_contained import self_contained
 from fastlora.models.spec import LoraConfig, Spec
+from fastlora.models.stacks import check_one_adapter
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.ops.dispatch import refuse_transforms
 
@@ -42,16 +43,17 @@ def save_adapter(model: ModelState, folder: str | os.PathLike[str]) -> None:
         folder: created if it does not exist.
 
     Raises:
-        ValueError: before any file is written, if the model has no adapter, the adapter does not
-            fit the spec or holds NaN or infinity, its initial offset is missing, the base is not
-            the checkpoint's, or the folder is a file, the base model's folder, or holds the weights
-            of a model or of an adapter for mlx-lm.
+        ValueError: before any file is written, if the model has no adapter or a stack, the adapter
+            does not fit the spec or holds NaN or infinity, its initial offset is missing, the base
+            is not the checkpoint's, or the folder is a file, the base model's folder, or holds the
+            weights of a model or of an adapter for mlx-lm.
         PermissionError: the folder cannot be written to.
     """
     # Parked originals stay on the host: the file holds the trained copies, not the originals.
     refuse_transforms("Model.save_pretrained")
     model = self_contained(model, unpark=False)
     lora, adapter = require_adapter(model)
+    check_one_adapter(model)
     if moves_base(lora.init_lora_weights):
         raise ValueError(
             f"init_lora_weights={lora.init_lora_weights!r}: this adapter needs an initial offset in"

@@ -40,7 +40,7 @@ def join(batches: Sequence[Batch | None]) -> Joined:
               for batch in batches]  # fmt: skip
     joined = {name: torch.cat([block[name] for block in blocks]) for name in given[0]}
     own = [t if batch is None else batch["input_ids"].shape[1] for batch in batches]
-    return Joined(joined, None if set(own) == {t} else torch.tensor(own))
+    return Joined(joined, None if set(own) == {t} else torch.tensor(own, device="cpu"))
 
 
 def _block(batch: Batch, empty: bool, rows: int, t: int) -> dict[str, Tensor]:

@@ -186,11 +186,12 @@ def _read(figures: Sequence[Figures]) -> list[Record]:
 def evaluate_runs(stack: RunStack, runs: Sequence[RunState]) -> list[float]:
     """`step.evaluate` for each of the stack's runs, in one pass. A loss may be NaN."""
     model, device, n = (stack.adapters, stack.base, stack.spec), stack.base["norm"].device, stack.n
-    sums, tokens = [], torch.zeros(n, dtype=torch.int64)
+    sums, tokens = [], torch.zeros(n, dtype=torch.int64, device="cpu")
     for column in zip_longest(*(_eval_batches(run.run) for run in runs)):
         batch, widths = _placed(join(column), device)
         sums.append(run_losses(*model, batch, n, widths).double())
-        tokens += torch.tensor([0 if b is None else count_trained_tokens(b) for b in column])
+        counts = [0 if b is None else count_trained_tokens(b) for b in column]
+        tokens += torch.tensor(counts, device="cpu")
     return (torch.stack(sums).sum(0).cpu() / tokens).tolist()
 
 

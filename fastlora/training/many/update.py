@@ -72,7 +72,8 @@ class StackUpdate:
         given: Sequence[float] | Tensor = rates
         if self.graphed:  # a recording would keep numbers as constants
             # Without waiting: the gradient is still being computed.
-            given = torch.tensor(rates, dtype=torch.float32).to(sums.device, non_blocking=True)
+            given = torch.tensor(rates, dtype=torch.float32, device="cpu")
+            given = given.to(sums.device, non_blocking=True)
         figures, of_gradient, *more = self.run(gradient, sums, scales, tokens, limits, given)
         if self.waits:
             values = finish_updates(self.optimizers, figures)

@@ -20,6 +20,7 @@ from fastlora.distributed.cost import Cluster
 from fastlora.errors import raise_problems
 from fastlora.models.input_checks import MODEL
 from fastlora.models.spec import Recompute
+from fastlora.models.stacks import one_adapter_problems
 from fastlora.models.state import ModelState, require_adapter
 from fastlora.training.planning.memory import MOMENT_BYTES, base_bytes, peak_bytes
 from fastlora.training.planning.ranks import Layout, cluster_problems, layouts_of, transfers
@@ -207,6 +208,7 @@ def _problems(model: Any, batch_size: Any, seq_length: Any, optimizer: Any, card
         return problems
     if model.adapter is None:
         return [*problems, "model has no adapter; call fastlora.lora(model, ...) first"]
+    problems += one_adapter_problems(model)
     longest = model.spec.max_seq_length
     if type(seq_length) is int and seq_length > longest:
         problems.append(f"seq_length={seq_length}: expected at most max_seq_length={longest}")
