@@ -214,14 +214,21 @@ def default(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Iterator
         torch.set_default_dtype(torch.float32)
 
 
+def quantises() -> bool:
+    """Whether fastlora quantises to 4 bits under this default dtype of torch."""
+    return torch.get_default_dtype() == torch.float32
+
+
 def initial_adapters(base) -> list[Any]:
     """Adapters of all kinds that draw random numbers."""
-    inits = (False, True, "gaussian", "orthogonal", "pissa_niter_2", "loftq")
+    inits = [False, True, "gaussian", "orthogonal", "pissa_niter_2"]
     models = [fastlora.lora(base, r=2, init_lora_weights=init) for init in inits]
     edges = dict(target_modules=["q_proj", "embed_tokens"])
     models += [fastlora.lora(base, r=2, init_lora_weights=init, **edges) for init in (True, False)]
     biased = dict(lora_bias=True, target_modules=["q_proj"])
     models.append(fastlora.lora(base, r=2, init_lora_weights=False, **biased))
+    if quantises():  # the last one
+        models.append(fastlora.lora(base, r=2, init_lora_weights="loftq"))
     return [(model.adapter, model.base) for model in models]
 
 
@@ -243,7 +250,8 @@ def results(folder: Path) -> dict[str, Any]:
     loss = lambda adapter: FL.loss(adapter, *args[1:])
     values = lambda adapter, batch: FL.row_losses(adapter, *args[1:3], batch)[0]
     sketch = fastlora.Sketch(8)
-    found: dict[str, Any] = {"base": base.base, "adapters": initial_adapters(base)}
+    found: dict[str, Any] = {"base": base.base}
+    found |= {f"adapter {i}": x for i, x in enumerate(initial_adapters(base))}
     found["loss"] = fastlora.value_and_grad(FL.loss)(*args, seed=1)
     found["sketches"] = fastlora.value_and_grad(values, per_example=sketch)(model.adapter, batch)
     sampling = dict(max_new_tokens=4, temperature=1.0, seed=1, repetition_penalty=1.1)
@@ -274,11 +282,10 @@ def reread(model, base, tokenizer, folder: Path) -> dict[str, Any]:
     model.save_pretrained(folder / "adapter")
     model.save_pretrained_merged(folder / "merged", tokenizer)
     save_mlx_adapter(model, folder / "mlx")
-    model.save_pretrained_merged(folder / "4 bits", save_method="merged_4bit")
-    found: dict[str, Any] = {}
-    found["4 bits"] = fastlora.load(folder / "4 bits", max_seq_length=64, device="cpu")[0].base
-    found["quantize"] = fastlora.quantize(base).base
-    found["read"] = fastlora.load_adapter(base, folder / "adapter").adapter
+    found = {"read": fastlora.load_adapter(base, folder / "adapter").adapter}
+    if quantises():
+        model.save_pretrained_merged(folder / "4 bits", save_method="merged_4bit")
+        found["quantize"] = fastlora.quantize(base).base
     return found
 
 
@@ -298,6 +305,18 @@ def usual(tmp_path_factory) -> tuple[dict[str, Any], dict[str, bytes]]:
 def test_the_default_dtype_and_device_change_no_bits(changed, usual, tmp_path):
     with default(**changed):
         found = results(tmp_path)
-    for name, value in usual[0].items():
-        assert same_bits(found[name], value), name
-    assert written(tmp_path) == usual[1]
+        if not quantises():
+            with pytest.raises(RuntimeError, match="torch's default dtype"):
+                fastlora.load("demo", load_in_4bit=True, device="cpu")
+    for name, value in found.items():
+        assert same_bits(usual[0][name], value), name
+    files = written(tmp_path)
+    assert {name: usual[1][name] for name in files} == files
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_folders_in_4_bits_are_read_under_every_default_dtype(dtype, quantised_folder):
+    folder = quantised_folder("nf4 nested", torch.bfloat16)
+    usual = fastlora.load(folder, device="cpu")[0].base
+    with default(dtype=dtype):
+        assert same_bits(fastlora.load(folder, device="cpu")[0].base, usual)

@@ -101,12 +101,6 @@ def test_blocks_may_span_rows(block, columns):
         assert torch.equal(dequantize_by_bitsandbytes(record), found)
 
 
-def test_bitsandbytes_does_not_quantise_to_4_bits_on_the_cpu(monkeypatch):
-    """It keeps its levels in the default dtype of the first call in a process."""
-    monkeypatch.setattr(bnb, "quantize_4bit", None)
-    assert quant_type(quantize_4bit(torch.randn(16, 96), nested=True)) == "nf4"
-
-
 def test_bitsandbytes_is_not_called_on_the_cpu_if_blocks_span_rows(monkeypatch):
     record = quantize_4bit(torch.randn(40, 96))
     monkeypatch.setattr(dequantize_module, "dequantize_by_bitsandbytes", None)

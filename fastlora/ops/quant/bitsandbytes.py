@@ -8,14 +8,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from torch import Tensor
 
 from fastlora.ops.quant.e4m3 import rounds_to
 from fastlora.ops.quant.weights import (
     BLOCK,
-    LEVELS,
     NESTED_BLOCK,
     NestedAbsmax,
     Quantized,
@@ -57,50 +55,28 @@ def quantize_4bit(
 
     Raises:
         ModuleNotFoundError: if bitsandbytes is not installed.
+        RuntimeError: torch's default dtype is not float32.
     """
-    functional, matrix = bitsandbytes(), weight.detach().contiguous()
-    levels = torch.tensor(LEVELS[quant_type], dtype=torch.float32, device=weight.device)
-    if matrix.device.type == "cpu":
-        packed, absmax = _quantize_on_cpu(matrix, levels, block)
-    else:
-        how = dict(blocksize=block, compress_statistics=False, quant_type=quant_type)
-        packed, state = functional.quantize_4bit(matrix, **how)
-        absmax = state.absmax
+    if torch.get_default_dtype() != torch.float32:
+        raise RuntimeError(
+            f"torch's default dtype is {torch.get_default_dtype()}. bitsandbytes would make its"
+            " table of 4-bit levels in it, and keep that for the whole process; quantise under"
+            " torch.set_default_dtype(torch.float32)."
+        )
+    with torch.device(weight.device):  # it makes tables on torch's default device
+        packed, state = bitsandbytes().quantize_4bit(
+            weight.detach().contiguous(),
+            blocksize=block,
+            compress_statistics=nested,
+            quant_type=quant_type,
+        )
+    absmax = state.absmax
     if nested:
-        offset = absmax.mean()
-        with torch.device(weight.device):  # it makes a table on torch's default device
-            values, second = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
-        absmax = NestedAbsmax(values, second.absmax, second.code, offset)
+        second = state.state2
+        absmax = NestedAbsmax(state.absmax, second.absmax, second.code, state.offset)
     rows, columns = weight.shape
     form = empty_form((rows, columns), weight.dtype, weight.device, block)
-    return Weight4bit(packed.flatten(), levels, form, absmax)
-
-
-def _quantize_on_cpu(
-    matrix: Float[Tensor, "d_out d_in"], levels: Float[Tensor, "16"], block: int
-) -> tuple[UInt8[Tensor, "bytes"], Float[Tensor, "blocks"]]:
-    """(packed values, absmax), with the bits of bitsandbytes 0.50.2 (backends/default/ops.py:233).
-
-    bitsandbytes makes its levels in torch's default dtype at the first call and keeps them, so
-    after a call under bfloat16 its values are wrong for the rest of the process.
-    """
-    numbers = matrix.flatten().float()
-    whole = len(numbers) // block * block
-    blocks, rest = numbers[:whole].view(-1, block), numbers[whole:]
-    absmax = blocks.abs().amax(1)
-    scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).clamp(-1, 1).flatten()
-    if len(rest):  # the last block is shorter
-        largest = rest.abs().max().clamp(min=1e-38)
-        absmax = torch.cat([absmax, largest[None]])
-        scaled = torch.cat([scaled, (rest / largest).clamp(-1, 1)])
-    scaled = F.pad(scaled, (0, len(scaled) % 2))
-    order = levels.argsort()
-    middles = (levels[order[:-1]] + levels[order[1:]]) / 2
-    nearest = torch.bucketize(scaled, middles, out_int32=True)
-    if levels[0] == 0:  # fp4's levels are not sorted
-        nearest = order[nearest]
-    nearest = nearest.to(torch.uint8)
-    return (nearest[::2] << 4) | nearest[1::2], absmax
+    return Weight4bit(packed.flatten(), state.code, form, absmax)
 
 
 def dequantize_by_bitsandbytes(weight: Weight4bit | Weight8bit) -> Float[Tensor, "d_out d_in"]:
