@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_map
 import fastlora
 from fastlora.formats.gguf import model_file, packages, write
 from fastlora.formats.gguf.write import DTYPES
+from fastlora.formats.mlx import save_mlx_adapter
 from oracles.gguf_models import adapted, model_of, tokenizer_of
 
 
