@@ -88,10 +88,9 @@ def encode_rows(
         on_bad_row=(on_bad_row, ON_BAD_ROW),
     )
     left_out = LeftOut("rows")
-    stream = ((f"row {n}", row) for n, row in enumerate(rows, 1))
     limits = RowLimits(max_seq_length, split_text, too_long, on_bad_row)
     with closing(RowEncoder(row_context(tokenizer, train_on), limits, left_out)) as encoder:
-        examples = [example for chunk in encoder.chunks(chunked(stream)) for example in chunk]
+        examples = encoder.examples(rows)
     encoder.finish()
     report([left_out], None)
     return examples
@@ -119,6 +118,11 @@ class RowEncoder:
         self._problems: list[str] = []
         self._cure = cure
         self._unknown_kinds = False
+
+    def examples(self, rows: Iterable[Row]) -> list[Example]:
+        """The examples of rows in memory, which are numbered from 1 in messages."""
+        stream = ((f"row {n}", row) for n, row in enumerate(rows, 1))
+        return [example for chunk in self.chunks(chunked(stream)) for example in chunk]
 
     def chunks(self, chunks: Iterable[Chunk]) -> Iterator[list[Example]]:
         """The examples of each chunk, in order. Chunks are read ahead of the one that is due."""

@@ -60,8 +60,8 @@ def layout_of(tree: Any, ranks: int = 1, *, fused: bool | None = None) -> Layout
     if fused is None:
         fused = isinstance(tree, dict) and "q_proj" in tree and fused_qkv(tree) is not None
     together = [id(tree[name]["weight"]) for name in QKV] if fused else []
-    # Reversed, so that q, k and v never lie one after the other by chance: `fused_qkv` would take
-    # them for one matrix.
+    # In reversed order q, k and v are never adjacent by chance. `fused_qkv` would take them for one
+    # matrix if they were.
     order = [*together, *(k for k in reversed(distinct) if k not in together)]
     slots, end = dict[int, Slot](), 0
     for key in order:

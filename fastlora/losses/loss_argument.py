@@ -39,8 +39,8 @@ class FromFunction(Objective):
                 " the sum of the losses over the batch's trained tokens. (functional.loss_sum"
                 " returns a pair, of which the first is that sum.)"
             )
-        trained = any(x.requires_grad for x in tree_leaves(adapter))
-        if trained and torch.is_grad_enabled() and not value.requires_grad:
+        has_gradient = value.requires_grad or not torch.is_grad_enabled()
+        if not has_gradient and any(x.requires_grad for x in tree_leaves(adapter)):
             raise ValueError(
                 f"loss={self.describe()} returned a value without a gradient, so nothing would be"
                 " trained: compute it from the adapter without torch.no_grad(), detach() or item()"

@@ -16,7 +16,6 @@ from fastlora.arguments import check_arguments, whole_number
 from fastlora.data.encoding import CORRECT, RowEncoder, RowLimits
 from fastlora.data.examples import Example
 from fastlora.data.left_out import LeftOut
-from fastlora.data.row_chunks import chunked
 from fastlora.data.row_forms import Row, joined_text, standard_row
 from fastlora.data.row_steps import row_context
 from fastlora.data.rows import row_problem
@@ -154,12 +153,9 @@ def _encode(
     context, limits = row_context(tokenizer, "responses"), RowLimits(max_seq_length)
     sides, problems = [], []
     for what, rows in replies.items():
-        stream = ((f"row {n}", row) for n, row in enumerate(rows, 1))
         # Rows with preferences are neither cut nor skipped (`loss_argument.loss_problems`).
         with closing(RowEncoder(context, limits, LeftOut(what), cure=CORRECT)) as encoder:
-            sides.append(
-                [example for chunk in encoder.chunks(chunked(stream)) for example in chunk]
-            )
+            sides.append(encoder.examples(rows))
         try:
             encoder.finish()
         except ValueError as error:

@@ -110,10 +110,11 @@ class CUDAGraphed:
     def _record(self, given: list, moved: frozenset[int], args: Any, kwargs: Any) -> _Recording:
         inputs = [x.detach().clone() if i in moved else x for i, x in enumerate(given)]
         args, kwargs = with_leaves((args, kwargs), iter(inputs))
-        with pinned_from(PinnedBuffers(self.buffers)):
-            with as_current(device_of(given)):  # torch records the current device's stream
-                replay, results = self._capture(lambda: self.fn(*args, **kwargs))
-        hold_until_replayed(self.buffers, device_of(given))
+        device = device_of(given)
+        # torch records the current device's stream.
+        with pinned_from(PinnedBuffers(self.buffers)), as_current(device):
+            replay, results = self._capture(lambda: self.fn(*args, **kwargs))
+        hold_until_replayed(self.buffers, device)
         return _Recording(inputs, moved, replay, results, self.buffers)
 
     def _capture(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

@@ -23,7 +23,7 @@ def may_replace_card(text: str, model: ModelState) -> bool:
 
 
 def _mark(text: str) -> str:
-    """A line that tells whether the rest of the card is still as it was written."""
+    """A line with the digest of the rest of the card, which shows later whether that was edited."""
     digest = hashlib.sha256(text.encode()).hexdigest()
     return f"<!-- written by fastlora.train, SHA-256 of the other lines {digest} -->\n"
 
@@ -105,7 +105,8 @@ def _data(data: Mapping[str, Any]) -> str:
     )
 
 
-# What the base was kept in -> the argument of `load` that keeps it so. int8 is the checkpoint's.
+# Format of the quantised base -> the argument of `load` that quantises to it. A base in int8 was
+# quantised in the checkpoint already.
 _PRECISIONS = {"4 bits": ", load_in_4bit=True", "fp8": ', base_precision="fp8"'}
 
 

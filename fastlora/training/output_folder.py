@@ -164,7 +164,7 @@ def refuse_to_overwrite(
         )
     saved = read_json(folder / RUN_FILE).get("settings")
     heading = f"{folder} holds the finished adapter of another run:"
-    # A checkpoint replaces the given adapter, so it is no part of the identity.
+    # The given adapter is not in the identity, because a run that resumes ignores it.
     began = {"adapter before the first step": _initial_adapter(folder)}
     present = {"adapter before the first step": initial if all(began.values()) else None}
     there = saved if isinstance(saved, dict) else {}

@@ -70,7 +70,12 @@ def write_checked(
         return None
     with TemporaryDirectory(prefix=".verifying-", dir=path.parent) as folder:
         write(file := Path(folder) / path.name)
-        verification = verify(file)
+        try:
+            verification = verify(file)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{error} The written file is deleted again; verify=False keeps it."
+            ) from error
         os.replace(file, path)
     sync_folder(path.parent)
     return verification

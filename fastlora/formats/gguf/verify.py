@@ -115,8 +115,7 @@ class Engine:
         except RuntimeError as error:
             files = " with ".join(path.name for path in (model, adapter) if path is not None)
             raise RuntimeError(
-                f"llama.cpp cannot load {files}, which was written and is deleted again: {error}"
-                " Is its memory too small for the model? verify=False keeps the file."
+                f"llama.cpp cannot load {files}: {error} Is its memory too small for the model?"
             ) from error
 
     def __enter__(self) -> "Engine":
